@@ -1,0 +1,30 @@
+"""The model library: one class for teachers, linear students and hybrids. Needs torch, transformers, fla and triton."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .config_distilled_student import StudentConfig
+from .modeling_distilled_student import (
+    STUDENT_ATTENTION_MAP,
+    StudentBlock,
+    StudentForCausalLM,
+    StudentModel,
+    forward_kl,
+    get_student_attention_class,
+)
+from .student_layers import InitReport, check_student, is_student_attention
+
+AutoConfig.register(StudentConfig.model_type, StudentConfig)
+AutoModelForCausalLM.register(StudentConfig, StudentForCausalLM)
+
+__all__ = [
+    "STUDENT_ATTENTION_MAP",
+    "InitReport",
+    "StudentBlock",
+    "StudentConfig",
+    "StudentForCausalLM",
+    "StudentModel",
+    "check_student",
+    "forward_kl",
+    "get_student_attention_class",
+    "is_student_attention",
+]

@@ -1,0 +1,94 @@
+"""Full softmax attention: the teacher's, and that of the layers a hybrid keeps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from .config_distilled_student import StudentConfig
+
+
+class RotaryEmbedding(LlamaRotaryEmbedding):
+    """RoPE of every type that transformers knows, whose frequencies stay fp32.
+
+    `model.to(torch.bfloat16)`, and with it DeepSpeed's bf16 engine, rounds buffers too; frequencies of 8 bits put
+    a token at position 10000 up to 20 positions off.
+    """
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            cast = getattr(self, name)
+            if cast.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(cast.device))
+        return self
+
+
+def sdpa_mask(attention_mask: torch.Tensor | None, q_len: int, k_len: int, device: torch.device) -> torch.Tensor | None:
+    """The boolean mask [B or 1, 1, q_len, k_len] of the last q_len of k_len positions, or None where SDPA needs none.
+
+    attention_mask: [B, k_len], 1 for real tokens, 0 for padding; None when nothing is padded.
+    """
+    if attention_mask is None and q_len in (1, k_len):
+        return None  # one query sees everything; a square is `is_causal`
+    query = torch.arange(k_len - q_len, k_len, device=device)[:, None]
+    key = torch.arange(k_len, device=device)
+    mask = (query >= key)[None, None]
+    if attention_mask is not None:
+        # A padded query has no key to see and softmax would return NaN; let it see itself, nobody reads it.
+        mask = mask & attention_mask[:, None, None, :].bool() | (query == key)
+    return mask
+
+
+class SoftmaxAttention(nn.Module):
+    """Grouped-query softmax attention with RoPE, optional biases and per-head q/k RMSNorm (Qwen2, Qwen3, Llama).
+
+    Called like an FLA layer: returns (output [B, T, hidden_size], None, past_key_values), and keeps its keys and
+    values ([B, T, num_key_value_heads, head_dim], after RoPE) in FLA's cache, beside the states of linear layers.
+    """
+
+    def __init__(self, config: StudentConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.hidden_size = config.hidden_size
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        q_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=config.attention_output_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **_,
+    ):
+        """hidden_states [B, T, hidden_size]; attention_mask [B, past + T] of 0 and 1; position_embeddings (cos, sin),
+        each [B or 1, T, head_dim]."""
+        q_len = hidden_states.shape[1]
+        q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        if past_key_values is not None:
+            state = past_key_values.update(attn_state=(k, v), layer_idx=self.layer_idx, offset=q_len)
+            k, v = state["attn_state"]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = sdpa_mask(attention_mask, q_len, k.shape[2], q.device)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and q_len > 1, enable_gqa=self.num_kv_heads < self.num_heads
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None, past_key_values

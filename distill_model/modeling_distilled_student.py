@@ -1,0 +1,269 @@
+"""`StudentForCausalLM`: teacher, all-linear student and hybrid in one model class.
+
+Parameter names are FLA's and the same in all three, so that handing weights from one to the next is an operation on
+dicts with equal keys. With every layer kept the model *is* the teacher.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .cpu_ops import install as install_cpu_ops
+
+# An exported checkpoint brings this file, not the package's __init__, so the stand-ins are set up here: before FLA's
+# layers are imported, and only where there is no GPU for FLA's own kernels.
+install_cpu_ops()
+
+from fla.models.utils import Cache, FLAGenerationMixin  # noqa: E402
+
+from .attention import RotaryEmbedding, SoftmaxAttention  # noqa: E402
+from .config_distilled_student import StudentConfig  # noqa: E402
+from .losses import forward_kl, linear_cross_entropy  # noqa: E402
+from .student_layers import (  # noqa: E402
+    STUDENT_ATTENTION_MAP,
+    InitReport,
+    get_student_attention_class,
+    is_student_attention,
+)
+
+__all__ = [
+    "STUDENT_ATTENTION_MAP",
+    "StudentBlock",
+    "StudentForCausalLM",
+    "StudentModel",
+    "forward_kl",
+    "get_student_attention_class",
+]
+
+
+class SwiGLU(nn.Module):
+    """down(act(gate(x)) * up(x)), Shazeer, arXiv 2002.05202."""
+
+    def __init__(self, config: StudentConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LMHead(nn.Linear):
+    """The output projection. With `loss`, a function of (hidden, weight), it returns that loss and never the logits.
+
+    The loss runs inside forward() so that the hooks of ZeRO-3, which gather the weight, see it.
+    """
+
+    def forward(self, hidden: torch.Tensor, loss=None) -> torch.Tensor:
+        return super().forward(hidden) if loss is None else loss(hidden, self.weight)
+
+
+class StudentBlock(GradientCheckpointingLayer):
+    """Pre-norm block: x + attn(norm(x)), then x + mlp(norm(x)). `attn` is softmax or linear, as the config says."""
+
+    def __init__(self, config: StudentConfig, layer_idx: int):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if layer_idx in config.keep_full_attention_layers:
+            self.attn = SoftmaxAttention(config, layer_idx)
+        else:
+            self.attn = get_student_attention_class(config.student_name)(config, layer_idx, **config.student_options)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class StudentPreTrainedModel(PreTrainedModel):
+    config_class = StudentConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StudentBlock"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if is_student_attention(module) and module.A_log.device.type != "meta":
+            module.init_fresh()
+
+
+class StudentModel(StudentPreTrainedModel):
+    """Embeddings, blocks and final norm."""
+
+    def __init__(self, config: StudentConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(StudentBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings = value
+
+    def position_embeddings(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """RoPE's (cos, sin), each [B or 1, T, head_dim], in the dtype of hidden_states [B, T, hidden_size].
+
+        position_ids [B or 1, T]; None counts from 0.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        return self.rotary_emb(hidden_states, position_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """input_ids [B, T]; attention_mask [B, past + T], 0 for padding. Returns last_hidden_state [B, T, hidden_size]
+        after the final norm."""
+        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if not use_cache:
+            past_key_values = None
+        elif past_key_values is None:
+            past_key_values = Cache()
+        q_len, past = hidden_states.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None  # nothing is padded: spares the linear layers their unpadding
+        if position_ids is None:
+            if attention_mask is not None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -q_len:]
+            else:
+                position_ids = torch.arange(past, past + q_len, device=hidden_states.device)[None]
+        position_embeddings = self.position_embeddings(hidden_states, position_ids)
+        for block in self.layers:
+            hidden_states = block(
+                hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
+    """The language model. See `forward` for its losses and `from_teacher` for its start."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+
+    def __init__(self, config: StudentConfig):
+        super().__init__(config)
+        self.model = StudentModel(config)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> LMHead:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: LMHead) -> None:
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        labels: torch.Tensor | None = None,
+        teacher_hidden_states: torch.Tensor | None = None,
+        teacher_head_weight: torch.Tensor | None = None,
+        kl_temperature: float = 1.0,
+        kl_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        logits_to_keep: int | torch.Tensor = 0,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab_size] (the last `logits_to_keep` of them if that is not 0), or a loss without logits.
+
+        labels [B, T] alone, aligned with input_ids, -100 ignored: the mean cross-entropy of the next tokens.
+        teacher_hidden_states [B, T, teacher's hidden_size], after its final norm, with teacher_head_weight
+        [vocab_size, teacher's hidden_size]: kl_weight * tau^2 KL(teacher || student), the mean over all positions
+        (Hinton et al., arXiv 1503.02531), plus, where ce_weight is not 0, ce_weight * cross-entropy.
+        Raises ValueError if a loss that was asked for lacks its inputs.
+        """
+        if (teacher_hidden_states is None) != (teacher_head_weight is None):
+            raise ValueError("teacher_hidden_states and teacher_head_weight go together")
+        if teacher_hidden_states is not None and ce_weight and labels is None:
+            raise ValueError(f"ce_weight: {ce_weight} needs labels")
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        hidden_states = outputs.last_hidden_state
+
+        def cross_entropy(hidden, weight):
+            return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
+
+        def distillation(hidden, weight):
+            teacher = teacher_hidden_states.flatten(0, 1), teacher_head_weight
+            loss = kl_weight * forward_kl(hidden.flatten(0, 1), teacher[0], weight, teacher[1], kl_temperature)
+            return loss + ce_weight * cross_entropy(hidden, weight) if ce_weight else loss
+
+        loss = logits = None
+        if teacher_hidden_states is not None:
+            loss = self.lm_head(hidden_states, loss=distillation)
+        elif labels is not None:
+            loss = self.lm_head(hidden_states, loss=cross_entropy)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, keep])
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    @classmethod
+    @torch.no_grad()
+    def from_teacher(
+        cls, teacher: StudentForCausalLM, student_name: str, keep_full_attention_layers=(), student_options=None
+    ) -> tuple[StudentForCausalLM, dict[int, InitReport]]:
+        """A student with the teacher's weights: kept layers and all outside attention copied, linear layers initialised
+        from the attention they replace. Returns it, in the teacher's dtype, with a report a linear layer."""
+        config = copy.deepcopy(teacher.config)
+        config.student_name, config.student_options = student_name, dict(student_options or {})
+        config.keep_full_attention_layers = sorted(keep_full_attention_layers)
+        student = cls(config).to(teacher.dtype)
+        reports = {i: student.model.layers[i].attn.init_from_teacher(teacher.model.layers[i].attn)
+                   for i in config.linear_layers}  # fmt: skip
+        prefixes = tuple(f"model.layers.{i}.attn." for i in config.linear_layers)
+        state = {k: v for k, v in teacher.state_dict().items() if not k.startswith(prefixes)}
+        state |= {k: v for k, v in student.state_dict().items() if k.startswith(prefixes)}
+        student.load_state_dict(state)
+        return student, reports
+
+    @torch.no_grad()
+    def restore_full_attention(self, teacher: StudentForCausalLM, layers) -> StudentForCausalLM:
+        """A copy of this model in which `layers` hold the teacher's softmax attention again."""
+        config = copy.deepcopy(self.config)
+        config.keep_full_attention_layers = sorted({*config.keep_full_attention_layers, *layers})
+        hybrid = type(self)(config).to(self.dtype)
+        prefixes = tuple(f"model.layers.{i}.attn." for i in layers)
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith(prefixes)}
+        state |= {k: v for k, v in teacher.state_dict().items() if k.startswith(prefixes)}
+        hybrid.load_state_dict(state)
+        return hybrid
+
+
+StudentConfig.register_for_auto_class()
+StudentForCausalLM.register_for_auto_class("AutoModelForCausalLM")

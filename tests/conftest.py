@@ -1,0 +1,40 @@
+"""Tiny random teachers, shared by all tests. Everything runs without a network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+SHAPE = dict(
+    vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+)  # fmt: skip
+
+
+def random_teacher(folder, kind="qwen3", **overrides):
+    """Saves a tiny random Hugging Face teacher to `folder`, with biases and norms that are not 0 and 1; returns it."""
+    import transformers
+
+    model_class = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[kind]
+    head_dim = {} if kind == "qwen2" else {"head_dim": 16}
+    config = getattr(transformers, f"{model_class}Config")(**{**SHAPE, **head_dim, **overrides})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{model_class}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory):
+    """A tiny random Qwen3 checkpoint: grouped-query, head_dim different from hidden / heads, tied."""
+    folder = tmp_path_factory.mktemp("teacher")
+    random_teacher(folder, "qwen3", tie_word_embeddings=True)
+    return str(folder)

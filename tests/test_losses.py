@@ -1,0 +1,99 @@
+"""The chunked heads against the naive losses in float64: value and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill_model.losses import alignment_loss, forward_kl, linear_cross_entropy
+
+N, V, H, H_TEACHER = 37, 53, 12, 20
+
+
+def leaves(*shapes):
+    torch.manual_seed(0)
+    return [torch.randn(*shape, requires_grad=True) for shape in shapes]
+
+
+def double(*tensors):
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+def compare(loss, naive, tensors, references, scale=3.0):
+    torch.testing.assert_close(loss.double(), naive, rtol=1e-5, atol=1e-6)
+    (loss * scale).backward()
+    (naive * scale).backward()
+    for tensor, reference in zip(tensors, references):
+        torch.testing.assert_close(tensor.grad.double(), reference.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 36, 37, 1000])
+@pytest.mark.parametrize("ignored", [0, 5, N])
+def test_linear_cross_entropy(chunk_size, ignored):
+    hidden, weight = leaves((N, H), (V, H))
+    labels = torch.randint(0, V, (N,))
+    labels[torch.randperm(N)[:ignored]] = -100
+    h, w = double(hidden, weight)
+    naive = F.cross_entropy(h @ w.T, labels, reduction="sum") / max(1, N - ignored)
+    compare(linear_cross_entropy(hidden, weight, labels, chunk_size), naive, [hidden, weight], [h, w])
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 36, 37, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_forward_kl(chunk_size, temperature):
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
+    h, w, th, tw = double(hidden, weight, teacher_hidden, teacher_weight)
+    student, teacher = ((a @ b.T / temperature).log_softmax(-1) for a, b in ((h, w), (th, tw)))
+    naive = temperature**2 * (teacher.exp() * (teacher - student)).sum(-1).mean()
+    loss = forward_kl(hidden, teacher_hidden, weight, teacher_weight, temperature, chunk_size)
+    compare(loss, naive, [hidden, weight], [h, w])
+    assert teacher_hidden.grad is None and teacher_weight.grad is None
+
+
+def test_gradients_accumulate_over_micro_batches():
+    """Two half batches with half the weight give the gradient of the whole batch."""
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N - 1, H), (V, H), (N - 1, H_TEACHER), (V, H_TEACHER))
+    forward_kl(hidden, teacher_hidden, weight, teacher_weight, chunk_size=7).backward()
+    whole, weight.grad = weight.grad, None
+    for part in (slice(0, 18), slice(18, 36)):
+        (forward_kl(hidden[part], teacher_hidden[part], weight, teacher_weight, chunk_size=7) / 2).backward()
+    torch.testing.assert_close(weight.grad, whole)
+
+
+def test_only_the_wanted_gradients_are_made():
+    hidden, weight = leaves((N, H), (V, H))
+    labels = torch.randint(0, V, (N,))
+    linear_cross_entropy(hidden.detach(), weight, labels).backward()
+    assert hidden.grad is None and weight.grad is not None
+    weight.grad = None
+    linear_cross_entropy(hidden, weight.detach(), labels).backward()
+    assert hidden.grad is not None and weight.grad is None
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, labels).grad_fn is None
+
+
+def test_bfloat16_stays_near_float64():
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
+    low = [t.detach().bfloat16().requires_grad_() for t in (hidden, weight)]
+    h, w, th, tw = double(*low, teacher_hidden.bfloat16(), teacher_weight.bfloat16())
+    loss = forward_kl(low[0], th.bfloat16(), low[1], tw.bfloat16(), chunk_size=8)
+    naive = ((p := (th @ tw.T).log_softmax(-1)).exp() * (p - (h @ w.T).log_softmax(-1))).sum(-1).mean()
+    assert loss.dtype == torch.float32 and abs(loss.item() - naive.item()) < 0.01 * naive.item()
+    loss.backward()
+    naive.backward()
+    for a, b in zip(low, (h, w)):
+        assert a.grad.dtype == torch.bfloat16 and (a.grad.double() - b.grad).norm() < 0.02 * b.grad.norm()
+
+
+def test_different_vocabularies_are_refused():
+    with pytest.raises(ValueError, match="53 and 54"):
+        forward_kl(torch.randn(3, 4), torch.randn(3, 4), torch.randn(53, 4), torch.randn(54, 4))
+
+
+def test_alignment_loss():
+    a, b = torch.randn(2, 5, 16, dtype=torch.bfloat16), torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    squared = (a.double() - b.double()).square()
+    torch.testing.assert_close(alignment_loss(a, b).double(), squared.mean(), rtol=1e-5, atol=0)
+    l2 = (squared.sum(-1).sqrt() / 4).mean()
+    torch.testing.assert_close(alignment_loss(a, b, "l2").double(), l2, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="alignment_loss: 'huber'"):
+        alignment_loss(a, b, "huber")

@@ -1,0 +1,213 @@
+"""The model class: transfer from the teacher, causality, cached decoding, hand-over by save and load."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from convert import load_teacher
+from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM, check_student
+from distill_model.student_layers import expand_kv_heads
+
+STUDENTS = sorted(STUDENT_ATTENTION_MAP)
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_dir):
+    return load_teacher(teacher_dir)
+
+
+def hybrid(teacher, name="gdn_v4", kept=(1,)):
+    torch.manual_seed(1)
+    return StudentForCausalLM.from_teacher(teacher, name, kept)[0].eval()
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 2), (4, 1), (3, 3)])
+def test_expanded_kv_heads_give_the_teachers_attention(heads, kv_heads):
+    """A softmax attention with one kv head a query head, built from the expanded weights, equals the grouped one."""
+    head_dim, hidden, x = 8, 20, torch.randn(2, 7, 20).double()
+    q, k, v = (torch.randn(n * head_dim, hidden).double() for n in (heads, kv_heads, kv_heads))
+
+    def attend(k, v):
+        parts = [(x @ w.T).unflatten(-1, (-1, head_dim)).transpose(1, 2) for w in (q, k, v)]
+        return F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+
+    expanded = (expand_kv_heads(w, kv_heads, heads) for w in (k, v))
+    torch.testing.assert_close(attend(*expanded), attend(k, v))
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_tensor_is_accounted_for(teacher, name):
+    student, reports = StudentForCausalLM.from_teacher(teacher, name, [0])
+    assert sorted(reports) == [1, 2, 3]
+    ours, theirs = student.model.layers[2].attn, teacher.model.layers[2].attn
+    report = reports[2]
+    assert sorted(report.copied + report.transformed + report.fresh) == sorted(n for n, _ in ours.named_parameters())
+    assert set(report.dropped) == {"q_norm.weight", "k_norm.weight", "rope"}
+    for name in report.copied:
+        assert torch.equal(ours.get_parameter(name), theirs.get_parameter(name))
+    for name in report.transformed:
+        expected = expand_kv_heads(theirs.get_parameter(name), theirs.num_kv_heads, theirs.num_heads)
+        assert torch.equal(ours.get_parameter(name), expected)
+    for (name, a), (_, b) in zip(student.model.layers[0].named_parameters(), teacher.model.layers[0].named_parameters()):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("name", [n for n in STUDENTS if n in ("gdn_v3", "gdn_v4")])
+def test_the_output_gate_starts_neutral(teacher, name):
+    """With the gate's weights at their start, the layer equals the same layer without a gate."""
+    torch.manual_seed(0)
+    attn = hybrid(teacher, name, []).model.layers[0].attn
+    plain = {"gdn_v3": "gdn_v1", "gdn_v4": "gdn_v2"}[name]
+    other = hybrid(teacher, plain, []).model.layers[0].attn
+    other.load_state_dict({k: v for k, v in attn.state_dict().items() if k not in ("g_proj.weight", "o_norm.weight")}
+                          | {"o_norm.weight": torch.ones_like(other.o_norm.weight)})  # fmt: skip
+    x = torch.randn(2, 9, 48)
+    torch.testing.assert_close(attn(x)[0], other(x)[0])
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_causality(teacher, name):
+    model, ids = hybrid(teacher, name), torch.randint(0, 96, (2, 83))
+    changed = ids.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % 96
+    with torch.no_grad():
+        a, b = model(ids).logits, model(changed).logits
+    torch.testing.assert_close(a[:, :40], b[:, :40], atol=1e-5, rtol=1e-5)
+    assert (a[:, 40:] - b[:, 40:]).abs().amax(-1).min() > 0
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("length", [1, 9, 70])
+def test_prefill_and_decode_equal_the_full_forward(teacher, name, length):
+    model, ids = hybrid(teacher, name), torch.randint(1, 96, (3, length + 3))
+    mask = torch.ones_like(ids)
+    mask[0, : length // 2] = 0  # left padding
+    with torch.no_grad():
+        out = model(ids[:, :length], attention_mask=mask[:, :length], use_cache=True)
+        steps = [out.logits]
+        for t in range(length, length + 3):
+            out = model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=out.past_key_values,
+                        use_cache=True)  # fmt: skip
+            steps.append(out.logits)
+        steps = torch.cat(steps, 1)
+        full = model(ids, attention_mask=mask, use_cache=False).logits
+        alone = model(ids[:1, length // 2 :], use_cache=False).logits
+    real = mask.bool()
+    torch.testing.assert_close(steps[real], full[real], atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(full[0, length // 2 :], alone[0], atol=2e-4, rtol=1e-3)
+
+
+def test_generate(teacher):
+    """Greedy and beam search with a cache equal generation without one, left padding included."""
+    model, ids = hybrid(teacher), torch.randint(1, 96, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    kwargs = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    for extra in ({}, {"num_beams": 3}):
+        cached = model.generate(ids, **kwargs, **extra)
+        assert cached.shape == (2, 20)
+        assert torch.equal(cached, model.generate(ids, **kwargs, **extra, use_cache=False))
+
+
+def test_losses_equal_the_naive_ones(teacher):
+    model, ids = hybrid(teacher), torch.randint(0, 96, (2, 21))
+    with torch.no_grad():
+        logits, teacher_logits = model(ids).logits, teacher(ids).logits
+        hidden = teacher.model(ids).last_hidden_state
+    naive_ce = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    naive_kl = 4 * F.kl_div((logits / 2).log_softmax(-1).flatten(0, 1), (teacher_logits / 2).softmax(-1).flatten(0, 1),
+                            reduction="batchmean")  # fmt: skip
+    torch.testing.assert_close(model(ids, labels=ids).loss, naive_ce)
+    head = dict(teacher_hidden_states=hidden, teacher_head_weight=teacher.lm_head.weight, kl_temperature=2.0)
+    torch.testing.assert_close(model(ids, **head).loss, naive_kl, atol=1e-5, rtol=1e-4)
+    mixed = model(ids, labels=ids, kl_weight=0.5, ce_weight=0.25, **head).loss
+    torch.testing.assert_close(mixed, 0.5 * naive_kl + 0.25 * naive_ce, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_gradient_checkpointing_gives_the_same_gradients(teacher, name):
+    model, ids = hybrid(teacher, name).train(), torch.randint(0, 96, (2, 19))
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    plain = gradients()
+    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in plain.values())
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+        for key, gradient in gradients().items():
+            torch.testing.assert_close(gradient, plain[key], atol=1e-6, rtol=1e-5, msg=lambda m: f"{key}: {m}")
+
+
+def test_restoring_all_layers_gives_the_teacher(teacher):
+    student = hybrid(teacher, kept=())
+    with torch.no_grad():
+        student.model.layers[0].mlp.up_proj.weight.copy_(teacher.model.layers[0].mlp.up_proj.weight)
+    restored, ids = student.restore_full_attention(teacher, range(4)).eval(), torch.randint(0, 96, (1, 11))
+    with torch.no_grad():
+        assert torch.equal(restored(ids).logits, teacher(ids).logits)
+    one = student.restore_full_attention(teacher, [2])
+    assert one.config.keep_full_attention_layers == [2] and student.config.keep_full_attention_layers == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load_change_nothing(teacher, tmp_path, dtype):
+    model = hybrid(teacher).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    model.save_pretrained(tmp_path)
+    again = StudentForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == dtype and again.lm_head.weight is again.model.embeddings.weight
+    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(model.model.rotary_emb.inv_freq, again.model.rotary_emb.inv_freq)
+
+
+def test_a_checkpoint_loads_without_the_repository(teacher, tmp_path):
+    """trust_remote_code, in a fresh process, from another directory: the code that travels is enough."""
+    model, ids = hybrid(teacher), torch.arange(1, 12)[None]
+    model.save_pretrained(tmp_path / "checkpoint")
+    script = f"""
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "checkpoint")!r}, trust_remote_code=True).eval()
+with torch.no_grad():
+    torch.save(model(torch.arange(1, 12)[None]).logits, "logits.pt")
+"""
+    env = {"HF_HOME": str(tmp_path / "hf"), "PATH": "", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=env)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("gdn_v99", {}, "gdn_v99.*gdn_v4"),
+        ("gdn_v4", {"num_slots": 3}, "num_slots.*conv_size"),
+        ("gdn_v3", {"conv_size": "4"}, "conv_size: '4' must be of type int"),
+        ("gdn_v4", {"allow_neg_eigval": 1}, "allow_neg_eigval.*bool"),
+    ],
+)
+def test_bad_students_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_student(name, options)
+
+
+@pytest.mark.parametrize("kept", [[4], [-1], [1, 1]])
+def test_bad_kept_layers_are_refused(kept):
+    with pytest.raises(ValueError, match="keep_full_attention_layers"):
+        StudentConfig(num_hidden_layers=4, student_name="gdn_v4", keep_full_attention_layers=kept)
+
+
+def test_linear_layers_need_a_student_name():
+    with pytest.raises(ValueError, match="student_name"):
+        StudentConfig(num_hidden_layers=4, keep_full_attention_layers=[0])
