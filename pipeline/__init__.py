@@ -1,0 +1,1 @@
+"""What several scripts share and no model needs: config, batch plan, data, run folder, environment."""

@@ -1,0 +1,55 @@
+"""How many steps a run takes, and how a batch is spread over devices and micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """steps optimiser steps of `batch_size` sequences: world_size x grad_accum x micro_batch_size."""
+
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    grad_accum: int
+    world_size: int
+    seq_len: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def warmup_limit(self) -> int:
+        """A tenth of the run: longer warm-ups would be most of a short run."""
+        return max(1, self.steps // 10)
+
+    def every(self, steps: int | None) -> int:
+        """`steps`, or a tenth of the run; never beyond the run's end, so that at least one save and one eval happen."""
+        return min(self.steps, steps or max(1, self.steps // 10))
+
+    def epochs(self, num_chunks: int) -> float:
+        return self.steps * self.batch_size / num_chunks
+
+
+def batch_plan(cfg: Config, world_size: int) -> BatchPlan:
+    """The plan, exact: the global batch is train.batch_size or it is a ConfigError."""
+    train = cfg.train
+    per_pass = train.micro_batch_size * world_size
+    if train.batch_size % per_pass:
+        raise ConfigError(
+            f"train.batch_size: {train.batch_size} must be a multiple of micro_batch_size x devices "
+            f"({train.micro_batch_size} x {world_size} = {per_pass}); "
+            f"try {max(1, round(train.batch_size / per_pass)) * per_pass} or a smaller micro_batch_size"
+        )
+    steps = train.max_steps or max(1, train.target_tokens // (train.batch_size * train.train_seq_len))
+    return BatchPlan(
+        steps, train.batch_size, train.micro_batch_size, train.batch_size // per_pass, world_size, train.train_seq_len
+    )

@@ -1,0 +1,1 @@
+"""The quickstart's own steps, run by quickstart.sh: corpus and tokenizer, teacher, report."""

@@ -1,0 +1,135 @@
+"""A small Qwen3 teacher, trained from scratch with Hugging Face's own Qwen3ForCausalLM in a plain loop.
+
+    python -m quickstart.train_teacher --data quickstart_out/data/chunked_context256 \
+        --tokenizer quickstart_out/tokenizer --output_dir quickstart_out/teacher
+
+It trains on the chunks that the distillation trains on, and is judged on the part held out from both. The result is a
+plain Hugging Face checkpoint with its tokenizer; <output_dir>.json says what it reached. Unless --tiny it must predict:
+the held-out loss at least half a nat under the unigram entropy, or the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, get_cosine_schedule_with_warmup
+
+from pipeline.data import open_chunks, tokenizer_fingerprint
+
+# Four query heads share two key/value heads, and head_dim is not hidden_size / heads: what real teachers do.
+SHAPE = dict(
+    hidden_size=192, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+    intermediate_size=576,
+)  # fmt: skip
+TINY_SHAPE = SHAPE | dict(hidden_size=48, num_hidden_layers=4, head_dim=16, intermediate_size=96)
+BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 4, 3e-3, 50, 0.1
+EVAL_CHUNKS = 64
+
+
+def token_ids(chunks, rows) -> torch.Tensor:
+    """The chunks of these row numbers, [len(rows), T]."""
+    return torch.as_tensor(chunks[list(rows)]["input_ids"], dtype=torch.long)
+
+
+def unigram_entropy(ids: torch.Tensor) -> float:
+    """Entropy in nats of the tokens' own frequencies: no model that ignores the context has a lower loss on them."""
+    counts = ids.flatten().bincount().double()
+    p = counts[counts > 0] / counts.sum()
+    return -(p * p.log()).sum().item()
+
+
+@torch.no_grad()
+def heldout_loss(model, ids: torch.Tensor) -> float:
+    """Mean next-token cross-entropy over ids [N, T]."""
+    model.eval()
+    losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in ids.split(8)]
+    model.train()
+    return sum(losses) / len(ids)
+
+
+def train(model, chunks, steps: int, device: torch.device, seed: int) -> list[float]:
+    """Trains in place on random chunks, without repeats within an epoch; returns the loss of every step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, steps // 5), steps)
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(steps * BATCH_SIZE / len(chunks))
+    order = torch.cat([torch.randperm(len(chunks), generator=generator) for _ in range(epochs)]).tolist()
+    losses = []
+    with tqdm(range(steps), desc="teacher", unit="step") as bar:
+        for step in bar:
+            batch = token_ids(chunks, order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]).to(device)
+            loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a folder written by preprocess_chunk.py")
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=660)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true", help="a smaller model, and no demand on its loss")
+    args = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    context = json.loads((Path(args.data) / "metadata.json").read_text())["context_length"]
+    chunks = open_chunks(args.data, context, tokenizer_fingerprint(tokenizer))
+    heldout = token_ids(chunks.heldout, range(min(EVAL_CHUNKS, len(chunks.heldout))))
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        **(TINY_SHAPE if args.tiny else SHAPE),
+    )
+    model = Qwen3ForCausalLM(config).to(device)
+    print(f"Teacher: {model.num_parameters() / 1e6:.1f}M parameters, {args.steps} steps of {BATCH_SIZE} x {context} tokens")
+
+    start = time.monotonic()
+    losses = train(model, chunks.train, args.steps, device, args.seed)
+    seconds = time.monotonic() - start
+    result = {
+        "heldout_loss": heldout_loss(model, heldout.to(device)),
+        "unigram_entropy": unigram_entropy(heldout),
+        "steps": args.steps,
+        "tokens": args.steps * BATCH_SIZE * context,
+        "seconds": round(seconds, 1),
+        "losses": [round(x, 4) for x in losses],
+    }
+    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    args.output_dir.with_name(args.output_dir.name + ".json").write_text(json.dumps(result) + "\n")
+    shutil.rmtree(args.output_dir, ignore_errors=True)
+    partial.rename(args.output_dir)  # last: the folder is there only when it is complete
+    verdict = f"held-out loss {result['heldout_loss']:.3f}, unigram entropy {result['unigram_entropy']:.3f}"
+    print(f"Teacher: {verdict}; {result['tokens'] / seconds:.0f} tokens/s; saved in {args.output_dir}")
+    if not args.tiny and result["heldout_loss"] > result["unigram_entropy"] - 0.5:
+        sys.exit(f"--steps {args.steps}: the teacher does not predict yet ({verdict}); give it more steps or a larger corpus")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(str(error))

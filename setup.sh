@@ -1,0 +1,59 @@
+# The set-up behind quickstart.sh and run_tests.sh. Source it from bash:  source setup.sh
+# Makes .venv beside this file, installs requirements.txt into it, and activates it. Where that was done before it only
+# activates: no network, no time. PYTHON=/path/to/python3 chooses the interpreter of a new .venv.
+
+say() { printf '\n== %s\n' "$*"; }
+die() { printf '%s\n' "$*" >&2; exit 1; }
+
+SETUP_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+# What an installation is made of: the pins and the interpreter.
+setup_stamp() {
+    "$SETUP_ROOT/.venv/bin/python" - "$SETUP_ROOT/requirements.txt" 2>/dev/null <<'PY'
+import hashlib, pathlib, sys
+print(hashlib.sha256(pathlib.Path(sys.argv[1]).read_bytes()).hexdigest(), sys.version.split()[0])
+PY
+}
+
+set_up() {
+    local venv=$SETUP_ROOT/.venv stamp=$SETUP_ROOT/.venv/installed.txt python start=$SECONDS pins
+    if [[ -s $stamp && $(setup_stamp) == "$(<"$stamp")" ]]; then
+        return
+    fi
+    say "Set-up: installs requirements.txt into $venv, about 3 minutes (once; needs a network and some 3 GB, more with a GPU)"
+    command -v "${CXX:-g++}" >/dev/null || die "g++: not found, DeepSpeed needs a C++ compiler; install one (Debian: apt-get install g++) or set CXX."
+    rm -f "$stamp"
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        python=$(find_python) || die "${PYTHON:-python3}: Python 3.10 or newer is needed; install one or set PYTHON=/path/to/python3."
+        "$python" -m venv --clear "$venv" ||
+            die "$venv: cannot be made with $python; install its venv module (Debian: apt-get install python3-venv)."
+    fi
+    "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "$venv: made with a Python older than 3.10; remove it and start again."
+    # torch first, for DeepSpeed imports it while it builds; DeepSpeed last, in this environment instead of a fresh one.
+    pins=$(mktemp)
+    grep -E '^(torch|setuptools|wheel|ninja|numpy)==' "$SETUP_ROOT/requirements.txt" >"$pins"
+    "$venv/bin/python" -m pip install -r "$pins" || die "Set-up: pip failed at torch (above); mend that and start again, what is there stays."
+    grep -v '^deepspeed==' "$SETUP_ROOT/requirements.txt" >"$pins"
+    "$venv/bin/python" -m pip install -r "$pins" || die "Set-up: pip failed (above); mend that and start again, what is there stays."
+    "$venv/bin/python" -m pip install --no-build-isolation -r "$SETUP_ROOT/requirements.txt" ||
+        die "Set-up: pip failed at deepspeed (above); mend that and start again, what is there stays."
+    rm -f "$pins"
+    setup_stamp >"$stamp" # last: an interrupted installation has no stamp and goes on next time
+    say "Set-up: done in $((SECONDS - start)) s"
+}
+
+set_up
+source "$SETUP_ROOT/.venv/bin/activate"
+export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
