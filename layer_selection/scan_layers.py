@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from pipeline.data import open_chunks, tokenizer_fingerprint
+from pipeline.data import load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
 
 
 @torch.no_grad()
@@ -78,8 +77,8 @@ def main() -> None:
         raise ValueError(f"--keep: {keep} must be between 1 and the student's {layers} layers")
     if student.config.keep_full_attention_layers:
         raise ValueError(f"--student: {args.student} keeps layers already; pass stage 1's all-linear converted-hf")
-    context = json.loads((Path(args.data) / "metadata.json").read_text())["context_length"]
-    train = open_chunks(args.data, context, tokenizer_fingerprint(AutoTokenizer.from_pretrained(args.teacher))).train
+    context = read_metadata(args.data)["context_length"]
+    train = open_chunks(args.data, context, tokenizer_fingerprint(load_tokenizer(args.teacher))).train
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.chunks].tolist()
     ids = torch.as_tensor(train[rows]["input_ids"], dtype=torch.long, device=device)
     baseline, kls = scan(student, teacher, list(ids.split(args.batch_size)))

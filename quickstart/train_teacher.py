@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, get_cosine_schedule_with_warmup
+from transformers import Qwen3Config, Qwen3ForCausalLM, get_cosine_schedule_with_warmup
 
-from pipeline.data import open_chunks, tokenizer_fingerprint
+from pipeline.data import load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
 
 # Four query heads share two key/value heads, and head_dim is not hidden_size / heads: what real teachers do.
 SHAPE = dict(
@@ -89,8 +89,8 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    context = json.loads((Path(args.data) / "metadata.json").read_text())["context_length"]
+    tokenizer = load_tokenizer(args.tokenizer)
+    context = read_metadata(args.data)["context_length"]
     chunks = open_chunks(args.data, context, tokenizer_fingerprint(tokenizer))
     heldout = token_ids(chunks.heldout, range(min(EVAL_CHUNKS, len(chunks.heldout))))
     config = Qwen3Config(

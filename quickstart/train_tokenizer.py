@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.data import documents
+
 EOS = "<|endoftext|>"
 NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
@@ -55,22 +57,6 @@ def copy_stdlib(folder: Path, max_files: int | None = None) -> int:
         copied += 1
     partial.rename(folder)
     return copied
-
-
-def documents(corpus: str, text_field: str) -> Iterator[str]:
-    """The texts of a local file, of every readable file of a folder, or of a hub dataset's train split (streamed)."""
-    path = Path(corpus)
-    if not path.exists():
-        from datasets import load_dataset
-
-        for row in load_dataset(corpus, split="train", streaming=True):
-            yield row[text_field]
-        return
-    for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
-        try:
-            yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
 
 
 def limited(texts: Iterator[str], max_chars: int) -> Iterator[str]:
@@ -117,7 +103,8 @@ def main() -> None:
     if corpus is None:
         corpus = str(args.stdlib_dir)
         print(f"Corpus: {copy_stdlib(args.stdlib_dir, args.max_files)} files of Python's standard library in {corpus}")
-    tokenizer = train_tokenizer(limited(documents(corpus, args.text_field), args.max_chars), args.vocab_size)
+    texts = (text for text, _ in documents(corpus, None, "train", args.text_field, []))
+    tokenizer = train_tokenizer(limited(texts, args.max_chars), args.vocab_size)
     tokenizer.save_pretrained(args.output_dir)
     print(f"Tokenizer: {len(tokenizer)} entries in {args.output_dir}, {time.monotonic() - start:.0f} s")
 

@@ -32,9 +32,24 @@ def random_teacher(folder, kind="qwen3", **overrides):
     return model
 
 
+def save_tokenizer(folder, extra=None):
+    """Saves a tiny BPE tokenizer of 96 entries (and `extra`, if given) with an EOS token to `folder`."""
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    text = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;()[]{}+-*/=_<>'#\n\t"
+    symbols = [ByteLevelBPETokenizer().pre_tokenizer.pre_tokenize_str(c)[0][0] for c in text]
+    vocabulary = ["<eos>", *dict.fromkeys(symbols), *([extra] if extra else [])]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory):
     """A tiny random Qwen3 checkpoint: grouped-query, head_dim different from hidden / heads, tied."""
     folder = tmp_path_factory.mktemp("teacher")
     random_teacher(folder, "qwen3", tie_word_embeddings=True)
+    save_tokenizer(folder)
     return str(folder)

@@ -1,0 +1,217 @@
+"""Corpora, tokenised documents and fixed-length chunks on disk, with metadata that says what made them.
+
+Every data folder holds `train.arrow`, `heldout.arrow` and `metadata.json`; the arrow files are memory-mapped, so
+neither writing nor reading needs memory for the corpus. Folders are written under a temporary name and renamed when
+complete: one that exists is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SPLITS = ("train", "heldout")
+METADATA = "metadata.json"
+TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+PIECE = 1 << 20  # characters of a text file read at a time
+
+
+class DataError(ValueError):
+    """Data that cannot be used; its message is one line naming file or option, value and cure."""
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers
+def load_tokenizer(name_or_path: str):
+    """The tokenizer of a checkpoint or folder. Raises DataError if there is none."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        folder = Path(name_or_path)
+        settings = folder / "tokenizer_config.json"
+        # AutoTokenizer trusts config.json's model_type more than the tokenizer itself and would put Qwen2's in place
+        # of a home-made one.
+        generic = settings.is_file() and json.loads(settings.read_text()).get("tokenizer_class") in (
+            "PreTrainedTokenizerFast",
+            "TokenizersBackend",
+        )
+        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"tokenizer: {name_or_path!r} has none that loads ({reason})") from None
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"tokenizer: {name_or_path!r} has no EOS token to put between documents; set eos_token")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """A hash of what decides the ids: the vocabulary, merges and normalisation, and EOS; not of where it lies."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for volatile in ("padding", "truncation"):
+        state.pop(volatile, None)
+    text = json.dumps([state, tokenizer.eos_token_id], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------ folders
+def read_metadata(folder: str | Path) -> dict:
+    """The metadata of a data folder. Raises DataError if the folder is missing or not one of ours."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; make it with preprocess_chunk.py")
+    try:
+        return json.loads((folder / METADATA).read_text())
+    except (OSError, ValueError):
+        raise DataError(f"{folder}: holds no readable {METADATA}; make the folder anew with preprocess_chunk.py") from None
+
+
+def is_done(folder: Path, key: dict) -> bool:
+    """Whether `folder` already holds what `key` describes. Raises DataError if it holds something else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    found = read_metadata(folder)
+    for name, value in key.items():
+        if found.get(name) != value:
+            raise DataError(f"{folder}: was made with {name} {found.get(name)!r}, not {value!r}; choose another --output_dir or remove it")
+    return True
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends, and vanishes if it raises."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------ corpora
+def _text_files(path: Path) -> list[Path]:
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name[0] != ".")
+    if not files:
+        raise DataError(f"--dataset_name: {path} holds no files")
+    return files
+
+
+def _is_local(name: str) -> bool:
+    path = Path(name).expanduser()
+    if path.exists():
+        return True
+    # Hub names are `name` or `owner/name`; anything else can only have meant a path.
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in (".txt", *TABLES):
+        raise DataError(f"--dataset_name: {name} does not exist")
+    return False
+
+
+def corpus_key(name: str) -> str:
+    """What identifies a corpus: a hub name, or a hash of the names, sizes and times of local files."""
+    if not _is_local(name):
+        return name
+    root = Path(name).expanduser()
+    stats = [(str(f.relative_to(root)), (s := f.stat()).st_size, s.st_mtime_ns) for f in _text_files(root)]
+    return f"local-{hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]}"
+
+
+def _pieces(file: Path) -> Iterator[tuple[str, bool]]:
+    """A text file as pieces of about PIECE characters, cut at line ends, with whether each ends the document."""
+    with file.open(encoding="utf-8") as lines:
+        piece, size = [], 0
+        for line in lines:
+            if size >= PIECE:
+                yield "".join(piece), False
+                piece, size = [], 0
+            piece.append(line)
+            size += len(line)
+        if size:
+            yield "".join(piece), True
+
+
+def _rows(table, text_field: str, source: str) -> Iterator[tuple[str, bool]]:
+    for row in table:
+        if text_field not in row:
+            raise DataError(f"--text_field: {text_field!r} is no column of {source}; its columns are {', '.join(row)}")
+        if row[text_field]:
+            yield row[text_field], True
+
+
+def documents(name: str, config: str | None, split: str, text_field: str, remove_columns: list[str]) -> Iterator[tuple[str, bool]]:
+    """Streams (text, ends_a_document) from a hub dataset or local text, json, jsonl or parquet files.
+
+    Text files of any other suffix are a document each; those that are not UTF-8 are skipped.
+    """
+    from datasets import load_dataset
+
+    if not _is_local(name):
+        try:
+            table = load_dataset(name, config, split=split, streaming=True)
+        except Exception as error:  # the hub's clients raise a dozen kinds for a name, a network, a token
+            raise DataError(f"--dataset_name: {name!r} is no local path and the hub did not give it ({str(error).splitlines()[0]})") from None
+        yield from _rows(table.remove_columns(remove_columns) if remove_columns else table, text_field, name)
+        return
+    for file in _text_files(Path(name).expanduser()):
+        if kind := TABLES.get(file.suffix):
+            table = load_dataset(kind, data_files=str(file), split="train", streaming=True)
+            yield from _rows(table.remove_columns(remove_columns) if remove_columns else table, text_field, str(file))
+        else:
+            try:
+                yield from _pieces(file)
+            except UnicodeDecodeError:
+                continue
+
+
+# ------------------------------------------------------------------------------------------------ chunks
+@dataclass(frozen=True)
+class Chunks:
+    """Fixed-length token sequences: datasets with a column `input_ids`, and what made them."""
+
+    train: object
+    heldout: object | None  # None where nothing was held out
+    metadata: dict
+
+
+def open_chunks(cache_dir: str, train_seq_len: int, fingerprint: str | None = None) -> Chunks:
+    """The chunks of `data.cache_dir`, memory-mapped. Raises DataError if they are missing or made for another run."""
+    try:
+        metadata = read_metadata(cache_dir)
+    except DataError as error:
+        raise DataError(f"data.cache_dir: {error}") from None
+    if metadata.get("context_length") != train_seq_len:
+        raise DataError(
+            f"data.cache_dir: {cache_dir} holds chunks of {metadata.get('context_length')} tokens, but "
+            f"train.train_seq_len is {train_seq_len}; make others with preprocess_chunk.py --context_length {train_seq_len}"
+        )
+    if fingerprint not in (None, metadata["tokenizer_fingerprint"]):
+        raise DataError(
+            f"data.cache_dir: {cache_dir} was made with the tokenizer {metadata['tokenizer']}, which is not the "
+            "teacher's; preprocess again with --tokenizer set to the teacher"
+        )
+    heldout = open_split(Path(cache_dir), "heldout") if metadata["heldout_chunks"] else None
+    return Chunks(open_split(Path(cache_dir), "train"), heldout, metadata)
+
+
+def open_split(folder: Path, split: str):
+    """The memory-mapped dataset of a data folder's split."""
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_file(str(folder / f"{split}.arrow"))
+    except (OSError, ValueError):
+        raise DataError(f"{folder / split}.arrow: missing or damaged; preprocess again") from None
+
+
+def collate(rows: list[dict]) -> dict:
+    """A batch {"input_ids": [B, T] int64}. No attention mask: an all-ones one sends FLA's layers down their slow path."""
+    import numpy
+    import torch
+
+    return {"input_ids": torch.from_numpy(numpy.stack([row["input_ids"] for row in rows]).astype("int64"))}
