@@ -7,8 +7,6 @@
 # --tiny (or QUICKSTART_TINY=1): every step in seconds, to see that it runs; nothing is learnt.
 # QUICKSTART_OUT: the folder for all results (quickstart_out). Run again, it goes on behind the last finished step.
 set -euo pipefail
-cd "$(dirname "$0")"
-source ./setup.sh
 
 TINY=${QUICKSTART_TINY:-}
 [[ $TINY == 0 ]] && TINY=
@@ -16,16 +14,20 @@ CORPUS=
 for argument in "$@"; do
     case $argument in
         --tiny) TINY=1 ;;
-        -*) die "$argument: unknown option; usage: bash quickstart.sh [--tiny] [CORPUS]" ;;
-        *) [[ -z $CORPUS ]] || die "$argument: a second corpus; give one at most"; CORPUS=$argument ;;
+        -*) echo "$argument: unknown option; usage: bash quickstart.sh [--tiny] [CORPUS]" >&2; exit 2 ;;
+        *) [[ -z $CORPUS ]] || { echo "$argument: a second corpus; give one at most" >&2; exit 2; }; CORPUS=$argument ;;
     esac
 done
-OUT=${QUICKSTART_OUT:-quickstart_out}
-OUT=${OUT%/}
+# Paths count from where the command was typed, not from here.
+[[ -e $CORPUS ]] && CORPUS=$(realpath "$CORPUS")
+OUT=quickstart_out
+[[ -n ${QUICKSTART_OUT:-} ]] && OUT=$(realpath -m "$QUICKSTART_OUT")
+cd "$(dirname "$0")"
+source ./setup.sh
 
 # One process with all cores: on two cores, two processes train no faster and start slower.
 CORES=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CORES} WANDB_MODE=${WANDB_MODE:-disabled} TQDM_MININTERVAL=${TQDM_MININTERVAL:-2}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CORES} TQDM_MININTERVAL=${TQDM_MININTERVAL:-2}
 if ! python -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null; then
     export DS_ACCELERATOR=cpu
 fi

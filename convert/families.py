@@ -46,7 +46,7 @@ RENAMED = {
 SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
-    "initializer_range", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+    "initializer_range", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "dtype",
 )  # fmt: skip
 ROPE_TYPES = ("default", "llama3", "linear", "dynamic", "yarn")
 ACTIVATIONS = ("silu", "swish")

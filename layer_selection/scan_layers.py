@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
@@ -63,10 +64,11 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a folder written by preprocess_chunk.py")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--keep", type=int, help="how many layers to keep; default: a quarter")
-    parser.add_argument("--chunks", type=int, default=32, help="training chunks to measure on")
+    parser.add_argument("--chunks", type=int, default=24, help="training chunks to measure on")
     parser.add_argument("--batch_size", type=int, default=8)
     args = parser.parse_args()
 
+    disable_progress_bar()  # transformers' own, a line for every file read
     start = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = StudentForCausalLM.from_pretrained(args.student, dtype=torch.float32).to(device).eval()

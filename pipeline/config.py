@@ -67,7 +67,7 @@ class TrainConfig:
     student_init_ckpt: str | None = key(None, help="start of stage 2 (stage 1's converted-hf) and stage 3 (stage 2's)")
     max_length: int | None = key(None, help="accepted; must equal train_seq_len")
     add_eos_token: bool | None = key(None, help="accepted; preprocessing always puts EOS between documents")
-    resume_from_checkpoint: str | bool | None = key(None, help="auto or true: go on from the newest checkpoint in output_dir; a folder: from that one")
+    resume_from_checkpoint: str | bool | None = key("auto", help="auto or true: go on from the newest checkpoint in output_dir, if any; null: refuse if there is one; a folder: from that one")
     gradient_checkpointing: bool = key(False, help="recompute activations in backward instead of storing them")
     alignment_loss: str = key("mse", help="stage 1: mse, or l2 (norm over sqrt(D), RADLADS)", choices=("mse", "l2"))
     kl_temperature: float = key(1.0, help="stage 2: temperature tau; the loss is tau^2 KL", minimum=1e-3)
@@ -82,7 +82,7 @@ class TrainConfig:
     save_total_limit: int = key(2, help="checkpoints kept", minimum=1)
     eval_steps: int | None = key(None, help="steps between held-out evaluations; null: a tenth of the run", minimum=1)
     eval_batches: int = key(16, help="micro-batches of a held-out evaluation during training", minimum=1)
-    logging_steps: int = key(1, help="steps between logged metrics", minimum=1)
+    logging_steps: int = key(10, help="steps between logged metrics", minimum=1)
     report_to: str = key("auto", help="wandb or none; auto: wandb if WANDB_API_KEY or WANDB_MODE is set", choices=("auto", "wandb", "none"))
     seed: int = key(42, help="seed of data order and fresh weights", minimum=0)
 

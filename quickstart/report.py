@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
@@ -43,12 +44,17 @@ class Result:
 
 
 @torch.no_grad()
-def measure(model: StudentForCausalLM, teacher: StudentForCausalLM, ids: torch.Tensor) -> tuple[float, float, float]:
-    """(loss, KL(teacher || model), share of positions with the teacher's argmax) over ids [N, T]."""
+def measure(
+    model: StudentForCausalLM, teacher: StudentForCausalLM, ids: torch.Tensor, hidden: torch.Tensor
+) -> tuple[float, float, float]:
+    """(loss, KL(teacher || model), share of positions with the teacher's argmax) over ids [N, T].
+
+    hidden [N, T, H]: the teacher's hidden states on them, after its final norm.
+    """
     loss = kl = agreement = 0.0
-    for batch in ids.split(BATCH_SIZE):
+    for batch, teacher_hidden in zip(ids.split(BATCH_SIZE), hidden.split(BATCH_SIZE)):
         ours = model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
-        theirs = teacher(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+        theirs = teacher.lm_head(teacher_hidden).float().log_softmax(-1)
         loss -= ours[:, :-1].gather(-1, batch[:, 1:, None]).mean().item() * len(batch)
         kl += (theirs.exp() * (theirs - ours)).sum(-1).mean().item() * len(batch)
         agreement += (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item() * len(batch)
@@ -186,6 +192,7 @@ def alignment_bars(before: list[float], after: list[float], kept: list[int]) -> 
     axis.bar([i - 0.2 for i in layers], before, 0.38, color="#d9b382", label="before stage 1")
     axis.bar([i + 0.2 for i in layers], after, 0.38, color="#4a6fa5", label="after stage 1")
     axis.set_xticks(list(layers), [f"{i}\nkept" if i in kept else str(i) for i in layers])
+    axis.set_yscale("log")
     axis.set_xlabel("layer", fontsize=9)
     axis.set_ylabel("relative squared error", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
@@ -246,6 +253,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="measure, but do not demand")
     args = parser.parse_args()
 
+    disable_progress_bar()  # transformers' own, a line for every file read
     out, start = args.out, time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(str(out / "teacher"))
@@ -255,7 +263,7 @@ def main() -> int:
         chunks = open_chunks(str(out / "data" / f"chunked_context{context}"), context, fingerprint).heldout
         return torch.as_tensor(chunks[: min(count, len(chunks))]["input_ids"], dtype=torch.long, device=device)
 
-    ids, long_ids = heldout(args.context, args.chunks), heldout(args.long_context, max(1, args.chunks // 2))
+    ids, long_ids = heldout(args.context, args.chunks), heldout(args.long_context, max(1, args.chunks // 4))
     prompt = ids[len(ids) // 2 : len(ids) // 2 + 1, :PROMPT_TOKENS]
     scan = json.loads((out / "layer_scan" / "layer_scan.json").read_text())
     teacher = load_teacher(str(out / "teacher")).to(device)
@@ -264,6 +272,8 @@ def main() -> int:
         folder = out / f"stage{stage}" / "converted-hf"
         return StudentForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
 
+    with torch.no_grad():
+        hidden = torch.cat([teacher.model(b, use_cache=False).last_hidden_state for b in ids.split(BATCH_SIZE)])
     student = exported(1)
     kept = exported(2).config.keep_full_attention_layers
     torch.manual_seed(0)
@@ -283,7 +293,7 @@ def main() -> int:
     for name, build in tqdm(models.items(), desc="report", unit="model"):
         model = build()
         results.append(
-            Result(name, *measure(model, teacher, ids), mean_loss(model, long_ids), sample(model, tokenizer, prompt))
+            Result(name, *measure(model, teacher, ids, hidden), mean_loss(model, long_ids), sample(model, tokenizer, prompt))
         )
     curves = {stage: read_losses(out / f"stage{stage}") for stage in STAGES}
     taught = json.loads((out / "teacher.json").read_text())

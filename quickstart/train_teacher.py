@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM, get_cosine_schedule_with_warmup
+from transformers.utils.logging import disable_progress_bar
 
 from pipeline.data import load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
 
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a smaller model, and no demand on its loss")
     args = parser.parse_args()
 
+    disable_progress_bar()  # transformers' own, a line for every file written
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer)

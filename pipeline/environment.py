@@ -1,0 +1,49 @@
+"""The process environment of a training script: ranks, device, Triton's cache, Weights & Biases."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from pathlib import Path
+
+
+def set_up_process() -> tuple[int, int]:
+    """Sets what DeepSpeed, Triton and PyTorch read from the environment; returns (rank, world size).
+
+    Call it before they are imported. A process that no launcher started becomes rank 0 of 1.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # Ranks that share a cache folder, perhaps over a network, race for its files.
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    os.environ["TRITON_CACHE_DIR"] = str(cache.expanduser().absolute() / f"rank{rank}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    return rank, world_size
+
+
+def set_up_device() -> str:
+    """Returns "cuda" or "cpu", and tells DeepSpeed which. On a CPU its shared-memory collectives stay off: they would
+    be compiled for a minute, and gloo does the same."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return "cuda"
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return "cpu"
+
+
+def wandb_wanted(report_to: str) -> bool:
+    """Whether to report to Weights & Biases: as asked, or if its own variables say that the user has it set up."""
+    return report_to == "wandb" or report_to == "auto" and bool({"WANDB_API_KEY", "WANDB_MODE"} & set(os.environ))

@@ -1,0 +1,365 @@
+"""Trains one stage from one YAML file, on one or many processes, on GPUs or a CPU.
+
+    deepspeed train.py --cfg configs/qwen2.5_1.5b/stage1.yaml             # all GPUs of this machine
+    python train.py --cfg configs/quickstart/stage1.yaml train.lr=1e-3    # one process; overrides after the file
+    python train.py --cfg configs/quickstart/stage2.yaml --dry-run        # steps, tokens, parameters, memory; then stops
+
+Stage 1 aligns attention outputs, stage 2 distils the teacher's logits, stage 3 finetunes on long context. The result is
+`<output_dir>/converted-hf/`, a Hugging Face folder that the next stage starts from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pipeline.batch_plan import BatchPlan, batch_plan
+from pipeline.config import Config, ConfigError, check_kept_layers, load_config
+from pipeline.data import Chunks, DataError, load_tokenizer, open_chunks, tokenizer_fingerprint
+from pipeline.environment import set_up_device, set_up_process, wandb_wanted
+from pipeline.run_folder import EXPORT, METRICS, check_run_folder, checkpoints, is_finished, record_run
+
+ROOT = Path(__file__).resolve().parent
+BYTES_OF_ADAMW = 12  # an fp32 master copy and two fp32 moments a parameter
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", required=True, help="YAML file of the stage")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="come after the file")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    rank, world_size = set_up_process()
+    say = partial(print, flush=True) if rank == 0 else lambda *_: None
+    cfg = load_config(args.cfg, args.overrides)
+    plan = batch_plan(cfg, world_size)
+    resume = check_run_folder(cfg)
+    if is_finished(cfg) and not args.dry_run:
+        say(f"{cfg.train.output_dir}: this run is finished; its result is {cfg.train.output_dir}/{EXPORT}")
+        return
+    chunks = open_data(cfg, plan)
+    check_models(cfg)
+    if args.dry_run:
+        print_plan(cfg, plan, say)
+        return
+    if (epochs := plan.epochs(len(chunks.train))) > 1:
+        say(f"data: {len(chunks.train):,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs")
+    device = set_up_device()
+    resume_step = int(resume.name.rpartition("-")[2]) if resume else 0
+    if rank == 0:
+        record_run(cfg, ROOT, resume_step, world_size=world_size, device=device, tokens=plan.tokens)
+    trainer = build_trainer(cfg, plan, chunks, device, say)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if rank == 0:
+        from convert_ckpt import export_checkpoint
+
+        output = Path(cfg.train.output_dir) / EXPORT
+        export_checkpoint(cfg, checkpoints(Path(cfg.train.output_dir))[-1], output)
+        say(f"Stage {cfg.stage} is done: {output}")
+
+
+# ------------------------------------------------------------------------------------------------ before a model is built
+def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
+    """The chunks, checked against the run. The training part is cut to whole batches, so that no step of any epoch is
+    smaller than train.batch_size."""
+    open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len)  # names a missing folder before a tokenizer is read
+    fingerprint = tokenizer_fingerprint(load_tokenizer(cfg.teacher_model.name))
+    chunks = open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len, fingerprint)
+    whole = len(chunks.train) - len(chunks.train) % plan.batch_size
+    if not whole:
+        raise DataError(f"data.cache_dir: {cfg.data.cache_dir} has {len(chunks.train)} chunks, fewer than "
+                        f"train.batch_size ({plan.batch_size}); preprocess more text or lower it")  # fmt: skip
+    return Chunks(chunks.train.select(range(whole)), chunks.heldout, chunks.metadata)
+
+
+def check_models(cfg: Config) -> None:
+    """Raises ValueError if teacher, student and initial checkpoint cannot go together. Reads configs, no weights."""
+    from convert import load_teacher_config
+    from distill_model import StudentConfig, check_student
+
+    teacher = load_teacher_config(cfg.teacher_model.name)
+    check_kept_layers(cfg, teacher.num_hidden_layers)
+    check_student(cfg.student_model.name, cfg.student_model.options)
+    if cfg.stage == 1:
+        return
+    key = f"train.student_init_ckpt: {cfg.train.student_init_ckpt}"
+    if not (Path(cfg.train.student_init_ckpt) / "config.json").is_file():
+        raise ConfigError(f"{key} holds no checkpoint; run stage {cfg.stage - 1} first")
+    student = StudentConfig.from_pretrained(cfg.train.student_init_ckpt)
+    for name, ours in (("student_name", cfg.student_model.name), ("student_options", cfg.student_model.options),
+                       *((n, getattr(teacher, n)) for n in ("hidden_size", "num_hidden_layers", "vocab_size"))):  # fmt: skip
+        if getattr(student, name) != ours:
+            raise ConfigError(f"{key} has {name} {getattr(student, name)!r}, this run {ours!r}; use one of its own kind")
+    kept, wanted = set(student.keep_full_attention_layers), set(cfg.student_model.keep_full_attention_layers)
+    if cfg.stage == 2 and not kept <= wanted:
+        raise ConfigError(f"{key} keeps full attention in {sorted(kept)}, of which this run drops {sorted(kept - wanted)}")
+    if cfg.stage == 3 and kept != wanted:
+        raise ConfigError(f"student_model.keep_full_attention_layers: {sorted(wanted)} must be those of "
+                          f"{cfg.train.student_init_ckpt}, {sorted(kept)}")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the models
+def build_student_for_stage1(cfg: Config, dtype, say=print):
+    """The teacher with a linear twin beside every attention; only the twins train."""
+    from convert import load_teacher
+    from distill_model import StudentForCausalLM
+    from wrapper import AttentionAlignmentModel
+
+    teacher = load_teacher(cfg.teacher_model.name, dtype)
+    student, reports = StudentForCausalLM.from_teacher(
+        teacher, cfg.student_model.name, student_options=cfg.student_model.options
+    )
+    report = reports[0]
+    parts = "; ".join(f"{kind}: {' '.join(names)}" for kind, names in vars(report).items() if names)
+    say(f"students: {len(reports)} x {cfg.student_model.name}; {parts}")
+    return AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, cfg.train.gradient_checkpointing)
+
+
+def build_student_for_stage2_and_3(cfg: Config, dtype, say=print, teacher=None):
+    """The hybrid: at stage 2 the student of stage 1 with the teacher's attention restored in the kept layers; at stage 3
+    the student of stage 2 as it is."""
+    from distill_model import StudentForCausalLM
+
+    student = StudentForCausalLM.from_pretrained(cfg.train.student_init_ckpt, dtype=dtype)
+    if cfg.stage == 2:
+        student = student.restore_full_attention(teacher, cfg.student_model.keep_full_attention_layers)
+    config = student.config
+    say(f"students: {len(config.linear_layers)} x {config.student_name}; full: {config.keep_full_attention_layers}")
+    return student
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    name: str
+    params: list
+    lr: float
+    weight_decay: float
+
+    @property
+    def numel(self) -> int:
+        return sum(p.numel() for p in self.params)
+
+
+def parameter_groups(model, cfg: Config) -> list[ParameterGroup]:
+    """The trainable parameters by module: linear attentions (with lr_attn_scope all, every attention) take lr_attn, all
+    else lr; only matrices decay."""
+    from distill_model import is_student_attention
+    from distill_model.attention import SoftmaxAttention
+
+    train = cfg.train
+    wide = train.lr_attn_scope == "all"
+    attention = {id(p) for m in model.modules() if is_student_attention(m) or wide and isinstance(m, SoftmaxAttention)
+                 for p in m.parameters()}  # fmt: skip
+    groups: dict[tuple[str, bool], list] = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            name = "attention" if wide else "linear attention"
+            groups.setdefault((name if id(p) in attention else "the rest", p.ndim > 1), []).append(p)
+    return [ParameterGroup(f"{name}, {'matrices' if matrix else 'vectors'}", params,
+                           train.lr if name == "the rest" or train.lr_attn is None else train.lr_attn,
+                           train.weight_decay if matrix else 0.0)
+            for (name, matrix), params in groups.items()]  # fmt: skip
+
+
+def get_optimizer(model, cfg: Config):
+    """AdamW over the groups of `parameter_groups`."""
+    import torch
+
+    groups = [{"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in parameter_groups(model, cfg)]
+    return torch.optim.AdamW(groups, betas=tuple(cfg.train.betas))
+
+
+def get_scheduler(optimizer, cfg: Config, plan: BatchPlan):
+    """Linear warm-up, then constant, linear or cosine from each group's peak to final_lr."""
+    import math
+
+    import torch
+
+    warmup = min(cfg.train.warmup_steps, plan.warmup_limit)
+
+    def factor(peak: float):
+        floor = min(1.0, cfg.train.final_lr / peak) if peak else 1.0
+
+        def at(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            progress = min(1.0, (step - warmup) / max(1, plan.steps - warmup))
+            shape = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+            kind = cfg.train.lr_scheduler_type
+            return 1.0 if kind == "constant" else floor + (1 - floor) * shape[kind]
+
+        return at
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(group["lr"]) for group in optimizer.param_groups])
+
+
+# ------------------------------------------------------------------------------------------------ the trainer
+def deepspeed_config(name: str) -> dict:
+    return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+
+
+def teacher_engine_config(cfg: Config, teacher, device: str, world_size: int, say) -> dict | None:
+    """DeepSpeed's config of a sharded teacher, or None where every device holds a replica. Decided by free memory."""
+    import torch
+
+    size = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    shard, why = cfg.train.kd_teacher_shard == "always", f"kd_teacher_shard is {cfg.train.kd_teacher_shard}"
+    if cfg.train.kd_teacher_shard == "auto":
+        if cfg.train.kd_teacher_offload == "cpu":
+            shard, why = True, "kd_teacher_offload is cpu"
+        elif world_size == 1:
+            why = "there is one process"
+        elif device == "cuda":
+            free = torch.cuda.mem_get_info()[0]
+            # A student of its size brings weights and gradients in the same dtype and its share of AdamW's states.
+            need = 3 * size + size // 2 * BYTES_OF_ADAMW // world_size
+            shard, why = need > 0.7 * free, f"student and teacher take {need / 2**30:.1f} of {free / 2**30:.1f} GiB free"
+        else:
+            why = "memory is shared by the processes of a CPU machine"
+    say(f"teacher: {'sharded with ZeRO-3' if shard else 'replicated'} ({size / 2**30:.2f} GiB; {why})")
+    if not shard:
+        return None
+    config = deepspeed_config("stage_2_teacher")
+    config["train_micro_batch_size_per_gpu"] = cfg.train.micro_batch_size
+    config["bf16"]["enabled"] = teacher.dtype == torch.bfloat16
+    if cfg.train.kd_teacher_offload == "cpu":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": device == "cuda"}
+    return config
+
+
+def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, say):
+    """Model, optimiser and Trainer of the stage."""
+    import torch
+    from transformers import TrainingArguments, set_seed
+
+    from convert import load_teacher
+    from hf_trainer import DistillTrainer, FinetuneTrainer, FrozenTeacher, KDTrainer
+
+    train, output = cfg.train, Path(cfg.train.output_dir)
+    bf16 = train.dtype == "bf16" or train.dtype == "auto" and device == "cuda"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    set_seed(train.seed)
+    # Models come before TrainingArguments: after them, a ZeRO-3 config would shard every model while it is being built.
+    if cfg.stage == 1:
+        model = build_student_for_stage1(cfg, dtype, say)
+    else:
+        teacher = load_teacher(cfg.teacher_model.name, dtype) if cfg.stage == 2 else None
+        model = build_student_for_stage2_and_3(cfg, dtype, say, teacher)
+    optimizer = get_optimizer(model, cfg)
+    for group in parameter_groups(model, cfg):
+        say(f"optimiser: {group.numel:,} parameters of {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
+    report = wandb_wanted(train.report_to)
+    if report:
+        os.environ.setdefault("WANDB_PROJECT", "hybrid-distillation")
+    args = TrainingArguments(
+        output_dir=str(output),
+        run_name=str(output),
+        report_to="wandb" if report else "none",
+        deepspeed=deepspeed_config(f"stage_{train.zero_stage or cfg.stage}"),
+        use_cpu=device == "cpu",
+        bf16=bf16,
+        seed=train.seed,
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.micro_batch_size,
+        per_device_eval_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.grad_accum,
+        gradient_checkpointing=train.gradient_checkpointing and cfg.stage > 1,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        max_grad_norm=train.max_grad_norm,
+        logging_steps=min(train.logging_steps, plan.every(None)),
+        logging_first_step=True,
+        save_strategy="steps",
+        save_steps=plan.every(train.save_steps),
+        save_total_limit=train.save_total_limit,
+        eval_strategy="steps" if chunks.heldout else "no",
+        eval_steps=plan.every(train.eval_steps),
+        eval_on_start=chunks.heldout is not None,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=device == "cuda",
+        dataloader_num_workers=2 if device == "cuda" else 0,
+        remove_unused_columns=False,
+        label_names=[],
+        disable_tqdm=False,
+    )
+    heldout = chunks.heldout
+    if heldout is not None:
+        per_pass = plan.micro_batch_size * plan.world_size
+        batches = min(train.eval_batches, len(heldout) // per_pass)
+        if not batches:
+            raise DataError(f"data.cache_dir: {cfg.data.cache_dir} has {len(heldout)} held-out chunks, fewer than one "
+                            f"evaluation batch ({per_pass}); preprocess with a larger --holdout")  # fmt: skip
+        heldout = heldout.select(range(batches * per_pass)).with_format("numpy")
+    stage, options = {
+        1: (DistillTrainer, {}),
+        2: (KDTrainer, {name: getattr(train, name) for name in ("kl_temperature", "kl_weight", "ce_weight")}),
+        3: (FinetuneTrainer, {}),
+    }[cfg.stage]
+    if cfg.stage == 2:
+        engine_config = teacher_engine_config(cfg, teacher, device, plan.world_size, say)
+        options["teacher"] = FrozenTeacher(teacher, args.device, engine_config)
+        if train.kd_teacher_use_cache:
+            say("train.kd_teacher_use_cache: has no effect, for the teacher reads each sequence once, as a whole")
+    return stage(
+        model=model,
+        args=args,
+        train_dataset=chunks.train.with_format("numpy"),
+        eval_dataset=heldout,
+        optimizers=(optimizer, get_scheduler(optimizer, cfg, plan)),
+        metrics_path=output / METRICS,
+        tokens_per_step=plan.tokens_per_step,
+        **options,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ --dry-run
+def print_plan(cfg: Config, plan: BatchPlan, say) -> None:
+    """Steps, tokens, parameters and an estimate of the memory that weights, gradients and AdamW take on a device."""
+    import torch
+
+    from convert import load_teacher_config
+    from convert_ckpt import student_config
+    from distill_model import StudentForCausalLM
+
+    teacher_config = load_teacher_config(cfg.teacher_model.name)
+    with torch.device("meta"):
+        model = StudentForCausalLM(student_config(cfg, teacher_config))
+        teacher = StudentForCausalLM(teacher_config)
+    if cfg.stage == 1:
+        model.requires_grad_(False)
+        for i in model.config.linear_layers:
+            model.model.layers[i].attn.requires_grad_(True)
+    groups = parameter_groups(model, cfg)
+    trainable, total = sum(g.numel for g in groups), sum(p.numel() for p in model.parameters())
+    frozen = sum(p.numel() for p in teacher.parameters()) if cfg.stage < 3 else 0
+    half = cfg.train.dtype == "bf16" or cfg.train.dtype == "auto" and torch.cuda.is_available()
+    width, zero, n = 2 if half else 4, cfg.train.zero_stage or cfg.stage, plan.world_size
+    memory = {
+        "weights": trainable * width / (n if zero == 3 else 1),
+        "teacher": frozen * width / (n if cfg.train.kd_teacher_shard == "always" else 1),
+        "gradients": trainable * width / (n if zero > 1 else 1),
+        "optimiser": trainable * BYTES_OF_ADAMW / n,
+    }
+    say(f"stage {cfg.stage}: {plan.steps:,} steps x {plan.batch_size} sequences x {plan.seq_len} = {plan.tokens:,} tokens")
+    say(f"devices: {n}, each {plan.grad_accum} x {plan.micro_batch_size} sequences a step; ZeRO-{zero}")
+    say(f"parameters: {total:,} in the student, {trainable:,} trained")
+    for group in groups:
+        say(f"  {group.numel:>14,}  {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+    say(f"memory a device: {sum(memory.values()) / 2**30:.2f} GiB + activations ({parts})")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"train.py: error: {error}")
