@@ -39,16 +39,29 @@ class LossBar(ProgressCallback):
 
 
 class StageTrainer(Trainer):
-    """What the stages share. Subclasses give `forward_loss`."""
+    """What the stages share. Subclasses give `forward_loss`.
 
-    def __init__(self, *args, metrics_path: Path, tokens_per_step: int, **kwargs):
+    make_optimizer(model) and make_scheduler(optimizer) build them when the Trainer asks: with DeepSpeed it forgets those
+    that it was given and would train with its own defaults.
+    """
+
+    def __init__(self, *args, make_optimizer, make_scheduler, metrics_path: Path, tokens_per_step: int, **kwargs):
         super().__init__(*args, data_collator=collate, **kwargs)
+        self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
         # Every micro-batch has the same number of tokens and its loss is a mean: the Trainer shall divide by their number.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(LossBar)
         self.add_callback(MetricsFile(metrics_path, tokens_per_step))
+
+    def create_optimizer(self, model=None):
+        self.optimizer = self.make_optimizer(self.model)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = self.make_scheduler(optimizer or self.optimizer)
+        return self.lr_scheduler
 
     def forward_loss(self, model, inputs) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say how its loss is computed")

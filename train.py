@@ -255,7 +255,6 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, say
     else:
         teacher = load_teacher(cfg.teacher_model.name, dtype) if cfg.stage == 2 else None
         model = build_student_for_stage2_and_3(cfg, dtype, say, teacher)
-    optimizer = get_optimizer(model, cfg)
     for group in parameter_groups(model, cfg):
         say(f"optimiser: {group.numel:,} parameters of {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
     report = wandb_wanted(train.report_to)
@@ -314,7 +313,8 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, say
         args=args,
         train_dataset=chunks.train.with_format("numpy"),
         eval_dataset=heldout,
-        optimizers=(optimizer, get_scheduler(optimizer, cfg, plan)),
+        make_optimizer=lambda model: get_optimizer(model, cfg),
+        make_scheduler=lambda optimizer: get_scheduler(optimizer, cfg, plan),
         metrics_path=output / METRICS,
         tokens_per_step=plan.tokens_per_step,
         **options,
