@@ -29,16 +29,17 @@ from pipeline.data import load_tokenizer, open_chunks, read_metadata, tokenizer_
 @torch.no_grad()
 def mean_kl(student: StudentForCausalLM, teacher: StudentForCausalLM, batches, teacher_hidden) -> float:
     """Mean over all tokens of KL(teacher || student). batches and teacher_hidden: lists of [B, T] and [B, T, H]."""
-    total = sum(
-        student(input_ids=ids, use_cache=False, teacher_hidden_states=hidden, teacher_head_weight=teacher.lm_head.weight)
-        .loss.item() * ids.numel()
-        for ids, hidden in zip(batches, teacher_hidden)
-    )  # fmt: skip
+    head, total = teacher.lm_head.weight, 0.0
+    for ids, hidden in zip(batches, teacher_hidden):
+        out = student(input_ids=ids, use_cache=False, teacher_hidden_states=hidden, teacher_head_weight=head)
+        total += out.loss.item() * ids.numel()
     return total / sum(ids.numel() for ids in batches)
 
 
 @torch.no_grad()
-def scan(student: StudentForCausalLM, teacher: StudentForCausalLM, batches: list[torch.Tensor]) -> tuple[float, list[float]]:
+def scan(
+    student: StudentForCausalLM, teacher: StudentForCausalLM, batches: list[torch.Tensor]
+) -> tuple[float, list[float]]:
     """(KL of the all-linear student, KL with layer i restored for each i). The student comes back unchanged."""
     hidden = [teacher.model(input_ids=ids, use_cache=False).last_hidden_state for ids in batches]
     baseline = mean_kl(student, teacher, batches, hidden)

@@ -3,8 +3,8 @@
     python -m quickstart.report --out quickstart_out
 
 It writes report.html, report.json and report.txt, the table that quickstart.sh prints last.
-The models are the teacher, the all-linear student before and after stage 1, the hybrid before and after stage 2, and the
-hybrid after stage 3. The exit code is 1 if a measure fails (`measures`), unless --tiny.
+The models are the teacher, the all-linear student before and after stage 1, the hybrid before and after stage 2, and
+the hybrid after stage 3. The exit code is 1 if a measure fails (`measures`), unless --tiny.
 """
 
 from __future__ import annotations
@@ -120,7 +120,15 @@ def read_losses(run_folder: Path) -> tuple[list[tuple[int, float]], list[tuple[i
     return sorted(train.items()), sorted(heldout.items())
 
 
-def measures(results: list[Result], losses: dict[int, list[tuple[int, float]]], teacher: dict) -> list[tuple[str, bool]]:
+def per_step(curve: list[tuple[int, float]]) -> list[float]:
+    """The loss of every step, from a curve whose points are means over the steps since the point before."""
+    starts = [0, *(step for step, _ in curve)]
+    return [loss for start, (step, loss) in zip(starts, curve) for _ in range(step - start)]
+
+
+def measures(
+    results: list[Result], losses: dict[int, list[tuple[int, float]]], teacher: dict
+) -> list[tuple[str, bool]]:
     """Each thing that must be seen, with whether it was.
 
     results: as `main` builds them, the teacher first. losses: training losses by stage. teacher: train_teacher's json.
@@ -131,9 +139,11 @@ def measures(results: list[Result], losses: dict[int, list[tuple[int, float]]], 
         f"{teacher['unigram_entropy']:.3f}", teacher["heldout_loss"] <= teacher["unigram_entropy"] - 0.5,
     )]  # fmt: skip
     for stage, curve in losses.items():
-        tenth = max(1, len(curve) // 10)
-        first, last = (sum(loss for _, loss in part) / tenth for part in (curve[:tenth], curve[-tenth:]))
-        checks.append((f"stage {stage}: mean loss of the last tenth {last:.4f} below the first's {first:.4f}", last < first))
+        steps = per_step(curve)
+        tenth = max(1, len(steps) // 10)
+        first, last = sum(steps[:tenth]) / tenth, sum(steps[-tenth:]) / tenth
+        text = f"stage {stage}: mean loss of the last tenth {last:.4f} below the first's {first:.4f}"
+        checks.append((text, last < first))
     for worse, better in ((before1, after1), (after1, before2), (before2, after2)):
         checks.append((f"KL falls: {worse.name} {worse.kl:.4f} > {better.name} {better.kl:.4f}", better.kl < worse.kl))
     checks.append((f"KL after stage 2 {after2.kl:.4f} at most half of that after stage 1 {after1.kl:.4f}",
@@ -203,7 +213,8 @@ def alignment_bars(before: list[float], after: list[float], kept: list[int]) -> 
 STYLE = """
 body { font: 15px/1.55 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; } th, td { padding: .3rem .9rem; border-bottom: 1px solid #e5e5e5; text-align: right; }
+table { border-collapse: collapse; }
+th, td { padding: .3rem .9rem; border-bottom: 1px solid #e5e5e5; text-align: right; }
 th { font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 pre { background: #f6f6f4; padding: .7rem 1rem; overflow-x: auto; font-size: 13px; white-space: pre-wrap; }
 img { max-width: 100%; } .met { color: #2c6e49; } .failed { color: #b3261e; font-weight: 600; } .note { color: #666; }
@@ -292,9 +303,8 @@ def main() -> int:
     results = []
     for name, build in tqdm(models.items(), desc="report", unit="model"):
         model = build()
-        results.append(
-            Result(name, *measure(model, teacher, ids, hidden), mean_loss(model, long_ids), sample(model, tokenizer, prompt))
-        )
+        figures = measure(model, teacher, ids, hidden)
+        results.append(Result(name, *figures, mean_loss(model, long_ids), sample(model, tokenizer, prompt)))
     curves = {stage: read_losses(out / f"stage{stage}") for stage in STAGES}
     taught = json.loads((out / "teacher.json").read_text())
     checks = measures(results, {stage: train for stage, (train, _) in curves.items()}, taught)

@@ -104,7 +104,8 @@ def main() -> None:
         **(TINY_SHAPE if args.tiny else SHAPE),
     )
     model = Qwen3ForCausalLM(config).to(device)
-    print(f"Teacher: {model.num_parameters() / 1e6:.1f}M parameters, {args.steps} steps of {BATCH_SIZE} x {context} tokens")
+    size = model.num_parameters() / 1e6
+    print(f"Teacher: {size:.1f}M parameters, {args.steps} steps of {BATCH_SIZE} x {context} tokens")
 
     start = time.monotonic()
     losses = train(model, chunks.train, args.steps, device, args.seed)
@@ -127,7 +128,7 @@ def main() -> None:
     verdict = f"held-out loss {result['heldout_loss']:.3f}, unigram entropy {result['unigram_entropy']:.3f}"
     print(f"Teacher: {verdict}; {result['tokens'] / seconds:.0f} tokens/s; saved in {args.output_dir}")
     if not args.tiny and result["heldout_loss"] > result["unigram_entropy"] - 0.5:
-        sys.exit(f"--steps {args.steps}: the teacher does not predict yet ({verdict}); give it more steps or a larger corpus")
+        sys.exit(f"--steps {args.steps}: too few for the teacher to predict ({verdict}); give it more")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def limited(texts: Iterator[str], max_chars: int) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int):
-    """A byte-level BPE tokenizer over `texts`, as transformers.PreTrainedTokenizerFast, with EOS as its only special."""
+    """A byte-level BPE tokenizer over `texts`, a PreTrainedTokenizerFast with EOS as its only special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--corpus", help="a text file, a folder of text files, or a hub dataset's name")
-    parser.add_argument("--stdlib_dir", type=Path, help="where the standard library's sources go when --corpus is absent")
+    parser.add_argument("--stdlib_dir", type=Path, help="where the standard library goes when --corpus is absent")
     parser.add_argument("--text_field", default="text", help="the column of a hub dataset")
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--max_files", type=int, help="take only about so many files of the standard library")

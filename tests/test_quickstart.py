@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def quickstart(out, *arguments):
     environment = os.environ | {"QUICKSTART_OUT": str(out), "OMP_NUM_THREADS": "1"}
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "QUICKSTART_TINY"):  # W&B only where a user has set it up
+        environment.pop(name, None)
     return subprocess.run(
         ["bash", str(ROOT / "quickstart.sh"), *arguments],
         cwd=out.parent, env=environment, capture_output=True, text=True, timeout=600,
@@ -147,14 +149,20 @@ def test_report_measures(change, failed):
     checks = measures(results, {1: falling, 2: falling, 3: falling}, {"heldout_loss": 4.5, "unigram_entropy": 6.0})
     missed = [text for text, met in checks if not met]
     assert (not missed) if failed is None else len(missed) == 1 and failed in missed[0]
-    rising = falling[::-1]
-    checks = measures(results, {1: falling, 2: [(s, x) for s, (_, x) in enumerate(rising)]}, {"heldout_loss": 5.9, "unigram_entropy": 6.0})
+    rising = [(step, loss) for step, (_, loss) in enumerate(falling[::-1], 1)]
+    checks = measures(results, {1: falling, 2: rising}, {"heldout_loss": 5.9, "unigram_entropy": 6.0})
     assert sum(not met for _, met in checks) == len(missed) + 2
+
+
+def test_a_logged_mean_counts_for_each_of_its_steps():
+    from quickstart.report import per_step
+
+    assert per_step([(1, 5.0), (3, 4.0), (6, 1.0)]) == [5.0, 4.0, 4.0, 1.0, 1.0, 1.0]
 
 
 def test_a_step_logged_twice_counts_once(tmp_path):
     from quickstart.report import read_losses
 
-    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 1, "eval_loss": 1.5}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert read_losses(tmp_path) == ([(1, 2.0), (2, 1.0)], [(2, 1.5)])

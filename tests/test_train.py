@@ -1,0 +1,335 @@
+"""The three stages through the real launcher and DeepSpeed, on two CPU processes, and what they hand to each other."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import preprocess_chunk
+import preprocess_download_tokenize
+import train
+from conftest import SHAPE, random_teacher, save_tokenizer
+from convert import load_teacher
+from convert_ckpt import export_checkpoint
+from distill_model import StudentForCausalLM, is_student_attention
+from distill_model.losses import alignment_loss
+from pipeline.batch_plan import batch_plan
+from pipeline.config import load_config
+from pipeline.data import collate, open_chunks
+from pipeline.run_folder import check_run_folder, checkpoints, record_run
+from wrapper import AttentionAlignmentModel, student_attention_state
+
+ROOT = Path(__file__).parent.parent
+LENGTH, KEPT = 32, [1]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, teacher_dir):
+    """Chunks of 32 tokens of made-up Python."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "corpus").mkdir()
+    for i in range(60):
+        lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9))
+        (folder / "corpus" / f"{i}.py").write_text("\n".join(lines))
+    preprocess_download_tokenize.main(
+        ["--dataset_name", str(folder / "corpus"), "--tokenizer", teacher_dir, "--output_dir", str(folder / "tokenized"),
+         "--holdout", "0.1"])  # fmt: skip
+    preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--context_length", str(LENGTH),
+                           "--output_dir", str(folder)])  # fmt: skip
+    return str(folder / f"chunked_context{LENGTH}")
+
+
+def write_config(folder, stage, teacher_dir, data_dir, **changes):
+    """A stage's YAML in `folder`; `changes` are keys of its train section."""
+    values = {
+        "stage": stage,
+        "data": {"cache_dir": data_dir},
+        "teacher_model": {"name": teacher_dir},
+        "student_model": {"name": "gdn_v4", "keep_full_attention_layers": KEPT if stage > 1 else []},
+        "train": {
+            "output_dir": str(folder / f"stage{stage}"), "max_steps": 4, "batch_size": 4, "micro_batch_size": 1,
+            "train_seq_len": LENGTH, "lr": 2e-3, "lr_attn": 4e-3, "final_lr": 1e-3, "warmup_steps": 0, "save_steps": 2,
+            "eval_steps": 4, "eval_batches": 1, "logging_steps": 1,
+        },
+    }  # fmt: skip
+    if stage > 1:
+        values["train"]["student_init_ckpt"] = str(folder / f"stage{stage - 1}" / "converted-hf")
+    values["train"] |= changes
+    file = folder / f"stage{stage}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def run(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("RANK", None)
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def launch(file, *options, processes=2):
+    port = 20000 + os.getpid() % 20000
+    launcher = Path(sys.executable).with_name("deepspeed")
+    return run(launcher, "--num_gpus", processes, "--master_port", port, "train.py", "--cfg", file, *options)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged(folder, name):
+    return [line[name] for line in metrics(folder) if name in line]
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory, teacher_dir, data_dir):
+    """A folder with stage1 (ZeRO-1), stage2 (ZeRO-2, the teacher sharded by ZeRO-3) and stage3 (ZeRO-3), two processes."""
+    folder = tmp_path_factory.mktemp("stages")
+    for stage, changes in ((1, {}), (2, {"kd_teacher_shard": "always"}), (3, {})):
+        launch(write_config(folder, stage, teacher_dir, data_dir, **changes))
+    return folder
+
+
+def heldout(data_dir, rows=2):
+    chunks = open_chunks(data_dir, LENGTH).heldout.with_format("numpy")
+    return collate([chunks[i] for i in range(rows)])["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------ the runs
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_stage_runs_and_explains_itself(stages, stage):
+    folder = stages / f"stage{stage}"
+    assert len(logged(folder, "loss")) == 4 and len(logged(folder, "eval_loss")) == 2
+    assert logged(folder, "eval_loss")[1] < logged(folder, "eval_loss")[0]
+    assert load_config(folder / "config.yaml").stage == stage
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["world_size"] == 2 and facts["versions"]["torch"] and facts["device"] == "cpu"
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "modeling_distilled_student.py"):
+        assert (folder / "converted-hf" / name).is_file(), name
+
+
+def test_the_schedule_is_ours(stages):
+    """Cosine from the peak to the floor: not the defaults of transformers."""
+    rates = logged(stages / "stage1", "learning_rate")
+    expected = [1e-3 + 3e-3 * (1 + torch.cos(torch.tensor(torch.pi * step / 4)).item()) / 2 for step in range(1, 5)]
+    assert rates == pytest.approx(expected, rel=1e-4)
+
+
+def test_stage_1_logs_every_layer_and_the_export_has_that_loss(stages, teacher_dir, data_dir):
+    folder = stages / "stage1"
+    last = metrics(folder)[-1]
+    layers = [last[f"eval_layer_loss/{i:02}"] for i in range(SHAPE["num_hidden_layers"])]
+    assert sum(layers) / len(layers) == pytest.approx(last["eval_loss"], rel=1e-5)
+    student = StudentForCausalLM.from_pretrained(folder / "converted-hf")
+    assert student.config.keep_full_attention_layers == []
+    model = AttentionAlignmentModel(load_teacher(teacher_dir), student)
+    with torch.no_grad():
+        assert model(heldout(data_dir))["layer_losses"].tolist() == pytest.approx(layers, rel=1e-4)
+
+
+def test_stage_1_trains_attention_alone(stages, teacher_dir):
+    student = StudentForCausalLM.from_pretrained(stages / "stage1" / "converted-hf").state_dict()
+    for name, tensor in load_teacher(teacher_dir).state_dict().items():
+        if ".attn." not in name:
+            assert torch.equal(student[name], tensor), name
+
+
+def test_stage_2_starts_from_stage_1_with_the_teachers_layers(stages, teacher_dir, data_dir):
+    teacher, ids = load_teacher(teacher_dir), heldout(data_dir)
+    linear = StudentForCausalLM.from_pretrained(stages / "stage1" / "converted-hf")
+    hybrid = linear.restore_full_attention(teacher, KEPT)
+    with torch.no_grad():
+        loss = hybrid(ids, teacher_hidden_states=teacher.model(ids).last_hidden_state,
+                      teacher_head_weight=teacher.lm_head.weight).loss.item()  # fmt: skip
+    assert logged(stages / "stage2", "eval_loss")[0] == pytest.approx(loss, rel=1e-4)
+
+
+def test_stage_3_changes_nothing_at_load(stages, teacher_dir, data_dir):
+    export = StudentForCausalLM.from_pretrained(stages / "stage2" / "converted-hf")
+    assert export.config.keep_full_attention_layers == KEPT
+    cfg = load_config(stages / "stage3.yaml")
+    built = train.build_student_for_stage2_and_3(cfg, torch.float32)
+    for (name, a), (_, b) in zip(export.state_dict().items(), built.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    attention = export.model.layers[KEPT[0]].attn.q_proj.weight
+    assert not torch.equal(attention, load_teacher(teacher_dir).model.layers[KEPT[0]].attn.q_proj.weight)
+    ids = heldout(data_dir)
+    with torch.no_grad():
+        assert logged(stages / "stage3", "eval_loss")[0] == pytest.approx(export(ids, labels=ids).loss.item(), rel=1e-4)
+
+
+def test_one_process_gives_the_losses_of_two_and_resumes_to_the_bit(stages, teacher_dir, data_dir, tmp_path):
+    shutil.copytree(stages / "stage1", tmp_path / "stage1")
+    file = write_config(tmp_path, 2, teacher_dir, data_dir)
+    run(sys.executable, "train.py", "--cfg", file)
+    folder = tmp_path / "stage2"
+    whole = logged(folder, "loss")
+    assert whole == pytest.approx(logged(stages / "stage2", "loss"), rel=1e-4)
+    weights = StudentForCausalLM.from_pretrained(folder / "converted-hf").state_dict()
+    shutil.rmtree(folder / "converted-hf")
+    shutil.rmtree(folder / "checkpoint-4")
+    run(sys.executable, "train.py", "--cfg", file)
+    assert logged(folder, "loss") == whole
+    for name, tensor in StudentForCausalLM.from_pretrained(folder / "converted-hf").state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    assert "is finished" in run(sys.executable, "train.py", "--cfg", file)
+
+
+def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
+    shutil.copytree(stages / "stage2", tmp_path / "stage2")
+    cfg = load_config(stages / "stage2.yaml", ["student_model.keep_full_attention_layers=[0]"])  # not what was trained
+    with pytest.raises(RuntimeError, match="Missing key|Unexpected key|size mismatch"):
+        export_checkpoint(cfg, tmp_path / "stage2" / "checkpoint-4", tmp_path / "stage2" / "converted-hf")
+    names = {path.name for path in (tmp_path / "stage2").iterdir()}
+    assert "converted-hf" in names and not any(name.startswith(".") for name in names)
+    assert StudentForCausalLM.from_pretrained(tmp_path / "stage2" / "converted-hf")
+
+
+# ------------------------------------------------------------------------------------------------ its parts
+@pytest.mark.parametrize("kind", ["mse", "l2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_alignment_gradients_equal_direct_ones(teacher_dir, kind, checkpointing):
+    teacher, ids = load_teacher(teacher_dir), torch.randint(0, 80, (2, 19))
+    torch.manual_seed(0)
+    student = StudentForCausalLM.from_teacher(teacher, "gdn_v4")[0]
+    expected, hidden = {}, teacher.model.embeddings(ids).detach()
+    positions = teacher.model.position_embeddings(hidden)
+    for i, block in enumerate(teacher.model.layers):
+        normed = block.attn_norm(hidden).detach()
+        target = block.attn(normed, position_embeddings=positions)[0].detach()
+        twin = student.model.layers[i].attn
+        loss = alignment_loss(twin(normed)[0], target, kind) / len(teacher.model.layers)
+        for (name, p), g in zip(twin.named_parameters(), torch.autograd.grad(loss, list(twin.parameters()))):
+            expected[f"model.layers.{i}.attn.{name}"] = g
+        hidden = block(hidden, position_embeddings=positions).detach()
+    model = AttentionAlignmentModel(teacher, student, kind, checkpointing).train()
+    model(ids)["loss"].backward()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert student_attention_state(trainable).keys() == expected.keys()
+    for name, p in student_attention_state(trainable).items():
+        torch.testing.assert_close(p.grad, expected[name])
+
+
+@pytest.mark.parametrize("scope", ["linear", "all"])
+def test_parameter_groups(teacher_dir, tmp_path, data_dir, scope):
+    cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, weight_decay=0.1, lr_attn_scope=scope))
+    model = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", KEPT)[0]
+    optimizer = train.get_optimizer(model, cfg)
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert len(settings) == len(list(model.parameters())) == sum(len(g["params"]) for g in optimizer.param_groups)
+    for name, module in model.named_modules():
+        for parameter_name, p in module.named_parameters(recurse=False):
+            linear = any(is_student_attention(model.get_submodule(name.rsplit(".", k)[0])) for k in range(3))
+            attention = ".attn" in name and "attn_norm" not in name
+            fast = linear or scope == "all" and attention
+            assert settings[id(p)] == (4e-3 if fast else 2e-3, 0.1 if p.ndim > 1 else 0.0), f"{name}.{parameter_name}"
+
+
+def test_the_schedule_reaches_its_floor(tmp_path, teacher_dir, data_dir):
+    file = write_config(tmp_path, 1, teacher_dir, data_dir, max_steps=100, warmup_steps=5)
+    for kind, middle, end in (("constant", 4e-3, 4e-3), ("linear", 2.5e-3, 1e-3), ("cosine", 2.5e-3, 1e-3)):
+        cfg = load_config(file, [f"train.lr_scheduler_type={kind}"])
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=4e-3)
+        scheduler = train.get_scheduler(optimizer, cfg, batch_plan(cfg, 1))
+        rates = []
+        for _ in range(101):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert 0 < rates[0] < rates[4] < rates[5] == 4e-3
+        assert rates[100] == pytest.approx(end) and sum(rates[52:54]) / 2 == pytest.approx(middle, rel=1e-2)
+
+
+def test_dry_run_writes_nothing(tmp_path, teacher_dir, data_dir, capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    train.main(["--cfg", str(write_config(tmp_path, 1, teacher_dir, data_dir)), "--dry-run", "train.max_steps=9"])
+    out = capsys.readouterr().out
+    student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0]
+    trained = sum(p.numel() for n, p in student.named_parameters() if ".attn." in n)
+    total = sum(p.numel() for p in student.parameters())
+    assert f"9 steps x 4 sequences x {LENGTH} = {9 * 4 * LENGTH:,} tokens" in out
+    assert f"{total:,} in the student, {trained:,} trained" in out
+    assert not (tmp_path / "stage1").exists()
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+BAD = {
+    "stage=4": "stage: 4 must be one of",
+    "train.lr_atn=1": "did you mean train.lr_attn",
+    "data.cache_dir=nowhere": "data.cache_dir: nowhere: no such folder",
+    "train.train_seq_len=64": f"holds chunks of {LENGTH} tokens, but train.train_seq_len is 64",
+    "train.batch_size=3 train.micro_batch_size=2": "train.batch_size: 3 must be a multiple",
+    "train.batch_size=4096": "fewer than train.batch_size",
+    "student_model.keep_full_attention_layers=[9]": r"\[9\] out of range; the teacher's layers are 0..3",
+    "student_model.name=gdn_v99": "student_model.name: 'gdn_v99' is unknown",
+    "student_model.options={num_slots: 4}": "student_model.options.num_slots",
+    "student_model.options={conv_size: 3}": "student_options",
+    "student_model.name=gdn_v3": "has student_name 'gdn_v4', this run 'gdn_v3'",
+    "train.student_init_ckpt=nowhere": "train.student_init_ckpt: nowhere holds no checkpoint; run stage 1 first",
+    "teacher_model.name=no/such/folder": "tokenizer: 'no/such/folder'",
+    "train.resume_from_checkpoint=nowhere": "train.resume_from_checkpoint: nowhere is no checkpoint",
+    "stage=3": r"keep_full_attention_layers: \[1\] must be those of .*stage1/converted-hf, \[\]",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_bad_input_ends_in_one_line(stages, tmp_path, monkeypatch, teacher_dir, data_dir, overrides):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    (tmp_path / "stage1").symlink_to(stages / "stage1")
+    file = write_config(tmp_path, 2, teacher_dir, data_dir)
+    overrides = [overrides] if "{" in overrides else overrides.split()
+    with pytest.raises(ValueError, match=BAD[" ".join(overrides)]) as error:
+        train.main(["--cfg", str(file), *overrides])
+    assert "\n" not in str(error.value) and not (tmp_path / "stage2").exists()
+
+
+def test_the_script_exits_non_zero_with_one_line(tmp_path, teacher_dir, data_dir):
+    file = write_config(tmp_path, 1, teacher_dir, data_dir)
+    done = subprocess.run([sys.executable, "train.py", "--cfg", file, "stage=4"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.strip().splitlines()[-1].startswith("train.py: error:")
+    assert "Traceback" not in done.stderr
+
+
+def test_another_tokenizer_and_an_unsupported_teacher(tmp_path, monkeypatch, teacher_dir, data_dir):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    random_teacher(tmp_path / "teacher", "qwen3")
+    save_tokenizer(tmp_path / "teacher", extra="zzz")
+    file = write_config(tmp_path, 1, str(tmp_path / "teacher"), data_dir)
+    with pytest.raises(ValueError, match="which is not the teacher's"):
+        train.main(["--cfg", str(file)])
+    save_tokenizer(tmp_path / "teacher")
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    with pytest.raises(ValueError, match="cannot be read exactly: hidden_act 'gelu'"):
+        train.main(["--cfg", str(file)])
+
+
+def test_a_folder_belongs_to_one_run(tmp_path, teacher_dir, data_dir):
+    file = write_config(tmp_path, 1, teacher_dir, data_dir)
+    cfg = load_config(file)
+    assert check_run_folder(cfg) is None
+    record_run(cfg, ROOT, 0)
+    for same in ("train.save_steps=1", "train.logging_steps=7", "train.eval_steps=3", "train.report_to=none"):
+        assert check_run_folder(load_config(file, [same])) is None
+    for other in ("train.lr=1e-5", "train.seed=1", "student_model.name=gdn_v2", "train.batch_size=8"):
+        with pytest.raises(ValueError, match=f"stage1 holds another run .{other.split('=')[0]} is"):
+            check_run_folder(load_config(file, [other]))
+    found = tmp_path / "stage1" / "checkpoint-2"
+    found.mkdir()
+    assert check_run_folder(cfg) is None  # not complete
+    (found / "latest").write_text("global_step2")
+    assert check_run_folder(cfg) == found
+    with pytest.raises(ValueError, match="resume_from_checkpoint: None with 1 checkpoints"):
+        check_run_folder(load_config(file, ["train.resume_from_checkpoint=null"]))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="other is not empty and holds no run"):
+        check_run_folder(load_config(file, [f"train.output_dir={tmp_path / 'other'}"]))
