@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from convert import load_teacher, load_teacher_config
 from distill_model import StudentConfig, StudentForCausalLM
 from pipeline.config import Config, ConfigError, load_config
-from pipeline.data import DataError, load_tokenizer
+from pipeline.data import load_tokenizer
 from pipeline.run_folder import EXPORT, checkpoints
 from wrapper import student_attention_state
 
@@ -93,5 +93,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, DataError) as error:
+    except ValueError as error:
         sys.exit(f"convert_ckpt.py: error: {error}")

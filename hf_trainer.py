@@ -32,10 +32,17 @@ class MetricsFile(TrainerCallback):
 class LossBar(ProgressCallback):
     """A progress bar that shows loss and learning rate in place, instead of a printed line a step."""
 
+    def __init__(self):
+        super().__init__()
+        self.shown = {}
+
+    def on_prediction_step(self, args, state, control, **_):
+        """No bar within the bar: an evaluation takes a few batches."""
+
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero and self.training_bar is not None:
-            shown = {name: f"{logs[name]:.3g}" for name in ("loss", "eval_loss", "learning_rate") if name in logs}
-            self.training_bar.set_postfix(shown, refresh=False)
+            self.shown |= {name: f"{logs[name]:.3g}" for name in ("loss", "eval_loss", "learning_rate") if name in logs}
+            self.training_bar.set_postfix(self.shown, refresh=False)
 
 
 class StageTrainer(Trainer):

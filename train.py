@@ -39,39 +39,56 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    try:
+        prepared = prepare(args)
+    except ValueError as error:
+        sys.exit(f"train.py: error: {error}")
+    if prepared is None:
+        return
+    import torch
+
+    cfg, trainer, resume = prepared
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if trainer.is_world_process_zero():
+        from convert_ckpt import export_checkpoint
+
+        output = Path(cfg.train.output_dir) / EXPORT
+        export_checkpoint(cfg, checkpoints(Path(cfg.train.output_dir))[-1], output)
+        print(f"Stage {cfg.stage} is done: {output}", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def prepare(args: argparse.Namespace) -> tuple | None:
+    """All that comes before the first step. Returns (config, trainer, checkpoint to go on from or None), or None
+    where there is nothing to train. Raises ValueError, of one line, for what the user can mend."""
     rank, world_size = set_up_process()
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
     cfg = load_config(args.cfg, args.overrides)
     plan = batch_plan(cfg, world_size)
     resume = check_run_folder(cfg)
+    report = wandb_wanted(cfg.train.report_to)
     if is_finished(cfg) and not args.dry_run:
         say(f"{cfg.train.output_dir}: this run is finished; its result is {cfg.train.output_dir}/{EXPORT}")
-        return
+        return None
     chunks = open_data(cfg, plan)
     check_models(cfg)
     if args.dry_run:
         print_plan(cfg, plan, say)
-        return
+        return None
     if (epochs := plan.epochs(len(chunks.train))) > 1:
         say(f"data: {len(chunks.train):,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs")
     device = set_up_device()
-    resume_step = int(resume.name.rpartition("-")[2]) if resume else 0
-    if rank == 0:
+    trainer = build_trainer(cfg, plan, chunks, device, report, say)
+    if rank == 0:  # after the ranks have met in build_trainer, for each of them checks the run folder before
+        resume_step = int(resume.name.rpartition("-")[2]) if resume else 0
         record_run(cfg, ROOT, resume_step, world_size=world_size, device=device, tokens=plan.tokens)
-    trainer = build_trainer(cfg, plan, chunks, device, say)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if rank == 0:
-        from convert_ckpt import export_checkpoint
-
-        output = Path(cfg.train.output_dir) / EXPORT
-        export_checkpoint(cfg, checkpoints(Path(cfg.train.output_dir))[-1], output)
-        say(f"Stage {cfg.stage} is done: {output}")
+    return cfg, trainer, resume
 
 
 # ------------------------------------------------------------------------------------------------ before a model is built
 def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     """The chunks, checked against the run. The training part is cut to whole batches, so that no step of any epoch is
-    smaller than train.batch_size."""
+    smaller than train.batch_size; the held-out part to train.eval_batches micro-batches a device."""
     open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len)  # names a missing folder before a tokenizer is read
     fingerprint = tokenizer_fingerprint(load_tokenizer(cfg.teacher_model.name))
     chunks = open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len, fingerprint)
@@ -79,7 +96,15 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     if not whole:
         raise DataError(f"data.cache_dir: {cfg.data.cache_dir} has {len(chunks.train)} chunks, fewer than "
                         f"train.batch_size ({plan.batch_size}); preprocess more text or lower it")  # fmt: skip
-    return Chunks(chunks.train.select(range(whole)), chunks.heldout, chunks.metadata)
+    heldout = chunks.heldout
+    if heldout is not None:
+        per_pass = plan.micro_batch_size * plan.world_size
+        batches = min(cfg.train.eval_batches, len(heldout) // per_pass)
+        if not batches:
+            raise DataError(f"data.cache_dir: {cfg.data.cache_dir} has {len(heldout)} held-out chunks, fewer than one "
+                            f"evaluation batch ({per_pass}); preprocess with a larger --holdout")  # fmt: skip
+        heldout = heldout.select(range(batches * per_pass))
+    return Chunks(chunks.train.select(range(whole)), heldout, chunks.metadata)
 
 
 def check_models(cfg: Config) -> None:
@@ -237,8 +262,8 @@ def teacher_engine_config(cfg: Config, teacher, device: str, world_size: int, sa
     return config
 
 
-def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, say):
-    """Model, optimiser and Trainer of the stage."""
+def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, report: bool, say):
+    """Model, optimiser and Trainer of the stage. report: to Weights & Biases, beside metrics.jsonl."""
     import torch
     from transformers import TrainingArguments, set_seed
 
@@ -257,7 +282,6 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, say
         model = build_student_for_stage2_and_3(cfg, dtype, say, teacher)
     for group in parameter_groups(model, cfg):
         say(f"optimiser: {group.numel:,} parameters of {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
-    report = wandb_wanted(train.report_to)
     if report:
         os.environ.setdefault("WANDB_PROJECT", "hybrid-distillation")
     args = TrainingArguments(
@@ -290,14 +314,6 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, say
         label_names=[],
         disable_tqdm=False,
     )
-    heldout = chunks.heldout
-    if heldout is not None:
-        per_pass = plan.micro_batch_size * plan.world_size
-        batches = min(train.eval_batches, len(heldout) // per_pass)
-        if not batches:
-            raise DataError(f"data.cache_dir: {cfg.data.cache_dir} has {len(heldout)} held-out chunks, fewer than one "
-                            f"evaluation batch ({per_pass}); preprocess with a larger --holdout")  # fmt: skip
-        heldout = heldout.select(range(batches * per_pass)).with_format("numpy")
     stage, options = {
         1: (DistillTrainer, {}),
         2: (KDTrainer, {name: getattr(train, name) for name in ("kl_temperature", "kl_weight", "ce_weight")}),
@@ -312,7 +328,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, say
         model=model,
         args=args,
         train_dataset=chunks.train.with_format("numpy"),
-        eval_dataset=heldout,
+        eval_dataset=chunks.heldout and chunks.heldout.with_format("numpy"),
         make_optimizer=lambda model: get_optimizer(model, cfg),
         make_scheduler=lambda optimizer: get_scheduler(optimizer, cfg, plan),
         metrics_path=output / METRICS,
@@ -359,7 +375,4 @@ def print_plan(cfg: Config, plan: BatchPlan, say) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"train.py: error: {error}")
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import warnings
@@ -45,5 +46,12 @@ def set_up_device() -> str:
 
 
 def wandb_wanted(report_to: str) -> bool:
-    """Whether to report to Weights & Biases: as asked, or if its own variables say that the user has it set up."""
-    return report_to == "wandb" or report_to == "auto" and bool({"WANDB_API_KEY", "WANDB_MODE"} & set(os.environ))
+    """Whether to report to Weights & Biases: as asked, or if its own variables say that the user has it set up.
+
+    Raises ValueError if it was asked for and is not installed.
+    """
+    installed = importlib.util.find_spec("wandb") is not None
+    if report_to == "wandb" and not installed:
+        raise ValueError("train.report_to: wandb is not installed; install it or say none")
+    set_up = {"WANDB_API_KEY", "WANDB_MODE"} & set(os.environ)
+    return report_to == "wandb" or report_to == "auto" and installed and bool(set_up)
