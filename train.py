@@ -284,6 +284,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         say(f"optimiser: {group.numel:,} parameters of {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
     if report:
         os.environ.setdefault("WANDB_PROJECT", "hybrid-distillation")
+        os.environ.setdefault("WANDB_DIR", str(output))  # offline runs lie in the run folder
     args = TrainingArguments(
         output_dir=str(output),
         run_name=str(output),

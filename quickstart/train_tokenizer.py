@@ -21,11 +21,13 @@ from pathlib import Path
 from pipeline.data import documents
 
 EOS = "<|endoftext|>"
-NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+# encodings/ is tables of characters: a sixth of the bytes, next to nothing to learn, and noise in every loss curve.
+NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings"}
 
 
 def stdlib_files() -> list[Path]:
-    """The Python files of the running interpreter's standard library, sorted, without tests and installed packages."""
+    """The Python files of the running interpreter's standard library, sorted, without tests, character tables
+    and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return sorted(f for f in root.rglob("*.py") if not NOT_CORPUS & set(f.relative_to(root).parts[:-1]))
 

@@ -120,6 +120,13 @@ def test_a_stage_runs_and_explains_itself(stages, stage):
         assert (folder / "converted-hf" / name).is_file(), name
 
 
+def test_weights_and_biases_offline(stages):
+    """conftest.py sets WANDB_MODE; the run is named after its folder."""
+    (record,) = (stages / "stage1" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = record.read_bytes()
+    assert str(stages / "stage1").encode() in content and b"train/layer_loss/00" in content
+
+
 def test_the_schedule_is_ours(stages):
     """Cosine from the peak to the floor: not the defaults of transformers."""
     rates = logged(stages / "stage1", "learning_rate")
