@@ -8,18 +8,16 @@ train.py calls `export_checkpoint` when it is done; the script is for checkpoint
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 from transformers.initialization import no_init_weights
 
-from convert import load_teacher, load_teacher_config
+from convert import copy_sidecars, load_teacher, load_teacher_config
 from distill_model import StudentConfig, StudentForCausalLM
 from pipeline.config import Config, ConfigError, load_config
-from pipeline.data import load_tokenizer
+from pipeline.files import complete_or_absent
 from pipeline.run_folder import EXPORT, checkpoints
 from wrapper import student_attention_state
 
@@ -58,21 +56,9 @@ def export_checkpoint(cfg: Config, checkpoint: Path, output: Path) -> None:
         model = StudentForCausalLM(config).to(config.dtype or torch.float32)
     model.tie_weights()
     model.load_state_dict(trained_state(cfg, checkpoint, config))
-    temporary, old = (output.with_name(f".{output.name}.{kind}") for kind in ("new", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)
-        load_tokenizer(cfg.teacher_model.name).save_pretrained(temporary)
-        generation = Path(cfg.teacher_model.name) / "generation_config.json"
-        if generation.is_file():
-            shutil.copy(generation, temporary)
-        if output.exists():
-            os.replace(output, old)
-        os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    with complete_or_absent(output, replace=True) as folder:
+        model.save_pretrained(folder)
+        copy_sidecars(cfg.teacher_model.name, folder)
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.data import METADATA, SPLITS, DataError, complete_or_absent, is_done, open_split, read_metadata
+from pipeline.data import METADATA, SPLITS, DataError, is_done, open_split, read_metadata
+from pipeline.files import complete_or_absent
 
 DTYPES = ("uint16", "int32", "int64")
 

@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 
 from pipeline.data import (
-    METADATA, SPLITS, DataError, complete_or_absent, corpus_key, documents, is_done, load_tokenizer,
+    METADATA, SPLITS, DataError, corpus_key, documents, is_done, load_tokenizer,
     tokenizer_fingerprint,
 )  # fmt: skip
+from pipeline.files import complete_or_absent
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,5 +1,5 @@
-"""Teachers: Hugging Face checkpoints read exactly into `StudentForCausalLM`."""
+"""Teachers: checkpoints of Hugging Face, FLA or ours, read exactly into `StudentForCausalLM`, and converted."""
 
-from .loader import load_teacher, load_teacher_config
+from .loader import copy_sidecars, load_teacher, load_teacher_config
 
-__all__ = ["load_teacher", "load_teacher_config"]
+__all__ = ["copy_sidecars", "load_teacher", "load_teacher_config"]

@@ -1,71 +1,109 @@
 """What each teacher family is: one declarative spec a family, and nothing else that knows a family's name.
 
-A new family is a line in `FAMILIES` and a line in tests/test_convert.py.
+A new family is an entry of `FAMILIES`, a line in tests/test_convert.py and, for `--config`, its sizes in published.yaml.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedConfig
 
-
-@dataclass(frozen=True)
-class Family:
-    """How a Hugging Face `model_type` maps to `StudentConfig`.
-
-    attention_bias, output_bias, mlp_bias: whether q/k/v, o and the MLP carry biases, read from the family's config.
-    qk_norm: per-head RMSNorm on q and k.
-    """
-
-    attention_bias: Callable[[PreTrainedConfig], bool]
-    output_bias: Callable[[PreTrainedConfig], bool]
-    mlp_bias: Callable[[PreTrainedConfig], bool] = lambda config: False
-    qk_norm: bool = False
-
-
-FAMILIES = {
-    "qwen2": Family(attention_bias=lambda c: True, output_bias=lambda c: False),
-    "qwen3": Family(attention_bias=lambda c: c.attention_bias, output_bias=lambda c: c.attention_bias, qk_norm=True),
-    "llama": Family(
-        attention_bias=lambda c: c.attention_bias,
-        output_bias=lambda c: c.attention_bias,
-        mlp_bias=lambda c: c.mlp_bias,
-    ),
-}
-
-# Hugging Face's names, part by part -> ours (which are FLA's). The three families share them.
-RENAMED = {
+# Fields of StudentConfig that Hugging Face's decoder configs have under the same name.
+SAME = {
+    name: name
+    for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
+        "initializer_range", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "dtype",
+    )
+}  # fmt: skip
+# Parts of Hugging Face's parameter names -> ours, which are FLA's.
+HUGGING_FACE_NAMES = {
     "embed_tokens": "embeddings",
     "self_attn": "attn",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "mlp_norm",
 }
-# Fields that mean the same on both sides.
-SHARED_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
-    "initializer_range", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "dtype",
-)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a `model_type` maps to `StudentConfig` and its parameters to ours.
+
+    config: field of StudentConfig -> the family's field, or a function of its config.
+    fixed: fields of StudentConfig that the family's code fixes.
+    weights: part of a parameter's name -> our part; parts that are not listed are the same.
+    refused: config field -> function of its value that says what we cannot express, or None.
+    """
+
+    config: Mapping[str, str | Callable[[PreTrainedConfig], Any]] = field(default_factory=lambda: SAME)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=lambda: HUGGING_FACE_NAMES)
+    refused: Mapping[str, Callable[[Any], str | None]] = field(default_factory=dict)
+
+    def rename(self, name: str) -> str:
+        """model.layers.0.self_attn.q_proj.weight -> model.layers.0.attn.q_proj.weight"""
+        return ".".join(self.weights.get(part, part) for part in name.split("."))
+
+
+def _fla_intermediate(config: PreTrainedConfig) -> int:
+    """What FLA's GatedMLP makes of an intermediate_size that is not given."""
+    if config.intermediate_size is not None:
+        return config.intermediate_size
+    return -(-int(config.hidden_size * (config.hidden_ratio or 4) * 2 / 3) // 256) * 256
+
+
+FAMILIES = {
+    "qwen2": Family(fixed={"attention_bias": True}),
+    "qwen3": Family(
+        config=SAME | {"attention_bias": "attention_bias", "attention_output_bias": "attention_bias"},
+        fixed={"qk_norm": True},
+    ),
+    "llama": Family(
+        config=SAME
+        | {"attention_bias": "attention_bias", "attention_output_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+    ),
+    "mistral": Family(refused={"sliding_window": lambda size: size and f"sliding-window attention over {size} tokens"}),
+    # FLA's TransformerForCausalLM: our names are its names. It has neither head_dim nor RoPE scaling.
+    "transformer": Family(
+        config={name: theirs for name, theirs in SAME.items() if name not in ("rope_parameters",)}
+        | {
+            "intermediate_size": _fla_intermediate,
+            "num_attention_heads": "num_heads",
+            "num_key_value_heads": lambda config: config.num_kv_heads or config.num_heads,
+            "rms_norm_eps": "norm_eps",
+            "attention_bias": "qkv_bias",
+            "qk_norm": "qk_norm",
+            "rope_parameters": lambda config: {"rope_type": "default", "rope_theta": config.rope_theta},
+        },
+        fixed={"qk_norm_eps": 1e-5},
+        weights={},
+        refused={
+            "window_size": lambda size: size and f"sliding-window attention over {size} tokens",
+            "attnres_block_size": lambda size: size and "attention residuals",
+            "rope_theta": lambda theta: None if theta else "no rotary embedding",
+        },
+    ),
+}
 ROPE_TYPES = ("default", "llama3", "linear", "dynamic", "yarn")
 ACTIVATIONS = ("silu", "swish")
-
-
-def rename(name: str) -> str:
-    """A Hugging Face parameter name in our terms: model.layers.0.self_attn.q_proj.weight -> model.layers.0.attn..."""
-    return ".".join(RENAMED.get(part, part) for part in name.split("."))
 
 
 def unsupported(config: PreTrainedConfig) -> str | None:
     """Why a teacher cannot be expressed exactly, or None if it can."""
     if config.model_type not in FAMILIES:
         return f"model_type {config.model_type!r}; supported are {', '.join(FAMILIES)}"
+    for name, reason in FAMILIES[config.model_type].refused.items():
+        if why := reason(getattr(config, name)):
+            return why
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
         return "sliding-window attention"
     if config.hidden_act not in ACTIVATIONS:
         return f"hidden_act {config.hidden_act!r}; supported is silu"
-    rope = config.rope_parameters or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ROPE_TYPES:
         return f"rope_type {rope['rope_type']!r}; supported are {', '.join(ROPE_TYPES)}"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

@@ -62,8 +62,9 @@ class SoftmaxAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=config.attention_output_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
 

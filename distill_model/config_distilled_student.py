@@ -36,6 +36,7 @@ class StudentConfig(PreTrainedConfig):
     attention_output_bias: bool = False  # of o_proj
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_eps: float | None = None  # None: rms_norm_eps
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False

@@ -342,6 +342,24 @@ def token_shift(x, cu_seqlens=None, cache=None, output_cache=False, **_):
     return (delta, last) if output_cache else delta
 
 
+def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1), softmax_scale=None, **_):
+    """Softmax attention in flash-attn's layout [B, T, H, D]; causality and window count from the bottom right."""
+    distance = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])  # query - key
+    mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window_size[0] >= 0:
+        mask &= distance <= window_size[0]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask.to(q.device), scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+    """The same for packed sequences [sum(T), H, D]."""
+    lengths = zip((q, k, v), (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k))
+    sequences = zip(*(x.split(cu_seqlens.diff().tolist()) for x, cu_seqlens in lengths))
+    return torch.cat([flash_attn_func(*(x[None] for x in sequence), **options)[0] for sequence in sequences])
+
+
 # Where FLA defines an entry point -> what stands in for it (a string names FLA's own PyTorch reference).
 STAND_INS = {
     "fla.ops.gated_delta_rule": {
@@ -414,3 +432,6 @@ def install() -> None:
             new, old = _resolve(stand_in) if isinstance(stand_in, str) else stand_in, getattr(module, name)
             if old is not new:
                 _rebind(old, new)
+    # FLA takes these from flash-attn, which has no CPU version, and leaves them unset or undefined without it.
+    fla.layers.attn.flash_attn_func = flash_attn_func
+    fla.layers.attn.flash_attn_varlen_func = flash_attn_varlen_func

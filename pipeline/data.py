@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,20 +76,6 @@ def is_done(folder: Path, key: dict) -> bool:
         if found.get(name) != value:
             raise DataError(f"{folder}: was made with {name} {found.get(name)!r}, not {value!r}; choose another --output_dir or remove it")
     return True
-
-
-@contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends, and vanishes if it raises."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------ corpora

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, get_cosine_schedule_with
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.data import load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
+from pipeline.files import complete_or_absent
 
 # Four query heads share two key/value heads, and head_dim is not hidden_size / heads: what real teachers do.
 # With transformers' initializer_range of 0.02 a model this narrow spends half the run on token frequencies.
@@ -119,13 +119,10 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "losses": [round(x, 4) for x in losses],
     }
-    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    args.output_dir.with_name(args.output_dir.name + ".json").write_text(json.dumps(result) + "\n")
-    shutil.rmtree(args.output_dir, ignore_errors=True)
-    partial.rename(args.output_dir)  # last: the folder is there only when it is complete
+    with complete_or_absent(args.output_dir, replace=True) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        args.output_dir.with_name(args.output_dir.name + ".json").write_text(json.dumps(result) + "\n")
     verdict = f"held-out loss {result['heldout_loss']:.3f}, unigram entropy {result['unigram_entropy']:.3f}"
     print(f"Teacher: {verdict}; {result['tokens'] / seconds:.0f} tokens/s; saved in {args.output_dir}")
     if not args.tiny and result["heldout_loss"] > result["unigram_entropy"] - 0.5:

@@ -19,7 +19,7 @@ def random_teacher(folder, kind="qwen3", **overrides):
     """Saves a tiny random Hugging Face teacher to `folder`, with biases and norms that are not 0 and 1; returns it."""
     import transformers
 
-    model_class = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[kind]
+    model_class = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}[kind]
     head_dim = {} if kind == "qwen2" else {"head_dim": 16}
     config = getattr(transformers, f"{model_class}Config")(**{**SHAPE, **head_dim, **overrides})
     torch.manual_seed(0)

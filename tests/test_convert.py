@@ -1,13 +1,28 @@
-"""A teacher read by us gives Hugging Face's logits; what cannot be read exactly is refused by name."""
+"""A teacher read by us gives Hugging Face's logits, and so does its conversion; what cannot be exact is refused by name."""
 
+import errno
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_teacher
+import yaml
+from conftest import random_teacher, save_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from convert import load_teacher, load_teacher_config
+from convert import converter, load_teacher, load_teacher_config
+from convert.command import main as convert
+from convert.converter import PUBLISHED, check_size, write_weights
+from convert.families import FAMILIES
+from convert.loader import Checkpoint, student_config
+from distill_model import StudentForCausalLM
+
+ROOT = Path(__file__).parent.parent
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)  # fmt: skip
@@ -23,6 +38,10 @@ TEACHERS = {
     "llama3 rope scaling": ("llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3)),
     "linear rope scaling": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),
     "dynamic rope scaling": ("llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))),
+    "mistral without a window": ("mistral", dict(sliding_window=None, head_dim=24)),
+    "grouped by 7": ("qwen2", dict(hidden_size=112, num_attention_heads=14, num_key_value_heads=2)),
+    "grouped by 5": ("qwen3", dict(num_attention_heads=10, num_key_value_heads=2)),
+    "grouped by 8, hidden / heads is not whole": ("qwen3", dict(hidden_size=44, num_attention_heads=8, num_key_value_heads=1)),
 }  # fmt: skip
 
 
@@ -36,6 +55,161 @@ def test_logits_equal_hugging_face(tmp_path, name):
         with torch.no_grad():
             torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_conversion_gives_the_same_logits(tmp_path, name, precision, capsys, monkeypatch):
+    kind, overrides = TEACHERS[name]
+    theirs = random_teacher(tmp_path / "source", kind, **overrides)
+    save_tokenizer(tmp_path / "source")
+    monkeypatch.setattr(converter, "SHARD_BYTES", 40_000)
+    convert("", kind, argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out"), "--format", "student",
+                            *(["--precision", precision] if precision else [])])  # fmt: skip
+    difference = float(capsys.readouterr().out.partition("largest difference to the source: ")[2].split()[0])
+    assert difference < 1e-4
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(ours, StudentForCausalLM) and ours.dtype == (torch.bfloat16 if precision else torch.float32)
+    if precision:
+        ours = ours.float()
+        for parameter in theirs.parameters():  # not its buffers: rounded frequencies are what we must not have
+            parameter.data = parameter.data.bfloat16().float()
+    ids = torch.randint(0, theirs.config.vocab_size, (2, 91))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    again = load_teacher(str(tmp_path / "out"))
+    for (key, a), (_, b) in zip(ours.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a.float(), b), key
+
+
+def test_tokenizer_template_and_generation_config_come_along(tmp_path):
+    random_teacher(tmp_path / "source", "llama")
+    save_tokenizer(tmp_path / "source")
+    files = {
+        "chat_template.jinja": "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "generation_config.json": json.dumps({"eos_token_id": [3, 7, 9], "temperature": 0.6, "do_sample": True}),
+    }
+    for name, text in files.items():
+        (tmp_path / "source" / name).write_text(text)
+    convert("", "llama", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    for name, text in files.items():
+        assert (tmp_path / "out" / name).read_text() == text
+    tokenizers = [AutoTokenizer.from_pretrained(tmp_path / kind) for kind in ("source", "out")]
+    assert tokenizers[0]("def f")["input_ids"] == tokenizers[1]("def f")["input_ids"]
+    assert tokenizers[1].apply_chat_template([{"content": "ab"}], tokenize=False) == "ab"
+
+
+FLA = {
+    "qwen2, biases": ("qwen2", {}),
+    "tied, padded vocabulary": ("qwen2", dict(tie_word_embeddings=True, vocab_size=128)),
+    "llama": ("llama", dict(head_dim=12)),
+    "q/k norms": ("qwen3", dict(head_dim=12, rms_norm_eps=1e-5)),
+    "mistral": ("mistral", dict(head_dim=12, sliding_window=None, rope_parameters=dict(rope_type="default", rope_theta=5e4))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLA)
+def test_fla_loads_what_we_write_and_we_what_it_saves(tmp_path, name):
+    from fla.models import TransformerForCausalLM
+
+    kind, overrides = FLA[name]
+    theirs = random_teacher(tmp_path / "source", kind, **overrides)
+    convert("", kind, argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "fla")])
+    model, report = TransformerForCausalLM.from_pretrained(tmp_path / "fla", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    model = model.float().eval()
+    ids = torch.randint(0, theirs.config.vocab_size, (2, 91))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        model.save_pretrained(tmp_path / "saved by fla")
+        torch.testing.assert_close(load_teacher(str(tmp_path / "saved by fla"))(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert model.config.eos_token_id == theirs.config.eos_token_id and model.config.bos_token_id == theirs.config.bos_token_id
+
+
+@pytest.mark.parametrize(
+    "kind, overrides, reason",
+    [
+        ("qwen3", {}, "head_dim 16"),
+        ("qwen3", dict(head_dim=12), "eps 1e-06 in the q/k norms"),
+        ("llama", dict(head_dim=12, rope_parameters=LLAMA3), "RoPE scaling (llama3)"),
+        ("llama", dict(head_dim=12, attention_bias=True), "a bias in o_proj"),
+        ("llama", dict(head_dim=12, mlp_bias=True), "biases in the MLP"),
+    ],
+)
+def test_what_fla_cannot_express_takes_our_format(tmp_path, capsys, kind, overrides, reason):
+    random_teacher(tmp_path / "source", kind, **overrides)
+    arguments = ["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="--format: fla cannot express"):
+        convert("", kind, argv=[*arguments, "--format", "fla"])
+    assert not (tmp_path / "out").exists()
+    convert("", kind, argv=arguments)
+    assert reason in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "distilled_student"
+
+
+def test_a_llama_that_lost_its_rope_scaling_warns(tmp_path):
+    from fla.models import TransformerConfig
+
+    shape = dict(hidden_size=8, num_heads=2, num_hidden_layers=1, vocab_size=128256)
+    TransformerConfig(**shape, max_position_embeddings=131072, rope_theta=5e5).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="lost its RoPE scaling.*meta-llama"):
+        load_teacher_config(str(tmp_path))
+
+
+SIZES = [(kind, size) for kind, sizes in yaml.safe_load(PUBLISHED.read_text()).items() for size in sizes]
+
+
+@pytest.mark.parametrize("kind, size", SIZES)
+def test_published_sizes_have_the_same_parameters(kind, size):
+    shape = yaml.safe_load(PUBLISHED.read_text())[kind][size]
+    rope = {"rope_type": "default", "rope_theta": 5e5 if kind == "llama" else 1e6}
+    if scaling := shape.get("rope"):
+        rope |= {"rope_type": scaling["type"], "factor": scaling["factor"], "low_freq_factor": scaling["low"],
+                 "high_freq_factor": scaling["high"], "original_max_position_embeddings": scaling["original"]}  # fmt: skip
+    config = AutoConfig.for_model(
+        kind, vocab_size=shape["vocab"], hidden_size=shape["hidden"], intermediate_size=shape["intermediate"],
+        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], num_key_value_heads=shape["kv"],
+        head_dim=shape["head_dim"], tie_word_embeddings=shape["tied"], rope_parameters=rope, max_position_embeddings=131072,
+    )  # fmt: skip
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config)
+        ours = StudentForCausalLM(student_config(config))
+    ours.tie_weights()
+    theirs.tie_weights()
+    expected = {FAMILIES[kind].rename(name): p.shape for name, p in theirs.named_parameters()}
+    assert {name: p.shape for name, p in ours.named_parameters()} == expected
+    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+    check_size(ours.config, kind, size)
+    other = next(name for name in yaml.safe_load(PUBLISHED.read_text())[kind] if name != size and name[-2:] != size[-2:])
+    with pytest.raises(ValueError, match=f"--config: the checkpoint is no {other}: .* instead of"):
+        check_size(ours.config, kind, other)
+
+
+def test_the_teachers_loss_is_hugging_faces(tmp_path):
+    """Stage 2's KL of an untrained hybrid, from our teacher, against logits of Hugging Face's class."""
+    theirs = random_teacher(tmp_path, "llama", tie_word_embeddings=True, rope_parameters=LLAMA3)
+    teacher = load_teacher(str(tmp_path))
+    student = StudentForCausalLM.from_teacher(teacher, "gdn_v4", [1])[0]
+    ids = torch.randint(0, theirs.config.vocab_size, (2, 33))
+    with torch.no_grad():
+        hidden = teacher.model(ids).last_hidden_state
+        loss = student(ids, teacher_hidden_states=hidden, teacher_head_weight=teacher.lm_head.weight).loss
+        p, q = (model(ids).logits.double().log_softmax(-1) for model in (theirs, student))
+        torch.testing.assert_close(loss.double(), (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-4, atol=1e-6)
+        own = teacher(ids, labels=ids).loss
+        torch.testing.assert_close(own, theirs(ids, labels=ids).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_a_kept_layer_is_the_teachers_to_the_bit(tmp_path):
+    random_teacher(tmp_path, "qwen2", tie_word_embeddings=True)
+    teacher = load_teacher(str(tmp_path))
+    student = StudentForCausalLM.from_teacher(teacher, "gdn_v4", [2])[0]
+    hidden = torch.randn(2, 21, teacher.config.hidden_size)
+    positions = teacher.model.position_embeddings(hidden)
+    a, b = (model.model.layers[2](hidden, position_embeddings=positions) for model in (teacher, student))
+    assert torch.equal(a, b)
 
 
 def test_our_own_checkpoint_is_a_teacher_too(tmp_path, teacher_dir):
@@ -65,25 +239,128 @@ def test_what_we_cannot_express_is_refused_by_name(tmp_path, change, message):
         load_teacher_config(str(tmp_path))
 
 
+def test_a_window_of_mistral_is_refused(tmp_path):
+    random_teacher(tmp_path, "mistral", sliding_window=16)
+    with pytest.raises(ValueError, match="sliding-window attention over 16 tokens"):
+        load_teacher_config(str(tmp_path))
+
+
 def test_a_missing_folder_is_named():
     with pytest.raises(ValueError, match="teacher_model.name: 'no/such/folder/anywhere'"):
         load_teacher_config("no/such/folder/anywhere")
 
 
-def test_damaged_checkpoints_are_named(tmp_path):
-    random_teacher(tmp_path, "qwen3")
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    short = {k: v for k, v in tensors.items() if k != "model.layers.2.mlp.up_proj.weight"}
-    save_file(short, file)
-    with pytest.raises(ValueError, match="1 tensors are missing.*layers.2.mlp.up_proj"):
-        load_teacher(str(tmp_path))
-    save_file({**tensors, "model.norm.weight": torch.ones(3)}, file)
-    with pytest.raises(ValueError, match="model.norm.weight"):
-        load_teacher(str(tmp_path))
+def damage_drop(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def damage_shape(folder):
+    tensors = load_file(folder / "model.safetensors") | {"model.norm.weight": torch.ones(3)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def damage_extra(folder):
+    tensors = load_file(folder / "model.safetensors") | {"model.layers.0.self_attn.sinks": torch.ones(3)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def damage_truncate(folder):
+    file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="damaged"):
-        load_teacher(str(tmp_path))
-    file.unlink()
-    with pytest.raises(ValueError, match="model.safetensors is missing"):
-        load_teacher(str(tmp_path))
+
+
+def damage_remove(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def damage_index(folder):
+    names = load_file(folder / "model.safetensors")
+    weight_map = dict.fromkeys([*names, "model.layers.9.mlp.up_proj.weight"], "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def damage_shard(folder):
+    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def damage_family(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_drop, "1 tensors are missing, the first is model.layers.2.mlp.up_proj.weight"),
+        (damage_shape, r"model.safetensors: model.norm.weight is \(3,\), config.json implies the shape \(48,\)"),
+        (damage_extra, "self_attn.sinks is .* implies no such tensor"),
+        (damage_truncate, "model.safetensors: damaged or truncated"),
+        (damage_remove, "model.safetensors is missing"),
+        (damage_index, "index.json: model.layers.9.mlp.up_proj.weight is not in model.safetensors"),
+        (damage_shard, "model-00001-of-00002.safetensors is missing"),
+        (damage_family, "model_type 'gpt2'"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_leaves_nothing(tmp_path, damage, message):
+    random_teacher(tmp_path / "source", "qwen3")
+    damage(tmp_path / "source")
+    with pytest.raises(ValueError, match=message):
+        load_teacher(str(tmp_path / "source"))
+    with pytest.raises(SystemExit, match=message) as error:
+        convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["source"]
+
+
+def test_a_conversion_that_differs_fails_and_leaves_nothing(tmp_path, monkeypatch):
+    random_teacher(tmp_path / "source", "qwen3")
+
+    def spoiled(tensors, folder):
+        return write_weights(((name, t + 0.01 if "layers.3.mlp.up" in name else t) for name, t in tensors), folder)
+
+    monkeypatch.setattr(converter, "write_weights", spoiled)
+    with pytest.raises(SystemExit, match="--verify: .* differ by"):
+        convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    random_teacher(tmp_path / "source", "qwen3")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(converter, "save_file", full)
+    with pytest.raises(SystemExit, match="out: No space left on device; nothing was written"):
+        convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_an_existing_output_and_another_family_are_refused(tmp_path):
+    random_teacher(tmp_path / "source", "qwen3")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    arguments = ["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="--output: .*out is there already"):
+        convert("", "qwen3", argv=arguments)
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(SystemExit, match="of type qwen3; this script is for qwen2"):
+        convert("", "qwen2", argv=arguments)
+    with pytest.raises(SystemExit, match="--config: the checkpoint is no 8b: layers 4 instead of 36"):
+        convert("", "qwen3", argv=[*arguments, "--config", "8b"])
+    with pytest.raises(SystemExit, match="--config: 9b is no published size"):
+        convert("", "qwen3", argv=[*arguments, "--config", "9b"])
+    assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("script, kind", [("qwen2.5", "qwen2"), ("qwen3", "qwen3"), ("llama3.2", "llama")])
+def test_the_scripts_run_from_anywhere(tmp_path, script, kind):
+    random_teacher(tmp_path / "source", kind)
+    done = subprocess.run(
+        [sys.executable, ROOT / "convert" / f"convert_from_{script}.py", "--model", "source", "--output", "out"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
