@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import Qwen3Config, Qwen3ForCausalLM, get_cosine_schedule_with_warmup
+from transformers import Qwen3Config, Qwen3ForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.data import load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
@@ -60,7 +60,8 @@ def heldout_loss(model, ids: torch.Tensor) -> float:
 def train(model, chunks, steps: int, device: torch.device, seed: int) -> list[float]:
     """Trains in place on random chunks, without repeats within an epoch; returns the loss of every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, steps // 5), steps)
+    warmup = min(WARMUP_STEPS, steps // 5)
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=0.1)
     generator = torch.Generator().manual_seed(seed)
     epochs = math.ceil(steps * BATCH_SIZE / len(chunks))
     order = torch.cat([torch.randperm(len(chunks), generator=generator) for _ in range(epochs)]).tolist()
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a folder written by preprocess_chunk.py")
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=660)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="a smaller model, and no demand on its loss")
     args = parser.parse_args()
