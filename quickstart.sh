@@ -120,14 +120,14 @@ step chunks "$SHORT_DATA/metadata.json" "Chunks of $CONTEXT tokens, for stages 1
     python preprocess_chunk.py --tokenized_dataset_path "$OUT/data/tokenized" --context_length "$CONTEXT" --output_dir "$OUT/data"
 step long_chunks "$LONG_DATA/metadata.json" "Chunks of $LONG tokens, for stage 3, 10 s" \
     python preprocess_chunk.py --tokenized_dataset_path "$OUT/data/tokenized" --context_length "$LONG" --output_dir "$OUT/data"
-step teacher "$OUT/teacher/config.json" "Teacher: a small Qwen3 from scratch, 4 minutes" \
+step teacher "$OUT/teacher/config.json" "Teacher: a small Qwen3 from scratch, 2 to 3 minutes" \
     python -m quickstart.train_teacher --data "$SHORT_DATA" --tokenizer "$OUT/tokenizer" --output_dir "$OUT/teacher" ${TEACHER[@]+"${TEACHER[@]}"}
 train_stage 1 "Stage 1: each layer's linear attention learns the teacher's output, 1 minute"
 step layer_scan "$OUT/layer_scan/layer_scan.json" "Layer scan: which quarter keeps full attention, 30 s" \
     python -m layer_selection.scan_layers --student "$OUT/stage1/converted-hf" --teacher "$OUT/teacher" \
     --data "$SHORT_DATA" --output_dir "$OUT/layer_scan" ${SCAN[@]+"${SCAN[@]}"}
 train_stage 2 "Stage 2: the hybrid learns the teacher's logits, 1 to 2 minutes"
-train_stage 3 "Stage 3: the hybrid goes on at context $LONG, without the teacher, 1 to 2 minutes"
+train_stage 3 "Stage 3: the hybrid goes on at context $LONG, without the teacher, 2 to 3 minutes"
 
 step report "$OUT/report.html" "Report: every model on held-out text, 40 s" \
     python -m quickstart.report --out "$OUT" --context "$CONTEXT" --long_context "$LONG" ${REPORT[@]+"${REPORT[@]}"}

@@ -61,6 +61,16 @@ def path_reference(q, k, v, w, beta, g):
     return (torch.stack(outputs, 1),)
 
 
+def window_reference(q, k, v, window):
+    k, v = (x.repeat_interleave(HV // H, 2) for x in (k, v))
+    outputs = []
+    for t in range(T):  # the token itself and `window` before it
+        seen = slice(max(0, t - window), t + 1)
+        weights = (torch.einsum("bhk,bjhk->bhj", q[:, t], k[:, seen]) * K**-0.5).softmax(-1)
+        outputs.append(torch.einsum("bhj,bjhv->bhv", weights, v[:, seen]))
+    return (torch.stack(outputs, 1),)
+
+
 def random(*shape, f=lambda x: x):
     return f(torch.randn(*shape, dtype=torch.float64))
 
@@ -121,6 +131,11 @@ CASES = {
     "PaTH": (lambda *x: cpu_ops.path_attn(*x)[:1], path_reference,
              lambda: [random(B, T, HV, K), random(B, T, H, K), random(B, T, H, V), random(B, T, H, K, f=unit),
                       random(B, T, H, f=lambda x: 2 * x.sigmoid()), random(B, T, HV, f=mild)]),
+    "causal softmax": (lambda *x: (cpu_ops.flash_attn_func(*x, causal=True),), lambda *x: window_reference(*x, T),
+                       lambda: [random(B, T, HV, K), random(B, T, H, K), random(B, T, H, V)]),
+    "sliding window": (lambda *x: (cpu_ops.flash_attn_func(*x, causal=True, window_size=(9, 0)),),
+                       lambda *x: window_reference(*x, 9),
+                       lambda: [random(B, T, HV, K), random(B, T, H, K), random(B, T, H, V)]),
 }  # fmt: skip
 
 
@@ -149,6 +164,17 @@ def test_packed_sequences_equal_separate_ones(lengths):
         out, state = cpu_ops.delta_rule(*(x[:, start:stop] for x in inputs), output_final_state=True)
         torch.testing.assert_close(packed[:, start:stop], out)
         torch.testing.assert_close(states[i].mT, state[0])
+
+
+def test_packed_softmax_equals_separate_and_queries_count_from_the_end():
+    q, k, v = torch.randn(14, 4, 8), torch.randn(14, 2, 8), torch.randn(14, 2, 8)
+    edges = torch.tensor([0, 5, 14])
+    packed = cpu_ops.flash_attn_varlen_func(q, k, v, edges, edges, 9, 9, causal=True)
+    for start, stop in ((0, 5), (5, 14)):
+        alone = cpu_ops.flash_attn_func(*(x[None, start:stop] for x in (q, k, v)), causal=True)
+        torch.testing.assert_close(packed[start:stop], alone[0])
+        last = cpu_ops.flash_attn_func(q[None, stop - 2 : stop], *(x[None, start:stop] for x in (k, v)), causal=True)
+        torch.testing.assert_close(last, alone[:, -2:])
 
 
 def test_convolution_step_by_step_equals_at_once():

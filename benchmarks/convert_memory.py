@@ -1,0 +1,86 @@
+"""Peak memory of a conversion beside the largest shard of its source.
+
+    python benchmarks/convert_memory.py [--gigabytes 4]
+
+Writes a synthetic checkpoint of Qwen2.5's kind in bf16, in four shards, to a temporary folder, converts it in processes
+of their own, and prints the largest resident memory of each, mapped pages of the files included. The last column is the
+peak less the largest shard; the goal is at most 1.5 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORTS = "import convert.command"
+SHARDS = 4
+
+
+def synthetic_checkpoint(folder: Path, size: float) -> float:
+    """Writes about `size` bytes of random weights; returns the bytes of the largest shard."""
+    hidden, intermediate, vocab = 2048, 11008, 151936
+    layer = 2 * (2 * hidden * hidden + 2 * hidden * 256 + 3 * hidden * intermediate)
+    layers = max(1, round((size - 2 * 2 * vocab * hidden) / layer))
+    config = Qwen2Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    total = 2 * sum(shape.numel() for shape in shapes.values())
+    shards: list[dict[str, torch.Size]] = [{}]
+    for name, shape in shapes.items():
+        if 2 * sum(s.numel() for s in shards[-1].values()) >= total / SHARDS:
+            shards.append({})
+        shards[-1][name] = shape
+    weight_map = {}
+    for i, shard in enumerate(tqdm(shards, desc="synthetic checkpoint", unit="shard"), 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        save_file({n: torch.randn(s, dtype=torch.bfloat16) * 0.02 for n, s in shard.items()}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    return max(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def peak_memory(*command: str) -> int:
+    """The largest resident memory, in bytes, of a command that must succeed."""
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        source.mkdir()
+        largest = synthetic_checkpoint(source, args.gigabytes * 1e9)
+        rows = [("imports alone", peak_memory("-c", IMPORTS))]
+        for options in ([], ["--no-verify"], ["--precision", "float32", "--no-verify"], ["--format", "student"]):
+            output = Path(folder) / f"out{len(rows)}"
+            arguments = ["convert/convert_from_qwen2.5.py", "--model", str(source), "--output", str(output), *options]
+            rows.append((" ".join(options) or "defaults", peak_memory(*arguments)))
+        print(f"\nlargest shard: {largest / 1e9:.2f} GB\n\n| conversion | peak memory, GB | above the largest shard, GB |\n|:--|--:|--:|")
+        for name, peak in rows:
+            above = "" if name == "imports alone" else f"{(peak - largest) / 1e9:.2f}"
+            print(f"| {name} | {peak / 1e9:.2f} | {above} |")
+
+
+if __name__ == "__main__":
+    main()
