@@ -133,7 +133,7 @@ class Checkpoint:
 
     def _open(self, file: Path):
         try:
-            return safe_open(file, framework="pt")
+            return safe_open(file, framework="pt", backend="pread")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: damaged or truncated ({error}); fetch the checkpoint again") from None
 

@@ -87,7 +87,7 @@ def largest_difference(source: Checkpoint, result: Checkpoint, round_to: torch.d
                 progress.update()
             theirs, ours = (m.norm(h) for m, h in zip(models, (theirs, ours)))
             for start in range(0, config.vocab_size, HEAD_ROWS):
-                rows = slice(start, start + HEAD_ROWS)
+                rows = slice(start, min(start + HEAD_ROWS, config.vocab_size))
                 a, b = (m.logits(h, rows) for m, h in zip(models, (theirs, ours)))
                 differences.append((a - b).abs().max())
     return torch.stack(differences).max().item()  # NaN where there is one
