@@ -22,7 +22,7 @@ from pipeline.batch_plan import BatchPlan, batch_plan
 from pipeline.config import Config, ConfigError, check_kept_layers, load_config
 from pipeline.data import Chunks, DataError, load_tokenizer, open_chunks, tokenizer_fingerprint
 from pipeline.environment import set_up_device, set_up_process, wandb_wanted
-from pipeline.run_folder import EXPORT, METRICS, check_run_folder, checkpoints, is_finished, record_run
+from pipeline.run_folder import EXPORT, INIT_REPORT, METRICS, check_run_folder, checkpoints, is_finished, record_run
 
 ROOT = Path(__file__).resolve().parent
 BYTES_OF_ADAMW = 12  # an fp32 master copy and two fp32 moments a parameter
@@ -82,6 +82,8 @@ def prepare(args: argparse.Namespace) -> tuple | None:
     if rank == 0:  # after the ranks have met in build_trainer, for each of them checks the run folder before
         resume_step = int(resume.name.rpartition("-")[2]) if resume else 0
         record_run(cfg, ROOT, resume_step, world_size=world_size, device=device, tokens=plan.tokens)
+        if cfg.stage == 1:
+            (Path(cfg.train.output_dir) / INIT_REPORT).write_text(json.dumps(trainer.model.init_report, indent=1))
     return cfg, trainer, resume
 
 
@@ -144,10 +146,11 @@ def build_student_for_stage1(cfg: Config, dtype, say=print):
     student, reports = StudentForCausalLM.from_teacher(
         teacher, cfg.student_model.name, student_options=cfg.student_model.options
     )
-    report = reports[0]
-    parts = "; ".join(f"{kind}: {' '.join(names)}" for kind, names in vars(report).items() if names)
+    parts = "; ".join(f"{kind}: {' '.join(names)}" for kind, names in vars(reports[0]).items() if names)
     say(f"students: {len(reports)} x {cfg.student_model.name}; {parts}")
-    return AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, cfg.train.gradient_checkpointing)
+    model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, cfg.train.gradient_checkpointing)
+    model.init_report = {layer: vars(report) for layer, report in reports.items()}
+    return model
 
 
 def build_student_for_stage2_and_3(cfg: Config, dtype, say=print, teacher=None):

@@ -27,16 +27,21 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
         return self
 
 
-def sdpa_mask(attention_mask: torch.Tensor | None, q_len: int, k_len: int, device: torch.device) -> torch.Tensor | None:
+def sdpa_mask(
+    attention_mask: torch.Tensor | None, q_len: int, k_len: int, device: torch.device, window_size: int | None = None
+) -> torch.Tensor | None:
     """The boolean mask [B or 1, 1, q_len, k_len] of the last q_len of k_len positions, or None where SDPA needs none.
 
     attention_mask: [B, k_len], 1 for real tokens, 0 for padding; None when nothing is padded.
+    window_size: how many tokens a query sees, itself among them; None for all.
     """
-    if attention_mask is None and q_len in (1, k_len):
+    if attention_mask is None and q_len in (1, k_len) and (window_size is None or k_len <= window_size):
         return None  # one query sees everything; a square is `is_causal`
     query = torch.arange(k_len - q_len, k_len, device=device)[:, None]
     key = torch.arange(k_len, device=device)
     mask = (query >= key)[None, None]
+    if window_size is not None:
+        mask = mask & (query - key < window_size)
     if attention_mask is not None:
         # A padded query has no key to see and softmax would return NaN; let it see itself, nobody reads it.
         mask = mask & attention_mask[:, None, None, :].bool() | (query == key)
@@ -48,11 +53,12 @@ class SoftmaxAttention(nn.Module):
 
     Called like an FLA layer: returns (output [B, T, hidden_size], None, past_key_values), and keeps its keys and
     values ([B, T, num_key_value_heads, head_dim], after RoPE) in FLA's cache, beside the states of linear layers.
+    window_size: how many tokens a query sees, itself among them; None for all.
     """
 
-    def __init__(self, config: StudentConfig, layer_idx: int):
+    def __init__(self, config: StudentConfig, layer_idx: int, window_size: int | None = None):
         super().__init__()
-        self.layer_idx = layer_idx
+        self.layer_idx, self.window_size = layer_idx, window_size
         self.hidden_size = config.hidden_size
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -85,10 +91,15 @@ class SoftmaxAttention(nn.Module):
         v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         if past_key_values is not None:
-            state = past_key_values.update(attn_state=(k, v), layer_idx=self.layer_idx, offset=q_len)
-            k, v = state["attn_state"]
+            new, past = (k, v), past_key_values.get_seq_length(self.layer_idx)
+            if past:
+                k, v = (torch.cat(pair, 1) for pair in zip(past_key_values[self.layer_idx]["attn_state"], new))
+            window = {"window_size": self.window_size}
+            past_key_values.update(attn_state=new, layer_idx=self.layer_idx, offset=q_len, cache_kwargs=window)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -k.shape[1] :]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask = sdpa_mask(attention_mask, q_len, k.shape[2], q.device)
+        mask = sdpa_mask(attention_mask, q_len, k.shape[2], q.device, self.window_size)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and q_len > 1, enable_gqa=self.num_kv_heads < self.num_heads
         )

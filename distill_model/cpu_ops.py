@@ -216,6 +216,19 @@ def path_attn(q, k, v, w, beta, g=None, scale=None, cu_seqlens=None, use_cache=F
 
 
 # ----------------------------------------------------------------------------------------- modules
+def forgetting_attn(q, k, v, g, scale=None, cu_seqlens=None, **_):
+    """Softmax attention with forget gates: logits + sum of the log-gates g [B, T, HQ] between key and query."""
+    if cu_seqlens is not None:
+        parts = zip(*(x[0].split(cu_seqlens.diff().tolist()) for x in (q, k, v, g)))
+        return torch.cat([forgetting_attn(*(x[None] for x in part), scale=scale) for part in parts], 1)
+    dtype = q.dtype
+    q, k, v, g = (x.transpose(1, 2) for x in _up(q, k, v, g))
+    g = g.cumsum(-1)
+    bias = (g[..., :, None] - g[..., None, :]).masked_fill(_future(q.shape[2], q), -torch.inf)
+    out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).to(dtype)
+
+
 def causal_conv1d(x, weight=None, bias=None, residual=None, initial_state=None, output_final_state=False,
                   activation=None, backend=None, cu_seqlens=None, **_):
     """Depthwise causal convolution; states are the last W inputs, [N, D, W]."""
@@ -371,6 +384,7 @@ STAND_INS = {
     "fla.ops.gla": {"chunk_gla": gla, "fused_recurrent_gla": gla},
     "fla.ops.gsa": {"chunk_gsa": gsa, "fused_recurrent_gsa": gsa},
     "fla.ops.path_attn.parallel": {"parallel_path_attn": path_attn},
+    "fla.ops.forgetting_attn.parallel": {"parallel_forgetting_attn": forgetting_attn},
     "fla.ops.attn.decoding": {"attn_decoding_one_step": "fla.ops.attn.naive.naive_attn_decoding"},
     "fla.ops.rwkv7": {"chunk_rwkv7": chunk_rwkv7, "fused_mul_recurrent_rwkv7": fused_mul_recurrent_rwkv7},
     "fla.ops.rwkv7.fused_addcmul": {"fused_addcmul_rwkv7": "fla.ops.rwkv7.fused_addcmul.torch_addcmul_rwkv7"},

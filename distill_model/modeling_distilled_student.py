@@ -96,7 +96,7 @@ class StudentPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if is_student_attention(module) and module.A_log.device.type != "meta":
+        if is_student_attention(module) and module.o_proj.weight.device.type != "meta":
             module.init_fresh()
 
 

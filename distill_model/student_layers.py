@@ -2,6 +2,8 @@
 
 A student is built as `cls(config, layer_idx, **options)`; `STUDENT_ATTENTION_MAP` names them, and a variant is a line
 there. `init_from_teacher` accounts for every tensor of both sides in an `InitReport`.
+
+What no teacher has starts neutral: gates pass everything, short convolutions are the identity, nothing is forgotten fast.
 """
 
 from __future__ import annotations
@@ -12,9 +14,23 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from fla.layers import GatedDeltaNet
+from fla.layers import (
+    DeltaNet,
+    ForgettingAttention,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    GatedSlotAttention,
+    HGRN2Attention,
+    KimiDeltaAttention,
+    PaTHAttention,
+    gated_deltanet,
+)
+from fla.layers.utils import get_layer_cache, repad_hidden_states, unpad_hidden_states, update_layer_cache
+from fla.models.utils import Cache
+from fla.modules import RMSNorm, ShortConvolution
 from torch import nn
 from transformers import initialization as init
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .attention import SoftmaxAttention
 from .config_distilled_student import StudentConfig
@@ -42,17 +58,88 @@ def expand_kv_heads(weight: torch.Tensor, num_kv_heads: int, num_heads: int) -> 
     return heads.repeat_interleave(num_heads // num_kv_heads, dim=0).flatten(0, 1)
 
 
-class GatedDeltaNetStudent(GatedDeltaNet):
+def linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
+    return nn.Linear(in_features, out_features, bias=bias)
+
+
+class HeadNorm(nn.RMSNorm):
+    """The teacher's per-head RMSNorm, on [..., heads x head_dim] or [..., heads, head_dim]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).view(x.shape)
+
+
+class StudentAttention:
+    """What every student adds to its layer: where its tensors come from, and how the others start.
+
+    OPTIONS: the hyper-parameters that a config may set, and their types.
+    SOURCES: our parameter -> the teacher's that it starts from, where both have it. One with as many rows as there are
+    query heads takes a key/value projection repeated by head block.
+    keeps_rope: whether the layer applies the teacher's rotary embedding.
+    """
+
+    OPTIONS: dict[str, type] = {}
+    SOURCES = {f"{name}.weight": f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    keeps_rope = False
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        """Sets what no teacher has to its start. Skips what transformers has just loaded."""
+        for module in self.modules():
+            if isinstance(module, ShortConvolution):
+                identity = torch.zeros_like(module.weight)
+                identity[..., -1] = 1
+                init.copy_(module.weight, identity)
+                if module.bias is not None:
+                    init.zeros_(module.bias)
+
+    def init_decay(self) -> None:
+        """Decay as in Mamba-2 (arXiv 2405.21060): rates A in [1, 16] x time steps log-uniform in [1e-3, 0.1], through the
+        inverse of softplus."""
+        init.copy_(self.A_log, torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).log())
+        dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+
+    @torch.no_grad()
+    def init_from_teacher(self, teacher_attn: SoftmaxAttention) -> InitReport:
+        """Takes what the teacher has, sets the rest to its neutral start, and accounts for every tensor.
+
+        Raises ValueError if a teacher's tensor does not fit.
+        """
+        self.init_fresh()
+        report, used = InitReport(), set()
+        theirs, ours = dict(teacher_attn.named_parameters()), dict(self.named_parameters())
+        for name, source in self.SOURCES.items():
+            if name not in ours or source not in theirs:
+                continue
+            tensor, kind = theirs[source], report.copied
+            if tensor.shape != ours[name].shape:
+                tensor, kind = expand_kv_heads(tensor, teacher_attn.num_kv_heads, teacher_attn.num_heads), report.transformed
+            if tensor.shape != ours[name].shape:
+                raise ValueError(
+                    f"layer {self.layer_idx}: the student's {name} is {tuple(ours[name].shape)}, "
+                    f"the teacher's {source} {tuple(theirs[source].shape)}"
+                )
+            ours[name].copy_(tensor)
+            kind.append(name)
+            used.add(source)
+        report.fresh = [name for name in ours if name not in {*report.copied, *report.transformed}]
+        report.dropped = [name for name in theirs if name not in used] + ([] if self.keeps_rope else ["rope"])
+        return report
+
+
+class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
     """Gated DeltaNet (Yang et al., arXiv 2412.06464) with one key/value head a query head of the teacher.
 
-    q, k, v and o start as the teacher's (K and V repeated by head block); biases, q/k norms and RoPE of the teacher
-    are dropped. What is new starts neutral: the output gate passes everything (sigmoid(0) under a norm weight of 2),
-    the short convolutions are the identity.
+    factored: K and V go through as many features as the teacher has for them, then through a map to all heads that
+    starts as the repetition by head block.
     """
 
     OPTIONS = {"conv_size": int, "conv_bias": bool, "allow_neg_eigval": bool}
+    SOURCES = StudentAttention.SOURCES | {"k_proj.0.weight": "k_proj.weight", "v_proj.0.weight": "v_proj.weight"}
 
-    def __init__(self, config: StudentConfig, layer_idx: int, *, use_gate: bool, use_short_conv: bool, **options):
+    def __init__(self, config: StudentConfig, layer_idx: int, *, use_gate: bool, use_short_conv: bool,
+                 factored: bool = False, **options):  # fmt: skip
         super().__init__(
             hidden_size=config.hidden_size,
             head_dim=config.head_dim,
@@ -65,64 +152,271 @@ class GatedDeltaNetStudent(GatedDeltaNet):
             norm_eps=config.rms_norm_eps,
             **options,
         )
-
-    @torch.no_grad()
-    def init_fresh(self) -> list[str]:
-        """Sets what no teacher has to its start; returns the names. Skips what transformers has just loaded."""
-        # Decay as in Mamba-2: rates A in [1, 16] x time steps log-uniform in [1e-3, 0.1], through softplus' inverse.
-        init.copy_(self.A_log, torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).log())
-        dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
-        fresh = ["A_log", "dt_bias", "a_proj.weight", "b_proj.weight", "o_norm.weight"]
-        init.constant_(self.o_norm.weight, 2.0 if self.use_gate else 1.0)
-        if self.use_gate:
-            init.zeros_(self.g_proj.weight)
-            fresh.append("g_proj.weight")
-        if self.use_short_conv:
-            for name in ("q_conv1d", "k_conv1d", "v_conv1d"):
-                conv = getattr(self, name)
-                identity = torch.zeros_like(conv.weight)
-                identity[..., -1] = 1
-                init.copy_(conv.weight, identity)
-                fresh.append(f"{name}.weight")
-                if conv.bias is not None:
-                    init.zeros_(conv.bias)
-                    fresh.append(f"{name}.bias")
-        return fresh
-
-    @torch.no_grad()
-    def init_from_teacher(self, teacher_attn: SoftmaxAttention) -> InitReport:
-        """Copies the teacher's projections and sets the rest to its neutral start.
-
-        Raises ValueError if the teacher's heads do not fit this layer.
-        """
-        if (teacher_attn.num_heads, teacher_attn.head_dim) != (self.num_heads, self.head_dim):
-            raise ValueError(
-                f"layer {self.layer_idx}: the teacher has {teacher_attn.num_heads} heads of {teacher_attn.head_dim}, "
-                f"the student {self.num_heads} of {self.head_dim}"
+        self.num_kv_heads, self.factored = config.num_key_value_heads, factored
+        if factored:
+            kv_dim = config.num_key_value_heads * config.head_dim
+            self.k_proj, self.v_proj = (
+                nn.Sequential(linear(config.hidden_size, kv_dim), linear(kv_dim, self.key_dim)) for _ in range(2)
             )
-        report = InitReport(fresh=self.init_fresh())
-        grouped = teacher_attn.num_kv_heads < self.num_heads
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            weight = getattr(teacher_attn, name).weight
-            if grouped and name in ("k_proj", "v_proj"):
-                weight = expand_kv_heads(weight, teacher_attn.num_kv_heads, self.num_heads)
-                report.transformed.append(f"{name}.weight")
-            else:
-                report.copied.append(f"{name}.weight")
-            getattr(self, name).weight.copy_(weight)
-        taken = {*report.copied, *report.transformed}
-        report.dropped = [name for name, _ in teacher_attn.named_parameters() if name not in taken] + ["rope"]
-        accounted = taken | set(report.fresh)
-        assert accounted == {name for name, _ in self.named_parameters()}, accounted
-        return report
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        self.init_decay()
+        if self.use_gate:  # sigmoid(0) under a norm weight of 2
+            init.constant_(self.o_norm.weight, 2.0)
+            init.zeros_(self.g_proj.weight)
+        if self.factored:
+            for projection in (self.k_proj, self.v_proj):
+                one = torch.eye(projection[1].in_features, device=projection[1].weight.device)
+                init.copy_(projection[1].weight, expand_kv_heads(one, self.num_kv_heads, self.num_heads))
 
 
+class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
+    """Gated DeltaNet without short convolution whose q, k and v reach the recurrence as they are, without SiLU.
+
+    keep_attention: it keeps the teacher's q/k/v biases, q/k norms and rotary embedding, so that keys and queries are
+    the teacher's up to their length. use_norm: RMSNorm on the output of each head.
+    """
+
+    OPTIONS = {"allow_neg_eigval": bool}
+    SOURCES = GatedDeltaNetStudent.SOURCES | {
+        name: name for name in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias", "q_norm.weight", "k_norm.weight")
+    }
+
+    def __init__(self, config: StudentConfig, layer_idx: int, *, use_gate: bool, use_norm: bool, keep_attention: bool, **options):
+        super().__init__(config, layer_idx, use_gate=use_gate, use_short_conv=False, **options)
+        self.keeps_rope = keep_attention
+        self.q_norm = self.k_norm = nn.Identity()
+        if not use_norm:
+            self.o_norm = nn.Identity()
+        if keep_attention:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                setattr(self, name, linear(config.hidden_size, self.key_dim, config.attention_bias))
+            self.o_proj = linear(self.value_dim, config.hidden_size, config.attention_output_bias)
+            if config.qk_norm:
+                eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+                self.q_norm, self.k_norm = (HeadNorm(config.head_dim, eps=eps) for _ in range(2))
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False,
+                position_embeddings=None, **kwargs):  # fmt: skip
+        """FLA's forward without convolution and activation, and with what `keep_attention` keeps."""
+        batch_size, q_len, _ = hidden_states.shape
+        last_state = get_layer_cache(self, past_key_values)
+        x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, q_len)
+        q, k = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, self.v_proj(x)))
+        if self.keeps_rope:
+            cos, sin = (y.expand(batch_size, -1, -1) for y in position_embeddings)
+            if indices is not None:
+                cos, sin = (y.flatten(0, 1)[indices][None] for y in (cos, sin))
+            q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+        one_by_one = q_len <= 64 and not self.training and not torch.is_grad_enabled()
+        # Through FLA's module, where the stand-ins of `cpu_ops` are bound.
+        rule = "fused_recurrent_gated_delta_rule" if one_by_one else "chunk_gated_delta_rule"
+        o, recurrent_state = getattr(gated_deltanet, rule)(
+            q=q, k=k, v=v, g=self.a_proj(x), beta=self.b_proj(x), A_log=self.A_log, dt_bias=self.dt_bias,
+            initial_state=last_state["recurrent_state"] if last_state is not None else None,
+            output_final_state=use_cache, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, allow_neg_eigval=self.allow_neg_eigval, state_v_first=True,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=None, offset=q_len)
+        gate = (self.g_proj(x).unflatten(-1, (-1, self.head_dim)),) if self.use_gate else ()
+        o = self.o_proj(self.o_norm(o, *gate).flatten(-2))
+        return repad_hidden_states(o, indices, batch_size, q_len), None, past_key_values
+
+
+class KimiDeltaStudent(StudentAttention, KimiDeltaAttention):
+    """Kimi Delta Attention (arXiv 2510.26692): a gated delta rule with a decay for every channel."""
+
+    OPTIONS = {"conv_size": int, "conv_bias": bool, "allow_neg_eigval": bool, "use_short_conv": bool}
+
+    def __init__(self, config: StudentConfig, layer_idx: int, **options):
+        super().__init__(
+            hidden_size=config.hidden_size, head_dim=config.head_dim, num_heads=config.num_attention_heads, expand_v=1,
+            layer_idx=layer_idx, norm_eps=config.rms_norm_eps, **options,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        self.init_decay()
+        init.zeros_(self.g_proj[1].weight)
+        init.zeros_(self.g_proj[1].bias)
+        init.constant_(self.o_norm.weight, 2.0)
+
+
+class DeltaNetStudent(StudentAttention, DeltaNet):
+    """DeltaNet (Yang et al., arXiv 2406.06484): the delta rule without decay."""
+
+    OPTIONS = {"conv_size": int, "conv_bias": bool, "allow_neg_eigval": bool, "use_short_conv": bool}
+
+    def __init__(self, config: StudentConfig, layer_idx: int, **options):
+        expand = config.num_attention_heads * config.head_dim / config.hidden_size
+        super().__init__(
+            hidden_size=config.hidden_size, expand_k=expand, expand_v=expand, num_heads=config.num_attention_heads,
+            layer_idx=layer_idx, norm_eps=config.rms_norm_eps, **options,
+        )  # fmt: skip
+
+
+class GatedLinearStudent(StudentAttention, GatedLinearAttention):
+    """Gated linear attention (Yang et al., arXiv 2312.06635), its gate a sigmoid so that it can start open."""
+
+    OPTIONS = {"gate_logit_normalizer": int, "gate_low_rank_dim": int, "use_short_conv": bool, "conv_size": int}
+
+    def __init__(self, config: StudentConfig, layer_idx: int, **options):
+        expand = config.num_attention_heads * config.head_dim / config.hidden_size
+        super().__init__(
+            hidden_size=config.hidden_size, expand_k=expand, expand_v=expand, num_heads=config.num_attention_heads,
+            gate_fn="sigmoid", layer_idx=layer_idx, norm_eps=config.rms_norm_eps, **options,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        init.zeros_(self.g_proj.weight)
+        init.constant_(self.g_norm.weight, 2.0)
+        init.zeros_(self.gk_proj[1].bias)
+
+
+class GatedSlotStudent(StudentAttention, GatedSlotAttention):
+    """Gated slot attention (Zhang et al., arXiv 2409.07146): softmax over a fixed number of slots."""
+
+    OPTIONS = {"num_slots": int, "gate_logit_normalizer": int, "use_short_conv": bool, "conv_size": int}
+
+    def __init__(self, config: StudentConfig, layer_idx: int, **options):
+        expand = config.num_attention_heads * config.head_dim / config.hidden_size
+        super().__init__(
+            hidden_size=config.hidden_size, expand_k=expand, expand_v=expand, num_heads=config.num_attention_heads,
+            layer_idx=layer_idx, norm_eps=config.rms_norm_eps, **options,
+        )  # fmt: skip
+        self.g_norm = RMSNorm(self.value_dim, eps=config.rms_norm_eps, dtype=torch.float32)
+
+
+class HGRN2Student(StudentAttention, HGRN2Attention):
+    """HGRN2 (Qin et al., arXiv 2404.07904): gated linear attention whose keys are what its gates do not keep.
+
+    Queries and values start from the teacher; keys are tied to the forget gate, so the teacher's have no place.
+    """
+
+    SOURCES = {"q_proj.weight": "q_proj.weight", "i_proj.weight": "v_proj.weight", "o_proj.weight": "o_proj.weight"}
+
+    def __init__(self, config: StudentConfig, layer_idx: int):
+        super().__init__(
+            hidden_size=config.num_attention_heads * config.head_dim, expand_ratio=config.head_dim,
+            layer_idx=layer_idx, norm_eps=config.rms_norm_eps,
+        )  # fmt: skip
+        for name in ("q_proj", "f_proj", "i_proj"):
+            setattr(self, name, linear(config.hidden_size, self.forget_dim))
+        self.o_proj = linear(self.input_dim, config.hidden_size)
+
+
+class _MaskedCacheStudent(StudentAttention):
+    """A softmax-like layer of FLA that takes a cache only with a mask, and a mask only with a cache."""
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
+        if past_key_values is not None and attention_mask is None:
+            length = past_key_values.get_seq_length(self.layer_idx) + hidden_states.shape[1]
+            attention_mask = hidden_states.new_ones(len(hidden_states), length, dtype=torch.long)
+        own = Cache() if past_key_values is None and attention_mask is not None else past_key_values
+        # FLA compiles a helper of one decoding step, for longer than a CPU takes to run it.
+        with torch.compiler.set_stance("force_eager" if hidden_states.device.type == "cpu" else "default"):
+            out = super().forward(
+                hidden_states, attention_mask=attention_mask, past_key_values=own, use_cache=bool(use_cache)
+            )[0]
+        return out, None, past_key_values
+
+
+class PaTHStudent(_MaskedCacheStudent, PaTHAttention):
+    """PaTH attention (Yang et al., arXiv 2505.16381): softmax attention whose positions are products of Householder-like
+    maps. They start near the identity, and the forget gate, if there is one, open."""
+
+    OPTIONS = {"conv_size": int, "conv_bias": bool, "use_low_rank_w": bool, "use_w_shortconv": bool}
+
+    def __init__(self, config: StudentConfig, layer_idx: int, *, use_forget_gate: bool, **options):
+        super().__init__(
+            hidden_size=config.num_attention_heads * config.head_dim, num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads, use_forget_gate=use_forget_gate, layer_idx=layer_idx, **options,
+        )  # fmt: skip
+        hidden, wide = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.q_proj, self.o_proj = linear(hidden, wide), linear(wide, hidden)
+        self.k_proj, self.v_proj = linear(hidden, self.kv_dim), linear(hidden, self.kv_dim)
+        if isinstance(self.w_proj, nn.Sequential):
+            self.w_proj[0] = linear(hidden, self.w_proj[0].out_features)
+        else:
+            self.w_proj = linear(hidden, self.kv_dim)
+        self.bt_proj = linear(hidden, self.num_kv_heads, bias=True)
+        if use_forget_gate:
+            self.g_proj = linear(hidden, self.num_heads, bias=True)
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        init.zeros_(self.bt_proj.weight)
+        init.constant_(self.bt_proj.bias, -4.0)
+        if self.use_forget_gate:
+            init.zeros_(self.g_proj.weight)
+            init.constant_(self.g_proj.bias, 6.0)
+
+
+class ForgettingStudent(_MaskedCacheStudent, ForgettingAttention):
+    """Forgetting Transformer (Lin et al., arXiv 2503.02130): softmax attention with a forget gate in place of RoPE.
+
+    It keeps the teacher's biases and q/k norms; the gate starts open."""
+
+    SOURCES = GatedDeltaNetPlainStudent.SOURCES
+
+    def __init__(self, config: StudentConfig, layer_idx: int):
+        super().__init__(
+            hidden_size=config.num_attention_heads * config.head_dim, num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads, layer_idx=layer_idx,
+        )  # fmt: skip
+        hidden, wide, bias = config.hidden_size, config.num_attention_heads * config.head_dim, config.attention_bias
+        self.q_proj, self.o_proj = linear(hidden, wide, bias), linear(wide, hidden, config.attention_output_bias)
+        self.k_proj, self.v_proj = linear(hidden, self.kv_dim, bias), linear(hidden, self.kv_dim, bias)
+        self.f_proj = linear(hidden, self.num_heads, bias=True)
+        if config.qk_norm:
+            eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+            self.qk_norm, self.q_norm, self.k_norm = True, *(HeadNorm(config.head_dim, eps=eps) for _ in range(2))
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        init.zeros_(self.f_proj.weight)
+        init.constant_(self.f_proj.bias, 6.0)
+
+
+class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
+    """The teacher's own attention, over the last `window_size` tokens, the query's among them (Beltagy et al., arXiv
+    2004.05150)."""
+
+    OPTIONS = {"window_size": int}
+    SOURCES = GatedDeltaNetPlainStudent.SOURCES
+    keeps_rope = True
+
+    def __init__(self, config: StudentConfig, layer_idx: int, *, window_size: int = 512):
+        super().__init__(config, layer_idx, window_size=window_size)
+
+
+_gdn, _plain = GatedDeltaNetStudent, GatedDeltaNetPlainStudent
 STUDENT_ATTENTION_MAP = {
-    "gdn_v1": partial(GatedDeltaNetStudent, use_gate=False, use_short_conv=True),
-    "gdn_v2": partial(GatedDeltaNetStudent, use_gate=False, use_short_conv=False),
-    "gdn_v3": partial(GatedDeltaNetStudent, use_gate=True, use_short_conv=True),
-    "gdn_v4": partial(GatedDeltaNetStudent, use_gate=True, use_short_conv=False),
+    "gdn_v1": partial(_gdn, use_gate=False, use_short_conv=True),
+    "gdn_v2": partial(_gdn, use_gate=False, use_short_conv=False),
+    "gdn_v3": partial(_gdn, use_gate=True, use_short_conv=True),
+    "gdn_v4": partial(_gdn, use_gate=True, use_short_conv=False),
+    "gdn_v5": partial(_gdn, use_gate=True, use_short_conv=False, factored=True),
+    "gdn_v6": partial(_plain, use_gate=False, use_norm=False, keep_attention=False),
+    "gdn_v7": partial(_plain, use_gate=True, use_norm=True, keep_attention=True),
+    "kda_v1": partial(KimiDeltaStudent),
+    "deltanet_v1": partial(DeltaNetStudent),
+    "gla_v1": partial(GatedLinearStudent),
+    "gsa_v1": partial(GatedSlotStudent),
+    "hgrn2_v1": partial(HGRN2Student),
+    "path_v1": partial(PaTHStudent, use_forget_gate=False),
+    "path_fox_v1": partial(PaTHStudent, use_forget_gate=True),
+    "fox_v1": partial(ForgettingStudent),
+    "swa_v1": partial(SlidingWindowStudent),
 }
 
 
@@ -138,11 +432,13 @@ def check_student(name: str, options: dict) -> None:
     known = get_student_attention_class(name).func.OPTIONS
     for key, value in options.items():
         if key not in known:
-            raise ValueError(f"student_model.options.{key}: {name} does not take it; it takes {', '.join(known)}")
+            raise ValueError(f"student_model.options.{key}: {name} does not take it; it takes {', '.join(known) or 'none'}")
         if type(value) is not known[key]:
             raise ValueError(f"student_model.options.{key}: {value!r} must be of type {known[key].__name__}")
+        if type(value) is int and value < 1:
+            raise ValueError(f"student_model.options.{key}: {value} must be at least 1")
 
 
 def is_student_attention(module: nn.Module) -> bool:
     """Whether a module is one of the linear attentions of this file."""
-    return isinstance(module, tuple({entry.func for entry in STUDENT_ATTENTION_MAP.values()}))
+    return isinstance(module, StudentAttention)

@@ -42,9 +42,9 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class StudentModelConfig:
-    name: str = key(help="linear attention of the student: gdn_v1 ... gdn_v4")
+    name: str = key(help="linear attention of the student, see Students")
     keep_full_attention_layers: list[int] = key([], help="0-based layers that keep softmax attention; [] in stage 1")
-    options: dict = key({}, help="hyper-parameters of the linear attention (gdn: conv_size, conv_bias, allow_neg_eigval)")
+    options: dict = key({}, help="hyper-parameters of the linear attention, see Students")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from .config import Config, ConfigError, dump_config, load_config, to_dict
 
 CONFIG, RUN, METRICS, EXPORT = "config.yaml", "run.json", "metrics.jsonl", "converted-hf"
+INIT_REPORT = "init_report.json"  # stage 1: where each tensor of the students came from
 # These may change between the parts of one run: how often something is written, and how the work is spread.
 FREE_KEYS = {
     "logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_batches", "report_to", "resume_from_checkpoint",

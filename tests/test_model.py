@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_teacher
 
 from convert import load_teacher
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM, check_student
@@ -19,9 +20,21 @@ def teacher(teacher_dir):
     return load_teacher(teacher_dir)
 
 
+# Sizes that the tests' short sequences can tell apart.
+OPTIONS = {"swa_v1": {"window_size": 8}, "gsa_v1": {"num_slots": 6}, "gla_v1": {"gate_logit_normalizer": 4}}
+
+
 def hybrid(teacher, name="gdn_v4", kept=(1,)):
     torch.manual_seed(1)
-    return StudentForCausalLM.from_teacher(teacher, name, kept)[0].eval()
+    return StudentForCausalLM.from_teacher(teacher, name, kept, OPTIONS.get(name))[0].eval()
+
+
+def trained(model, scale=0.05):
+    """The model a little off its start, so that no gate is exactly neutral."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return model
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 2), (4, 1), (3, 3)])
@@ -40,19 +53,73 @@ def test_expanded_kv_heads_give_the_teachers_attention(heads, kv_heads):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_every_tensor_is_accounted_for(teacher, name):
-    student, reports = StudentForCausalLM.from_teacher(teacher, name, [0])
+    student, reports = StudentForCausalLM.from_teacher(teacher, name, [0], OPTIONS.get(name))
     assert sorted(reports) == [1, 2, 3]
     ours, theirs = student.model.layers[2].attn, teacher.model.layers[2].attn
     report = reports[2]
     assert sorted(report.copied + report.transformed + report.fresh) == sorted(n for n, _ in ours.named_parameters())
-    assert set(report.dropped) == {"q_norm.weight", "k_norm.weight", "rope"}
+    taken = {ours.SOURCES[name] for name in report.copied + report.transformed}
+    assert taken | set(report.dropped) - {"rope"} == {n for n, _ in theirs.named_parameters()}
+    assert not taken & set(report.dropped) and ("rope" in report.dropped) != ours.keeps_rope
     for name in report.copied:
-        assert torch.equal(ours.get_parameter(name), theirs.get_parameter(name))
+        assert torch.equal(ours.get_parameter(name), theirs.get_parameter(ours.SOURCES[name]))
     for name in report.transformed:
-        expected = expand_kv_heads(theirs.get_parameter(name), theirs.num_kv_heads, theirs.num_heads)
+        expected = expand_kv_heads(theirs.get_parameter(ours.SOURCES[name]), theirs.num_kv_heads, theirs.num_heads)
         assert torch.equal(ours.get_parameter(name), expected)
     for (name, a), (_, b) in zip(student.model.layers[0].named_parameters(), teacher.model.layers[0].named_parameters()):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_biases_and_norms_are_kept_where_the_student_has_them(tmp_path, name):
+    """A teacher with every bias: those that keep the teacher's attention take them all, and the layer uses them."""
+    random_teacher(tmp_path, "qwen3", attention_bias=True)
+    teacher = load_teacher(str(tmp_path))
+    student, reports = StudentForCausalLM.from_teacher(teacher, name)
+    extras = {n for n, _ in teacher.model.layers[0].attn.named_parameters() if "bias" in n or "norm" in n}
+    keeps = name in ("gdn_v7", "fox_v1", "swa_v1")
+    assert extras & set(reports[0].dropped) == (set() if keeps else extras)
+    x = torch.randn(1, 5, 48)
+    attn, positions = student.model.layers[0].attn, student.model.position_embeddings(x)
+    before = attn(x, position_embeddings=positions)[0]
+    for extra in extras if keeps else ():
+        with torch.no_grad():
+            attn.get_parameter(extra).add_(0.5 * torch.randn_like(attn.get_parameter(extra)))
+        after = attn(x, position_embeddings=positions)[0]
+        assert not torch.allclose(before, after), extra
+        before = after
+
+
+def test_factored_heads_start_as_the_repeated_ones(teacher):
+    torch.manual_seed(0)
+    whole, factored = (hybrid(teacher, name, []).model.layers[0].attn for name in ("gdn_v4", "gdn_v5"))
+    shared = {k: v for k, v in whole.state_dict().items() if k.split(".")[0] not in ("k_proj", "v_proj")}
+    factored.load_state_dict(shared, strict=False)
+    x = torch.randn(2, 9, 48)
+    torch.testing.assert_close(whole(x)[0], factored(x)[0])
+    assert sum(p.numel() for p in factored.k_proj.parameters()) < 2 * whole.k_proj.weight.numel()
+
+
+def test_a_window_as_long_as_the_text_is_the_teacher(teacher):
+    student = StudentForCausalLM.from_teacher(teacher, "swa_v1", student_options={"window_size": 21})[0].eval()
+    ids = torch.randint(0, 96, (2, 23))
+    with torch.no_grad():
+        ours, theirs = student(ids).logits, teacher(ids).logits
+    torch.testing.assert_close(ours[:, :21], theirs[:, :21], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(ours[:, 22], theirs[:, 22], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["path_v1", "path_fox_v1", "fox_v1"])
+def test_softmax_students_start_near_the_teacher_without_positions(teacher, name):
+    """Gates open and maps near the identity: what is left is the teacher's attention without RoPE (and q/k norms)."""
+    attn, theirs = hybrid(teacher, name, []).model.layers[0].attn, teacher.model.layers[0].attn
+    x = torch.randn(2, 9, 48)
+    q, k, v = (getattr(theirs, f"{n}_proj")(x).unflatten(-1, (-1, theirs.head_dim)) for n in "qkv")
+    if name == "fox_v1":
+        q, k = theirs.q_norm(q), theirs.k_norm(k)
+    plain = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), is_causal=True, enable_gqa=True)
+    plain = theirs.o_proj(plain.transpose(1, 2).flatten(2))
+    assert (attn(x)[0] - plain).norm() < 0.15 * plain.norm()
 
 
 @pytest.mark.parametrize("name", [n for n in STUDENTS if n in ("gdn_v3", "gdn_v4")])
@@ -70,7 +137,7 @@ def test_the_output_gate_starts_neutral(teacher, name):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_causality(teacher, name):
-    model, ids = hybrid(teacher, name), torch.randint(0, 96, (2, 83))
+    model, ids = trained(hybrid(teacher, name)), torch.randint(0, 96, (2, 83))
     changed = ids.clone()
     changed[:, 40] = (changed[:, 40] + 1) % 96
     with torch.no_grad():
@@ -82,7 +149,7 @@ def test_causality(teacher, name):
 @pytest.mark.parametrize("name", STUDENTS)
 @pytest.mark.parametrize("length", [1, 9, 70])
 def test_prefill_and_decode_equal_the_full_forward(teacher, name, length):
-    model, ids = hybrid(teacher, name), torch.randint(1, 96, (3, length + 3))
+    model, ids = trained(hybrid(teacher, name)), torch.randint(1, 96, (3, length + 3))
     mask = torch.ones_like(ids)
     mask[0, : length // 2] = 0  # left padding
     with torch.no_grad():
@@ -100,9 +167,10 @@ def test_prefill_and_decode_equal_the_full_forward(teacher, name, length):
     torch.testing.assert_close(full[0, length // 2 :], alone[0], atol=2e-4, rtol=1e-3)
 
 
-def test_generate(teacher):
+@pytest.mark.parametrize("name", STUDENTS)
+def test_generate(teacher, name):
     """Greedy and beam search with a cache equal generation without one, left padding included."""
-    model, ids = hybrid(teacher), torch.randint(1, 96, (2, 12))
+    model, ids = hybrid(teacher, name), torch.randint(1, 96, (2, 12))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     kwargs = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
@@ -129,7 +197,7 @@ def test_losses_equal_the_naive_ones(teacher):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_gradient_checkpointing_gives_the_same_gradients(teacher, name):
-    model, ids = hybrid(teacher, name).train(), torch.randint(0, 96, (2, 19))
+    model, ids = trained(hybrid(teacher, name)).train(), torch.randint(0, 96, (2, 19))
 
     def gradients():
         model.zero_grad()
@@ -157,18 +225,28 @@ def test_restoring_all_layers_gives_the_teacher(teacher):
     assert one.config.keep_full_attention_layers == [2] and student.config.keep_full_attention_layers == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_and_load_change_nothing(teacher, tmp_path, dtype):
-    model = hybrid(teacher).to(dtype)
+@pytest.mark.parametrize("name", STUDENTS)
+def test_bf16_stays_within_its_error(teacher, name):
+    model, x = hybrid(teacher, name, []), torch.randn(2, 70, 48)
+    attn, positions = model.model.layers[0].attn, model.model.position_embeddings(x)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.01)
+        exact = attn(x, position_embeddings=positions)[0]
+        half = attn.to(torch.bfloat16)(x.bfloat16(), position_embeddings=[y.bfloat16() for y in positions])[0]
+    assert half.dtype == torch.bfloat16
+    assert (half - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_save_and_load_change_nothing(teacher, tmp_path, name, dtype):
+    model = trained(hybrid(teacher, name).to(dtype))
     model.save_pretrained(tmp_path)
     again = StudentForCausalLM.from_pretrained(tmp_path)
     assert again.dtype == dtype and again.lm_head.weight is again.model.embeddings.weight
-    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
+    for (key, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), key
     assert torch.equal(model.model.rotary_emb.inv_freq, again.model.rotary_emb.inv_freq)
+    assert again.config.student_options == OPTIONS.get(name, {})
 
 
 def test_a_checkpoint_loads_without_the_repository(teacher, tmp_path):
@@ -193,8 +271,10 @@ with torch.no_grad():
     [
         ("gdn_v99", {}, "gdn_v99.*gdn_v4"),
         ("gdn_v4", {"num_slots": 3}, "num_slots.*conv_size"),
+        ("fox_v1", {"num_slots": 3}, "fox_v1 does not take it; it takes none"),
         ("gdn_v3", {"conv_size": "4"}, "conv_size: '4' must be of type int"),
         ("gdn_v4", {"allow_neg_eigval": 1}, "allow_neg_eigval.*bool"),
+        ("swa_v1", {"window_size": 0}, "window_size: 0 must be at least 1"),
     ],
 )
 def test_bad_students_are_refused(name, options, message):

@@ -17,7 +17,7 @@ import train
 from conftest import SHAPE, random_teacher, save_tokenizer
 from convert import load_teacher
 from convert_ckpt import export_checkpoint
-from distill_model import StudentForCausalLM, is_student_attention
+from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, is_student_attention
 from distill_model.losses import alignment_loss
 from pipeline.batch_plan import batch_plan
 from pipeline.config import load_config
@@ -192,6 +192,23 @@ def test_one_process_gives_the_losses_of_two_and_resumes_to_the_bit(stages, teac
     for name, tensor in StudentForCausalLM.from_pretrained(folder / "converted-hf").state_dict().items():
         assert torch.equal(tensor, weights[name]), name
     assert "is finished" in run(sys.executable, "train.py", "--cfg", file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(STUDENT_ATTENTION_MAP))
+def test_every_student_goes_through_both_stages(tmp_path, teacher_dir, data_dir, name):
+    """Stage 1, export, stage 2, generate."""
+    for stage in (1, 2):
+        run(sys.executable, "train.py", "--cfg", write_config(tmp_path, stage, teacher_dir, data_dir),
+            f"student_model.name={name}", "train.max_steps=6", "train.micro_batch_size=4")  # fmt: skip
+        losses = logged(tmp_path / f"stage{stage}", "eval_loss")
+        assert losses[-1] < losses[0]
+    report = json.loads((tmp_path / "stage1" / "init_report.json").read_text())
+    assert list(report) == [str(i) for i in range(SHAPE["num_hidden_layers"])] and "q_proj.weight" in report["0"]["copied"]
+    model = StudentForCausalLM.from_pretrained(tmp_path / "stage2" / "converted-hf")
+    ids = heldout(data_dir)[:, :9]
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(tokens, model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False))
 
 
 def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
