@@ -62,6 +62,18 @@ def linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear
     return nn.Linear(in_features, out_features, bias=bias)
 
 
+def sizes(config: StudentConfig, layer_idx: int) -> dict:
+    """What FLA's layers are told of a teacher in the same words."""
+    return dict(hidden_size=config.hidden_size, num_heads=config.num_attention_heads, layer_idx=layer_idx,
+                norm_eps=config.rms_norm_eps)  # fmt: skip
+
+
+def expanded_sizes(config: StudentConfig, layer_idx: int) -> dict:
+    """The same for layers that reckon their heads' size from hidden_size."""
+    expand = config.num_attention_heads * config.head_dim / config.hidden_size
+    return sizes(config, layer_idx) | dict(expand_k=expand, expand_v=expand)
+
+
 class HeadNorm(nn.RMSNorm):
     """The teacher's per-head RMSNorm, on [..., heads x head_dim] or [..., heads, head_dim]."""
 
@@ -93,10 +105,10 @@ class StudentAttention:
                 if module.bias is not None:
                     init.zeros_(module.bias)
 
-    def init_decay(self) -> None:
-        """Decay as in Mamba-2 (arXiv 2405.21060): rates A in [1, 16] x time steps log-uniform in [1e-3, 0.1], through the
-        inverse of softplus."""
-        init.copy_(self.A_log, torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).log())
+    def init_decay(self, factor: float = 1.0) -> None:
+        """Decay as in Mamba-2 (arXiv 2405.21060): rates A in factor x [1, 16] x time steps log-uniform in [1e-3, 0.1],
+        through the inverse of softplus."""
+        init.copy_(self.A_log, torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).mul_(factor).log())
         dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
         init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
 
@@ -132,27 +144,19 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
     """Gated DeltaNet (Yang et al., arXiv 2412.06464) with one key/value head a query head of the teacher.
 
     factored: K and V go through as many features as the teacher has for them, then through a map to all heads that
-    starts as the repetition by head block.
+    starts as the repetition by head block. decay: factor on the decay at the start.
     """
 
     OPTIONS = {"conv_size": int, "conv_bias": bool, "allow_neg_eigval": bool}
     SOURCES = StudentAttention.SOURCES | {"k_proj.0.weight": "k_proj.weight", "v_proj.0.weight": "v_proj.weight"}
 
     def __init__(self, config: StudentConfig, layer_idx: int, *, use_gate: bool, use_short_conv: bool,
-                 factored: bool = False, **options):  # fmt: skip
+                 factored: bool = False, decay: float = 1.0, **options):  # fmt: skip
         super().__init__(
-            hidden_size=config.hidden_size,
-            head_dim=config.head_dim,
-            num_heads=config.num_attention_heads,
-            expand_v=1,
-            use_gate=use_gate,
-            use_short_conv=use_short_conv,
-            output_gate_activation="sigmoid",
-            layer_idx=layer_idx,
-            norm_eps=config.rms_norm_eps,
-            **options,
-        )
-        self.num_kv_heads, self.factored = config.num_key_value_heads, factored
+            **sizes(config, layer_idx), head_dim=config.head_dim, expand_v=1, use_gate=use_gate,
+            use_short_conv=use_short_conv, output_gate_activation="sigmoid", **options,
+        )  # fmt: skip
+        self.num_kv_heads, self.factored, self.decay = config.num_key_value_heads, factored, decay
         if factored:
             kv_dim = config.num_key_value_heads * config.head_dim
             self.k_proj, self.v_proj = (
@@ -162,7 +166,7 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
     @torch.no_grad()
     def init_fresh(self) -> None:
         super().init_fresh()
-        self.init_decay()
+        self.init_decay(self.decay)
         if self.use_gate:  # sigmoid(0) under a norm weight of 2
             init.constant_(self.o_norm.weight, 2.0)
             init.zeros_(self.g_proj.weight)
@@ -173,10 +177,10 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
 
 
 class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
-    """Gated DeltaNet without short convolution whose q, k and v reach the recurrence as they are, without SiLU.
+    """Gated DeltaNet without short convolution, and without SiLU on v.
 
-    keep_attention: it keeps the teacher's q/k/v biases, q/k norms and rotary embedding, so that keys and queries are
-    the teacher's up to their length. use_norm: RMSNorm on the output of each head.
+    qk_activation: SiLU on q and k. keep_attention: it keeps the teacher's biases, q/k norms and rotary embedding, which
+    comes after SiLU. use_norm: RMSNorm on the output of each head.
     """
 
     OPTIONS = {"allow_neg_eigval": bool}
@@ -184,9 +188,11 @@ class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
         name: name for name in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias", "q_norm.weight", "k_norm.weight")
     }
 
-    def __init__(self, config: StudentConfig, layer_idx: int, *, use_gate: bool, use_norm: bool, keep_attention: bool, **options):
+    def __init__(self, config: StudentConfig, layer_idx: int, *, use_gate: bool, use_norm: bool, qk_activation: bool,
+                 keep_attention: bool, **options):  # fmt: skip
         super().__init__(config, layer_idx, use_gate=use_gate, use_short_conv=False, **options)
         self.keeps_rope = keep_attention
+        self.qk_activation = nn.SiLU() if qk_activation else nn.Identity()
         self.q_norm = self.k_norm = nn.Identity()
         if not use_norm:
             self.o_norm = nn.Identity()
@@ -200,11 +206,11 @@ class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False,
                 position_embeddings=None, **kwargs):  # fmt: skip
-        """FLA's forward without convolution and activation, and with what `keep_attention` keeps."""
+        """FLA's forward without convolution, and with what `keep_attention` keeps."""
         batch_size, q_len, _ = hidden_states.shape
         last_state = get_layer_cache(self, past_key_values)
         x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, q_len)
-        q, k = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x))
+        q, k = (self.qk_activation(y) for y in (self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x))))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, self.v_proj(x)))
         if self.keeps_rope:
             cos, sin = (y.expand(batch_size, -1, -1) for y in position_embeddings)
@@ -233,10 +239,7 @@ class KimiDeltaStudent(StudentAttention, KimiDeltaAttention):
     OPTIONS = {"conv_size": int, "conv_bias": bool, "allow_neg_eigval": bool, "use_short_conv": bool}
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
-        super().__init__(
-            hidden_size=config.hidden_size, head_dim=config.head_dim, num_heads=config.num_attention_heads, expand_v=1,
-            layer_idx=layer_idx, norm_eps=config.rms_norm_eps, **options,
-        )  # fmt: skip
+        super().__init__(**sizes(config, layer_idx), head_dim=config.head_dim, expand_v=1, **options)
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -250,14 +253,10 @@ class KimiDeltaStudent(StudentAttention, KimiDeltaAttention):
 class DeltaNetStudent(StudentAttention, DeltaNet):
     """DeltaNet (Yang et al., arXiv 2406.06484): the delta rule without decay."""
 
-    OPTIONS = {"conv_size": int, "conv_bias": bool, "allow_neg_eigval": bool, "use_short_conv": bool}
+    OPTIONS = KimiDeltaStudent.OPTIONS
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
-        expand = config.num_attention_heads * config.head_dim / config.hidden_size
-        super().__init__(
-            hidden_size=config.hidden_size, expand_k=expand, expand_v=expand, num_heads=config.num_attention_heads,
-            layer_idx=layer_idx, norm_eps=config.rms_norm_eps, **options,
-        )  # fmt: skip
+        super().__init__(**expanded_sizes(config, layer_idx), **options)
 
 
 class GatedLinearStudent(StudentAttention, GatedLinearAttention):
@@ -266,11 +265,7 @@ class GatedLinearStudent(StudentAttention, GatedLinearAttention):
     OPTIONS = {"gate_logit_normalizer": int, "gate_low_rank_dim": int, "use_short_conv": bool, "conv_size": int}
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
-        expand = config.num_attention_heads * config.head_dim / config.hidden_size
-        super().__init__(
-            hidden_size=config.hidden_size, expand_k=expand, expand_v=expand, num_heads=config.num_attention_heads,
-            gate_fn="sigmoid", layer_idx=layer_idx, norm_eps=config.rms_norm_eps, **options,
-        )  # fmt: skip
+        super().__init__(**expanded_sizes(config, layer_idx), gate_fn="sigmoid", **options)
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -286,11 +281,7 @@ class GatedSlotStudent(StudentAttention, GatedSlotAttention):
     OPTIONS = {"num_slots": int, "gate_logit_normalizer": int, "use_short_conv": bool, "conv_size": int}
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
-        expand = config.num_attention_heads * config.head_dim / config.hidden_size
-        super().__init__(
-            hidden_size=config.hidden_size, expand_k=expand, expand_v=expand, num_heads=config.num_attention_heads,
-            layer_idx=layer_idx, norm_eps=config.rms_norm_eps, **options,
-        )  # fmt: skip
+        super().__init__(**expanded_sizes(config, layer_idx), **options)
         self.g_norm = RMSNorm(self.value_dim, eps=config.rms_norm_eps, dtype=torch.float32)
 
 
@@ -406,8 +397,8 @@ STUDENT_ATTENTION_MAP = {
     "gdn_v3": partial(_gdn, use_gate=True, use_short_conv=True),
     "gdn_v4": partial(_gdn, use_gate=True, use_short_conv=False),
     "gdn_v5": partial(_gdn, use_gate=True, use_short_conv=False, factored=True),
-    "gdn_v6": partial(_plain, use_gate=False, use_norm=False, keep_attention=False),
-    "gdn_v7": partial(_plain, use_gate=True, use_norm=True, keep_attention=True),
+    "gdn_v6": partial(_plain, use_gate=False, use_norm=False, qk_activation=False, keep_attention=False),
+    "gdn_v7": partial(_plain, use_gate=True, use_norm=True, qk_activation=True, keep_attention=True, decay=0.1),
     "kda_v1": partial(KimiDeltaStudent),
     "deltanet_v1": partial(DeltaNetStudent),
     "gla_v1": partial(GatedLinearStudent),
