@@ -74,6 +74,23 @@ class SoftmaxAttention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
+    def project(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [B, T, num_heads, head_dim], and k and v [B, T, num_kv_heads, head_dim], after norms and RoPE."""
+        q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        return *apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2), v
+
+    def with_past(self, k: torch.Tensor, v: torch.Tensor, past_key_values) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v behind those of the cache, which then holds the new ones too."""
+        if past_key_values is None:
+            return k, v
+        new, window = (k, v), {"window_size": self.window_size}
+        if past_key_values.get_seq_length(self.layer_idx):
+            k, v = (torch.cat(pair, 1) for pair in zip(past_key_values[self.layer_idx]["attn_state"], new))
+        past_key_values.update(attn_state=new, layer_idx=self.layer_idx, offset=len(new[0][0]), cache_kwargs=window)
+        return k, v
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -86,16 +103,8 @@ class SoftmaxAttention(nn.Module):
         """hidden_states [B, T, hidden_size]; attention_mask [B, past + T] of 0 and 1; position_embeddings (cos, sin),
         each [B or 1, T, head_dim]."""
         q_len = hidden_states.shape[1]
-        q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
-        k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
-        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
-        if past_key_values is not None:
-            new, past = (k, v), past_key_values.get_seq_length(self.layer_idx)
-            if past:
-                k, v = (torch.cat(pair, 1) for pair in zip(past_key_values[self.layer_idx]["attn_state"], new))
-            window = {"window_size": self.window_size}
-            past_key_values.update(attn_state=new, layer_idx=self.layer_idx, offset=q_len, cache_kwargs=window)
+        q, k, v = self.project(hidden_states, position_embeddings)
+        k, v = self.with_past(k, v, past_key_values)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -k.shape[1] :]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -8,12 +8,14 @@ What no teacher has starts neutral: gates pass everything, short convolutions ar
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from fla.layers import (
     DeltaNet,
     ForgettingAttention,
@@ -22,12 +24,15 @@ from fla.layers import (
     GatedSlotAttention,
     HGRN2Attention,
     KimiDeltaAttention,
+    Mamba2,
     PaTHAttention,
+    RWKV7Attention,
     gated_deltanet,
 )
+from fla.layers import gla as gated_linear
 from fla.layers.utils import get_layer_cache, repad_hidden_states, unpad_hidden_states, update_layer_cache
 from fla.models.utils import Cache
-from fla.modules import RMSNorm, ShortConvolution
+from fla.modules import RMSNorm
 from torch import nn
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -37,6 +42,8 @@ from .config_distilled_student import StudentConfig
 
 # FLA advises short convolutions for pretraining from scratch; a student that starts from a teacher does without.
 warnings.filterwarnings("ignore", message="ShortConvolution is crucial")
+warnings.filterwarnings("ignore", message="According to Bo")  # of RWKV-7, once a layer
+logging.getLogger("fla.layers.mamba2").setLevel(logging.ERROR)  # of missing CUDA packages, once a layer
 
 
 @dataclass
@@ -98,7 +105,7 @@ class StudentAttention:
     def init_fresh(self) -> None:
         """Sets what no teacher has to its start. Skips what transformers has just loaded."""
         for module in self.modules():
-            if isinstance(module, ShortConvolution):
+            if isinstance(module, nn.Conv1d):
                 identity = torch.zeros_like(module.weight)
                 identity[..., -1] = 1
                 init.copy_(module.weight, identity)
@@ -303,6 +310,104 @@ class HGRN2Student(StudentAttention, HGRN2Attention):
         self.o_proj = linear(self.input_dim, config.hidden_size)
 
 
+class Mamba2Student(StudentAttention, Mamba2):
+    """Mamba-2 (Dao and Gu, arXiv 2405.21060) with a group a head: C, B and x start as the teacher's q, k and v.
+
+    Its q/k/v biases are kept. Without the package mamba_ssm FLA runs it in plain PyTorch, whose memory grows with
+    `chunk_size`.
+    """
+
+    OPTIONS = {"conv_kernel": int, "chunk_size": int}
+    SOURCES = {"out_proj.weight": "o_proj.weight", "out_proj.bias": "o_proj.bias"}
+
+    def __init__(self, config: StudentConfig, layer_idx: int, *, chunk_size: int = 32, **options):
+        heads, head_dim = config.num_attention_heads, config.head_dim
+        super().__init__(
+            **sizes(config, layer_idx), head_dim=head_dim, state_size=head_dim, n_groups=heads, chunk_size=chunk_size,
+            expand=heads * head_dim / config.hidden_size, use_bias=True, **options,
+        )  # fmt: skip
+
+    @property
+    def o_proj(self) -> nn.Linear:
+        return self.out_proj
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        self.init_decay()
+        init.zeros_(self.D)
+        gate = torch.zeros_like(self.in_proj.bias)
+        gate[: self.intermediate_size] = 1.0  # before an RMSNorm any constant passes everything
+        init.copy_(self.in_proj.bias, gate)
+        init.zeros_(self.out_proj.bias)
+
+    @torch.no_grad()
+    def init_from_teacher(self, teacher_attn: SoftmaxAttention) -> InitReport:
+        """in_proj holds gate, x, B, C and time steps one below the other."""
+        report = super().init_from_teacher(teacher_attn)
+        width = self.intermediate_size
+        for place, name in enumerate(("v_proj", "k_proj", "q_proj"), 1):
+            for part, rows in getattr(teacher_attn, name).named_parameters():
+                if len(rows) < width:
+                    rows = expand_kv_heads(rows, teacher_attn.num_kv_heads, teacher_attn.num_heads)
+                self.in_proj.get_parameter(part)[place * width : (place + 1) * width].copy_(rows)
+                report.dropped.remove(f"{name}.{part}")
+        report.fresh.remove("in_proj.weight")
+        report.transformed.append("in_proj.weight")
+        return report
+
+
+class Shut(nn.Module):
+    """The logits of a gate that lets nothing through, [..., width]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_full((*x.shape[:-1], self.width), -torch.inf)
+
+
+class RWKV7Student(StudentAttention, RWKV7Attention):
+    """RWKV-7 (Peng et al., arXiv 2503.14456), its time mixing: a delta rule with a decay a channel.
+
+    Without the value residual from its first layer, which no teacher has, and which is not there in a hybrid.
+    """
+
+    OPTIONS = {f"{name}_low_rank_dim": int for name in ("decay", "gate", "a")}
+    SOURCES = {"r_proj.weight": "q_proj.weight"} | {f"{n}.weight": f"{n}.weight" for n in ("k_proj", "v_proj", "o_proj")}
+
+    def __init__(self, config: StudentConfig, layer_idx: int, **options):
+        hidden, wide = config.hidden_size, config.num_attention_heads * config.head_dim
+        super().__init__(
+            hidden_size=wide, head_dim=config.head_dim, layer_idx=layer_idx, norm_eps=config.rms_norm_eps,
+            num_hidden_layers=max(2, config.num_hidden_layers), **options,
+        )  # fmt: skip
+        for name in "rwkvag":
+            setattr(self, f"x_{name}", nn.Parameter(torch.zeros(1, 1, hidden)))
+        self.r_proj, self.k_proj, self.v_proj = (linear(hidden, wide) for _ in range(3))
+        self.o_proj = linear(wide, hidden)
+        for lora in (self.w_lora, self.a_lora, self.g_lora):
+            lora.lora[0] = linear(hidden, lora.low_rank_dim)
+        self.v_lora = Shut(wide)
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        for zero in (*(getattr(self, f"x_{name}") for name in "rwkvag"), self.r_k, self.k_a, self.g_norm.bias,
+                     self.w_lora.lora[2].weight, self.a_lora.lora[2].weight, self.a_lora.lora[2].bias,
+                     self.g_lora.lora[0].weight):  # fmt: skip
+            init.zeros_(zero)
+        init.ones_(self.k_k)
+        init.ones_(self.g_norm.weight)
+        init.constant_(self.w_lora.lora[2].bias, -4.0)  # a decay of exp(-0.011)
+        init.constant_(self.g_lora.lora[2].weight, 2 / self.g_lora.low_rank_dim)  # the sum of sigmoid(0) becomes 1
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
+        no_residual = hidden_states.new_zeros(*hidden_states.shape[:2], self.value_dim)
+        return super().forward(hidden_states, attention_mask, past_key_values, use_cache, v_first=no_residual)[:3]
+
+
 class _MaskedCacheStudent(StudentAttention):
     """A softmax-like layer of FLA that takes a cache only with a mask, and a mask only with a cache."""
 
@@ -390,6 +495,93 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
         super().__init__(config, layer_idx, window_size=window_size)
 
 
+def window_sums(q, k, v, valid, window_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention over a window, before its division: the weighted sum of the values [B, T, H, D], and that of the
+    weights [B, T, H, 1]. The largest weight of each query is 1.
+
+    q [B, T, H, D], the last T of the S positions of k and v [B, S, H, D]; valid [B, S], False for padding.
+    """
+    offset, values, weights = k.shape[1] - q.shape[1], [], []
+    for start in range(0, q.shape[1], window_size):  # blocks, so that no T x T scores are held
+        block = q[:, start : start + window_size]
+        low, high = max(0, offset + start - window_size + 1), offset + start + block.shape[1]
+        scores = torch.einsum("bthd,bshd->bths", block, k[:, low:high]).float() * q.shape[-1] ** -0.5
+        distance = torch.arange(offset + start, high, device=q.device)[:, None] - torch.arange(low, high, device=q.device)
+        seen = ((distance >= 0) & (distance < window_size))[None, :, None] & valid[:, None, None, low:high]
+        scores = scores.masked_fill(~seen, -torch.inf)
+        weight = (scores - scores.amax(-1, keepdim=True).clamp(min=-1e4)).exp()  # a padded query sees nothing
+        values.append(torch.einsum("bths,bshd->bthd", weight, v[:, low:high].float()))
+        weights.append(weight.sum(-1, keepdim=True))
+    return torch.cat(values, 1), torch.cat(weights, 1)
+
+
+class FeatureMap(nn.Module):
+    """Hedgehog's feature map (Zhang et al., arXiv 2402.04347): softmax over x W and over -x W, W of each head.
+
+    [..., heads, head_dim] -> [..., heads, 2 feature_dim], non-negative.
+    """
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, head_dim, feature_dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.einsum("...hd,hdf->...hf", x, self.weight)
+        return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1)
+
+
+class LoLCATsStudent(StudentAttention, SoftmaxAttention):
+    """LoLCATs (Zhang et al., arXiv 2410.10254): the teacher's softmax over a sliding window, and linear attention with
+    learned feature maps over all that is older, under one normaliser."""
+
+    OPTIONS = {"window_size": int, "feature_dim": int}
+    SOURCES = GatedDeltaNetPlainStudent.SOURCES
+    keeps_rope = True
+
+    def __init__(self, config: StudentConfig, layer_idx: int, *, window_size: int = 64, feature_dim: int | None = None):
+        super().__init__(config, layer_idx, window_size=window_size)
+        feature_dim = feature_dim or config.head_dim
+        self.q_map, self.k_map = (FeatureMap(self.num_heads, self.head_dim, feature_dim) for _ in range(2))
+        self.window_log_weight = nn.Parameter(torch.empty(self.num_heads))
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        for feature_map in (self.q_map, self.k_map):
+            identity = torch.eye(*feature_map.weight.shape[1:], device=feature_map.weight.device)
+            init.copy_(feature_map.weight, identity.expand_as(feature_map.weight))
+        init.zeros_(self.window_log_weight)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False,
+                position_embeddings=None, **kwargs):  # fmt: skip
+        length, window = hidden_states.shape[1], self.window_size
+        last_state = get_layer_cache(self, past_key_values)
+        state, normalizer = last_state["recurrent_state"] if last_state is not None else (None, 0)
+        q, k, v = self.project(hidden_states, position_embeddings)
+        k, v = self.with_past(k, v, past_key_values)
+        k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 2) for x in (k, v))
+        valid = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+        if attention_mask is not None:
+            valid = attention_mask[:, -k.shape[1] :].bool()
+        near, near_weight = window_sums(q, k, v, valid, window)
+        # What a query's window has just left behind joins the linear part: keys and values `window` positions later.
+        features = self.k_map(k) * valid[..., None, None]
+        left = slice(k.shape[1] - length, k.shape[1])
+        old_k, old_v = (F.pad(x, (0, 0, 0, 0, window, 0))[:, left].to(q) for x in (features, v))
+        old_q = self.q_map(q).to(q)
+        rule = gated_linear.fused_recurrent_gla if length <= 64 else gated_linear.chunk_gla
+        gates = {"gk" if length <= 64 else "g": torch.zeros_like(old_k)}
+        far, state = rule(q=old_q, k=old_k, v=old_v, scale=1.0, initial_state=state, output_final_state=use_cache,
+                          state_v_first=True, **gates)  # fmt: skip
+        sums = normalizer + old_k.float().cumsum(1)
+        if past_key_values is not None:
+            past_key_values.update(recurrent_state=(state, sums[:, -1:]), layer_idx=self.layer_idx, offset=0)
+        weight = self.window_log_weight.float().exp()[:, None]
+        total = weight * near_weight + (old_q.float() * sums).sum(-1, keepdim=True)
+        out = ((weight * near + far.float()) / total.clamp(min=1e-6)).to(hidden_states.dtype)
+        return self.o_proj(out.flatten(2)), None, past_key_values
+
+
 _gdn, _plain = GatedDeltaNetStudent, GatedDeltaNetPlainStudent
 STUDENT_ATTENTION_MAP = {
     "gdn_v1": partial(_gdn, use_gate=False, use_short_conv=True),
@@ -404,10 +596,13 @@ STUDENT_ATTENTION_MAP = {
     "gla_v1": partial(GatedLinearStudent),
     "gsa_v1": partial(GatedSlotStudent),
     "hgrn2_v1": partial(HGRN2Student),
+    "mamba2_v1": partial(Mamba2Student),
+    "rwkv7_v1": partial(RWKV7Student),
     "path_v1": partial(PaTHStudent, use_forget_gate=False),
     "path_fox_v1": partial(PaTHStudent, use_forget_gate=True),
     "fox_v1": partial(ForgettingStudent),
     "swa_v1": partial(SlidingWindowStudent),
+    "lolcats_v1": partial(LoLCATsStudent),
 }
 
 

@@ -21,7 +21,7 @@ def teacher(teacher_dir):
 
 
 # Sizes that the tests' short sequences can tell apart.
-OPTIONS = {"swa_v1": {"window_size": 8}, "gsa_v1": {"num_slots": 6}, "gla_v1": {"gate_logit_normalizer": 4}}
+OPTIONS = {"swa_v1": {"window_size": 8}, "lolcats_v1": {"window_size": 8, "feature_dim": 12}, "gsa_v1": {"num_slots": 6}, "gla_v1": {"gate_logit_normalizer": 4}}
 
 
 def hybrid(teacher, name="gdn_v4", kept=(1,)):
@@ -51,6 +51,15 @@ def test_expanded_kv_heads_give_the_teachers_attention(heads, kv_heads):
     torch.testing.assert_close(attend(*expanded), attend(k, v))
 
 
+def check_mamba2(ours, theirs, report):
+    assert report.copied == ["out_proj.weight"] and report.transformed == ["in_proj.weight"]
+    assert set(report.dropped) == {"q_norm.weight", "k_norm.weight", "rope"}
+    _, x, b, c, _ = ours.in_proj.weight.split([64, 64, 64, 64, 4])
+    for rows, name in ((x, "v_proj"), (b, "k_proj"), (c, "q_proj")):
+        weight = theirs.get_parameter(f"{name}.weight")
+        assert torch.equal(rows, weight if name == "q_proj" else expand_kv_heads(weight, 2, 4))
+
+
 @pytest.mark.parametrize("name", STUDENTS)
 def test_every_tensor_is_accounted_for(teacher, name):
     student, reports = StudentForCausalLM.from_teacher(teacher, name, [0], OPTIONS.get(name))
@@ -58,6 +67,8 @@ def test_every_tensor_is_accounted_for(teacher, name):
     ours, theirs = student.model.layers[2].attn, teacher.model.layers[2].attn
     report = reports[2]
     assert sorted(report.copied + report.transformed + report.fresh) == sorted(n for n, _ in ours.named_parameters())
+    if name == "mamba2_v1":  # q, k and v lie in one matrix
+        return check_mamba2(ours, theirs, report)
     taken = {ours.SOURCES[name] for name in report.copied + report.transformed}
     assert taken | set(report.dropped) - {"rope"} == {n for n, _ in theirs.named_parameters()}
     assert not taken & set(report.dropped) and ("rope" in report.dropped) != ours.keeps_rope
@@ -77,8 +88,10 @@ def test_biases_and_norms_are_kept_where_the_student_has_them(tmp_path, name):
     teacher = load_teacher(str(tmp_path))
     student, reports = StudentForCausalLM.from_teacher(teacher, name)
     extras = {n for n, _ in teacher.model.layers[0].attn.named_parameters() if "bias" in n or "norm" in n}
-    keeps = name in ("gdn_v7", "fox_v1", "swa_v1")
-    assert extras & set(reports[0].dropped) == (set() if keeps else extras)
+    keeps = name in ("gdn_v7", "fox_v1", "swa_v1", "lolcats_v1")
+    biases = {extra for extra in extras if "bias" in extra}
+    kept = extras if keeps else biases if name == "mamba2_v1" else set()
+    assert extras & set(reports[0].dropped) == extras - kept
     x = torch.randn(1, 5, 48)
     attn, positions = student.model.layers[0].attn, student.model.position_embeddings(x)
     before = attn(x, position_embeddings=positions)[0]
@@ -100,13 +113,31 @@ def test_factored_heads_start_as_the_repeated_ones(teacher):
     assert sum(p.numel() for p in factored.k_proj.parameters()) < 2 * whole.k_proj.weight.numel()
 
 
-def test_a_window_as_long_as_the_text_is_the_teacher(teacher):
-    student = StudentForCausalLM.from_teacher(teacher, "swa_v1", student_options={"window_size": 21})[0].eval()
+@pytest.mark.parametrize("name", ["swa_v1", "lolcats_v1"])
+def test_a_window_as_long_as_the_text_is_the_teacher(teacher, name):
+    student = StudentForCausalLM.from_teacher(teacher, name, student_options={"window_size": 21})[0].eval()
     ids = torch.randint(0, 96, (2, 23))
     with torch.no_grad():
         ours, theirs = student(ids).logits, teacher(ids).logits
     torch.testing.assert_close(ours[:, :21], theirs[:, :21], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(ours[:, 22], theirs[:, 22], atol=1e-4)
+
+
+def test_lolcats_equals_its_formula(teacher):
+    attn = trained(hybrid(teacher, "lolcats_v1", [])).model.layers[0].attn
+    x = torch.randn(2, 71, 48)
+    positions = teacher.model.position_embeddings(x)
+    with torch.no_grad():
+        q, k, v = attn.project(x, positions)
+        k, v = (y.repeat_interleave(2, 2) for y in (k, v))
+        distance = torch.arange(71)[:, None] - torch.arange(71)
+        scores = torch.einsum("bthd,bshd->bhts", q, k) * 16**-0.5
+        near = scores.masked_fill((distance < 0) | (distance >= 8), -torch.inf)
+        near = (near - near.amax(-1, keepdim=True)).exp() * attn.window_log_weight.exp()[:, None, None]
+        far = torch.einsum("bthf,bshf->bhts", attn.q_map(q), attn.k_map(k)).masked_fill(distance < 8, 0)
+        weights = (near + far) / (near + far).sum(-1, keepdim=True)
+        expected = attn.o_proj(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2))
+        torch.testing.assert_close(attn(x, position_embeddings=positions)[0], expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["path_v1", "path_fox_v1", "fox_v1"])

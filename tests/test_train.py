@@ -22,6 +22,7 @@ from distill_model.losses import alignment_loss
 from pipeline.batch_plan import batch_plan
 from pipeline.config import load_config
 from pipeline.data import collate, open_chunks
+from pipeline.environment import set_up_process, wandb_wanted
 from pipeline.run_folder import check_run_folder, checkpoints, record_run
 from wrapper import AttentionAlignmentModel, student_attention_state
 
@@ -192,6 +193,28 @@ def test_one_process_gives_the_losses_of_two_and_resumes_to_the_bit(stages, teac
     for name, tensor in StudentForCausalLM.from_pretrained(folder / "converted-hf").state_dict().items():
         assert torch.equal(tensor, weights[name]), name
     assert "is finished" in run(sys.executable, "train.py", "--cfg", file)
+
+
+def test_the_export_script_gives_what_training_exported(stages, tmp_path):
+    shutil.copytree(stages / "stage3", tmp_path / "stage3")
+    shutil.rmtree(tmp_path / "stage3" / "converted-hf")
+    run(sys.executable, "convert_ckpt.py", "--cfg", stages / "stage3.yaml", f"train.output_dir={tmp_path / 'stage3'}")
+    ours, trained = (StudentForCausalLM.from_pretrained(folder / "stage3" / "converted-hf") for folder in (tmp_path, stages))
+    for (name, a), (_, b) in zip(ours.state_dict().items(), trained.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_process_environment(tmp_path, monkeypatch):
+    """Triton's cache is a rank's own; W&B reports when it is set up or asked for."""
+    monkeypatch.setattr(os, "environ", {"RANK": "3", "WORLD_SIZE": "8", "TRITON_CACHE_DIR": str(tmp_path)})
+    assert set_up_process() == (3, 8) and os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "rank3")
+    assert not wandb_wanted("auto") and wandb_wanted("wandb")
+    os.environ["WANDB_MODE"] = "offline"
+    assert wandb_wanted("auto") and not wandb_wanted("none")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not wandb_wanted("auto")
+    with pytest.raises(ValueError, match="train.report_to: wandb is not installed"):
+        wandb_wanted("wandb")
 
 
 @pytest.mark.slow
