@@ -224,8 +224,8 @@ def test_every_student_goes_through_both_stages(tmp_path, teacher_dir, data_dir,
     options = {"window_size": 8} if name in ("swa_v1", "lolcats_v1") else {}  # the default is longer than the text
     for stage in (1, 2):
         run(sys.executable, "train.py", "--cfg", write_config(tmp_path, stage, teacher_dir, data_dir),
-            f"student_model.name={name}", f"student_model.options={options}", "train.max_steps=6",
-            "train.micro_batch_size=4")  # fmt: skip
+            f"student_model.name={name}", f"student_model.options={options}", "train.max_steps=8",
+            "train.lr=3e-4", "train.lr_attn=2e-3", "train.micro_batch_size=4")  # fmt: skip
         losses = logged(tmp_path / f"stage{stage}", "eval_loss")
         assert losses[-1] < losses[0]
     report = json.loads((tmp_path / "stage1" / "init_report.json").read_text())
