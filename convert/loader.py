@@ -100,7 +100,7 @@ class Checkpoint:
         self.config = load_teacher_config(name_or_path)
         self.model_type = source_config(name_or_path).model_type
         self.family = FAMILIES.get(self.model_type, OURS)
-        self.folder = checkpoint_folder(name_or_path, "*.safetensors", "*.json", *SIDECARS)
+        self.folder = checkpoint_folder(name_or_path, "model*.safetensors", "*.json", *SIDECARS)
         self.files = self._files()
         self.shapes: dict[str, torch.Size] = {}
         self._where: dict[str, tuple[Path, str]] = {}

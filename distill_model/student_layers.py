@@ -40,6 +40,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .attention import SoftmaxAttention
 from .config_distilled_student import StudentConfig
 
+# Norm weight of students whose memory is not addressed by the teacher's keys: at the start they hold little more than
+# running means, which RMSNorm would blow up to the size of an attention that knows what it looks for.
+SOFT_START = 0.1
 # FLA advises short convolutions for pretraining from scratch; a student that starts from a teacher does without.
 warnings.filterwarnings("ignore", message="ShortConvolution is crucial")
 warnings.filterwarnings("ignore", message="According to Bo")  # of RWKV-7, once a layer
@@ -291,6 +294,11 @@ class GatedSlotStudent(StudentAttention, GatedSlotAttention):
         super().__init__(**expanded_sizes(config, layer_idx), **options)
         self.g_norm = RMSNorm(self.value_dim, eps=config.rms_norm_eps, dtype=torch.float32)
 
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        init.constant_(self.g_norm.weight, SOFT_START)
+
 
 class HGRN2Student(StudentAttention, HGRN2Attention):
     """HGRN2 (Qin et al., arXiv 2404.07904): gated linear attention whose keys are what its gates do not keep.
@@ -308,6 +316,11 @@ class HGRN2Student(StudentAttention, HGRN2Attention):
         for name in ("q_proj", "f_proj", "i_proj"):
             setattr(self, name, linear(config.hidden_size, self.forget_dim))
         self.o_proj = linear(self.input_dim, config.hidden_size)
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        init.constant_(self.g_norm.weight, SOFT_START)
 
 
 class Mamba2Student(StudentAttention, Mamba2):
