@@ -225,6 +225,9 @@ def test_our_own_checkpoint_is_a_teacher_too(tmp_path, teacher_dir):
     "change, message",
     [
         ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"model_type": "gemma2"}, "gemma2"),
+        ({"rope_parameters": {"rope_type": "of tomorrow", "rope_theta": 1e4}}, "rope_type 'of tomorrow'"),
         ({"use_sliding_window": True, "max_window_layers": 2, "layer_types": None, "sliding_window": 8}, "sliding"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
