@@ -153,6 +153,20 @@ def build_student_for_stage1(cfg: Config, dtype, say=print):
     return model
 
 
+def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, say=print) -> None:
+    """Fits decay and output projections of the students to the first training chunks, the same on every rank."""
+    import torch
+
+    from wrapper import calibrate
+
+    rows = range(min(batches * batch_size, len(chunks.train)))
+    ids = torch.as_tensor(chunks.train[rows]["input_ids"], device=next(model.parameters()).device, dtype=torch.long)
+    with torch.no_grad():
+        before = model(ids[:batch_size])["loss"].item()
+        calibrate(model, ids.split(batch_size))
+        say(f"calibrated on {ids.numel():,} tokens: loss {before:.4g} -> {model(ids[:batch_size])['loss'].item():.4g}")
+
+
 def build_student_for_stage2_and_3(cfg: Config, dtype, say=print, teacher=None):
     """The hybrid: at stage 2 the student of stage 1 with the teacher's attention restored in the kept layers; at stage 3
     the student of stage 2 as it is."""
@@ -280,6 +294,8 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     # Models come before TrainingArguments: after them, a ZeRO-3 config would shard every model while it is being built.
     if cfg.stage == 1:
         model = build_student_for_stage1(cfg, dtype, say)
+        if train.calibrate_init:
+            calibrate_students(model.to(device), chunks, train.calibrate_init, train.micro_batch_size, say)
     else:
         teacher = load_teacher(cfg.teacher_model.name, dtype) if cfg.stage == 2 else None
         model = build_student_for_stage2_and_3(cfg, dtype, say, teacher)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from distill_model import StudentForCausalLM
+from distill_model.attention import SoftmaxAttention
 from distill_model.losses import alignment_loss
 
 
@@ -70,6 +71,74 @@ class AttentionAlignmentModel(nn.Module):
                     hidden_states = hidden_states + block.mlp(block.mlp_norm(hidden_states))
         losses = torch.stack(losses)
         return {"loss": losses.mean(), "layer_losses": losses.detach()}
+
+
+@torch.no_grad()
+def mean_distances(attn: SoftmaxAttention, hidden_states: torch.Tensor, position_embeddings) -> torch.Tensor:
+    """How many tokens back each head looks, the mean over its weights and the queries of the second half: [num_heads]."""
+    q, k, _ = attn.project(hidden_states, position_embeddings)
+    half, length = hidden_states.shape[1] // 2, hidden_states.shape[1]
+    k = k.repeat_interleave(attn.num_heads // attn.num_kv_heads, 2)
+    distance = torch.arange(half, length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+    total = q.new_zeros(attn.num_heads, dtype=torch.float32)
+    for q_row, k_row in zip(q[:, half:], k):  # a sequence at a time: T x T scores of all heads
+        scores = torch.einsum("thd,shd->hts", q_row, k_row).float() * attn.head_dim**-0.5
+        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+        total += (weights * distance.clamp(min=0)).sum(-1).mean(-1)
+    return total / len(q)
+
+
+@torch.no_grad()
+def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge: float = 2.0) -> None:
+    """Fits what of a student has a closed form, before the first step, on batches of token ids [B, T].
+
+    Decay, where the student has one a head: an exponential kernel whose mean distance d is that of the teacher's softmax
+    weights forgets log(1 + 1 / d) a token. Then o_proj, with X [tokens, heads x head_dim] what it gets and Y what the
+    teacher's attention gives, less o_proj's bias: one scale a head by least squares, and around that
+    W = argmin |X W' - Y|^2 + ridge mean(diag X'X) |W - W_scaled|^2. The ridge keeps W near the teacher's: what fits best
+    before training is not the best to train from.
+
+    Raises ValueError for students whose o_proj is fused with their norm, so that nobody sees what it gets.
+    """
+    wrappers, heads = [block.attn for block in model.model.layers], model.config.num_attention_heads
+    distances, inputs, moments = {}, {}, {}
+
+    def look(wrapper, args):
+        distances[wrapper] = distances.get(wrapper, 0) + mean_distances(wrapper.teacher_attn, *args) / len(batches)
+
+    def keep_input(o_proj, args):
+        inputs[o_proj] = args[0]
+
+    def add_moments(wrapper, args, output):
+        o_proj = wrapper.student_attn.o_proj
+        if o_proj not in inputs:
+            raise ValueError(f"train.calibrate_init: {model.config.student_name} fuses o_proj with its norm; set it to 0")
+        x, y = (t.flatten(0, -2).double() for t in (inputs.pop(o_proj), output[0]))
+        if o_proj.bias is not None:
+            y = y - o_proj.bias
+        xx, xy = moments.get(o_proj, (0, 0))
+        moments[o_proj] = xx + x.mT @ x, xy + x.mT @ y
+
+    def run(hooks):
+        for ids in batches:
+            model(ids)
+        for hook in hooks:
+            hook.remove()
+
+    if fitted := [wrapper for wrapper in wrappers if wrapper.student_attn.fits_decay]:
+        run([wrapper.register_forward_pre_hook(look) for wrapper in fitted])
+        for wrapper, distance in distances.items():
+            wrapper.student_attn.set_decay(torch.log1p(1 / distance.clamp(min=0.5)))
+    run([wrapper.register_forward_hook(add_moments) for wrapper in wrappers]
+        + [wrapper.student_attn.o_proj.register_forward_pre_hook(keep_input) for wrapper in wrappers])  # fmt: skip
+    for o_proj, (xx, xy) in moments.items():
+        by_head = o_proj.weight.double().unflatten(1, (heads, -1))
+        overlap = torch.einsum("hdge,ohd,oge->hg", xx.unflatten(0, (heads, -1)).unflatten(2, (heads, -1)), by_head, by_head)
+        target = torch.einsum("hdo,ohd->h", xy.unflatten(0, (heads, -1)), by_head)
+        scales = torch.linalg.pinv(overlap, hermitian=True) @ target  # a head may give nothing but zeros
+        scaled = (by_head * scales[:, None]).flatten(1)
+        penalty = (ridge * xx.diagonal().mean().clamp(min=1e-12)) * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        o_proj.weight.copy_(torch.linalg.solve(xx + penalty, xy + penalty @ scaled.mT).mT)
 
 
 def student_attention_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

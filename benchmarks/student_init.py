@@ -23,14 +23,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.training import stage_1  # noqa: E402
 from convert import load_teacher  # noqa: E402
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM  # noqa: E402
 from pipeline.data import open_chunks, read_metadata  # noqa: E402
 from quickstart.report import alignment, mean_loss  # noqa: E402
 from quickstart.train_teacher import token_ids  # noqa: E402
-from wrapper import AttentionAlignmentModel  # noqa: E402
 
-BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 4, 3e-3, 10
+BATCH_SIZE, LEARNING_RATE = 4, 3e-3
 
 
 def random_teacher() -> StudentForCausalLM:
@@ -58,22 +58,6 @@ def without_attention(teacher: StudentForCausalLM, ids: torch.Tensor) -> float:
     return loss
 
 
-def stage_1(teacher: StudentForCausalLM, student: StudentForCausalLM, batches, steps: list[int]):
-    """Trains the student's attentions to the teacher's outputs; yields at 0 and after each of `steps`."""
-    model = AttentionAlignmentModel(teacher, student)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE, (0.9, 0.95), weight_decay=0)
-    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
-    yield 0
-    for step, ids in enumerate(batches, 1):
-        model(ids)["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        warm_up.step()
-        optimizer.zero_grad()
-        if step in steps:
-            yield step
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", help="a trained teacher")
@@ -82,6 +66,7 @@ def main() -> None:
     parser.add_argument("--students", nargs="+", default=sorted(STUDENT_ATTENTION_MAP), choices=sorted(STUDENT_ATTENTION_MAP))
     parser.add_argument("--steps", nargs="*", type=int, default=[50, 500], help="steps of stage 1 to measure after")
     parser.add_argument("--layer", type=int, default=0, help="the layer that is replaced alone")
+    parser.add_argument("--calibrate", type=int, default=0, help="batches of a calibrated start, as train.calibrate_init")
     parser.add_argument("--chunks", type=int, default=32, help="held-out chunks to measure on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -91,15 +76,14 @@ def main() -> None:
     device, last = torch.device("cuda" if torch.cuda.is_available() else "cpu"), max(args.steps, default=0)
     generator = torch.Generator().manual_seed(args.seed)
     if args.random:
-        build = random_teacher
-        heldout, *batches = torch.randint(0, 4096, (last + 1, BATCH_SIZE, 256), generator=generator).to(device)
+        teacher = random_teacher().to(device)
+        heldout, *batches = torch.randint(0, 4096, (last + args.calibrate + 1, BATCH_SIZE, 256), generator=generator).to(device)
     else:
-        build = lambda: load_teacher(args.teacher)  # noqa: E731
+        teacher = load_teacher(args.teacher).to(device)
         chunks = open_chunks(args.data, read_metadata(args.data)["context_length"])
         heldout = token_ids(chunks.heldout, range(min(args.chunks, len(chunks.heldout)))).to(device)
-        rows = torch.randint(0, len(chunks.train), (last, BATCH_SIZE), generator=generator).tolist()
+        rows = torch.randint(0, len(chunks.train), (last + args.calibrate, BATCH_SIZE), generator=generator).tolist()
         batches = [token_ids(chunks.train, row).to(device) for row in rows]
-    teacher = build().to(device)
     layers = range(teacher.config.num_hidden_layers)
 
     def perplexity(loss: float) -> str:
@@ -112,7 +96,7 @@ def main() -> None:
     for name in tqdm(args.students, desc="students", unit="student"):
         torch.manual_seed(args.seed)
         student = StudentForCausalLM.from_teacher(teacher, name)[0].to(device)
-        for step in stage_1(build().to(device), student, batches, args.steps):
+        for step in stage_1(teacher, student, batches[:last], last, LEARNING_RATE, {0, *args.steps}, batches[last:]):
             student.eval()
             errors, loss = alignment(student, teacher, heldout[:8]), mean_loss(student, heldout)
             alone = student.restore_full_attention(teacher, [i for i in layers if i != args.layer]).to(device).eval()

@@ -98,11 +98,13 @@ class StudentAttention:
     SOURCES: our parameter -> the teacher's that it starts from, where both have it. One with as many rows as there are
     query heads takes a key/value projection repeated by head block.
     keeps_rope: whether the layer applies the teacher's rotary embedding.
+    fits_decay: whether its heads decay by exp(-exp(A_log) softplus(... + dt_bias)) a token, and by nothing else.
     """
 
     OPTIONS: dict[str, type] = {}
     SOURCES = {f"{name}.weight": f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     keeps_rope = False
+    fits_decay = False
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -121,6 +123,13 @@ class StudentAttention:
         init.copy_(self.A_log, torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).mul_(factor).log())
         dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
         init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+
+    @torch.no_grad()
+    def set_decay(self, rates: torch.Tensor) -> None:
+        """Lets head h forget at rates[h] nats a token, where nothing in the input says otherwise. Only with `fits_decay`."""
+        step = rates / self.A_log.float().exp()
+        bias = step + torch.log(-torch.expm1(-step))  # the inverse of softplus
+        self.dt_bias.copy_(bias.repeat_interleave(self.dt_bias.numel() // bias.numel()))
 
     @torch.no_grad()
     def init_from_teacher(self, teacher_attn: SoftmaxAttention) -> InitReport:
@@ -158,6 +167,7 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
     """
 
     OPTIONS = {"conv_size": int, "conv_bias": bool, "allow_neg_eigval": bool}
+    fits_decay = True
     SOURCES = StudentAttention.SOURCES | {"k_proj.0.weight": "k_proj.weight", "v_proj.0.weight": "v_proj.weight"}
 
     def __init__(self, config: StudentConfig, layer_idx: int, *, use_gate: bool, use_short_conv: bool,
@@ -247,6 +257,7 @@ class KimiDeltaStudent(StudentAttention, KimiDeltaAttention):
     """Kimi Delta Attention (arXiv 2510.26692): a gated delta rule with a decay for every channel."""
 
     OPTIONS = {"conv_size": int, "conv_bias": bool, "allow_neg_eigval": bool, "use_short_conv": bool}
+    fits_decay = True
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**sizes(config, layer_idx), head_dim=config.head_dim, expand_v=1, **options)
@@ -353,6 +364,13 @@ class Mamba2Student(StudentAttention, Mamba2):
         gate[: self.intermediate_size] = 1.0  # before an RMSNorm any constant passes everything
         init.copy_(self.in_proj.bias, gate)
         init.zeros_(self.out_proj.bias)
+
+    @torch.no_grad()
+    def set_decay(self, rates: torch.Tensor) -> None:
+        """Lets head h forget at rates[h] nats a token, where nothing in the input says otherwise. Only with `fits_decay`."""
+        step = rates / self.A_log.float().exp()
+        bias = step + torch.log(-torch.expm1(-step))  # the inverse of softplus
+        self.dt_bias.copy_(bias.repeat_interleave(self.dt_bias.numel() // bias.numel()))
 
     @torch.no_grad()
     def init_from_teacher(self, teacher_attn: SoftmaxAttention) -> InitReport:

@@ -70,6 +70,7 @@ class TrainConfig:
     resume_from_checkpoint: str | bool | None = key("auto", help="auto or true: go on from the newest checkpoint in output_dir, if any; null: refuse if there is one; a folder: from that one")
     gradient_checkpointing: bool = key(False, help="recompute activations in backward instead of storing them")
     alignment_loss: str = key("mse", help="stage 1: mse, or l2 (norm over sqrt(D), RADLADS)", choices=("mse", "l2"))
+    calibrate_init: int = key(0, help="stage 1: fit decay and output projections to so many batches of micro_batch_size sequences before the first step; 0: none", minimum=0)
     kl_temperature: float = key(1.0, help="stage 2: temperature tau; the loss is tau^2 KL", minimum=1e-3)
     kl_weight: float = key(1.0, help="stage 2: weight of the KL", minimum=0)
     ce_weight: float = key(0.0, help="stage 2: weight of the next-token cross-entropy", minimum=0)

@@ -236,6 +236,18 @@ def test_every_student_goes_through_both_stages(tmp_path, teacher_dir, data_dir,
     assert torch.equal(tokens, model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False))
 
 
+def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir):
+    cfg = load_config(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=4, micro_batch_size=2))
+    said = []
+    model = train.build_student_for_stage1(cfg, torch.float32, said.append)
+    chunks = open_chunks(data_dir, LENGTH)
+    train.calibrate_students(model, chunks, cfg.train.calibrate_init, cfg.train.micro_batch_size, said.append)
+    before, after = map(float, said[-1].rpartition("loss ")[2].split(" -> "))
+    assert after < 0.8 * before and f"{4 * 2 * LENGTH:,} tokens" in said[-1]
+    ids = torch.as_tensor(chunks.train[range(2)]["input_ids"])
+    assert model(ids)["loss"].item() == pytest.approx(after, rel=1e-3)
+
+
 def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
     shutil.copytree(stages / "stage2", tmp_path / "stage2")
     cfg = load_config(stages / "stage2.yaml", ["student_model.keep_full_attention_layers=[0]"])  # not what was trained

@@ -1,0 +1,103 @@
+"""The calibrated start: closed forms against independent solutions, and that it pays for every student."""
+
+import pytest
+import torch
+
+from conftest import random_teacher
+from convert import load_teacher
+from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM
+from wrapper import AttentionAlignmentModel, calibrate, mean_distances
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    random_teacher(folder, "llama", attention_bias=True)
+    return folder
+
+
+def alignment_model(folder, name):
+    teacher = load_teacher(str(folder))
+    torch.manual_seed(0)
+    return AttentionAlignmentModel(teacher, StudentForCausalLM.from_teacher(teacher, name)[0])
+
+
+def batches(model, count=3):
+    generator = torch.Generator().manual_seed(1)
+    return list(torch.randint(0, model.config.vocab_size, (count, 2, 33), generator=generator))
+
+
+FUSED = ["gsa_v1", "hgrn2_v1"]
+
+
+@pytest.mark.parametrize("name", [name for name in STUDENT_ATTENTION_MAP if name not in FUSED])
+def test_calibration_lowers_the_loss(folder, name):
+    model = alignment_model(folder, name)
+    fit, fresh = batches(model, 4), batches(model, 5)[4]
+    with torch.no_grad():
+        before = model(fresh)["loss"].item()
+        calibrate(model, fit)
+        after = model(fresh)["loss"].item()
+    assert after < max(0.95 * before, 1e-6)  # a window wider than the text is exact already
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_cannot_be_fitted_is_refused(folder, name):
+    model = alignment_model(folder, name)
+    with pytest.raises(ValueError, match=f"train.calibrate_init: {name}"):
+        calibrate(model, batches(model))
+
+
+def test_output_projection_is_the_ridge_regression(folder):
+    """Against the same problem as one stacked least squares: rows of tokens, and rows that pull towards the scaled start."""
+    model = alignment_model(folder, "swa_v1")  # its o_proj has a bias
+    wrapper = model.model.layers[1].attn
+    heads, o_proj = model.config.num_attention_heads, wrapper.student_attn.o_proj
+    with torch.no_grad():
+        o_proj.weight.normal_()
+    inputs, targets, start = [], [], o_proj.weight.detach().double().clone()
+    hooks = [o_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach().flatten(0, 1).double())),
+             wrapper.register_forward_hook(lambda m, args, out: targets.append(out[0].detach().flatten(0, 1).double()))]  # fmt: skip
+    for ids in batches(model):
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    x, y = torch.cat(inputs), torch.cat(targets) - o_proj.bias.detach().double()
+    parts = [x.unflatten(1, (heads, -1))[:, h] @ start.unflatten(1, (heads, -1))[:, h].mT for h in range(heads)]
+    scales = torch.linalg.lstsq(torch.stack([p.flatten() for p in parts], 1), y.flatten()[:, None]).solution[:, 0]
+    scaled = (start.unflatten(1, (heads, -1)) * scales[:, None]).flatten(1)
+    weight = (0.5 * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
+    expected = torch.linalg.lstsq(torch.cat((x, weight)), torch.cat((y, weight @ scaled.mT))).solution.mT
+    calibrate(model, batches(model), ridge=0.5)
+    torch.testing.assert_close(o_proj.weight.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_mean_distance_against_a_loop(folder):
+    model = alignment_model(folder, "gdn_v4")
+    attn, hidden = model.model.layers[0].attn.teacher_attn, torch.randn(2, 11, model.config.hidden_size)
+    positions = model.model.position_embeddings(hidden)
+    q, k, _ = attn.project(hidden, positions)
+    expected = torch.zeros(attn.num_heads)
+    for head in range(attn.num_heads):
+        seen = []
+        for row in range(2):
+            for t in range(5, 11):
+                logits = (k[row, : t + 1, head // (attn.num_heads // attn.num_kv_heads)] @ q[row, t, head]) * attn.head_dim**-0.5
+                seen.append((logits.softmax(-1) * (t - torch.arange(t + 1))).sum())
+        expected[head] = torch.stack(seen).mean()
+    torch.testing.assert_close(mean_distances(attn, hidden, positions), expected)
+
+
+@pytest.mark.parametrize("name", ["gdn_v4", "kda_v1"])
+def test_decay_has_the_mean_distance_of_the_teacher(folder, name):
+    """A head that forgets `rate` nats a token has weights exp(-rate d), whose mean distance is the teacher's."""
+    attn = alignment_model(folder, name).model.layers[0].attn.student_attn
+    distance = torch.tensor([1.0, 3.0, 10.0, 40.0])[: attn.A_log.numel()]
+    attn.set_decay(torch.log1p(1 / distance))
+    per_head = attn.dt_bias.view(len(distance), -1)
+    rate = attn.A_log.exp()[:, None] * torch.nn.functional.softplus(per_head)
+    d = torch.arange(4000)
+    weights = torch.exp(-rate[:, :1].double() * d)
+    torch.testing.assert_close((weights * d).sum(1) / weights.sum(1), distance.double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(rate, rate[:, :1].expand_as(rate))
