@@ -75,8 +75,8 @@ FULL = Scale(
     tasks={"associative_recall": {"num_pairs": (4, 64), "num_queries": (16, 32)},
            "multi_hop_recall": {"num_chains": (2, 24), "num_queries": (8, 12)},
            "copying": {"length": (8, 128)}},
-    num_words=256, task_documents=80_000, text_files=None, vocab_size=4096, context_length=512, batch_size=64,
-    learning_rate=1e-3, max_steps=5000,
+    num_words=256, task_documents=30_000, text_files=None, vocab_size=4096, context_length=512, batch_size=64,
+    learning_rate=1e-3, max_steps=4000,
 )  # fmt: skip
 TINY = Scale(
     shape=dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
