@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgjklmnprstvz" for vowel in "aeiou"]
 WORDS = ["".join(pair) for pair in itertools.permutations(_SYLLABLES, 2)]
@@ -85,16 +86,21 @@ RECALL_TASKS: dict[str, Callable[..., Document]] = {
 }
 
 
-def encode(documents: list[Document], tokenizer) -> tuple[torch.Tensor, list[list[list[int]]]]:
-    """Token ids [N, T], padded on the right with 0, and for every document the indices of each answer's tokens."""
+def encode(documents: list[Document], tokenizer) -> list[tuple[list[int], list[list[int]]]]:
+    """For every document its token ids, and for each of its answers the indices of the tokens that hold it."""
     encoded = tokenizer([d.text for d in documents], add_special_tokens=False, return_offsets_mapping=True)
-    length = max(map(len, encoded["input_ids"]))
-    ids = torch.zeros(len(documents), length, dtype=torch.long)
-    spans = []
-    for row, (document, tokens, offsets) in enumerate(zip(documents, encoded["input_ids"], encoded["offset_mapping"])):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        spans.append([[i for i, (a, b) in enumerate(offsets) if a < stop and b > start] for start, stop in document.answers])
-    return ids, spans
+    rows = []
+    for document, ids, offsets in zip(documents, encoded["input_ids"], encoded["offset_mapping"]):
+        spans, first = [[] for _ in document.answers], 0
+        for i, (start, stop) in enumerate(offsets):
+            while first < len(spans) and document.answers[first][1] <= start:
+                first += 1
+            for span, (begin, _) in zip(spans[first:], document.answers[first:]):
+                if begin >= stop:
+                    break
+                span.append(i)
+        rows.append((ids, spans))
+    return rows
 
 
 @torch.no_grad()
@@ -106,12 +112,13 @@ def answer_accuracy(model, tokenizer, documents: list[Document], batch_size: int
     """
     right = total = 0
     for start in range(0, len(documents), batch_size):
-        ids, spans = encode(documents[start : start + batch_size], tokenizer)
+        rows = encode(documents[start : start + batch_size], tokenizer)
         # Padding is on the right, where no real token sees it: no mask is needed.
+        ids = pad_sequence([torch.tensor(tokens) for tokens, _ in rows], batch_first=True)
         guesses = model(input_ids=ids.to(model.device), use_cache=False).logits.argmax(-1).cpu()
         hit = torch.zeros_like(ids, dtype=torch.bool)
         hit[:, 1:] = guesses[:, :-1] == ids[:, 1:]
-        for row, answers in enumerate(spans):
-            right += sum(bool(hit[row, tokens].all()) for tokens in answers)
+        for row, (_, answers) in zip(hit, rows):
+            right += sum(bool(row[span].all()) for span in answers)
             total += len(answers)
     return right / total
