@@ -62,13 +62,13 @@ def associative_recall(rng: random.Random, num_pairs: int = 48, num_queries: int
 def multi_hop_recall(
     rng: random.Random, num_chains: int = 16, num_hops: int = 2, num_queries: int = 8, num_words: int = NUM_WORDS
 ) -> Document:
-    """Pairs that form chains of `num_hops` links, shuffled; the first word of a chain asks for its last."""
+    """Pairs that form chains of `num_hops` links, shuffled; the first word of a chain asks for all that follow it."""
     words = rng.sample(WORDS[:num_words], num_chains * (num_hops + 1))
     chains = [words[i :: num_chains] for i in range(num_chains)]
     pairs = [f" {key} {value}" for chain in chains for key, value in itertools.pairwise(chain)]
     rng.shuffle(pairs)
     asked = rng.sample(chains, min(num_queries, num_chains))
-    return _document(f"hops {num_hops}:{','.join(pairs)} ?", ((f" {chain[0]}", f" {chain[-1]}") for chain in asked))
+    return _document(f"hops {num_hops}:{','.join(pairs)} ?", ((f" {chain[0]}", f" {' '.join(chain[1:])}") for chain in asked))
 
 
 def copying(rng: random.Random, length: int = 64, num_words: int = NUM_WORDS) -> Document:
