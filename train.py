@@ -116,15 +116,20 @@ def check_models(cfg: Config) -> None:
 
     teacher = load_teacher_config(cfg.teacher_model.name)
     check_kept_layers(cfg, teacher.num_hidden_layers)
-    check_student(cfg.student_model.name, cfg.student_model.options)
+    check_student(cfg.student_model.name, cfg.student_model.options, teacher)
     if cfg.stage == 1:
         return
     key = f"train.student_init_ckpt: {cfg.train.student_init_ckpt}"
     if not (Path(cfg.train.student_init_ckpt) / "config.json").is_file():
         raise ConfigError(f"{key} holds no checkpoint; run stage {cfg.stage - 1} first")
-    student = StudentConfig.from_pretrained(cfg.train.student_init_ckpt)
+    try:
+        student = StudentConfig.from_pretrained(cfg.train.student_init_ckpt)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key} has a config.json that cannot be read: {' '.join(str(error).split())}") from None
+    shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+             "intermediate_size", "vocab_size")  # fmt: skip
     for name, ours in (("student_name", cfg.student_model.name), ("student_options", cfg.student_model.options),
-                       *((n, getattr(teacher, n)) for n in ("hidden_size", "num_hidden_layers", "vocab_size"))):  # fmt: skip
+                       *((name, getattr(teacher, name)) for name in shape)):  # fmt: skip
         if getattr(student, name) != ours:
             raise ConfigError(f"{key} has {name} {getattr(student, name)!r}, this run {ours!r}; use one of its own kind")
     kept, wanted = set(student.keep_full_attention_layers), set(cfg.student_model.keep_full_attention_layers)

@@ -30,6 +30,7 @@ from .losses import forward_kl, linear_cross_entropy  # noqa: E402
 from .student_layers import (  # noqa: E402
     STUDENT_ATTENTION_MAP,
     InitReport,
+    check_student,
     get_student_attention_class,
     is_student_attention,
 )
@@ -239,7 +240,10 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         cls, teacher: StudentForCausalLM, student_name: str, keep_full_attention_layers=(), student_options=None
     ) -> tuple[StudentForCausalLM, dict[int, InitReport]]:
         """A student with the teacher's weights: kept layers and all outside attention copied, linear layers initialised
-        from the attention they replace. Returns it, in the teacher's dtype, with a report a linear layer."""
+        from the attention they replace. Returns it, in the teacher's dtype, with a report a linear layer.
+
+        Raises ValueError if the student or its options do not suit the teacher: see `check_student`."""
+        check_student(student_name, student_options or {}, teacher.config)
         config = copy.deepcopy(teacher.config)
         config.student_name, config.student_options = student_name, dict(student_options or {})
         config.keep_full_attention_layers = sorted(keep_full_attention_layers)

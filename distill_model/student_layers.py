@@ -8,10 +8,12 @@ What no teacher has starts neutral: gates pass everything, short convolutions ar
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import warnings
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -91,17 +93,36 @@ class HeadNorm(nn.RMSNorm):
         return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).view(x.shape)
 
 
+@dataclass(frozen=True)
+class Option:
+    """What a hyper-parameter takes: its type, for a number the least, and the switch without which it does nothing."""
+
+    kind: type = int
+    minimum: int = 1
+    needs: str | None = None
+
+    def __str__(self) -> str:
+        return "true or false" if self.kind is bool else f"an integer of at least {self.minimum}"
+
+
+SWITCH = Option(bool)
+LEAST_BLOCK = 9  # FLA's kernels round sizes up to powers of 2, and a GPU multiplies blocks of 16 or more
+CONVOLUTION = {"conv_size": Option(needs="use_short_conv"), "conv_bias": Option(bool, needs="use_short_conv")}
+
+
 class StudentAttention:
     """What every student adds to its layer: where its tensors come from, and how the others start.
 
-    OPTIONS: the hyper-parameters that a config may set, and their types.
+    OPTIONS: the hyper-parameters that a config may set, and what they take.
+    HEAD_DIMS: the sizes of a teacher's heads that its kernels take; None for all.
     SOURCES: our parameter -> the teacher's that it starts from, where both have it. One with as many rows as there are
     query heads takes a key/value projection repeated by head block.
     keeps_rope: whether the layer applies the teacher's rotary embedding.
     fits_decay: whether its heads decay by exp(-exp(A_log) softplus(... + dt_bias)) a token, and by nothing else.
     """
 
-    OPTIONS: dict[str, type] = {}
+    OPTIONS: dict[str, Option] = {}
+    HEAD_DIMS: range | tuple[int, ...] | None = range(LEAST_BLOCK, 257)
     SOURCES = {f"{name}.weight": f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     keeps_rope = False
     fits_decay = False
@@ -166,7 +187,7 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
     starts as the repetition by head block. decay: factor on the decay at the start.
     """
 
-    OPTIONS = {"conv_size": int, "conv_bias": bool, "allow_neg_eigval": bool}
+    OPTIONS = CONVOLUTION | {"allow_neg_eigval": SWITCH}
     fits_decay = True
     SOURCES = StudentAttention.SOURCES | {"k_proj.0.weight": "k_proj.weight", "v_proj.0.weight": "v_proj.weight"}
 
@@ -203,7 +224,7 @@ class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
     comes after SiLU. use_norm: RMSNorm on the output of each head.
     """
 
-    OPTIONS = {"allow_neg_eigval": bool}
+    OPTIONS = {"allow_neg_eigval": SWITCH}
     SOURCES = GatedDeltaNetStudent.SOURCES | {
         name: name for name in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias", "q_norm.weight", "k_norm.weight")
     }
@@ -256,7 +277,7 @@ class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
 class KimiDeltaStudent(StudentAttention, KimiDeltaAttention):
     """Kimi Delta Attention (arXiv 2510.26692): a gated delta rule with a decay for every channel."""
 
-    OPTIONS = {"conv_size": int, "conv_bias": bool, "allow_neg_eigval": bool, "use_short_conv": bool}
+    OPTIONS = CONVOLUTION | {"allow_neg_eigval": SWITCH, "use_short_conv": SWITCH}
     fits_decay = True
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
@@ -279,11 +300,17 @@ class DeltaNetStudent(StudentAttention, DeltaNet):
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**expanded_sizes(config, layer_idx), **options)
 
+    def forward(self, hidden_states, *args, **kwargs):
+        # FLA's chunked kernel refuses fp32; the recurrent one, slow on long text, takes it.
+        self.mode = "fused_recurrent" if hidden_states.dtype == torch.float32 else "chunk"
+        return super().forward(hidden_states, *args, **kwargs)
+
 
 class GatedLinearStudent(StudentAttention, GatedLinearAttention):
     """Gated linear attention (Yang et al., arXiv 2312.06635), its gate a sigmoid so that it can start open."""
 
-    OPTIONS = {"gate_logit_normalizer": int, "gate_low_rank_dim": int, "use_short_conv": bool, "conv_size": int}
+    OPTIONS = {"gate_logit_normalizer": Option(), "gate_low_rank_dim": Option(), "use_short_conv": SWITCH,
+               "conv_size": CONVOLUTION["conv_size"]}  # fmt: skip
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**expanded_sizes(config, layer_idx), gate_fn="sigmoid", **options)
@@ -299,7 +326,8 @@ class GatedLinearStudent(StudentAttention, GatedLinearAttention):
 class GatedSlotStudent(StudentAttention, GatedSlotAttention):
     """Gated slot attention (Zhang et al., arXiv 2409.07146): softmax over a fixed number of slots."""
 
-    OPTIONS = {"num_slots": int, "gate_logit_normalizer": int, "use_short_conv": bool, "conv_size": int}
+    OPTIONS = {"num_slots": Option(minimum=LEAST_BLOCK), "gate_logit_normalizer": Option(),
+               "use_short_conv": SWITCH, "conv_size": CONVOLUTION["conv_size"]}  # fmt: skip
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**expanded_sizes(config, layer_idx), **options)
@@ -341,14 +369,15 @@ class Mamba2Student(StudentAttention, Mamba2):
     `chunk_size`.
     """
 
-    OPTIONS = {"conv_kernel": int, "chunk_size": int}
+    OPTIONS = {"conv_kernel": Option(), "chunk_size": Option()}
+    HEAD_DIMS = None
     SOURCES = {"out_proj.weight": "o_proj.weight", "out_proj.bias": "o_proj.bias"}
 
     def __init__(self, config: StudentConfig, layer_idx: int, *, chunk_size: int = 32, **options):
         heads, head_dim = config.num_attention_heads, config.head_dim
         super().__init__(
             **sizes(config, layer_idx), head_dim=head_dim, state_size=head_dim, n_groups=heads, chunk_size=chunk_size,
-            expand=heads * head_dim / config.hidden_size, use_bias=True, **options,
+            expand=Fraction(heads * head_dim, config.hidden_size), use_bias=True, **options,  # FLA cuts the product off
         )  # fmt: skip
 
     @property
@@ -405,7 +434,7 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
     Without the value residual from its first layer, which no teacher has, and which is not there in a hybrid.
     """
 
-    OPTIONS = {f"{name}_low_rank_dim": int for name in ("decay", "gate", "a")}
+    OPTIONS = {f"{name}_low_rank_dim": Option() for name in ("decay", "gate", "a")}
     SOURCES = {"r_proj.weight": "q_proj.weight"} | {f"{n}.weight": f"{n}.weight" for n in ("k_proj", "v_proj", "o_proj")}
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
@@ -459,7 +488,9 @@ class PaTHStudent(_MaskedCacheStudent, PaTHAttention):
     """PaTH attention (Yang et al., arXiv 2505.16381): softmax attention whose positions are products of Householder-like
     maps. They start near the identity, and the forget gate, if there is one, open."""
 
-    OPTIONS = {"conv_size": int, "conv_bias": bool, "use_low_rank_w": bool, "use_w_shortconv": bool}
+    OPTIONS = {"conv_size": Option(needs="use_w_shortconv"), "conv_bias": Option(bool, needs="use_w_shortconv"),
+               "use_low_rank_w": SWITCH, "use_w_shortconv": SWITCH}  # fmt: skip
+    HEAD_DIMS = (16, 32, 64, 128)
 
     def __init__(self, config: StudentConfig, layer_idx: int, *, use_forget_gate: bool, **options):
         super().__init__(
@@ -518,7 +549,8 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
     """The teacher's own attention, over the last `window_size` tokens, the query's among them (Beltagy et al., arXiv
     2004.05150)."""
 
-    OPTIONS = {"window_size": int}
+    OPTIONS = {"window_size": Option()}
+    HEAD_DIMS = None
     SOURCES = GatedDeltaNetPlainStudent.SOURCES
     keeps_rope = True
 
@@ -565,7 +597,7 @@ class LoLCATsStudent(StudentAttention, SoftmaxAttention):
     """LoLCATs (Zhang et al., arXiv 2410.10254): the teacher's softmax over a sliding window, and linear attention with
     learned feature maps over all that is older, under one normaliser."""
 
-    OPTIONS = {"window_size": int, "feature_dim": int}
+    OPTIONS = {"window_size": Option(), "feature_dim": Option(minimum=2)}  # softmax over one feature is 1
     SOURCES = GatedDeltaNetPlainStudent.SOURCES
     keeps_rope = True
 
@@ -644,16 +676,32 @@ def get_student_attention_class(name: str):
     return STUDENT_ATTENTION_MAP[name]
 
 
-def check_student(name: str, options: dict) -> None:
-    """Raises ValueError, naming key, value and cure, for an unknown student or an option it does not take."""
-    known = get_student_attention_class(name).func.OPTIONS
+def default_of(layer: type, option: str):
+    """The value of an option that is not set: that of the nearest constructor which names it."""
+    parameters = (inspect.signature(base.__init__).parameters for base in layer.__mro__)
+    return next(p[option].default for p in parameters if option in p)
+
+
+def check_student(name: str, options: dict, config: StudentConfig) -> None:
+    """Raises ValueError, of one line that names key, value and cure, if there is no such student, it does not take these
+    options, or its kernels do not take a teacher of this `config`."""
+    student = get_student_attention_class(name)
+    layer = student.func
+    takes = {key: option for key, option in layer.OPTIONS.items() if student.keywords.get(option.needs, True)}
+    known = f"{name} takes {'; '.join(f'{key}: {option}' for key, option in takes.items()) or 'none'}"
     for key, value in options.items():
-        if key not in known:
-            raise ValueError(f"student_model.options.{key}: {name} does not take it; it takes {', '.join(known) or 'none'}")
-        if type(value) is not known[key]:
-            raise ValueError(f"student_model.options.{key}: {value!r} must be of type {known[key].__name__}")
-        if type(value) is int and value < 1:
-            raise ValueError(f"student_model.options.{key}: {value} must be at least 1")
+        path, option = f"student_model.options.{key}", takes.get(key)
+        if option is None:
+            raise ValueError(f"{path}: unknown; {known}")
+        if type(value) is not option.kind or option.kind is int and value < option.minimum:
+            raise ValueError(f"{path}: {value!r} must be {option}; {known}")
+        if option.needs in takes and not options.get(option.needs, default_of(layer, option.needs)):
+            raise ValueError(f"{path}: {value!r} does nothing without {option.needs}: true; set that, or leave {key} out")
+    if layer.HEAD_DIMS is not None and config.head_dim not in layer.HEAD_DIMS:
+        sizes = layer.HEAD_DIMS
+        sizes = f"{sizes[0]} to {sizes[-1]}" if isinstance(sizes, range) else ", ".join(map(str, sizes))
+        raise ValueError(f"student_model.name: {name} takes heads of size {sizes}, the teacher's have {config.head_dim}; "
+                         "choose another student")  # fmt: skip
 
 
 def is_student_attention(module: nn.Module) -> bool:

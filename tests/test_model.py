@@ -1,7 +1,10 @@
 """The model class: transfer from the teacher, causality, cached decoding, hand-over by save and load."""
 
+import copy
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,10 @@ import torch.nn.functional as F
 from conftest import random_teacher
 
 from convert import load_teacher
-from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM, check_student
-from distill_model.student_layers import expand_kv_heads
+from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM, check_student, cpu_ops
+from distill_model.student_layers import default_of, expand_kv_heads
 
+ROOT = Path(__file__).parent.parent
 STUDENTS = sorted(STUDENT_ATTENTION_MAP)
 
 
@@ -21,7 +25,7 @@ def teacher(teacher_dir):
 
 
 # Sizes that the tests' short sequences can tell apart.
-OPTIONS = {"swa_v1": {"window_size": 8}, "lolcats_v1": {"window_size": 8, "feature_dim": 12}, "gsa_v1": {"num_slots": 6}, "gla_v1": {"gate_logit_normalizer": 4}}
+OPTIONS = {"swa_v1": {"window_size": 8}, "lolcats_v1": {"window_size": 8, "feature_dim": 12}, "gsa_v1": {"num_slots": 12}, "gla_v1": {"gate_logit_normalizer": 4}}
 
 
 def hybrid(teacher, name="gdn_v4", kept=(1,)):
@@ -268,6 +272,17 @@ def test_bf16_stays_within_its_error(teacher, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deltanet_spares_the_chunked_kernel_fp32(teacher, monkeypatch, dtype):
+    """FLA's refuses it; its stand-in does not."""
+    rules = []
+    for name in ("chunk_delta_rule", "fused_recurrent_delta_rule"):
+        monkeypatch.setattr(f"fla.layers.delta_net.{name}",
+                            lambda *x, name=name, **k: (rules.append(name), cpu_ops.delta_rule(*x, **k))[1])  # fmt: skip
+    hybrid(teacher, "deltanet_v1", [0, 1, 2]).to(dtype)(torch.randint(0, 96, (1, 70)))
+    assert rules == ["fused_recurrent_delta_rule" if dtype == torch.float32 else "chunk_delta_rule"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", STUDENTS)
 def test_save_and_load_change_nothing(teacher, tmp_path, name, dtype):
     model = trained(hybrid(teacher, name).to(dtype))
@@ -297,20 +312,111 @@ with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits)
 
 
+def options_of(name):
+    """What a student takes, by option, in the order of its table."""
+    student = STUDENT_ATTENTION_MAP[name]
+    return {key: option for key, option in student.func.OPTIONS.items() if student.keywords.get(option.needs, True)}
+
+
+ALL_OPTIONS = [(name, key) for name in STUDENTS for key in options_of(name)]
+
+
+@pytest.mark.parametrize("name, key", ALL_OPTIONS)
+def test_every_option_works(teacher, tmp_path, name, key):
+    """A value other than the default, for a number the least: it shows, trains, decodes, and survives save and load."""
+    option, default = options_of(name)[key], default_of(STUDENT_ATTENTION_MAP[name].func, key)
+    value = not default if option.kind is bool else option.minimum
+    assert value != default
+    needed = {option.needs: True} if option.needs in options_of(name) else {}
+    options = OPTIONS.get(name, {}) | needed
+
+    def build(options):
+        torch.manual_seed(1)
+        return trained(StudentForCausalLM.from_teacher(teacher, name, [0, 1, 2], options)[0].eval())
+
+    model, other, ids = build(options | {key: value}), build(options), torch.randint(1, 96, (2, 70))
+    with torch.no_grad():
+        logits, others = model(ids).logits, other(ids).logits
+        cached = model(ids[:, :9], use_cache=True)
+        steps = [cached.logits]
+        for t in range(9, 12):
+            cached = model(ids[:, t : t + 1], past_key_values=cached.past_key_values, use_cache=True)
+            steps.append(cached.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), logits[:, :12], atol=2e-4, rtol=1e-3)
+    if key == "chunk_size":  # memory alone depends on it
+        torch.testing.assert_close(logits, others, atol=1e-5, rtol=1e-4)
+        assert model.model.layers[3].attn.chunk_size == value
+    else:
+        shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (model, other)]
+        assert shapes[0] != shapes[1] or not torch.allclose(logits, others, atol=1e-4)
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.model.layers[3].attn.parameters())
+    model.save_pretrained(tmp_path)
+    again = StudentForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config.student_options == options | {key: value}
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, logits)
+
+
+@pytest.mark.parametrize("name, key", ALL_OPTIONS)
+def test_every_option_is_checked(teacher, name, key):
+    option = options_of(name)[key]
+    wrong = [1, "true"] if option.kind is bool else [option.minimum - 1, -3, True, "4", 4.5, [4]]
+    for value in (*wrong, None):
+        with pytest.raises(ValueError, match=f"student_model.options.{key}: .* must be .*; {name} takes .*{key}: ") as error:
+            check_student(name, {key: value}, teacher.config)
+        assert "\n" not in str(error.value)
+    check_student(name, {} if option.needs else {key: option.kind(option.minimum)}, teacher.config)
+
+
 @pytest.mark.parametrize(
-    "name, options, message",
+    "name, options, head_dim, message",
     [
-        ("gdn_v99", {}, "gdn_v99.*gdn_v4"),
-        ("gdn_v4", {"num_slots": 3}, "num_slots.*conv_size"),
-        ("fox_v1", {"num_slots": 3}, "fox_v1 does not take it; it takes none"),
-        ("gdn_v3", {"conv_size": "4"}, "conv_size: '4' must be of type int"),
-        ("gdn_v4", {"allow_neg_eigval": 1}, "allow_neg_eigval.*bool"),
-        ("swa_v1", {"window_size": 0}, "window_size: 0 must be at least 1"),
+        ("gdn_v99", {}, 16, "student_model.name: 'gdn_v99' is unknown; choose one of .*gdn_v4"),
+        ("gdn_v4", {"num_slots": 3}, 16, "num_slots: unknown; gdn_v4 takes allow_neg_eigval: true or false$"),
+        ("gdn_v4", {"conv_size": 3}, 16, "conv_size: unknown; gdn_v4 takes"),  # it has no convolution
+        ("fox_v1", {"num_slots": 3}, 16, "num_slots: unknown; fox_v1 takes none"),
+        ("gdn_v3", {"conv_size": 0}, 16, "conv_size: 0 must be an integer of at least 1; gdn_v3 takes conv_size"),
+        ("gla_v1", {"conv_size": 3}, 16, "conv_size: 3 does nothing without use_short_conv: true; set that, or leave"),
+        ("kda_v1", {"conv_bias": True, "use_short_conv": False}, 16, "conv_bias: True does nothing without use_short_conv"),
+        ("path_v1", {"conv_size": 2, "use_w_shortconv": False}, 16, "conv_size: 2 does nothing without use_w_shortconv"),
+        ("gsa_v1", {"num_slots": 8}, 16, "num_slots: 8 must be an integer of at least 9"),
+        ("path_v1", {}, 96, "path_v1 takes heads of size 16, 32, 64, 128, the teacher's have 96; choose another student"),
+        ("gdn_v4", {}, 512, "gdn_v4 takes heads of size 9 to 256, the teacher's have 512"),
+        ("rwkv7_v1", {}, 8, "rwkv7_v1 takes heads of size 9 to 256, the teacher's have 8"),
     ],
 )
-def test_bad_students_are_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        check_student(name, options)
+def test_bad_students_are_refused(teacher, name, options, head_dim, message):
+    config = copy.deepcopy(teacher.config)
+    config.head_dim = head_dim
+    with pytest.raises(ValueError, match=message) as error:
+        check_student(name, options, config)
+    assert "\n" not in str(error.value)
+
+
+def test_good_students_pass(teacher):
+    check_student("gla_v1", {"conv_size": 3, "use_short_conv": True}, teacher.config)
+    check_student("kda_v1", {"conv_size": 3}, teacher.config)
+    check_student("swa_v1", {"window_size": 1}, StudentConfig(head_dim=512))
+
+
+def test_a_student_checks_its_options_before_it_is_built(teacher):
+    with pytest.raises(ValueError, match="num_slots: unknown"):
+        StudentForCausalLM.from_teacher(teacher, "gdn_v4", student_options={"num_slots": 3})
+
+
+def test_the_readme_lists_every_student_and_option():
+    rows = re.findall(r"^\| (`\w+_v\d`.*?) \|.*?\| *(.*?) *\|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = {name: set(re.findall(r"\w+", options)) for names, options in rows for name in re.findall(r"`(\w+)`", names)}
+    assert listed == {name: set(options_of(name)) for name in STUDENTS}
+
+
+@pytest.mark.parametrize("hidden, heads, head_dim", [(448, 61, 64), (704, 15, 64), (5120, 64, 128)])
+def test_mamba2_is_as_wide_as_the_heads(hidden, heads, head_dim):
+    """448 x (3904 / 448) is less than 3904 in floating point."""
+    config = StudentConfig(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=1, head_dim=head_dim)
+    with torch.device("meta"):
+        assert STUDENT_ATTENTION_MAP["mamba2_v1"](config, 0).intermediate_size == heads * head_dim
 
 
 @pytest.mark.parametrize("kept", [[4], [-1], [1, 1]])

@@ -15,7 +15,7 @@ import preprocess_chunk
 import preprocess_download_tokenize
 import train
 from conftest import SHAPE, random_teacher, save_tokenizer
-from convert import load_teacher
+from convert import load_teacher, load_teacher_config
 from convert_ckpt import export_checkpoint
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, is_student_attention
 from distill_model.losses import alignment_loss
@@ -336,7 +336,7 @@ BAD = {
     "student_model.keep_full_attention_layers=[9]": r"\[9\] out of range; the teacher's layers are 0..3",
     "student_model.name=gdn_v99": "student_model.name: 'gdn_v99' is unknown",
     "student_model.options={num_slots: 4}": "student_model.options.num_slots",
-    "student_model.options={conv_size: 3}": "student_options",
+    "student_model.options={allow_neg_eigval: true}": "student_options {}, this run {'allow_neg_eigval': True}",
     "student_model.name=gdn_v3": "has student_name 'gdn_v4', this run 'gdn_v3'",
     "train.student_init_ckpt=nowhere": "train.student_init_ckpt: nowhere holds no checkpoint; run stage 1 first",
     "teacher_model.name=no/such/folder": "tokenizer: 'no/such/folder'",
@@ -354,6 +354,39 @@ def test_bad_input_ends_in_one_line(stages, tmp_path, monkeypatch, teacher_dir, 
     with pytest.raises(ValueError, match=BAD[" ".join(overrides)]) as error:
         prepare(file, *overrides)
     assert "\n" not in str(error.value) and not (tmp_path / "stage2").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, None),
+        ({"student_name": "gdn_v3"}, "has student_name 'gdn_v3', this run 'gdn_v4'; use one of its own kind"),
+        ({"student_name": None, "keep_full_attention_layers": [0, 1, 2, 3]}, "has student_name None, this run 'gdn_v4'"),  # a teacher, not a student
+        ({"student_options": {"allow_neg_eigval": True}}, "has student_options {'allow_neg_eigval': True}, this run {}"),
+        ({"num_hidden_layers": 3}, "has num_hidden_layers 3, this run 4"),
+        ({"num_key_value_heads": 4}, "has num_key_value_heads 4, this run 2"),
+        ({"head_dim": 12}, "has head_dim 12, this run 16"),
+        ({"keep_full_attention_layers": [7]}, r"cannot be read: keep_full_attention_layers: \[7\]"),
+        ({"keep_full_attention_layers": [0, 1]}, r"keeps full attention in \[0, 1\], of which this run drops \[0\]"),
+        ("{", "has a config.json that cannot be read"),
+        (None, "holds no checkpoint; run stage 1 first"),
+    ],
+)
+def test_another_kind_of_checkpoint_is_refused(tmp_path, teacher_dir, change, message):
+    """By its config, before a weight is read."""
+    folder = tmp_path / "stage1" / "converted-hf"
+    folder.mkdir(parents=True)
+    config = load_teacher_config(teacher_dir)
+    config.student_name, config.keep_full_attention_layers = "gdn_v4", []
+    if change is not None:
+        text = change if isinstance(change, str) else json.dumps(config.to_dict() | change)
+        (folder / "config.json").write_text(text)
+    cfg = load_config(write_config(tmp_path, 2, teacher_dir, "no data"))
+    if message is None:
+        return train.check_models(cfg)
+    with pytest.raises(ValueError, match=message) as error:
+        train.check_models(cfg)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"train.student_init_ckpt: {folder}")
 
 
 def test_the_script_exits_non_zero_with_one_line(tmp_path, teacher_dir, data_dir):
