@@ -25,7 +25,8 @@ def teacher(teacher_dir):
 
 
 # Sizes that the tests' short sequences can tell apart.
-OPTIONS = {"swa_v1": {"window_size": 8}, "lolcats_v1": {"window_size": 8, "feature_dim": 12}, "gsa_v1": {"num_slots": 12}, "gla_v1": {"gate_logit_normalizer": 4}}
+OPTIONS = {"swa_v1": {"window_size": 8}, "lolcats_v1": {"window_size": 8, "feature_dim": 12}, "gsa_v1": {"num_slots": 12},
+           "gla_v1": {"gate_logit_normalizer": 4}}  # fmt: skip
 
 
 def hybrid(teacher, name="gdn_v4", kept=(1,)):

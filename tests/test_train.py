@@ -361,7 +361,7 @@ def test_bad_input_ends_in_one_line(stages, tmp_path, monkeypatch, teacher_dir, 
     [
         ({}, None),
         ({"student_name": "gdn_v3"}, "has student_name 'gdn_v3', this run 'gdn_v4'; use one of its own kind"),
-        ({"student_name": None, "keep_full_attention_layers": [0, 1, 2, 3]}, "has student_name None, this run 'gdn_v4'"),  # a teacher, not a student
+        ({"student_name": None, "keep_full_attention_layers": [0, 1, 2, 3]}, "has student_name None, this run 'gdn_v4'"),
         ({"student_options": {"allow_neg_eigval": True}}, "has student_options {'allow_neg_eigval': True}, this run {}"),
         ({"num_hidden_layers": 3}, "has num_hidden_layers 3, this run 4"),
         ({"num_key_value_heads": 4}, "has num_key_value_heads 4, this run 2"),
