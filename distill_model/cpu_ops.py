@@ -229,6 +229,22 @@ def forgetting_attn(q, k, v, g, scale=None, cu_seqlens=None, **_):
     return out.transpose(1, 2).to(dtype)
 
 
+def attn_decoding(q, k, v, g=None, scale=None, cu_seqlens=None, do_gate_scale=False):
+    """attn_decoding_one_step: softmax attention of one query [1, N, HQ, K] at the end of each of N packed sequences, with
+    forget gates g [1, sum(T), HQ] as in `forgetting_attn`, and `scale` on them too if do_gate_scale."""
+    mask, k, v, g = unpack(cu_seqlens, k, v, g)
+    dtype, scale = v.dtype, q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v, g = _up(q.transpose(0, 1), k, v, g)
+    bias = q.new_zeros(len(q), q.shape[2], k.shape[1])
+    if g is not None:
+        g = g.cumsum(1).mT
+        bias = (g[..., -1:] - g) * (scale if do_gate_scale else 1)
+    bias = bias.masked_fill(~mask[:, None], -torch.inf)[:, :, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[:, :, 0][None].to(dtype)
+
+
 def causal_conv1d(x, weight=None, bias=None, residual=None, initial_state=None, output_final_state=False,
                   activation=None, backend=None, cu_seqlens=None, **_):
     """Depthwise causal convolution; states are the last W inputs, [N, D, W]."""
@@ -385,7 +401,7 @@ STAND_INS = {
     "fla.ops.gsa": {"chunk_gsa": gsa, "fused_recurrent_gsa": gsa},
     "fla.ops.path_attn.parallel": {"parallel_path_attn": path_attn},
     "fla.ops.forgetting_attn.parallel": {"parallel_forgetting_attn": forgetting_attn},
-    "fla.ops.attn.decoding": {"attn_decoding_one_step": "fla.ops.attn.naive.naive_attn_decoding"},
+    "fla.ops.attn.decoding": {"attn_decoding_one_step": attn_decoding},
     "fla.ops.rwkv7": {"chunk_rwkv7": chunk_rwkv7, "fused_mul_recurrent_rwkv7": fused_mul_recurrent_rwkv7},
     "fla.ops.rwkv7.fused_addcmul": {"fused_addcmul_rwkv7": "fla.ops.rwkv7.fused_addcmul.torch_addcmul_rwkv7"},
     "fla.ops.rwkv7.fused_k_update": {"fused_k_rwkv7": "fla.ops.rwkv7.fused_k_update.k_update_ref"},
@@ -418,13 +434,24 @@ def _resolve(path: str):
     return getattr(importlib.import_module(module), name)
 
 
-def _rebind(old, new) -> None:
-    """Points every attribute of a loaded fla module, and every entry of its ACT2FN, that is `old` at `new`."""
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "fla":
-            for space in (vars(module), vars(module).get("ACT2FN") or {}):
-                for key in [key for key, value in space.items() if value is old]:
-                    space[key] = new
+def bind_stand_ins() -> list[tuple[dict, str, object]]:
+    """Points every name in FLA's loaded modules, and every entry of its ACT2FN, that is an entry point at its stand-in.
+
+    Returns what sets FLA's own back: namespace, name, and what it was, one for each that changed.
+    """
+    for path in STAND_INS:
+        importlib.import_module(path)
+    spaces = [space for name, module in list(sys.modules.items()) if name.split(".")[0] == "fla"
+              for space in (vars(module), vars(module).get("ACT2FN")) if space]  # fmt: skip
+    bound = []
+    for path, names in STAND_INS.items():
+        for name, stand_in in names.items():
+            new, old = _resolve(stand_in) if isinstance(stand_in, str) else stand_in, _resolve(f"{path}.{name}")
+            places = [(space, key, old) for space in spaces for key, value in space.items() if value is old]
+            for space, key, _ in places if new is not old else ():
+                space[key] = new
+                bound.append((space, key, old))
+    return bound
 
 
 def install() -> None:
@@ -440,12 +467,7 @@ def install() -> None:
 
     if device_platform != "cpu":
         return
-    for path, names in STAND_INS.items():
-        module = importlib.import_module(path)
-        for name, stand_in in names.items():
-            new, old = _resolve(stand_in) if isinstance(stand_in, str) else stand_in, getattr(module, name)
-            if old is not new:
-                _rebind(old, new)
+    bind_stand_ins()
     # FLA takes these from flash-attn, which has no CPU version, and leaves them unset or undefined without it.
     fla.layers.attn.flash_attn_func = flash_attn_func
     fla.layers.attn.flash_attn_varlen_func = flash_attn_varlen_func

@@ -206,3 +206,19 @@ def test_install_is_idempotent_and_reaches_the_layers():
         pytest.skip("a GPU is present: FLA's kernels stay")
     cpu_ops.install()
     assert module.chunk_gated_delta_rule is module.fused_recurrent_gated_delta_rule is cpu_ops.delta_rule
+    assert not cpu_ops.bind_stand_ins()
+
+
+def test_what_was_bound_can_be_set_back(monkeypatch):
+    import fla.modules.activations as activations
+
+    def stand_in(x):
+        return x
+
+    before = activations.ops.swish, activations.ACT2FN["silu"]
+    monkeypatch.setattr(cpu_ops, "STAND_INS", {"fla.modules.activations.ops": {"swish": stand_in}})
+    bound = cpu_ops.bind_stand_ins()
+    assert activations.swish is activations.ops.swish is activations.ACT2FN["silu"] is stand_in
+    for space, key, old in bound:
+        space[key] = old
+    assert (activations.ops.swish, activations.ACT2FN["silu"]) == before

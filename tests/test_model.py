@@ -204,6 +204,18 @@ def test_prefill_and_decode_equal_the_full_forward(teacher, name, length):
 
 
 @pytest.mark.parametrize("name", STUDENTS)
+def test_prefill_and_decode_in_bf16(teacher, name):
+    model, ids = trained(hybrid(teacher, name).bfloat16()), torch.randint(1, 96, (2, 10))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        past = model(ids[:, :9], attention_mask=mask[:, :9], use_cache=True).past_key_values
+        step = model(ids[:, 9:], attention_mask=mask, past_key_values=past, use_cache=True).logits[:, 0]
+        full = model(ids, attention_mask=mask, use_cache=False).logits[:, -1]
+    assert step.dtype == torch.bfloat16 and (step - full).norm() < 0.1 * full.norm()
+
+
+@pytest.mark.parametrize("name", STUDENTS)
 def test_generate(teacher, name):
     """Greedy and beam search with a cache equal generation without one, left padding included."""
     model, ids = hybrid(teacher, name), torch.randint(1, 96, (2, 12))
