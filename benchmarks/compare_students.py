@@ -34,6 +34,7 @@ from pipeline.data import load_tokenizer, open_chunks, read_metadata  # noqa: E4
 from quickstart.report import alignment, measure  # noqa: E402
 from quickstart.train_teacher import token_ids  # noqa: E402
 
+OPTIONS = {"swa_v1": {"window_size": 64}}  # its default sees all of a chunk
 CALIBRATED, CALIBRATION_BATCHES, STATE_LENGTH = "+calibrated", 8, 256
 QUESTIONS = 64  # documents of each task
 
@@ -100,7 +101,8 @@ class Bench:
         """Both stages of a student; its figures."""
         args, begin = self.args, time.perf_counter()
         torch.manual_seed(seed)
-        student = StudentForCausalLM.from_teacher(self.teacher, name.removesuffix(CALIBRATED))[0].to(self.device)
+        student_name = name.removesuffix(CALIBRATED)
+        student = StudentForCausalLM.from_teacher(self.teacher, student_name, (), OPTIONS.get(student_name))[0].to(self.device)
         calibration = name.endswith(CALIBRATED) and list(self.batches(f"calibration {seed}", args.batch_size, CALIBRATION_BATCHES))
         figures = {"student": name, "seed": seed}
         half = args.stage1_steps // 2
