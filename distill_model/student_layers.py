@@ -105,6 +105,8 @@ class Option:
         return "true or false" if self.kind is bool else f"an integer of at least {self.minimum}"
 
 
+BIASES = {name: name for name in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")}
+NORMS = {name: name for name in ("q_norm.weight", "k_norm.weight")}
 SWITCH = Option(bool)
 LEAST_BLOCK = 9  # FLA's kernels round sizes up to powers of 2, and a GPU multiplies blocks of 16 or more
 CONVOLUTION = {"conv_size": Option(needs="use_short_conv"), "conv_bias": Option(bool, needs="use_short_conv")}
@@ -117,14 +119,14 @@ class StudentAttention:
     HEAD_DIMS: the sizes of a teacher's heads that its kernels take; None for all.
     SOURCES: our parameter -> the teacher's that it starts from, where both have it. One with as many rows as there are
     query heads takes a key/value projection repeated by head block.
-    keeps_rope: whether the layer applies the teacher's rotary embedding.
+    rope_share: the share of the teacher's rotary frequencies, from the fastest on, that the layer applies.
     fits_decay: whether its heads decay by exp(-exp(A_log) softplus(... + dt_bias)) a token, and by nothing else.
     """
 
     OPTIONS: dict[str, Option] = {}
     HEAD_DIMS: range | tuple[int, ...] | None = range(LEAST_BLOCK, 257)
     SOURCES = {f"{name}.weight": f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    keeps_rope = False
+    rope_share = 0.0
     fits_decay = False
 
     @torch.no_grad()
@@ -176,7 +178,9 @@ class StudentAttention:
             kind.append(name)
             used.add(source)
         report.fresh = [name for name in ours if name not in {*report.copied, *report.transformed}]
-        report.dropped = [name for name in theirs if name not in used] + ([] if self.keeps_rope else ["rope"])
+        report.dropped = [name for name in theirs if name not in used]
+        if self.rope_share < 1:
+            report.dropped.append("the slow rope frequencies" if self.rope_share else "rope")
         return report
 
 
@@ -218,46 +222,51 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
 
 
 class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
-    """Gated DeltaNet without short convolution, and without SiLU on v.
+    """Gated DeltaNet without SiLU on v.
 
-    qk_activation: SiLU on q and k. keep_attention: it keeps the teacher's biases, q/k norms and rotary embedding, which
-    comes after SiLU. use_norm: RMSNorm on the output of each head.
+    qk_activation: SiLU on q and k. use_norm: RMSNorm on the output of each head. keep_attention: it keeps the teacher's biases, and
+    its rotary embedding, after SiLU, in the fastest quarter of the frequencies. Those tell neighbours apart; the slow ones carry
+    what is looked up, however far back, and turning them costs recall. So did the teacher's q/k norms, before SiLU.
     """
 
-    OPTIONS = {"allow_neg_eigval": SWITCH}
-    SOURCES = GatedDeltaNetStudent.SOURCES | {
-        name: name for name in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias", "q_norm.weight", "k_norm.weight")
-    }
+    SOURCES = GatedDeltaNetStudent.SOURCES | BIASES
 
-    def __init__(self, config: StudentConfig, layer_idx: int, *, use_gate: bool, use_norm: bool, qk_activation: bool,
-                 keep_attention: bool, **options):  # fmt: skip
-        super().__init__(config, layer_idx, use_gate=use_gate, use_short_conv=False, **options)
-        self.keeps_rope = keep_attention
+    def __init__(self, config: StudentConfig, layer_idx: int, *, use_gate: bool, use_short_conv: bool, use_norm: bool,
+                 qk_activation: bool, keep_attention: bool, **options):  # fmt: skip
+        super().__init__(config, layer_idx, use_gate=use_gate, use_short_conv=use_short_conv, **options)
         self.qk_activation = nn.SiLU() if qk_activation else nn.Identity()
-        self.q_norm = self.k_norm = nn.Identity()
+        if use_short_conv:
+            for name in ("q_conv1d", "k_conv1d", "v_conv1d"):
+                getattr(self, name).activation = None
         if not use_norm:
             self.o_norm = nn.Identity()
         if keep_attention:
+            self.rope_share = 0.25
             for name in ("q_proj", "k_proj", "v_proj"):
                 setattr(self, name, linear(config.hidden_size, self.key_dim, config.attention_bias))
             self.o_proj = linear(self.value_dim, config.hidden_size, config.attention_output_bias)
-            if config.qk_norm:
-                eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
-                self.q_norm, self.k_norm = (HeadNorm(config.head_dim, eps=eps) for _ in range(2))
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False,
                 position_embeddings=None, **kwargs):  # fmt: skip
-        """FLA's forward without convolution, and with what `keep_attention` keeps."""
+        """FLA's forward with other activations, and with what `keep_attention` keeps."""
         batch_size, q_len, _ = hidden_states.shape
         last_state = get_layer_cache(self, past_key_values)
         x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, q_len)
-        q, k = (self.qk_activation(y) for y in (self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x))))
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, self.v_proj(x)))
-        if self.keeps_rope:
+        qkv, conv_state = [self.q_proj(x), self.k_proj(x), self.v_proj(x)], None
+        if self.use_short_conv:
+            convolutions = self.q_conv1d, self.k_conv1d, self.v_conv1d
+            old = (None,) * 3 if last_state is None else last_state["conv_state"]
+            qkv, conv_state = zip(*(convolution(x=y, cache=state, output_final_state=use_cache, cu_seqlens=cu_seqlens)
+                                    for convolution, y, state in zip(convolutions, qkv, old)))  # fmt: skip
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
+        q, k = self.qk_activation(q), self.qk_activation(k)
+        if self.rope_share:
             cos, sin = (y.expand(batch_size, -1, -1) for y in position_embeddings)
             if indices is not None:
                 cos, sin = (y.flatten(0, 1)[indices][None] for y in (cos, sin))
-            q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+            half = self.head_dim // 2  # frequencies, the fastest first, in both halves of a head
+            slow = torch.arange(self.head_dim, device=x.device) % half >= self.rope_share * half
+            q, k = apply_rotary_pos_emb(q, k, cos.masked_fill(slow, 1), sin.masked_fill(slow, 0), unsqueeze_dim=2)
         one_by_one = q_len <= 64 and not self.training and not torch.is_grad_enabled()
         # Through FLA's module, where the stand-ins of `cpu_ops` are bound.
         rule = "fused_recurrent_gated_delta_rule" if one_by_one else "chunk_gated_delta_rule"
@@ -268,7 +277,7 @@ class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
             use_beta_sigmoid_in_kernel=True, allow_neg_eigval=self.allow_neg_eigval, state_v_first=True,
             cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=None, offset=q_len)
+        update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=q_len)
         gate = (self.g_proj(x).unflatten(-1, (-1, self.head_dim)),) if self.use_gate else ()
         o = self.o_proj(self.o_norm(o, *gate).flatten(-2))
         return repad_hidden_states(o, indices, batch_size, q_len), None, past_key_values
@@ -523,7 +532,7 @@ class ForgettingStudent(_MaskedCacheStudent, ForgettingAttention):
 
     It keeps the teacher's biases and q/k norms; the gate starts open."""
 
-    SOURCES = GatedDeltaNetPlainStudent.SOURCES
+    SOURCES = StudentAttention.SOURCES | BIASES | NORMS
 
     def __init__(self, config: StudentConfig, layer_idx: int):
         super().__init__(
@@ -551,8 +560,8 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
 
     OPTIONS = {"window_size": Option()}
     HEAD_DIMS = None
-    SOURCES = GatedDeltaNetPlainStudent.SOURCES
-    keeps_rope = True
+    SOURCES = StudentAttention.SOURCES | BIASES | NORMS
+    rope_share = 1.0
 
     def __init__(self, config: StudentConfig, layer_idx: int, *, window_size: int = 512):
         super().__init__(config, layer_idx, window_size=window_size)
@@ -598,8 +607,8 @@ class LoLCATsStudent(StudentAttention, SoftmaxAttention):
     learned feature maps over all that is older, under one normaliser."""
 
     OPTIONS = {"window_size": Option(), "feature_dim": Option(minimum=2)}  # softmax over one feature is 1
-    SOURCES = GatedDeltaNetPlainStudent.SOURCES
-    keeps_rope = True
+    SOURCES = StudentAttention.SOURCES | BIASES | NORMS
+    rope_share = 1.0
 
     def __init__(self, config: StudentConfig, layer_idx: int, *, window_size: int = 64, feature_dim: int | None = None):
         super().__init__(config, layer_idx, window_size=window_size)
@@ -652,8 +661,9 @@ STUDENT_ATTENTION_MAP = {
     "gdn_v3": partial(_gdn, use_gate=True, use_short_conv=True),
     "gdn_v4": partial(_gdn, use_gate=True, use_short_conv=False),
     "gdn_v5": partial(_gdn, use_gate=True, use_short_conv=False, factored=True),
-    "gdn_v6": partial(_plain, use_gate=False, use_norm=False, qk_activation=False, keep_attention=False),
-    "gdn_v7": partial(_plain, use_gate=True, use_norm=True, qk_activation=True, keep_attention=True, decay=0.1),
+    "gdn_v6": partial(_plain, use_gate=False, use_short_conv=False, use_norm=False, qk_activation=False, keep_attention=False),
+    "gdn_v7": partial(_plain, use_gate=True, use_short_conv=True, use_norm=True, qk_activation=True, keep_attention=True,
+                      decay=0.1),
     "kda_v1": partial(KimiDeltaStudent),
     "deltanet_v1": partial(DeltaNetStudent),
     "gla_v1": partial(GatedLinearStudent),

@@ -75,8 +75,10 @@ def test_every_tensor_is_accounted_for(teacher, name):
     if name == "mamba2_v1":  # q, k and v lie in one matrix
         return check_mamba2(ours, theirs, report)
     taken = {ours.SOURCES[name] for name in report.copied + report.transformed}
-    assert taken | set(report.dropped) - {"rope"} == {n for n, _ in theirs.named_parameters()}
-    assert not taken & set(report.dropped) and ("rope" in report.dropped) != ours.keeps_rope
+    rope = [name for name in report.dropped if "rope" in name]
+    assert rope == {0.0: ["rope"], 0.25: ["the slow rope frequencies"], 1.0: []}[ours.rope_share]
+    assert taken | set(report.dropped) - set(rope) == {n for n, _ in theirs.named_parameters()}
+    assert not taken & set(report.dropped)
     for name in report.copied:
         assert torch.equal(ours.get_parameter(name), theirs.get_parameter(ours.SOURCES[name]))
     for name in report.transformed:
@@ -93,19 +95,53 @@ def test_biases_and_norms_are_kept_where_the_student_has_them(tmp_path, name):
     teacher = load_teacher(str(tmp_path))
     student, reports = StudentForCausalLM.from_teacher(teacher, name)
     extras = {n for n, _ in teacher.model.layers[0].attn.named_parameters() if "bias" in n or "norm" in n}
-    keeps = name in ("gdn_v7", "fox_v1", "swa_v1", "lolcats_v1")
     biases = {extra for extra in extras if "bias" in extra}
-    kept = extras if keeps else biases if name == "mamba2_v1" else set()
+    used = {"gdn_v7": biases, "fox_v1": extras, "swa_v1": extras, "lolcats_v1": extras}.get(name, set())
+    kept = biases if name == "mamba2_v1" else used
     assert extras & set(reports[0].dropped) == extras - kept
     x = torch.randn(1, 5, 48)
     attn, positions = student.model.layers[0].attn, student.model.position_embeddings(x)
     before = attn(x, position_embeddings=positions)[0]
-    for extra in extras if keeps else ():
+    for extra in used:
         with torch.no_grad():
             attn.get_parameter(extra).add_(0.5 * torch.randn_like(attn.get_parameter(extra)))
         after = attn(x, position_embeddings=positions)[0]
         assert not torch.allclose(before, after), extra
         before = after
+
+
+def test_gdn_v7_equals_its_formula(teacher):
+    """Convolution, SiLU on q and k, RoPE in the fastest quarter, L2 norms, gated delta rule, gated norm: token by token in float64."""
+    attn = trained(hybrid(teacher, "gdn_v7", [])).model.layers[0].attn.double()
+    torch.nn.init.normal_(attn.dt_bias, -1.0)
+    x = torch.randn(1, 13, 48, dtype=torch.float64)
+    with torch.no_grad():
+        heads, dim = attn.num_heads, attn.head_dim
+        parts = []
+        for n in "qkv":
+            y, taps = getattr(attn, f"{n}_proj")(x)[0], getattr(attn, f"{n}_conv1d").weight[:, 0]
+            padded = torch.cat((y.new_zeros(3, y.shape[1]), y))
+            parts.append(sum(padded[i : i + 13] * taps[:, i] for i in range(4)).view(13, heads, dim))
+        q, k, v = F.silu(parts[0]), F.silu(parts[1]), parts[2]
+        angles = torch.arange(13.0)[:, None, None] * 10000.0 ** (-torch.arange(dim // 8) / (dim // 2))
+        for y in (q, k):
+            a, b = y[..., : dim // 8].clone(), y[..., dim // 2 : dim // 2 + dim // 8].clone()
+            y[..., : dim // 8] = a * angles.cos() - b * angles.sin()
+            y[..., dim // 2 : dim // 2 + dim // 8] = b * angles.cos() + a * angles.sin()
+            y /= (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        decay = torch.exp(-attn.A_log.exp() * F.softplus(attn.a_proj(x)[0] + attn.dt_bias))
+        beta = attn.b_proj(x)[0].sigmoid()
+        state, rows = x.new_zeros(heads, dim, dim), []
+        for t in range(13):
+            state = state * decay[t, :, None, None]
+            error = v[t] - torch.einsum("hkv,hk->hv", state, k[t])
+            state = state + torch.einsum("hk,hv->hkv", k[t], beta[t, :, None] * error)
+            rows.append(torch.einsum("hkv,hk->hv", state, q[t]) * dim**-0.5)
+        o = torch.stack(rows)
+        o = o * (o.square().mean(-1, keepdim=True) + attn.o_norm.eps).rsqrt() * attn.o_norm.weight
+        expected = attn.o_proj((o * attn.g_proj(x)[0].view_as(o).sigmoid()).flatten(1))
+        cos, sin = teacher.model.position_embeddings(x)
+        torch.testing.assert_close(attn(x, position_embeddings=(cos, sin))[0][0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_factored_heads_start_as_the_repeated_ones(teacher):
