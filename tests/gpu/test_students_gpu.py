@@ -29,11 +29,11 @@ LIMITS = {torch.float32: (1e-3, 0.5), torch.bfloat16: (1e-2, 3.0)}
 
 @pytest.fixture(autouse=True, scope="module")
 def one_config():
-    """Of each kernel only the configuration with the least shared memory: all would take half an hour on a cold machine."""
+    """Of each kernel only a configuration with the fewest stages, so the least shared memory: all would take half an hour on a cold machine."""
     everything = Autotuner.prune_configs
 
     def smallest(self, kwargs):
-        return sorted(everything(self, kwargs), key=lambda config: (config.num_stages, *config.kwargs.values()))[:1]
+        return sorted(everything(self, kwargs), key=lambda config: config.num_stages)[:1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Autotuner, "prune_configs", smallest)
