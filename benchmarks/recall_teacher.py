@@ -256,9 +256,11 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.monotonic()
     prepare(out, scale, args.text, args.seed)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork of the loader's workers
-    # A seed shall give the same teacher: the sums of some CUDA kernels depend on the order of threads otherwise.
+    # A seed shall give the same teacher: the sums of some CUDA kernels depend on the order of threads otherwise, and
+    # cuDNN's attention has no other backward.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(str(out / "tokenizer"))

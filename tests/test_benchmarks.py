@@ -1,0 +1,93 @@
+"""The recall teacher and the comparison of students, at a size where nothing is learnt."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import compare_students, recall_teacher
+
+
+@pytest.fixture(scope="module")
+def recall_dir(tmp_path_factory):
+    """A recall teacher that has seen four batches."""
+    folder = tmp_path_factory.mktemp("recall")
+    tiny = dataclasses.replace(recall_teacher.TINY, task_documents=600, text_files=20, batch_size=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recall_teacher, "TINY", tiny)
+        with pytest.raises(SystemExit, match="--max_steps: too few, held-out recall is"):
+            recall_teacher.main(["--output_dir", str(folder), "--tiny", "--max_steps", "4"])
+    torch.use_deterministic_algorithms(False)  # of the whole process
+    return folder
+
+
+def test_recall_teacher_is_a_plain_checkpoint_with_its_history(recall_dir, capsys):
+    result = json.loads((recall_dir / "teacher.json").read_text())
+    assert result["history"][-1]["step"] == 4 and result["tokens"] == 4 * 4 * 128
+    assert (recall_dir / "teacher.png").stat().st_size > 10_000
+    model = AutoModelForCausalLM.from_pretrained(recall_dir / "teacher")
+    assert type(model).__name__ == "Qwen3ForCausalLM" and model.num_parameters() == result["parameters"]
+    recall_teacher.main(["--output_dir", str(recall_dir), "--tiny"])
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_task_rows_are_fresh_and_mark_answers_alone(recall_dir):
+    tokenizer = recall_teacher.load_tokenizer(str(recall_dir / "tokenizer"))
+    rows = recall_teacher.TaskRows(tokenizer, recall_teacher.TINY, seed=3)
+    drawn = [row for row, _ in zip(rows, range(40))]
+    assert len({tuple(ids.tolist()) for ids, _ in drawn}) == 40 and all(len(ids) == 128 for ids, _ in drawn)
+    ids, is_answer = drawn[0]
+    text = tokenizer.decode(ids)
+    answers = tokenizer.decode(ids[is_answer]).split()
+    assert 0 < is_answer.float().mean() < 0.5
+    assert answers and all(answer in text.partition("?")[2] for answer in answers)
+
+
+def compare(monkeypatch, recall_dir, out, *options):
+    monkeypatch.setattr(compare_students, "QUESTIONS", 4)
+    monkeypatch.setattr(sys, "argv", [
+        "compare_students.py", "--teacher", str(recall_dir / "teacher"), "--data", str(recall_dir / "data" / "chunked_context128"),
+        "--output_dir", str(out), "--students", "gdn_v7+calibrated", "swa_v1", "--stage1_steps", "2", "--stage2_steps", "1",
+        "--batch_size", "2", "--eval_chunks", "2", "--num_words", "64", *options])  # fmt: skip
+    compare_students.main()
+
+
+def test_comparison_is_resumable(recall_dir, tmp_path, monkeypatch, capsys):
+    compare(monkeypatch, recall_dir, tmp_path, "--seeds", "2", "--shard", "1/2")
+    assert "2 of 4 runs are missing" in capsys.readouterr().out
+    files = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
+    assert sorted(files) == ["swa_v1-seed0.json", "swa_v1-seed1.json"]
+    compare(monkeypatch, recall_dir, tmp_path, "--seeds", "2")
+    assert all((tmp_path / "runs" / name).stat().st_mtime_ns == written for name, written in files.items())
+    shown = capsys.readouterr().out
+    assert "missing" not in shown and (tmp_path / "students.md").read_text() == shown
+    assert "`gdn_v7+calibrated`" in shown and "| 22 KiB |" in shown and "| 32 KiB |" in shown
+    with pytest.raises(ValueError, match="lr_stage2 0.0001, not 0.5"):
+        compare(monkeypatch, recall_dir, tmp_path, "--lr_stage2", "0.5")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--students", "gdn_v99"], "--students: gdn_v99 is unknown"),
+    (["--shard", "2/2"], "--shard: 2/2 must be one of 0/2 to 1/2"),
+    (["--shard", "half"], "--shard: half must look like 0/4"),
+])  # fmt: skip
+def test_bad_input(recall_dir, tmp_path, monkeypatch, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(monkeypatch, recall_dir, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_students_whose_range_touches_the_best_are_ties():
+    def run(student, seed, kl):
+        return {"student": student, "seed": seed, "kl": kl, "state_grows": False, "state_bytes": 1024, "parameters": 1,
+                **dict.fromkeys(("alignment_error", "hybrid_kl_after_1", "hybrid_kl_after_2", "all_linear_recall",
+                                 *compare_students.RECALL_TASKS), 0.5)}  # fmt: skip
+
+    runs = [run(name, seed, kl) for name, kls in {"a": (1.0, 1.2), "b": (1.19, 1.4), "c": (1.21, 1.3)}.items()
+            for seed, kl in enumerate(kls)]  # fmt: skip
+    rows = compare_students.table(runs, 2).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| `a` *", "| `c`", "| `b` *"]
+    assert "1.1000 ± 0.1000" in rows[0]
