@@ -154,7 +154,8 @@ def table(runs: list[dict], stage1_steps: int) -> str:
         tie = " *" if min(column["kl"]) <= highest else ""
         grows = " at 256 tokens, grows" if runs[0]["state_grows"] else ""
         lines.append(
-            f"| `{name}`{tie} | {spread(column['alignment_error'], 3)} | {spread(column[f'hybrid_kl_after_{stage1_steps // 2}'], 4)} | "
+            f"| `{name}`{tie} | {spread(column['alignment_error'], 3)} | "
+            f"{spread(column[f'hybrid_kl_after_{stage1_steps // 2}'], 4)} | "
             f"{spread(column[f'hybrid_kl_after_{stage1_steps}'], 4)} | {spread(column['kl'], 4)} | "
             + "".join(f"{spread(column[task], 1, percent=True)} % | " for task in RECALL_TASKS)
             + f"{spread(column['all_linear_recall'], 1, percent=True)} % | {runs[0]['state_bytes'] / 1024:.0f} KiB{grows} | "
@@ -168,7 +169,8 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--data", required=True, help="chunks with a held-out part, of preprocess_chunk.py")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--students", nargs="+", default=[*STUDENT_ATTENTION_MAP, "gdn_v4" + CALIBRATED, "gdn_v7" + CALIBRATED], help="default: all")
+    everything = [*STUDENT_ATTENTION_MAP, "gdn_v4" + CALIBRATED, "gdn_v7" + CALIBRATED]
+    parser.add_argument("--students", nargs="+", default=everything, help="default: all, two of them calibrated too")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ratio", type=float, default=0.25, help="share of the layers that keep full attention")
     parser.add_argument("--stage1_steps", type=int, default=200)
@@ -197,7 +199,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if kept_settings.is_file() and (found := json.loads(kept_settings.read_text())) != settings:
         name = next(k for k in settings if settings[k] != found.get(k))
-        raise ValueError(f"--output_dir: {args.output_dir} holds runs with {name} {found.get(name)!r}, not {settings[name]!r}; name another")
+        raise ValueError(f"--output_dir: {args.output_dir} holds runs with {name} {found.get(name)!r}, not {settings[name]!r}; "
+                         "name another")  # fmt: skip
     kept_settings.write_text(json.dumps(settings, indent=1) + "\n")
     mine = [(name, seed) for name in args.students[index::count] for seed in range(args.seeds)]
     todo = [(name, seed) for name, seed in mine if not (folder / f"{name}-seed{seed}.json").is_file()]

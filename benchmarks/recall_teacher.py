@@ -3,7 +3,7 @@
     python benchmarks/recall_teacher.py --output_dir recall_out [--text FOLDER]      # a GPU, less than 10 minutes
     python benchmarks/recall_teacher.py --output_dir recall_out --tiny               # a CPU, some minutes
 
-A Qwen3-shaped model of 40M parameters (--tiny: 1M) learns from the standard library's source text, the files of --text, and
+A Qwen3-shaped model of 40M parameters (--tiny: 0.6M) learns from the standard library's source text, the files of --text, and
 the tasks of layer_selection/tasks.py: recall of pairs, of two hops, copying. Of the tasks only answers count at first: next
 to the random words around them, which nobody can tell, recall is learnt ten times later. Training goes on at a constant
 learning rate until 95 % of every task's held-out questions are answered (or for four fifths of --max_steps), then cools
@@ -55,7 +55,8 @@ WARMUP_STEPS, CHECK_STEPS, COOLDOWN, WEIGHT_DECAY = 100, 200, 0.2, 0.1
 
 @dataclass(frozen=True)
 class Scale:
-    """Model, data and training. tasks: option -> (easiest, hardest); held-out questions are the hardest."""
+    """Model, data and training. tasks: option -> (easiest, hardest); held-out questions are the hardest. A batch has
+    text_rows and task_rows; text_weight: of the loss on text, the loss on answers having 1."""
 
     shape: dict
     tasks: dict[str, dict[str, tuple[int, int]]]
@@ -64,7 +65,9 @@ class Scale:
     text_files: int | None
     vocab_size: int
     context_length: int
-    batch_size: int
+    text_rows: int
+    task_rows: int
+    text_weight: float
     learning_rate: float
     max_steps: int
 
@@ -75,17 +78,17 @@ FULL = Scale(
     tasks={"associative_recall": {"num_pairs": (4, 64), "num_queries": (16, 32)},
            "multi_hop_recall": {"num_chains": (2, 24), "num_queries": (8, 12)},
            "copying": {"length": (8, 128)}},
-    num_words=256, task_documents=30_000, text_files=None, vocab_size=4096, context_length=512, batch_size=64,
-    learning_rate=1e-3, max_steps=4000,
+    num_words=256, task_documents=30_000, text_files=None, vocab_size=4096, context_length=512, text_rows=32,
+    task_rows=32, text_weight=1.0, learning_rate=1e-3, max_steps=4000,
 )  # fmt: skip
 TINY = Scale(
-    shape=dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-               intermediate_size=384, initializer_range=0.06),
+    shape=dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+               intermediate_size=288, initializer_range=0.06),
     tasks={"associative_recall": {"num_pairs": (2, 8), "num_queries": (4, 8)},
            "multi_hop_recall": {"num_chains": (2, 3), "num_queries": (2, 3)},
            "copying": {"length": (4, 16)}},
-    num_words=64, task_documents=30_000, text_files=60, vocab_size=1024, context_length=128, batch_size=16,
-    learning_rate=3e-3, max_steps=2500,
+    num_words=32, task_documents=10_000, text_files=60, vocab_size=1024, context_length=128, text_rows=8,
+    task_rows=24, text_weight=0.3, learning_rate=3e-3, max_steps=2000,
 )  # fmt: skip
 
 
@@ -170,18 +173,19 @@ def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterato
 
 
 def train(model, tokenizer, text, scale: Scale, max_steps: int, seed: int) -> list[dict]:
-    """Trains in place, half of every batch on text chunks and half on `TaskRows`.
+    """Trains in place, on text chunks and `TaskRows`.
 
     Returns step, learning rate, mean loss on text and on answers, and accuracy by task, every CHECK_STEPS and at the end.
     """
-    device, half = model.device, scale.batch_size // 2
+    device, text_rows = model.device, scale.text_rows
     optimizer = torch.optim.AdamW(model.parameters(), scale.learning_rate, (0.9, 0.95), weight_decay=WEIGHT_DECAY,
                                   fused=device.type == "cuda")  # fmt: skip
     mixed = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     questions = task_documents(scale, seed + 2, 32, hardest=True)
     generator = torch.Generator().manual_seed(seed)
-    text_batches = shuffled(len(text), half, generator)
-    task_batches = iter(DataLoader(TaskRows(tokenizer, scale, seed), half, num_workers=8 if device.type == "cuda" else 1))
+    text_batches = shuffled(len(text), text_rows, generator)
+    task_batches = iter(DataLoader(TaskRows(tokenizer, scale, seed), scale.task_rows,
+                                   num_workers=8 if device.type == "cuda" else 1))
     history, losses, cool_from, cool_to, step = [], [], round(max_steps * (1 - COOLDOWN)), max_steps, 0
     with tqdm(total=max_steps, desc="teacher", unit="step") as bar:
         while step < cool_to:
@@ -195,9 +199,9 @@ def train(model, tokenizer, text, scale: Scale, max_steps: int, seed: int) -> li
             with mixed():
                 logits = model(input_ids=ids).logits[:, :-1]
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-            on_text, on_tasks = loss[:half].mean(), loss[half:]
+            on_text, on_tasks = loss[:text_rows].mean(), loss[text_rows:]
             on_answers = on_tasks[answers].mean()
-            (on_text + on_answers + (on_tasks.mean() if step > cool_from else 0)).backward()
+            (scale.text_weight * on_text + on_answers + (on_tasks.mean() if step > cool_from else 0)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -239,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--text", type=Path, help="a folder of text files to learn beside the standard library")
-    parser.add_argument("--tiny", action="store_true", help="a model of 1M parameters and easier questions, for a CPU")
+    parser.add_argument("--tiny", action="store_true", help="a model of 0.6M parameters and easier questions, for a CPU")
     parser.add_argument("--max_steps", type=int, help="the most steps to take; default: as the size needs")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -270,13 +274,13 @@ def main(argv: list[str] | None = None) -> None:
         eos_token_id=tokenizer.eos_token_id, **scale.shape,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).to(device)
-    print(f"Teacher: {model.num_parameters() / 1e6:.1f}M parameters on {device.type}, {scale.batch_size} x "
+    print(f"Teacher: {model.num_parameters() / 1e6:.1f}M parameters on {device.type}, {scale.text_rows + scale.task_rows} x "
           f"{scale.context_length} tokens a step; data ready after {time.monotonic() - begin:.0f} s")  # fmt: skip
     start = time.monotonic()
     history = train(model, tokenizer, text.train, scale, args.max_steps or scale.max_steps, args.seed)
     seconds = time.monotonic() - start
     heldout = token_ids(text.heldout, range(min(64, len(text.heldout)))).to(device)
-    last, tokens = history[-1], history[-1]["step"] * scale.batch_size * scale.context_length
+    last, tokens = history[-1], history[-1]["step"] * (scale.text_rows + scale.task_rows) * scale.context_length
     result = {
         "parameters": model.num_parameters(), "heldout_loss": heldout_loss(model, heldout),
         "unigram_entropy": unigram_entropy(heldout.cpu()), **{task: last[task] for task in RECALL_TASKS},

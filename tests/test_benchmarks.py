@@ -15,7 +15,7 @@ from benchmarks import compare_students, recall_teacher
 def recall_dir(tmp_path_factory):
     """A recall teacher that has seen four batches."""
     folder = tmp_path_factory.mktemp("recall")
-    tiny = dataclasses.replace(recall_teacher.TINY, task_documents=600, text_files=20, batch_size=4)
+    tiny = dataclasses.replace(recall_teacher.TINY, task_documents=600, text_files=20, text_rows=2, task_rows=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recall_teacher, "TINY", tiny)
         with pytest.raises(SystemExit, match="--max_steps: too few, held-out recall is"):
@@ -51,7 +51,7 @@ def compare(monkeypatch, recall_dir, out, *options):
     monkeypatch.setattr(sys, "argv", [
         "compare_students.py", "--teacher", str(recall_dir / "teacher"), "--data", str(recall_dir / "data" / "chunked_context128"),
         "--output_dir", str(out), "--students", "gdn_v7+calibrated", "swa_v1", "--stage1_steps", "2", "--stage2_steps", "1",
-        "--batch_size", "2", "--eval_chunks", "2", "--num_words", "64", *options])  # fmt: skip
+        "--batch_size", "2", "--eval_chunks", "2", "--num_words", "32", *options])  # fmt: skip
     compare_students.main()
 
 

@@ -57,8 +57,12 @@ def test_output_projection_is_the_ridge_regression(folder):
     with torch.no_grad():
         o_proj.weight.normal_()
     inputs, targets, start = [], [], o_proj.weight.detach().double().clone()
-    hooks = [o_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach().flatten(0, 1).double())),
-             wrapper.register_forward_hook(lambda m, args, out: targets.append(out[0].detach().flatten(0, 1).double()))]  # fmt: skip
+
+    def rows(tensor):
+        return tensor.detach().flatten(0, 1).double()
+
+    hooks = [o_proj.register_forward_pre_hook(lambda m, args: inputs.append(rows(args[0]))),
+             wrapper.register_forward_hook(lambda m, args, out: targets.append(rows(out[0])))]  # fmt: skip
     for ids in batches(model):
         model(ids)
     for hook in hooks:

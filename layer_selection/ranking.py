@@ -1,0 +1,129 @@
+"""What every selector ends in: layers by importance, with intervals and ties, as ranking.json, ranking.png and a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy
+
+RESAMPLES = 2000  # of the bootstrap
+
+
+def budget(ratio: float, num_layers: int) -> int:
+    """How many layers a ratio keeps: floor(ratio x layers + 0.5), so that methods compare at equal budgets.
+
+    Raises ValueError if that is none, or more than there are.
+    """
+    keep = math.floor(ratio * num_layers + 0.5)
+    if not 1 <= keep <= num_layers:
+        raise ValueError(f"--ratio: {ratio} of {num_layers} layers keeps {keep}; it must keep 1 to {num_layers}")
+    return keep
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's importance, more being better, with its 95 % interval (None where the method has no spread), and the layers
+    next to it in the ranking that it cannot be told from."""
+
+    layer: int
+    importance: float
+    low: float | None = None
+    high: float | None = None
+    ties: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Layers, best first. unit: what importance is measured in. facts: what made it."""
+
+    method: str
+    unit: str
+    layers: list[Layer]
+    facts: dict
+
+    def keep(self, count: int) -> list[int]:
+        """The `count` best layers in order of their index. Raises ValueError if there are not as many."""
+        if not 1 <= count <= len(self.layers):
+            raise ValueError(f"--top-k: {count} must be between 1 and {len(self.layers)}, the number of layers")
+        return sorted(layer.layer for layer in self.layers[:count])
+
+    def undecided(self, count: int) -> list[int]:
+        """Layers on both sides of the cut behind the `count` best that the measurement cannot order."""
+        ids = [layer.layer for layer in self.layers]
+        inside, outside = self.layers[:count], set(ids[count:])
+        across = {layer.layer for layer in inside if outside & set(layer.ties)}
+        return sorted(across | {tie for layer in inside for tie in layer.ties if tie in outside})
+
+
+def rank_scores(method: str, unit: str, scores: dict[int, float], **facts) -> Ranking:
+    """A ranking of single numbers, equal ones in order of their layer."""
+    layers = [Layer(layer, float(score)) for layer, score in sorted(scores.items(), key=lambda item: (-item[1], item[0]))]
+    return Ranking(method, unit, layers, facts)
+
+
+def rank_samples(method: str, unit: str, samples: dict[int, list[float]], seed: int = 0, **facts) -> Ranking:
+    """A ranking by means over the same sequences, layer -> importance on each: intervals by bootstrap over sequences.
+
+    Two layers tie if the 95 % interval of their paired difference holds 0. Raises ValueError if the samples differ in length.
+    """
+    lengths = {layer: len(values) for layer, values in samples.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"the layers were measured on different numbers of sequences: {lengths}")
+    ids = sorted(samples)
+    values = numpy.array([samples[layer] for layer in ids], dtype=numpy.float64)
+    drawn = numpy.random.default_rng(seed).integers(values.shape[1], size=(RESAMPLES, values.shape[1]))
+    means = numpy.stack([row[drawn].mean(1) for row in values])  # [layers, resamples]
+    low, high = numpy.quantile(means, (0.025, 0.975), axis=1)
+
+    def tied(a: int, b: int) -> bool:
+        near, far = numpy.quantile(means[a] - means[b], (0.025, 0.975))
+        return a != b and near <= 0 <= far
+
+    order = sorted(range(len(ids)), key=lambda i: -values[i].mean())
+    layers = [Layer(ids[i], values[i].mean().item(), low[i].item(), high[i].item(),
+                    tuple(sorted(ids[j] for j in order if tied(i, j)))) for i in order]  # fmt: skip
+    return Ranking(method, unit, layers, facts)
+
+
+def table(ranking: Ranking, count: int) -> str:
+    """A Markdown table, best first."""
+    kept, lines = set(ranking.keep(count)), [f"| rank | layer | {ranking.unit} | kept | ties with |", "|--:|--:|--:|:-:|:--|"]
+    for rank, layer in enumerate(ranking.layers, 1):
+        interval = "" if layer.low is None else f" [{layer.low:.4g}, {layer.high:.4g}]"
+        ties = ", ".join(map(str, layer.ties))
+        mark = "yes" if layer.layer in kept else ""
+        lines.append(f"| {rank} | {layer.layer} | {layer.importance:.4g}{interval} | {mark} | {ties} |")
+    return "\n".join(lines)
+
+
+def plot(ranking: Ranking, count: int, path: Path) -> None:
+    """Importance over the layers, the kept ones in colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kept, layers = set(ranking.keep(count)), sorted(ranking.layers, key=lambda layer: layer.layer)
+    figure, axis = pyplot.subplots(figsize=(max(5, 0.3 * len(layers)), 3.2), layout="constrained")
+    for layer in layers:
+        errors = None if layer.low is None else [[layer.importance - layer.low], [layer.high - layer.importance]]
+        axis.errorbar(layer.layer, layer.importance, errors, fmt="o", capsize=3,
+                      color="tab:blue" if layer.layer in kept else "lightgrey", ecolor="grey")  # fmt: skip
+    axis.set(xlabel="layer", ylabel=ranking.unit, title=f"{ranking.method}: {count} of {len(layers)} layers kept (blue)")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def write(ranking: Ranking, count: int, folder: Path) -> None:
+    """ranking.png and ranking.json, which comes last and whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plot(ranking, count, folder / "ranking.png")
+    content = asdict(ranking) | {"keep": ranking.keep(count), "undecided": ranking.undecided(count)}
+    partial = folder / ".ranking.json.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, folder / "ranking.json")

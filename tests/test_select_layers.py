@@ -1,0 +1,116 @@
+"""Layer selection from a stage-2 config: every method, resuming, and bad input."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+
+import preprocess_chunk
+import preprocess_download_tokenize
+from convert import load_teacher
+from distill_model import StudentForCausalLM
+from layer_selection import select_layers
+from pipeline.config import load_config
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def stage2(tmp_path_factory, teacher_dir):
+    """A stage-2 YAML with its data and an all-linear student of four layers, of which layer 2's output is far off."""
+    folder = tmp_path_factory.mktemp("selection")
+    (folder / "texts").mkdir()
+    for i in range(20):
+        (folder / "texts" / f"{i}.txt").write_text("".join(f"def f{(i * j) % 97}(x): return {j * 13 % 101}\n" for j in range(20)))
+    preprocess_download_tokenize.main(["--dataset_name", str(folder / "texts"), "--tokenizer", teacher_dir, "--holdout", "0.2",
+                                       "--output_dir", str(folder / "tokenized")])  # fmt: skip
+    preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--context_length", str(LENGTH),
+                           "--output_dir", str(folder)])  # fmt: skip
+    torch.manual_seed(0)
+    student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0]
+    with torch.no_grad():
+        student.model.layers[2].attn.o_proj.weight.mul_(20)
+    student.save_pretrained(folder / "student")
+    values = {
+        "stage": 2, "data": {"cache_dir": str(folder / f"chunked_context{LENGTH}")}, "teacher_model": {"name": teacher_dir},
+        "student_model": {"name": "gdn_v4", "keep_full_attention_layers": [0]},
+        "train": {"output_dir": str(folder / "runs"), "student_init_ckpt": str(folder / "student"), "max_steps": 2,
+                  "batch_size": 2, "micro_batch_size": 2, "train_seq_len": LENGTH, "lr": 1e-4, "eval_batches": 1},
+    }  # fmt: skip
+    file = folder / "stage2.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def select(stage2, out, *options):
+    select_layers.main(["--cfg", str(stage2), "--output_dir", str(out), "--sequences", "6", "--batch_size", "4", *options])
+    return json.loads((out / "ranking.json").read_text()) if (out / "ranking.json").is_file() else None
+
+
+@pytest.mark.parametrize("method", ["scan", "ppl", "mse"])
+def test_the_layer_that_is_off_comes_first(stage2, tmp_path, method):
+    ranking = select(stage2, tmp_path, "--method", method, "--ratio", "0.25")
+    assert ranking["keep"] == [2] and sorted(layer["layer"] for layer in ranking["layers"]) == [0, 1, 2, 3]
+    assert all(layer["low"] <= layer["importance"] <= layer["high"] for layer in ranking["layers"])
+    chosen, asked = load_config(tmp_path / "stage2.yaml"), load_config(stage2)
+    assert chosen.student_model.keep_full_attention_layers == [2] and chosen.train == asked.train
+
+
+def test_scan_is_the_kl_with_one_layer_restored(stage2, tmp_path, teacher_dir):
+    """Against a hybrid that is built anew, on the held-out sequences."""
+    ranking = select(stage2, tmp_path, "--method", "scan", "--top-k", "1")
+    teacher = load_teacher(teacher_dir)
+    student = StudentForCausalLM.from_pretrained(load_config(stage2).train.student_init_ckpt)
+    chunks = select_layers.open_chunks(load_config(stage2).data.cache_dir, LENGTH)
+    ids = torch.as_tensor(chunks.heldout[range(6)]["input_ids"], dtype=torch.long)
+    for layer in ranking["layers"]:
+        with torch.no_grad():
+            ours = student.restore_full_attention(teacher, [layer["layer"]]).eval()(ids).logits.log_softmax(-1)
+            kl = torch.nn.functional.kl_div(ours, teacher(ids).logits.log_softmax(-1), log_target=True, reduction="sum")
+        assert layer["importance"] == pytest.approx(-kl.item() / ids.numel(), rel=1e-4)
+
+
+def test_uniform_and_random(stage2, tmp_path):
+    assert select(stage2, tmp_path / "u", "--method", "uniform", "--top-k", "2")["keep"] == [1, 3]
+    first, again, other = (select(stage2, tmp_path / f"r{i}", "--method", "random", "--top-k", "2", "--seed", seed)["layers"]
+                           for i, seed in enumerate("112"))  # fmt: skip
+    assert first == again != other
+
+
+def test_finished_candidates_are_not_trained_again(stage2, tmp_path, monkeypatch):
+    for layer, kl in enumerate((0.3, 0.1, 0.2, 0.4)):
+        (tmp_path / f"layer_{layer}").mkdir()
+        (tmp_path / f"layer_{layer}" / select_layers.HELDOUT_KL).write_text(json.dumps([kl, kl + 0.01]))
+    assert select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "2", "--launcher", "false")["keep"] == [1, 2]
+    (tmp_path / "ranking.json").unlink()
+    (tmp_path / "layer_3" / select_layers.HELDOUT_KL).unlink()
+    with pytest.raises(ValueError, match="layer 3: its run in .* exit code 1"):
+        select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "2", "--launcher", "false")
+    assert not (tmp_path / "ranking.json").exists()
+
+
+@pytest.mark.slow
+def test_ga_s2_trains_what_is_missing(stage2, tmp_path):
+    for layer in (0, 3):
+        (tmp_path / f"layer_{layer}").mkdir()
+        (tmp_path / f"layer_{layer}" / select_layers.HELDOUT_KL).write_text(json.dumps([9.0] * 6))
+    assert select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "1", "--launcher", sys.executable, "--candidate", "1") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layer_0", "layer_1", "layer_3"]
+    written = (tmp_path / "layer_1" / select_layers.HELDOUT_KL).stat().st_mtime_ns
+    ranking = select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "1", "--launcher", sys.executable)
+    assert ranking["keep"] == [2] and (tmp_path / "layer_1" / select_layers.HELDOUT_KL).stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--top-k", "5"], "--top-k: 5 must be between 1 and the teacher's 4 layers"),
+    (["--ratio", "0.01"], "--ratio: 0.01 of 4 layers keeps 0"),
+    (["--top-k", "1", "--candidate", "4"], "--candidate: 4 needs --method ga_s2 and a layer in 0..3"),
+    (["--top-k", "1", "--method", "mse", "--candidate", "1"], "--candidate: 1 needs --method ga_s2"),
+    (["--top-k", "1", "stage=3"], "is of stage 3; name a stage-2 file"),
+])  # fmt: skip
+def test_bad_input(stage2, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        select(stage2, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
