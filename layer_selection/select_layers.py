@@ -152,7 +152,8 @@ def train_candidate(bench: Bench, args, layer: int) -> None:
     (folder / "stage2.yaml").write_text(dump_config(with_layers(bench.cfg, [layer], folder / "run")))
     done = subprocess.run([*args.launcher.split(), str(ROOT / "train.py"), "--cfg", str(folder / "stage2.yaml")])
     if done.returncode:
-        raise ConfigError(f"layer {layer}: its run in {folder / 'run'} ended with exit code {done.returncode}; see above, and run again")
+        raise ConfigError(f"layer {layer}: its run in {folder / 'run'} ended with exit code {done.returncode}; see above, "
+                          "and run again")  # fmt: skip
     model = StudentForCausalLM.from_pretrained(folder / "run" / EXPORT, dtype=bench.dtype).to(bench.device).eval()
     partial = folder / f".{HELDOUT_KL}"
     partial.write_text(json.dumps(bench.kls(model)) + "\n")
