@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -140,6 +141,10 @@ def failures_in_one_line(rank: int, world_size: int):
     except (ConfigError, DataError, Busy, CheckpointError, OSError) as error:
         sys.exit(f"train.py: error: {who}: {one_line(error)}")
     except Exception as error:
+        if re.search("Connection (closed|reset) by peer", str(error)):
+            sys.exit(f"train.py: {who}: another rank ended first; its own line says why")
+        if "No space left" in str(error):
+            sys.exit(f"train.py: error: {who}: {one_line(error)}")
         traceback.print_exc()
         sys.exit(f"train.py: {who} failed: {type(error).__name__}: {one_line(error)}")
 

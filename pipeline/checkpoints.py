@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from .files import one_line, space_left, sync, write_whole
+from .files import sync, why_not_written, write_whole
 
 INDEX, PARTIAL, ASIDE = "index.json", ".saving", "set-aside"
 
@@ -112,10 +112,11 @@ def save_checkpoint(run: Path, step: int, write: Callable[[], None], facts: dict
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
     except (OSError, RuntimeError) as error:
+        why = why_not_written(error, run)
         shutil.rmtree(run / PARTIAL, ignore_errors=True)
         last = checkpoints(run)
         raise CheckpointError(
-            f"{target.name} could not be written to {run} ({one_line(error)}; {space_left(run)}); "
+            f"{target.name} could not be written to {run}: {why}; "
             f"{f'{last[-1].name} is whole' if last else 'there is none before it'}; mend that and start the same command again"
         ) from error
 

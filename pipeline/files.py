@@ -39,21 +39,23 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def space_left(folder: Path) -> str:
-    """How much the file system of `folder` can still take, for error messages."""
-    while not folder.exists():
-        folder = folder.absolute().parent
-    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
+FULL = "the file system is full (no space left, or a quota is used up)"
 
 
 def one_line(error: BaseException) -> str:
     """An error as one line; those of the file system with what to look at."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
-        return "the file system is full (no space left on device, or a quota is used up)"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{f'{error.filename}: ' if error.filename else ''}{FULL if full else error.strerror}"
+    if "No space left on device" in str(error):  # from libraries that have errors of their own
+        return FULL
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def why_not_written(error: BaseException, folder: Path) -> str:
+    """Why writing to `folder` failed, in one line: PyTorch hides what the file system said."""
+    return FULL if shutil.disk_usage(folder).free < 1 << 20 else one_line(error)
 
 
 # ------------------------------------------------------------------------------------------------ locks

@@ -51,19 +51,17 @@ class Watchdog:
         self.seconds, self.rank, self.world_size = seconds, dist.get_rank(), dist.get_world_size()
         self.moves, self.where, self.last = 0, "the start", time.monotonic()
         self.done = threading.Event()
-        # Every look of a rank at the store waits at most this long: rank 0 may be the one that hangs.
-        self.patience = timedelta(seconds=max(1.0, min(10.0, seconds / 4)))
+        self.patience = min(10.0, seconds / 2)  # for rank 0's store, whose process may be the one that hangs
         self.store = None
         if self.world_size > 1:
             address = [None]
             if self.rank == 0:
                 host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-                server = dist.TCPStore(host, 0, self.world_size, True, self.patience, wait_for_workers=False)
-                address = [(host, server.port)]
-                self.server = server
+                self.server = dist.TCPStore(host, 0, self.world_size, True, timedelta(seconds=60), wait_for_workers=False)
+                address = [(host, self.server.port)]
             dist.broadcast_object_list(address)
             self.store = dist.TCPStore(*address[0], self.world_size, False, timedelta(seconds=60), wait_for_workers=False)
-            self.store.set_timeout(self.patience)
+            threading.Thread(target=self._share, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self, where: str) -> None:
@@ -73,39 +71,39 @@ class Watchdog:
     def close(self) -> None:
         self.done.set()
 
-    def _tell(self, text: str) -> None:
-        if self.store is not None:
-            try:
-                self.store.set(f"position{self.rank}", text)
-            except Exception:  # rank 0, which keeps the store, hangs or is gone: the end below says so
-                pass
-
-    def _watch(self) -> None:
+    def _share(self) -> None:
+        """Tells the others where this rank is. A thread of its own: a store that does not answer must not stop the watch."""
         told = None
-        while not self.done.wait(min(1.0, self.seconds / 4)):
+        while not self.done.wait(min(1.0, self.seconds / 8)):
             if told != self.moves:
                 told = self.moves
-                self._tell(f"{told} {self.where}")
+                try:
+                    self.store.set(f"position{self.rank}", f"{told} {self.where}")
+                except Exception:  # rank 0 is gone: the end of the run says why
+                    return
+
+    def _watch(self) -> None:
+        while not self.done.wait(min(1.0, self.seconds / 8)):
             if time.monotonic() - self.last > self.seconds:
                 self._end()
 
-    def _positions(self) -> dict[int, tuple[int, str] | None]:
-        """Rank -> (moves, where), None for those that do not answer."""
-        positions = {}
+    def _ask(self, positions: dict) -> None:
         for rank in range(self.world_size):
-            try:
+            if self.store.check([f"position{rank}"]):
                 moves, _, where = self.store.get(f"position{rank}").decode().partition(" ")
                 positions[rank] = int(moves), where
-            except Exception:
-                positions[rank] = None
-                if rank == 0:
-                    return dict.fromkeys(range(self.world_size))
-        return positions
 
     def _end(self) -> None:
-        positions = {self.rank: (self.moves, self.where)}
+        positions = dict.fromkeys(range(self.world_size))
         if self.store is not None:
-            positions = self._positions() | positions
+            answer: dict = {}
+            asking = threading.Thread(target=self._ask, args=(answer,), daemon=True)
+            asking.start()
+            asking.join(self.patience)
+            positions |= answer
+            if not answer:  # nobody's position is known: it is rank 0 that does not answer
+                positions |= {rank: (self.moves, self.where) for rank in range(1, self.world_size)}
+        positions[self.rank] = self.moves, self.where
         moves = {rank: at[0] if at else -1 for rank, at in positions.items()}
         behind = [rank for rank, count in moves.items() if count == min(moves.values())]
         others = [rank for rank in behind if rank != self.rank]
