@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import socket
 import time
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from distill_model import StudentForCausalLM
-from pipeline.checkpoints import PARTIAL, save_checkpoint
+from pipeline.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
 from pipeline.data import collate
 from pipeline.guard import Diverged, StopSignals, Watchdog, first_not_finite
 
@@ -64,7 +65,7 @@ class Guard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         state.compute_steps(args, state.max_steps)  # a resumed state brings the intervals of the config that it was saved under
-        self.trainer.restore_logging_state()
+        self.trainer.finish_resuming()
         self.last_save = time.monotonic()
         if self.stop is not None:
             self.stop.saving = True
@@ -118,6 +119,7 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         self.optimizer = self.make_optimizer(self.model)
+        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -206,12 +208,24 @@ class StageTrainer(Trainer):
         """What is summed up between two logs, on this rank: a checkpoint may lie between them."""
         return {"loss": self._tr_loss.item(), "total": self._total_loss_scalar, "logged_step": self._globalstep_last_logged}
 
-    def restore_logging_state(self) -> None:
+    def finish_resuming(self) -> None:
+        """What neither the Trainer nor DeepSpeed restores."""
         if self.resumed_from is None:
             return
         files = sorted(Path(self.resumed_from).glob("progress_*.json"))
         ours = Path(self.resumed_from) / f"progress_{self.args.process_index}.json"
         self.load_logging_state([json.loads(file.read_text()) for file in ([ours] if len(files) == self.args.world_size else files)])
+        if Path(self.resumed_from).parent.name == UNIVERSAL:
+            # Loading it, DeepSpeed's ZeRO-3 gives every group the settings of the first, and all states one step counter, which
+            # each of them would then count up.
+            for group, settings, lr in zip(self.optimizer.param_groups, self._settings, self.lr_scheduler.get_last_lr(), strict=True):
+                group.update(settings | {"lr": lr})
+            for state in self.deepspeed.optimizer.optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
+            dist.barrier()
+            if self.is_world_process_zero():
+                shutil.rmtree(Path(self.resumed_from).parent, ignore_errors=True)
 
     def load_logging_state(self, states: list[dict]) -> None:
         """states: this rank's, or after a change of world size those of all ranks before it, of which it takes the mean."""

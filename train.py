@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.batch_plan import BatchPlan, batch_plan
-from pipeline.checkpoints import PARTIAL, CheckpointError, checkpoints, read_index, step_of
+from pipeline.checkpoints import PARTIAL, UNIVERSAL, CheckpointError, checkpoints, read_index, step_of, universal_checkpoint
 from pipeline.config import Config, ConfigError, check_kept_layers, load_config
 from pipeline.data import Chunks, DataError, data_fingerprint, load_tokenizer, open_chunks, tokenizer_fingerprint
 from pipeline.environment import join_ranks, set_up_device, set_up_process, wandb_wanted
@@ -98,11 +98,11 @@ def train_stage(
     """Trains from `resume`, a checkpoint, or from the start. After a signal it exits with REQUEUE, its checkpoint saved."""
     rank, output = int(os.environ["RANK"]), Path(cfg.train.output_dir)
     facts = {"world_size": plan.world_size, "zero_stage": cfg.train.zero_stage or cfg.stage, "data": data_fingerprint(chunks.metadata)}
-    check_checkpoint(resume, facts)
+    source = loadable(cfg, resume, facts, say)
     watchdog = Watchdog(60 * cfg.train.hang_minutes)
     guards = {"stop": stop, "save_minutes": cfg.train.save_minutes, "watchdog": watchdog, "facts": facts}
     try:
-        trainer = build_trainer(cfg, plan, chunks, device, report, resume, guards, say)
+        trainer = build_trainer(cfg, plan, chunks, device, report, source, guards, say)
     except ValueError as error:
         raise ConfigError(one_line(error)) from error
     if rank == 0:
@@ -112,7 +112,7 @@ def train_stage(
             write_whole(output / INIT_REPORT, json.dumps(trainer.model.init_report, indent=1))
         if resume:
             say(f"going on from {resume}")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(source) if source else None)
     watchdog.close()
     if trainer.guard.stopped:
         step = trainer.state.global_step
@@ -157,20 +157,28 @@ def run_lock(cfg: Config, rank: int):
     folder = Path(cfg.train.output_dir)
     with locked(folder / ".lock", f"train.output_dir: {folder}") if rank == 0 else nullcontext():
         if rank == 0:
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # of a process that was killed while it saved
+            for left in (PARTIAL, UNIVERSAL):  # of a process that was killed
+                shutil.rmtree(folder / left, ignore_errors=True)
         dist.barrier()
         yield
 
 
-def check_checkpoint(resume: Path | None, facts: dict) -> None:
-    """Raises ConfigError if the run cannot go on from `resume`."""
+def loadable(cfg: Config, resume: Path | None, facts: dict, say) -> Path | None:
+    """`resume` as this run's processes can load it: after a change of their number in DeepSpeed's universal format. Raises
+    ConfigError if the run cannot go on from it."""
     if resume is None:
-        return
+        return None
     theirs = read_index(resume)
     if theirs["data"] != facts["data"]:
-        raise ConfigError(f"data.cache_dir: has other data than {resume} was trained on; make the same again, or name another train.output_dir")
-    if theirs["world_size"] != facts["world_size"]:
-        raise ConfigError(f"{resume} was saved by {theirs['world_size']} processes, this run has {facts['world_size']}")
+        raise ConfigError(f"data.cache_dir: has other data than {resume} was trained on; make that again, or name another train.output_dir")
+    if theirs["world_size"] == facts["world_size"]:
+        return resume
+    change = f"{theirs['world_size']} processes saved {resume.name}, {facts['world_size']} go on from it"
+    if facts["zero_stage"] == 3 and cfg.stage == 1:
+        raise ConfigError(f"{change}: with train.zero_stage 3, stage 1's frozen weights are spread over the ranks, which DeepSpeed's "
+                          f"universal checkpoint leaves out; start {theirs['world_size']} processes")  # fmt: skip
+    say(f"{change}: converting it to DeepSpeed's universal format")
+    return universal_checkpoint(resume)
 
 
 # ------------------------------------------------------------------------------------------------ before a model is built
@@ -395,7 +403,8 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         output_dir=str(output),
         run_name=str(output),
         report_to="wandb" if report else "none",
-        deepspeed=deepspeed_config(f"stage_{train.zero_stage or cfg.stage}"),
+        deepspeed=deepspeed_config(f"stage_{train.zero_stage or cfg.stage}")
+        | ({"checkpoint": {"load_universal": True}} if resume and resume.parent.name == UNIVERSAL else {}),
         use_cpu=device == "cpu",
         bf16=bf16,
         seed=train.seed,

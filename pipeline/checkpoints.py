@@ -7,17 +7,20 @@ that all ranks call together say so.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from .files import sync, why_not_written, write_whole
 
-INDEX, PARTIAL, ASIDE = "index.json", ".saving", "set-aside"
+INDEX, PARTIAL, UNIVERSAL, ASIDE = "index.json", ".saving", ".universal", "set-aside"
 
 
 class CheckpointError(RuntimeError):
@@ -149,3 +152,33 @@ def newest_good(run: Path, say=print) -> Path | None:
     if found[0]:
         raise CheckpointError(f"{run}: all its checkpoints are damaged and set aside; bring one back or remove the folder")
     return None
+
+
+def universal_checkpoint(checkpoint: Path) -> Path:
+    """The checkpoint for another number of processes, in DeepSpeed's universal format; all ranks call it together.
+
+    It lies in UNIVERSAL beside the checkpoint and needs as much room; remove it once it is loaded.
+    """
+    import torch.distributed as dist
+    from deepspeed.checkpoint import ds_to_universal
+
+    folder = checkpoint.parent / UNIVERSAL / checkpoint.name
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
+        tag = (checkpoint / "latest").read_text().strip()
+        options = argparse.Namespace(
+            input_folder=str(checkpoint / tag), output_folder=str(folder / tag), num_extract_workers=1, num_merge_workers=1,
+            keep_temp_folder=False, strict=True, inject_missing_state=True,
+        )  # fmt: skip
+        try:
+            with redirect_stdout(io.StringIO()):
+                ds_to_universal.main(options)
+            for path in checkpoint.iterdir():
+                if path.is_file() and path.name.startswith(("trainer_state", "scheduler", "progress_")):
+                    shutil.copy(path, folder)
+        except (OSError, RuntimeError) as error:
+            why = why_not_written(error, checkpoint.parent)
+            raise CheckpointError(f"{checkpoint} could not be converted for another number of processes: {why}") from error
+    dist.barrier()
+    return folder

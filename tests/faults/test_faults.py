@@ -27,7 +27,7 @@ from pipeline.guard import HUNG, REQUEUE
 pytestmark = pytest.mark.faults
 STEPS, SAVE, LENGTH = 20, 3, 32
 # Checkpoints fall between logs (2 steps) and on ends of epochs (6 steps).
-SETTINGS = {"max_steps": STEPS, "micro_batch_size": 2, "save_steps": SAVE, "logging_steps": 2, "eval_steps": 7, "report_to": "none"}
+SETTINGS = {"max_steps": STEPS, "micro_batch_size": 2, "save_steps": SAVE, "logging_steps": 2, "eval_steps": 7, "report_to": "none", "weight_decay": 0.1}
 RANKS = {1: 1, 2: 2, 3: 2}  # by stage: ZeRO-1 alone, ZeRO-2 and ZeRO-3 on two
 VOLATILE = ("seconds", "runtime", "per_second", "total_flos")
 
@@ -694,6 +694,24 @@ def test_going_on_from_a_named_checkpoint(make_run):
     output = run.to_the_end(f"train.resume_from_checkpoint={run.folder}/checkpoint-3")
     assert "checkpoint-6 comes after checkpoint-3; set aside" in output
     run.must_equal_the_whole()
+
+
+@pytest.mark.parametrize("stage, before, after", [(1, 1, 2), (1, 2, 1), (2, 2, 1), (2, 1, 2), (3, 2, 1), (3, 1, 2)])
+def test_another_number_of_processes(make_run, stage, before, after):
+    """The losses of the whole run, within what another order of summation does: optimiser states arrive."""
+    import hf_trainer
+
+    run = make_run(stage)
+    kill = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=2 * 7 // before + 1)  # noqa: E731
+    assert run.start(hook=on_rank(0, kill), ranks=before).wait() == -signal.SIGKILL
+    output = run.to_the_end(ranks=after)
+    assert f"{before} processes saved checkpoint-6, {after} go on from it" in output
+    ours, theirs = metrics(run.folder), metrics(run.whole)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        values = [[line[name] for line in lines if name in line] for lines in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=2e-3), name
+    assert not (run.folder / ".universal").exists()
 
 
 # ------------------------------------------------------------------------------------------------ trust
