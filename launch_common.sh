@@ -27,7 +27,7 @@ make_job_dir() {
     JOB_DIR=$PROJECT_DIR/.launch/${SLURM_JOB_ID:-$$}
     mkdir -p "$JOB_DIR"
     chmod 700 "$JOB_DIR"
-    rm -f "$JOB_DIR/requeue"
+    rm -f "$JOB_DIR/requeue" "$JOB_DIR/failed"
     trap 'rm -rf "$JOB_DIR"' EXIT
     export JOB_DIR
 }
@@ -88,8 +88,10 @@ if [[ $1 == deepspeed ]]; then
 fi
 code=0
 "$@" || code=$?
-if [[ $code == 75 || $code != 0 && -n ${stopped:-} ]]; then touch "$JOB_DIR/requeue"; fi
-if [[ $code != 0 && $code != 75 ]]; then
+if [[ $code == 75 || $code != 0 && -n ${stopped:-} ]]; then
+    touch "$JOB_DIR/requeue"
+elif [[ $code != 0 ]]; then
+    touch "$JOB_DIR/failed" # before srun ends the other nodes by SIGTERM for it
     first=$((${SLURM_NODEID:-0} * PROCESSES_PER_NODE))
     echo "== $(hostname), ranks $first to $((first + PROCESSES_PER_NODE - 1)): ended with exit code $code (247 or 137: a rank was killed, perhaps for memory)" >&2
 fi
@@ -103,18 +105,18 @@ supervise() {
             --export=ALL --kill-on-bad-exit=1 bash -c "$ON_NODE" on_node "$@" &
         child=$!
         # The batch shell alone gets the signal (--signal=B:...); srun hands it to every process of the step.
-        trap 'stopped=1; kill -USR1 $child' USR1 TERM
+        trap 'stopped=1; kill -USR1 $child 2>/dev/null || true' USR1 TERM
     else
         set -m # a process group of their own, which a signal reaches as a whole
         bash -c "$ON_NODE" on_node "$@" &
         child=$!
         set +m
-        trap 'stopped=1; kill -USR1 -- -$child' USR1 TERM
-        trap 'kill -TERM -- -$child' INT
+        trap 'stopped=1; kill -USR1 -- -$child 2>/dev/null || true' USR1 TERM
+        trap 'kill -TERM -- -$child 2>/dev/null || true' INT
     fi
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap ends a wait early
     wait "$child" || code=$?
-    if [[ $code != 0 && (-e $JOB_DIR/requeue || -n ${stopped:-}) ]]; then
+    if [[ $code != 0 && ! -e $JOB_DIR/failed && (-e $JOB_DIR/requeue || -n ${stopped:-}) ]]; then
         code=$REQUEUE
         # A job that was cancelled is stopped by signals too, and shall not come back.
         if [[ -n ${SLURM_JOB_ID:-} && $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then

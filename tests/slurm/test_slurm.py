@@ -192,7 +192,7 @@ def test_a_rank_that_fails(cluster, teacher, data, tmp_path):
     job = cluster.submit("launch_stage1.sh", sbatch=["--nodes=2"], CFG=str(file))
     cluster.wait_for(lambda: losses(tmp_path / "stage1") if (tmp_path / "stage1" / "metrics.jsonl").exists() else False)
     os.kill(cluster.ranks(tmp_path / "stage1")[1].pid, signal.SIGKILL)
-    assert cluster.wait(job) == "FAILED"
+    assert cluster.wait(job, 60) == "FAILED"
     assert re.search("node2, ranks 1 to 1: ended with exit code", cluster.log(job)), cluster.log(job)[-3000:]
     assert "requeued" not in cluster.log(job)
 
