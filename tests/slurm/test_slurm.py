@@ -199,18 +199,15 @@ def test_a_rank_that_fails(cluster, teacher, data, tmp_path):
 
 def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, data, tmp_path):
     """Four jobs at a time: each goes on by itself to the end of a run that nobody touched, but for the cancelled one."""
-    steps = {"requeued": 250, "limited": 1000, "cancelled": 3000, "lost": 250}
+    steps = {"requeued": 150, "limited": 600, "cancelled": 3000, "lost": 150}
     jobs, folders = {}, {name: tmp_path / name for name in steps}
     settings = {"report_to": "none", "save_steps": 25, "micro_batch_size": 4, "logging_steps": 5, "eval_steps": 10000}
     config = write_config(tmp_path, 1, teacher_dir, data, **settings)
-    for name, sbatch in (("cancelled", ["--nodelist=node1"]),
-                         ("requeued", ["--gpus-per-node=0", "--nodelist=node1", "--mem=8G", "--cpus-per-task=4"]),
-                         ("limited", ["--gpus-per-node=0", "--nodelist=node1", "--mem=8G", "--cpus-per-task=4", "--time=1", "--signal=B:USR1@15"]),
-                         ("lost", [])):  # fmt: skip
-        # The cancelled one holds node1's GPUs, so the one that asks for GPUs too starts on node2.
-        sbatch = [*sbatch, "--mem=8G", "--cpus-per-task=4"]
-        jobs[name] = cluster.submit("launch_stage1.sh", f"train.output_dir={folders[name]}", f"train.max_steps={steps[name]}",
-                                    sbatch=sbatch, CFG=str(config))  # fmt: skip
+    # The cancelled one holds most of node1's GPUs, so that the one that gets lost starts on node2, and finds room on node1 later.
+    for name, gpus, sbatch in (("cancelled", 6, ["--nodelist=node1"]), ("requeued", 1, ["--nodelist=node1"]),
+                               ("limited", 1, ["--nodelist=node1", "--time=1", "--signal=B:USR1@15"]), ("lost", 6, [])):  # fmt: skip
+        jobs[name] = cluster.submit("launch_stage1.sh", f"train.output_dir={folders[name]}", f"train.max_steps={steps[name]}", CFG=str(config),
+                                    sbatch=[*sbatch, f"--gpus-per-node={gpus}", "--mem=8G", "--cpus-per-task=4"])  # fmt: skip
         if name == "cancelled":
             cluster.wait_for(lambda: cluster.fact(jobs["cancelled"], "JobState") == "RUNNING")
 
@@ -239,7 +236,7 @@ def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, dat
         assert sorted(losses(folders[name])) == [1, *range(5, steps[name] + 1, 5)]
     assert re.search("SIGUSR1: stopped at step .* requeued, it goes on", cluster.log(jobs["limited"]), re.DOTALL)
     values = yaml.safe_load(config.read_text())
-    values["train"]["max_steps"] = 250
+    values["train"]["max_steps"] = 150
     config.write_text(yaml.safe_dump(values))
     whole = one_process(config, tmp_path / "whole", tmp_path / "log")
     assert losses(folders["requeued"]) == whole and losses(folders["lost"]) == whole
