@@ -16,9 +16,10 @@ from transformers.initialization import no_init_weights
 
 from convert import copy_sidecars, load_teacher, load_teacher_config
 from distill_model import StudentConfig, StudentForCausalLM
+from pipeline.checkpoints import CheckpointError, checkpoints, damage
 from pipeline.config import Config, ConfigError, load_config
-from pipeline.files import complete_or_absent
-from pipeline.run_folder import EXPORT, checkpoints
+from pipeline.files import complete_or_absent, one_line
+from pipeline.run_folder import EXPORT
 from wrapper import student_attention_state
 
 
@@ -64,20 +65,24 @@ def export_checkpoint(cfg: Config, checkpoint: Path, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cfg", required=True, help="YAML of the stage, or <output_dir>/config.yaml")
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint-N folder; default: the newest of the run")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint-N folder of the run; default: the newest")
     parser.add_argument("overrides", nargs="*", help="key.path=value, as for train.py")
     args = parser.parse_args()
     cfg = load_config(args.cfg, args.overrides)
     folder = Path(cfg.train.output_dir)
-    found = [args.checkpoint] if args.checkpoint else checkpoints(folder)[-1:]
-    if not found or not (found[0] / "latest").is_file():
-        raise ConfigError(f"--checkpoint: {found[0] if found else folder} holds no checkpoint; train first")
-    export_checkpoint(cfg, found[0], folder / EXPORT)
-    print(f"{found[0]} -> {folder / EXPORT}")
+    found = checkpoints(folder)
+    if args.checkpoint:  # unpickled: it must be this run's own
+        found = [path for path in found if path.absolute() == args.checkpoint.absolute()]
+    if not found:
+        raise ConfigError(f"--checkpoint: {args.checkpoint or folder} is or holds no whole checkpoint of {folder}; train first")
+    if wrong := damage(found[-1]):
+        raise CheckpointError(f"--checkpoint: {found[-1]} is damaged ({wrong}); name another one of {folder}")
+    export_checkpoint(cfg, found[-1], folder / EXPORT)
+    print(f"{found[-1]} -> {folder / EXPORT}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        sys.exit(f"convert_ckpt.py: error: {error}")
+    except (ValueError, OSError, CheckpointError) as error:
+        sys.exit(f"convert_ckpt.py: error: {one_line(error)}")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shutil
+import socket
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from distill_model import StudentForCausalLM
+from pipeline.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
 from pipeline.data import collate
+from pipeline.guard import Diverged, StopSignals, Watchdog, first_not_finite
 
 
 class MetricsFile(TrainerCallback):
@@ -22,7 +29,8 @@ class MetricsFile(TrainerCallback):
         self.path, self.tokens_per_step, self.start = path, tokens_per_step, time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **_):
-        if state.is_world_process_zero and logs:
+        # The summary of the Trainer's end comes at every end, also of a run that goes on later.
+        if state.is_world_process_zero and logs and not ("train_runtime" in logs and state.global_step < state.max_steps):
             seconds = round(time.perf_counter() - self.start, 3)
             line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step, "seconds": seconds}
             with self.path.open("a") as file:
@@ -45,25 +53,73 @@ class LossBar(ProgressCallback):
             self.training_bar.set_postfix(self.shown, refresh=False)
 
 
+class Guard(TrainerCallback):
+    """Makes all ranks agree, once a step, on what only one may know: that a signal came, that a checkpoint is due by time.
+
+    stop: the process's signals, or None. minutes: between checkpoints, or None.
+    """
+
+    def __init__(self, trainer: StageTrainer, stop: StopSignals | None, minutes: float | None):
+        self.trainer, self.stop, self.minutes = trainer, stop, minutes
+        self.stopped: str | None = None  # why training ended before its last step
+
+    def on_train_begin(self, args, state, control, **_):
+        state.compute_steps(args, state.max_steps)  # a resumed state brings the intervals of the config that it was saved under
+        self.trainer.finish_resuming()
+        self.last_save = time.monotonic()
+        if self.stop is not None:
+            self.stop.saving = True
+
+    def on_save(self, args, state, control, **_):
+        self.last_save = time.monotonic()
+
+    def on_step_end(self, args, state, control, **_):
+        due = self.minutes is not None and time.monotonic() - self.last_save > 60 * self.minutes
+        stop = self.stop is not None and self.stop.received is not None
+        flags = torch.tensor([stop, due], dtype=torch.int32, device=args.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        stop, due = flags.tolist()
+        control.should_save |= bool(stop or due)
+        if stop and state.global_step < state.max_steps:
+            self.stopped = self.stop.received if self.stop is not None and self.stop.received else "a signal to another rank"
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **_):
+        if self.stop is not None:
+            self.stop.saving = False
+
+
 class StageTrainer(Trainer):
     """What the stages share. Subclasses give `forward_loss`.
 
     make_optimizer(model) and make_scheduler(optimizer) build them when the Trainer asks: with DeepSpeed it forgets those
-    that it was given and would train with its own defaults.
+    that it was given and would train with its own defaults. facts: what a checkpoint's index says of its run. stop,
+    save_minutes: see Guard. watchdog: told of every move, if given.
     """
 
-    def __init__(self, *args, make_optimizer, make_scheduler, metrics_path: Path, tokens_per_step: int, **kwargs):
+    def __init__(self, *args, make_optimizer, make_scheduler, metrics_path: Path, tokens_per_step: int, facts: dict,
+                 stop: StopSignals | None = None, save_minutes: float | None = None, watchdog: Watchdog | None = None,
+                 **kwargs):  # fmt: skip
         super().__init__(*args, data_collator=collate, **kwargs)
         self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
+        self.facts, self.watchdog = facts, watchdog
+        self._micro_batches: list[tuple[dict, torch.Tensor]] = []  # inputs and loss, of this step
         # Every micro-batch has the same number of tokens and its loss is a mean: the Trainer shall divide by their number.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(LossBar)
         self.add_callback(MetricsFile(metrics_path, tokens_per_step))
+        self.guard = Guard(self, stop, save_minutes)
+        self.add_callback(self.guard)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        self.resumed_from = resume_from_checkpoint
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def create_optimizer(self, model=None):
         self.optimizer = self.make_optimizer(self.model)
+        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -73,15 +129,108 @@ class StageTrainer(Trainer):
     def forward_loss(self, model, inputs) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say how its loss is computed")
 
+    def beat(self, doing: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat(f"step {self.state.global_step + 1}, {doing}")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return self.forward_loss(model, inputs)
+        self.beat(f"forward of micro-batch {len(self._micro_batches)}")
+        loss = self.forward_loss(model, inputs)
+        self._micro_batches.append((inputs, loss.detach()))
+        if self.accelerator.gradient_state.sync_gradients:  # the step's last, before its backward: the weights are still good
+            bad = ~torch.stack([loss for _, loss in self._micro_batches]).isfinite().all()
+            bad = bad.to(torch.int32)
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+            if bad.item():
+                self._diverged(model, with_gradients=False)
+        self.beat(f"backward of micro-batch {len(self._micro_batches) - 1}")
+        return loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.gradient_state.sync_gradients:
+            if not math.isfinite(self.deepspeed.get_global_grad_norm()):  # DeepSpeed skipped the step: so are they here
+                self._diverged(model, with_gradients=True)
+            self._micro_batches.clear()
+        return loss
+
+    def _diverged(self, model, with_gradients: bool) -> None:
+        """Goes through the step's micro-batches again to find what is not finite, and raises Diverged on all ranks."""
+        found = []
+
+        def backward(loss):
+            model.set_gradient_accumulation_boundary(False)
+            model.backward(loss, scale_wrt_gas=False)
+
+        for inputs, _ in self._micro_batches:
+            forward = lambda: self.forward_loss(model, inputs)  # noqa: B023, E731
+            found.append(first_not_finite(self.model, forward, backward if with_gradients else None))
+        mine = next((name for name in found if name), None)
+        bad = with_gradients or not all(math.isfinite(loss.item()) for _, loss in self._micro_batches)
+        parts = [None] * self.args.world_size
+        dist.all_gather_object(parts, (bad, mine, socket.gethostname()))
+        rank, (_, where, host) = next(((r, part) for r, part in enumerate(parts) if part[1]),
+                                      next((r, part) for r, part in enumerate(parts) if part[0]))  # fmt: skip
+        where = where or ("a gradient" if with_gradients else "the loss")
+        layer = re.search(r"layers\.(\d+)\b", where)
+        raise Diverged(
+            f"step {self.state.global_step + 1}: {where} is not finite on rank {rank} ({host})"
+            f"{f', in layer {int(layer[1])}' if layer else ''}; the checkpoints before it are kept. Try a lower train.lr or "
+            "train.lr_attn, a longer train.warmup_steps, a lower train.max_grad_norm, or train.dtype fp32"
+        )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self.beat("evaluation")
         with torch.no_grad():
             return self.forward_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
+    # -------------------------------------------------------------------------------------------- checkpoints
     def save_model(self, output_dir=None, _internal_call=False):
         """Nothing: DeepSpeed's checkpoint beside it holds the weights, and the export makes converted-hf from that."""
+
+    def _get_output_dir(self, trial):
+        """Where the Trainer writes its checkpoints, and looks for old ones to remove: `save_checkpoint` moves and removes."""
+        return str(Path(self.args.output_dir) / PARTIAL)
+
+    def _save_checkpoint(self, model, trial):
+        step = self.state.global_step
+        self.beat("saving")
+
+        def write():
+            super(StageTrainer, self)._save_checkpoint(model, trial)
+            path = Path(self._get_output_dir(trial)) / f"checkpoint-{step}" / f"progress_{self.args.process_index}.json"
+            path.write_text(json.dumps(self.logging_state()))
+
+        save_checkpoint(Path(self.args.output_dir), step, write, self.facts, self.args.save_total_limit)
+        self.beat("saved")
+
+    def logging_state(self) -> dict:
+        """What is summed up between two logs, on this rank: a checkpoint may lie between them."""
+        return {"loss": self._tr_loss.item(), "total": self._total_loss_scalar, "logged_step": self._globalstep_last_logged}
+
+    def finish_resuming(self) -> None:
+        """What neither the Trainer nor DeepSpeed restores."""
+        if self.resumed_from is None:
+            return
+        files = sorted(Path(self.resumed_from).glob("progress_*.json"))
+        ours = Path(self.resumed_from) / f"progress_{self.args.process_index}.json"
+        self.load_logging_state([json.loads(file.read_text()) for file in ([ours] if len(files) == self.args.world_size else files)])
+        if Path(self.resumed_from).parent.name == UNIVERSAL:
+            # Loading it, DeepSpeed's ZeRO-3 gives every group the settings of the first, and all states one step counter, which
+            # each of them would then count up.
+            for group, settings, lr in zip(self.optimizer.param_groups, self._settings, self.lr_scheduler.get_last_lr(), strict=True):
+                group.update(settings | {"lr": lr})
+            for state in self.deepspeed.optimizer.optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
+            dist.barrier()
+            if self.is_world_process_zero():
+                shutil.rmtree(Path(self.resumed_from).parent, ignore_errors=True)
+
+    def load_logging_state(self, states: list[dict]) -> None:
+        """states: this rank's, or after a change of world size those of all ranks before it, of which it takes the mean."""
+        self._tr_loss += sum(state["loss"] for state in states) / len(states)
+        self._total_loss_scalar, self._globalstep_last_logged = states[0]["total"], states[0]["logged_step"]
 
 
 class DistillTrainer(StageTrainer):
@@ -89,22 +238,33 @@ class DistillTrainer(StageTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._layer_losses = {True: [], False: []}  # of training and of evaluation, since they were last logged
+        self._layer_losses = {True: [], False: []}  # [sum, count] of training and of evaluation, since they were last logged
 
     def forward_loss(self, model, inputs):
         outputs = model(**inputs)
-        self._layer_losses[model.training].append(outputs["layer_losses"])
+        total, count = self._layer_losses[model.training] or (0, 0)
+        self._layer_losses[model.training] = [total + outputs["layer_losses"], count + 1]
         return outputs["loss"]
 
     def log(self, logs, *args, **kwargs):
         training = "loss" in logs
         if (training or "eval_loss" in logs) and self._layer_losses[training]:
-            mean = torch.stack(self._layer_losses[training]).mean(0)
-            mean = self.accelerator.reduce(mean, reduction="mean").tolist()
+            total, count = self._layer_losses[training]
+            mean = self.accelerator.reduce(total / count, reduction="mean").tolist()
             prefix = "layer_loss" if training else "eval_layer_loss"
             logs = logs | {f"{prefix}/{i:02}": value for i, value in enumerate(mean)}
-            self._layer_losses[training].clear()
+            self._layer_losses[training] = []
         super().log(logs, *args, **kwargs)
+
+    def logging_state(self):
+        layers = self._layer_losses[True]
+        return super().logging_state() | {"layers": layers and [layers[0].tolist(), layers[1]]}
+
+    def load_logging_state(self, states):
+        super().load_logging_state(states)
+        if states[0]["layers"]:
+            totals = torch.tensor([state["layers"][0] for state in states], device=self.args.device)
+            self._layer_losses[True] = [totals.mean(0), states[0]["layers"][1]]
 
 
 class FrozenTeacher:

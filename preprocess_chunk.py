@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from pipeline.data import METADATA, SPLITS, DataError, is_done, open_split, read_metadata
-from pipeline.files import complete_or_absent
+from pipeline.files import complete_or_absent, one_line
 
 DTYPES = ("uint16", "int32", "int64")
 
@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         counts = dict.fromkeys(SPLITS, 0)
         for split in SPLITS:
             if source[split]["documents"]:
-                dataset, file = open_split(args.tokenized_dataset_path, split), folder / f"{split}.arrow"
+                rows, file = source[split]["documents"], folder / f"{split}.arrow"
+                dataset = open_split(args.tokenized_dataset_path, split, rows)
                 counts[split] = chunk(dataset, args.context_length, dtype, file, f"chunking {split}")
         if not counts["train"]:
             raise DataError(f"--context_length: {args.context_length} is more than the {source['train']['tokens']} training tokens")
@@ -84,5 +85,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
-        sys.exit(f"preprocess_chunk.py: error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"preprocess_chunk.py: error: {one_line(error)}")

@@ -22,7 +22,7 @@ from pipeline.data import (
     METADATA, SPLITS, DataError, corpus_key, documents, is_done, load_tokenizer,
     tokenizer_fingerprint,
 )  # fmt: skip
-from pipeline.files import complete_or_absent
+from pipeline.files import complete_or_absent, one_line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -122,5 +122,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except DataError as error:
-        sys.exit(f"preprocess_download_tokenize.py: error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"preprocess_download_tokenize.py: error: {one_line(error)}")

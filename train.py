@@ -13,16 +13,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
+import socket
 import sys
+import traceback
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from pipeline.batch_plan import BatchPlan, batch_plan
+from pipeline.checkpoints import PARTIAL, UNIVERSAL, CheckpointError, checkpoints, read_index, step_of, universal_checkpoint
 from pipeline.config import Config, ConfigError, check_kept_layers, load_config
-from pipeline.data import Chunks, DataError, load_tokenizer, open_chunks, tokenizer_fingerprint
-from pipeline.environment import set_up_device, set_up_process, wandb_wanted
-from pipeline.run_folder import EXPORT, INIT_REPORT, METRICS, check_run_folder, checkpoints, is_finished, record_run
+from pipeline.data import Chunks, DataError, data_fingerprint, load_tokenizer, open_chunks, tokenizer_fingerprint
+from pipeline.environment import join_ranks, set_up_device, set_up_process, wandb_wanted
+from pipeline.files import Busy, locked, one_line, write_whole
+from pipeline.guard import REQUEUE, Diverged, StopSignals, Watchdog
+from pipeline.run_folder import EXPORT, INIT_REPORT, METRICS, check_run_folder, is_finished, record_run, resume_point
 
 ROOT = Path(__file__).resolve().parent
 BYTES_OF_ADAMW = 12  # an fp32 master copy and two fp32 moments a parameter
@@ -39,33 +47,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        prepared = prepare(args)
-    except ValueError as error:
-        sys.exit(f"train.py: error: {error}")
-    if prepared is None:
-        return
+    rank, world_size = set_up_process()
+    stop = StopSignals()
+    say = partial(print, flush=True) if rank == 0 else lambda *_: None
+    with failures_in_one_line(rank, world_size):
+        try:
+            prepared = prepare(args, rank, world_size)
+        except ValueError as error:
+            sys.exit(f"train.py: error: {error}")
+        if prepared is None:
+            return
+        cfg, plan, chunks, report = prepared
+        device = set_up_device()
+        join_ranks(device, cfg.train.hang_minutes)
+        with run_lock(cfg, rank):
+            resume = resume_point(cfg, say)
+            if resume is None or step_of(resume) < plan.steps:
+                train_stage(cfg, plan, chunks, device, report, resume, stop, say)
+            if rank == 0:
+                export(cfg)
     import torch
 
-    cfg, trainer, resume = prepared
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if trainer.is_world_process_zero():
-        from convert_ckpt import export_checkpoint
-
-        output = Path(cfg.train.output_dir) / EXPORT
-        export_checkpoint(cfg, checkpoints(Path(cfg.train.output_dir))[-1], output)
-        print(f"Stage {cfg.stage} is done: {output}", flush=True)
     torch.distributed.destroy_process_group()
 
 
-def prepare(args: argparse.Namespace) -> tuple | None:
-    """All that comes before the first step. Returns (config, trainer, checkpoint to go on from or None), or None
-    where there is nothing to train. Raises ValueError, of one line, for what the user can mend."""
-    rank, world_size = set_up_process()
+def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tuple[Config, BatchPlan, Chunks, bool] | None:
+    """All that can be checked before the ranks meet; writes nothing. Returns (config, batch plan, chunks, whether to report
+    to W&B), or None where there is nothing to train. Raises ValueError, of one line, for what the user can mend."""
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
     cfg = load_config(args.cfg, args.overrides)
     plan = batch_plan(cfg, world_size)
-    resume = check_run_folder(cfg)
+    check_run_folder(cfg)
     report = wandb_wanted(cfg.train.report_to)
     if is_finished(cfg) and not args.dry_run:
         say(f"{cfg.train.output_dir}: this run is finished; its result is {cfg.train.output_dir}/{EXPORT}")
@@ -77,14 +89,96 @@ def prepare(args: argparse.Namespace) -> tuple | None:
         return None
     if (epochs := plan.epochs(len(chunks.train))) > 1:
         say(f"data: {len(chunks.train):,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs")
-    device = set_up_device()
-    trainer = build_trainer(cfg, plan, chunks, device, report, say)
-    if rank == 0:  # after the ranks have met in build_trainer, for each of them checks the run folder before
-        resume_step = int(resume.name.rpartition("-")[2]) if resume else 0
-        record_run(cfg, ROOT, resume_step, world_size=world_size, device=device, tokens=plan.tokens)
+    return cfg, plan, chunks, report
+
+
+def train_stage(
+    cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, report: bool, resume: Path | None, stop: StopSignals, say
+) -> None:
+    """Trains from `resume`, a checkpoint, or from the start. After a signal it exits with REQUEUE, its checkpoint saved."""
+    rank, output = int(os.environ["RANK"]), Path(cfg.train.output_dir)
+    facts = {"world_size": plan.world_size, "zero_stage": cfg.train.zero_stage or cfg.stage, "data": data_fingerprint(chunks.metadata)}
+    source = loadable(cfg, resume, facts, say)
+    watchdog = Watchdog(60 * cfg.train.hang_minutes)
+    guards = {"stop": stop, "save_minutes": cfg.train.save_minutes, "watchdog": watchdog, "facts": facts}
+    try:
+        trainer = build_trainer(cfg, plan, chunks, device, report, source, guards, say)
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from error
+    if rank == 0:
+        step = step_of(resume) if resume else 0
+        record_run(cfg, ROOT, step, world_size=plan.world_size, device=device, tokens=plan.tokens)
         if cfg.stage == 1:
-            (Path(cfg.train.output_dir) / INIT_REPORT).write_text(json.dumps(trainer.model.init_report, indent=1))
-    return cfg, trainer, resume
+            write_whole(output / INIT_REPORT, json.dumps(trainer.model.init_report, indent=1))
+        if resume:
+            say(f"going on from {resume}")
+    trainer.train(resume_from_checkpoint=str(source) if source else None)
+    watchdog.close()
+    if trainer.guard.stopped:
+        step = trainer.state.global_step
+        say(f"{trainer.guard.stopped}: stopped at step {step} of {plan.steps}; checkpoint-{step} is whole; the same command goes on")
+        sys.exit(REQUEUE)
+
+
+def export(cfg: Config) -> None:
+    from convert_ckpt import export_checkpoint
+
+    output = Path(cfg.train.output_dir) / EXPORT
+    export_checkpoint(cfg, checkpoints(Path(cfg.train.output_dir))[-1], output)
+    print(f"Stage {cfg.stage} is done: {output}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ faults
+@contextmanager
+def failures_in_one_line(rank: int, world_size: int):
+    """Ends the process with one line for what the user can mend, with a traceback and one line that names the rank for
+    the rest."""
+    who = f"rank {rank} of {world_size} on {socket.gethostname()}"
+    try:
+        yield
+    except Diverged as error:
+        sys.exit(f"train.py: error: {error}" if rank == 0 else 1)  # all ranks raise the same
+    except (ConfigError, DataError, Busy, CheckpointError, OSError) as error:
+        sys.exit(f"train.py: error: {who}: {one_line(error)}")
+    except Exception as error:
+        if re.search("Connection (closed|reset) by peer", str(error)):
+            sys.exit(f"train.py: {who}: another rank ended first; its own line says why")
+        if "No space left" in str(error):
+            sys.exit(f"train.py: error: {who}: {one_line(error)}")
+        traceback.print_exc()
+        sys.exit(f"train.py: {who} failed: {type(error).__name__}: {one_line(error)}")
+
+
+@contextmanager
+def run_lock(cfg: Config, rank: int):
+    """Holds the run folder on rank 0; the others go on once it is held."""
+    import torch.distributed as dist
+
+    folder = Path(cfg.train.output_dir)
+    with locked(folder / ".lock", f"train.output_dir: {folder}") if rank == 0 else nullcontext():
+        if rank == 0:
+            for left in (PARTIAL, UNIVERSAL):  # of a process that was killed
+                shutil.rmtree(folder / left, ignore_errors=True)
+        dist.barrier()
+        yield
+
+
+def loadable(cfg: Config, resume: Path | None, facts: dict, say) -> Path | None:
+    """`resume` as this run's processes can load it: after a change of their number in DeepSpeed's universal format. Raises
+    ConfigError if the run cannot go on from it."""
+    if resume is None:
+        return None
+    theirs = read_index(resume)
+    if theirs["data"] != facts["data"]:
+        raise ConfigError(f"data.cache_dir: has other data than {resume} was trained on; make that again, or name another train.output_dir")
+    if theirs["world_size"] == facts["world_size"]:
+        return resume
+    change = f"{theirs['world_size']} processes saved {resume.name}, {facts['world_size']} go on from it"
+    if facts["zero_stage"] == 3 and cfg.stage == 1:
+        raise ConfigError(f"{change}: with train.zero_stage 3, stage 1's frozen weights are spread over the ranks, which DeepSpeed's "
+                          f"universal checkpoint leaves out; start {theirs['world_size']} processes")  # fmt: skip
+    say(f"{change}: converting it to DeepSpeed's universal format")
+    return universal_checkpoint(resume)
 
 
 # ------------------------------------------------------------------------------------------------ before a model is built
@@ -284,8 +378,9 @@ def teacher_engine_config(cfg: Config, teacher, device: str, world_size: int, sa
     return config
 
 
-def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, report: bool, say):
-    """Model, optimiser and Trainer of the stage. report: to Weights & Biases, beside metrics.jsonl."""
+def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, report: bool, resume: Path | None, guards: dict, say):
+    """Model, optimiser and Trainer of the stage. report: to Weights & Biases, beside metrics.jsonl. guards: what the
+    StageTrainer needs to survive."""
     import torch
     from transformers import TrainingArguments, set_seed
 
@@ -313,7 +408,8 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         output_dir=str(output),
         run_name=str(output),
         report_to="wandb" if report else "none",
-        deepspeed=deepspeed_config(f"stage_{train.zero_stage or cfg.stage}"),
+        deepspeed=deepspeed_config(f"stage_{train.zero_stage or cfg.stage}")
+        | ({"checkpoint": {"load_universal": True}} if resume and resume.parent.name == UNIVERSAL else {}),
         use_cpu=device == "cpu",
         bf16=bf16,
         seed=train.seed,
@@ -331,7 +427,8 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         save_total_limit=train.save_total_limit,
         eval_strategy="steps" if chunks.heldout else "no",
         eval_steps=plan.every(train.eval_steps),
-        eval_on_start=chunks.heldout is not None,
+        eval_on_start=chunks.heldout is not None and resume is None,
+        logging_nan_inf_filter=False,  # it would hide what ends the run
         dataloader_drop_last=True,
         dataloader_pin_memory=device == "cuda",
         dataloader_num_workers=2 if device == "cuda" else 0,
@@ -358,6 +455,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         make_scheduler=lambda optimizer: get_scheduler(optimizer, cfg, plan),
         metrics_path=output / METRICS,
         tokens_per_step=plan.tokens_per_step,
+        **guards,
         **options,
     )
 

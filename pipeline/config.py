@@ -67,7 +67,7 @@ class TrainConfig:
     student_init_ckpt: str | None = key(None, help="start of stage 2 (stage 1's converted-hf) and stage 3 (stage 2's)")
     max_length: int | None = key(None, help="accepted; must equal train_seq_len")
     add_eos_token: bool | None = key(None, help="accepted; preprocessing always puts EOS between documents")
-    resume_from_checkpoint: str | bool | None = key("auto", help="auto or true: go on from the newest checkpoint in output_dir, if any; null: refuse if there is one; a folder: from that one")
+    resume_from_checkpoint: str | bool | None = key("auto", help="auto or true: go on from the newest undamaged checkpoint in output_dir, if any; null: refuse if output_dir holds a run; a checkpoint-N folder of output_dir: from that one")
     gradient_checkpointing: bool = key(False, help="recompute activations in backward instead of storing them")
     alignment_loss: str = key("mse", help="stage 1: mse, or l2 (norm over sqrt(D), RADLADS)", choices=("mse", "l2"))
     calibrate_init: int = key(0, help="stage 1: fit decay and output projections to so many batches of micro_batch_size sequences before the first step; 0: none", minimum=0)
@@ -80,11 +80,13 @@ class TrainConfig:
     zero_stage: int | None = key(None, help="DeepSpeed ZeRO stage; null: the training stage's own number", choices=(None, 1, 2, 3))
     dtype: str = key("auto", help="compute dtype; auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32"))
     save_steps: int | None = key(None, help="steps between checkpoints; null: a tenth of the run", minimum=1)
+    save_minutes: float | None = key(30.0, help="minutes after which a checkpoint is due, besides save_steps; null: never", minimum=0)
     save_total_limit: int = key(2, help="checkpoints kept", minimum=1)
     eval_steps: int | None = key(None, help="steps between held-out evaluations; null: a tenth of the run", minimum=1)
     eval_batches: int = key(16, help="micro-batches of a held-out evaluation during training", minimum=1)
     logging_steps: int = key(10, help="steps between logged metrics", minimum=1)
     report_to: str = key("auto", help="wandb or none; auto: wandb if WANDB_API_KEY or WANDB_MODE is set", choices=("auto", "wandb", "none"))
+    hang_minutes: float = key(30.0, help="minutes without progress after which a rank that hangs ends the run", minimum=0.01)
     seed: int = key(42, help="seed of data order and fresh weights", minimum=0)
 
 

@@ -56,6 +56,12 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ folders
+def data_fingerprint(metadata: dict) -> str:
+    """A hash of what decides a data folder's content; not of where its corpus and tokenizer lay."""
+    content = {name: value for name, value in metadata.items() if name not in ("dataset_name", "tokenizer")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def read_metadata(folder: str | Path) -> dict:
     """The metadata of a data folder. Raises DataError if the folder is missing or not one of ours."""
     folder = Path(folder)
@@ -178,18 +184,23 @@ def open_chunks(cache_dir: str, train_seq_len: int, fingerprint: str | None = No
             f"data.cache_dir: {cache_dir} was made with the tokenizer {metadata['tokenizer']}, which is not the "
             "teacher's; preprocess again with --tokenizer set to the teacher"
         )
-    heldout = open_split(Path(cache_dir), "heldout") if metadata["heldout_chunks"] else None
-    return Chunks(open_split(Path(cache_dir), "train"), heldout, metadata)
+    train = open_split(Path(cache_dir), "train", metadata["num_chunks"])
+    heldout = open_split(Path(cache_dir), "heldout", metadata["heldout_chunks"]) if metadata["heldout_chunks"] else None
+    return Chunks(train, heldout, metadata)
 
 
-def open_split(folder: Path, split: str):
-    """The memory-mapped dataset of a data folder's split."""
+def open_split(folder: Path, split: str, rows: int | None = None):
+    """The memory-mapped dataset of a data folder's split. Raises DataError if it cannot be read or has not so many rows."""
     from datasets import Dataset
 
+    file = folder / f"{split}.arrow"
     try:
-        return Dataset.from_file(str(folder / f"{split}.arrow"))
+        dataset = Dataset.from_file(str(file))
     except (OSError, ValueError):
-        raise DataError(f"{folder / split}.arrow: missing or damaged; preprocess again") from None
+        raise DataError(f"{file}: missing or damaged; remove {folder} and preprocess again") from None
+    if rows not in (None, len(dataset)):
+        raise DataError(f"{file}: damaged, it has {len(dataset):,} of {rows:,} rows; remove {folder} and preprocess again")
+    return dataset
 
 
 def collate(rows: list[dict]) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import os
 import socket
@@ -25,6 +26,7 @@ def set_up_process() -> tuple[int, int]:
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     os.environ["TRITON_CACHE_DIR"] = str(cache.expanduser().absolute() / f"rank{rank}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    faulthandler.enable()  # a data file that was cut while it was mapped ends a process with SIGBUS: say where
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     return rank, world_size
@@ -43,6 +45,17 @@ def set_up_device() -> str:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return "cpu"
+
+
+def join_ranks(device: str, hang_minutes: float) -> None:
+    """Initialises torch.distributed through DeepSpeed; call it after `set_up_device`. PyTorch's own time-outs come after
+    the watchdog's, whose message is clearer."""
+    from datetime import timedelta
+
+    import deepspeed
+
+    timeout = timedelta(minutes=1.5 * hang_minutes + 5)
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", timeout=timeout, verbose=False)
 
 
 def wandb_wanted(report_to: str) -> bool:

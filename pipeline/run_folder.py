@@ -12,13 +12,15 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .checkpoints import checkpoints, damage, newest_good, set_aside, step_of
 from .config import Config, ConfigError, dump_config, load_config, to_dict
+from .files import write_whole
 
 CONFIG, RUN, METRICS, EXPORT = "config.yaml", "run.json", "metrics.jsonl", "converted-hf"
 INIT_REPORT = "init_report.json"  # stage 1: where each tensor of the students came from
 # These may change between the parts of one run: how often something is written, and how the work is spread.
 FREE_KEYS = {
-    "logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_batches", "report_to", "resume_from_checkpoint",
+    "logging_steps", "save_steps", "save_minutes", "save_total_limit", "hang_minutes", "eval_steps", "eval_batches", "report_to", "resume_from_checkpoint",
     "micro_batch_size", "gradient_checkpointing", "kd_teacher_shard", "kd_teacher_offload", "kd_teacher_use_cache",
     "max_length", "add_eos_token",
 }  # fmt: skip
@@ -31,22 +33,14 @@ def _identity(cfg: Config) -> dict:
     return flat | {"stage": cfg.stage}
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. DeepSpeed writes `latest` last."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "latest").is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def check_run_folder(cfg: Config) -> Path | None:
-    """The checkpoint to resume from, or None to start anew. Writes nothing.
-
-    Raises ConfigError if the folder belongs to another run, or holds a run and the config says not to resume.
-    """
+def check_run_folder(cfg: Config) -> None:
+    """Raises ConfigError if the folder belongs to another run, or holds a run and the config says not to resume, or the
+    checkpoint to resume from is none of its own. Writes nothing."""
     folder, resume = Path(cfg.train.output_dir), cfg.train.resume_from_checkpoint
     key = f"train.output_dir: {folder}"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{key} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):  # .lock, .saving: of a killed process
         if not (folder / CONFIG).is_file():
             raise ConfigError(f"{key} is not empty and holds no run; name another folder")
         theirs, ours = _identity(load_config(folder / CONFIG)), _identity(cfg)
@@ -56,19 +50,41 @@ def check_run_folder(cfg: Config) -> Path | None:
                 f"{key} holds another run ({name} is {theirs.get(name)!r} there, {ours[name]!r} here); "
                 "name another folder or remove it"
             )
-    found = checkpoints(folder)
-    if resume in (None, False):
-        if found:
+        if resume in (None, False):
             raise ConfigError(
-                f"train.resume_from_checkpoint: {resume} with {len(found)} checkpoints in {folder}; "
-                "say auto to go on from the newest, or remove the folder to start anew"
+                f"train.resume_from_checkpoint: {resume}, but {folder} holds this run with {len(checkpoints(folder))} checkpoints; "
+                "say auto to go on from the newest, name one of them to go on from that, or remove the folder to start anew"
             )
-        return None
-    if resume in ("auto", True):
-        return found[-1] if found else None
-    if not (Path(resume) / "latest").is_file():
-        raise ConfigError(f"train.resume_from_checkpoint: {resume} is no checkpoint; say auto or name a checkpoint-N folder")
-    return Path(resume)
+    if resume not in ("auto", True, None, False):
+        named = Path(resume)
+        if named.absolute() not in [path.absolute() for path in checkpoints(folder)]:
+            raise ConfigError(
+                f"train.resume_from_checkpoint: {resume} is no whole checkpoint of {folder}; say auto or name a "
+                "checkpoint-N folder in it (another run's would be unpickled, and could run code)"
+            )
+
+
+def resume_point(cfg: Config, say=print) -> Path | None:
+    """The checkpoint to go on from, or None to start anew; all ranks call it together, after check_run_folder.
+
+    Raises CheckpointError if there are only damaged ones, ConfigError if the one that was named is damaged.
+    """
+    import torch.distributed as dist
+
+    folder, resume = Path(cfg.train.output_dir), cfg.train.resume_from_checkpoint
+    if resume in ("auto", True, None, False):
+        return newest_good(folder, say)
+    named, rank = folder / Path(resume).name, dist.get_rank()
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, damage(named, rank, len(parts)))
+    if wrong := next((part for part in parts if part), None):
+        raise ConfigError(f"train.resume_from_checkpoint: {resume} is damaged ({wrong}); say auto")
+    if rank == 0:  # a later auto shall follow this run, not the one that it leaves
+        for later in checkpoints(folder):
+            if step_of(later) > step_of(named):
+                say(f"{later} comes after {named.name}; set aside as {set_aside(later).name}")
+    dist.barrier()
+    return named
 
 
 def is_finished(cfg: Config) -> bool:
@@ -88,7 +104,7 @@ def record_run(cfg: Config, root: Path, resume_step: int, **facts) -> None:
     """Writes config.yaml and run.json, and cuts metrics.jsonl back to the step that the run goes on from."""
     folder = Path(cfg.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(dump_config(cfg))
+    write_whole(folder / CONFIG, dump_config(cfg))
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
     run = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -99,8 +115,16 @@ def record_run(cfg: Config, root: Path, resume_step: int, **facts) -> None:
         "resumed_from_step": resume_step,
         **facts,
     }
-    (folder / RUN).write_text(json.dumps(run, indent=2))
+    write_whole(folder / RUN, json.dumps(run, indent=2))
     metrics = folder / METRICS
     if metrics.is_file():
-        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= resume_step]
-        metrics.write_text("".join(f"{line}\n" for line in lines if resume_step))
+        lines = [line for line in metrics.read_text().splitlines() if resume_step and _step(line) <= resume_step]
+        write_whole(metrics, "".join(f"{line}\n" for line in lines))
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one whose writer was killed half-way."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

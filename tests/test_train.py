@@ -23,7 +23,8 @@ from pipeline.batch_plan import batch_plan
 from pipeline.config import load_config
 from pipeline.data import collate, open_chunks
 from pipeline.environment import set_up_process, wandb_wanted
-from pipeline.run_folder import check_run_folder, checkpoints, record_run
+from pipeline.checkpoints import checkpoints
+from pipeline.run_folder import check_run_folder, record_run
 from wrapper import AttentionAlignmentModel, student_attention_state
 
 ROOT = Path(__file__).parent.parent
@@ -340,7 +341,7 @@ BAD = {
     "student_model.name=gdn_v3": "has student_name 'gdn_v4', this run 'gdn_v3'",
     "train.student_init_ckpt=nowhere": "train.student_init_ckpt: nowhere holds no checkpoint; run stage 1 first",
     "teacher_model.name=no/such/folder": "tokenizer: 'no/such/folder'",
-    "train.resume_from_checkpoint=nowhere": "train.resume_from_checkpoint: nowhere is no checkpoint",
+    "train.resume_from_checkpoint=nowhere": "train.resume_from_checkpoint: nowhere is no whole checkpoint",
     "stage=3": r"keep_full_attention_layers: \[1\] must be those of .*stage1/converted-hf, \[\]",
 }
 
@@ -413,20 +414,23 @@ def test_another_tokenizer_and_an_unsupported_teacher(tmp_path, monkeypatch, tea
 def test_a_folder_belongs_to_one_run(tmp_path, teacher_dir, data_dir):
     file = write_config(tmp_path, 1, teacher_dir, data_dir)
     cfg = load_config(file)
-    assert check_run_folder(cfg) is None
+    check_run_folder(cfg)
     record_run(cfg, ROOT, 0)
-    for same in ("train.save_steps=1", "train.logging_steps=7", "train.eval_steps=3", "train.report_to=none"):
-        assert check_run_folder(load_config(file, [same])) is None
+    for same in ("train.save_steps=1", "train.logging_steps=7", "train.eval_steps=3", "train.report_to=none", "train.save_minutes=1"):
+        check_run_folder(load_config(file, [same]))
     for other in ("train.lr=1e-5", "train.seed=1", "student_model.name=gdn_v2", "train.batch_size=8"):
         with pytest.raises(ValueError, match=f"stage1 holds another run .{other.split('=')[0]} is"):
             check_run_folder(load_config(file, [other]))
+    with pytest.raises(ValueError, match="resume_from_checkpoint: None, but .* holds this run with 0 checkpoints"):
+        check_run_folder(load_config(file, ["train.resume_from_checkpoint=null"]))
     found = tmp_path / "stage1" / "checkpoint-2"
     found.mkdir()
-    assert check_run_folder(cfg) is None  # not complete
-    (found / "latest").write_text("global_step2")
-    assert check_run_folder(cfg) == found
-    with pytest.raises(ValueError, match="resume_from_checkpoint: None with 1 checkpoints"):
-        check_run_folder(load_config(file, ["train.resume_from_checkpoint=null"]))
+    assert checkpoints(found.parent) == []  # not complete
+    with pytest.raises(ValueError, match="checkpoint-2 is no whole checkpoint of"):
+        check_run_folder(load_config(file, [f"train.resume_from_checkpoint={found}"]))
+    (found / "index.json").write_text("{}")
+    assert checkpoints(found.parent) == [found]
+    check_run_folder(load_config(file, [f"train.resume_from_checkpoint={found}"]))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="other is not empty and holds no run"):

@@ -1,0 +1,154 @@
+# What launch_*.sh share; sourced, never run. With sbatch, its knobs come from the environment that sbatch exports.
+#
+#   VENV                 the virtual environment                                   (.venv)
+#   DEVICE               cuda or cpu                                               (cuda where nvidia-smi is, else cpu)
+#   PROCESSES_PER_NODE   processes on each node                                    (the job's GPUs of a node; 1 on a CPU)
+#   MASTER_ADDR MASTER_PORT   where the ranks meet                                 (the first node; from the job's id)
+#   TRITON_CACHE_DIR     compiled kernels, a folder a rank, on a local disk        ($TMPDIR/triton-$USER)
+#   DEEPSPEED_ENV        names of further variables for .deepspeed_env             (none)
+#   OVERRIDES            key.path=value ..., after the config; so are arguments    (none)
+#
+# Keys (HF_TOKEN, WANDB_API_KEY) travel in the environment alone, which sbatch and srun hand on: they are in no file, no
+# log and on no command line. Exit code 75: told to stop by SIGTERM or SIGUSR1, checkpoint saved; under Slurm the job has
+# then been requeued, by hand the same command goes on.
+
+say() { printf '== %s\n' "$*"; }
+die() { printf '%s\n' "$*" >&2; exit 1; }
+
+PROJECT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$PROJECT_DIR"
+VENV=${VENV:-.venv}
+[[ -f $VENV/bin/activate ]] || die "VENV: $VENV is no virtual environment; on a machine with a network, run 'source setup.sh' in $PROJECT_DIR once."
+source "$VENV/bin/activate"
+REQUEUE=75 # pipeline/guard.py
+
+# make_job_dir: a folder of this job's own, which all its nodes see and nobody else may read; it goes when the script ends.
+make_job_dir() {
+    JOB_DIR=$PROJECT_DIR/.launch/${SLURM_JOB_ID:-$$}
+    mkdir -p "$JOB_DIR"
+    chmod 700 "$JOB_DIR"
+    rm -f "$JOB_DIR/requeue" "$JOB_DIR/failed"
+    trap 'rm -rf "$JOB_DIR"' EXIT
+    export JOB_DIR
+}
+
+# write_deepspeed_env: what launchers that do not inherit an environment read. Nothing secret.
+write_deepspeed_env() {
+    export DS_ENV_FILE=$JOB_DIR/.deepspeed_env
+    (umask 077 && : >"$DS_ENV_FILE")
+    local name
+    for name in TRITON_CACHE_DIR HF_HOME WANDB_ENTITY WANDB_PROJECT ${DEEPSPEED_ENV:-}; do
+        case $name in
+            *KEY* | *TOKEN* | *SECRET* | *PASSWORD* | *CREDENTIAL*)
+                die "DEEPSPEED_ENV: $name looks like a secret, which no file may hold; export it, it reaches every rank that way." ;;
+        esac
+        [[ -z ${!name:-} ]] || printf '%s=%s\n' "$name" "${!name}" >>"$DS_ENV_FILE"
+    done
+}
+
+# plan_nodes: NODES, PROCESSES_PER_NODE, the host list, the rendezvous.
+plan_nodes() {
+    if [[ -z ${DEVICE:-} ]]; then
+        DEVICE=cpu
+        command -v nvidia-smi >/dev/null && DEVICE=cuda
+    fi
+    NODES=(localhost)
+    [[ -z ${SLURM_JOB_NODELIST:-} ]] || mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    if [[ $DEVICE == cpu ]]; then
+        export DS_ACCELERATOR=cpu
+        PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-1}
+    else
+        PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus | wc -l)}}
+    fi
+    local cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > PROCESSES_PER_NODE ? cores / PROCESSES_PER_NODE : 1))}
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
+    export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        MASTER_ADDR=${MASTER_ADDR:-${NODES[0]}} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+    else
+        MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+        MASTER_PORT=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+    fi
+    printf "%s slots=$PROCESSES_PER_NODE\n" "${NODES[@]}" >"$JOB_DIR/hostfile"
+    export DEVICE PROCESSES_PER_NODE MASTER_ADDR MASTER_PORT
+}
+
+# What runs on every node around the command. DeepSpeed's launchers would die of SIGUSR1: they ignore it, and train.py below
+# them saves. A launcher that gets SIGTERM forgets its ranks' exit code.
+ON_NODE='
+trap "" USR1
+trap stopped=1 TERM
+if [[ $1 == deepspeed ]]; then
+    if [[ $DEVICE == cuda && -n ${CUDA_VISIBLE_DEVICES:-} && $CUDA_VISIBLE_DEVICES != "$(seq -s, 0 $((PROCESSES_PER_NODE - 1)))" ]]; then
+        echo "$(hostname): CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES, DeepSpeed would take GPUs 0 to $((PROCESSES_PER_NODE - 1)); ask for whole nodes." >&2
+        exit 1
+    fi
+    set -- deepspeed --node_rank "${SLURM_NODEID:-0}" "${@:2}"
+fi
+code=0
+"$@" || code=$?
+if [[ $code == 75 || $code != 0 && -n ${stopped:-} ]]; then
+    touch "$JOB_DIR/requeue"
+elif [[ $code != 0 ]]; then
+    touch "$JOB_DIR/failed" # before srun ends the other nodes by SIGTERM for it
+    first=$((${SLURM_NODEID:-0} * PROCESSES_PER_NODE))
+    echo "== $(hostname), ranks $first to $((first + PROCESSES_PER_NODE - 1)): ended with exit code $code (247 or 137: a rank was killed, perhaps for memory)" >&2
+fi
+exit $code'
+
+# supervise COMMAND...: runs it on all nodes, hands signals on, requeues; ends the script.
+supervise() {
+    local child code=0
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+            --export=ALL --kill-on-bad-exit=1 bash -c "$ON_NODE" on_node "$@" &
+        child=$!
+        # The batch shell alone gets the signal (--signal=B:...); srun hands it to every process of the step.
+        trap 'stopped=1; kill -USR1 $child 2>/dev/null || true' USR1 TERM
+    else
+        set -m # a process group of their own, which a signal reaches as a whole
+        bash -c "$ON_NODE" on_node "$@" &
+        child=$!
+        set +m
+        trap 'stopped=1; kill -USR1 -- -$child 2>/dev/null || true' USR1 TERM
+        trap 'kill -TERM -- -$child 2>/dev/null || true' INT
+    fi
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap ends a wait early
+    wait "$child" || code=$?
+    if [[ $code != 0 && ! -e $JOB_DIR/failed && (-e $JOB_DIR/requeue || -n ${stopped:-}) ]]; then
+        code=$REQUEUE
+        # A job that was cancelled is stopped by signals too, and shall not come back.
+        if [[ -n ${SLURM_JOB_ID:-} && $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
+            say "$(date '+%F %T') stopped by a signal; requeued, it goes on from its checkpoint"
+            rm -rf "$JOB_DIR"
+            scontrol requeue "$SLURM_JOB_ID"
+            sleep 60 # Slurm ends this script; an end of its own would count as the job's
+        fi
+    fi
+    [[ $code == 0 ]] || say "$(date '+%F %T') ended with exit code $code"
+    exit "$code"
+}
+
+# kept_layers: the override that takes the kept layers from RANKING, if it is set.
+kept_layers() {
+    [[ -z ${RANKING:-} ]] || python -c 'import json, sys; print(f"student_model.keep_full_attention_layers={json.load(open(sys.argv[1]))[sys.argv[2]]}".replace(" ", ""))' \
+        "$RANKING" keep || die "RANKING: $RANKING holds no layers to keep; run launch_selection.sh first."
+}
+
+# prepare: what must be known before `supervise`.
+prepare() {
+    make_job_dir
+    plan_nodes
+    write_deepspeed_env
+    say "$(date '+%F %T') $1 on ${#NODES[@]} x $PROCESSES_PER_NODE processes ($DEVICE): ${NODES[*]}${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}"
+}
+
+# train CONFIG [key.path=value ...]: train.py on all nodes; ends the script.
+train() {
+    local overrides
+    prepare "$1"
+    read -r -a overrides <<<"${OVERRIDES:-}"
+    supervise deepspeed --hostfile "$JOB_DIR/hostfile" --no_ssh --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+        train.py --cfg "$@" ${overrides[@]+"${overrides[@]}"}
+}

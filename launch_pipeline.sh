@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Submits the whole pipeline to Slurm, each part when the one before has succeeded, and prints the job ids.
+#
+#   bash launch_pipeline.sh
+#
+# CONFIGS: folder with stage1.yaml, stage2.yaml, stage3.yaml (configs/qwen2.5_1.5b). LAYERS: of the teacher (from its config).
+# RANKING: what the selection writes (the stage-2 run folder's neighbour selection/ranking.json). PARALLEL: layers tried at a
+# time (8). SBATCH_ARGS: for every job, SBATCH_TRAIN: for the stages (such as --nodes=4). The knobs of launch_preprocess.sh,
+# launch_selection.sh and launch_common.sh reach their jobs through the environment, as do sbatch's own (SBATCH_PARTITION ...).
+set -Eeuo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
+command -v sbatch >/dev/null || die "sbatch: not found; without Slurm, run the launch_*.sh one after the other with bash."
+CONFIGS=${CONFIGS:-configs/qwen2.5_1.5b}
+mapfile -t facts < <(python - "$CONFIGS" "${LAYERS:-}" <<'PY'
+import sys
+from pathlib import Path
+
+from pipeline.config import load_config
+
+stages = [load_config(f"{sys.argv[1]}/stage{n}.yaml") for n in (1, 2, 3)]
+layers = sys.argv[2]
+if not layers:
+    from convert import load_teacher_config
+
+    layers = load_teacher_config(stages[0].teacher_model.name).num_hidden_layers
+print(layers, Path(stages[1].train.output_dir).parent / "selection" / "ranking.json", Path(stages[2].train.output_dir) / "converted-hf", sep="\n")
+PY
+)
+[[ ${#facts[@]} == 3 ]] || die "CONFIGS: $CONFIGS has no three stages that can be read (above)."
+LAYERS=${facts[0]} RANKING=${RANKING:-${facts[1]}} RESULT=${facts[2]}
+
+SUBMITTED=()
+trap '[[ ${#SUBMITTED[@]} == 0 ]] || { echo "submitting failed (above); cancelling ${SUBMITTED[*]}" >&2; scancel "${SUBMITTED[@]}"; }' ERR
+
+# submit NAME AFTER SBATCH-ARGUMENTS...: sets JOB. A job whose predecessor failed is cancelled instead of waiting for ever.
+submit() {
+    local name=$1 after=$2
+    shift 2
+    read -r -a common <<<"${SBATCH_ARGS:-}"
+    JOB=$(sbatch --parsable ${after:+--dependency="afterok:$after" --kill-on-invalid-dep=yes} --job-name="$name" ${common[@]+"${common[@]}"} "$@")
+    JOB=${JOB%%;*} # of a federation: id;cluster
+    SUBMITTED+=("$JOB")
+    printf '%-12s %s%s\n' "$name" "$JOB" "${after:+ after $after}"
+}
+
+read -r -a nodes <<<"${SBATCH_TRAIN:-}"
+submit preprocess "" launch_preprocess.sh
+CFG=$CONFIGS/stage1.yaml submit stage1 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage1.sh
+CFG=$CONFIGS/stage2.yaml submit candidates "$JOB" --array="0-$((LAYERS - 1))%${PARALLEL:-8}" launch_selection.sh
+CFG=$CONFIGS/stage2.yaml submit selection "$JOB" launch_selection.sh
+CFG=$CONFIGS/stage2.yaml RANKING=$RANKING submit stage2 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage2.sh
+CFG=$CONFIGS/stage3.yaml RANKING=$RANKING submit stage3 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage3.sh
+submit evaluation "$JOB" --nodes=1 --gpus-per-node=1 --cpus-per-task=8 --mem=64G --time=12:00:00 --requeue --output=%x-%j.log \
+    --wrap "cd '$PROJECT_DIR' && source '$VENV/bin/activate' && bash eval.sh '$RESULT'"

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=selection
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=64G
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+# Layer selection (GA-S2). As an array, each task tries one layer; without one, what is there is collected and ranked, and
+# what is missing is done first.
+#
+#   sbatch --array=0-27 launch_selection.sh, then  sbatch launch_selection.sh     or, on this machine:  bash launch_selection.sh
+#
+# CFG: the stage-2 config (configs/qwen2.5_1.5b/stage2.yaml). METHOD (ga_s2), RATIO (0.25). More in launch_common.sh.
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+[[ -f $here/launch_common.sh ]] || here=${SLURM_SUBMIT_DIR:?submit from the folder of the project} # sbatch runs a copy
+source "$here/launch_common.sh"
+CFG=${CFG:-configs/qwen2.5_1.5b/stage2.yaml}
+prepare "$CFG${SLURM_ARRAY_TASK_ID:+, layer $SLURM_ARRAY_TASK_ID}"
+supervise python layer_selection/select_layers.py --cfg "$CFG" --method "${METHOD:-ga_s2}" --ratio "${RATIO:-0.25}" \
+    ${SLURM_ARRAY_TASK_ID:+--candidate "$SLURM_ARRAY_TASK_ID"} "$@"

@@ -1,0 +1,174 @@
+"""What ends a run early, and how: signals, ranks that hang, figures that are not finite."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+REQUEUE = 75  # exit code of a run that was told to stop and goes on when it is started again (sysexits.h: EX_TEMPFAIL)
+HUNG = 70  # exit code of a run whose ranks no longer move (EX_SOFTWARE)
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient that is not finite; the message is one line with step, rank, layer and what to try."""
+
+
+class StopSignals:
+    """SIGTERM (preemption) and SIGUSR1 (a time limit is near). While `saving` is set they are remembered in `received`,
+    for the training loop to save; before and after, with nothing to save, they end the process at once, with REQUEUE."""
+
+    def __init__(self):
+        self.received: str | None = None
+        self.saving = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        self.received = signal.Signals(number).name
+        if not self.saving:
+            print(f"{self.received}: stopping; the same command goes on from here", flush=True)
+            raise SystemExit(REQUEUE)
+
+
+class Watchdog:
+    """Ends the process, with every rank's position and the stack, once this rank has not moved for `seconds`.
+
+    The ranks tell each other their positions through a store of rank 0's, so that the message can name the one that
+    hangs: the others only wait for it. All ranks construct it together, after torch.distributed is initialised.
+    """
+
+    def __init__(self, seconds: float):
+        import torch.distributed as dist
+
+        self.seconds, self.rank, self.world_size = seconds, dist.get_rank(), dist.get_world_size()
+        self.moves, self.where, self.last = 0, "the start", time.monotonic()
+        self.done = threading.Event()
+        self.patience = min(10.0, seconds / 2)  # for rank 0's store, whose process may be the one that hangs
+        self.store = None
+        if self.world_size > 1:
+            address = [None]
+            if self.rank == 0:
+                host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+                self.server = dist.TCPStore(host, 0, self.world_size, True, timedelta(seconds=60), wait_for_workers=False)
+                address = [(host, self.server.port)]
+            dist.broadcast_object_list(address)
+            self.store = dist.TCPStore(*address[0], self.world_size, False, timedelta(seconds=60), wait_for_workers=False)
+            threading.Thread(target=self._share, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def beat(self, where: str) -> None:
+        """The main thread has come to `where`."""
+        self.moves, self.where, self.last = self.moves + 1, where, time.monotonic()
+
+    def close(self) -> None:
+        self.done.set()
+
+    def _share(self) -> None:
+        """Tells the others where this rank is. A thread of its own: a store that does not answer must not stop the watch."""
+        told = None
+        while not self.done.wait(min(1.0, self.seconds / 8)):
+            if told != self.moves:
+                told = self.moves
+                try:
+                    self.store.set(f"position{self.rank}", f"{told} {self.where}")
+                except Exception:  # rank 0 is gone: the end of the run says why
+                    return
+
+    def _watch(self) -> None:
+        while not self.done.wait(min(1.0, self.seconds / 8)):
+            if time.monotonic() - self.last > self.seconds:
+                self._end()
+
+    def _ask(self, positions: dict) -> None:
+        for rank in range(self.world_size):
+            if self.store.check([f"position{rank}"]):
+                moves, _, where = self.store.get(f"position{rank}").decode().partition(" ")
+                positions[rank] = int(moves), where
+
+    def _end(self) -> None:
+        positions = dict.fromkeys(range(self.world_size))
+        if self.store is not None:
+            answer: dict = {}
+            asking = threading.Thread(target=self._ask, args=(answer,), daemon=True)
+            asking.start()
+            asking.join(self.patience)
+            positions |= answer
+            if not answer:  # nobody's position is known: it is rank 0 that does not answer
+                positions |= {rank: (self.moves, self.where) for rank in range(1, self.world_size)}
+        positions[self.rank] = self.moves, self.where
+        moves = {rank: at[0] if at else -1 for rank, at in positions.items()}
+        behind = [rank for rank, count in moves.items() if count == min(moves.values())]
+        others = [rank for rank in behind if rank != self.rank]
+        if len(behind) < self.world_size and others:
+            where = positions[others[0]]
+            why = f"waiting for rank {', '.join(map(str, others))}, which " + (f"is at {where[1]}" if where else "does not answer")
+        elif len(behind) < self.world_size or self.world_size == 1:
+            why = "this rank hangs"
+        else:
+            why = "all ranks stopped there"
+        sys.stdout.flush()
+        print(
+            f"train.py: rank {self.rank} of {self.world_size} on {socket.gethostname()}: no progress for {self.seconds:.0f} s at "
+            f"{self.where}: {why}; checkpoints are kept, the same command goes on (train.hang_minutes sets the patience). "
+            "Its stack:",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(HUNG)
+
+
+# ------------------------------------------------------------------------------------------------ what is not finite
+def _finite(value) -> bool:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or value.isfinite().all().item()
+    if isinstance(value, dict):  # Hugging Face's outputs are dicts too
+        value = tuple(value.values())
+    return not isinstance(value, (tuple, list)) or all(map(_finite, value))
+
+
+@contextmanager
+def _hooks(handles: list) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_not_finite(model, forward: Callable[[], object], backward: Callable[[object], None] | None) -> str | None:
+    """Runs forward(), and backward(its result) if given, and names the first module of `model` with an output, or the
+    first parameter with a gradient, that is not finite; None if all are."""
+    found: list[str] = []
+
+    def output_of(name):
+        def hook(module, inputs, output):
+            if not found and not _finite(output):
+                found.append(f"the output of {name or 'the model'}")
+
+        return hook
+
+    def gradient_of(name):
+        def hook(gradient):
+            if not found and not _finite(gradient):
+                found.append(f"the gradient of {name}")
+
+        return hook
+
+    handles = [module.register_forward_hook(output_of(name)) for name, module in model.named_modules()]
+    if backward is not None:
+        handles += [p.register_hook(gradient_of(name)) for name, p in model.named_parameters() if p.requires_grad]
+    with _hooks(handles):
+        result = forward()
+        if backward is not None and not found:
+            backward(result)
+    return found[0] if found else None

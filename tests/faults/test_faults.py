@@ -1,0 +1,825 @@
+"""Faults done to real processes and files, and what must hold after each.
+
+A run that was broken and started again must leave the very metrics and weights of one that nobody touched, bit for bit.
+`FAULTS` at the end is the table; README.md's section Reliability points here.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from processes import ROOT, Child, import_once, start
+from test_train import write_config
+
+import preprocess_chunk
+import preprocess_download_tokenize
+from pipeline.checkpoints import INDEX, checkpoints
+from pipeline.data import data_fingerprint, read_metadata
+from pipeline.guard import HUNG, REQUEUE
+
+pytestmark = pytest.mark.faults
+STEPS, SAVE, LENGTH = 20, 3, 32
+# Checkpoints fall between logs (2 steps) and on ends of epochs (6 steps).
+SETTINGS = {"max_steps": STEPS, "micro_batch_size": 2, "save_steps": SAVE, "logging_steps": 2, "eval_steps": 7, "report_to": "none", "weight_decay": 0.1}
+RANKS = {1: 1, 2: 2, 3: 2}  # by stage: ZeRO-1 alone, ZeRO-2 and ZeRO-3 on two
+VOLATILE = ("seconds", "runtime", "per_second", "total_flos")
+
+
+# ------------------------------------------------------------------------------------------------ fixtures
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(14):
+        lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(3))
+        (folder / f"{i}.py").write_text("\n".join(lines))
+    return folder
+
+
+def tokenize(corpus, teacher, folder):
+    preprocess_download_tokenize.main(["--dataset_name", str(corpus), "--tokenizer", teacher, "--output_dir", str(folder / "tokenized"),
+                                       "--holdout", "0.17"])  # fmt: skip
+
+
+def chunk(folder):
+    preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--context_length", str(LENGTH),
+                           "--output_dir", str(folder)])  # fmt: skip
+
+
+def preprocess(corpus, teacher, folder, hook=lambda: None, code=0):
+    """In a process of its own, for its threads would not survive a fork."""
+
+    def body():
+        hook()
+        tokenize(corpus, teacher, folder)
+        chunk(folder)
+
+    child = Child(body, folder / "log", {"TOKENIZERS_PARALLELISM": "false"})
+    assert child.wait() == code, child.output()
+    return child.output()
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory, teacher_dir, corpus):
+    """24 chunks: an epoch is 6 steps."""
+    import_once()
+    folder = tmp_path_factory.mktemp("small")
+    preprocess(corpus, teacher_dir, folder)
+    metadata = read_metadata(folder / f"chunked_context{LENGTH}")
+    assert metadata["num_chunks"] // 4 == 6 and metadata["heldout_chunks"] >= 2
+    return str(folder / f"chunked_context{LENGTH}")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, teacher_dir, small_data):
+    """The three stages, untouched: a folder with stage1, stage2, stage3."""
+    import_once()
+    folder = tmp_path_factory.mktemp("whole")
+    for stage, ranks in RANKS.items():
+        job = start(write_config(folder, stage, teacher_dir, small_data, **SETTINGS), log=folder / f"log{stage}", ranks=ranks)
+        assert job.wait() == 0, job.output()
+    return folder
+
+
+class Run:
+    """One stage in a folder of its own, to be broken."""
+
+    def __init__(self, stage, whole, folder, teacher, data, settings):
+        self.stage, self.whole, self.ranks, self.starts, self.root = stage, whole / f"stage{stage}", RANKS[stage], 0, folder
+        if stage > 1:
+            (folder / f"stage{stage - 1}").symlink_to(whole / f"stage{stage - 1}")
+        self.file = write_config(folder, stage, teacher, data, **SETTINGS | settings)
+        self.folder = folder / f"stage{stage}"
+
+    def start(self, *options, **settings):
+        self.starts += 1
+        settings = {"ranks": self.ranks} | settings
+        self.job = start(self.file, *options, log=self.root / f"log{self.starts}", **settings)
+        return self.job
+
+    def to_the_end(self, *options, **settings):
+        job = self.start(*options, **settings)
+        assert job.wait() == 0, job.output()[-3000:]
+        return job.output()
+
+    def must_equal_the_whole(self):
+        assert metrics(self.folder) == metrics(self.whole)
+        for name in ("model.safetensors", "config.json"):
+            assert (self.folder / "converted-hf" / name).read_bytes() == (self.whole / "converted-hf" / name).read_bytes(), name
+        left = [path.name for path in self.folder.iterdir() if path.name[0] == "."]
+        assert not left and len(checkpoints(self.folder)) == 2
+
+
+@pytest.fixture
+def make_run(whole, tmp_path, teacher_dir, small_data):
+    return lambda stage=1, **settings: Run(stage, whole, tmp_path, teacher_dir, small_data, settings)
+
+
+def metrics(folder):
+    """Every logged line, less what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(VOLATILE)} for line in lines if "train_runtime" not in line]
+
+
+# ------------------------------------------------------------------------------------------------ the means of breaking
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_call(module, name, act, nth=1, when=lambda *a, **k: True, after=False):
+    """In this process, the nth call of module.name for which when(arguments) holds does act(), before or after it."""
+    original, calls = getattr(module, name), [0]
+
+    def wrapped(*arguments, **options):
+        hit = when(*arguments, **options)
+        calls[0] += hit
+        if hit and calls[0] == nth and not after:
+            act()
+        result = original(*arguments, **options)
+        if hit and calls[0] == nth and after:
+            act()
+        return result
+
+    setattr(module, name, wrapped)
+
+
+def names(path, *parts):
+    return all(part in str(path) for part in parts)
+
+
+def half_written(path_part, nth, end=die):
+    """torch.save leaves half of the nth file whose path holds `path_part`, then end()."""
+    import io
+
+    import torch
+
+    original, calls = torch.save, [0]
+
+    def save(value, path, *arguments, **options):
+        calls[0] += names(path, path_part)
+        if names(path, path_part) and calls[0] == nth:
+            buffer = io.BytesIO()
+            original(value, buffer, *arguments, **options)
+            Path(path).write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+            end()
+        return original(value, path, *arguments, **options)
+
+    torch.save = save
+
+
+def in_forward():
+    import hf_trainer
+
+    on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=2 * 7 + 1)
+
+
+def in_optimiser():
+    import torch
+
+    on_call(torch.optim.AdamW, "step", die, nth=8)
+
+
+def in_all_reduce():
+    import torch.distributed as dist
+
+    on_call(dist, "all_reduce", die, nth=20)
+
+
+def while_states_are_written():
+    half_written("optim_states", 2)
+
+
+def while_random_state_is_written():
+    half_written("rng_state", 3)
+
+
+def before_the_index():
+    import pipeline.checkpoints as module
+
+    on_call(module, "write_whole", die, nth=2)
+
+
+def before_the_rename():
+    on_call(os, "replace", die, when=lambda a, b: str(b).endswith("checkpoint-6"))
+
+
+def after_the_rename():
+    on_call(os, "replace", die, when=lambda a, b: str(b).endswith("checkpoint-9"), after=True)
+
+
+def while_pruning():
+    on_call(shutil, "rmtree", die, when=lambda path, **k: str(path).endswith("checkpoint-6"))
+
+
+def while_exporting():
+    import convert_ckpt
+
+    on_call(convert_ckpt, "copy_sidecars", die)
+
+
+def after_the_last_step():
+    import convert_ckpt
+
+    on_call(convert_ckpt, "export_checkpoint", die)
+
+
+def on_rank(rank, hook):
+    return lambda ours: hook() if ours == rank else None
+
+
+KILLS = {
+    "in a forward pass": (1, 0, in_forward),
+    "in the optimiser's step": (1, 0, in_optimiser),
+    "one of two ranks, in a collective": (2, 1, in_all_reduce),
+    "half-way through the optimiser's states": (1, 0, while_states_are_written),
+    "half-way through the states, one of two ranks": (2, 1, while_states_are_written),
+    "half-way through the states, ZeRO-3": (3, 0, while_states_are_written),
+    "half-way through the random states": (2, 0, while_random_state_is_written),
+    "with all files written, before the index": (1, 0, before_the_index),
+    "before the checkpoint gets its name": (1, 0, before_the_rename),
+    "after it has its name, before old ones go": (1, 0, after_the_rename),
+    "while an old checkpoint is removed": (1, 0, while_pruning),
+    "after the last step, before the export": (3, 0, after_the_last_step),
+    "while exporting": (1, 0, while_exporting),
+}
+
+
+# ------------------------------------------------------------------------------------------------ kills
+@pytest.mark.parametrize("name", KILLS)
+def test_killed(make_run, name):
+    """SIGKILL there; the same command again: the metrics and weights of the whole run."""
+    stage, rank, hook = KILLS[name]
+    run = make_run(stage)
+    assert run.start(hook=on_rank(rank, hook)).wait() == -signal.SIGKILL
+    assert not (run.folder / "converted-hf").exists()
+    output = run.to_the_end()
+    assert "going on from" in output or name in ("after the last step, before the export", "while exporting")
+    run.must_equal_the_whole()
+
+
+def test_killed_before_the_first_checkpoint_and_while_it_starts_again(make_run):
+    """Then in the rewriting of metrics.jsonl, and with its last line torn."""
+    run = make_run()
+
+    def early():
+        import hf_trainer
+
+        on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=5)
+
+    assert run.start(hook=on_rank(0, early)).wait() == -signal.SIGKILL
+    assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "tok')
+    rewriting = lambda: on_call(os, "replace", die, when=lambda a, b: str(b).endswith("metrics.jsonl"))  # noqa: E731
+    assert run.start(hook=on_rank(0, rewriting)).wait() == -signal.SIGKILL
+    run.to_the_end()
+    run.must_equal_the_whole()
+
+
+def test_killed_between_the_renames_of_a_second_export(make_run):
+    """The old export is moved away, the new one not yet in its place: convert_ckpt.py makes it whole again."""
+    import convert_ckpt
+
+    run = make_run()
+    run.to_the_end()
+    command = ["convert_ckpt.py", "--cfg", str(run.file)]
+
+    def export(hook=lambda: None):
+        import sys
+
+        hook()
+        sys.argv = command
+        convert_ckpt.main()
+
+    between = lambda: on_call(os, "replace", die, when=lambda a, b: str(a).endswith(".converted-hf.new"))  # noqa: E731
+    assert Child(lambda: export(between), run.root / "export1", {}).wait() == -signal.SIGKILL
+    assert not (run.folder / "converted-hf").exists() and (run.folder / ".converted-hf.old").exists()
+    assert Child(export, run.root / "export2", {}).wait() == 0
+    run.must_equal_the_whole()
+
+
+@pytest.mark.parametrize("nth, folder", [(2, "tokenized"), (4, f"chunked_context{LENGTH}")], ids=["tokens", "chunks"])
+def test_killed_while_preprocessing(tmp_path, teacher_dir, corpus, small_data, nth, folder):
+    """Nothing that could be taken for data is left; the same commands make what untouched ones make."""
+
+    def fault():
+        import datasets.arrow_writer
+
+        on_call(datasets.arrow_writer.ArrowWriter, "finalize", die, nth=nth)
+
+    preprocess(corpus, teacher_dir, tmp_path, fault, -signal.SIGKILL)
+    assert not (tmp_path / folder).exists() and (tmp_path / f".{folder}.new").exists()
+    preprocess(corpus, teacher_dir, tmp_path)
+    made = tmp_path / f"chunked_context{LENGTH}"
+    assert data_fingerprint(read_metadata(made)) == data_fingerprint(read_metadata(small_data))
+    assert (made / "train.arrow").read_bytes() == (Path(small_data) / "train.arrow").read_bytes()
+    assert not [path for path in tmp_path.iterdir() if path.name[0] == "."]
+
+
+# ------------------------------------------------------------------------------------------------ damaged checkpoints
+def truncate(checkpoint):
+    path = next(checkpoint.glob("global_step*/*optim_states.pt"))
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(checkpoint):
+    path = next(checkpoint.glob("global_step*/*model_states.pt"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove_a_file(checkpoint):
+    (checkpoint / "scheduler.pt").unlink()
+
+
+def tear_the_index(checkpoint):
+    os.truncate(checkpoint / INDEX, 200)
+
+
+DAMAGES = {truncate: "of .* bytes", flip_a_bit: "is not what was written", remove_a_file: "scheduler.pt is missing",
+           tear_the_index: "missing or damaged"}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", DAMAGES, ids=lambda harm: harm.__name__)
+def test_a_damaged_newest_checkpoint(make_run, harm):
+    """It is reported and set aside; the run goes on from the one before, to the same end."""
+    run = make_run()
+    assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
+    before, newest = checkpoints(run.folder)
+    harm(newest)
+    output = run.to_the_end()
+    assert re.search(f"{newest.name}: damaged .*{DAMAGES[harm]}.*set aside", output) and f"going on from {before}" in output
+    assert (run.folder / f"set-aside-{newest.name}").is_dir()
+    run.must_equal_the_whole()
+
+
+def test_all_checkpoints_damaged(make_run):
+    """The run does not quietly start anew."""
+    run = make_run()
+    assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
+    for checkpoint in checkpoints(run.folder):
+        truncate(checkpoint)
+    assert run.start().wait() == 1
+    assert "all its checkpoints are damaged and set aside" in run.job.output()
+
+
+# ------------------------------------------------------------------------------------------------ signals
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def usr1_in_a_step():
+    import hf_trainer
+
+    on_call(hf_trainer.StageTrainer, "compute_loss", send(signal.SIGUSR1), nth=8)
+
+
+def term_in_a_step():
+    import hf_trainer
+
+    on_call(hf_trainer.StageTrainer, "compute_loss", send(signal.SIGTERM), nth=8)
+
+
+def term_while_saving():
+    import torch
+
+    on_call(torch, "save", send(signal.SIGTERM), nth=5)
+
+
+def term_before_training():
+    import train
+
+    on_call(train, "build_trainer", send(signal.SIGTERM))
+
+
+def term_while_exporting():
+    import convert_ckpt
+
+    on_call(convert_ckpt, "copy_sidecars", send(signal.SIGTERM))
+
+
+SIGNALS = {
+    "SIGUSR1 to one of two ranks": (2, 1, usr1_in_a_step, "SIGUSR1: stopped at step|signal to another rank: stopped at step"),
+    "SIGTERM in a step": (1, 0, term_in_a_step, "SIGTERM: stopped at step 4 of 20; checkpoint-4 is whole"),
+    "SIGTERM while saving": (1, 0, term_while_saving, "SIGTERM: stopped at step"),
+    "SIGTERM to ZeRO-3": (3, 0, term_in_a_step, "SIGTERM: stopped at step"),
+    "SIGTERM before the first step": (1, 0, term_before_training, "SIGTERM: stopping"),
+    "SIGTERM while exporting": (1, 0, term_while_exporting, "SIGTERM: stopping"),
+}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signalled(make_run, name):
+    """It saves and exits with the code for a requeue; the same command goes on to the same end."""
+    stage, rank, hook, says = SIGNALS[name]
+    run = make_run(stage)
+    assert run.start(hook=on_rank(rank, hook)).wait() == REQUEUE, run.job.output()
+    assert re.search(says, run.job.output()), run.job.output()
+    assert not (run.folder / "converted-hf").exists()
+    run.to_the_end()
+    run.must_equal_the_whole()
+
+
+def test_checkpoints_by_minutes(make_run):
+    run = make_run(save_steps=STEPS, save_minutes=0.0)
+    assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
+    assert [path.name for path in checkpoints(run.folder)] == ["checkpoint-6", "checkpoint-7"]
+    run.to_the_end()
+    run.must_equal_the_whole()
+
+
+# ------------------------------------------------------------------------------------------------ figures and ranks
+def break_layer(layer, gradient):
+    """From the 7th micro-batch on, what the layer's MLP gives, or its gradient, is infinite."""
+    import hf_trainer
+
+    def hook(module, inputs, output):
+        if not gradient:
+            return output * float("inf")
+        output.register_hook(lambda g: g * float("inf"))
+
+    trainers = []
+
+    def act():
+        blocks = trainers[0].model.model.layers
+        part = blocks[layer].mlp if RANKS[2] == trainers[0].args.world_size else blocks[layer].attn.student_attn.o_proj
+        part.register_forward_hook(hook)
+
+    on_call(hf_trainer.StageTrainer, "compute_loss", act, nth=7, when=lambda self, *a, **k: not trainers.append(self))
+
+
+DIVERGED = {
+    "loss, stage 1": (1, 0, 2, False, r"step 4: the output of model.layers.2.attn.student_attn.o_proj is not finite on rank 0 .*in layer 2;"),
+    "gradient, stage 1": (1, 0, 1, True, r"step 4: the gradient of model.layers.1.attn.student_attn.o_proj.weight is not finite .*layer 1;"),
+    "loss, stage 2": (2, 1, 2, False, r"step 7: the output of model.layers.2.mlp is not finite on rank 1 .*in layer 2;"),
+    "gradient, stage 2": (2, 1, 2, True, r"step 7: the gradient of model.layers.2.mlp.down_proj.weight is not finite on rank 1 .*layer 2;"),
+    "gradient, ZeRO-3": (3, 0, 2, True, r"step 7: the gradient of model.layers.2.mlp.down_proj.weight is not finite on rank 0 .*layer 2;"),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGED)
+def test_not_finite(make_run, name):
+    """One line with step, layer and rank; the checkpoints stay good."""
+    stage, rank, layer, gradient, says = DIVERGED[name]
+    run = make_run(stage)
+    assert run.start(hook=on_rank(rank, lambda: break_layer(layer, gradient))).wait() == 1
+    assert re.search(says, run.job.output()), run.job.output()[-2500:]
+    assert "Traceback" not in run.job.output() and "Try a lower train.lr" in run.job.output()
+    run.to_the_end()
+    run.must_equal_the_whole()
+
+
+def test_a_rank_hangs(make_run):
+    """The time-out names it, and where it is."""
+    import hf_trainer
+
+    run = make_run(2, hang_minutes=0.08)
+    sleep = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", lambda: time.sleep(600), nth=8)  # noqa: E731
+    assert run.start(hook=on_rank(1, sleep)).wait(40) == HUNG
+    assert "no progress for 5 s at step 8" in run.job.output()
+    assert "rank 1 of 2" in run.job.output() or "waiting for rank 1" in run.job.output(), run.job.output()
+    run.to_the_end("train.hang_minutes=5")
+    run.must_equal_the_whole()
+
+
+def test_the_first_rank_is_stopped(make_run):
+    import hf_trainer
+
+    run = make_run(2, hang_minutes=0.08)
+    stop = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", send(signal.SIGSTOP), nth=8)  # noqa: E731
+    assert run.start(hook=on_rank(0, stop)).wait(40) == HUNG
+    assert "waiting for rank 0, which does not answer" in run.job.output(), run.job.output()
+    run.to_the_end("train.hang_minutes=5")
+    run.must_equal_the_whole()
+
+
+# ------------------------------------------------------------------------------------------------ file systems
+@contextmanager
+def mounted(folder, options):
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs root and leave to mount a tmpfs")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder):
+    def act():
+        with open(folder / "filler", "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(1 << 12))
+            except OSError:
+                pass
+
+    return act
+
+
+def full_while_saving(folder):
+    half_written("optim_states", 2, end=fill(folder))
+
+
+def full_while_logging(folder):
+    import hf_trainer
+
+    on_call(hf_trainer.MetricsFile, "on_log", fill(folder), nth=9)
+
+
+def full_while_exporting(folder):
+    import convert_ckpt
+
+    on_call(convert_ckpt, "trained_state", fill(folder))
+
+
+@pytest.mark.parametrize("fault", [full_while_saving, full_while_logging, full_while_exporting], ids=lambda f: f.__name__)
+def test_full_file_system(make_run, fault):
+    """A line that says so; nothing half-written passes for whole; with room again the run ends as if nothing had been."""
+    run = make_run()
+    run.folder.mkdir()
+    with mounted(run.folder, "size=16m"):
+        (run.folder / ".keep").touch()
+        run.file.write_text(run.file.read_text().replace(f"{run.root}/stage1", f"{run.folder}/run"))
+        mount, run.folder = run.folder, run.folder / "run"
+        assert run.start(hook=on_rank(0, lambda: fault(mount))).wait() == 1
+        assert re.search("train.py: error: .*the file system is full", run.job.output()), run.job.output()
+        assert "Traceback" not in run.job.output()
+        assert not (run.folder / "converted-hf").exists()
+        (mount / "filler").unlink()
+        run.to_the_end()
+        run.must_equal_the_whole()
+
+
+def test_full_while_preprocessing(tmp_path, teacher_dir, corpus):
+    (tmp_path / "small").mkdir()
+    with mounted(tmp_path / "small", "size=1m"):
+        import_once()
+
+        def fault():
+            import datasets.arrow_writer
+
+            on_call(datasets.arrow_writer.ArrowWriter, "write_batch", fill(tmp_path / "small"))
+
+        preprocess(corpus, teacher_dir, tmp_path / "small", fault, 1)
+        assert [path.name for path in (tmp_path / "small").iterdir() if path.name not in ("filler", "log")] == []
+        (tmp_path / "small" / "filler").unlink()
+        preprocess(corpus, teacher_dir, tmp_path / "small")
+
+
+def test_a_folder_that_may_not_be_written(make_run):
+    run = make_run()
+    run.folder.mkdir()
+    with mounted(run.folder, "size=1m,ro"):
+        assert run.start().wait() == 1
+        assert f"{run.folder}/.lock: Read-only file system" in run.job.output() and "Traceback" not in run.job.output()
+
+
+def own_data(run):
+    """A copy of the run's data, which it now uses."""
+    data = run.root / "data"
+    text = run.file.read_text()
+    source = next(line.split(": ")[1] for line in text.splitlines() if "cache_dir" in line)
+    shutil.copytree(source, data)
+    run.file.write_text(text.replace(source, str(data)))
+    return Path(source), data
+
+
+DATA = {
+    "train.arrow vanished": (lambda data: (data / "train.arrow").unlink(), "train.arrow: missing or damaged"),
+    "train.arrow cut": (lambda data: os.truncate(data / "train.arrow", 900), "train.arrow: .*damaged"),
+    "metadata.json torn": (lambda data: os.truncate(data / "metadata.json", 40), "holds no readable metadata.json"),
+    "other data": (lambda data: (data / "metadata.json").write_text((data / "metadata.json").read_text().replace("local-", "local-0")),
+                   "has other data than .*checkpoint-6 was trained on"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_lost_between_two_starts(make_run, name):
+    run = make_run()
+    source, data = own_data(run)
+    assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
+    harm, says = DATA[name]
+    harm(data)
+    assert run.start().wait() == 1
+    assert re.search(says, run.job.output()) and "Traceback" not in run.job.output(), run.job.output()
+    shutil.copytree(source, data, dirs_exist_ok=True)
+    run.to_the_end()
+    run.must_equal_the_whole()
+
+
+def test_data_cut_while_it_is_read(make_run):
+    """The kernel ends the process with SIGBUS: the log says where, and nothing is lost."""
+    import hf_trainer
+
+    run = make_run()
+    source, data = own_data(run)
+    cut = lambda: os.truncate(data / "train.arrow", 0)  # noqa: E731
+    assert run.start(hook=on_rank(0, lambda: on_call(hf_trainer.StageTrainer, "compute_loss", cut, nth=15))).wait() == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in run.job.output()
+    shutil.copytree(source, data, dirs_exist_ok=True)
+    run.to_the_end()
+    run.must_equal_the_whole()
+
+
+# ------------------------------------------------------------------------------------------------ one run, one folder
+def test_two_jobs_on_one_folder(make_run):
+    """The second is refused and names the first, which is not disturbed."""
+    import hf_trainer
+
+    run = make_run()
+
+    def wait():
+        while not (run.root / "go").exists():
+            time.sleep(0.05)
+
+    first = run.start(hook=on_rank(0, lambda: on_call(hf_trainer.StageTrainer, "compute_loss", wait, nth=9)))
+    first.wait_for(r"\| [34]/20")
+    second = run.start()
+    assert second.wait() == 1
+    assert f"stage1 is being written by process {first.ranks[0].pid} on" in second.output()
+    (run.root / "go").touch()
+    assert first.wait() == 0, first.output()
+    run.must_equal_the_whole()
+
+
+@pytest.mark.parametrize("alive", [False, True], ids=["dead", "alive"])
+def test_a_lock_of_another_machine(make_run, alive):
+    """Without locks across machines: a holder that shows no sign of life is replaced, one that does is respected."""
+    run = make_run()
+    run.folder.mkdir()
+    lock = run.folder / ".lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": None, "since": "2026-01-01 00:00:00"}))
+
+    def beat():
+        while True:
+            lock.touch()
+            time.sleep(0.3)
+
+    def soon():
+        import pipeline.files
+
+        pipeline.files.WATCH = 3.0
+
+    holder = Child(beat, run.root / "holder", {}) if alive else None
+    code = run.start(hook=on_rank(0, soon)).wait()
+    if alive:
+        holder.kill()
+        assert code == 1 and "is being written by process 1 on elsewhere, since 2026" in run.job.output()
+    else:
+        assert code == 0, run.job.output()
+        run.must_equal_the_whole()
+
+
+def test_null_with_a_run_in_the_folder(make_run):
+    run = make_run()
+    assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
+    assert run.start("train.resume_from_checkpoint=null").wait() == 1
+    assert "say auto to go on from the newest, name one of them to go on from that, or remove the folder" in run.job.output()
+    run.to_the_end()
+    run.must_equal_the_whole()
+    assert "this run is finished; its result is" in run.to_the_end()
+
+
+def test_going_on_from_a_named_checkpoint(make_run):
+    """Later ones are set aside, so that auto follows this choice."""
+    run = make_run()
+    assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
+    output = run.to_the_end(f"train.resume_from_checkpoint={run.folder}/checkpoint-3")
+    assert "checkpoint-6 comes after checkpoint-3; set aside" in output
+    run.must_equal_the_whole()
+
+
+@pytest.mark.parametrize("stage, before, after", [(1, 1, 2), (1, 2, 1), (2, 2, 1), (2, 1, 2), (3, 2, 1), (3, 1, 2)])
+def test_another_number_of_processes(make_run, stage, before, after):
+    """The losses of the whole run, within what another order of summation does: optimiser states arrive."""
+    import hf_trainer
+
+    run = make_run(stage)
+    kill = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=2 * 7 // before + 1)  # noqa: E731
+    assert run.start(hook=on_rank(0, kill), ranks=before).wait() == -signal.SIGKILL
+    output = run.to_the_end(ranks=after)
+    assert f"{before} processes saved checkpoint-6, {after} go on from it" in output
+    ours, theirs = metrics(run.folder), metrics(run.whole)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        values = [[line[name] for line in lines if name in line] for lines in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=2e-3), name
+    assert not (run.folder / ".universal").exists()
+
+
+# ------------------------------------------------------------------------------------------------ trust
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_checkpoint_of_somebody_else_is_not_unpickled(make_run):
+    import torch
+
+    run = make_run()
+    foreign = run.root / "foreign" / "checkpoint-3"
+    shutil.copytree(checkpoints(run.whole)[0], foreign)
+    for path in foreign.rglob("*.pt"):
+        torch.save(Bomb(run.root / "boom"), path)
+    for command in (lambda: run.start(f"train.resume_from_checkpoint={foreign}").wait(), lambda: export_foreign(run, foreign)):
+        assert command() == 1
+        assert not (run.root / "boom").exists()
+    assert "is no whole checkpoint of" in run.job.output()
+
+
+def export_foreign(run, foreign):
+    done = subprocess.run([os.sys.executable, "convert_ckpt.py", "--cfg", str(run.file), "--checkpoint", str(foreign)], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert "no whole checkpoint of" in done.stderr, done.stderr
+    return done.returncode
+
+
+def test_code_and_pickles_of_a_teacher_are_not_run(make_run, teacher_dir):
+    """A teacher that brings modelling code, tokenizer code and a pickled copy of its weights."""
+    import torch
+
+    run = make_run()
+    evil = run.root / "evil"
+    shutil.copytree(teacher_dir, evil)
+    code = f"import os\nos.mkdir({str(run.root / 'boom')!r})\n"
+    for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py"):
+        (evil / name).write_text(code)
+    for name, key, target in (("config.json", "AutoModelForCausalLM", "modeling_evil.Evil"),
+                              ("config.json", "AutoConfig", "configuration_evil.Evil"),
+                              ("tokenizer_config.json", "AutoTokenizer", ["tokenization_evil.Evil", None])):  # fmt: skip
+        content = json.loads((evil / name).read_text())
+        content.setdefault("auto_map", {})[key] = target
+        (evil / name).write_text(json.dumps(content))
+    torch.save(Bomb(run.root / "boom"), evil / "pytorch_model.bin")
+    run.file.write_text(run.file.read_text().replace(teacher_dir, str(evil)))
+    run.start().wait()
+    assert not (run.root / "boom").exists()
+    for weights in evil.glob("*.safetensors"):  # the pickled copy is no way out
+        weights.unlink()
+    assert run.start(f"train.output_dir={run.root}/other").wait() == 1
+    assert not (run.root / "boom").exists()
+
+
+KEYS = {"HF_TOKEN": "hf_PLANTED0123456789abcdefghijklmnopqr", "WANDB_API_KEY": "PLANTED89abcdef0123456789abcdef01234567",
+        "AWS_SECRET_ACCESS_KEY": "PLANTEDsecretaccesskey0123456789abcdefgh"}  # fmt: skip
+
+
+def test_no_key_is_written_anywhere(make_run):
+    """Not into configs, checkpoints, logs, W&B's offline record, after a failure neither."""
+    run = make_run(report_to="wandb")
+    environment = KEYS | {"WANDB_MODE": "offline"}
+    assert run.start(hook=on_rank(0, in_forward), environment=environment).wait() == -signal.SIGKILL
+    assert run.start("train.lr=-1", environment=environment).wait() == 1
+    run.to_the_end(environment=environment)
+    searched = [path for path in run.root.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in searched) and any(path.suffix == ".pt" for path in searched)
+    for path in searched:
+        assert b"PLANTED" not in path.read_bytes(), path
+
+
+def test_nothing_is_written_outside_the_run_folder(make_run):
+    """Every file that a run opens for writing, makes, renames or removes, as Python's audit events tell."""
+    run = make_run()
+    log = run.root / "audit"
+    (run.root / "tmp").mkdir()
+
+    def name(path, folder=-1):
+        base = os.readlink(f"/proc/self/fd/{folder}") if isinstance(folder, int) and folder >= 0 else ""
+        return os.path.abspath(os.path.join(base, os.fsdecode(path)))
+
+    def audit():
+        import sys
+        import tempfile
+
+        tempfile.tempdir = str(run.root / "tmp")
+        file = open(log, "a", buffering=1)  # noqa: SIM115
+
+        def hook(event, arguments):
+            if event == "open" and isinstance(arguments[0], (str, bytes)) and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                paths = [] if "/" not in os.fsdecode(arguments[0]) else [name(arguments[0])]  # else: by a folder's descriptor, as rmtree does
+            elif event in ("os.remove", "os.rmdir", "os.mkdir", "os.truncate"):
+                paths = [name(arguments[0], arguments[-1] if event != "os.truncate" else -1)]
+            elif event == "os.rename":
+                paths = [name(arguments[0]), name(arguments[1])]
+            else:
+                return
+            file.write("".join(f"{path}\n" for path in paths))
+
+        sys.addaudithook(hook)
+
+    run.to_the_end(hook=on_rank(0, audit), environment={"TORCHINDUCTOR_CACHE_DIR": str(run.root / "tmp" / "inductor")})
+    paths = {Path(line) for line in log.read_text().splitlines()}
+    assert len(paths) > 20
+    allowed = (run.folder, run.root / "tmp", Path("/dev"), Path("/proc"))
+    outside = [path for path in paths if not any(path.is_relative_to(folder) for folder in allowed)]
+    assert not outside, outside

@@ -1,0 +1,149 @@
+"""Real processes to break: forked from this one, which has imported everything once, so that a start takes a second.
+
+A child is what `python train.py ...` is in all that matters: its own process, ranks, signals, files. The parent never
+runs a thread of PyTorch's, which a fork would lose.
+"""
+
+import io
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Child:
+    """A forked process that runs function(), its output going to a file."""
+
+    def __init__(self, function, log: Path, environment: dict):
+        self.log = log
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid, self.code = os.fork(), None
+        if self.pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+                sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0), write_through=True)
+                sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0), write_through=True)
+                os.environ.update(environment)
+                function()
+                code = 0
+            except SystemExit as error:
+                if isinstance(error.code, str):
+                    print(error.code, file=sys.stderr)
+                code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+    def poll(self):
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def wait(self, seconds=90):
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"no end after {seconds} s:\n{self.output()[-3000:]}")
+            time.sleep(0.02)
+        return self.code
+
+    def kill(self, number=signal.SIGKILL):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+            if number == signal.SIGKILL:
+                self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def output(self):
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+class Job:
+    """The ranks of one training run. Like a launcher, it ends the others when one has failed."""
+
+    def __init__(self, ranks: list[Child]):
+        self.ranks = ranks
+
+    def wait(self, seconds=90):
+        """The exit code of the first rank that failed, 0 if none did."""
+        end = time.monotonic() + seconds
+        while True:
+            codes = [rank.poll() for rank in self.ranks]
+            if bad := [code for code in codes if code]:
+                grace = time.monotonic() + 5
+                while any(rank.poll() is None for rank in self.ranks) and time.monotonic() < grace:
+                    time.sleep(0.02)
+                self.kill()
+                return bad[0]
+            if None not in codes:
+                return 0
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"no end after {seconds} s:\n{self.output()[-3000:]}")
+            time.sleep(0.02)
+
+    def wait_for(self, text, seconds=60):
+        """Until the output holds `text` (a pattern)."""
+        end = time.monotonic() + seconds
+        while not re.search(text, self.output()):
+            assert time.monotonic() < end and any(rank.poll() is None for rank in self.ranks), self.output()[-3000:]
+            time.sleep(0.01)
+
+    def kill(self, number=signal.SIGKILL):
+        for rank in self.ranks:
+            rank.kill(number)
+
+    def output(self):
+        return "\n".join(rank.output() for rank in self.ranks)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(file, *options, log, ranks=1, hook=None, environment=None):
+    """Starts `train.py --cfg file options...` on `ranks` processes; hook(rank) runs first in each, to plant its fault."""
+    import train
+
+    def body(rank):
+        if hook is not None:
+            hook(rank)
+        train.main(["--cfg", str(file), *map(str, options)])
+
+    port, children = free_port(), []
+    for rank in range(ranks):
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}  # fmt: skip
+        values = {name: str(value) for name, value in values.items()} | (environment or {})
+        children.append(Child(lambda rank=rank: body(rank), Path(f"{log}.rank{rank}"), values))
+    return Job(children)
+
+
+def import_once():
+    """What every child would import for itself. Call it before the first start."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    torch.set_num_threads(1)
+    import deepspeed  # noqa: F401
+    import transformers  # noqa: F401
+
+    import convert_ckpt  # noqa: F401
+    import hf_trainer  # noqa: F401
+    import train  # noqa: F401
