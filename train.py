@@ -394,7 +394,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     # Models come before TrainingArguments: after them, a ZeRO-3 config would shard every model while it is being built.
     if cfg.stage == 1:
         model = build_student_for_stage1(cfg, dtype, say)
-        if train.calibrate_init:
+        if train.calibrate_init and resume is None:
             calibrate_students(model.to(device), chunks, train.calibrate_init, train.micro_batch_size, say)
     else:
         teacher = load_teacher(cfg.teacher_model.name, dtype) if cfg.stage == 2 else None
