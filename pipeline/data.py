@@ -37,7 +37,8 @@ def load_tokenizer(name_or_path: str):
             "PreTrainedTokenizerFast",
             "TokenizersBackend",
         )
-        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name_or_path)
+        # trust_remote_code unsaid would ask at a terminal, and hang a job.
+        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"tokenizer: {name_or_path!r} has none that loads ({reason})") from None

@@ -1,7 +1,7 @@
 """Faults done to real processes and files, and what must hold after each.
 
 A run that was broken and started again must leave the very metrics and weights of one that nobody touched, bit for bit.
-`FAULTS` at the end is the table; README.md's section Reliability points here.
+FAULTS.md beside this file is the table of all; README.md's section Reliability says which promise each holds.
 """
 
 import json
@@ -425,6 +425,23 @@ def test_signalled(make_run, name):
     assert not (run.folder / "converted-hf").exists()
     run.to_the_end()
     run.must_equal_the_whole()
+
+
+def test_the_launch_script_hands_signals_on(make_run):
+    """`bash launch_stage1.sh` with two ranks, through DeepSpeed's launcher, which would lose the exit code of a SIGTERM."""
+    run = make_run()
+    environment = os.environ | {"CFG": str(run.file), "DEVICE": "cpu", "PROCESSES_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "launch_stage1.sh"), "train.max_steps=2000"]
+    with open(run.root / "launch.log", "w") as log:
+        job = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        end = time.monotonic() + 90
+        while not (run.folder / "metrics.jsonl").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(60) == REQUEUE, (run.root / "launch.log").read_text()[-3000:]
+    (checkpoint,) = checkpoints(run.folder)[-1:]
+    assert f"{checkpoint.name} is whole" in (run.root / "launch.log").read_text()
+    assert "ended with exit code 75" in (run.root / "launch.log").read_text()
 
 
 def test_checkpoints_by_minutes(make_run):

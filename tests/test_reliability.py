@@ -1,0 +1,49 @@
+"""What the README promises has tests by those names; the launch scripts' parts that need no cluster."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("table", ["README.md", "tests/faults/FAULTS.md"])
+def test_every_test_that_is_named_exists(table):
+    code = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / table).read_text()))
+    assert len(named) > 15
+    assert not [name for name in named if f"def {name}(" not in code]
+
+
+def test_every_fault_has_a_line():
+    code = (ROOT / "tests" / "faults" / "test_faults.py").read_text()
+    table = (ROOT / "tests" / "faults" / "FAULTS.md").read_text() + (ROOT / "README.md").read_text()
+    assert not [name for name in re.findall(r"^def (test_\w+)", code, re.MULTILINE) if f"`{name}`" not in table]
+
+
+def shell(text, **environment):
+    return subprocess.run(["bash", "-c", f"set -euo pipefail; source launch_common.sh; {text}"], cwd=ROOT, capture_output=True, text=True,
+                          env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "DEVICE": "cpu", **environment})  # fmt: skip
+
+
+def test_the_deepspeed_env_is_private_and_holds_no_secret():
+    show = 'make_job_dir; plan_nodes; write_deepspeed_env; stat -c "%a %n" "$JOB_DIR" "$DS_ENV_FILE"; cat "$DS_ENV_FILE"; cat "$JOB_DIR/hostfile"'
+    done = shell(show, HF_HOME="/hub", WANDB_PROJECT="p", MY_FLAG="1", DEEPSPEED_ENV="MY_FLAG", HF_TOKEN="hf_PLANTED", PROCESSES_PER_NODE="3")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("700 ") and lines[1].startswith("600 ") and lines[1].endswith("/.deepspeed_env")
+    assert lines[2].startswith("TRITON_CACHE_DIR=/tmp/triton-") and lines[3:] == ["HF_HOME=/hub", "WANDB_PROJECT=p", "MY_FLAG=1", "localhost slots=3"]
+    assert not Path(lines[0].split()[1]).exists()
+    done = shell(show, DEEPSPEED_ENV="HF_TOKEN", HF_TOKEN="hf_PLANTED")
+    assert done.returncode == 1 and "HF_TOKEN looks like a secret" in done.stderr and "PLANTED" not in done.stderr
+
+
+def test_headers():
+    """Every script that trains asks for GPUs, a requeue and a signal to its shell; preprocessing asks for none."""
+    for script in ("stage1", "stage2", "stage3", "selection", "preprocess"):
+        headers = re.findall(r"^#SBATCH --(.*)", (ROOT / f"launch_{script}.sh").read_text(), re.MULTILINE)
+        assert "requeue" in headers and "open-mode=append" in headers
+        assert any("gpu" in line for line in headers) == (script != "preprocess")
+        assert ("signal=B:USR1@600" in headers) == (script != "preprocess")
