@@ -54,7 +54,8 @@ class LossBar(ProgressCallback):
 
 
 class Guard(TrainerCallback):
-    """Makes all ranks agree, once a step, on what only one may know: that a signal came, that a checkpoint is due by time.
+    """Makes all ranks agree, once a step, on what only one may know: that a signal came, that a checkpoint is due by time,
+    that a loss is not finite.
 
     stop: the process's signals, or None. minutes: between checkpoints, or None.
     """
@@ -76,9 +77,12 @@ class Guard(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         due = self.minutes is not None and time.monotonic() - self.last_save > 60 * self.minutes
         stop = self.stop is not None and self.stop.received is not None
-        flags = torch.tensor([stop, due], dtype=torch.int32, device=args.device)
+        flags = torch.tensor([stop, due, False], dtype=torch.int32, device=args.device)
+        flags[2] = self.trainer.losses_not_finite()
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        stop, due = flags.tolist()
+        stop, due, bad = flags.tolist()
+        if bad:  # and yet the gradients were finite, or DeepSpeed would have skipped the step
+            raise Diverged(f"step {state.global_step}: a loss is not finite, though its gradients are; the checkpoints are kept")
         control.should_save |= bool(stop or due)
         if stop and state.global_step < state.max_steps:
             self.stopped = self.stop.received if self.stop is not None and self.stop.received else "a signal to another rank"
@@ -137,46 +141,45 @@ class StageTrainer(Trainer):
         self.beat(f"forward of micro-batch {len(self._micro_batches)}")
         loss = self.forward_loss(model, inputs)
         self._micro_batches.append((inputs, loss.detach()))
-        if self.accelerator.gradient_state.sync_gradients:  # the step's last, before its backward: the weights are still good
-            bad = ~torch.stack([loss for _, loss in self._micro_batches]).isfinite().all()
-            bad = bad.to(torch.int32)
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-            if bad.item():
-                self._diverged(model, with_gradients=False)
         self.beat(f"backward of micro-batch {len(self._micro_batches) - 1}")
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.gradient_state.sync_gradients:
-            if not math.isfinite(self.deepspeed.get_global_grad_norm()):  # DeepSpeed skipped the step: so are they here
-                self._diverged(model, with_gradients=True)
-            self._micro_batches.clear()
+        if self.accelerator.gradient_state.sync_gradients and not math.isfinite(self.deepspeed.get_global_grad_norm()):
+            self.diverged(self.state.global_step + 1)  # DeepSpeed has skipped the step: the weights are those that did it
         return loss
 
-    def _diverged(self, model, with_gradients: bool) -> None:
+    def losses_not_finite(self) -> torch.Tensor:
+        """Whether one of the step's losses is not; forgets them. A tensor, for nothing shall wait for the device here."""
+        bad = ~torch.stack([loss for _, loss in self._micro_batches]).isfinite().all()
+        self._micro_batches.clear()
+        return bad
+
+    def diverged(self, step: int) -> None:
         """Goes through the step's micro-batches again to find what is not finite, and raises Diverged on all ranks."""
-        found = []
+        model, n = self.model_wrapped, self.args.world_size
+        bad, found = [None] * n, [None] * n
+        dist.all_gather_object(bad, not all(math.isfinite(loss.item()) for _, loss in self._micro_batches))
+        of_gradients = not any(bad)
 
         def backward(loss):
             model.set_gradient_accumulation_boundary(False)
             model.backward(loss, scale_wrt_gas=False)
 
-        for inputs, _ in self._micro_batches:
-            forward = lambda: self.forward_loss(model, inputs)  # noqa: B023, E731
-            found.append(first_not_finite(self.model, forward, backward if with_gradients else None))
-        mine = next((name for name in found if name), None)
-        bad = with_gradients or not all(math.isfinite(loss.item()) for _, loss in self._micro_batches)
-        parts = [None] * self.args.world_size
-        dist.all_gather_object(parts, (bad, mine, socket.gethostname()))
-        rank, (_, where, host) = next(((r, part) for r, part in enumerate(parts) if part[1]),
-                                      next((r, part) for r, part in enumerate(parts) if part[0]))  # fmt: skip
-        where = where or ("a gradient" if with_gradients else "the loss")
+        names = [
+            first_not_finite(self.model, lambda: self.forward_loss(model, inputs), backward if of_gradients else None)  # noqa: B023
+            for inputs, _ in self._micro_batches
+        ]
+        dist.all_gather_object(found, (next((name for name in names if name), None), socket.gethostname()))
+        ranks = [rank for rank in range(n) if of_gradients or bad[rank]]
+        rank = next((rank for rank in ranks if found[rank][0]), ranks[0])
+        where = found[rank][0] or ("a gradient" if of_gradients else "the loss")
         layer = re.search(r"layers\.(\d+)\b", where)
         raise Diverged(
-            f"step {self.state.global_step + 1}: {where} is not finite on rank {rank} ({host})"
-            f"{f', in layer {int(layer[1])}' if layer else ''}; the checkpoints before it are kept. Try a lower train.lr or "
-            "train.lr_attn, a longer train.warmup_steps, a lower train.max_grad_norm, or train.dtype fp32"
+            f"step {step}: {where} is not finite on rank {rank} ({found[rank][1]}){f', in layer {int(layer[1])}' if layer else ''}; "
+            "the checkpoints before it are kept. Try a lower train.lr or train.lr_attn, a longer train.warmup_steps, a lower "
+            "train.max_grad_norm, or train.dtype fp32"
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -214,11 +217,13 @@ class StageTrainer(Trainer):
             return
         files = sorted(Path(self.resumed_from).glob("progress_*.json"))
         ours = Path(self.resumed_from) / f"progress_{self.args.process_index}.json"
-        self.load_logging_state([json.loads(file.read_text()) for file in ([ours] if len(files) == self.args.world_size else files)])
+        files = [ours] if len(files) == self.args.world_size else files
+        self.load_logging_state([json.loads(file.read_text()) for file in files])
         if Path(self.resumed_from).parent.name == UNIVERSAL:
             # Loading it, DeepSpeed's ZeRO-3 gives every group the settings of the first, and all states one step counter, which
             # each of them would then count up.
-            for group, settings, lr in zip(self.optimizer.param_groups, self._settings, self.lr_scheduler.get_last_lr(), strict=True):
+            rates = self.lr_scheduler.get_last_lr()
+            for group, settings, lr in zip(self.optimizer.param_groups, self._settings, rates, strict=True):
                 group.update(settings | {"lr": lr})
             for state in self.deepspeed.optimizer.optimizer.state.values():
                 if isinstance(state.get("step"), torch.Tensor):

@@ -18,7 +18,8 @@ die() { printf '%s\n' "$*" >&2; exit 1; }
 PROJECT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$PROJECT_DIR"
 VENV=${VENV:-.venv}
-[[ -f $VENV/bin/activate ]] || die "VENV: $VENV is no virtual environment; on a machine with a network, run 'source setup.sh' in $PROJECT_DIR once."
+[[ -f $VENV/bin/activate ]] ||
+    die "VENV: $VENV is no virtual environment; on a machine with a network, run 'source setup.sh' in $PROJECT_DIR once."
 source "$VENV/bin/activate"
 REQUEUE=75 # pipeline/guard.py
 
@@ -81,7 +82,8 @@ trap "" USR1
 trap stopped=1 TERM
 if [[ $1 == deepspeed ]]; then
     if [[ $DEVICE == cuda && -n ${CUDA_VISIBLE_DEVICES:-} && $CUDA_VISIBLE_DEVICES != "$(seq -s, 0 $((PROCESSES_PER_NODE - 1)))" ]]; then
-        echo "$(hostname): CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES, DeepSpeed would take GPUs 0 to $((PROCESSES_PER_NODE - 1)); ask for whole nodes." >&2
+        echo "$(hostname): CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES, but DeepSpeed would take GPUs 0 to" \
+            "$((PROCESSES_PER_NODE - 1)); ask for whole nodes." >&2
         exit 1
     fi
     set -- deepspeed --node_rank "${SLURM_NODEID:-0}" "${@:2}"
@@ -93,7 +95,8 @@ if [[ $code == 75 || $code != 0 && -n ${stopped:-} ]]; then
 elif [[ $code != 0 ]]; then
     touch "$JOB_DIR/failed" # before srun ends the other nodes by SIGTERM for it
     first=$((${SLURM_NODEID:-0} * PROCESSES_PER_NODE))
-    echo "== $(hostname), ranks $first to $((first + PROCESSES_PER_NODE - 1)): ended with exit code $code (247 or 137: a rank was killed, perhaps for memory)" >&2
+    echo "== $(hostname), ranks $first to $((first + PROCESSES_PER_NODE - 1)): ended with exit code $code" \
+        "(247 or 137: a rank was killed, perhaps for memory)" >&2
 fi
 exit $code'
 
@@ -132,8 +135,12 @@ supervise() {
 
 # kept_layers: the override that takes the kept layers from RANKING, if it is set.
 kept_layers() {
-    [[ -z ${RANKING:-} ]] || python -c 'import json, sys; print(f"student_model.keep_full_attention_layers={json.load(open(sys.argv[1]))[sys.argv[2]]}".replace(" ", ""))' \
-        "$RANKING" keep || die "RANKING: $RANKING holds no layers to keep; run launch_selection.sh first."
+    [[ -z ${RANKING:-} ]] || python - "$RANKING" <<'PY' || die "RANKING: $RANKING holds no layers to keep; run launch_selection.sh first."
+import json, sys
+
+keep = json.load(open(sys.argv[1]))["keep"]
+print(f"student_model.keep_full_attention_layers={keep}".replace(" ", ""))
+PY
 }
 
 # prepare: what must be known before `supervise`.
@@ -141,7 +148,8 @@ prepare() {
     make_job_dir
     plan_nodes
     write_deepspeed_env
-    say "$(date '+%F %T') $1 on ${#NODES[@]} x $PROCESSES_PER_NODE processes ($DEVICE): ${NODES[*]}${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}"
+    local again=${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}
+    say "$(date '+%F %T') $1 on ${#NODES[@]} x $PROCESSES_PER_NODE processes ($DEVICE): ${NODES[*]}$again"
 }
 
 # train CONFIG [key.path=value ...]: train.py on all nodes; ends the script.

@@ -97,7 +97,8 @@ def train_stage(
 ) -> None:
     """Trains from `resume`, a checkpoint, or from the start. After a signal it exits with REQUEUE, its checkpoint saved."""
     rank, output = int(os.environ["RANK"]), Path(cfg.train.output_dir)
-    facts = {"world_size": plan.world_size, "zero_stage": cfg.train.zero_stage or cfg.stage, "data": data_fingerprint(chunks.metadata)}
+    zero = cfg.train.zero_stage or cfg.stage
+    facts = {"world_size": plan.world_size, "zero_stage": zero, "data": data_fingerprint(chunks.metadata)}
     source = loadable(cfg, resume, facts, say)
     watchdog = Watchdog(60 * cfg.train.hang_minutes)
     guards = {"stop": stop, "save_minutes": cfg.train.save_minutes, "watchdog": watchdog, "facts": facts}
@@ -116,7 +117,8 @@ def train_stage(
     watchdog.close()
     if trainer.guard.stopped:
         step = trainer.state.global_step
-        say(f"{trainer.guard.stopped}: stopped at step {step} of {plan.steps}; checkpoint-{step} is whole; the same command goes on")
+        why = trainer.guard.stopped
+        say(f"{why}: stopped at step {step} of {plan.steps}; checkpoint-{step} is whole; the same command goes on")
         sys.exit(REQUEUE)
 
 
@@ -170,13 +172,14 @@ def loadable(cfg: Config, resume: Path | None, facts: dict, say) -> Path | None:
         return None
     theirs = read_index(resume)
     if theirs["data"] != facts["data"]:
-        raise ConfigError(f"data.cache_dir: has other data than {resume} was trained on; make that again, or name another train.output_dir")
+        raise ConfigError(f"data.cache_dir: has other data than {resume} was trained on; make that again, or name another "
+                          "train.output_dir")  # fmt: skip
     if theirs["world_size"] == facts["world_size"]:
         return resume
     change = f"{theirs['world_size']} processes saved {resume.name}, {facts['world_size']} go on from it"
     if facts["zero_stage"] == 3 and cfg.stage == 1:
-        raise ConfigError(f"{change}: with train.zero_stage 3, stage 1's frozen weights are spread over the ranks, which DeepSpeed's "
-                          f"universal checkpoint leaves out; start {theirs['world_size']} processes")  # fmt: skip
+        raise ConfigError(f"{change}: with train.zero_stage 3, stage 1's frozen weights are spread over the ranks, which "
+                          f"DeepSpeed's universal checkpoint leaves out; start {theirs['world_size']} processes")  # fmt: skip
     say(f"{change}: converting it to DeepSpeed's universal format")
     return universal_checkpoint(resume)
 

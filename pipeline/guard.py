@@ -146,8 +146,8 @@ def _hooks(handles: list) -> Iterator[None]:
 
 
 def first_not_finite(model, forward: Callable[[], object], backward: Callable[[object], None] | None) -> str | None:
-    """Runs forward(), and backward(its result) if given, and names the first module of `model` with an output, or the
-    first parameter with a gradient, that is not finite; None if all are."""
+    """Runs forward() and names the first module of `model` with an output that is not finite; or, if backward is given, runs
+    backward(forward()) too and names the first parameter with such a gradient. None if all are finite."""
     found: list[str] = []
 
     def output_of(name):
@@ -164,11 +164,12 @@ def first_not_finite(model, forward: Callable[[], object], backward: Callable[[o
 
         return hook
 
-    handles = [module.register_forward_hook(output_of(name)) for name, module in model.named_modules()]
-    if backward is not None:
-        handles += [p.register_hook(gradient_of(name)) for name, p in model.named_parameters() if p.requires_grad]
+    if backward is None:
+        handles = [module.register_forward_hook(output_of(name)) for name, module in model.named_modules()]
+    else:
+        handles = [p.register_hook(gradient_of(name)) for name, p in model.named_parameters() if p.requires_grad]
     with _hooks(handles):
         result = forward()
-        if backward is not None and not found:
+        if backward is not None:
             backward(result)
     return found[0] if found else None

@@ -188,7 +188,7 @@ def in_optimiser():
 def in_all_reduce():
     import torch.distributed as dist
 
-    on_call(dist, "all_reduce", die, nth=20)
+    on_call(dist, "all_reduce", die, nth=8)
 
 
 def while_states_are_written():

@@ -183,7 +183,7 @@ def test_stages_on_two_nodes(cluster, teacher, data, tmp_path):
     assert losses(tmp_path / "stage2") == pytest.approx(alone, rel=1e-4)
     for path in (*tmp_path.rglob("*"), *cluster.folder.glob("job-*.log")):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
-    assert not list((ROOT / ".launch").glob("[0-9]*"))
+    assert not (ROOT / ".launch" / first).exists() and not (ROOT / ".launch" / second).exists()
 
 
 def test_a_rank_that_fails(cluster, teacher, data, tmp_path):
@@ -194,25 +194,30 @@ def test_a_rank_that_fails(cluster, teacher, data, tmp_path):
     os.kill(cluster.ranks(tmp_path / "stage1")[1].pid, signal.SIGKILL)
     assert cluster.wait(job, 60) == "FAILED"
     assert re.search("node2, ranks 1 to 1: ended with exit code", cluster.log(job)), cluster.log(job)[-3000:]
-    assert "requeued" not in cluster.log(job)
+    assert "; requeued," not in cluster.log(job)
 
 
 def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, data, tmp_path):
     """Four jobs at a time: each goes on by itself to the end of a run that nobody touched, but for the cancelled one."""
-    steps = {"requeued": 150, "limited": 600, "cancelled": 3000, "lost": 150}
+    steps = {"requeued": 150, "limited": 800, "cancelled": 3000, "lost": 150}
     jobs, folders = {}, {name: tmp_path / name for name in steps}
     settings = {"report_to": "none", "save_steps": 25, "micro_batch_size": 4, "logging_steps": 5, "eval_steps": 10000}
     config = write_config(tmp_path, 1, teacher_dir, data, **settings)
-    # The cancelled one holds most of node1's GPUs, so that the one that gets lost starts on node2, and finds room on node1 later.
-    for name, gpus, sbatch in (("cancelled", 6, ["--nodelist=node1"]), ("requeued", 1, ["--nodelist=node1"]),
-                               ("limited", 1, ["--nodelist=node1", "--time=1", "--signal=B:USR1@15"]), ("lost", 6, [])):  # fmt: skip
-        jobs[name] = cluster.submit("launch_stage1.sh", f"train.output_dir={folders[name]}", f"train.max_steps={steps[name]}", CFG=str(config),
-                                    sbatch=[*sbatch, f"--gpus-per-node={gpus}", "--mem=8G", "--cpus-per-task=4"])  # fmt: skip
-        if name == "cancelled":
-            cluster.wait_for(lambda: cluster.fact(jobs["cancelled"], "JobState") == "RUNNING")
 
     def saved(name):
         return list(folders[name].glob("checkpoint-*/index.json"))
+
+    # The limited one comes first, for its signal shall find it training. The cancelled one holds most of node1's GPUs, so that the
+    # one that gets lost starts on node2, and finds room on node1 later.
+    for name, gpus, sbatch in (("limited", 1, ["--nodelist=node1", "--time=1", "--signal=B:USR1@15"]),
+                               ("cancelled", 6, ["--nodelist=node1"]), ("requeued", 1, ["--nodelist=node1"]), ("lost", 6, [])):  # fmt: skip
+        sbatch = [*sbatch, f"--gpus-per-node={gpus}", "--mem=8G", "--cpus-per-task=4"]
+        jobs[name] = cluster.submit("launch_stage1.sh", f"train.output_dir={folders[name]}", f"train.max_steps={steps[name]}",
+                                    CFG=str(config), sbatch=sbatch)  # fmt: skip
+        if name == "limited":
+            cluster.wait_for(lambda: saved("limited"))
+        if name == "cancelled":
+            cluster.wait_for(lambda: cluster.fact(jobs["cancelled"], "JobState") == "RUNNING")
 
     cluster.wait_for(lambda: saved("cancelled"))
     cluster.run("scancel", jobs["cancelled"])
@@ -229,12 +234,12 @@ def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, dat
         cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # refused where it came back by itself
     for name in ("requeued", "limited"):
         assert cluster.wait(jobs[name], 300) == "COMPLETED", cluster.log(jobs[name])[-3000:]
-    assert cluster.fact(jobs["cancelled"], "JobState") == "CANCELLED" and "requeued" not in cluster.log(jobs["cancelled"])
+    assert cluster.fact(jobs["cancelled"], "JobState") == "CANCELLED" and "; requeued," not in cluster.log(jobs["cancelled"])
     for name in ("requeued", "limited", "lost"):
         assert int(cluster.fact(jobs[name], "Restarts")) >= 1
         assert re.search("going on from .*checkpoint-", cluster.log(jobs[name]))
         assert sorted(losses(folders[name])) == [1, *range(5, steps[name] + 1, 5)]
-    assert re.search("SIGUSR1: stopped at step .* requeued, it goes on", cluster.log(jobs["limited"]), re.DOTALL)
+    assert re.search("SIGUSR1: stopped at step .*; requeued, it goes on", cluster.log(jobs["limited"]), re.DOTALL)
     values = yaml.safe_load(config.read_text())
     values["train"]["max_steps"] = 150
     config.write_text(yaml.safe_dump(values))
