@@ -4,16 +4,15 @@
 #   bash launch_pipeline.sh
 #
 # CONFIGS: folder with stage1.yaml, stage2.yaml, stage3.yaml (configs/qwen2.5_1.5b). LAYERS: of the teacher (from its config).
-# RANKING: what the selection writes (the stage-2 run folder's neighbour selection/ranking.json). PARALLEL: layers tried at a
-# time (8). SBATCH_ARGS: for every job, SBATCH_TRAIN: for the stages (such as --nodes=4). The knobs of launch_preprocess.sh,
+# RANKING: what the selection writes (<output_dir of stage 2>_ga_s2/ranking.json). PARALLEL: layers tried at a time (8).
+# SBATCH_ARGS: for every job, SBATCH_TRAIN: for the stages (such as --nodes=4). The knobs of launch_preprocess.sh,
 # launch_selection.sh and launch_common.sh reach their jobs through the environment, as do sbatch's own (SBATCH_PARTITION ...).
 set -Eeuo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 command -v sbatch >/dev/null || die "sbatch: not found; without Slurm, run the launch_*.sh one after the other with bash."
 CONFIGS=${CONFIGS:-configs/qwen2.5_1.5b}
-mapfile -t facts < <(python - "$CONFIGS" "${LAYERS:-}" <<'PY'
+mapfile -t facts < <(python - "$CONFIGS" "${LAYERS:-}" "${METHOD:-ga_s2}" <<'PY'
 import sys
-from pathlib import Path
 
 from pipeline.config import load_config
 
@@ -23,7 +22,7 @@ if not layers:
     from convert import load_teacher_config
 
     layers = load_teacher_config(stages[0].teacher_model.name).num_hidden_layers
-print(layers, Path(stages[1].train.output_dir).parent / "selection" / "ranking.json", Path(stages[2].train.output_dir) / "converted-hf", sep="\n")
+print(layers, f"{stages[1].train.output_dir}_{sys.argv[3]}/ranking.json", f"{stages[2].train.output_dir}/converted-hf", sep="\n")
 PY
 )
 [[ ${#facts[@]} == 3 ]] || die "CONFIGS: $CONFIGS has no three stages that can be read (above)."

@@ -40,6 +40,7 @@ from distill_model import StudentForCausalLM  # noqa: E402
 from layer_selection.ranking import Ranking, budget, rank_samples, rank_scores, table, write  # noqa: E402
 from pipeline.config import Config, ConfigError, dump_config, load_config  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
+from pipeline.guard import REQUEUE  # noqa: E402
 from pipeline.run_folder import EXPORT  # noqa: E402
 from wrapper import AttentionAlignmentModel  # noqa: E402
 
@@ -151,6 +152,8 @@ def train_candidate(bench: Bench, args, layer: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stage2.yaml").write_text(dump_config(with_layers(bench.cfg, [layer], folder / "run")))
     done = subprocess.run([*args.launcher.split(), str(ROOT / "train.py"), "--cfg", str(folder / "stage2.yaml")])
+    if done.returncode == REQUEUE:  # a signal, which reached the run itself: it has saved
+        sys.exit(REQUEUE)
     if done.returncode:
         raise ConfigError(f"layer {layer}: its run in {folder / 'run'} ended with exit code {done.returncode}; see above, "
                           "and run again")  # fmt: skip

@@ -185,10 +185,11 @@ def in_optimiser():
     on_call(torch.optim.AdamW, "step", die, nth=8)
 
 
-def in_all_reduce():
-    import torch.distributed as dist
+def before_the_ranks_agree():
+    """The other rank waits in the all-reduce for what does not come."""
+    import hf_trainer
 
-    on_call(dist, "all_reduce", die, nth=8)
+    on_call(hf_trainer.Guard, "on_step_end", die, nth=8)
 
 
 def while_states_are_written():
@@ -236,7 +237,7 @@ def on_rank(rank, hook):
 KILLS = {
     "in a forward pass": (1, 0, in_forward),
     "in the optimiser's step": (1, 0, in_optimiser),
-    "one of two ranks, in a collective": (2, 1, in_all_reduce),
+    "one of two ranks, in a collective": (2, 1, before_the_ranks_agree),
     "half-way through the optimiser's states": (1, 0, while_states_are_written),
     "half-way through the states, one of two ranks": (2, 1, while_states_are_written),
     "half-way through the states, ZeRO-3": (3, 0, while_states_are_written),
