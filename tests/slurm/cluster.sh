@@ -53,7 +53,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=2
 KillWait=5
-ReturnToService=2
+ReturnToService=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=node1 NodeHostname=node1 NodeAddr=10.77.0.11 CPUs=64 RealMemory=1000000 Gres=gpu:8

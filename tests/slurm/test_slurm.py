@@ -72,7 +72,7 @@ class Cluster:
         """The job's last state."""
         end = time.monotonic() + seconds
         while (state := self.fact(job, "JobState")) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):
-            assert time.monotonic() < end, f"{state}\n{self.log(job)[-3000:]}"
+            assert time.monotonic() < end, f"{state} ({self.fact(job, 'Reason')})\n{self.log(job)[-3000:]}"
             time.sleep(0.3)
         return state
 
@@ -228,10 +228,10 @@ def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, dat
     assert node == "node2"
     cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     try:
-        assert cluster.wait(jobs["lost"]) == "COMPLETED", cluster.log(jobs["lost"])[-3000:]
+        assert cluster.wait(jobs["lost"], 90) == "COMPLETED", cluster.log(jobs["lost"])[-3000:]
         assert cluster.fact(jobs["lost"], "NodeList") == "node1"
     finally:
-        cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # refused where it came back by itself
+        cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
     for name in ("requeued", "limited"):
         assert cluster.wait(jobs[name], 300) == "COMPLETED", cluster.log(jobs[name])[-3000:]
     assert cluster.fact(jobs["cancelled"], "JobState") == "CANCELLED" and "; requeued," not in cluster.log(jobs["cancelled"])
