@@ -199,7 +199,7 @@ def test_a_rank_that_fails(cluster, teacher, data, tmp_path):
 
 def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, data, tmp_path):
     """Four jobs at a time: each goes on by itself to the end of a run that nobody touched, but for the cancelled one."""
-    steps = {"requeued": 150, "limited": 800, "cancelled": 3000, "lost": 150}
+    steps = {"requeued": 150, "limited": 500, "cancelled": 3000, "lost": 150}
     jobs, folders = {}, {name: tmp_path / name for name in steps}
     settings = {"report_to": "none", "save_steps": 25, "micro_batch_size": 4, "logging_steps": 5, "eval_steps": 10000}
     config = write_config(tmp_path, 1, teacher_dir, data, **settings)
