@@ -48,9 +48,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rank, world_size = set_up_process()
-    stop = StopSignals()
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
-    with failures_in_one_line(rank, world_size):
+    with StopSignals() as stop, failures_in_one_line(rank, world_size):
         try:
             prepared = prepare(args, rank, world_size)
         except ValueError as error:
@@ -66,9 +65,9 @@ def main(argv: list[str] | None = None) -> None:
                 train_stage(cfg, plan, chunks, device, report, resume, stop, say)
             if rank == 0:
                 export(cfg)
-    import torch
+        import torch
 
-    torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tuple[Config, BatchPlan, Chunks, bool] | None:

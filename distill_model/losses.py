@@ -2,14 +2,19 @@
 
 The heads take hidden states and the output matrix, walk over the rows in chunks, and compute the gradients of a chunk
 while its logits are at hand; backward only scales them. Peak memory is chunk_size x vocabulary, whatever the batch.
+On a GPU the softmaxes of a chunk are one Triton kernel, which reads the logits twice and writes their gradient over them.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-CHUNK_SIZE = 1024  # rows of logits held at a time
+# Rows of logits held at a time: on a GPU enough for its matrix products to run at their full rate.
+CHUNK_SIZE, CHUNK_SIZE_GPU = 1024, 4096
+BLOCK, WARPS = 4096, 8  # of the kernels; measured on an H200 at a vocabulary of 151936
 
 
 def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse") -> torch.Tensor:
@@ -26,44 +31,121 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "ms
     raise ValueError(f"train.alignment_loss: {kind!r} is unknown; choose mse or l2")
 
 
-class _LinearLoss(torch.autograd.Function):
-    """sum_i loss(hidden_i @ weight.T) / denominator, chunk by chunk.
+@triton.jit
+def _kl_rows(student, teacher, loss, vocabulary, inverse_temperature, BLOCK: tl.constexpr):
+    """KL(teacher || student) of a row of logits, and over the student's its gradient.
 
-    `rows(start, stop, logits)` gives the summed loss of a chunk and, over the logits in place, its gradient.
+    One pass finds both normalisers and E_teacher[t - s] together: KL = E[t - s] - lse(t) + lse(s).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    student += row * vocabulary
+    teacher += row * vocabulary
+    columns = tl.arange(0, BLOCK)
+    max_s, max_t = -float("inf"), -float("inf")
+    sum_s, sum_t, cross = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + columns < vocabulary
+        s = tl.load(student + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * inverse_temperature
+        t = tl.load(teacher + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * inverse_temperature
+        new_s, new_t = tl.maximum(max_s, tl.max(s, 0)), tl.maximum(max_t, tl.max(t, 0))
+        old_t = tl.exp(max_t - new_t)
+        weight = tl.exp(t - new_t)
+        sum_s = sum_s * tl.exp(max_s - new_s) + tl.exp(s - new_s)
+        sum_t = sum_t * old_t + weight
+        cross = cross * old_t + tl.where(inside, weight * (t - s), 0.0)
+        max_s, max_t = new_s, new_t
+    total_t = tl.sum(sum_t, 0)
+    lse_s, lse_t = max_s + tl.log(tl.sum(sum_s, 0)), max_t + tl.log(total_t)
+    tl.store(loss + row, tl.sum(cross, 0) / total_t - lse_t + lse_s)
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + columns < vocabulary
+        s = tl.load(student + start + columns, mask=inside).to(tl.float32) * inverse_temperature
+        t = tl.load(teacher + start + columns, mask=inside).to(tl.float32) * inverse_temperature
+        tl.store(student + start + columns, tl.exp(s - lse_s) - tl.exp(t - lse_t), mask=inside)
+
+
+@triton.jit
+def _cross_entropy_rows(logits, labels, loss, vocabulary, BLOCK: tl.constexpr):
+    """Cross-entropy of a row of logits, and over them its gradient; both 0 where the label is -100."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    label = tl.load(labels + row)
+    valid = (label != -100).to(tl.float32)
+    columns = tl.arange(0, BLOCK)
+    largest, total = -float("inf"), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        x = tl.load(logits + start + columns, mask=start + columns < vocabulary, other=-float("inf")).to(tl.float32)
+        new = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - new) + tl.exp(x - new)
+        largest = new
+    lse = largest + tl.log(tl.sum(total, 0))
+    target = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
+    tl.store(loss + row, (lse - target) * valid)
+    tl.debug_barrier()  # the target's logit is read before it is written over
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + columns < vocabulary
+        x = tl.load(logits + start + columns, mask=inside).to(tl.float32)
+        gradient = tl.exp(x - lse) - tl.where(start + columns == label, 1.0, 0.0)
+        tl.store(logits + start + columns, gradient * valid, mask=inside)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """scale x sum_i loss(hidden_i @ weight.T), chunk by chunk.
+
+    `rows(start, stop, logits)` gives the summed loss of a chunk and its gradient, which may be `logits` written over.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, rows, denominator, chunk_size):
+    def forward(ctx, hidden, weight, rows, scale, chunk_size):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         total = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         for start in range(0, len(hidden), chunk_size):
             chunk = hidden[start : start + chunk_size]
-            loss, gradient = rows(start, start + len(chunk), (chunk @ weight.mT).float())
+            loss, gradient = rows(start, start + len(chunk), chunk @ weight.mT)
             total += loss
-            if need_hidden or need_weight:
-                gradient = gradient.div_(denominator).to(hidden.dtype)
+            gradient = gradient.to(hidden.dtype)
             if need_hidden:
                 d_hidden[start : start + len(chunk)] = gradient @ weight
             if need_weight:
-                d_weight += gradient.mT @ chunk
-        ctx.save_for_backward(d_hidden, d_weight)
+                accumulate(d_weight, gradient.mT, chunk)
+        ctx.save_for_backward(d_hidden, d_weight, scale)
         ctx.weight_dtype = weight.dtype
-        return total / denominator
+        return total * scale
 
     @staticmethod
     def backward(ctx, d_loss):
-        d_hidden, d_weight = ctx.saved_tensors
+        d_hidden, d_weight, scale = ctx.saved_tensors
+        factor = d_loss * scale
         if d_hidden is not None:
-            d_hidden = (d_hidden * d_loss).to(d_hidden.dtype)
+            d_hidden = torch.mul(d_hidden, factor, out=torch.empty_like(d_hidden))
         if d_weight is not None:
-            d_weight = (d_weight * d_loss).to(ctx.weight_dtype)
+            d_weight = torch.mul(d_weight, factor, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
         return d_hidden, d_weight, None, None, None
 
 
+def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b in fp32, total's dtype."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def fuses(hidden: torch.Tensor) -> bool:
+    """Whether the Triton kernels serve these tensors, in place of their plain twins."""
+    return hidden.is_cuda
+
+
+def linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size):
+    fused = fuses(hidden)
+    chunk_size = chunk_size or (CHUNK_SIZE_GPU if fused else CHUNK_SIZE)
+    return _LinearLoss.apply(hidden, weight, fused_rows if fused else rows, scale, chunk_size)
+
+
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_size: int = CHUNK_SIZE
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_size: int | None = None
 ) -> torch.Tensor:
     """Mean cross-entropy of softmax(hidden @ weight.T), a scalar in fp32; 0 if every label is ignored.
 
@@ -73,13 +155,19 @@ def linear_cross_entropy(
 
     def rows(start, stop, logits):
         target, keep = labels[start:stop].clamp(min=0)[:, None], valid[start:stop, None]
-        log_probs = F.log_softmax(logits, -1)
+        log_probs = F.log_softmax(logits.float(), -1)
         loss = -(log_probs.gather(-1, target) * keep).sum()
         gradient = log_probs.exp_()
         gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0))
         return loss, gradient.mul_(keep)
 
-    return _LinearLoss.apply(hidden, weight, rows, valid.sum().clamp(min=1), chunk_size)
+    def fused_rows(start, stop, logits):
+        loss = torch.empty(len(logits), device=logits.device)
+        _cross_entropy_rows[(len(logits),)](logits, labels[start:stop], loss, logits.shape[1], BLOCK=BLOCK, num_warps=WARPS)
+        return loss.sum(), logits
+
+    scale = 1 / valid.sum().clamp(min=1)
+    return linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size)
 
 
 def forward_kl(
@@ -88,7 +176,7 @@ def forward_kl(
     student_weight: torch.Tensor,
     teacher_weight: torch.Tensor,
     temperature: float = 1.0,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
     """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32 (Hinton et al., arXiv 1503.02531).
 
@@ -100,10 +188,16 @@ def forward_kl(
     teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
 
     def rows(start, stop, logits):
-        student = F.log_softmax(logits.div_(temperature), -1)
-        teacher = F.log_softmax((teacher_hidden[start:stop] @ teacher_weight.mT).float().div_(temperature), -1)
+        student = F.log_softmax(logits.float() / temperature, -1)
+        teacher = F.log_softmax((teacher_hidden[start:stop] @ teacher_weight.mT).float() / temperature, -1)
         target = teacher.exp()
-        loss = (target * (teacher - student)).sum() * temperature**2
-        return loss, student.exp_().sub_(target).mul_(temperature)
+        loss = (target * (teacher - student)).sum() * temperature
+        return loss, student.exp_().sub_(target)
 
-    return _LinearLoss.apply(student_hidden, student_weight, rows, len(student_hidden), chunk_size)
+    def fused_rows(start, stop, logits):
+        teacher, loss = teacher_hidden[start:stop] @ teacher_weight.mT, torch.empty(len(logits), device=logits.device)
+        _kl_rows[(len(logits),)](logits, teacher, loss, logits.shape[1], 1 / temperature, BLOCK=BLOCK, num_warps=WARPS)
+        return loss.sum() * temperature, logits
+
+    scale = student_hidden.new_full((), temperature / len(student_hidden), dtype=torch.float32)
+    return linear_loss(student_hidden, student_weight, rows, fused_rows, scale, chunk_size)

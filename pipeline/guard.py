@@ -37,6 +37,15 @@ class StopSignals:
             print(f"{self.received}: stopping; the same command goes on from here", flush=True)
             raise SystemExit(REQUEUE)
 
+    def __enter__(self) -> StopSignals:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """From here on both are ignored: Python's own end brings back their defaults, of which a process that has done its
+        work, or has its exit code, would die."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
 
 class Watchdog:
     """Ends the process, with every rank's position and the stack, once this rank has not moved for `seconds`.

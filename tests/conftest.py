@@ -8,11 +8,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import yaml
 
 SHAPE = dict(
     vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
 )  # fmt: skip
+LENGTH, KEPT = 32, [1]  # of a chunk; of a hybrid
 
 
 def random_teacher(folder, kind="qwen3", **overrides):
@@ -53,3 +55,43 @@ def teacher_dir(tmp_path_factory):
     random_teacher(folder, "qwen3", tie_word_embeddings=True)
     save_tokenizer(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, teacher_dir):
+    """Chunks of 32 tokens of made-up Python."""
+    import preprocess_chunk
+    import preprocess_download_tokenize
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "corpus").mkdir()
+    for i in range(60):
+        lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9))
+        (folder / "corpus" / f"{i}.py").write_text("\n".join(lines))
+    preprocess_download_tokenize.main(
+        ["--dataset_name", str(folder / "corpus"), "--tokenizer", teacher_dir, "--output_dir", str(folder / "tokenized"),
+         "--holdout", "0.1"])  # fmt: skip
+    preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--context_length", str(LENGTH),
+                           "--output_dir", str(folder)])  # fmt: skip
+    return str(folder / f"chunked_context{LENGTH}")
+
+
+def write_config(folder, stage, teacher_dir, data_dir, **changes):
+    """A stage's YAML in `folder`; `changes` are keys of its train section."""
+    values = {
+        "stage": stage,
+        "data": {"cache_dir": data_dir},
+        "teacher_model": {"name": teacher_dir},
+        "student_model": {"name": "gdn_v4", "keep_full_attention_layers": KEPT if stage > 1 else []},
+        "train": {
+            "output_dir": str(folder / f"stage{stage}"), "max_steps": 4, "batch_size": 4, "micro_batch_size": 1,
+            "train_seq_len": LENGTH, "lr": 2e-3, "lr_attn": 4e-3, "final_lr": 1e-3, "warmup_steps": 0, "save_steps": 2,
+            "eval_steps": 4, "eval_batches": 1, "logging_steps": 1,
+        },
+    }  # fmt: skip
+    if stage > 1:
+        values["train"]["student_init_ckpt"] = str(folder / f"stage{stage - 1}" / "converted-hf")
+    values["train"] |= changes
+    file = folder / f"stage{stage}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file

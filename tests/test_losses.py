@@ -1,9 +1,16 @@
-"""The chunked heads against the naive losses in float64: value and every gradient."""
+"""The chunked heads against the naive losses in float64: value and every gradient; their Triton kernels in Triton's interpreter
+(`python tests/test_losses.py`, a process of its own)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from distill_model import losses
 from distill_model.losses import alignment_loss, forward_kl, linear_cross_entropy
 
 N, V, H, H_TEACHER = 37, 53, 12, 20
@@ -97,3 +104,19 @@ def test_alignment_loss():
     torch.testing.assert_close(alignment_loss(a, b, "l2").double(), l2, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="alignment_loss: 'huber'"):
         alignment_loss(a, b, "huber")
+
+
+def test_triton_kernels_in_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    losses.fuses, losses.BLOCK = lambda hidden: True, 16  # 53 entries are three blocks and a part
+    for size in (7, N):
+        test_linear_cross_entropy(size, 5)
+        test_forward_kl(size, 2.5)
+    test_linear_cross_entropy(8, N)
+    test_gradients_accumulate_over_micro_batches()
+    test_only_the_wanted_gradients_are_made()

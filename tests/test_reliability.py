@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,20 @@ def test_headers():
         assert "requeue" in headers and "open-mode=append" in headers
         assert any("gpu" in line for line in headers) == (script != "preprocess")
         assert ("signal=B:USR1@600" in headers) == (script != "preprocess")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_while_python_ends_changes_nothing(name):
+    code = f"""
+import os, signal
+from pipeline.guard import StopSignals
+
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.{name}):
+        kill(pid, number)
+
+late = Late()
+with StopSignals():
+    pass
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

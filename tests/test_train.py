@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-import preprocess_chunk
-import preprocess_download_tokenize
 import train
-from conftest import SHAPE, random_teacher, save_tokenizer
+from conftest import KEPT, LENGTH, SHAPE, random_teacher, save_tokenizer, write_config
 from convert import load_teacher, load_teacher_config
 from convert_ckpt import export_checkpoint
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, is_student_attention
@@ -28,44 +25,6 @@ from pipeline.run_folder import check_run_folder, record_run
 from wrapper import AttentionAlignmentModel, student_attention_state
 
 ROOT = Path(__file__).parent.parent
-LENGTH, KEPT = 32, [1]
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory, teacher_dir):
-    """Chunks of 32 tokens of made-up Python."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus").mkdir()
-    for i in range(60):
-        lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9))
-        (folder / "corpus" / f"{i}.py").write_text("\n".join(lines))
-    preprocess_download_tokenize.main(
-        ["--dataset_name", str(folder / "corpus"), "--tokenizer", teacher_dir, "--output_dir", str(folder / "tokenized"),
-         "--holdout", "0.1"])  # fmt: skip
-    preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--context_length", str(LENGTH),
-                           "--output_dir", str(folder)])  # fmt: skip
-    return str(folder / f"chunked_context{LENGTH}")
-
-
-def write_config(folder, stage, teacher_dir, data_dir, **changes):
-    """A stage's YAML in `folder`; `changes` are keys of its train section."""
-    values = {
-        "stage": stage,
-        "data": {"cache_dir": data_dir},
-        "teacher_model": {"name": teacher_dir},
-        "student_model": {"name": "gdn_v4", "keep_full_attention_layers": KEPT if stage > 1 else []},
-        "train": {
-            "output_dir": str(folder / f"stage{stage}"), "max_steps": 4, "batch_size": 4, "micro_batch_size": 1,
-            "train_seq_len": LENGTH, "lr": 2e-3, "lr_attn": 4e-3, "final_lr": 1e-3, "warmup_steps": 0, "save_steps": 2,
-            "eval_steps": 4, "eval_batches": 1, "logging_steps": 1,
-        },
-    }  # fmt: skip
-    if stage > 1:
-        values["train"]["student_init_ckpt"] = str(folder / f"stage{stage - 1}" / "converted-hf")
-    values["train"] |= changes
-    file = folder / f"stage{stage}.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return file
 
 
 def run(*command):

@@ -21,10 +21,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARA
 
 from processes import Child, import_once, start  # noqa: E402
 from test_faults import SETTINGS, metrics, preprocess  # noqa: E402
-from test_train import write_config  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from conftest import random_teacher, save_tokenizer  # noqa: E402
+from conftest import random_teacher, save_tokenizer, write_config  # noqa: E402
 from pipeline.guard import REQUEUE  # noqa: E402
 
 ENDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)

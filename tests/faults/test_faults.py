@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, Child, import_once, start
-from test_train import write_config
+from conftest import write_config
 
 import preprocess_chunk
 import preprocess_download_tokenize

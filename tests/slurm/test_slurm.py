@@ -13,9 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import random_teacher, save_tokenizer
+from conftest import random_teacher, save_tokenizer, write_config
 from processes import ROOT, import_once, start
-from test_train import write_config
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
@@ -199,7 +198,7 @@ def test_a_rank_that_fails(cluster, teacher, data, tmp_path):
 
 def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, data, tmp_path):
     """Four jobs at a time: each goes on by itself to the end of a run that nobody touched, but for the cancelled one."""
-    steps = {"requeued": 150, "limited": 500, "cancelled": 3000, "lost": 150}
+    steps = {"requeued": 150, "limited": 1500, "cancelled": 3000, "lost": 150}
     jobs, folders = {}, {name: tmp_path / name for name in steps}
     settings = {"report_to": "none", "save_steps": 25, "micro_batch_size": 4, "logging_steps": 5, "eval_steps": 10000}
     config = write_config(tmp_path, 1, teacher_dir, data, **settings)
@@ -232,6 +231,8 @@ def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, dat
         assert cluster.fact(jobs["lost"], "NodeList") == "node1"
     finally:
         cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+    cluster.wait_for(lambda: int(cluster.fact(jobs["limited"], "Restarts")) >= 1)
+    cluster.run("scontrol", "update", f"jobid={jobs['limited']}", "timelimit=10")  # once is enough
     for name in ("requeued", "limited"):
         assert cluster.wait(jobs[name], 300) == "COMPLETED", cluster.log(jobs[name])[-3000:]
     assert cluster.fact(jobs["cancelled"], "JobState") == "CANCELLED" and "; requeued," not in cluster.log(jobs["cancelled"])
