@@ -249,7 +249,7 @@ def build_student_for_stage1(cfg: Config, dtype, say=print):
     )
     parts = "; ".join(f"{kind}: {' '.join(names)}" for kind, names in vars(reports[0]).items() if names)
     say(f"students: {len(reports)} x {cfg.student_model.name}; {parts}")
-    model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, cfg.train.gradient_checkpointing)
+    model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, recompute=cfg.train.zero_stage == 3)
     model.init_report = {layer: vars(report) for layer, report in reports.items()}
     return model
 
@@ -395,6 +395,8 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     set_seed(train.seed)
     # Models come before TrainingArguments: after them, a ZeRO-3 config would shard every model while it is being built.
     if cfg.stage == 1:
+        if train.gradient_checkpointing:
+            say("train.gradient_checkpointing: has no effect in stage 1, which never stores more than one layer's activations")
         model = build_student_for_stage1(cfg, dtype, say)
         if train.calibrate_init and resume is None:
             calibrate_students(model.to(device), chunks, train.calibrate_init, train.micro_batch_size, say)

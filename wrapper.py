@@ -11,46 +11,67 @@ from distill_model.attention import SoftmaxAttention
 from distill_model.losses import alignment_loss
 
 
+class _LossAndGradients(torch.autograd.Function):
+    """loss(), with its gradients computed at once, so that its graph does not outlive the call; backward scales them."""
+
+    @staticmethod
+    def forward(ctx, loss, *parameters):
+        with torch.enable_grad():
+            value = loss()
+            gradients = torch.autograd.grad(value, parameters)
+        ctx.save_for_backward(*gradients)
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        return None, *(gradient * d_loss.to(gradient.dtype) for gradient in ctx.saved_tensors)
+
+
 class AttentionDistillationWrapper(nn.Module):
     """A teacher's attention and the student's, fed the same hidden states.
 
     The loss is returned, not kept as an attribute: a kept one is lost under re-entrant checkpointing and under ZeRO.
+    recompute: see `AttentionAlignmentModel`.
     """
 
-    def __init__(self, teacher_attn: nn.Module, student_attn: nn.Module, kind: str = "mse", checkpointing: bool = False):
+    def __init__(self, teacher_attn: nn.Module, student_attn: nn.Module, kind: str = "mse", recompute: bool = False):
         super().__init__()
         self.teacher_attn, self.student_attn = teacher_attn.requires_grad_(False), student_attn
-        self.kind, self.checkpointing = kind, checkpointing
-
-    def _student_loss(self, hidden_states, target, position_embeddings):
-        output = self.student_attn(hidden_states, position_embeddings=position_embeddings)[0]
-        return alignment_loss(output, target, self.kind)
+        self.kind, self.recompute = kind, recompute
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden_states [B, T, hidden_size] -> (the teacher's output, same shape, without graph; the loss)."""
         hidden_states = hidden_states.detach()
         with torch.no_grad():
             target = self.teacher_attn(hidden_states, position_embeddings=position_embeddings)[0]
-        arguments = hidden_states, target, position_embeddings
-        if self.checkpointing and torch.is_grad_enabled():
-            return target, checkpoint(self._student_loss, *arguments, use_reentrant=False)
-        return target, self._student_loss(*arguments)
+
+        def loss():
+            output = self.student_attn(hidden_states, position_embeddings=position_embeddings)[0]
+            return alignment_loss(output, target, self.kind)
+
+        if not torch.is_grad_enabled():
+            return target, loss()
+        if self.recompute:
+            return target, checkpoint(loss, use_reentrant=False)
+        return target, _LossAndGradients.apply(loss, *(p for p in self.student_attn.parameters() if p.requires_grad))
 
 
 class AttentionAlignmentModel(nn.Module):
     """What stage 1 runs: the teacher's embeddings and blocks, each attention wrapped, up to the last attention.
 
-    No final norm, no head, nothing after the last attention. Only the student attentions train. Parameters are named
-    as in `StudentForCausalLM`, with `attn.teacher_attn.` and `attn.student_attn.` for `attn.`.
+    No final norm, no head, nothing after the last attention. Only the student attentions train, and never is more than
+    one layer's graph alive: a layer's gradients are computed with its loss, or, with `recompute`, the layer is computed
+    again in backward, as ZeRO-3 needs it, which gathers weights around forward and backward. Parameters are named as in
+    `StudentForCausalLM`, with `attn.teacher_attn.` and `attn.student_attn.` for `attn.`.
     """
 
-    def __init__(self, teacher: StudentForCausalLM, student: StudentForCausalLM, kind="mse", checkpointing=False):
+    def __init__(self, teacher: StudentForCausalLM, student: StudentForCausalLM, kind="mse", recompute=False):
         super().__init__()
         self.config = student.config
         self.model = teacher.model.requires_grad_(False)
         del self.model.norm
         for block, twin in zip(self.model.layers, student.model.layers, strict=True):
-            block.attn = AttentionDistillationWrapper(block.attn, twin.attn.requires_grad_(True), kind, checkpointing)
+            block.attn = AttentionDistillationWrapper(block.attn, twin.attn.requires_grad_(True), kind, recompute)
         last = self.model.layers[-1]
         del last.mlp, last.mlp_norm
 

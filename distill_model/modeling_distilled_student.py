@@ -26,6 +26,7 @@ from fla.models.utils import Cache, FLAGenerationMixin  # noqa: E402
 
 from .attention import RotaryEmbedding, SoftmaxAttention  # noqa: E402
 from .config_distilled_student import StudentConfig  # noqa: E402
+from .fused_ops import swiglu  # noqa: E402
 from .losses import forward_kl, linear_cross_entropy  # noqa: E402
 from .student_layers import (  # noqa: E402
     STUDENT_ATTENTION_MAP,
@@ -53,10 +54,11 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up) if self.act is None else self.act(gate) * up)
 
 
 class LMHead(nn.Linear):

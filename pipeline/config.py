@@ -68,7 +68,7 @@ class TrainConfig:
     max_length: int | None = key(None, help="accepted; must equal train_seq_len")
     add_eos_token: bool | None = key(None, help="accepted; preprocessing always puts EOS between documents")
     resume_from_checkpoint: str | bool | None = key("auto", help="auto or true: go on from the newest undamaged checkpoint in output_dir, if any; null: refuse if output_dir holds a run; a checkpoint-N folder of output_dir: from that one")
-    gradient_checkpointing: bool = key(False, help="recompute activations in backward instead of storing them")
+    gradient_checkpointing: bool = key(False, help="stages 2 and 3: recompute activations in backward instead of storing them; stage 1 never stores more than a layer's")
     alignment_loss: str = key("mse", help="stage 1: mse, or l2 (norm over sqrt(D), RADLADS)", choices=("mse", "l2"))
     calibrate_init: int = key(0, help="stage 1: fit decay and output projections to so many batches of micro_batch_size sequences before the first step; 0: none", minimum=0)
     kl_temperature: float = key(1.0, help="stage 2: temperature tau; the loss is tau^2 KL", minimum=1e-3)

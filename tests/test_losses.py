@@ -1,5 +1,5 @@
-"""The chunked heads against the naive losses in float64: value and every gradient; their Triton kernels in Triton's interpreter
-(`python tests/test_losses.py`, a process of its own)."""
+"""The chunked heads against the naive losses in float64: value and every gradient; all Triton kernels of ours in Triton's
+interpreter (`python tests/test_losses.py`, a process of its own)."""
 
 import os
 import subprocess
@@ -113,7 +113,14 @@ def test_triton_kernels_in_the_interpreter():
 
 
 if __name__ == "__main__":
-    losses.fuses, losses.BLOCK = lambda hidden: True, 16  # 53 entries are three blocks and a part
+    import test_fused_ops
+    from distill_model import fused_ops
+
+    losses.fuses = fused_ops.fuses = lambda tensor: True
+    losses.BLOCK = fused_ops.BLOCK = 16  # 53 entries are three blocks and a part
+    for shape in test_fused_ops.SHAPES:
+        test_fused_ops.test_swiglu(shape)
+        test_fused_ops.test_mean_squared_error(shape)
     for size in (7, N):
         test_linear_cross_entropy(size, 5)
         test_forward_kl(size, 2.5)

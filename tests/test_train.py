@@ -220,8 +220,8 @@ def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ its parts
 @pytest.mark.parametrize("kind", ["mse", "l2"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_alignment_gradients_equal_direct_ones(teacher_dir, kind, checkpointing):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_alignment_gradients_equal_direct_ones(teacher_dir, kind, recompute):
     teacher, ids = load_teacher(teacher_dir), torch.randint(0, 80, (2, 19))
     torch.manual_seed(0)
     student = StudentForCausalLM.from_teacher(teacher, "gdn_v4")[0]
@@ -235,7 +235,7 @@ def test_alignment_gradients_equal_direct_ones(teacher_dir, kind, checkpointing)
         for (name, p), g in zip(twin.named_parameters(), torch.autograd.grad(loss, list(twin.parameters()))):
             expected[f"model.layers.{i}.attn.{name}"] = g
         hidden = block(hidden, position_embeddings=positions).detach()
-    model = AttentionAlignmentModel(teacher, student, kind, checkpointing).train()
+    model = AttentionAlignmentModel(teacher, student, kind, recompute).train()
     model(ids)["loss"].backward()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert student_attention_state(trainable).keys() == expected.keys()

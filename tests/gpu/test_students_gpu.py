@@ -28,7 +28,7 @@ CONFIG = StudentConfig(hidden_size=128, num_attention_heads=2, num_key_value_hea
                        attention_bias=True, qk_norm=True, student_name="gdn_v4")  # fmt: skip
 OPTIONS = {"swa_v1": {"window_size": 8}, "lolcats_v1": {"window_size": 8}}  # shorter than the text
 # The most that an error may be: a floor, and a multiple of what the stand-ins lose in bf16.
-LIMITS = {torch.float32: (1e-3, 0.0), torch.bfloat16: (1e-2, 3.0)}
+LIMITS = {torch.float32: (3e-3, 0.0), torch.bfloat16: (1e-2, 3.0)}
 
 
 @pytest.fixture(autouse=True, scope="module")

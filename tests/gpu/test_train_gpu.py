@@ -59,7 +59,7 @@ def test_losses_fall_and_follow_the_cpu(both, stage):
     gpu, cpu = (losses(both / name / f"stage{stage}") for name in ("gpu", "cpu"))
     assert len(gpu) == len(cpu) == STEPS
     assert gpu[-6:].mean() < 0.9 * gpu[:6].mean(), gpu
-    torch.testing.assert_close(gpu, cpu, rtol=0.05, atol=1e-3)
+    torch.testing.assert_close(gpu, cpu, rtol=0.1, atol=1e-3)
     before, after = losses(both / "gpu" / f"stage{stage}", "eval_loss")[[0, -1]]
     assert after < before
 

@@ -1,0 +1,243 @@
+"""Tokens a second of a stage, by its real trainer, with random weights of a published shape and random tokens.
+
+    python benchmarks/train_throughput.py --shape qwen2.5-1.5b --stage 1
+    deepspeed --num_gpus 4 benchmarks/train_throughput.py --shape qwen2.5-7b --stage 2 train.kd_teacher_shard=always
+
+Settings after the options override the benchmark's, as train.py takes them. It prints tokens a second a device; their matrix
+products' share of the rate that large products reach in the same run (attention and linear attention are not counted);
+peak memory; seconds from the trainer's first move to the end of the first step, which compiles or loads kernels; and
+where the GPU's time goes, from a profile of further steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.environment import join_ranks, set_up_device, set_up_process  # noqa: E402
+
+# micro-batch, sequence length, sequences a step and device
+BATCHES = {1: (48, 512, 96), 2: (4, 4096, 16), 3: (1, 32768, 2)}
+FAMILIES = {"qwen2": "qwen2.5", "qwen3": "qwen3", "llama": "llama"}  # of published.yaml, as people call them
+KINDS = {  # of kernels, by what their names hold; the first that fits
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "wgmma"),
+    "softmax attention": ("flash", "cudnn", "fmha", "attention"),
+    "linear attention": ("chunk_", "fused_recurrent", "recompute_w_u", "solve_tril", "l2norm", "gated_delta", "gdn_", "wy_", "layer_norm_gated",
+                         "cumsum", "gla_", "kda_", "causal_conv", "gate_"),
+    "losses": ("_kl_rows", "_cross_entropy_rows", "_squared_difference"),
+    "optimiser": ("multi_tensor", "adam"),
+    "communication": ("nccl",),
+}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen2.5-1.5b", help="a published size of convert/published.yaml")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--stage", type=int, choices=BATCHES, required=True)
+    parser.add_argument("--student", default="gdn_v4")
+    parser.add_argument("--ratio", type=float, default=0.25, help="share of the layers that stay full in stages 2 and 3")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps, after two that are not")
+    parser.add_argument("--save_kernel_configs", type=Path, metavar="FOLDER", help="add what FLA's autotuner chose to a FLA_CONFIG_DIR")
+    parser.add_argument("--kernels", action="store_true", help="print the longest kernels too")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    return parser.parse_intermixed_args()
+
+
+def published_config(shape: str, layers: int | None):
+    """The teacher's config of a shape such as qwen2.5-1.5b, with other `layers` if they are given."""
+    import yaml
+
+    from distill_model import StudentConfig
+
+    families = yaml.safe_load((Path(__file__).parents[1] / "convert" / "published.yaml").read_text())
+    known = {f"{FAMILIES[family]}-{size}": values for family, sizes in families.items() for size, values in sizes.items()}
+    if shape not in known:
+        sys.exit(f"train_throughput.py: error: --shape: {shape} is unknown; choose one of {', '.join(known)}")
+    size = known[shape]
+    return StudentConfig(
+        vocab_size=size["vocab"], hidden_size=size["hidden"], intermediate_size=size["intermediate"],
+        num_hidden_layers=layers or size["layers"], num_attention_heads=size["heads"], num_key_value_heads=size["kv"],
+        head_dim=size["head_dim"], attention_bias=size.get("bias", shape.startswith("qwen2.5")),
+        qk_norm=size.get("qk_norm", shape.startswith("qwen3")), tie_word_embeddings=size["tied"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+
+
+def random_model(config, dtype, device):
+    import torch
+
+    from distill_model import StudentForCausalLM
+
+    with torch.device(device):
+        return StudentForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+def flops_per_token(teacher, model, stage: int) -> float:
+    """Of the matrix products that a training step cannot do without."""
+    from torch import nn
+
+    from distill_model import is_student_attention
+    from distill_model.modeling_distilled_student import LMHead
+
+    def products(module, *, head=True):
+        return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear) and (head or not isinstance(m, LMHead)))
+
+    if stage == 1:
+        students = [m for m in model.modules() if is_student_attention(m)]
+        inner = sum(products(m) for m in students)
+        back_through = sum(m.o_proj.weight.numel() for m in students)  # the inputs need no gradient
+        return 2 * (products(model) - inner) + 4 * inner + 2 * back_through
+    return (2 * products(teacher) if stage == 2 else 0) + 6 * products(model)
+
+
+def matmul_rate(device) -> float:
+    """FLOP/s of a large product in bf16."""
+    import torch
+
+    from benchmarks.kl_head import median_ms
+
+    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+    return 2 * 8192**3 / median_ms(lambda: a @ b) * 1e3
+
+
+def breakdown(profile, steps: int) -> list[tuple[str, float]]:
+    """Milliseconds a step by kind of kernel, the largest first, and of a GPU without work."""
+    from torch.autograd import DeviceType
+
+    kernels = [e for e in profile.events() if e.device_type == DeviceType.CUDA and e.time_range.elapsed_us() > 0
+               and not e.is_user_annotation]  # fmt: skip
+    totals: dict[str, float] = {}
+    for kernel in kernels:
+        name = kernel.name.lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "element-wise and the rest")
+        totals[kind] = totals.get(kind, 0) + kernel.time_range.elapsed_us()
+    intervals = sorted((k.time_range.start, k.time_range.end) for k in kernels)
+    busy, end = 0.0, intervals[0][0]
+    for start, stop in intervals:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    totals["no work (host)"] = end - intervals[0][0] - busy
+    return [(kind, us / 1e3 / steps) for kind, us in sorted(totals.items(), key=lambda item: -item[1])]
+
+
+def save_kernel_configs(folder: Path) -> None:
+    """Adds the configurations that this process's kernels run with to the files that FLA reads."""
+    import triton
+    from fla.ops.utils.cache import AutotuneKey, CachedAutotuner
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for tuner in [x for x in gc.get_objects() if isinstance(x, CachedAutotuner) and x.cache]:
+        file = folder / f"{tuner.kernel_name}.json"
+        entries = json.loads(file.read_text())["autotune_entries"] if file.is_file() else {}
+        for key, config in tuner.cache.items():
+            values = {name: getattr(config, name) for name in ("kwargs", "num_warps", "num_stages", "num_ctas", "maxnreg")}
+            entries.setdefault(AutotuneKey.key_hash(key), {"autotune_key": AutotuneKey.normalize_autotune_key(key), "config": values})
+        content = {"kernel_name": tuner.kernel_name, "triton_version": triton.__version__, "autotune_entries": entries}
+        file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    begin, args = time.perf_counter(), arguments()
+    rank, world_size = set_up_process()
+    device = set_up_device()
+    if device != "cuda":
+        sys.exit("train_throughput.py: skipped: it measures GPUs, and this machine has none")
+    join_ranks(device, 30)
+    import numpy as np
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    import convert
+    import train
+    from benchmarks.compare_students import evenly_spaced
+    from distill_model import StudentForCausalLM
+    from pipeline.batch_plan import batch_plan
+    from pipeline.config import load_config
+    from pipeline.data import Chunks
+
+    micro, length, batch = BATCHES[args.stage]
+    profiled, folder = 2, tempfile.TemporaryDirectory()
+    config = published_config(args.shape, args.layers)
+    kept = evenly_spaced(config.num_hidden_layers, args.ratio) if args.stage > 1 else []
+    file = Path(folder.name) / "stage.yaml"
+    file.write_text(f"stage: {args.stage}\ndata: {{cache_dir: none}}\nteacher_model: {{name: none}}\nstudent_model: {{name: {args.student}, "
+                    f"keep_full_attention_layers: {kept}}}\n"
+                    f"train: {{output_dir: {folder.name}/run, micro_batch_size: {micro}, batch_size: {batch * world_size}, train_seq_len: {length}, "
+                    f"lr: 1e-5, max_steps: {2 + args.steps + profiled}, logging_steps: 1000, student_init_ckpt: {'none' if kept else 'null'}}}\n")  # fmt: skip
+    cfg = load_config(str(file), args.overrides)
+    plan = batch_plan(cfg, world_size)
+    say = print if rank == 0 else lambda *_: None
+
+    # Random weights in place of a checkpoint's; all else is what train.py does.
+    def load_teacher(name, dtype=torch.bfloat16):
+        torch.manual_seed(0)
+        return random_model(config, dtype, device)
+
+    def build_student(cfg, dtype, say=print, teacher=None):
+        torch.manual_seed(0)
+        with torch.device(device):
+            student = StudentForCausalLM.from_teacher(teacher or load_teacher("", dtype), args.student, kept)[0]
+        return student
+
+    convert.load_teacher, train.build_student_for_stage2_and_3 = load_teacher, build_student
+    ids = np.random.default_rng(rank).integers(0, config.vocab_size, (plan.batch_size * plan.steps, length), dtype=np.int32)
+    chunks = Chunks(Dataset.from_dict({"input_ids": ids}), None, {})
+    rate = matmul_rate(device)
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.times, self.profile, self.begin = [], None, time.perf_counter()
+
+        def on_step_end(self, args_, state, control, **_):
+            torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+            if state.global_step == 1:
+                torch.cuda.reset_peak_memory_stats()
+            if state.global_step == 2 + args.steps and rank == 0:
+                self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self.profile.start()
+
+        def on_train_end(self, *_, **__):
+            if self.profile:
+                self.profile.stop()
+
+    guards = {"stop": None, "save_minutes": None, "watchdog": None, "facts": {}}
+    Path(cfg.train.output_dir).mkdir()
+    trainer = train.build_trainer(cfg, plan, chunks, device, False, None, guards, lambda *_: None)
+    trainer.args.save_strategy = "no"
+    flops = flops_per_token(getattr(getattr(trainer, "teacher", None), "model", None), trainer.model, args.stage)
+    clock = Clock()
+    trainer.add_callback(clock)
+    setup = time.perf_counter() - begin
+    trainer.train()
+    seconds = (clock.times[1 + args.steps] - clock.times[1]) / args.steps
+    tokens = plan.tokens_per_step / world_size / seconds
+    say(f"\n{torch.cuda.get_device_name()} x {world_size}, torch {torch.__version__}; {args.shape}, {config.num_hidden_layers} layers, stage "
+        f"{args.stage}, {args.student}, {len(kept)} kept; {plan.grad_accum} x {plan.micro_batch_size} x {plan.seq_len} tokens a step and device")
+    say("| tokens/s a device | share of the matmul rate | peak GiB | first step s | set-up s |\n|--:|--:|--:|--:|--:|")
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    say(f"| {tokens:,.0f} | {flops * tokens / rate:.0%} of {rate / 1e12:.0f} TFLOP/s | {peak:.1f} | "
+        f"{clock.times[0] - clock.begin:.1f} | {setup:.1f} |\n")
+    if rank == 0:
+        say("| time of a micro-batch | ms |\n|:--|--:|")
+        for kind, ms in breakdown(clock.profile, profiled * plan.grad_accum):
+            say(f"| {kind} | {ms:.1f} |")
+    if args.save_kernel_configs and rank == 0:
+        save_kernel_configs(args.save_kernel_configs)
+    if args.kernels and rank == 0:
+        print(clock.profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
