@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         with run_lock(cfg, rank):
             resume = resume_point(cfg, say)
             if resume is None or step_of(resume) < plan.steps:
-                train_stage(cfg, plan, chunks, device, report, resume, stop, say)
+                with memory_advice(cfg, plan):
+                    train_stage(cfg, plan, chunks, device, report, resume, stop, say)
             if rank == 0:
                 export(cfg)
         import torch
@@ -148,6 +149,28 @@ def failures_in_one_line(rank: int, world_size: int):
             sys.exit(f"train.py: error: {who}: {one_line(error)}")
         traceback.print_exc()
         sys.exit(f"train.py: {who} failed: {type(error).__name__}: {one_line(error)}")
+
+
+@contextmanager
+def memory_advice(cfg: Config, plan: BatchPlan):
+    """Turns an exhausted GPU into one line that names the knobs which are still free, the cheapest first."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        train = cfg.train
+        knobs = {
+            f"train.micro_batch_size below {train.micro_batch_size}, which changes no result": train.micro_batch_size > 1,
+            "train.gradient_checkpointing=true": cfg.stage > 1 and not train.gradient_checkpointing,
+            "train.kd_teacher_shard=always": cfg.stage == 2 and train.kd_teacher_shard != "always" and plan.world_size > 1,
+            "train.kd_teacher_offload=cpu": cfg.stage == 2 and train.kd_teacher_offload == "none",
+            "train.zero_stage=3": cfg.stage > 1 and (train.zero_stage or cfg.stage) < 3 and plan.world_size > 1,
+            "more GPUs": True,
+        }  # fmt: skip
+        free = "; ".join(knob for knob, helps in knobs.items() if helps)
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        raise ConfigError(f"out of GPU memory{f' ({wanted[1]} more were wanted)' if wanted else ''}; try {free}") from None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distill_model import StudentForCausalLM
 from distill_model.attention import SoftmaxAttention
+from distill_model.fused_ops import scaled
 from distill_model.losses import alignment_loss
 
 
@@ -24,7 +25,7 @@ class _LossAndGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
-        return None, *(gradient * d_loss.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return None, *(scaled(gradient, d_loss) for gradient in ctx.saved_tensors)
 
 
 class AttentionDistillationWrapper(nn.Module):

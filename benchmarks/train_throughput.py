@@ -27,8 +27,8 @@ from pipeline.environment import join_ranks, set_up_device, set_up_process  # no
 BATCHES = {1: (48, 512, 96), 2: (4, 4096, 16), 3: (1, 32768, 2)}
 FAMILIES = {"qwen2": "qwen2.5", "qwen3": "qwen3", "llama": "llama"}  # of published.yaml, as people call them
 KINDS = {  # of kernels, by what their names hold; the first that fits
-    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "wgmma"),
-    "softmax attention": ("flash", "cudnn", "fmha", "attention"),
+    "softmax attention": ("flash", "sdpa", "fmha"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
     "linear attention": ("chunk_", "fused_recurrent", "recompute_w_u", "solve_tril", "l2norm", "gated_delta", "gdn_", "wy_", "layer_norm_gated",
                          "cumsum", "gla_", "kda_", "causal_conv", "gate_"),
     "losses": ("_kl_rows", "_cross_entropy_rows", "_squared_difference"),

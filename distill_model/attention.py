@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .config_distilled_student import StudentConfig
+from .fused_ops import rotate
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
@@ -79,7 +80,7 @@ class SoftmaxAttention(nn.Module):
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
         k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
         v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        return *apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2), v
+        return rotate(q, *position_embeddings), rotate(k, *position_embeddings), v
 
     def with_past(self, k: torch.Tensor, v: torch.Tensor, past_key_values) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v behind those of the cache, which then holds the new ones too."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .fused_ops import fuses, mean_squared_error
+from .fused_ops import fuses, mean_squared_error, scaled
 
 # Rows of logits held at a time: on a GPU enough for its matrix products to run at their full rate.
 CHUNK_SIZE, CHUNK_SIZE_GPU = 1024, 4096
@@ -120,7 +120,7 @@ class _LinearLoss(torch.autograd.Function):
         d_hidden, d_weight, scale = ctx.saved_tensors
         factor = d_loss * scale
         if d_hidden is not None:
-            d_hidden = torch.mul(d_hidden, factor, out=torch.empty_like(d_hidden))
+            d_hidden = scaled(d_hidden, factor)
         if d_weight is not None:
             d_weight = torch.mul(d_weight, factor, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
         return d_hidden, d_weight, None, None, None

@@ -37,10 +37,10 @@ from fla.models.utils import Cache
 from fla.modules import RMSNorm
 from torch import nn
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .attention import SoftmaxAttention
 from .config_distilled_student import StudentConfig
+from .fused_ops import rotate
 
 # Norm weight of students whose memory is not addressed by the teacher's keys: at the start they hold little more than
 # running means, which RMSNorm would blow up to the size of an attention that knows what it looks for.
@@ -266,7 +266,7 @@ class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
                 cos, sin = (y.flatten(0, 1)[indices][None] for y in (cos, sin))
             half = self.head_dim // 2  # frequencies, the fastest first, in both halves of a head
             slow = torch.arange(self.head_dim, device=x.device) % half >= self.rope_share * half
-            q, k = apply_rotary_pos_emb(q, k, cos.masked_fill(slow, 1), sin.masked_fill(slow, 0), unsqueeze_dim=2)
+            q, k = (rotate(y, cos.masked_fill(slow, 1), sin.masked_fill(slow, 0)) for y in (q, k))
         one_by_one = q_len <= 64 and not self.training and not torch.is_grad_enabled()
         # Through FLA's module, where the stand-ins of `cpu_ops` are bound.
         rule = "fused_recurrent_gated_delta_rule" if one_by_one else "chunk_gated_delta_rule"

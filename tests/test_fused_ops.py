@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_model.fused_ops import mean_squared_error, swiglu
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from distill_model.fused_ops import mean_squared_error, rotate, scaled, swiglu
 
 SHAPES = [(1,), (3, 17), (2, 5, 60)]
 
@@ -37,3 +39,23 @@ def test_mean_squared_error(shape):
     (3 * expected).backward()
     torch.testing.assert_close(student.grad.double(), s.grad, rtol=1e-5, atol=1e-6)
     assert teacher.grad is None
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotate(batch):
+    """Positions of one row for all, and a row each."""
+    (x,), (double,) = leaves((2, 5, 3, 12), 1)
+    angles = torch.randn(batch, 5, 6).repeat(1, 1, 2)
+    out = rotate(x, angles.cos(), angles.sin())
+    expected = apply_rotary_pos_emb(double, double, angles.double().cos(), angles.double().sin(), unsqueeze_dim=2)[0]
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    weight = torch.randn(out.shape)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(x.grad.double(), double.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_scaled():
+    x, scale = torch.randn(3, 17), torch.tensor(0.3)
+    torch.testing.assert_close(scaled(x.T, scale), x.T * 0.3)
+    assert scaled(x.bfloat16(), scale).dtype == torch.bfloat16

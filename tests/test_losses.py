@@ -124,6 +124,9 @@ if __name__ == "__main__":
     for size in (7, N):
         test_linear_cross_entropy(size, 5)
         test_forward_kl(size, 2.5)
+    test_fused_ops.test_rotate(1)
+    test_fused_ops.test_rotate(2)
+    test_fused_ops.test_scaled()
     test_linear_cross_entropy(8, N)
     test_gradients_accumulate_over_micro_batches()
     test_only_the_wanted_gradients_are_made()

@@ -218,6 +218,33 @@ def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
     assert StudentForCausalLM.from_pretrained(tmp_path / "stage2" / "converted-hf")
 
 
+# ------------------------------------------------------------------------------------------------ the environment
+def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
+    """By the GPU's name; the user's own variables win."""
+    from pipeline import environment
+
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$GPU"\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name in ("FLA_CACHE_MODE", "FLA_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for gpu in ("NVIDIA Unheard-of 1", ""):
+        monkeypatch.setenv("GPU", gpu)
+        environment.use_kernel_configs()
+        assert "FLA_CONFIG_DIR" not in os.environ
+    monkeypatch.setenv("GPU", "NVIDIA H200")
+    monkeypatch.setenv("FLA_CACHE_MODE", "disabled")
+    environment.use_kernel_configs()
+    assert "FLA_CONFIG_DIR" not in os.environ
+    monkeypatch.delenv("FLA_CACHE_MODE")
+    environment.use_kernel_configs()
+    folder = Path(os.environ.pop("FLA_CONFIG_DIR"))
+    assert os.environ.pop("FLA_CACHE_MODE") == "fuzzy" and folder == ROOT / "pipeline" / "kernel_configs" / "NVIDIA_H200"
+    for file in folder.iterdir():
+        for entry in json.loads(file.read_text())["autotune_entries"].values():
+            assert {"kwargs", "num_warps", "num_stages", "num_ctas"} <= entry["config"].keys()
+
+
 # ------------------------------------------------------------------------------------------------ its parts
 @pytest.mark.parametrize("kind", ["mse", "l2"])
 @pytest.mark.parametrize("recompute", [False, True])

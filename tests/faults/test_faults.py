@@ -494,6 +494,29 @@ def test_not_finite(make_run, name):
     run.must_equal_the_whole()
 
 
+def test_out_of_memory(make_run):
+    """One line with what helps in this stage and is not in use yet."""
+    run = make_run(2)
+
+    def exhausted():
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has less.")
+
+    def hook():
+        import hf_trainer
+
+        on_call(hf_trainer.KDTrainer, "forward_loss", exhausted, nth=3)
+
+    job = run.start("train.gradient_checkpointing=true", hook=on_rank(1, hook))
+    assert job.wait() == 1
+    (line,) = (line for line in job.output().splitlines() if "out of GPU memory" in line)
+    assert line.startswith("train.py: error: rank 1 of 2") and "(20.00 GiB more were wanted)" in line
+    assert "train.micro_batch_size below 2" in line and "train.kd_teacher_shard=always" in line and "gradient_checkpointing" not in line
+    run.to_the_end()
+    run.must_equal_the_whole()
+
+
 def test_a_rank_hangs(make_run):
     """The time-out names it, and where it is."""
     import hf_trainer

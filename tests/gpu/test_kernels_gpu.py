@@ -1,9 +1,12 @@
-"""On a GPU: the fused heads against the naive losses in float64, and bf16 against the same logits rounded to bf16."""
+"""On a GPU: our own Triton kernels against the naive losses and steps in float64, in fp32 and bf16."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from distill_model.fused_ops import mean_squared_error, rotate, swiglu
 from distill_model.losses import forward_kl, linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -44,3 +47,28 @@ def test_linear_cross_entropy(dtype, vocab, chunk_size):
     labels = torch.randint(0, vocab, (257,), device="cuda")
     labels[::5] = -100
     check(linear_cross_entropy(*given, labels, chunk_size), F.cross_entropy(h @ w.T, labels), given, (h, w), LIMITS[dtype])
+
+
+def check_step(out, expected, given, references, limit):
+    weight = torch.randn(expected.shape, device="cuda", dtype=torch.float64)
+    (out.double() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    errors = [((out.double() - expected).norm() / expected.norm()).item()]
+    errors += [((a.grad.double() - b.grad).norm() / b.grad.norm()).item() for a, b in zip(given, references)]
+    assert max(errors) < limit, errors
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 131, 12, 128), (3, 5, 7, 20)])
+def test_element_wise_steps(dtype, shape):
+    given, double = tensors(dtype, shape, shape)
+    check_step(swiglu(*given), F.silu(double[0]) * double[1], given, double, LIMITS[dtype] / 2)
+    given, double = tensors(dtype, shape, shape)
+    loss, expected = mean_squared_error(*given), F.mse_loss(double[0], double[1].detach())
+    check(loss, expected, given[:1], double[:1], LIMITS[dtype] / 2)
+    for batch in (1, shape[0]):
+        given, double = tensors(dtype, shape)
+        angles = (10 * torch.rand(batch, shape[1], shape[3] // 2, device="cuda")).repeat(1, 1, 2)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        expected = apply_rotary_pos_emb(double[0], double[0], cos.double(), sin.double(), unsqueeze_dim=2)[0]
+        check_step(rotate(given[0], cos, sin), expected, given, double, LIMITS[dtype] / 2)
