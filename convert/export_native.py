@@ -62,15 +62,15 @@ NATIVE_STUDENTS = [name for name, student in STUDENT_ATTENTION_MAP.items() if st
 def native_export_refusal(config: StudentConfig) -> str | None:
     """Why a model cannot be written as `Qwen3_5ForCausalLM`, and what could, in one line; None if it can."""
     lacks = student_lacks(STUDENT_ATTENTION_MAP[config.student_name], config.student_options) if config.linear_layers else None
-    full = bool(config.keep_full_attention_layers)
     eps, qk_norm_eps = config.rms_norm_eps, config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
     qwen3 = "distil a Qwen3 teacher"
     reasons = {
         f"{config.student_name} has {lacks}; train {' or '.join(NATIVE_STUDENTS)} with none of that": lacks,
-        f"the full layers have no q/k norms, and no norm does nothing; {qwen3}, or keep no layer full": full and not config.qk_norm,
-        f"the q/k norms have eps {qk_norm_eps:g}, the others {eps:g}; {qwen3}": full and config.qk_norm and qk_norm_eps != eps,
+        f"the full attention has no q/k norms, and no norm does nothing; {qwen3}": not config.qk_norm,
+        f"the q/k norms have eps {qk_norm_eps:g}, the others {eps:g}; {qwen3}": qk_norm_eps != eps,
         f"the MLP has biases; {qwen3}": config.mlp_bias,
         f"the MLP's activation is {config.hidden_act}, not SiLU; {qwen3}": config.hidden_act not in ACTIVATIONS,
+        "no layer is full, and transformers counts its cache's tokens there; keep one full": not config.keep_full_attention_layers,
     }
     return next((f"{ARCHITECTURE} cannot express it: {reason}" for reason, lacking in reasons.items() if lacking), None)
 
@@ -203,11 +203,11 @@ def export_native(name_or_path: str, output: Path) -> None:
     print(f"{name_or_path} -> {output}, as {ARCHITECTURE}: {total / 1e9:.2f} GB, largest difference to the source {difference:.1e}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="converted-hf folder of a run, or a hub name")
     parser.add_argument("--output", required=True, type=Path, help="folder to be made")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     set_verbosity_error()  # transformers' advice to install kernels
     try:
         export_native(args.model, args.output)
