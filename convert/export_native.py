@@ -116,8 +116,22 @@ def linear_attention(attn: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"linear_attn.{name}": tensor for name, tensor in (stacked | {LINEAR[k]: v for k, v in attn.items()}).items()}
 
 
+def with_norms_near_one(block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same block, with powers of two moved from its norms to the projections behind them: theirs multiply by 1 + weight,
+    which in bf16 is coarse for a norm far below 1."""
+    block = dict(block)
+    for norm, mixer, last in (("attn_norm.weight", "attn.", "attn.o_proj.weight"), ("mlp_norm.weight", "mlp.", "mlp.down_proj.weight")):
+        scale = 2.0 ** block[norm].abs().median().clamp(min=2.0**-20).log2().round()
+        block[norm] = block[norm] / scale
+        for name in block:
+            if name.startswith(mixer) and name.endswith("_proj.weight") and name != last:
+                block[name] = block[name] * scale
+    return block
+
+
 def native_block(block: dict[str, torch.Tensor], native: Qwen3_5TextConfig, full: bool) -> dict[str, torch.Tensor]:
     """A block's tensors, from our names within it to theirs."""
+    block = with_norms_near_one(block)
     attn = {name.removeprefix("attn."): tensor for name, tensor in block.items() if name.startswith("attn.")}
     return {
         "input_layernorm.weight": block["attn_norm.weight"] - 1,

@@ -1,5 +1,6 @@
 """The native export: transformers, without our package and without FLA, gives our logits, decoding and text."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -44,7 +45,7 @@ root, cases, new_tokens, prompt = sys.argv[1], json.loads(sys.argv[2]), int(sys.
 results = {}
 for case in cases:
     folder = f"{root}/{case}/native"
-    stored = AutoModelForCausalLM.from_pretrained(folder)
+    stored = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
     ids, mask = torch.load(f"{root}/{case}/input.pt").values()
     with torch.no_grad():
@@ -55,7 +56,7 @@ for case in cases:
             past = out.past_key_values
             steps.append(out.logits)
     results[case] = {
-        "full": full, "padded": padded, "steps": torch.cat(steps, 1), "dtypes": {p.dtype for p in stored.parameters()},
+        "full": full, "rounded": stored(ids).logits, "padded": padded, "steps": torch.cat(steps, 1), "dtypes": {p.dtype for p in stored.parameters()},
         "class": type(model).__name__, "tied": model.lm_head.weight is model.model.embed_tokens.weight,
         "prompt": tokenizer(prompt)["input_ids"],
         "text": model.generate(ids[:, :20], attention_mask=mask[:, :20], max_new_tokens=new_tokens, do_sample=False, pad_token_id=0),
@@ -80,7 +81,15 @@ def hybrid(folder, case):
     save_tokenizer(folder / "teacher")
     torch.manual_seed(1)
     model = StudentForCausalLM.from_teacher(load_teacher(str(folder / "teacher")), "gdn_v8", kept, options)[0]
-    model = trained(model).to(torch.bfloat16 if case == "bf16" else torch.float32)
+    model = trained(model)
+    if case == "bf16":
+        with torch.no_grad():  # norms far below 1, with some spread, and projections that make up for it
+            for name, weight in model.named_parameters():
+                if name.endswith(("attn_norm.weight", "mlp_norm.weight")):
+                    weight.mul_(torch.empty_like(weight).uniform_(0.03, 0.06))
+                elif name.endswith("_proj.weight") and not name.endswith(("o_proj.weight", "down_proj.weight")):
+                    weight.mul_(20)
+        model = model.to(torch.bfloat16)
     model.save_pretrained(folder / "ours")
     copy_sidecars(str(folder / "teacher"), folder / "ours")
     return model
@@ -106,7 +115,7 @@ def everywhere(tmp_path_factory):
 @torch.no_grad()
 def test_transformers_alone_gives_the_same(everywhere, case):
     root, models, results = everywhere
-    model, result = models[case].float(), results[case]
+    model, result = copy.deepcopy(models[case]).float(), results[case]
     ids, mask = torch.load(root / case / "input.pt").values()
     close = dict(atol=1e-4, rtol=1e-4)
     full = model(ids).logits
@@ -116,6 +125,18 @@ def test_transformers_alone_gives_the_same(everywhere, case):
     torch.testing.assert_close(result["padded"][mask.bool()], padded[mask.bool()], **close)
     text = model.generate(ids[:, :20], attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     assert torch.equal(result["text"], text)
+
+
+@torch.no_grad()
+def test_bf16_loses_no_more_than_ours(everywhere):
+    """Qwen3.5's norms multiply by 1 + weight, which bf16 resolves to 1/256 of 1 and not of the weight."""
+    root, _, results = everywhere
+    result, ids = results["bf16"], torch.load(root / "bf16" / "input.pt")["ids"]
+    ours = StudentForCausalLM.from_pretrained(root / "bf16" / "ours").eval()(ids).logits
+    assert (result["rounded"] - result["full"]).norm() < 1.3 * (ours - result["full"]).norm()
+    held = load_file(root / "bf16" / "native" / "model.safetensors")
+    assert {name.split(".")[-2] for name, tensor in held.items() if tensor.dtype != torch.bfloat16} <= {
+        "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", HYBRIDS)
