@@ -120,11 +120,11 @@ def with_norms_near_one(block: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     """The same block, with powers of two moved from its norms to the projections behind them: theirs multiply by 1 + weight,
     which in bf16 is coarse for a norm far below 1."""
     block = dict(block)
-    for norm, mixer, last in (("attn_norm.weight", "attn.", "attn.o_proj.weight"), ("mlp_norm.weight", "mlp.", "mlp.down_proj.weight")):
-        scale = 2.0 ** block[norm].abs().median().clamp(min=2.0**-20).log2().round()
-        block[norm] = block[norm] / scale
+    for norm, behind, last in (("attn_norm", "attn", "o_proj"), ("mlp_norm", "mlp", "down_proj")):
+        scale = 2.0 ** block[f"{norm}.weight"].abs().median().clamp(min=2.0**-20).log2().round()
+        block[f"{norm}.weight"] = block[f"{norm}.weight"] / scale
         for name in block:
-            if name.startswith(mixer) and name.endswith("_proj.weight") and name != last:
+            if name.startswith(f"{behind}.") and name.endswith("_proj.weight") and name != f"{behind}.{last}.weight":
                 block[name] = block[name] * scale
     return block
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import random_teacher, save_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import copy_sidecars, export_native, load_teacher
 from convert.export_native import native_config, native_export_refusal
@@ -46,20 +46,21 @@ results = {}
 for case in cases:
     folder = f"{root}/{case}/native"
     stored = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids, mask = torch.load(f"{root}/{case}/input.pt").values()
     with torch.no_grad():
-        padded = model(ids[:, :20], attention_mask=mask[:, :20]).logits
+        padded = model(ids[:, :20], attention_mask=mask).logits
         full, past, steps = model(ids).logits, None, []
         for start, stop in ((0, 70), *((t, t + 1) for t in range(70, ids.shape[1]))):
             out = model(ids[:, start:stop], past_key_values=past, use_cache=True)
             past = out.past_key_values
             steps.append(out.logits)
     results[case] = {
-        "full": full, "rounded": stored(ids).logits, "padded": padded, "steps": torch.cat(steps, 1), "dtypes": {p.dtype for p in stored.parameters()},
+        "full": full, "rounded": stored(ids).logits, "padded": padded, "steps": torch.cat(steps, 1),
+        "dtypes": {p.dtype for p in stored.parameters()},
         "class": type(model).__name__, "tied": model.lm_head.weight is model.model.embed_tokens.weight,
-        "prompt": tokenizer(prompt)["input_ids"],
-        "text": model.generate(ids[:, :20], attention_mask=mask[:, :20], max_new_tokens=new_tokens, do_sample=False, pad_token_id=0),
+        "prompt": AutoTokenizer.from_pretrained(folder)(prompt)["input_ids"],
+        "text": model.generate(ids[:, :20], attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0),
     }
 torch.save(results, f"{root}/results.pt")
 """
@@ -125,6 +126,17 @@ def test_transformers_alone_gives_the_same(everywhere, case):
     torch.testing.assert_close(result["padded"][mask.bool()], padded[mask.bool()], **close)
     text = model.generate(ids[:, :20], attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     assert torch.equal(result["text"], text)
+
+
+@torch.no_grad()
+def test_beside_our_package_it_runs_on_a_cpu_too(everywhere):
+    """FLA is there in this process, and transformers calls it; our package has put plain PyTorch in its place."""
+    root, _, results = everywhere
+    model = AutoModelForCausalLM.from_pretrained(root / "tied" / "native").eval()
+    ids, mask = torch.load(root / "tied" / "input.pt").values()
+    torch.testing.assert_close(model(ids).logits, results["tied"]["full"], atol=1e-4, rtol=1e-4)
+    text = model.generate(ids[:, :20], attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    assert torch.equal(text, results["tied"]["text"])
 
 
 @torch.no_grad()
@@ -225,12 +237,12 @@ def test_an_export_that_differs_is_not_written(everywhere, tmp_path, monkeypatch
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_from_the_command_line(everywhere, tmp_path):
     """As a user calls it, from elsewhere; the weights are those of the call in this process."""
     root = everywhere[0]
-    script = str(export_native.__file__)
-    done = subprocess.run([sys.executable, script, "--model", str(root / "tied" / "ours"), "--output", "out"], cwd=tmp_path,
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    command = [sys.executable, export_native.__file__, "--model", str(root / "tied" / "ours"), "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "as Qwen3_5ForCausalLM" in done.stdout
     first, second = (load_file(folder / "model.safetensors") for folder in (root / "tied" / "native", tmp_path / "out"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
