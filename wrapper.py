@@ -115,15 +115,16 @@ def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge
     """Fits what of a student has a closed form, before the first step, on batches of token ids [B, T].
 
     Decay, where the student has one a head: an exponential kernel whose mean distance d is that of the teacher's softmax
-    weights forgets log(1 + 1 / d) a token. Then o_proj, with X [tokens, heads x head_dim] what it gets and Y what the
-    teacher's attention gives, less o_proj's bias: one scale a head by least squares, and around that
-    W = argmin |X W' - Y|^2 + ridge mean(diag X'X) |W - W_scaled|^2. The ridge keeps W near the teacher's: what fits best
-    before training is not the best to train from.
+    weights forgets log(1 + 1 / d) a token. A gate without a bias, where the student has one: X [tokens, hidden_size] being what
+    the layer gets, it opens along u = argmin |X u - 1|^2 + 0.01 mean(diag X'X) |u|^2. Then o_proj, with X [tokens,
+    heads x head_dim] what it gets and Y what the teacher's attention gives, less o_proj's bias: one scale a head by least
+    squares, and around that W = argmin |X W' - Y|^2 + ridge mean(diag X'X) |W - W_scaled|^2. The ridge keeps W near the
+    teacher's: what fits best before training is not the best to train from.
 
     Raises ValueError for students whose o_proj is fused with their norm, so that nobody sees what it gets.
     """
     wrappers, heads = [block.attn for block in model.model.layers], model.config.num_attention_heads
-    distances, inputs, moments = {}, {}, {}
+    distances, inputs, moments, gates = {}, {}, {}, {}
 
     def look(wrapper, args):
         distances[wrapper] = distances.get(wrapper, 0) + mean_distances(wrapper.teacher_attn, *args) / len(batches)
@@ -141,16 +142,28 @@ def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge
         xx, xy = moments.get(o_proj, (0, 0))
         moments[o_proj] = xx + x.mT @ x, xy + x.mT @ y
 
+    def add_gate_moments(wrapper, args):
+        x = args[0].flatten(0, -2).double()
+        xx, total = gates.get(wrapper, (0, 0))
+        gates[wrapper] = xx + x.mT @ x, total + x.sum(0)
+
+    def penalty(xx, strength):
+        return strength * xx.diagonal().mean().clamp(min=1e-12) * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+
     def run(hooks):
         for ids in batches:
             model(ids)
         for hook in hooks:
             hook.remove()
 
-    if fitted := [wrapper for wrapper in wrappers if wrapper.student_attn.fits_decay]:
-        run([wrapper.register_forward_pre_hook(look) for wrapper in fitted])
-        for wrapper, distance in distances.items():
-            wrapper.student_attn.set_decay(torch.log1p(1 / distance.clamp(min=0.5)))
+    hooks = [wrapper.register_forward_pre_hook(look) for wrapper in wrappers if wrapper.student_attn.fits_decay]
+    hooks += [wrapper.register_forward_pre_hook(add_gate_moments) for wrapper in wrappers if wrapper.student_attn.fits_gate]
+    if hooks:
+        run(hooks)
+    for wrapper, distance in distances.items():
+        wrapper.student_attn.set_decay(torch.log1p(1 / distance.clamp(min=0.5)))
+    for wrapper, (xx, total) in gates.items():
+        wrapper.student_attn.open_gate(torch.linalg.solve(xx + penalty(xx, 0.01), total))
     run([wrapper.register_forward_hook(add_moments) for wrapper in wrappers]
         + [wrapper.student_attn.o_proj.register_forward_pre_hook(keep_input) for wrapper in wrappers])  # fmt: skip
     for o_proj, (xx, xy) in moments.items():
@@ -159,8 +172,8 @@ def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge
         target = torch.einsum("hdo,ohd->h", xy.unflatten(0, (heads, -1)), by_head)
         scales = torch.linalg.pinv(overlap, hermitian=True) @ target  # a head may give nothing but zeros
         scaled = (by_head * scales[:, None]).flatten(1)
-        penalty = (ridge * xx.diagonal().mean().clamp(min=1e-12)) * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        o_proj.weight.copy_(torch.linalg.solve(xx + penalty, xy + penalty @ scaled.mT).mT)
+        pull = penalty(xx, ridge)
+        o_proj.weight.copy_(torch.linalg.solve(xx + pull, xy + pull @ scaled.mT).mT)
 
 
 def student_attention_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -45,6 +45,8 @@ from .fused_ops import rotate
 # Norm weight of students whose memory is not addressed by the teacher's keys: at the start they hold little more than
 # running means, which RMSNorm would blow up to the size of an attention that knows what it looks for.
 SOFT_START = 0.1
+# Where a SiLU gate starts: near 0 it is nearly linear, and learns faster than at 1 or at its minimum, where it is flattest.
+OPEN_SILU = 0.3
 # FLA advises short convolutions for pretraining from scratch; a student that starts from a teacher does without.
 warnings.filterwarnings("ignore", message="ShortConvolution is crucial")
 warnings.filterwarnings("ignore", message="According to Bo")  # of RWKV-7, once a layer
@@ -121,6 +123,7 @@ class StudentAttention:
     query heads takes a key/value projection repeated by head block.
     rope_share: the share of the teacher's rotary frequencies, from the fastest on, that the layer applies.
     fits_decay: whether its heads decay by exp(-exp(A_log) softplus(... + dt_bias)) a token, and by nothing else.
+    fits_gate: whether its output gate starts shut, and `open_gate` opens it.
     """
 
     OPTIONS: dict[str, Option] = {}
@@ -128,6 +131,7 @@ class StudentAttention:
     SOURCES = {f"{name}.weight": f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     rope_share = 0.0
     fits_decay = False
+    fits_gate = False
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -188,7 +192,8 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
     """Gated DeltaNet (Yang et al., arXiv 2412.06464) with one key/value head a query head of the teacher.
 
     factored: K and V go through as many features as the teacher has for them, then through a map to all heads that
-    starts as the repetition by head block. decay: factor on the decay at the start.
+    starts as the repetition by head block. decay: factor on the decay at the start. gate_activation: sigmoid, a gate
+    that starts open, or silu, one that starts shut, for it has no bias, and that `open_gate` opens.
     """
 
     OPTIONS = CONVOLUTION | {"allow_neg_eigval": SWITCH}
@@ -196,11 +201,12 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
     SOURCES = StudentAttention.SOURCES | {"k_proj.0.weight": "k_proj.weight", "v_proj.0.weight": "v_proj.weight"}
 
     def __init__(self, config: StudentConfig, layer_idx: int, *, use_gate: bool, use_short_conv: bool,
-                 factored: bool = False, decay: float = 1.0, **options):  # fmt: skip
+                 factored: bool = False, decay: float = 1.0, gate_activation: str = "sigmoid", **options):  # fmt: skip
         super().__init__(
             **sizes(config, layer_idx), head_dim=config.head_dim, expand_v=1, use_gate=use_gate,
-            use_short_conv=use_short_conv, output_gate_activation="sigmoid", **options,
+            use_short_conv=use_short_conv, output_gate_activation=gate_activation, **options,
         )  # fmt: skip
+        self.fits_gate = gate_activation == "silu"
         self.num_kv_heads, self.factored, self.decay = config.num_key_value_heads, factored, decay
         if factored:
             kv_dim = config.num_key_value_heads * config.head_dim
@@ -212,13 +218,19 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
     def init_fresh(self) -> None:
         super().init_fresh()
         self.init_decay(self.decay)
-        if self.use_gate:  # sigmoid(0) under a norm weight of 2
-            init.constant_(self.o_norm.weight, 2.0)
+        if self.use_gate:  # the norm weight undoes what the open gate leaves
+            init.constant_(self.o_norm.weight, (1 + math.exp(-OPEN_SILU)) / OPEN_SILU if self.fits_gate else 2.0)
             init.zeros_(self.g_proj.weight)
         if self.factored:
             for projection in (self.k_proj, self.v_proj):
                 one = torch.eye(projection[1].in_features, device=projection[1].weight.device)
                 init.copy_(projection[1].weight, expand_kv_heads(one, self.num_kv_heads, self.num_heads))
+
+    @torch.no_grad()
+    def open_gate(self, ones: torch.Tensor) -> None:
+        """Lets everything through, as evenly as `ones` [hidden_size] does: its product with what the layer gets is about 1.
+        Only with `fits_gate`."""
+        self.g_proj.weight.copy_(OPEN_SILU * ones.expand_as(self.g_proj.weight))
 
 
 class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
@@ -664,6 +676,7 @@ STUDENT_ATTENTION_MAP = {
     "gdn_v6": partial(_plain, use_gate=False, use_short_conv=False, use_norm=False, qk_activation=False, keep_attention=False),
     "gdn_v7": partial(_plain, use_gate=True, use_short_conv=True, use_norm=True, qk_activation=True, keep_attention=True,
                       decay=0.1),
+    "gdn_v8": partial(_gdn, use_gate=True, use_short_conv=True, gate_activation="silu"),
     "kda_v1": partial(KimiDeltaStudent),
     "deltanet_v1": partial(DeltaNetStudent),
     "gla_v1": partial(GatedLinearStudent),

@@ -105,3 +105,25 @@ def test_decay_has_the_mean_distance_of_the_teacher(folder, name):
     weights = torch.exp(-rate[:, :1].double() * d)
     torch.testing.assert_close((weights * d).sum(1) / weights.sum(1), distance.double(), rtol=1e-3, atol=0)
     torch.testing.assert_close(rate, rate[:, :1].expand_as(rate))
+
+
+def test_a_gate_that_starts_shut_is_opened(folder):
+    """Along the ridge regression of 1, against the same problem as one stacked least squares; what it passes is near 1."""
+    model = alignment_model(folder, "gdn_v8")
+    wrapper, seen = model.model.layers[1].attn, []
+    attn = wrapper.student_attn
+    hook = wrapper.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().flatten(0, 1).double()))
+    assert attn(torch.randn(1, 5, model.config.hidden_size))[0].abs().max() == 0
+    for ids in batches(model):
+        model(ids)
+    hook.remove()
+    calibrate(model, batches(model))
+    x = torch.cat(seen)
+    weight = (0.01 * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
+    ones = torch.cat((torch.ones(len(x), 1), torch.zeros(len(weight), 1))).double()
+    expected = torch.linalg.lstsq(torch.cat((x, weight)), ones).solution.mT
+    rows = attn.g_proj.weight.double()
+    torch.testing.assert_close(rows / 0.3, expected.expand_as(rows), atol=1e-4, rtol=1e-4)
+    passed = attn.o_norm.weight.double() * torch.nn.functional.silu(x @ rows.mT).unflatten(1, (-1, attn.head_v_dim))
+    residual = (x @ expected.mT - 1).square().mean()
+    assert (passed - 1).square().mean() < 1.5 * residual < 0.3

@@ -1,0 +1,233 @@
+"""Writes a hybrid as `Qwen3_5ForCausalLM`, which transformers, vLLM and SGLang know without our code.
+
+    python convert/export_native.py --model outputs/qwen3_1.7b/stage2/converted-hf --output DIR
+
+Its linear layers are gated delta nets with short convolutions and a SiLU gate; its full ones are Qwen3's attention under an
+output gate, which the export holds at a half and makes up for in o_proj. What that cannot express is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from wherever this is called
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import GenerationConfig, Qwen3_5TextConfig  # noqa: E402
+from transformers.utils.logging import set_verbosity_error  # noqa: E402
+
+from convert.converter import write_weights  # noqa: E402
+from convert.families import ACTIVATIONS, SAME  # noqa: E402
+from convert.loader import Checkpoint, copy_sidecars  # noqa: E402
+from convert.verify import TOKENS, TOLERANCE  # noqa: E402
+from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig  # noqa: E402
+from distill_model.attention import RotaryEmbedding  # noqa: E402
+from distill_model.student_layers import GatedDeltaNetStudent, default_of  # noqa: E402
+from pipeline.files import complete_or_absent, one_line  # noqa: E402
+
+ARCHITECTURE = "Qwen3_5ForCausalLM"
+# Of a linear layer: theirs -> ours, of which q, k and v lie one below the other in theirs; and ours -> theirs.
+STACKED = {"in_proj_qkv.weight": "{}_proj.weight", "conv1d.weight": "{}_conv1d.weight"}
+LINEAR = {"g_proj.weight": "in_proj_z.weight", "b_proj.weight": "in_proj_b.weight", "a_proj.weight": "in_proj_a.weight",
+          "A_log": "A_log", "dt_bias": "dt_bias", "o_norm.weight": "norm.weight", "o_proj.weight": "out_proj.weight"}  # fmt: skip
+
+
+def student_lacks(student: partial, options: dict) -> str | None:
+    """What keeps a linear attention, an entry of STUDENT_ATTENTION_MAP with options, from being Qwen3.5's; None if nothing."""
+    if student.func is not GatedDeltaNetStudent:
+        return "another layer than its gated delta net"
+
+    def setting(name):
+        return (student.keywords | options).get(name, default_of(student.func, name))
+
+    reasons = {
+        "no short convolution": not setting("use_short_conv"),
+        "no output gate": not setting("use_gate"),
+        "a sigmoid in its gate": setting("use_gate") and setting("gate_activation") != "silu",
+        "factored K and V": setting("factored"),
+        "conv_bias": setting("conv_bias"),
+        "allow_neg_eigval": setting("allow_neg_eigval"),
+    }
+    return ", ".join(reason for reason, lacking in reasons.items() if lacking) or None
+
+
+NATIVE_STUDENTS = [name for name, student in STUDENT_ATTENTION_MAP.items() if student_lacks(student, {}) is None]
+
+
+def native_export_refusal(config: StudentConfig) -> str | None:
+    """Why a model cannot be written as `Qwen3_5ForCausalLM`, and what could, in one line; None if it can."""
+    lacks = student_lacks(STUDENT_ATTENTION_MAP[config.student_name], config.student_options) if config.linear_layers else None
+    eps, qk_norm_eps = config.rms_norm_eps, config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+    qwen3 = "distil a Qwen3 teacher"
+    reasons = {
+        f"{config.student_name} has {lacks}; train {' or '.join(NATIVE_STUDENTS)} with none of that": lacks,
+        f"the full attention has no q/k norms, and no norm does nothing; {qwen3}": not config.qk_norm,
+        f"the q/k norms have eps {qk_norm_eps:g}, the others {eps:g}; {qwen3}": qk_norm_eps != eps,
+        f"the MLP has biases; {qwen3}": config.mlp_bias,
+        f"the MLP's activation is {config.hidden_act}, not SiLU; {qwen3}": config.hidden_act not in ACTIVATIONS,
+        "no layer is full, and transformers counts its cache's tokens there; keep one full": not config.keep_full_attention_layers,
+    }
+    return next((f"{ARCHITECTURE} cannot express it: {reason}" for reason, lacking in reasons.items() if lacking), None)
+
+
+def native_config(config: StudentConfig) -> Qwen3_5TextConfig:
+    """The model in Qwen3.5's terms; `native_export_refusal` must be None."""
+    kept = set(config.keep_full_attention_layers)
+    values = {name: getattr(config, name) for name in SAME} | {
+        "hidden_act": "silu",
+        "head_dim": config.head_dim,
+        "rope_parameters": {**(config.rope_parameters or {}), "partial_rotary_factor": 1.0},
+        "partial_rotary_factor": 1.0,  # for readers of old configs; its default is a quarter
+        "attention_bias": config.attention_bias or config.attention_output_bias,
+        "layer_types": ["full_attention" if i in kept else "linear_attention" for i in range(config.num_hidden_layers)],
+        "linear_conv_kernel_dim": config.student_options.get("conv_size", default_of(GatedDeltaNetStudent, "conv_size")),
+        "linear_key_head_dim": config.head_dim,
+        "linear_value_head_dim": config.head_dim,
+        "linear_num_key_heads": config.num_attention_heads,
+        "linear_num_value_heads": config.num_attention_heads,
+    }
+    return Qwen3_5TextConfig(**values, architectures=[ARCHITECTURE])
+
+
+def full_attention(attn: dict[str, torch.Tensor], native: Qwen3_5TextConfig) -> dict[str, torch.Tensor]:
+    """Softmax attention. Theirs has an output gate, half of each head's rows of q_proj: 0, whose sigmoid is a half, under
+    twice the o_proj. Its norms multiply by 1 + weight, and it has all biases or none."""
+    attn = dict(attn)
+    if native.attention_bias:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            attn.setdefault(f"{name}.bias", torch.zeros(len(attn[f"{name}.weight"])))
+    for name in attn.keys() & {"q_proj.weight", "q_proj.bias"}:
+        heads = attn[name].unflatten(0, (native.num_attention_heads, -1))
+        attn[name] = torch.cat((heads, torch.zeros_like(heads)), 1).flatten(0, 1)
+    attn["o_proj.weight"] = 2 * attn["o_proj.weight"]
+    for name in ("q_norm.weight", "k_norm.weight"):
+        attn[name] = attn[name] - 1
+    return {f"self_attn.{name}": tensor for name, tensor in attn.items()}
+
+
+def linear_attention(attn: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gated delta net: the same tensors."""
+    stacked = {theirs: torch.cat([attn.pop(ours.format(part)) for part in "qkv"]) for theirs, ours in STACKED.items()}
+    return {f"linear_attn.{name}": tensor for name, tensor in (stacked | {LINEAR[k]: v for k, v in attn.items()}).items()}
+
+
+def with_norms_near_one(block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same block, with powers of two moved from its norms to the projections behind them: theirs multiply by 1 + weight,
+    which in bf16 is coarse for a norm far below 1."""
+    block = dict(block)
+    for norm, behind, last in (("attn_norm", "attn", "o_proj"), ("mlp_norm", "mlp", "down_proj")):
+        scale = 2.0 ** block[f"{norm}.weight"].abs().median().clamp(min=2.0**-20).log2().round()
+        block[f"{norm}.weight"] = block[f"{norm}.weight"] / scale
+        for name in block:
+            if name.startswith(f"{behind}.") and name.endswith("_proj.weight") and name != f"{behind}.{last}.weight":
+                block[name] = block[name] * scale
+    return block
+
+
+def native_block(block: dict[str, torch.Tensor], native: Qwen3_5TextConfig, full: bool) -> dict[str, torch.Tensor]:
+    """A block's tensors, from our names within it to theirs."""
+    block = with_norms_near_one(block)
+    attn = {name.removeprefix("attn."): tensor for name, tensor in block.items() if name.startswith("attn.")}
+    return {
+        "input_layernorm.weight": block["attn_norm.weight"] - 1,
+        **(full_attention(attn, native) if full else linear_attention(attn)),
+        "post_attention_layernorm.weight": block["mlp_norm.weight"] - 1,
+        **{name: tensor for name, tensor in block.items() if name.startswith("mlp.")},
+    }
+
+
+@torch.no_grad()
+def native_tensors(
+    source: Checkpoint, native: Qwen3_5TextConfig, differences: list[torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (their name, tensor) in fp32. On the way random tokens, at positions from 0 and from beyond the context length,
+    run through each block of both models, and `differences` gets the largest relative one after each."""
+    # Not before distill_model: without a GPU they take FLA's functions, in whose place it has put plain PyTorch.
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm, Qwen3_5TextRotaryEmbedding
+
+    config, device = source.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    native._attn_implementation = "sdpa"
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (2, TOKENS), generator=generator)
+    positions = (torch.arange(TOKENS) + torch.tensor([[0], [config.max_position_embeddings]])).to(device)
+
+    def compare(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        differences.append(((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)).cpu())
+
+    def loaded(module, state):
+        module.load_state_dict(state)
+        return module.to(device).eval()
+
+    (embeddings,) = source.state("model.embeddings.").values()
+    yield "model.embed_tokens.weight", embeddings
+    ours = theirs = embeddings[ids].to(device)
+    rotary = RotaryEmbedding(config).to(device)(ours, positions)
+    their_rotary = Qwen3_5TextRotaryEmbedding(native).to(device)(theirs, positions.expand(3, -1, -1))
+    for i in tqdm(range(config.num_hidden_layers), desc="exporting", unit="layer"):
+        block = source.state(f"model.layers.{i}.")
+        theirs_block = native_block(block, native, native.layer_types[i] == "full_attention")
+        ours = loaded(StudentBlock(config, i), block)(ours, position_embeddings=rotary)
+        theirs = loaded(Qwen3_5DecoderLayer(native, i), theirs_block)(theirs, position_embeddings=their_rotary)
+        compare(ours, theirs)
+        yield from ((f"model.layers.{i}.{name}", tensor) for name, tensor in theirs_block.items())
+    norm = source.state("model.norm.")
+    their_norm = {"weight": norm["weight"] - 1}
+    compare(loaded(torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps), norm)(ours),
+            loaded(Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps), their_norm)(theirs))  # fmt: skip
+    yield "model.norm.weight", their_norm["weight"]
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", source.state("lm_head.")["weight"]
+
+
+def without_loss(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in `dtype` where that is exact; 1 less than a norm's weight may need more bits than the weight."""
+    short = tensor.to(dtype)
+    return short if torch.equal(short.to(tensor.dtype), tensor) else tensor
+
+
+def export_native(name_or_path: str, output: Path) -> None:
+    """Writes our checkpoint to the folder `output` as `Qwen3_5ForCausalLM`, with its tokenizer and generation config,
+    complete or not at all.
+
+    Raises ValueError if that cannot express it, and if the result differs from its source.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output: {output} is there already; remove it or name another folder")
+    source = Checkpoint(name_or_path)
+    if source.model_type != StudentConfig.model_type:
+        raise ValueError(f"--model: {name_or_path} is of type {source.model_type}, no hybrid of ours; name a converted-hf folder")
+    if reason := native_export_refusal(source.config):
+        raise ValueError(f"--model: {name_or_path}: {reason}")
+    native, differences = native_config(source.config), []
+    with complete_or_absent(output) as folder:
+        copy_sidecars(name_or_path, folder)
+        native.save_pretrained(folder)
+        if not (folder / "generation_config.json").exists():
+            GenerationConfig.from_model_config(native).save_pretrained(folder)
+        dtype = native.dtype or torch.float32
+        total = write_weights(((name, without_loss(t, dtype)) for name, t in native_tensors(source, native, differences)), folder)
+        difference = torch.stack(differences).max().item()  # NaN where there is one
+        if not difference <= TOLERANCE:
+            raise ValueError(f"{name_or_path} and its export differ by {difference:.1e}; nothing was written")
+    print(f"{name_or_path} -> {output}, as {ARCHITECTURE}: {total / 1e9:.2f} GB, largest difference to the source {difference:.1e}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="converted-hf folder of a run, or a hub name")
+    parser.add_argument("--output", required=True, type=Path, help="folder to be made")
+    args = parser.parse_args(argv)
+    set_verbosity_error()  # transformers' advice to install kernels
+    try:
+        export_native(args.model, args.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""The native export: transformers, without our package and without FLA, gives our logits, decoding and text."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import random_teacher, save_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from convert import copy_sidecars, export_native, load_teacher
+from convert.export_native import native_config, native_export_refusal
+from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
+
+NEW_TOKENS = 12
+PROMPT = "def f(x): return 12"
+ROPE = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32},
+}  # fmt: skip
+# Teacher's config, kept layers, options.
+HYBRIDS = {
+    "tied": ({"tie_word_embeddings": True}, [1], {}),
+    "biases": ({"attention_bias": True}, [0, 3], {}),
+    "wide convolution": ({}, [3], {"conv_size": 7}),
+    "all kept": ({}, [0, 1, 2, 3], {}),
+    "bf16": ({}, [2], {}),
+    **{rope: ({"rope_parameters": {"rope_theta": 1000.0} | values}, [1, 2], {}) for rope, values in ROPE.items()},
+}
+# What somebody else has: transformers, the folders, and no package of ours.
+ELSEWHERE = """
+import json, sys
+for name in ("distill_model", "convert", "fla", "triton", "deepspeed"):
+    sys.modules[name] = None  # importing it is an error
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+root, cases, new_tokens, prompt = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+results = {}
+for case in cases:
+    folder = f"{root}/{case}/native"
+    stored = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, mask = torch.load(f"{root}/{case}/input.pt").values()
+    with torch.no_grad():
+        padded = model(ids[:, :20], attention_mask=mask).logits
+        full, past, steps = model(ids).logits, None, []
+        for start, stop in ((0, 70), *((t, t + 1) for t in range(70, ids.shape[1]))):
+            out = model(ids[:, start:stop], past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            steps.append(out.logits)
+    results[case] = {
+        "full": full, "rounded": stored(ids).logits, "padded": padded, "steps": torch.cat(steps, 1),
+        "dtypes": {p.dtype for p in stored.parameters()},
+        "class": type(model).__name__, "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+        "prompt": AutoTokenizer.from_pretrained(folder)(prompt)["input_ids"],
+        "text": model.generate(ids[:, :20], attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0),
+    }
+torch.save(results, f"{root}/results.pt")
+"""
+
+
+def trained(model, scale=0.05):
+    """The model a little off its start, where the gate would be shut."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return model.eval()
+
+
+def hybrid(folder, case):
+    """Saves a hybrid to `folder`, with a tokenizer; returns it."""
+    config, kept, options = HYBRIDS[case]
+    random_teacher(folder / "teacher", "qwen3", **config)
+    save_tokenizer(folder / "teacher")
+    torch.manual_seed(1)
+    model = StudentForCausalLM.from_teacher(load_teacher(str(folder / "teacher")), "gdn_v8", kept, options)[0]
+    model = trained(model)
+    if case == "bf16":
+        with torch.no_grad():  # norms far below 1, with some spread, and projections that make up for it
+            for name, weight in model.named_parameters():
+                if name.endswith(("attn_norm.weight", "mlp_norm.weight")):
+                    weight.mul_(torch.empty_like(weight).uniform_(0.03, 0.06))
+                elif name.endswith("_proj.weight") and not name.endswith(("o_proj.weight", "down_proj.weight")):
+                    weight.mul_(20)
+        model = model.to(torch.bfloat16)
+    model.save_pretrained(folder / "ours")
+    copy_sidecars(str(folder / "teacher"), folder / "ours")
+    return model
+
+
+@pytest.fixture(scope="module")
+def everywhere(tmp_path_factory):
+    """Every hybrid, and what it gives elsewhere."""
+    root = tmp_path_factory.mktemp("native")
+    models = {}
+    for case in HYBRIDS:
+        models[case] = hybrid(root / case, case)
+        export_native.export_native(str(root / case / "ours"), root / case / "native")
+        mask = torch.ones(2, 20, dtype=torch.long)
+        mask[0, :6] = 0
+        torch.save({"ids": torch.randint(1, 96, (2, 75)), "mask": mask}, root / case / "input.pt")
+    arguments = [str(root), json.dumps(list(HYBRIDS)), str(NEW_TOKENS), PROMPT]
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, cwd=root)
+    return root, models, torch.load(root / "results.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("case", HYBRIDS)
+@torch.no_grad()
+def test_transformers_alone_gives_the_same(everywhere, case):
+    root, models, results = everywhere
+    model, result = copy.deepcopy(models[case]).float(), results[case]
+    ids, mask = torch.load(root / case / "input.pt").values()
+    close = dict(atol=1e-4, rtol=1e-4)
+    full = model(ids).logits
+    torch.testing.assert_close(result["full"], full, **close)
+    torch.testing.assert_close(result["steps"], full, **close)
+    padded = model(ids[:, :20], attention_mask=mask).logits
+    torch.testing.assert_close(result["padded"][mask.bool()], padded[mask.bool()], **close)
+    text = model.generate(ids[:, :20], attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    assert torch.equal(result["text"], text)
+
+
+@torch.no_grad()
+def test_beside_our_package_it_runs_on_a_cpu_too(everywhere):
+    """FLA is there in this process, and transformers calls it; our package has put plain PyTorch in its place."""
+    root, _, results = everywhere
+    model = AutoModelForCausalLM.from_pretrained(root / "tied" / "native").eval()
+    ids, mask = torch.load(root / "tied" / "input.pt").values()
+    torch.testing.assert_close(model(ids).logits, results["tied"]["full"], atol=1e-4, rtol=1e-4)
+    text = model.generate(ids[:, :20], attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    assert torch.equal(text, results["tied"]["text"])
+
+
+@torch.no_grad()
+def test_bf16_loses_no_more_than_ours(everywhere):
+    """Qwen3.5's norms multiply by 1 + weight, which bf16 resolves to 1/256 of 1 and not of the weight."""
+    root, _, results = everywhere
+    result, ids = results["bf16"], torch.load(root / "bf16" / "input.pt")["ids"]
+    ours = StudentForCausalLM.from_pretrained(root / "bf16" / "ours").eval()(ids).logits
+    assert (result["rounded"] - result["full"]).norm() < 1.3 * (ours - result["full"]).norm()
+    held = load_file(root / "bf16" / "native" / "model.safetensors")
+    assert {name.split(".")[-2] for name, tensor in held.items() if tensor.dtype != torch.bfloat16} <= {
+        "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HYBRIDS)
+def test_the_folder_is_whole(everywhere, case):
+    """Class, tying, dtype, tokenizer and generation config are what they were."""
+    root, models, results = everywhere
+    ours, native, result = root / case / "ours", root / case / "native", results[case]
+    assert result["class"] == json.loads((native / "config.json").read_text())["architectures"][0] == "Qwen3_5ForCausalLM"
+    assert result["tied"] == (case == "tied")
+    assert result["dtypes"] == {torch.bfloat16 if case == "bf16" else torch.float32}
+    assert result["prompt"] == AutoTokenizer.from_pretrained(ours)(PROMPT)["input_ids"]
+    assert (native / "generation_config.json").read_text() == (ours / "generation_config.json").read_text()
+    assert {file.suffix for file in native.iterdir()} == {".json", ".safetensors"}
+    assert sorted(file.name for file in (root / case).iterdir()) == ["input.pt", "native", "ours", "teacher"]
+
+
+def config_of(name="gdn_v8", options=None, **values):
+    base = dict(num_hidden_layers=4, qk_norm=True, keep_full_attention_layers=[1])
+    return StudentConfig(student_name=name, student_options=options, **{**base, **values})
+
+
+@pytest.mark.parametrize("name", sorted(STUDENT_ATTENTION_MAP))
+def test_students_that_are_no_layer_of_qwen3_5_are_refused(name):
+    reason = native_export_refusal(config_of(name))
+    if name == "gdn_v8":
+        assert reason is None
+    else:
+        assert f"{name} has " in reason and "train gdn_v8" in reason and "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (config_of("gdn_v3"), "gdn_v3 has a sigmoid in its gate; train"),
+        (config_of("gdn_v5"), "gdn_v5 has no short convolution, a sigmoid in its gate, factored K and V; train"),
+        (config_of(options={"conv_bias": True}), "gdn_v8 has conv_bias; train gdn_v8 with none of that"),
+        (config_of(options={"allow_neg_eigval": True}), "gdn_v8 has allow_neg_eigval; train"),
+        (config_of(qk_norm=False), "no q/k norms, and no norm does nothing; distil a Qwen3 teacher"),
+        (config_of(qk_norm_eps=1e-5, rms_norm_eps=1e-6), "the q/k norms have eps 1e-05, the others 1e-06"),
+        (config_of(mlp_bias=True), "the MLP has biases"),
+        (config_of(hidden_act="gelu"), "activation is gelu"),
+        (config_of(keep_full_attention_layers=[]), "no layer is full"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_expressed_is_refused(config, reason):
+    assert reason in native_export_refusal(config)
+
+
+def test_options_that_are_set_to_what_they_are_anyway_are_taken():
+    assert native_export_refusal(config_of(options={"conv_bias": False, "conv_size": 3})) is None
+    assert native_config(config_of(options={"conv_size": 3})).linear_conv_kernel_dim == 3
+
+
+def test_refused_at_the_door(everywhere, tmp_path):
+    """One line, an exit code, and no folder."""
+    root = everywhere[0]
+    with_files = tmp_path / "full"
+    with_files.mkdir()
+    (with_files / "mine").touch()
+    model = StudentForCausalLM.from_teacher(load_teacher(str(root / "tied" / "teacher")), "gdn_v4", [0])[0]
+    model.save_pretrained(tmp_path / "gdn_v4")
+    for source, output, message in (
+        (root / "tied" / "teacher", tmp_path / "a", "is of type qwen3, no hybrid of ours"),
+        (tmp_path / "gdn_v4", tmp_path / "b", "gdn_v4 has no short convolution"),
+        (tmp_path / "absent", tmp_path / "c", "absent"),
+        (root / "tied" / "ours", with_files, "is there already"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            export_native.main(["--model", str(source), "--output", str(output)])
+        assert str(error.value).startswith("error: ") and message in str(error.value) and "\n" not in str(error.value)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "gdn_v4"]
+
+
+@pytest.mark.parametrize("name", ["linear_attn.in_proj_qkv.weight", "self_attn.q_proj.weight", "input_layernorm.weight"])
+def test_an_export_that_differs_is_not_written(everywhere, tmp_path, monkeypatch, name):
+    """The comparison on the way sees a mistake in any kind of layer."""
+    right = export_native.native_block
+
+    def wrong(block, *args):
+        theirs = right(block, *args)
+        return theirs | ({name: theirs[name].flip(0)} if name in theirs else {})
+
+    monkeypatch.setattr(export_native, "native_block", wrong)
+    with pytest.raises(ValueError, match="differ by .*; nothing was written"):
+        export_native.export_native(str(everywhere[0] / "tied" / "ours"), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_from_the_command_line(everywhere, tmp_path):
+    """As a user calls it, from elsewhere; the weights are those of the call in this process."""
+    root = everywhere[0]
+    command = [sys.executable, export_native.__file__, "--model", str(root / "tied" / "ours"), "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "as Qwen3_5ForCausalLM" in done.stdout
+    first, second = (load_file(folder / "model.safetensors") for folder in (root / "tied" / "native", tmp_path / "out"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
