@@ -7,7 +7,7 @@
 Each run is stage 1 of the all-linear student, then stage 2 of a hybrid that keeps evenly spaced layers. Its figures, on
 held-out text and tasks, lie in <output_dir>/runs/<student>-seed<N>.json; run again, the command does only what is missing, and
 --shard I/N does a part of it, for several processes at once. The table, of means and half ranges over seeds, is printed
-and written to students.md. `NAME+calibrated` starts as with train.calibrate_init. Students within the best one's spread are
+and written to students.md, all runs with their settings to students.json (docs/students.json: those of the README). `NAME+calibrated` starts as with train.calibrate_init. Students within the best one's spread are
 marked as ties with it.
 """
 
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.training import stage_1, stage_2  # noqa: E402
 from convert import load_teacher  # noqa: E402
+from convert.export_native import native_export_refusal  # noqa: E402
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM  # noqa: E402
 from layer_selection.tasks import RECALL_TASKS, answer_accuracy  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, read_metadata  # noqa: E402
@@ -104,7 +105,7 @@ class Bench:
         student_name = name.removesuffix(CALIBRATED)
         student = StudentForCausalLM.from_teacher(self.teacher, student_name, (), OPTIONS.get(student_name))[0].to(self.device)
         calibration = name.endswith(CALIBRATED) and list(self.batches(f"calibration {seed}", args.batch_size, CALIBRATION_BATCHES))
-        figures = {"student": name, "seed": seed}
+        figures = {"student": name, "seed": seed, "native_export": native_export_refusal(self.hybrid(student).config) is None}
         half = args.stage1_steps // 2
         for step in stage_1(self.teacher, student, self.batches(f"stage 1 {seed}", args.batch_size, args.stage1_steps),
                             args.stage1_steps, args.lr_stage1, (0, half, args.stage1_steps), calibration or None):  # fmt: skip
@@ -145,9 +146,8 @@ def table(runs: list[dict], stage1_steps: int) -> str:
 
     order = sorted(students, key=mean)
     highest = max(run["kl"] for run in students[order[0]])
-    lines = ["| student | alignment error | hybrid KL, half of stage 1 | after stage 1 | after stage 2 | recall | two hops | "
-             "copying | recall, all linear | state a layer | parameters a layer |",
-             "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    lines = ["| student | alignment error | KL, half of stage 1 | after stage 1 | after stage 2 | recall | two hops | copying | "
+             "state a layer | parameters a layer | native export |", "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|:--|"]  # fmt: skip
     for name in order:
         runs = students[name]
         column = {key: [run[key] for run in runs] for key in runs[0] if key != "student"}
@@ -155,13 +155,19 @@ def table(runs: list[dict], stage1_steps: int) -> str:
         grows = " at 256 tokens, grows" if runs[0]["state_grows"] else ""
         lines.append(
             f"| `{name}`{tie} | {spread(column['alignment_error'], 3)} | "
-            f"{spread(column[f'hybrid_kl_after_{stage1_steps // 2}'], 4)} | "
-            f"{spread(column[f'hybrid_kl_after_{stage1_steps}'], 4)} | {spread(column['kl'], 4)} | "
+            f"{spread(column[f'hybrid_kl_after_{stage1_steps // 2}'], 2)} | "
+            f"{spread(column[f'hybrid_kl_after_{stage1_steps}'], 2)} | {spread(column['kl'], 3)} | "
             + "".join(f"{spread(column[task], 1, percent=True)} % | " for task in RECALL_TASKS)
-            + f"{spread(column['all_linear_recall'], 1, percent=True)} % | {runs[0]['state_bytes'] / 1024:.0f} KiB{grows} | "
-            f"{runs[0]['parameters'] / 1e6:.2f}M |"
+            + f"{runs[0]['state_bytes'] / 1024:.0f} KiB{grows} | {runs[0]['parameters'] / 1e6:.2f}M | "
+            f"{'yes' if runs[0]['native_export'] else ''} |"
         )
     return "\n".join(lines)
+
+
+def stored(settings: dict, runs: list[dict]) -> str:
+    """As JSON, a line a run."""
+    lines = ",\n  ".join(map(json.dumps, runs))
+    return f'{{"settings": {json.dumps(settings)},\n "runs": [\n  {lines}\n]}}\n'
 
 
 def main() -> None:
@@ -169,8 +175,8 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--data", required=True, help="chunks with a held-out part, of preprocess_chunk.py")
     parser.add_argument("--output_dir", type=Path, required=True)
-    everything = [*STUDENT_ATTENTION_MAP, "gdn_v4" + CALIBRATED, "gdn_v7" + CALIBRATED]
-    parser.add_argument("--students", nargs="+", default=everything, help="default: all, two of them calibrated too")
+    everything = [*STUDENT_ATTENTION_MAP, *(name + CALIBRATED for name in ("gdn_v4", "gdn_v7", "gdn_v8"))]
+    parser.add_argument("--students", nargs="+", default=everything, help="default: all, some of them calibrated too")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ratio", type=float, default=0.25, help="share of the layers that keep full attention")
     parser.add_argument("--stage1_steps", type=int, default=200)
@@ -217,6 +223,7 @@ def main() -> None:
     if len(runs) < len(wanted):
         text += f"\n\n{len(wanted) - len(runs)} of {len(wanted)} runs are missing."
     (args.output_dir / "students.md").write_text(text + "\n")
+    (args.output_dir / "students.json").write_text(stored(settings, runs))
     print(text)
 
 
