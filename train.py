@@ -1,6 +1,6 @@
 """Trains one stage from one YAML file, on one or many processes, on GPUs or a CPU.
 
-    deepspeed train.py --cfg configs/qwen2.5_1.5b/stage1.yaml             # all GPUs of this machine
+    deepspeed train.py --cfg configs/qwen2.5_1.5b_gdn_v4/stage1.yaml     # all GPUs of this machine
     python train.py --cfg configs/quickstart/stage1.yaml train.lr=1e-3    # one process; overrides after the file
     python train.py --cfg configs/quickstart/stage2.yaml --dry-run        # steps, tokens, parameters, memory; then stops
 

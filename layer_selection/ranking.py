@@ -24,6 +24,11 @@ def budget(ratio: float, num_layers: int) -> int:
     return keep
 
 
+def evenly_spaced(count: int, num_layers: int) -> list[int]:
+    """`count` layers, each in the middle of one of `count` equal parts: the one phase of `uniform`, whatever the ratio."""
+    return [int((i + 0.5) * num_layers / count) for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer's importance, more being better, with its 95 % interval (None where the method has no spread), and the layers

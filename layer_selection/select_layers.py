@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from convert import load_teacher  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
-from layer_selection.ranking import Ranking, budget, rank_samples, rank_scores, table, write  # noqa: E402
+from layer_selection.ranking import Ranking, budget, evenly_spaced, rank_samples, rank_scores, table, write  # noqa: E402
 from pipeline.config import Config, ConfigError, dump_config, load_config  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
 from pipeline.guard import REQUEUE  # noqa: E402
@@ -133,7 +133,7 @@ def mse(bench: Bench, args) -> Ranking:
 
 def uniform(bench: Bench, args) -> Ranking:
     layers = bench.teacher.config.num_hidden_layers
-    kept = {int((i + 0.5) * layers / args.top_k) for i in range(args.top_k)}
+    kept = evenly_spaced(args.top_k, layers)
     return rank_scores("uniform", "kept", {layer: float(layer in kept) for layer in range(layers)})
 
 
