@@ -120,10 +120,10 @@ def ablate(model: StudentForCausalLM, tokenizer, questions: list[Question], batc
     return baseline, dict(enumerate(without)), answers[0]
 
 
-def drops(task: str, baseline: list[float], without: dict[int, list[float]], **facts) -> Ranking:
+def drops(method: str, baseline: list[float], without: dict[int, list[float]], **facts) -> Ranking:
     """Layers by the drop of accuracy without their attention, with intervals over questions."""
     samples = {layer: [b - s for b, s in zip(baseline, scores)] for layer, scores in without.items()}
-    return rank_samples(task, "drop of accuracy", samples, baseline=sum(baseline) / len(baseline), **facts)
+    return rank_samples(method, "drop of accuracy", samples, baseline=sum(baseline) / len(baseline), **facts)
 
 
 def plot(ranking: Ranking, path: Path) -> None:
