@@ -8,11 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from convert import load_teacher_config
+from convert.loader import Checkpoint
 from distill_model import StudentForCausalLM
 from pipeline.config import Config, ConfigError, dump_config, load_config
 from pipeline.files import write_whole
 from pipeline.guard import REQUEUE
 from pipeline.run_folder import EXPORT, difference
+from train import check_models
 
 ROOT = Path(__file__).resolve().parents[1]
 HELDOUT_KL, STAGE_2 = "heldout_kl.json", "stage2.yaml"
@@ -27,6 +32,19 @@ def with_layers(cfg: Config, kept: list[int], output_dir: Path) -> Config:
     )
 
 
+def check_start(cfg: Config) -> None:
+    """Raises ValueError if train.student_init_ckpt is not what stage 1 made of this teacher for this student. Reads configs and the
+    embeddings, which stage 1 leaves as they are."""
+    check_models(cfg)
+    start, teacher = cfg.train.student_init_ckpt, cfg.teacher_model.name
+    if kept := load_teacher_config(start).keep_full_attention_layers:
+        raise ConfigError(f"train.student_init_ckpt: {start} keeps layers {kept}; name stage 1's all-linear converted-hf")
+    ours, theirs = (Checkpoint(name).rows("model.embeddings.weight", slice(0, None)) for name in (start, teacher))
+    if not torch.equal(ours.to(theirs.dtype), theirs):
+        raise ConfigError(f"train.student_init_ckpt: {start} was not made from {teacher} by stage 1, their embeddings differ; name "
+                          "stage 1's converted-hf of this teacher")  # fmt: skip
+
+
 def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[float]:
     """KL(teacher || student) of each held-out sequence after stage 2 with `kept` restored; does in `folder` what is missing.
 
@@ -36,6 +54,7 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
     if (folder / STAGE_2).is_file() and (other := difference(load_config(folder / STAGE_2), cfg)):
         raise ConfigError(f"{folder} has a run of another config ({other}); name another --output_dir or remove it")
     if not measured.is_file():
+        check_start(bench.cfg)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / STAGE_2, dump_config(cfg))
         done = subprocess.run([*launcher.split(), str(ROOT / "train.py"), "--cfg", str(folder / STAGE_2)])

@@ -42,13 +42,12 @@ sys.path.insert(0, str(ROOT))
 
 from convert import load_teacher  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
-from layer_selection.full_runs import HELDOUT_KL, train_hybrid, with_layers  # noqa: E402
+from layer_selection.full_runs import HELDOUT_KL, check_start, train_hybrid, with_layers  # noqa: E402
 from layer_selection.questions import add_options  # noqa: E402
 from layer_selection.ranking import Ranking, budget, evenly_spaced, rank_samples, rank_scores, table, write  # noqa: E402
 from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, task_ablation  # noqa: E402
 from pipeline.config import Config, ConfigError, dump_config, load_config  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
-from train import check_models  # noqa: E402
 from wrapper import AttentionAlignmentModel  # noqa: E402
 
 
@@ -72,14 +71,8 @@ class Bench:
 
     @cached_property
     def student(self) -> StudentForCausalLM:
-        check_models(self.cfg)
+        check_start(self.cfg)
         student = StudentForCausalLM.from_pretrained(self.cfg.train.student_init_ckpt, dtype=self.dtype)
-        if student.config.keep_full_attention_layers:
-            raise ConfigError(f"train.student_init_ckpt: {self.cfg.train.student_init_ckpt} keeps layers "
-                              f"{student.config.keep_full_attention_layers}; name stage 1's all-linear converted-hf")  # fmt: skip
-        if not torch.equal(student.model.embeddings.weight, self.teacher.model.embeddings.weight.cpu()):
-            raise ConfigError(f"train.student_init_ckpt: {self.cfg.train.student_init_ckpt} was not made from "
-                              f"{self.cfg.teacher_model.name}, its embeddings differ; name stage 1's converted-hf of this teacher")  # fmt: skip
         return student.to(self.device).eval()
 
     @torch.no_grad()

@@ -165,10 +165,16 @@ def test_a_student_of_another_teacher_or_kind(stage2, tmp_path, tmp_path_factory
         other.model.embed_tokens.weight.mul_(2)
     other.save_pretrained(folder)
     save_tokenizer(folder)
-    with pytest.raises(ValueError, match="train.student_init_ckpt: .* was not made from .*, its embeddings differ; name stage 1's"):
-        select(stage2, tmp_path, "--method", "scan", "--top-k", "1", f"teacher_model.name={folder}")
+    for method in ("scan", "ga_s1", "gr_s2"):
+        with pytest.raises(ValueError, match="train.student_init_ckpt: .* was not made from .* by stage 1, their embeddings differ; name"):
+            select(stage2, tmp_path, "--method", method, "--top-k", "1", f"teacher_model.name={folder}")
     with pytest.raises(ValueError, match="train.student_init_ckpt: .* has student_name 'gdn_v4', this run 'gla_v1'"):
         select(stage2, tmp_path, "--method", "smart", "--top-k", "1", "student_model.name=gla_v1")
+    start = tmp_path / "hybrid"
+    StudentForCausalLM.from_teacher(load_teacher(load_config(stage2).teacher_model.name), "gdn_v4", [0])[0].save_pretrained(start)
+    with pytest.raises(ValueError, match=r"train.student_init_ckpt: .* keeps layers \[0\]; name stage 1's all-linear converted-hf"):
+        select(stage2, tmp_path, "--method", "mse", "--top-k", "1", f"train.student_init_ckpt={start}")
+    assert not (tmp_path / "ranking.json").exists() and not (tmp_path / "layer_0").exists()
 
 
 def test_all_methods_keep_the_same_number(stage2, tmp_path, monkeypatch):  # noqa: F811
