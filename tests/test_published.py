@@ -102,3 +102,17 @@ def test_a_row_is_reproduced_from_preprocessing_to_ruler():
 def test_what_is_no_row_is_refused(row):
     done = reproduce(row)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"ROW: {row} is no published row")
+
+
+def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path):
+    """launch_pipeline.sh with a row: what it would hand to Slurm."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\necho 7\n')
+    sbatch.chmod(0o755)
+    row = ROOT / "configs" / "qwen3_8b_gdn_v4_hybrid_0_25_uniform"
+    done = subprocess.run(["bash", str(ROOT / "launch_pipeline.sh")], capture_output=True, text=True,
+                          env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row), "LAYERS": "36"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stage1 = ROOT / "configs" / "qwen3_8b_gdn_v4" / "stage1.yaml"
+    assert (tmp_path / "configs").read_text().split() == [
+        "none", str(stage1), *[f"{row}/stage2.yaml"] * 3, f"{row}/stage3.yaml", "none"]  # fmt: skip
