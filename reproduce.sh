@@ -22,11 +22,11 @@ run() {
     [[ -n ${DRY_RUN:-} ]] || "$@"
 }
 
-TEACHER=$(value "$STAGE2" name | head -n 1) CHUNKS=$(value "$STAGE2" cache_dir) RESULT=$(value "$STAGE2" output_dir)/converted-hf
-DATA=$(dirname "$CHUNKS")
+TEACHER=$(value "$STAGE2" name | head -n 1) DATA=$(dirname "$(value "$STAGE2" cache_dir)")
+RESULT=$(value "$STAGE2" output_dir)/converted-hf
 [[ -n ${DRY_RUN:-} ]] || source setup.sh
-run python preprocess_download_tokenize.py --dataset_name "${DATASET:-robbiegwaldd/dclm-10B}" --max_tokens "${MAX_TOKENS:-900000000}" \
-    --tokenizer "$TEACHER" --output_dir "$DATA/tokenized"
+run python preprocess_download_tokenize.py --dataset_name "${DATASET:-robbiegwaldd/dclm-10B}" --tokenizer "$TEACHER" \
+    --max_tokens "${MAX_TOKENS:-900000000}" --output_dir "$DATA/tokenized"
 for config in "$STAGE1" "$STAGE2"; do
     run python preprocess_chunk.py --tokenized_dataset_path "$DATA/tokenized" --context_length "$(value "$config" train_seq_len)" \
         --output_dir "$DATA"

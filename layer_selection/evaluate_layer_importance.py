@@ -6,8 +6,8 @@
 For softmax teachers and for our checkpoints (converted-hf). Answers are greedy, as long as the right one, and scored exactly. A
 layer's ablation shares all before that layer with the untouched model: prompts are read once, each layer adding one stream.
 
-Written to --output_dir: results/baseline_<task>.json, results/ablation_<task>.csv, plots/ablation_<task>.png. What is there already is
-not done again; the results of other settings are not overwritten.
+Written to --output_dir: results/baseline_<task>.json, results/ablation_<task>.csv, plots/ablation_<task>.png. What is there already
+is not done again; the results of other settings are not overwritten.
 """
 
 from __future__ import annotations
@@ -45,16 +45,15 @@ def read_prompts(model: StudentForCausalLM, ids: torch.Tensor, mask: torch.Tenso
     cache of as many rows: first the untouched model's, then those without layer 0, 1 ... Before layer l the ablations of l and
     later ones are the untouched model, so that l runs on (1 + l) B rows.
     """
-    decoder, batch, cache = model.model, len(ids), Cache()
-    attention_mask = None if mask.all() else mask
+    decoder, batch, cache, whole = model.model, len(ids), Cache(), bool(mask.all())
     hidden = decoder.embeddings(ids)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cos, sin = decoder.position_embeddings(hidden, positions)
     for block in decoder.layers:
         streams = len(hidden) // batch
         output = block.attn(
-            block.attn_norm(hidden), attention_mask=None if attention_mask is None else attention_mask.repeat(streams, 1),
-            past_key_values=cache, use_cache=True, position_embeddings=(cos.repeat(streams, 1, 1), sin.repeat(streams, 1, 1)),
+            block.attn_norm(hidden), attention_mask=None if whole else mask.repeat(streams, 1), past_key_values=cache,
+            use_cache=True, position_embeddings=(cos.repeat(streams, 1, 1), sin.repeat(streams, 1, 1)),
         )[0]  # fmt: skip
         hidden = torch.cat([hidden + output, hidden[:batch]])
         hidden = torch.cat([part + block.mlp(block.mlp_norm(part)) for part in hidden.split(batch)])
@@ -76,8 +75,8 @@ def continuations(model: StudentForCausalLM, tokenizer, questions: list[Question
         mask[i, longest - len(tokens) :] = 1
     budget = SLACK + max(map(len, tokenizer([question.gold for question in questions], add_special_tokens=False)["input_ids"]))
     if longest + budget > model.config.max_position_embeddings:
-        raise ValueError(f"a prompt has {longest} tokens, but the model reads {model.config.max_position_embeddings}; make the task "
-                         "smaller (--num_pairs, --num_chains, --num_ucw, --num_words, --pb_max_len)")  # fmt: skip
+        raise ValueError(f"a prompt has {longest} tokens, but the model reads {model.config.max_position_embeddings}; make the "
+                         "task smaller (--num_pairs, --num_chains, --num_ucw, --num_words, --pb_max_len)")  # fmt: skip
     logits, cache = read_prompts(model, ids, mask)
     mask = mask.repeat(1 + len(layers), 1)
     ablated = torch.arange(-1, len(layers), device=device).repeat_interleave(batch)  # of each row; -1: none
@@ -139,8 +138,8 @@ def plot(ranking: Ranking, path: Path) -> None:
     errors = [[layer.high - layer.importance for layer in layers], [layer.importance - layer.low for layer in layers]]
     axis.bar([layer.layer for layer in layers], heights, yerr=errors, capsize=3, color="tab:blue", ecolor="grey")
     axis.axhline(baseline, color="black", linestyle="--")
-    axis.set(xlabel="layer without attention", ylabel="accuracy", ylim=(0, 1.05),
-             title=f"{ranking.method.replace('_', ' ')}: {baseline:.1%} with all layers (dashed)")  # fmt: skip
+    axis.set(xlabel="layer without attention", ylabel=f"accuracy (dashed: all layers, {baseline:.1%})", ylim=(0, 1.05),
+             title=ranking.method.replace("_", " "))  # fmt: skip
     axis.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -189,7 +188,8 @@ def main(argv: list[str] | None = None) -> None:
         writer.writerow([layer.layer, *(f"{figure:.6f}" for figure in figures)])
     write_whole(table, text.getvalue())
     plot(ranking, picture)
-    shown = [{"prompt": q.prompt, "answers": q.answers, "continuation": a, "score": s} for q, a, s in zip(questions, answers, baseline)]
+    shown = [{"prompt": question.prompt, "answers": question.answers, "continuation": text, "score": score}
+             for question, text, score in zip(questions, answers, baseline)]  # fmt: skip
     content = {"settings": settings, "accuracy": accuracy, "scores": baseline, "seconds": round(seconds, 1), "questions": shown[:3]}
     write_whole(baseline_file, json.dumps(content, indent=1) + "\n")  # last: with it, all is there
     print(f"{args.task}: {accuracy:.1%} with all layers, {len(questions)} questions, {seconds:.0f} s")

@@ -61,8 +61,9 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
         if done.returncode == REQUEUE:  # a signal, which reached the run itself: it has saved
             sys.exit(REQUEUE)
         if done.returncode:
-            raise ConfigError(f"{folder.name.replace('_', ' ')}: its run in {folder / 'run'} ended with exit code {done.returncode}; "
-                              "see above, and run again")  # fmt: skip
+            layer = folder.name.replace("_", " ")
+            raise ConfigError(f"{layer}: its run in {folder / 'run'} ended with exit code {done.returncode}; see above, and run "
+                              "again")  # fmt: skip
         model = StudentForCausalLM.from_pretrained(folder / "run" / EXPORT, dtype=bench.dtype).to(bench.device).eval()
         write_whole(measured, json.dumps(bench.kls(model)) + "\n")
     return json.loads(measured.read_text())

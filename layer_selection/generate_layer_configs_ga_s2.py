@@ -5,8 +5,8 @@
     python layer_selection/retrieve_loss_log_from_wandb.py --runs outputs/ga_s2
     python layer_selection/get_ranking_from_wandb_loss_log.py --log outputs/ga_s2/loss_log.json --ratio 0.25
 
-Teacher, data, stage-1 student and all else are STAGE2.yaml's or the overrides'; runs write to <output_dir>/layer_<N>/run. These scripts
-are select_layers.py --method ga_s2 by hand, for runs whose losses are in W&B.
+Teacher, data, stage-1 student and all else are STAGE2.yaml's or the overrides'; runs write to <output_dir>/layer_<N>/run. These
+scripts are select_layers.py --method ga_s2 by hand, for runs whose losses are in W&B.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python layer_selection/get_ranking_from_wandb_loss_log.py --log outputs/ga_s2/loss_log.json --ratio 0.25 [--cfg STAGE2.yaml]
 
-A layer's loss is the mean of what it logged in the last tenth of the steps that all of its rank have. Layers that a rule stopped come
-behind all that went on longer, the rule having found them worse, and are ranked among those that stopped with them. Written to
---output_dir: ranking.json, ranking.png and, with --cfg, stage2.yaml with the K best.
+A layer's loss is the mean of what it logged in the last tenth of the steps that it is compared at, which all finished runs have.
+Layers that a rule stopped come behind all that went on longer, the rule having found them worse, and are compared among those that
+stopped with them. Written to --output_dir: ranking.json, ranking.png and, with --cfg, stage2.yaml with the K best.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def rank(log: dict) -> Ranking:
         ranked += [Layer(layer, -losses[layer]) for layer in sorted(together, key=lambda layer: (losses[layer], layer))]
         steps |= dict.fromkeys(together, step)
     stopped = {layer: steps[layer] for layer, entry in sorted(layers.items()) if entry["state"] != "finished"}
-    return Ranking("ga_s2", f"-{log['metric']}", ranked, {"source": log["source"], "compared_at_step": max(steps.values()), "stopped_at_step": stopped})
+    facts = {"source": log["source"], "compared_at_step": max(steps.values()), "stopped_at_step": stopped}
+    return Ranking("ga_s2", f"-{log['metric']}", ranked, facts)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,9 +5,9 @@
     python layer_selection/retrieve_loss_log_from_wandb.py --runs outputs/ga_s2 --source metrics             # our metrics.jsonl
 
 --runs is the folder that generate_layer_configs_ga_s2.py wrote. A layer's run is known by its name or its config's output_dir, both
-<runs>/layer_<N>/run as that layer's config says; of several, as after a resume, later ones go on from earlier ones. A layer whose run is
-missing, without the metric, or not at its last step is an error, and nothing is written. A run that a rule has stopped early is none:
---stopped_at says at which steps the rule stops, and the log records it.
+<runs>/layer_<N>/run as that layer's config says; of several, as after a resume, later ones go on from earlier ones. A layer whose
+run is missing, without the metric, or not at its last step is an error, and nothing is written. A run that a rule has stopped early
+is none: --stopped_at says at which steps the rule stops, and the log records it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipeline.run_folder import METRICS  # noqa: E402
 
 CANDIDATES = "candidates.json"  # beside the candidates' folders: of which teacher they are, and how many
 STEP = "train/global_step"
-LOCAL = "--source offline or --source metrics reads what is on this machine"
+LOCAL = "--source offline or --source metrics reads what is on this machine."
 Rows = list[dict]  # what a run logged, in its order, by W&B's names
 
 
@@ -53,12 +53,11 @@ def need_wandb() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ sources
-def from_service(wanted: set[str], entity: str | None, project: str) -> dict[str, Rows]:
-    """What the runs of these output folders logged to W&B's service."""
+def from_service(wanted: set[str], where: str) -> dict[str, Rows]:
+    """What the runs of these output folders logged to W&B's service. where: entity/project, or the project alone."""
     need_wandb()
     import wandb
 
-    where = f"{entity}/{project}" if entity else project
     try:
         api, found = wandb.Api(), {}
         for run in sorted(api.runs(where), key=lambda run: run.created_at):
@@ -66,9 +65,10 @@ def from_service(wanted: set[str], entity: str | None, project: str) -> dict[str
                 found.setdefault(name, []).extend(tqdm(run.scan_history(), desc=name, unit=" rows", leave=False))
         return found
     except wandb.errors.UsageError as error:
-        raise ValueError(f"WANDB_API_KEY: W&B takes no request without a key ({one_line(error)}); set it; {LOCAL}") from None
+        raise ValueError(f"WANDB_API_KEY: W&B takes no request without a key ({one_line(error)}); set it. {LOCAL}") from None
     except (wandb.errors.Error, ValueError) as error:
-        raise ValueError(f"--project: W&B did not give {where} ({one_line(error)}); check --entity and --project; {LOCAL}") from None
+        why = f"--project: W&B did not give {where} ({one_line(error)}); check --entity and --project."
+        raise ValueError(f"{why} {LOCAL}") from None
 
 
 def read_offline_run(file: Path) -> tuple[str, set[str], Rows]:
@@ -100,11 +100,17 @@ def from_offline_runs(wanted: set[str], folder: Path) -> dict[str, Rows]:
     need_wandb()
     files, found = sorted(folder.rglob("run-*.wandb")), {}
     if not files:
-        raise ValueError(f"--wandb_dir: {folder} holds no W&B run (offline-run-*/run-*.wandb); name where they are, or take --source metrics")
+        raise ValueError(f"--wandb_dir: {folder} holds no W&B run (offline-run-*/run-*.wandb); name where they are, or take "
+                         "--source metrics")  # fmt: skip
     for _, names, rows in sorted(map(read_offline_run, tqdm(files, desc="W&B runs", unit="run")), key=lambda run: run[0]):
         for name in wanted & names:
             found.setdefault(name, []).extend(rows)
     return found
+
+
+def wandb_name(key: str) -> str:
+    """What transformers calls a logged figure in W&B."""
+    return STEP if key == "step" else f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
 
 
 def from_metrics(wanted: Iterable[str]) -> dict[str, Rows]:
@@ -114,8 +120,7 @@ def from_metrics(wanted: Iterable[str]) -> dict[str, Rows]:
         file = Path(name) / METRICS
         if file.is_file():
             rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-            found[name] = [{STEP: row.pop("step")} | {f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": value
-                                                     for key, value in row.items()} for row in rows]  # fmt: skip
+            found[name] = [{wandb_name(key): value for key, value in row.items()} for row in rows]
     return found
 
 
@@ -131,7 +136,8 @@ def layer_log(cfg: Config, rows: Rows, metric: str, stopped_at: list[int]) -> di
         names = sorted({key for row in rows for key in row if "/" in key and key != STEP})
         raise ValueError(f"has no {metric} in its log, only {', '.join(names)}")
     state = "finished" if last >= planned else "stopped by rule"
-    return {"run": cfg.train.output_dir, "state": state, "steps": last, "planned_steps": planned, "history": sorted(history.items())}
+    steps = {"steps": last, "planned_steps": planned}
+    return {"run": cfg.train.output_dir, "state": state, **steps, "history": sorted(history.items())}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -139,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, required=True, help="what generate_layer_configs_ga_s2.py wrote")
     parser.add_argument("--source", choices=("service", "offline", "metrics"), default="service")
     parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="default: WANDB_ENTITY, or the key's own")
-    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", WANDB_PROJECT), help=f"default: WANDB_PROJECT, or {WANDB_PROJECT}")
+    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
+                        help=f"default: WANDB_PROJECT, or {WANDB_PROJECT}")  # fmt: skip
     parser.add_argument("--wandb_dir", type=Path, help="offline: where W&B's run folders are; default: --runs")
     parser.add_argument("--metric", default="eval/loss", help="eval/loss, the held-out KL (default), or train/loss")
     parser.add_argument("--stopped_at", type=int, nargs="*", default=[], help="steps at which a rule stops runs early")
@@ -149,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     candidates = read_candidates(args.runs)
     wanted = {cfg.train.output_dir for cfg in candidates.values()}
     if args.source == "service":
-        found, where = from_service(wanted, args.entity, args.project), f"the project {args.entity or ''}/{args.project}"
+        where = f"{args.entity}/{args.project}" if args.entity else args.project
+        found, where = from_service(wanted, where), f"the project {where}"
     elif args.source == "offline":
         found, where = from_offline_runs(wanted, args.wandb_dir or args.runs), str(args.wandb_dir or args.runs)
     else:
@@ -164,10 +172,11 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             wrong.append(f"layer {layer} {error}")
     if wrong:
-        raise ValueError(f"{'; '.join(wrong)}. Train them: deepspeed train.py --cfg {args.runs}/layer_<N>/stage2.yaml, or name the steps "
-                         "at which a rule stopped them (--stopped_at), or another --metric")  # fmt: skip
+        raise ValueError(f"{'; '.join(wrong)}. Train them: deepspeed train.py --cfg {args.runs}/layer_<N>/stage2.yaml, or name "
+                         "the steps at which a rule stopped them (--stopped_at), or another --metric")  # fmt: skip
     output = args.output or args.runs / "loss_log.json"
-    write_whole(output, json.dumps({"metric": args.metric, "source": args.source, "num_layers": len(layers), "layers": layers}) + "\n")
+    log = {"metric": args.metric, "source": args.source, "num_layers": len(layers), "layers": layers}
+    write_whole(output, json.dumps(log) + "\n")
     stopped = [layer for layer, entry in layers.items() if entry["state"] != "finished"]
     print(f"{output}: {args.metric} of {len(layers)} layers" + (f"; stopped by rule: {stopped}" if stopped else ""))
 

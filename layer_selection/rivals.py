@@ -30,8 +30,8 @@ def task_ablation(task: str, bench, args: argparse.Namespace) -> Ranking:
     questions = draw_questions(task, args)
     baseline, without, _ = ablate(bench.teacher, load_tokenizer(bench.cfg.teacher_model.name), questions, args.batch_size)
     if not any(baseline):
-        raise ValueError(f"--method: the teacher answers none of {len(questions)} questions of {task}, so its layers cannot be ranked "
-                         "by them; make the task easier (--num_pairs ...) or take another method")  # fmt: skip
+        raise ValueError(f"--method: the teacher answers none of {len(questions)} questions of {task}, so they cannot rank its "
+                         "layers; make the task easier (--num_pairs ...) or take another method")  # fmt: skip
     return drops(args.method, baseline, without, task=task, seed=args.seed)
 
 
@@ -43,8 +43,8 @@ def ga_s1(mse: Method, bench, args: argparse.Namespace) -> Ranking:
     """
     errors = mse(bench, args).samples
     totals = [sum(row) for row in zip(*errors.values())]
-    return rank_samples("ga_s1", "-alignment error of the others",
-                        {layer: [error - total for error, total in zip(values, totals)] for layer, values in errors.items()})  # fmt: skip
+    others = {layer: [error - total for error, total in zip(values, totals)] for layer, values in errors.items()}
+    return rank_samples("ga_s1", "-alignment error of the others", others)
 
 
 def gr_s2(bench, args: argparse.Namespace) -> Ranking | None:
@@ -66,8 +66,8 @@ def avg_s2(ga_s2: Method, bench, args: argparse.Namespace) -> Ranking | None:
     if None in rankings:
         return None
     added, removed = (ranking.samples for ranking in rankings)
-    return rank_samples("avg_s2", "mean of -KL added and KL removed",
-                        {layer: [(a + r) / 2 for a, r in zip(added[layer], removed[layer], strict=True)] for layer in added})  # fmt: skip
+    mean = {layer: [(a + r) / 2 for a, r in zip(added[layer], removed[layer], strict=True)] for layer in added}
+    return rank_samples("avg_s2", "mean of -KL added and KL removed", mean)
 
 
 def place(sensitivity: list[float], count: int) -> list[int]:

@@ -20,8 +20,9 @@ keeps do not matter here. Methods, importance being what a layer is ranked by:
     uniform  evenly spaced, one in the middle of each of K equal parts, for every ratio
     random   by --seed
 
-Written to --output_dir: ranking.json, ranking.png, and stage2.yaml with the K best. ga_s2 and gr_s2 train in <output_dir>/layer_<N>/ with
-train.py; run again they do only what is missing, and a finished layer is never trained twice. avg_s2 uses their default folders.
+Written to --output_dir: ranking.json, ranking.png, and stage2.yaml with the K best. ga_s2 and gr_s2 train in
+<output_dir>/layer_<N>/ with train.py; run again they do only what is missing, and a finished layer is never trained twice. avg_s2
+uses their default folders.
 """
 
 from __future__ import annotations

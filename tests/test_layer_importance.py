@@ -175,7 +175,8 @@ def test_our_checkpoints(teacher_dir, tmp_path, student):
 
 
 def evaluate(teacher_dir, out, *flags):
-    evaluate_layer_importance.main(["--model_name", str(teacher_dir), "--output_dir", str(out), "--batch_size", "2", *SMALL, *flags])
+    where = ["--model_name", str(teacher_dir), "--output_dir", str(out)]
+    evaluate_layer_importance.main([*where, "--batch_size", "2", *SMALL, *flags])
 
 
 @pytest.fixture(scope="module")

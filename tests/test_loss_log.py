@@ -66,7 +66,8 @@ def test_a_config_for_every_layer_of_the_teacher(runs, stage2):  # noqa: F811
     for layer in range(4):
         cfg = load_config(runs / f"layer_{layer}" / "stage2.yaml")
         assert cfg.student_model.keep_full_attention_layers == [layer] and cfg.train.max_steps == 20
-        assert cfg.train.output_dir == str(runs / f"layer_{layer}" / "run") and cfg.train.student_init_ckpt == asked.train.student_init_ckpt
+        assert cfg.train.output_dir == str(runs / f"layer_{layer}" / "run")
+        assert cfg.train.student_init_ckpt == asked.train.student_init_ckpt
     assert sorted(path.name for path in runs.iterdir()) == ["candidates.json", *(f"layer_{layer}" for layer in range(4))]
     again = ["--cfg", str(stage2), "--output_dir", str(runs)]
     generate_layer_configs_ga_s2.main([*again, "train.max_steps=20"])
@@ -98,7 +99,8 @@ def test_missing_and_unfinished_layers_are_named(runs):
     write_metrics(runs)
     (runs / "layer_3" / "run" / "metrics.jsonl").unlink()
     write_metrics(runs, {1: LOSSES[1]}, (1, 5, 10))
-    with pytest.raises(ValueError, match="layer 1 is unfinished, at step 10 of 20; layer 3 has no run .*layer_3/run in .*Train them: deepspeed"):
+    both = "layer 1 is unfinished, at step 10 of 20; layer 3 has no run .*layer_3/run in .*Train them: deepspeed"
+    with pytest.raises(ValueError, match=both):
         retrieve(runs, "--source", "metrics")
     assert not (runs / "loss_log.json").exists()
 
@@ -120,7 +122,8 @@ def test_the_training_loss_is_averaged_over_the_last_tenth(runs):
     write_metrics(runs, {layer: [1.0] * 18 + [0.1 * layer + 0.5, 0.1 * layer - 0.1] for layer in range(4)}, steps)
     retrieve(runs, "--source", "metrics", "--metric", "train/loss")
     ranking = rank(runs, "--top-k", "1")
-    assert {layer["layer"]: layer["importance"] for layer in ranking["layers"]} == pytest.approx({n: -(0.2 * n + 0.4) for n in range(4)})
+    means = {layer["layer"]: layer["importance"] for layer in ranking["layers"]}
+    assert means == pytest.approx({layer: -(0.2 * layer + 0.4) for layer in range(4)})
 
 
 def test_bad_input(runs, tmp_path, capsys):
@@ -185,14 +188,15 @@ def service_run(created, name, output_dir, rows):
 def test_the_service(runs, monkeypatch):
     """Runs renamed there are known by their output_dir, those of others are left alone, later ones go on from earlier ones."""
     folders = {layer: str(runs / f"layer_{layer}" / "run") for layer in range(4)}
-    there = [service_run(f"2026-01-0{9 - layer}", f"renamed {layer}", folders[layer], rows_of(LOSSES[layer])) for layer in (0, 2, 3)]
-    there += [service_run("2026-02-02", folders[1], "x", rows_of(LOSSES[1][1:], (10, 20))), service_run("2026-01-01", "else", "y", [{}])]
+    there = [service_run("2026-01-01", f"renamed {layer}", folders[layer], rows_of(LOSSES[layer])) for layer in (0, 2, 3)]
+    there += [service_run("2026-02-02", folders[1], "x", rows_of(LOSSES[1][1:], (10, 20)))]
+    there += [service_run("2026-01-01", "else", "y", [{}])]
     there += [service_run("2026-02-01", folders[1], "x", rows_of([0.8, 99.0], (1, 10)))]
     monkeypatch.setattr(wandb, "Api", lambda: Service(there))
     log = retrieve(runs, "--entity", "me", "--project", "mine")
     write_metrics(runs)
     assert log == retrieve(runs, "--source", "metrics") | {"source": "service"}
-    with pytest.raises(ValueError, match="--project: W&B did not give me/other .*Could not find project.*check --entity and --project"):
+    with pytest.raises(ValueError, match="--project: W&B did not give me/other .*Could not find.*check --entity and --project"):
         retrieve(runs, "--entity", "me", "--project", "other")
     there.pop(0)
     with pytest.raises(ValueError, match="layer 0 has no run .*layer_0/run in the project me/mine"):

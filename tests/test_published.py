@@ -67,7 +67,8 @@ def test_stage_3_goes_on_from_the_stage_2_beside_it():
     assert {"qwen3_0.6b_gdn_v4_hybrid_0_25_uniform", "qwen3_8b_gdn_v4_hybrid_0_25_uniform"} <= {path.parent.name for path in files}
     for path in files:
         cfg, before = load_config(path), load_config(path.with_name("stage2.yaml"))
-        assert cfg.train.student_init_ckpt == f"{before.train.output_dir}/converted-hf" and cfg.student_model == before.student_model
+        assert cfg.train.student_init_ckpt == f"{before.train.output_dir}/converted-hf"
+        assert cfg.student_model == before.student_model
 
 
 def test_published_rankings_name_each_layer_once():
@@ -110,8 +111,8 @@ def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path):
     sbatch.write_text(f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\necho 7\n')
     sbatch.chmod(0o755)
     row = ROOT / "configs" / "qwen3_8b_gdn_v4_hybrid_0_25_uniform"
-    done = subprocess.run(["bash", str(ROOT / "launch_pipeline.sh")], capture_output=True, text=True,
-                          env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row), "LAYERS": "36"})  # fmt: skip
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row), "LAYERS": "36"}
+    done = subprocess.run(["bash", str(ROOT / "launch_pipeline.sh")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     stage1 = ROOT / "configs" / "qwen3_8b_gdn_v4" / "stage1.yaml"
     assert (tmp_path / "configs").read_text().split() == [
