@@ -40,8 +40,13 @@ def read_log(file: Path) -> dict:
 
 
 def tail_mean(history: list, step: int) -> float:
-    """The mean of the values of the last tenth of `step` steps, or the last value before `step` if there is none in it."""
+    """The mean of the values of the last tenth of `step` steps, or the last value before `step` if there is none in it.
+
+    Raises ValueError if all come later.
+    """
     before = [(at, value) for at, value in history if at <= step]
+    if not before:
+        raise ValueError(f"--log: a layer has no value up to step {step}, where another one's end; retrieve all with one --metric")
     last = [value for at, value in before if at > (1 - TAIL) * step] or [before[-1][1]]
     return sum(last) / len(last)
 
@@ -73,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cfg", help="YAML of stage 2, to be written again with the chosen layers")
     args = parser.parse_args(argv)
 
-    ranking = rank(read_log(args.log))
+    log = read_log(args.log)
+    ranking = rank(log)
     count = budget(args.ratio, len(ranking.layers)) if args.ratio is not None else args.top_k
     kept, folder = ranking.keep(count), args.output_dir or args.log.parent
     chosen = None
@@ -82,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         from pipeline.config import dump_config, load_config
 
         cfg = load_config(args.cfg)
+        if cfg.teacher_model.name != log["teacher"]:
+            raise ValueError(f"--cfg: {args.cfg} is of the teacher {cfg.teacher_model.name}, the log of {log['teacher']}")
         chosen = dump_config(with_layers(cfg, kept, Path(cfg.train.output_dir)))
     write(ranking, count, folder)
     if chosen:

@@ -38,13 +38,14 @@ LOCAL = "--source offline or --source metrics reads what is on this machine."
 Rows = list[dict]  # what a run logged, in its order, by W&B's names
 
 
-def read_candidates(folder: Path) -> dict[int, Config]:
-    """Layer -> the config of its run. Raises ValueError if there is not one for every layer."""
+def read_candidates(folder: Path) -> tuple[str, dict[int, Config]]:
+    """The teacher, and layer -> the config of its run. Raises ValueError if there is not one for every layer."""
     try:
-        layers = json.loads((folder / CANDIDATES).read_text())["num_layers"]
+        made = json.loads((folder / CANDIDATES).read_text())
+        teacher, layers = made["teacher"], made["num_layers"]
     except (OSError, ValueError, KeyError):
         raise ValueError(f"--runs: {folder} has no {CANDIDATES}; make it with generate_layer_configs_ga_s2.py") from None
-    return {layer: load_config(folder / f"layer_{layer}" / "stage2.yaml") for layer in range(layers)}
+    return teacher, {layer: load_config(folder / f"layer_{layer}" / "stage2.yaml") for layer in range(layers)}
 
 
 def need_wandb() -> None:
@@ -119,8 +120,8 @@ def from_metrics(wanted: Iterable[str]) -> dict[str, Rows]:
     for name in wanted:
         file = Path(name) / METRICS
         if file.is_file():
-            rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-            found[name] = [{wandb_name(key): value for key, value in row.items()} for row in rows]
+            *whole, rest = file.read_text().split("\n")  # the rest is empty, or a line that is being written
+            found[name] = [{wandb_name(key): value for key, value in json.loads(line).items()} for line in whole]
     return found
 
 
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="default: <runs>/loss_log.json")
     args = parser.parse_args(argv)
 
-    candidates = read_candidates(args.runs)
+    teacher, candidates = read_candidates(args.runs)
     wanted = {cfg.train.output_dir for cfg in candidates.values()}
     if args.source == "service":
         where = f"{args.entity}/{args.project}" if args.entity else args.project
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{'; '.join(wrong)}. Train them: deepspeed train.py --cfg {args.runs}/layer_<N>/stage2.yaml, or name "
                          "the steps at which a rule stopped them (--stopped_at), or another --metric")  # fmt: skip
     output = args.output or args.runs / "loss_log.json"
-    log = {"metric": args.metric, "source": args.source, "num_layers": len(layers), "layers": layers}
+    log = {"teacher": teacher, "metric": args.metric, "source": args.source, "num_layers": len(layers), "layers": layers}
     write_whole(output, json.dumps(log) + "\n")
     stopped = [layer for layer, entry in layers.items() if entry["state"] != "finished"]
     print(f"{output}: {args.metric} of {len(layers)} layers" + (f"; stopped by rule: {stopped}" if stopped else ""))

@@ -23,19 +23,20 @@ def runs(stage2, tmp_path):  # noqa: F811
     return folder
 
 
-def log_offline(folder, name, rows):
-    """A real offline run, in a process of its own."""
+def log_offline(folder, runs):
+    """Real offline runs, (name, rows) one after the other, in a process of their own."""
     script = """
 import json, os, sys, wandb
-folder, name, rows = json.loads(sys.argv[1])
+folder, runs = json.loads(sys.argv[1])
 os.makedirs(folder, exist_ok=True)
-run = wandb.init(mode="offline", project="p", name=name, dir=folder)
-run.config.update({"output_dir": name})
-for row in rows:
-    run.log(row)
-run.finish()
+for name, rows in runs:
+    run = wandb.init(mode="offline", project="p", name=name, dir=folder)
+    run.config.update({"output_dir": name})
+    for row in rows:
+        run.log(row)
+    run.finish()
 """
-    subprocess.run([sys.executable, "-c", script, json.dumps([str(folder), name, rows])], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", script, json.dumps([str(folder), runs])], check=True, capture_output=True)
 
 
 def rows_of(losses, steps=(1, 10, 20)):
@@ -79,11 +80,10 @@ def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2):
     """Layer 1's run was stopped and went on in a second W&B run, which repeats step 10."""
     write_metrics(runs)
     local = retrieve(runs, "--source", "metrics")
-    for layer in (0, 2, 3):
-        log_offline(tmp_path / "wandb", str(runs / f"layer_{layer}" / "run"), rows_of(LOSSES[layer]))
-    name = str(runs / "layer_1" / "run")
-    log_offline(tmp_path / "wandb", name, rows_of([0.8, 99.0], (1, 10)))
-    log_offline(tmp_path / "wandb", name, rows_of(LOSSES[1][1:], (10, 20)))
+    logged = [(str(runs / f"layer_{layer}" / "run"), rows_of(LOSSES[layer])) for layer in (0, 2, 3)]
+    logged += [(str(runs / "layer_1" / "run"), rows_of([0.8, 99.0], (1, 10)))]
+    logged += [(str(runs / "layer_1" / "run"), rows_of(LOSSES[1][1:], (10, 20)))]
+    log_offline(tmp_path / "wandb", logged)
     log = retrieve(runs, "--source", "offline", "--wandb_dir", str(tmp_path / "wandb"))
     assert log == local | {"source": "offline"} and log["layers"]["1"]["history"] == [[1, 0.8], [10, 0.2], [20, 0.1]]
     ranking = rank(runs, "--ratio", "0.5", "--cfg", str(stage2))
@@ -91,7 +91,7 @@ def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2):
     assert ranking["layers"][0]["importance"] == pytest.approx(-0.1) and ranking["facts"]["compared_at_step"] == 20
     assert load_config(runs / "stage2.yaml").student_model.keep_full_attention_layers == [1, 3]
     assert (runs / "ranking.png").stat().st_size > 5000
-    retrieve(runs, "--source", "offline", "--wandb_dir", str(tmp_path / "wandb"), "--metric", "train/loss")
+    retrieve(runs, "--source", "metrics", "--metric", "train/loss")
     assert rank(runs, "--top-k", "1")["layers"][0]["importance"] == pytest.approx(-0.2)
 
 
@@ -156,6 +156,10 @@ def test_bad_input(runs, tmp_path, capsys):
     log.write_text(json.dumps(whole))
     with pytest.raises(ValueError, match="--top-k: 5 must be between 1 and 4"):
         rank(runs, "--top-k", "5")
+    other = tmp_path / "other.yaml"
+    other.write_text((runs / "layer_0" / "stage2.yaml").read_text().replace(whole["teacher"], "Qwen/other"))
+    with pytest.raises(ValueError, match="--cfg: .* is of the teacher Qwen/other, the log of "):
+        rank(runs, "--top-k", "1", "--cfg", str(other))
     assert not (runs / "ranking.json").exists()
 
 

@@ -41,6 +41,15 @@ def test_a_row(row):
     assert (start.teacher_model, start.student_model.name) == (cfg.teacher_model, cfg.student_model.name)
 
 
+def test_the_readme_says_what_a_ratio_keeps():
+    readme = (ROOT / "README.md").read_text()
+    ratios = [float(ratio) for ratio in re.search(r"\| teacher \| layers \| (.*) \|", readme)[1].split(" | ")]
+    lines = re.findall(r"^\| [^|]*(?:Qwen|Llama)[^|]* \| (\d+) \| ([\d |]+) \|$", readme, re.MULTILINE)
+    assert ratios == SETS["ratios"] and {int(layers) for layers, _ in lines} == {f["layers"] for f in SETS["teachers"].values()}
+    for layers, kept in lines:
+        assert [int(count) for count in kept.split(" | ")] == [budget(ratio, int(layers)) for ratio in ratios]
+
+
 def test_every_published_set_has_its_rows():
     found = {(row.teacher, row.student, row.selector, tuple(row.layers)) for row in ROWS}
     for teacher, facts in SETS["teachers"].items():
