@@ -82,7 +82,7 @@ def continuations(model: StudentForCausalLM, tokenizer, questions: list[Question
     ablated = torch.arange(-1, len(layers), device=device).repeat_interleave(batch)  # of each row; -1: none
 
     def zero(layer: int):
-        return lambda module, args, output: (output[0] * (ablated != layer)[:, None, None], *output[1:])
+        return lambda module, args, output: (output[0].masked_fill((ablated == layer)[:, None, None], 0), *output[1:])
 
     hooks = [block.attn.register_forward_hook(zero(i)) for i, block in enumerate(layers)]
     written, special = [[] for _ in mask], set(tokenizer.all_special_ids)
