@@ -200,6 +200,9 @@ def test_the_service(runs, monkeypatch):
     log = retrieve(runs, "--entity", "me", "--project", "mine")
     write_metrics(runs)
     assert log == retrieve(runs, "--source", "metrics") | {"source": "service"}
+    monkeypatch.setenv("WANDB_ENTITY", "me")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert retrieve(runs) == log
     with pytest.raises(ValueError, match="--project: W&B did not give me/other .*Could not find.*check --entity and --project"):
         retrieve(runs, "--entity", "me", "--project", "other")
     there.pop(0)
