@@ -3,26 +3,29 @@
 #
 #   bash launch_pipeline.sh
 #
-# CONFIGS: folder with stage1.yaml, stage2.yaml, stage3.yaml (configs/qwen2.5_1.5b). LAYERS: of the teacher (from its config).
+# CONFIGS: folder with stage2.yaml and stage3.yaml (configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2), and stage1.yaml there or in the
+# folder of the pair, the name before _hybrid_. LAYERS: of the teacher (from its config).
 # RANKING: what the selection writes (<output_dir of stage 2>_ga_s2/ranking.json). PARALLEL: layers tried at a time (8).
 # SBATCH_ARGS: for every job, SBATCH_TRAIN: for the stages (such as --nodes=4). The knobs of launch_preprocess.sh,
 # launch_selection.sh and launch_common.sh reach their jobs through the environment, as do sbatch's own (SBATCH_PARTITION ...).
 set -Eeuo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 command -v sbatch >/dev/null || die "sbatch: not found; without Slurm, run the launch_*.sh one after the other with bash."
-CONFIGS=${CONFIGS:-configs/qwen2.5_1.5b}
-mapfile -t facts < <(python - "$CONFIGS" "${LAYERS:-}" "${METHOD:-ga_s2}" <<'PY'
+CONFIGS=${CONFIGS:-configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2}
+STAGE1=$CONFIGS/stage1.yaml
+[[ -f $STAGE1 ]] || STAGE1=${CONFIGS%_hybrid_*}/stage1.yaml
+mapfile -t facts < <(python - "$STAGE1" "$CONFIGS" "${LAYERS:-}" "${METHOD:-ga_s2}" <<'PY'
 import sys
 
 from pipeline.config import load_config
 
-stages = [load_config(f"{sys.argv[1]}/stage{n}.yaml") for n in (1, 2, 3)]
-layers = sys.argv[2]
+stages = [load_config(file) for file in (sys.argv[1], f"{sys.argv[2]}/stage2.yaml", f"{sys.argv[2]}/stage3.yaml")]
+layers = sys.argv[3]
 if not layers:
     from convert import load_teacher_config
 
     layers = load_teacher_config(stages[0].teacher_model.name).num_hidden_layers
-print(layers, f"{stages[1].train.output_dir}_{sys.argv[3]}/ranking.json", f"{stages[2].train.output_dir}/converted-hf", sep="\n")
+print(layers, f"{stages[1].train.output_dir}_{sys.argv[4]}/ranking.json", f"{stages[2].train.output_dir}/converted-hf", sep="\n")
 PY
 )
 [[ ${#facts[@]} == 3 ]] || die "CONFIGS: $CONFIGS has no three stages that can be read (above)."
@@ -44,7 +47,7 @@ submit() {
 
 read -r -a nodes <<<"${SBATCH_TRAIN:-}"
 submit preprocess "" launch_preprocess.sh
-CFG=$CONFIGS/stage1.yaml submit stage1 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage1.sh
+CFG=$STAGE1 submit stage1 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage1.sh
 CFG=$CONFIGS/stage2.yaml submit candidates "$JOB" --array="0-$((LAYERS - 1))%${PARALLEL:-8}" launch_selection.sh
 CFG=$CONFIGS/stage2.yaml submit selection "$JOB" launch_selection.sh
 CFG=$CONFIGS/stage2.yaml RANKING=$RANKING submit stage2 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage2.sh

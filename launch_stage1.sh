@@ -14,9 +14,9 @@
 #
 #   sbatch [--nodes=4] launch_stage1.sh [key.path=value ...]     or, on this machine:  bash launch_stage1.sh
 #
-# CFG: the config (configs/qwen2.5_1.5b/stage1.yaml). The other knobs are in launch_common.sh.
+# CFG: the config (configs/qwen2.5_1.5b_gdn_v4/stage1.yaml). The other knobs are in launch_common.sh.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 [[ -f $here/launch_common.sh ]] || here=${SLURM_SUBMIT_DIR:?submit from the folder of the project} # sbatch runs a copy
 source "$here/launch_common.sh"
-train "${CFG:-configs/qwen2.5_1.5b/stage1.yaml}" "$@"
+train "${CFG:-configs/qwen2.5_1.5b_gdn_v4/stage1.yaml}" "$@"

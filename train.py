@@ -1,6 +1,6 @@
 """Trains one stage from one YAML file, on one or many processes, on GPUs or a CPU.
 
-    deepspeed train.py --cfg configs/qwen2.5_1.5b/stage1.yaml             # all GPUs of this machine
+    deepspeed train.py --cfg configs/qwen2.5_1.5b_gdn_v4/stage1.yaml     # all GPUs of this machine
     python train.py --cfg configs/quickstart/stage1.yaml train.lr=1e-3    # one process; overrides after the file
     python train.py --cfg configs/quickstart/stage2.yaml --dry-run        # steps, tokens, parameters, memory; then stops
 
@@ -27,7 +27,7 @@ from pipeline.batch_plan import BatchPlan, batch_plan
 from pipeline.checkpoints import PARTIAL, UNIVERSAL, CheckpointError, checkpoints, read_index, step_of, universal_checkpoint
 from pipeline.config import Config, ConfigError, check_kept_layers, load_config
 from pipeline.data import Chunks, DataError, data_fingerprint, load_tokenizer, open_chunks, tokenizer_fingerprint
-from pipeline.environment import join_ranks, set_up_device, set_up_process, wandb_wanted
+from pipeline.environment import WANDB_PROJECT, join_ranks, set_up_device, set_up_process, wandb_wanted
 from pipeline.files import Busy, locked, one_line, write_whole
 from pipeline.guard import REQUEUE, Diverged, StopSignals, Watchdog
 from pipeline.run_folder import EXPORT, INIT_REPORT, METRICS, check_run_folder, is_finished, record_run, resume_point
@@ -429,7 +429,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     for group in parameter_groups(model, cfg):
         say(f"optimiser: {group.numel:,} parameters of {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
     if report:
-        os.environ.setdefault("WANDB_PROJECT", "hybrid-distillation")
+        os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
         os.environ.setdefault("WANDB_DIR", str(output))  # offline runs lie in the run folder
     args = TrainingArguments(
         output_dir=str(output),

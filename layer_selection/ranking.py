@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy
@@ -24,6 +24,11 @@ def budget(ratio: float, num_layers: int) -> int:
     return keep
 
 
+def evenly_spaced(count: int, num_layers: int) -> list[int]:
+    """`count` layers, each in the middle of one of `count` equal parts: the one phase of `uniform`, whatever the ratio."""
+    return [int((i + 0.5) * num_layers / count) for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer's importance, more being better, with its 95 % interval (None where the method has no spread), and the layers
@@ -38,12 +43,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Layers, best first. unit: what importance is measured in. facts: what made it."""
+    """Layers, best first. unit: what importance is measured in. facts: what made it. samples: layer -> importance on each
+    sequence, where it was measured on several; they are not written."""
 
     method: str
     unit: str
     layers: list[Layer]
     facts: dict
+    samples: dict[int, list[float]] = field(default_factory=dict, repr=False)
 
     def keep(self, count: int) -> list[int]:
         """The `count` best layers in order of their index. Raises ValueError if there are not as many."""
@@ -86,7 +93,7 @@ def rank_samples(method: str, unit: str, samples: dict[int, list[float]], seed: 
     order = sorted(range(len(ids)), key=lambda i: -values[i].mean())
     layers = [Layer(ids[i], values[i].mean().item(), low[i].item(), high[i].item(),
                     tuple(sorted(ids[j] for j in order if tied(i, j)))) for i in order]  # fmt: skip
-    return Ranking(method, unit, layers, facts)
+    return Ranking(method, unit, layers, facts, samples)
 
 
 def table(ranking: Ranking, count: int) -> str:
@@ -123,7 +130,8 @@ def write(ranking: Ranking, count: int, folder: Path) -> None:
     """ranking.png and ranking.json, which comes last and whole."""
     folder.mkdir(parents=True, exist_ok=True)
     plot(ranking, count, folder / "ranking.png")
-    content = asdict(ranking) | {"keep": ranking.keep(count), "undecided": ranking.undecided(count)}
+    content = {name: value for name, value in asdict(ranking).items() if name != "samples"}
+    content |= {"keep": ranking.keep(count), "undecided": ranking.undecided(count)}
     partial = folder / ".ranking.json.partial"
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, folder / "ranking.json")

@@ -7,25 +7,31 @@ STAGE2.yaml names teacher, data, the all-linear student (train.student_init_ckpt
 keeps do not matter here. Methods, importance being what a layer is ranked by:
 
     ga_s2    -KL(teacher || student) on held-out text after stage 2 with only this layer restored (arXiv 2512.20569)
-    scan     the same without training
+    gr_s2    +KL after stage 2 with all but this layer restored (arXiv 2512.20569)
+    avg_s2   the mean of both (arXiv 2512.20569)
+    ga_s1    -(sum of the other layers' alignment errors after stage 1), for a restored layer has none (arXiv 2512.20569)
+    scan     -KL as of ga_s2, without training
+    smart    sensitivity, KL(all-linear) - KL(with this layer restored), and placement: the most sensitive layer among the first
+             and among the last L / K of L, the others nearly evenly between, at the largest sum (arXiv 2505.17272)
     ppl      loss of the teacher with only this layer linear (high: it cannot be replaced)
-    mse      alignment error of stage 1's layer, mean squared; GA-S1 ranks the same way, for it restores one layer at a time
-    uniform  evenly spaced, one in the middle of each of K equal parts
+    mse      alignment error of stage 1's layer, mean squared
+    ar, ar_multihop, synthetic_retrieval, variable_tracking, common_words_extraction, frequent_words_extraction, phone_book
+             accuracy(teacher) - accuracy(teacher, this layer's attention output zeroed), see evaluate_layer_importance.py
+    uniform  evenly spaced, one in the middle of each of K equal parts, for every ratio
     random   by --seed
 
-Written to --output_dir: ranking.json, ranking.png, and stage2.yaml with the K best. ga_s2 trains in <output_dir>/layer_<N>/ with
-train.py; run again it does only what is missing, and a finished layer is never trained twice.
+Written to --output_dir: ranking.json, ranking.png, and stage2.yaml with the K best. ga_s2 and gr_s2 train in
+<output_dir>/layer_<N>/ with train.py; run again they do only what is missing, and a finished layer is never trained twice. avg_s2
+uses their default folders.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import random
-import subprocess
 import sys
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -37,23 +43,13 @@ sys.path.insert(0, str(ROOT))
 
 from convert import load_teacher  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
-from layer_selection.ranking import Ranking, budget, rank_samples, rank_scores, table, write  # noqa: E402
+from layer_selection.full_runs import HELDOUT_KL, check_start, train_hybrid, with_layers  # noqa: E402
+from layer_selection.questions import add_options  # noqa: E402
+from layer_selection.ranking import Ranking, budget, evenly_spaced, rank_samples, rank_scores, table, write  # noqa: E402
+from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, task_ablation  # noqa: E402
 from pipeline.config import Config, ConfigError, dump_config, load_config  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
-from pipeline.guard import REQUEUE  # noqa: E402
-from pipeline.run_folder import EXPORT  # noqa: E402
 from wrapper import AttentionAlignmentModel  # noqa: E402
-
-HELDOUT_KL = "heldout_kl.json"
-
-
-def with_layers(cfg: Config, kept: list[int], output_dir: Path) -> Config:
-    """The stage-2 config that keeps `kept` and writes to output_dir."""
-    return dataclasses.replace(
-        cfg,
-        student_model=dataclasses.replace(cfg.student_model, keep_full_attention_layers=kept),
-        train=dataclasses.replace(cfg.train, output_dir=str(output_dir)),
-    )
 
 
 class Bench:
@@ -76,10 +72,8 @@ class Bench:
 
     @cached_property
     def student(self) -> StudentForCausalLM:
+        check_start(self.cfg)
         student = StudentForCausalLM.from_pretrained(self.cfg.train.student_init_ckpt, dtype=self.dtype)
-        if student.config.keep_full_attention_layers:
-            raise ConfigError(f"train.student_init_ckpt: {self.cfg.train.student_init_ckpt} keeps layers "
-                              f"{student.config.keep_full_attention_layers}; name stage 1's all-linear converted-hf")  # fmt: skip
         return student.to(self.device).eval()
 
     @torch.no_grad()
@@ -133,7 +127,7 @@ def mse(bench: Bench, args) -> Ranking:
 
 def uniform(bench: Bench, args) -> Ranking:
     layers = bench.teacher.config.num_hidden_layers
-    kept = {int((i + 0.5) * layers / args.top_k) for i in range(args.top_k)}
+    kept = evenly_spaced(args.top_k, layers)
     return rank_scores("uniform", "kept", {layer: float(layer in kept) for layer in range(layers)})
 
 
@@ -144,37 +138,23 @@ def randomly(bench: Bench, args) -> Ranking:
     return rank_scores("random", "random number", scores, seed=args.seed)
 
 
-def train_candidate(bench: Bench, args, layer: int) -> None:
-    """Stage 2 with only `layer` restored, and its held-out KL, in <output_dir>/layer_<N>; does what is missing."""
-    folder = args.output_dir / f"layer_{layer}"
-    if (folder / HELDOUT_KL).is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stage2.yaml").write_text(dump_config(with_layers(bench.cfg, [layer], folder / "run")))
-    done = subprocess.run([*args.launcher.split(), str(ROOT / "train.py"), "--cfg", str(folder / "stage2.yaml")])
-    if done.returncode == REQUEUE:  # a signal, which reached the run itself: it has saved
-        sys.exit(REQUEUE)
-    if done.returncode:
-        raise ConfigError(f"layer {layer}: its run in {folder / 'run'} ended with exit code {done.returncode}; see above, "
-                          "and run again")  # fmt: skip
-    model = StudentForCausalLM.from_pretrained(folder / "run" / EXPORT, dtype=bench.dtype).to(bench.device).eval()
-    partial = folder / f".{HELDOUT_KL}"
-    partial.write_text(json.dumps(bench.kls(model)) + "\n")
-    partial.replace(folder / HELDOUT_KL)
-
-
 def ga_s2(bench: Bench, args) -> Ranking | None:
     layers = range(bench.teacher.config.num_hidden_layers)
     mine = layers if args.candidate is None else [args.candidate]
     for layer in tqdm(mine, desc="candidates", unit="layer"):
-        train_candidate(bench, args, layer)
+        train_hybrid(bench, args.launcher, [layer], args.output_dir / f"layer_{layer}")
     if args.candidate is not None:
         return None
     kls = {layer: json.loads((args.output_dir / f"layer_{layer}" / HELDOUT_KL).read_text()) for layer in layers}
     return rank_samples("ga_s2", "-KL", {layer: [-kl for kl in values] for layer, values in kls.items()})
 
 
-METHODS = {"ga_s2": ga_s2, "scan": scan, "ppl": ppl, "mse": mse, "uniform": uniform, "random": randomly}
+METHODS = {
+    "ga_s2": ga_s2, "gr_s2": gr_s2, "avg_s2": partial(avg_s2, ga_s2), "ga_s1": partial(ga_s1, mse), "smart": partial(smart, scan),
+    "scan": scan, "ppl": ppl, "mse": mse, "uniform": uniform, "random": randomly,
+    **{method: partial(task_ablation, task) for method, task in TASK_METHODS.items()},
+}  # fmt: skip
+TRAINED = ("ga_s2", "gr_s2", "avg_s2")  # with a training run for every layer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -185,11 +165,12 @@ def main(argv: list[str] | None = None) -> None:
     size.add_argument("--top-k", type=int, help="how many layers to keep")
     size.add_argument("--ratio", type=float, help="share of the layers to keep: floor(ratio x layers + 0.5)")
     parser.add_argument("--output_dir", type=Path, help="default: <train.output_dir>_<method>")
-    parser.add_argument("--candidate", type=int, help="ga_s2: train this layer alone, and do not rank")
+    parser.add_argument("--candidate", type=int, help=f"{', '.join(TRAINED)}: train this layer alone, and do not rank")
     parser.add_argument("--launcher", default=str(Path(sys.executable).with_name("deepspeed")), help="what starts train.py")
     parser.add_argument("--sequences", type=int, default=64, help="held-out sequences to measure on")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="of random")
+    parser.add_argument("--seed", type=int, default=0, help="of random, and of a task's questions")
+    add_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="come after the file")
     args = parser.parse_intermixed_args(argv)
 
@@ -203,8 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     args.top_k = budget(args.ratio, layers) if args.ratio is not None else args.top_k
     if not 1 <= args.top_k <= layers:
         raise ConfigError(f"--top-k: {args.top_k} must be between 1 and the teacher's {layers} layers")
-    if args.candidate is not None and (args.method != "ga_s2" or not 0 <= args.candidate < layers):
-        raise ConfigError(f"--candidate: {args.candidate} needs --method ga_s2 and a layer in 0..{layers - 1}")
+    if args.candidate is not None and (args.method not in TRAINED or not 0 <= args.candidate < layers):
+        raise ConfigError(f"--candidate: {args.candidate} needs --method {' or '.join(TRAINED)} and a layer in 0..{layers - 1}")
     ranking = METHODS[args.method](bench, args)
     if ranking is None:
         return

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 KERNEL_CONFIGS = Path(__file__).with_name("kernel_configs")
+WANDB_PROJECT = "hybrid-distillation"  # where runs are logged unless the environment says otherwise
 
 
 def set_up_process() -> tuple[int, int]:

@@ -33,6 +33,12 @@ def _identity(cfg: Config) -> dict:
     return flat | {"stage": cfg.stage}
 
 
+def difference(theirs: Config, ours: Config) -> str | None:
+    """What first makes two configs different runs, as a few words, or None."""
+    theirs, ours = _identity(theirs), _identity(ours)
+    return next((f"{name} is {theirs.get(name)!r} there, {ours[name]!r} here" for name in ours if ours[name] != theirs.get(name)), None)
+
+
 def check_run_folder(cfg: Config) -> None:
     """Raises ConfigError if the folder belongs to another run, or holds a run and the config says not to resume, or the
     checkpoint to resume from is none of its own. Writes nothing."""
@@ -43,13 +49,8 @@ def check_run_folder(cfg: Config) -> None:
     if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):  # .lock, .saving: of a killed process
         if not (folder / CONFIG).is_file():
             raise ConfigError(f"{key} is not empty and holds no run; name another folder")
-        theirs, ours = _identity(load_config(folder / CONFIG)), _identity(cfg)
-        if different := [name for name in ours if ours[name] != theirs.get(name)]:
-            name = different[0]
-            raise ConfigError(
-                f"{key} holds another run ({name} is {theirs.get(name)!r} there, {ours[name]!r} here); "
-                "name another folder or remove it"
-            )
+        if other := difference(load_config(folder / CONFIG), cfg):
+            raise ConfigError(f"{key} holds another run ({other}); name another folder or remove it")
         if resume in (None, False):
             raise ConfigError(
                 f"train.resume_from_checkpoint: {resume}, but {folder} holds this run with {len(checkpoints(folder))} checkpoints; "

@@ -106,7 +106,7 @@ def test_ga_s2_trains_what_is_missing(stage2, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (["--top-k", "5"], "--top-k: 5 must be between 1 and the teacher's 4 layers"),
     (["--ratio", "0.01"], "--ratio: 0.01 of 4 layers keeps 0"),
-    (["--top-k", "1", "--candidate", "4"], "--candidate: 4 needs --method ga_s2 and a layer in 0..3"),
+    (["--top-k", "1", "--candidate", "4"], "--candidate: 4 needs --method ga_s2 or gr_s2 or avg_s2 and a layer in 0..3"),
     (["--top-k", "1", "--method", "mse", "--candidate", "1"], "--candidate: 1 needs --method ga_s2"),
     (["--top-k", "1", "stage=3"], "is of stage 3; name a stage-2 file"),
 ])  # fmt: skip

@@ -1,0 +1,57 @@
+"""The stage-2 configs of GA-S2's candidates, one a layer of the teacher, each with only that layer restored.
+
+    python layer_selection/generate_layer_configs_ga_s2.py --cfg STAGE2.yaml --output_dir outputs/ga_s2 [key.path=value ...]
+    deepspeed train.py --cfg outputs/ga_s2/layer_0/stage2.yaml      # and so on, in any order, on any machine
+    python layer_selection/retrieve_loss_log_from_wandb.py --runs outputs/ga_s2
+    python layer_selection/get_ranking_from_wandb_loss_log.py --log outputs/ga_s2/loss_log.json --ratio 0.25
+
+Teacher, data, stage-1 student and all else are STAGE2.yaml's or the overrides'; runs write to <output_dir>/layer_<N>/run. These
+scripts are select_layers.py --method ga_s2 by hand, for runs whose losses are in W&B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from convert import load_teacher_config  # noqa: E402
+from layer_selection.full_runs import STAGE_2, with_layers  # noqa: E402
+from layer_selection.retrieve_loss_log_from_wandb import CANDIDATES  # noqa: E402
+from pipeline.config import ConfigError, dump_config, load_config  # noqa: E402
+from pipeline.files import one_line, write_whole  # noqa: E402
+from pipeline.run_folder import difference  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", required=True, help="YAML of stage 2; the layers that it keeps do not matter")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="come after the file")
+    args = parser.parse_intermixed_args(argv)
+
+    cfg = load_config(args.cfg, args.overrides)
+    if cfg.stage != 2:
+        raise ConfigError(f"--cfg: {args.cfg} is of stage {cfg.stage}; name a stage-2 file")
+    layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
+    made = {layer: with_layers(cfg, [layer], args.output_dir / f"layer_{layer}" / "run") for layer in range(layers)}
+    files = {layer: args.output_dir / f"layer_{layer}" / STAGE_2 for layer in made}
+    for layer, file in files.items():
+        if file.is_file() and (other := difference(load_config(file), made[layer])):
+            raise ConfigError(f"--output_dir: {file} is of other candidates ({other}); name another folder or remove it")
+    for layer, file in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, dump_config(made[layer]))
+    write_whole(args.output_dir / CANDIDATES, json.dumps({"teacher": cfg.teacher_model.name, "num_layers": layers}) + "\n")
+    print(f"{args.output_dir}: {layers} configs; for each: deepspeed train.py --cfg {args.output_dir}/layer_<N>/{STAGE_2}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"generate_layer_configs_ga_s2.py: error: {one_line(error)}")

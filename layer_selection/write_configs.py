@@ -1,0 +1,154 @@
+"""Writes configs/ from published.yaml: the stages of every teacher with every student, at every published budget and selector.
+
+    python layer_selection/write_configs.py [--output_dir configs]
+
+One stage 1 a teacher and student, {teacher}_{student}/stage1.yaml, which every stage 2 of that pair starts from:
+{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml, each with a run folder of its own. stage3.yaml lies beside the stage 2
+of a quarter of the layers, chosen by GA-S2 where that is published, else evenly. Other folders are left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from layer_selection.ranking import budget, evenly_spaced  # noqa: E402
+
+PUBLISHED = Path(__file__).with_name("published.yaml")
+STAGE_3_RATIO = 0.25
+
+HEAD = """\
+# {comment}
+stage: {stage}
+data:
+  cache_dir: data/{teacher}/chunked_context{length}
+teacher_model:
+  name: {name}
+student_model:
+  name: {student}
+  keep_full_attention_layers: {layers}
+train:
+  output_dir: outputs/{folder}/stage{stage}
+"""
+STAGES = {
+    1: (512, "Stage 1: 100M tokens at context 512, after RADLADS.", """\
+  target_tokens: 100_000_000
+  batch_size: 96
+  micro_batch_size: 12
+  train_seq_len: 512
+  lr: 1e-3
+  lr_scheduler_type: cosine
+  final_lr: 1e-5
+  max_grad_norm: 1.0
+"""),
+    2: (4096, "Stage 2: 600M tokens at context 4096; {count} of {total} layers kept, {source}.", """\
+  student_init_ckpt: outputs/{start}/stage1/converted-hf
+  target_tokens: 600_000_000
+  batch_size: 32
+  micro_batch_size: 1
+  train_seq_len: 4096
+  lr: 1e-5
+  lr_attn: 1e-4
+  lr_scheduler_type: cosine
+  final_lr: 1e-5
+  max_grad_norm: 1.0
+  gradient_checkpointing: true
+"""),
+    3: (16384, "Stage 3: 100M tokens at context 16384, cross-entropy, no teacher.", """\
+  student_init_ckpt: outputs/{folder}/stage2/converted-hf
+  target_tokens: 100_000_000
+  batch_size: 96
+  micro_batch_size: 1
+  train_seq_len: 16384
+  lr: 1e-5
+  lr_scheduler_type: constant
+  max_grad_norm: 1.0
+  gradient_checkpointing: true
+"""),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published hybrid: which layers of which teacher stay full."""
+
+    teacher: str
+    student: str
+    ratio: float
+    selector: str
+    layers: list[int]
+
+    @property
+    def start(self) -> str:
+        """The folder of the stage 1 that it starts from."""
+        return f"{self.teacher}_{self.student}"
+
+    @property
+    def folder(self) -> str:
+        return f"{self.start}_hybrid_{str(self.ratio).replace('.', '_')}_{self.selector}"
+
+
+def ratio_of(count: int, num_layers: int, ratios: list[float]) -> float:
+    """The ratio that keeps `count` layers: one of `ratios`, or else the share itself, rounded."""
+    return next((r for r in ratios if budget(r, num_layers) == count), round(count / num_layers, 2))
+
+
+def rows(published: dict) -> Iterator[Row]:
+    """Every published hybrid, and the evenly spaced ones of the same budgets."""
+    for teacher, facts in published["teachers"].items():
+        count, ratios = facts["layers"], facts.get("ratios", published["ratios"])
+        chosen = {}
+        for selector, ranked in facts.get("ranked", {}).items():
+            chosen |= {(r, selector): sorted(ranked[: budget(r, count)]) for r in ratios if budget(r, count) <= len(ranked)}
+        for selector, sets in facts.get("set", {}).items():
+            chosen |= {(ratio_of(len(layers), count, ratios), selector): layers for layers in sets}
+        compared = {ratio for ratio, _ in chosen}
+        chosen |= {(r, "uniform"): evenly_spaced(budget(r, count), count) for r in ratios if r in compared or not compared}
+        for student in facts["students"]:
+            for (ratio, selector), layers in sorted(chosen.items()):
+                yield Row(teacher, student, ratio, selector, layers)
+
+
+def files(published: dict) -> dict[str, str]:
+    """Path under configs/ -> content."""
+    made, everything = {}, list(rows(published))
+
+    def add(stage: int, folder: str, row: Row, layers: list[int]) -> None:
+        facts, (length, comment, train) = published["teachers"][row.teacher], STAGES[stage]
+        values = {"stage": stage, "teacher": row.teacher, "name": facts["name"], "student": row.student, "layers": layers,
+                  "folder": folder, "start": row.start, "length": length, "count": len(layers), "total": facts["layers"],
+                  "source": published["sources"][row.selector]}  # fmt: skip
+        made[f"{folder}/stage{stage}.yaml"] = (HEAD + train).format(comment=comment.format(**values), **values)
+
+    for row in everything:
+        add(1, row.start, row, [])
+        add(2, row.folder, row, row.layers)
+        others = {other.selector for other in everything if (other.start, other.ratio) == (row.start, STAGE_3_RATIO)}
+        best = "ga_s2" if "ga_s2" in others else "uniform"
+        if (row.ratio, row.selector) == (STAGE_3_RATIO, best) and row.student == published["teachers"][row.teacher]["students"][0]:
+            add(3, row.folder, row, row.layers)
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "configs")
+    args = parser.parse_args(argv)
+    made = files(yaml.safe_load(PUBLISHED.read_text()))
+    for name, text in made.items():
+        path = args.output_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    print(f"{args.output_dir}: {len(made)} files")
+
+
+if __name__ == "__main__":
+    main()

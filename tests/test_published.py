@@ -1,0 +1,128 @@
+"""The published rows: checked-in configs equal what the generator writes; names, counts, ranges, folders; and reproduce.sh."""
+
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from layer_selection.ranking import budget
+from layer_selection.write_configs import PUBLISHED, main, rows
+from pipeline.config import load_config
+
+ROOT = Path(__file__).parent.parent
+SETS = yaml.safe_load(PUBLISHED.read_text())
+ROWS = list(rows(SETS))
+FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "quickstart")
+
+
+def test_checked_in_files_are_what_the_generator_writes(tmp_path):
+    main(["--output_dir", str(tmp_path)])
+    written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*.yaml")}
+    assert written == {path.relative_to(ROOT / "configs"): path.read_text() for path in FILES}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.folder)
+def test_a_row(row):
+    """The folder's name says what the file holds."""
+    cfg = load_config(ROOT / "configs" / row.folder / "stage2.yaml")
+    teacher, size, kind, version, ratio, selector = re.fullmatch(
+        r"([a-z0-9.]+)_([0-9.]+b)_([a-z]+)_(v\d)_hybrid_(\d_\d+)_(\w+)", row.folder).groups()  # fmt: skip
+    facts, kept = SETS["teachers"][f"{teacher}_{size}"], cfg.student_model.keep_full_attention_layers
+    name = cfg.teacher_model.name.partition("/")[2].lower().removesuffix("-instruct")
+    assert name.replace("-", "") == f"{teacher}{size}" and cfg.teacher_model.name == facts["name"]
+    assert cfg.student_model.name == f"{kind}_{version}" and selector in SETS["sources"]
+    assert len(kept) == budget(float(ratio.replace("_", ".")), facts["layers"])
+    assert kept == sorted(set(kept)) and 0 <= kept[0] and kept[-1] < facts["layers"]
+    start = load_config(ROOT / "configs" / f"{teacher}_{size}_{kind}_{version}" / "stage1.yaml")
+    assert cfg.train.student_init_ckpt == f"{start.train.output_dir}/converted-hf"
+    assert (start.teacher_model, start.student_model.name) == (cfg.teacher_model, cfg.student_model.name)
+
+
+def test_the_readme_says_what_a_ratio_keeps():
+    readme = (ROOT / "README.md").read_text()
+    ratios = [float(ratio) for ratio in re.search(r"\| teacher \| layers \| (.*) \|", readme)[1].split(" | ")]
+    lines = re.findall(r"^\| [^|]*(?:Qwen|Llama)[^|]* \| (\d+) \| ([\d |]+) \|$", readme, re.MULTILINE)
+    assert ratios == SETS["ratios"] and {int(layers) for layers, _ in lines} == {f["layers"] for f in SETS["teachers"].values()}
+    for layers, kept in lines:
+        assert [int(count) for count in kept.split(" | ")] == [budget(ratio, int(layers)) for ratio in ratios]
+
+
+def test_every_published_set_has_its_rows():
+    found = {(row.teacher, row.student, row.selector, tuple(row.layers)) for row in ROWS}
+    for teacher, facts in SETS["teachers"].items():
+        for student in facts["students"]:
+            for selector, ranked in facts.get("ranked", {}).items():
+                for count in (budget(ratio, facts["layers"]) for ratio in SETS["ratios"]):
+                    assert count > len(ranked) or (teacher, student, selector, tuple(sorted(ranked[:count]))) in found
+            for selector, sets in facts.get("set", {}).items():
+                assert all((teacher, student, selector, tuple(layers)) in found for layers in sets)
+    assert Counter(row.start for row in ROWS) == {
+        "qwen2.5_1.5b_gdn_v4": 9, "qwen2.5_1.5b_gla_v1": 9, "qwen2.5_3b_gdn_v4": 21, "qwen2.5_3b_gla_v1": 21,
+        "qwen2.5_7b_gdn_v4": 10, "qwen2.5_7b_gla_v1": 10, "llama3.2_3b_gdn_v4": 22, "llama3.2_3b_gla_v1": 22,
+        "qwen3_0.6b_gdn_v4": 1, "qwen3_1.7b_gdn_v4": 1, "qwen3_8b_gdn_v4": 1,
+    }  # fmt: skip
+
+
+def test_no_two_share_an_output_folder():
+    folders = Counter(load_config(path).train.output_dir for path in FILES)
+    assert len(folders) == len(FILES) and all(re.search(r"/stage[123]$", folder) for folder in folders)
+
+
+def test_stage_3_goes_on_from_the_stage_2_beside_it():
+    files = [path for path in FILES if path.name == "stage3.yaml"]
+    assert {"qwen3_0.6b_gdn_v4_hybrid_0_25_uniform", "qwen3_8b_gdn_v4_hybrid_0_25_uniform"} <= {path.parent.name for path in files}
+    for path in files:
+        cfg, before = load_config(path), load_config(path.with_name("stage2.yaml"))
+        assert cfg.train.student_init_ckpt == f"{before.train.output_dir}/converted-hf"
+        assert cfg.student_model == before.student_model
+
+
+def test_published_rankings_name_each_layer_once():
+    for facts in SETS["teachers"].values():
+        for ranked in facts.get("ranked", {}).values():
+            assert len(set(ranked)) == len(ranked) and set(ranked) <= set(range(facts["layers"]))
+
+
+def reproduce(row, **environment):
+    return subprocess.run(["bash", str(ROOT / "reproduce.sh"), row], env={"PATH": "/usr/bin:/bin", **environment},
+                          capture_output=True, text=True)  # fmt: skip
+
+
+def test_a_row_is_reproduced_from_preprocessing_to_ruler():
+    row = "llama3.2_3b_gla_v1_hybrid_0_25_smart"
+    done = reproduce(row, DRY_RUN="1", MAX_TOKENS="1000")
+    commands = [line.split() for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and [command[:2] for command in commands] == [
+        ["python", "preprocess_download_tokenize.py"], ["python", "preprocess_chunk.py"], ["deepspeed", "train.py"],
+        ["python", "preprocess_chunk.py"], ["deepspeed", "train.py"], ["env", "TASKS=ruler"]]  # fmt: skip
+    tokenize, short, stage1, long, stage2, evaluate = (dict(zip(command, command[1:])) for command in commands)
+    first, second = load_config(ROOT / stage1["--cfg"]), load_config(ROOT / stage2["--cfg"])
+    assert tokenize["--tokenizer"] == second.teacher_model.name and tokenize["--max_tokens"] == "1000"
+    for chunks, cfg in ((short, first), (long, second)):
+        assert chunks["--tokenized_dataset_path"] == tokenize["--output_dir"]
+        assert cfg.data.cache_dir == f"{chunks['--output_dir']}/chunked_context{chunks['--context_length']}"
+    assert second.train.student_init_ckpt == f"{first.train.output_dir}/converted-hf"
+    assert evaluate["eval.sh"] == f"{second.train.output_dir}/converted-hf"
+
+
+@pytest.mark.parametrize("row", ["qwen2.5_1.5b_gdn_v4", "quickstart", "../configs/quickstart", "nowhere_hybrid_0_25_uniform"])
+def test_what_is_no_row_is_refused(row):
+    done = reproduce(row)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"ROW: {row} is no published row")
+
+
+def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path):
+    """launch_pipeline.sh with a row: what it would hand to Slurm."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\necho 7\n')
+    sbatch.chmod(0o755)
+    row = ROOT / "configs" / "qwen3_8b_gdn_v4_hybrid_0_25_uniform"
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row), "LAYERS": "36"}
+    done = subprocess.run(["bash", str(ROOT / "launch_pipeline.sh")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    stage1 = ROOT / "configs" / "qwen3_8b_gdn_v4" / "stage1.yaml"
+    assert (tmp_path / "configs").read_text().split() == [
+        "none", str(stage1), *[f"{row}/stage2.yaml"] * 3, f"{row}/stage3.yaml", "none"]  # fmt: skip
