@@ -30,6 +30,7 @@ from benchmarks.training import stage_1, stage_2  # noqa: E402
 from convert import load_teacher  # noqa: E402
 from convert.export_native import native_export_refusal  # noqa: E402
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM  # noqa: E402
+from layer_selection.ranking import budget, evenly_spaced  # noqa: E402
 from layer_selection.tasks import RECALL_TASKS, answer_accuracy  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, read_metadata  # noqa: E402
 from quickstart.report import alignment, measure  # noqa: E402
@@ -38,12 +39,6 @@ from quickstart.train_teacher import token_ids  # noqa: E402
 OPTIONS = {"swa_v1": {"window_size": 64}}  # its default sees all of a chunk
 CALIBRATED, CALIBRATION_BATCHES, STATE_LENGTH = "+calibrated", 8, 256
 QUESTIONS = 64  # documents of each task
-
-
-def evenly_spaced(layers: int, ratio: float) -> list[int]:
-    """floor(ratio x layers + 0.5) layers, one in the middle of each of as many equal parts."""
-    keep = int(ratio * layers + 0.5)
-    return [int((i + 0.5) * layers / keep) for i in range(keep)]
 
 
 @torch.no_grad()
@@ -72,7 +67,7 @@ class Bench:
         self.train = chunks.train
         self.heldout = token_ids(chunks.heldout, range(min(args.eval_chunks, len(chunks.heldout)))).to(self.device)
         self.hidden = self.hidden_states(self.heldout)
-        self.kept = evenly_spaced(self.teacher.config.num_hidden_layers, args.ratio)
+        self.kept = evenly_spaced(budget(args.ratio, layers := self.teacher.config.num_hidden_layers), layers)
         # The hardest questions that fit: a document of a task is at most as long as a chunk.
         size = context // 8
         rng, options = random.Random(1), {"associative_recall": {"num_pairs": size}, "copying": {"length": 2 * size},

@@ -159,8 +159,8 @@ def main() -> None:
 
     import convert
     import train
-    from benchmarks.compare_students import evenly_spaced
     from distill_model import StudentForCausalLM
+    from layer_selection.ranking import budget, evenly_spaced
     from pipeline.batch_plan import batch_plan
     from pipeline.config import load_config
     from pipeline.data import Chunks
@@ -168,7 +168,7 @@ def main() -> None:
     micro, length, batch = BATCHES[args.stage]
     profiled, folder = 2, tempfile.TemporaryDirectory()
     config = published_config(args.shape, args.layers)
-    kept = evenly_spaced(config.num_hidden_layers, args.ratio) if args.stage > 1 else []
+    kept = evenly_spaced(budget(args.ratio, config.num_hidden_layers), config.num_hidden_layers) if args.stage > 1 else []
     file = Path(folder.name) / "stage.yaml"
     file.write_text(f"stage: {args.stage}\ndata: {{cache_dir: none}}\nteacher_model: {{name: none}}\nstudent_model: {{name: {args.student}, "
                     f"keep_full_attention_layers: {kept}}}\n"

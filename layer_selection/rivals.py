@@ -11,12 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from layer_selection.evaluate_layer_importance import ablate, drops
-from layer_selection.full_runs import train_hybrid
 from layer_selection.questions import TASKS, draw_questions
 from layer_selection.ranking import Ranking, rank_samples
+from layer_selection.side_by_side import rank_hybrids, trained_hybrids
 from pipeline.data import load_tokenizer
 
 SHORT = {"associative_recall": "ar", "associative_recall_multihop": "ar_multihop"}
@@ -49,15 +47,15 @@ def ga_s1(mse: Method, bench, args: argparse.Namespace) -> Ranking:
 
 def gr_s2(bench, args: argparse.Namespace) -> Ranking | None:
     """Greedy removal (arXiv 2512.20569): +KL(teacher || student) after stage 2 in which only this layer is linear."""
-    layers, kls = range(bench.teacher.config.num_hidden_layers), {}
-    for layer in tqdm(layers if args.candidate is None else [args.candidate], desc="candidates", unit="layer"):
-        others = [other for other in layers if other != layer]
-        kls[layer] = train_hybrid(bench, args.launcher, others, args.output_dir / f"layer_{layer}")
-    return rank_samples("gr_s2", "KL", kls) if args.candidate is None else None
+    layers = range(bench.teacher.config.num_hidden_layers)
+    trained = trained_hybrids(bench, args, {layer: [other for other in layers if other != layer] for layer in layers}, sign=1)
+    return trained and rank_hybrids("gr_s2", "KL", *trained)
 
 
 def avg_s2(ga_s2: Method, bench, args: argparse.Namespace) -> Ranking | None:
-    """(I_GA-S2 + I_GR-S2) / 2 on every held-out sequence (arXiv 2512.20569), by the runs in their default folders."""
+    """(I_GA-S2 + I_GR-S2) / 2 on every held-out sequence (arXiv 2512.20569), by what lies in their default folders."""
+    if args.halving:
+        raise ValueError("--halving: avg_s2 needs every layer at the same tokens; leave it out")
     rankings = []
     for name, method in (("ga_s2", ga_s2), ("gr_s2", gr_s2)):
         own = copy.copy(args)

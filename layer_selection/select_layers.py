@@ -20,9 +20,10 @@ keeps do not matter here. Methods, importance being what a layer is ranked by:
     uniform  evenly spaced, one in the middle of each of K equal parts, for every ratio
     random   by --seed
 
-Written to --output_dir: ranking.json, ranking.png, and stage2.yaml with the K best. ga_s2 and gr_s2 train in
-<output_dir>/layer_<N>/ with train.py; run again they do only what is missing, and a finished layer is never trained twice. avg_s2
-uses their default folders.
+Written to --output_dir: ranking.json, ranking.png, and stage2.yaml with the K best. ga_s2 and gr_s2 train all hybrids side by side on
+one teacher until their order has settled (side_by_side.py), or with --full_runs and --candidate in <output_dir>/layer_<N>/ with
+train.py to the end. Run again they do only what is missing, and a finished layer is never trained twice. avg_s2 uses their default
+folders.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ sys.path.insert(0, str(ROOT))
 
 from convert import load_teacher  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
-from layer_selection.full_runs import HELDOUT_KL, check_start, train_hybrid, with_layers  # noqa: E402
+from layer_selection.full_runs import check_start, with_layers  # noqa: E402
 from layer_selection.questions import add_options  # noqa: E402
 from layer_selection.ranking import Ranking, budget, evenly_spaced, rank_samples, rank_scores, table, write  # noqa: E402
 from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, task_ablation  # noqa: E402
+from layer_selection.side_by_side import rank_hybrids, trained_hybrids  # noqa: E402
 from pipeline.config import Config, ConfigError, dump_config, load_config  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
 from wrapper import AttentionAlignmentModel  # noqa: E402
@@ -63,6 +65,7 @@ class Bench:
         chunks = open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len, fingerprint)
         if chunks.heldout is None:
             raise ConfigError(f"data.cache_dir: {cfg.data.cache_dir} has no held-out part; preprocess with --holdout")
+        self.train = chunks.train
         rows = range(min(sequences, len(chunks.heldout)))
         self.batches = torch.as_tensor(chunks.heldout[rows]["input_ids"], dtype=torch.long).split(batch_size)
 
@@ -75,6 +78,12 @@ class Bench:
         check_start(self.cfg)
         student = StudentForCausalLM.from_pretrained(self.cfg.train.student_init_ckpt, dtype=self.dtype)
         return student.to(self.device).eval()
+
+    @cached_property
+    @torch.no_grad()
+    def teacher_hidden_states(self) -> list[torch.Tensor]:
+        """After the final norm, of each held-out batch."""
+        return [self.teacher.model(ids.to(self.device), use_cache=False).last_hidden_state for ids in self.batches]
 
     @torch.no_grad()
     def losses(self, model: StudentForCausalLM) -> list[float]:
@@ -90,9 +99,9 @@ class Bench:
     def kls(self, model: StudentForCausalLM) -> list[float]:
         """KL(teacher || model) of each sequence, the mean over its tokens."""
         kls = []
-        for ids in self.batches:
-            ours, theirs = (m(input_ids=ids.to(self.device), use_cache=False).logits.float().log_softmax(-1)
-                            for m in (model, self.teacher))  # fmt: skip
+        for ids, hidden in zip(self.batches, self.teacher_hidden_states):
+            ours = model(input_ids=ids.to(self.device), use_cache=False).logits.float().log_softmax(-1)
+            theirs = self.teacher.lm_head(hidden).float().log_softmax(-1)
             kls += (theirs.exp() * (theirs - ours)).sum(-1).mean(-1).tolist()
         return kls
 
@@ -139,14 +148,11 @@ def randomly(bench: Bench, args) -> Ranking:
 
 
 def ga_s2(bench: Bench, args) -> Ranking | None:
-    layers = range(bench.teacher.config.num_hidden_layers)
-    mine = layers if args.candidate is None else [args.candidate]
-    for layer in tqdm(mine, desc="candidates", unit="layer"):
-        train_hybrid(bench, args.launcher, [layer], args.output_dir / f"layer_{layer}")
-    if args.candidate is not None:
+    trained = trained_hybrids(bench, args, {layer: [layer] for layer in range(bench.teacher.config.num_hidden_layers)}, sign=-1)
+    if trained is None:
         return None
-    kls = {layer: json.loads((args.output_dir / f"layer_{layer}" / HELDOUT_KL).read_text()) for layer in layers}
-    return rank_samples("ga_s2", "-KL", {layer: [-kl for kl in values] for layer, values in kls.items()})
+    kls, facts = trained
+    return rank_hybrids("ga_s2", "-KL", {layer: [-kl for kl in values] for layer, values in kls.items()}, facts)
 
 
 METHODS = {
@@ -165,6 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     size.add_argument("--top-k", type=int, help="how many layers to keep")
     size.add_argument("--ratio", type=float, help="share of the layers to keep: floor(ratio x layers + 0.5)")
     parser.add_argument("--output_dir", type=Path, help="default: <train.output_dir>_<method>")
+    parser.add_argument("--rounds", type=int, default=20, help=f"{', '.join(TRAINED)}: measurements in a training run")
+    parser.add_argument("--window", type=int, default=3, help="rounds over which the choice must stand for training to end; 0: it goes to its end")
+    parser.add_argument("--correlation", type=float, default=0.9, help="of the order of the layers from round to round in that window")
+    parser.add_argument("--halving", action="store_true", help="the worse half of the layers ends after rounds 2, 4, 8 ...")
+    parser.add_argument("--full_runs", action="store_true", help="each layer by train.py to its end, not side by side")
     parser.add_argument("--candidate", type=int, help=f"{', '.join(TRAINED)}: train this layer alone, and do not rank")
     parser.add_argument("--launcher", default=str(Path(sys.executable).with_name("deepspeed")), help="what starts train.py")
     parser.add_argument("--sequences", type=int, default=64, help="held-out sequences to measure on")
@@ -186,6 +197,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--top-k: {args.top_k} must be between 1 and the teacher's {layers} layers")
     if args.candidate is not None and (args.method not in TRAINED or not 0 <= args.candidate < layers):
         raise ConfigError(f"--candidate: {args.candidate} needs --method {' or '.join(TRAINED)} and a layer in 0..{layers - 1}")
+    for name, least in (("rounds", 1), ("window", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name}: {getattr(args, name)} must be at least {least}")
     ranking = METHODS[args.method](bench, args)
     if ranking is None:
         return
@@ -194,6 +208,10 @@ def main(argv: list[str] | None = None) -> None:
     (args.output_dir / "stage2.yaml").write_text(dump_config(chosen))
     print(table(ranking, args.top_k))
     undecided = f"; not told apart at the cut: {ranking.undecided(args.top_k)}" if ranking.undecided(args.top_k) else ""
+    if "share_of_full_runs" in ranking.facts:
+        facts = ranking.facts
+        print(f"Trained side by side for {facts['steps']} of {facts['of_steps']} steps: {facts['share_of_full_runs']:.1%} of the FLOPs of "
+              f"{layers} full runs, {facts['seconds']:.0f} s")  # fmt: skip
     print(f"Kept: {ranking.keep(args.top_k)}{undecided}; next: deepspeed train.py --cfg {args.output_dir}/stage2.yaml")
 
 

@@ -12,6 +12,7 @@ import preprocess_download_tokenize
 from convert import load_teacher
 from distill_model import StudentForCausalLM
 from layer_selection import select_layers
+from layer_selection.full_runs import HELDOUT_KL
 from pipeline.config import load_config
 
 LENGTH = 32
@@ -82,10 +83,10 @@ def test_uniform_and_random(stage2, tmp_path):
 def test_finished_candidates_are_not_trained_again(stage2, tmp_path, monkeypatch):
     for layer, kl in enumerate((0.3, 0.1, 0.2, 0.4)):
         (tmp_path / f"layer_{layer}").mkdir()
-        (tmp_path / f"layer_{layer}" / select_layers.HELDOUT_KL).write_text(json.dumps([kl, kl + 0.01]))
+        (tmp_path / f"layer_{layer}" / HELDOUT_KL).write_text(json.dumps([kl, kl + 0.01]))
     assert select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "2", "--launcher", "false")["keep"] == [1, 2]
     (tmp_path / "ranking.json").unlink()
-    (tmp_path / "layer_3" / select_layers.HELDOUT_KL).unlink()
+    (tmp_path / "layer_3" / HELDOUT_KL).unlink()
     with pytest.raises(ValueError, match="layer 3: its run in .* exit code 1"):
         select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "2", "--launcher", "false")
     assert not (tmp_path / "ranking.json").exists()
@@ -95,12 +96,12 @@ def test_finished_candidates_are_not_trained_again(stage2, tmp_path, monkeypatch
 def test_ga_s2_trains_what_is_missing(stage2, tmp_path):
     for layer in (0, 3):
         (tmp_path / f"layer_{layer}").mkdir()
-        (tmp_path / f"layer_{layer}" / select_layers.HELDOUT_KL).write_text(json.dumps([9.0] * 6))
+        (tmp_path / f"layer_{layer}" / HELDOUT_KL).write_text(json.dumps([9.0] * 6))
     assert select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "1", "--launcher", sys.executable, "--candidate", "1") is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layer_0", "layer_1", "layer_3"]
-    written = (tmp_path / "layer_1" / select_layers.HELDOUT_KL).stat().st_mtime_ns
+    written = (tmp_path / "layer_1" / HELDOUT_KL).stat().st_mtime_ns
     ranking = select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "1", "--launcher", sys.executable)
-    assert ranking["keep"] == [2] and (tmp_path / "layer_1" / select_layers.HELDOUT_KL).stat().st_mtime_ns == written
+    assert ranking["keep"] == [2] and (tmp_path / "layer_1" / HELDOUT_KL).stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("options, message", [

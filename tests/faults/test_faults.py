@@ -755,6 +755,20 @@ def test_another_number_of_processes(make_run, stage, before, after):
     assert not (run.folder / ".universal").exists()
 
 
+def test_another_number_of_processes_with_weights_that_stay_behind(make_run):
+    """Stage 1 under ZeRO-3: DeepSpeed's universal checkpoint has no frozen weights; said so, and with the old number it goes on."""
+    import hf_trainer
+
+    run = make_run(zero_stage=3)
+    kill = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=8)  # noqa: E731
+    assert run.start(hook=on_rank(0, kill), ranks=2).wait() == -signal.SIGKILL
+    job = run.start(ranks=1)
+    assert job.wait() == 1
+    assert "2 processes saved checkpoint-6, 1 go on from it: with train.zero_stage 3" in job.output() and "start 2 processes" in job.output()
+    assert "Traceback" not in job.output()
+    run.to_the_end(ranks=2)
+
+
 # ------------------------------------------------------------------------------------------------ trust
 class Bomb:
     def __init__(self, target):

@@ -1,0 +1,131 @@
+"""Hybrids side by side: their steps are those of a plain loop, a stopped selection goes on to the same end, and the rules of stopping."""
+
+import json
+
+import pytest
+import torch
+from test_select_layers import select, stage2  # noqa: F401
+
+from layer_selection import side_by_side
+from layer_selection.select_layers import Bench
+from layer_selection.side_by_side import Candidate, Rounds, rank_correlation, settled, survivors
+from pipeline.batch_plan import batch_plan
+from pipeline.config import load_config
+
+STEPS = ["train.max_steps=8", "train.lr=1e-3", "train.lr_attn=3e-3", "train.save_minutes=0"]
+
+
+def history(folder):
+    entries = json.loads((folder / "side_by_side" / "rounds.json").read_text())["history"]
+    return [(entry["step"], entry["kl"]) for entry in entries]
+
+
+def test_a_finished_selection_trains_nothing(stage2, tmp_path, monkeypatch):  # noqa: F811
+    options = ["--method", "ga_s2", "--top-k", "1", "--rounds", "4", "--window", "0", "--sequences", "1", *STEPS]
+    ranking = select(stage2, tmp_path, *options)
+    assert ranking["facts"]["steps"] == 8 and not ranking["facts"]["stopped"]
+    assert [step for step, _ in history(tmp_path)] == [2, 4, 6, 8] and not (tmp_path / "side_by_side" / "states").exists()
+    # The teacher's work, two parts of eight, is done once for four hybrids; the measurements come on top.
+    assert 26 / 32 < ranking["facts"]["share_of_full_runs"] < 0.95
+    monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
+    assert select(stage2, tmp_path, *options) == ranking
+
+
+def test_it_ends_when_the_order_has_settled(stage2, tmp_path):  # noqa: F811
+    ranking = select(stage2, tmp_path, "--method", "gr_s2", "--top-k", "1", "--rounds", "8", "--window", "2", "--correlation", "-1", *STEPS)
+    rounds = [{int(k): sum(v) for k, v in kl.items()} for _, kl in history(tmp_path)]
+    best = [max(scores, key=scores.get) for scores in rounds]
+    assert best[-1] == best[-2] and all(a != b for a, b in zip(best[:-1], best[1:-1]))
+    assert ranking["facts"]["steps"] == len(rounds) < 8 and ranking["keep"] == [best[-1]]
+
+
+def test_steps_are_those_of_a_plain_loop(stage2):  # noqa: F811
+    cfg = load_config(stage2, ["train.max_steps=5", "train.lr=1e-3", "train.lr_attn=3e-3", "train.weight_decay=0.1",
+                               "train.micro_batch_size=1", "train.ce_weight=0.5", "train.lr_scheduler_type=constant", "train.warmup_steps=0"])  # fmt: skip
+    bench, plan = Bench(cfg, 4, 2), batch_plan(cfg, 1)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 90, (5, 2, 32))
+    hybrid = bench.student.restore_full_attention(bench.teacher, [1])
+    candidate = Candidate("one", bench.student.restore_full_attention(bench.teacher, [1]), cfg, plan)
+    fast = {id(p) for i in (0, 2, 3) for p in hybrid.model.layers[i].attn.parameters()}
+    groups = [{"params": [p for p in hybrid.parameters() if (id(p) in fast) == linear and (p.ndim > 1) == matrix],
+               "lr": 3e-3 if linear else 1e-3, "weight_decay": 0.1 if matrix else 0.0}
+              for linear in (True, False) for matrix in (True, False)]  # fmt: skip
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    for step, batch in enumerate(ids):
+        with torch.no_grad():
+            target = bench.teacher(input_ids=batch, use_cache=False).logits.log_softmax(-1)
+            hidden = bench.teacher.model(batch, use_cache=False).last_hidden_state
+        candidate.train(step, list(zip(batch.split(1), hidden.split(1))), bench.teacher.lm_head.weight)
+        logits = hybrid.train()(input_ids=batch, use_cache=False).logits
+        ours = logits.log_softmax(-1)
+        loss = (target.exp() * (target - ours)).sum(-1).mean()
+        loss = loss + 0.5 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(hybrid.parameters(), cfg.train.max_grad_norm)
+        adamw.step()
+        adamw.zero_grad()
+    start = dict(bench.student.restore_full_attention(bench.teacher, [1]).named_parameters())
+    for (name, a), b in zip(candidate.hybrid.named_parameters(), hybrid.parameters()):
+        assert (a - b).norm() < 0.02 * (b - start[name]).norm(), name  # AdamW turns rounding of tiny gradients into steps
+
+
+def test_a_stopped_selection_goes_on_to_the_same_end(stage2, tmp_path, monkeypatch):  # noqa: F811
+    options = ["--method", "ga_s2", "--top-k", "1", "--rounds", "4", "--window", "0", *STEPS]
+    select(stage2, tmp_path / "whole", *options)
+    train = Candidate.train
+
+    def stopped(self, step, *rest):
+        if step == 6:
+            raise KeyboardInterrupt
+        train(self, step, *rest)
+
+    monkeypatch.setattr(Candidate, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        select(stage2, tmp_path / "parts", *options)
+    assert [step for step, _ in history(tmp_path / "parts")] == [2, 4]
+    monkeypatch.setattr(Candidate, "train", train)
+    select(stage2, tmp_path / "parts", *options)
+    assert history(tmp_path / "parts") == history(tmp_path / "whole")
+
+
+def test_waiting_in_memory_changes_nothing(stage2, tmp_path, monkeypatch):  # noqa: F811
+    options = ["--method", "ga_s2", "--top-k", "1", "--rounds", "2", "--window", "0", *STEPS]
+    select(stage2, tmp_path / "whole", *options)
+    build = Rounds.build
+    monkeypatch.setattr(Rounds, "build", lambda self, *args: (build(self, *args), setattr(self, "resident", False)))
+    monkeypatch.setattr(side_by_side, "CACHE_BYTES", 1)
+    select(stage2, tmp_path / "parked", *options)
+    assert history(tmp_path / "parked") == history(tmp_path / "whole")
+
+
+def test_halving_stops_the_worse_half_and_ranks_it_last(stage2, tmp_path):  # noqa: F811
+    ranking = select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "1", "--rounds", "4", "--window", "0", "--halving", *STEPS)
+    assert [sorted(kl) for _, kl in history(tmp_path)][1:] == [["0", "1", "2", "3"], *[sorted(map(str, ranking_ids(ranking)[:2]))] * 2]
+    assert ranking["facts"]["stopped"] == {str(layer): 4 for layer in sorted(ranking_ids(ranking)[2:])}
+    assert ranking["layers"][-1]["low"] is None and ranking["keep"] == [2]
+
+
+def ranking_ids(ranking):
+    return [layer["layer"] for layer in ranking["layers"]]
+
+
+def test_other_candidates_are_refused(stage2, tmp_path):  # noqa: F811
+    options = ["--method", "ga_s2", "--top-k", "1", "--window", "0"]
+    select(stage2, tmp_path, *options, "--rounds", "2", *STEPS)
+    with pytest.raises(ValueError, match="--rounds 2"):
+        select(stage2, tmp_path, *options, "--rounds", "4", *STEPS)
+    with pytest.raises(ValueError, match="train.lr"):
+        select(stage2, tmp_path, *options, "--rounds", "2", *STEPS, "train.lr=5e-3")
+    with pytest.raises(ValueError, match="--rounds: 0"):
+        select(stage2, tmp_path / "other", *options, "--rounds", "0")
+
+
+def test_rules():
+    a, b, c = {0: 3.0, 1: 2.0, 2: 1.0}, {0: 2.0, 1: 3.0, 2: 1.0}, {0: 3.1, 1: 1.0, 2: 2.0}
+    assert rank_correlation(a, a) == 1 and rank_correlation(a, b) == 0.5
+    assert settled([c, a, a], 1, 2, 0.9) and not settled([a], 1, 2, 0.0) and not settled([a, a], 1, 0, 0.0)
+    assert settled([a, b], 2, 2, 0.4) and not settled([a, b], 2, 2, 0.6) and not settled([a, b], 1, 2, 0.0)
+    eight = {layer: float(layer) for layer in range(8)}
+    assert survivors(eight, 2, 1) == survivors(eight, 2, 3) == list(range(8)) and survivors(eight, 2, 2) == [4, 5, 6, 7]
+    assert survivors({layer: float(layer) for layer in range(4, 8)}, 2, 4) == [5, 6, 7]
