@@ -26,18 +26,19 @@ class HybridCache(Cache):
             return []
         return config.linear_layers
 
-    def crop(self, max_length: int) -> None:
-        """Forgets all but the first `max_length` tokens; if that is negative, the last -max_length.
+    def crop(self, tokens: int) -> None:
+        """As transformers' caches: forgets the last -tokens; 0 forgets nothing, a positive number all but the first `tokens`.
 
         Raises NotImplementedError, with nothing forgotten, where a layer cannot.
         """
-        shorter = max_length < 0 or max_length < self.get_seq_length()
-        if shorter and (stuck := self.cannot_crop(self.config)):
+        length = self.get_seq_length()
+        keep = min(length, int(tokens)) if tokens > 0 else max(0, length + int(tokens))
+        if keep < length and (stuck := self.cannot_crop(self.config)):
             raise NotImplementedError(
-                f"crop({max_length}): {self.config.student_name} in layers {stuck} holds a state, which cannot forget its last "
-                "tokens; read the shorter text into a new cache"
+                f"crop: {self.config.student_name} in layers {stuck} holds a state, which cannot forget its last "
+                f"{length - keep} tokens; read the shorter text into a new cache"
             )
-        super().crop(max_length)
+        super().crop(keep)
 
     def clear_rows(self, rows: torch.Tensor) -> None:
         """Sets everything that is held of the sequences `rows`, a mask [B], to zero: the state before the first token."""

@@ -614,7 +614,6 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
     """The teacher's own attention, over the last `window_size` tokens, the query's among them (Beltagy et al., arXiv
     2004.05150)."""
 
-    CROPS = True  # until its window is full
     OPTIONS = {"window_size": Option()}
     HEAD_DIMS = None
     SOURCES = StudentAttention.SOURCES | BIASES | NORMS
