@@ -27,9 +27,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEY = "teacher_model.name"
 OURS = Family(weights={})
 LLAMA_3_VOCABULARY = 128256
-# What belongs to a checkpoint beside config and weights: tokenizer, chat template, generation config.
+# What belongs to a checkpoint beside config and weights: tokenizer, chat template, generation config, card and licence.
 SIDECARS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-            "generation_config.json")  # fmt: skip
+            "generation_config.json", "README.md", "LICENSE*", "NOTICE*")  # fmt: skip
 
 
 def source_config(name_or_path: str) -> PreTrainedConfig:
@@ -82,7 +82,7 @@ def checkpoint_folder(name_or_path: str, *patterns: str) -> Path:
 
 
 def copy_sidecars(name_or_path: str, folder: Path) -> None:
-    """Copies tokenizer, chat template and generation config of a checkpoint, as they are."""
+    """Copies tokenizer, chat template, generation config, card and licence of a checkpoint, as they are."""
     source = checkpoint_folder(name_or_path, *SIDECARS)
     for file in (file for pattern in SIDECARS for file in source.glob(pattern)):
         shutil.copy(file, folder)
