@@ -82,6 +82,7 @@ class StudentBlock(GradientCheckpointingLayer):
             self.attn = SoftmaxAttention(config, layer_idx)
         else:
             self.attn = get_student_attention_class(config.student_name)(config, layer_idx, **config.student_options)
+            self.attn.keep_whole()
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 

@@ -88,6 +88,10 @@ def expanded_sizes(config: StudentConfig, layer_idx: int) -> dict:
     return sizes(config, layer_idx) | dict(expand_k=expand, expand_v=expand)
 
 
+class WholeLinear(nn.Linear):
+    """A linear map that keeps its dtype: bitsandbytes replaces nn.Linear, and no subclass of it."""
+
+
 class HeadNorm(nn.RMSNorm):
     """The teacher's per-head RMSNorm, on [..., heads x head_dim] or [..., heads, head_dim]."""
 
@@ -125,15 +129,24 @@ class StudentAttention:
     fits_decay: whether its heads decay by exp(-exp(A_log) softplus(... + dt_bias)) a token, and by nothing else.
     fits_gate: whether its output gate starts shut, and `open_gate` opens it.
     CROPS: whether its cache holds tokens one by one, so that the last can be forgotten.
+    OPENED: the linear maps whose weight a kernel reads itself.
     """
 
     OPTIONS: dict[str, Option] = {}
     HEAD_DIMS: range | tuple[int, ...] | None = range(LEAST_BLOCK, 257)
     SOURCES = {f"{name}.weight": f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     CROPS = False
+    OPENED = ()
     rope_share = 0.0
     fits_decay = False
     fits_gate = False
+
+    def keep_whole(self) -> None:
+        """Keeps from quantisation what does not bear it: maps to or from few features, which make gates and decays, and
+        those in OPENED."""
+        for name, module in self.named_modules():
+            if type(module) is nn.Linear and (name in self.OPENED or min(module.weight.shape) < 128):
+                module.__class__ = WholeLinear
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -349,6 +362,7 @@ class GatedLinearStudent(StudentAttention, GatedLinearAttention):
 class GatedSlotStudent(StudentAttention, GatedSlotAttention):
     """Gated slot attention (Zhang et al., arXiv 2409.07146): softmax over a fixed number of slots."""
 
+    OPENED = ("o_proj",)
     OPTIONS = {"num_slots": Option(minimum=LEAST_BLOCK), "gate_logit_normalizer": Option(),
                "use_short_conv": SWITCH, "conv_size": CONVOLUTION["conv_size"]}  # fmt: skip
 
@@ -368,6 +382,7 @@ class HGRN2Student(StudentAttention, HGRN2Attention):
     Queries and values start from the teacher; keys are tied to the forget gate, so the teacher's have no place.
     """
 
+    OPENED = ("o_proj",)
     SOURCES = {"q_proj.weight": "q_proj.weight", "i_proj.weight": "v_proj.weight", "o_proj.weight": "o_proj.weight"}
 
     def __init__(self, config: StudentConfig, layer_idx: int):
