@@ -1,17 +1,24 @@
 """A training checkpoint as a Hugging Face folder: `<output_dir>/converted-hf/`.
 
     python convert_ckpt.py --cfg configs/quickstart/stage1.yaml [--checkpoint outputs/stage1/checkpoint-100]
+    python convert_ckpt.py --cfg configs/quickstart/stage2.yaml --push-to-hub me/my-hybrid
 
-train.py calls `export_checkpoint` when it is done; the script is for checkpoints of runs that are not.
+train.py calls `export_checkpoint` when it is done; the script is for checkpoints of runs that are not, for a card with the
+results of an evaluation that came later, and for the hub.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from httpx import HTTPError
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.utils import validate_repo_id
 from transformers.initialization import no_init_weights
 
 from convert import copy_sidecars, load_teacher, load_teacher_config
@@ -19,8 +26,11 @@ from distill_model import StudentConfig, StudentForCausalLM
 from pipeline.checkpoints import CheckpointError, checkpoints, damage
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.files import complete_or_absent, one_line
+from pipeline.model_card import write_card
 from pipeline.run_folder import EXPORT
 from wrapper import student_attention_state
+
+SHARD_SIZE = "5GB"
 
 
 def student_config(cfg: Config, teacher: StudentConfig) -> StudentConfig:
@@ -47,8 +57,8 @@ def trained_state(cfg: Config, checkpoint: Path, config: StudentConfig) -> dict[
 
 
 def export_checkpoint(cfg: Config, checkpoint: Path, output: Path) -> None:
-    """Writes `checkpoint` of the run `cfg` to `output`, with tokenizer and generation config, complete or not at all,
-    in the dtype that the teacher was saved in.
+    """Writes `checkpoint` of the run `cfg` to `output`, with tokenizer, generation config and model card, complete or not at
+    all, in the dtype that the teacher was saved in.
 
     Raises RuntimeError if the checkpoint lacks a weight of the model or holds one that the model does not know.
     """
@@ -58,16 +68,33 @@ def export_checkpoint(cfg: Config, checkpoint: Path, output: Path) -> None:
     model.tie_weights()
     model.load_state_dict(trained_state(cfg, checkpoint, config))
     with complete_or_absent(output, replace=True) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_sidecars(cfg.teacher_model.name, folder)
+        write_card(cfg, checkpoint, folder, config)
 
 
-def main() -> None:
+@contextmanager
+def hub(name: str) -> Iterator[HfApi]:
+    """The hub, ready for uploads to the model `name`. Raises ValueError, of one line, if it is not, and when it fails."""
+    key = f"--push-to-hub: {name}"
+    validate_repo_id(name)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{key}: HF_HUB_OFFLINE is set; unset it")
+    if get_token() is None:
+        raise ValueError(f"{key}: nobody is logged in; run `hf auth login`, or set HF_TOKEN to a token that may write")
+    try:
+        yield HfApi()
+    except HTTPError as error:
+        raise ValueError(f"{key}: the hub failed ({one_line(error)}); see that name and token may write, and try again") from None
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cfg", required=True, help="YAML of the stage, or <output_dir>/config.yaml")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint-N folder of the run; default: the newest")
-    parser.add_argument("overrides", nargs="*", help="key.path=value, as for train.py")
-    args = parser.parse_args()
+    parser.add_argument("--push-to-hub", metavar="NAME", help="upload the result, with its card, as the hub's model NAME")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="as for train.py")
+    args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.cfg, args.overrides)
     folder = Path(cfg.train.output_dir)
     found = checkpoints(folder)
@@ -77,8 +104,15 @@ def main() -> None:
         raise ConfigError(f"--checkpoint: {args.checkpoint or folder} is or holds no whole checkpoint of {folder}; train first")
     if wrong := damage(found[-1]):
         raise CheckpointError(f"--checkpoint: {found[-1]} is damaged ({wrong}); name another one of {folder}")
+    if args.push_to_hub:
+        with hub(args.push_to_hub) as api:  # before the work
+            api.create_repo(args.push_to_hub, exist_ok=True)
     export_checkpoint(cfg, found[-1], folder / EXPORT)
     print(f"{found[-1]} -> {folder / EXPORT}")
+    if args.push_to_hub:
+        with hub(args.push_to_hub) as api:
+            api.upload_folder(repo_id=args.push_to_hub, folder_path=folder / EXPORT, commit_message=f"Stage {cfg.stage}")
+        print(f"{folder / EXPORT} -> https://huggingface.co/{args.push_to_hub}")
 
 
 if __name__ == "__main__":

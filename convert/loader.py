@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from distill_model import StudentConfig, StudentForCausalLM
+from distill_model.config_distilled_student import FOREIGN
 
 from .families import FAMILIES, Family, unsupported
 
@@ -27,19 +28,24 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEY = "teacher_model.name"
 OURS = Family(weights={})
 LLAMA_3_VOCABULARY = 128256
-# What belongs to a checkpoint beside config and weights: tokenizer, chat template, generation config.
+# What belongs to a checkpoint beside config and weights: tokenizer, chat template, generation config, card and licence.
 SIDECARS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-            "generation_config.json")  # fmt: skip
+            "generation_config.json", "README.md", "LICENSE*", "NOTICE*")  # fmt: skip
 
 
 def source_config(name_or_path: str) -> PreTrainedConfig:
-    """The checkpoint's own config. Raises ValueError, naming the checkpoint, if there is none."""
+    """The checkpoint's own config. Raises ValueError, naming the checkpoint, if there is none that we know."""
     try:
         return AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        kind = Path(name_or_path) / "config.json"
-        if kind.is_file() and (model_type := json.loads(kind.read_text()).get("model_type")) not in FAMILIES:
+        try:
+            model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+        except (OSError, ValueError):
+            model_type = None
+        if model_type in FOREIGN:
+            raise ValueError(f"{KEY}: {name_or_path!r} is {FOREIGN[model_type]} (model_type {model_type!r})") from None
+        if model_type is not None and model_type not in FAMILIES:
             reason = f"model_type {model_type!r}; supported are {', '.join(FAMILIES)}"
         raise ValueError(
             f"{KEY}: {name_or_path!r} is neither a folder with a config.json that we know "
@@ -82,7 +88,7 @@ def checkpoint_folder(name_or_path: str, *patterns: str) -> Path:
 
 
 def copy_sidecars(name_or_path: str, folder: Path) -> None:
-    """Copies tokenizer, chat template and generation config of a checkpoint, as they are."""
+    """Copies tokenizer, chat template, generation config, card and licence of a checkpoint, as they are."""
     source = checkpoint_folder(name_or_path, *SIDECARS)
     for file in (file for pattern in SIDECARS for file in source.glob(pattern)):
         shutil.copy(file, folder)

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+# Types of other projects that could be taken for ours -> why they are not read.
+FOREIGN = {
+    "student": "a student of the KL-guided layer selection paper's code (arXiv 2512.20569), which orders K and V of grouped-query "
+    "teachers in its own way; load it with that code, or distil its teacher anew",
+}
+
 
 class StudentConfig(PreTrainedConfig):
     """A decoder-only transformer whose layers hold either full softmax attention or a linear attention.
@@ -61,6 +67,13 @@ class StudentConfig(PreTrainedConfig):
         if self.student_name is None and len(kept) < self.num_hidden_layers:
             raise ValueError(f"student_name: needed, for {self.num_hidden_layers - len(kept)} layers are linear")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Raises ValueError for the config of another kind of model, which transformers would only warn of."""
+        if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(f"model_type: {kind!r} is {FOREIGN.get(kind, f'not {cls.model_type}')}")
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def linear_layers(self) -> list[int]:

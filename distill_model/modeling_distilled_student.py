@@ -25,6 +25,7 @@ install_cpu_ops()
 from fla.models.utils import Cache, FLAGenerationMixin  # noqa: E402
 
 from .attention import RotaryEmbedding, SoftmaxAttention  # noqa: E402
+from .cache import HybridCache  # noqa: E402
 from .config_distilled_student import StudentConfig  # noqa: E402
 from .fused_ops import swiglu  # noqa: E402
 from .losses import forward_kl, linear_cross_entropy  # noqa: E402
@@ -81,6 +82,7 @@ class StudentBlock(GradientCheckpointingLayer):
             self.attn = SoftmaxAttention(config, layer_idx)
         else:
             self.attn = get_student_attention_class(config.student_name)(config, layer_idx, **config.student_options)
+            self.attn.keep_whole()
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
@@ -142,13 +144,16 @@ class StudentModel(StudentPreTrainedModel):
         use_cache: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T]; attention_mask [B, past + T], 0 for padding. Returns last_hidden_state [B, T, hidden_size]
-        after the final norm."""
+        after the final norm. Raises ValueError for a cache that has no place for the states of linear layers."""
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if not use_cache:
             past_key_values = None
         elif past_key_values is None:
-            past_key_values = Cache()
+            past_key_values = HybridCache(self.config)
+        elif not isinstance(past_key_values, Cache):
+            raise ValueError(f"past_key_values: a {type(past_key_values).__name__} has no place for the states of linear layers; "
+                             "leave it out, and hand over what the model returns")  # fmt: skip
         q_len, past = hidden_states.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
         if attention_mask is not None and attention_mask.all():
             attention_mask = None  # nothing is padded: spares the linear layers their unpadding
@@ -158,6 +163,12 @@ class StudentModel(StudentPreTrainedModel):
             else:
                 position_ids = torch.arange(past, past + q_len, device=hidden_states.device)[None]
         position_embeddings = self.position_embeddings(hidden_states, position_ids)
+        waiting = None
+        if attention_mask is not None and use_cache and not (begun := attention_mask.any(1)).all():
+            # Of these rows the text has not begun. Kernels differ in what they make of an empty sequence: give them a token of
+            # padding, and then forget it.
+            waiting, attention_mask = ~begun, attention_mask.clone()
+            attention_mask[waiting, -1] = 1
         for block in self.layers:
             hidden_states = block(
                 hidden_states,
@@ -166,6 +177,8 @@ class StudentModel(StudentPreTrainedModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
             )
+        if waiting is not None:
+            past_key_values.clear_rows(waiting)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -179,6 +192,35 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         self.model = StudentModel(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether transformers should refuse to decode with an assistant, whose guesses must be forgotten again."""
+        return bool(HybridCache.cannot_crop(self.config))
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(f"cache_implementation: {generation_config.cache_implementation!r} has no place for the states of "
+                             "linear layers; leave it out")  # fmt: skip
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HybridCache(self.config)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """Reads a prompt in pieces of `prefill_chunk_size` tokens, if that is set; the last piece as transformers does."""
+        size, cache = generation_config.prefill_chunk_size, model_kwargs.get("past_key_values")
+        if size is not None:
+            if cache is None or model_kwargs.get("inputs_embeds") is not None:
+                raise ValueError(f"prefill_chunk_size: {size} needs use_cache=True, and token ids; leave it out")
+            mask, read = model_kwargs.get("attention_mask"), cache.get_seq_length()
+            if mask is None or input_ids.shape[1] == mask.shape[1]:  # else the ids are only those that the cache has not read
+                input_ids = input_ids[:, read:]
+            while input_ids.shape[1] > size:
+                piece, input_ids, read = input_ids[:, :size], input_ids[:, size:], read + size
+                self.model(piece, mask if mask is None else mask[:, :read], past_key_values=cache, use_cache=True)
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def get_output_embeddings(self) -> LMHead:
         return self.lm_head

@@ -88,6 +88,10 @@ def expanded_sizes(config: StudentConfig, layer_idx: int) -> dict:
     return sizes(config, layer_idx) | dict(expand_k=expand, expand_v=expand)
 
 
+class WholeLinear(nn.Linear):
+    """A linear map that keeps its dtype: bitsandbytes replaces nn.Linear, and no subclass of it."""
+
+
 class HeadNorm(nn.RMSNorm):
     """The teacher's per-head RMSNorm, on [..., heads x head_dim] or [..., heads, head_dim]."""
 
@@ -124,14 +128,25 @@ class StudentAttention:
     rope_share: the share of the teacher's rotary frequencies, from the fastest on, that the layer applies.
     fits_decay: whether its heads decay by exp(-exp(A_log) softplus(... + dt_bias)) a token, and by nothing else.
     fits_gate: whether its output gate starts shut, and `open_gate` opens it.
+    CROPS: whether its cache holds tokens one by one, so that the last can be forgotten.
+    OPENED: the linear maps whose weight a kernel reads itself.
     """
 
     OPTIONS: dict[str, Option] = {}
     HEAD_DIMS: range | tuple[int, ...] | None = range(LEAST_BLOCK, 257)
     SOURCES = {f"{name}.weight": f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    CROPS = False
+    OPENED = ()
     rope_share = 0.0
     fits_decay = False
     fits_gate = False
+
+    def keep_whole(self) -> None:
+        """Keeps from quantisation what does not bear it: maps to or from few features, which make gates and decays, and
+        those in OPENED."""
+        for name, module in self.named_modules():
+            if type(module) is nn.Linear and (name in self.OPENED or min(module.weight.shape) < 128):
+                module.__class__ = WholeLinear
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -347,6 +362,7 @@ class GatedLinearStudent(StudentAttention, GatedLinearAttention):
 class GatedSlotStudent(StudentAttention, GatedSlotAttention):
     """Gated slot attention (Zhang et al., arXiv 2409.07146): softmax over a fixed number of slots."""
 
+    OPENED = ("o_proj",)
     OPTIONS = {"num_slots": Option(minimum=LEAST_BLOCK), "gate_logit_normalizer": Option(),
                "use_short_conv": SWITCH, "conv_size": CONVOLUTION["conv_size"]}  # fmt: skip
 
@@ -366,6 +382,7 @@ class HGRN2Student(StudentAttention, HGRN2Attention):
     Queries and values start from the teacher; keys are tied to the forget gate, so the teacher's have no place.
     """
 
+    OPENED = ("o_proj",)
     SOURCES = {"q_proj.weight": "q_proj.weight", "i_proj.weight": "v_proj.weight", "o_proj.weight": "o_proj.weight"}
 
     def __init__(self, config: StudentConfig, layer_idx: int):
@@ -437,6 +454,33 @@ class Mamba2Student(StudentAttention, Mamba2):
         report.transformed.append("in_proj.weight")
         return report
 
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
+        state, length = get_layer_cache(self, past_key_values), hidden_states.shape[1]
+        if state is None or length == 1:
+            return super().forward(hidden_states, attention_mask, past_key_values, use_cache)
+        return self.go_on(hidden_states, attention_mask, state, past_key_values), None, past_key_values
+
+    def go_on(self, hidden_states, attention_mask, state, past_key_values) -> torch.Tensor:
+        """The outputs [B, T, hidden_size] of T tokens behind those of the cache, of which FLA's layer takes one at a time.
+
+        A group a head, so that the scan is gated linear attention with q = C, k = B and v = x times its time steps."""
+        length, width = hidden_states.shape[1], self.intermediate_size
+        valid = 1 if attention_mask is None else attention_mask[:, -length:, None].to(hidden_states.dtype)
+        gate, xbc, steps = self.in_proj(hidden_states).split([width, self.conv_dim, self.num_heads], -1)
+        xbc = torch.cat((state["conv_state"][..., 1:], (xbc * valid).mT), -1)
+        conv_state = xbc[..., -self.conv_kernel_size :]
+        xbc = self.act(F.conv1d(xbc, self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT) * valid
+        x, b, c = (y.unflatten(-1, (self.num_heads, -1)) for y in xbc.split(width, -1))
+        steps = F.softplus(steps.float() + self.dt_bias.float()).clamp(*self.dt_limit)[..., None]
+        decay = -steps * self.A_log.float().exp()[:, None]
+        y, recurrent_state = gated_linear.chunk_gla(
+            q=c, k=b, v=(x * steps).to(c), g=decay.expand(b.shape), scale=1.0, output_final_state=True, state_v_first=True,
+            initial_state=state["recurrent_state"].float(),
+        )  # fmt: skip
+        past_key_values.update(recurrent_state=recurrent_state, conv_state=conv_state, layer_idx=self.layer_idx, offset=length)
+        y = y + x * self.D[:, None]
+        return self.out_proj(self.norm(y.flatten(2).to(hidden_states.dtype), gate))
+
 
 class Shut(nn.Module):
     """The logits of a gate that lets nothing through, [..., width]."""
@@ -490,12 +534,16 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
 
 
 class _MaskedCacheStudent(StudentAttention):
-    """A softmax-like layer of FLA that takes a cache only with a mask, and a mask only with a cache."""
+    """A softmax-like layer of FLA that takes a cache only with a mask, a mask only with a cache, and behind cached tokens one
+    token at a time: a long text in pieces costs it time."""
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
+        length = hidden_states.shape[1]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
         if past_key_values is not None and attention_mask is None:
-            length = past_key_values.get_seq_length(self.layer_idx) + hidden_states.shape[1]
-            attention_mask = hidden_states.new_ones(len(hidden_states), length, dtype=torch.long)
+            attention_mask = hidden_states.new_ones(len(hidden_states), past + length, dtype=torch.long)
+        if past and length > 1:
+            return self.one_by_one(hidden_states, attention_mask, past_key_values), None, past_key_values
         own = Cache() if past_key_values is None and attention_mask is not None else past_key_values
         # FLA compiles a helper of one decoding step, for longer than a CPU takes to run it.
         with torch.compiler.set_stance("force_eager" if hidden_states.device.type == "cpu" else "default"):
@@ -503,6 +551,16 @@ class _MaskedCacheStudent(StudentAttention):
                 hidden_states, attention_mask=attention_mask, past_key_values=own, use_cache=bool(use_cache)
             )[0]
         return out, None, past_key_values
+
+    def one_by_one(self, hidden_states, attention_mask, past_key_values) -> torch.Tensor:
+        """The outputs [B, T, hidden_size] of T tokens that follow those of the cache."""
+        outputs, first = [], attention_mask.shape[1] - hidden_states.shape[1]
+        for t, token in enumerate(hidden_states.split(1, 1), first):
+            outputs.append(self.forward(token, attention_mask[:, : t + 1], past_key_values, use_cache=True)[0])
+            state = past_key_values[self.layer_idx]["conv_state"]
+            if state is not None:  # the convolution reads padding too; what precedes a text is zeros
+                state.masked_fill_(attention_mask[:, t, None, None] == 0, 0)
+        return torch.cat(outputs, 1)
 
 
 class PaTHStudent(_MaskedCacheStudent, PaTHAttention):
@@ -544,6 +602,7 @@ class ForgettingStudent(_MaskedCacheStudent, ForgettingAttention):
 
     It keeps the teacher's biases and q/k norms; the gate starts open."""
 
+    CROPS = True
     SOURCES = StudentAttention.SOURCES | BIASES | NORMS
 
     def __init__(self, config: StudentConfig, layer_idx: int):

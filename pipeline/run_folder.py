@@ -117,10 +117,15 @@ def record_run(cfg: Config, root: Path, resume_step: int, **facts) -> None:
         **facts,
     }
     write_whole(folder / RUN, json.dumps(run, indent=2))
+    if (folder / METRICS).is_file():
+        lines = metrics_until(folder, resume_step) if resume_step else []
+        write_whole(folder / METRICS, "".join(f"{line}\n" for line in lines))
+
+
+def metrics_until(folder: Path, step: int) -> list[str]:
+    """The lines of metrics.jsonl up to and with `step`, without one whose writer was killed half-way; [] without the file."""
     metrics = folder / METRICS
-    if metrics.is_file():
-        lines = [line for line in metrics.read_text().splitlines() if resume_step and _step(line) <= resume_step]
-        write_whole(metrics, "".join(f"{line}\n" for line in lines))
+    return [line for line in metrics.read_text().splitlines() if _step(line) <= step] if metrics.is_file() else []
 
 
 def _step(line: str) -> float:

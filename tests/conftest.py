@@ -54,6 +54,8 @@ def teacher_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
     random_teacher(folder, "qwen3", tie_word_embeddings=True)
     save_tokenizer(folder)
+    (folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# A random teacher\n")
+    (folder / "LICENSE").write_text("of a random teacher\n")
     return str(folder)
 
 

@@ -225,6 +225,7 @@ def test_our_own_checkpoint_is_a_teacher_too(tmp_path, teacher_dir):
     "change, message",
     [
         ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "student"}, "is a student of the KL-guided layer selection paper's code"),
         ({"model_type": "qwen3_moe"}, "qwen3_moe"),
         ({"model_type": "gemma2"}, "gemma2"),
         ({"rope_parameters": {"rope_type": "of tomorrow", "rope_theta": 1e4}}, "rope_type 'of tomorrow'"),

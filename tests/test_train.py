@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from httpx import HTTPError
+from huggingface_hub import ModelCard
 
+import convert_ckpt
 import train
 from conftest import KEPT, LENGTH, SHAPE, random_teacher, save_tokenizer, write_config
 from convert import load_teacher, load_teacher_config
@@ -21,6 +24,7 @@ from pipeline.config import load_config
 from pipeline.data import collate, open_chunks
 from pipeline.environment import set_up_process, wandb_wanted
 from pipeline.checkpoints import checkpoints
+from pipeline.model_card import write_card
 from pipeline.run_folder import check_run_folder, record_run
 from wrapper import AttentionAlignmentModel, student_attention_state
 
@@ -155,13 +159,98 @@ def test_one_process_gives_the_losses_of_two_and_resumes_to_the_bit(stages, teac
     assert "is finished" in run(sys.executable, "train.py", "--cfg", file)
 
 
-def test_the_export_script_gives_what_training_exported(stages, tmp_path):
-    shutil.copytree(stages / "stage3", tmp_path / "stage3")
-    shutil.rmtree(tmp_path / "stage3" / "converted-hf")
-    run(sys.executable, "convert_ckpt.py", "--cfg", stages / "stage3.yaml", f"train.output_dir={tmp_path / 'stage3'}")
-    ours, trained = (StudentForCausalLM.from_pretrained(folder / "stage3" / "converted-hf") for folder in (tmp_path, stages))
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_export_script_gives_what_training_exported(stages, tmp_path, monkeypatch, stage):
+    """From ZeRO-1, 2 and 3; an earlier checkpoint, where it is named, is another model; large ones are sharded."""
+    folder, options = tmp_path / "run", ["--cfg", str(stages / f"stage{stage}.yaml"), f"train.output_dir={tmp_path / 'run'}"]
+    shutil.copytree(stages / f"stage{stage}", folder)
+    shutil.rmtree(folder / "converted-hf")
+    monkeypatch.setattr(convert_ckpt, "SHARD_SIZE", "50KB")
+    convert_ckpt.main(options)
+    assert len(list((folder / "converted-hf").glob("model-*.safetensors"))) > 1
+    trained = StudentForCausalLM.from_pretrained(stages / f"stage{stage}" / "converted-hf")
+    ours = StudentForCausalLM.from_pretrained(folder / "converted-hf")
     for (name, a), (_, b) in zip(ours.state_dict().items(), trained.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
+    assert (folder / "converted-hf" / "README.md").read_text() == (stages / f"stage{stage}/converted-hf/README.md").read_text()
+    convert_ckpt.main([*options, "--checkpoint", str(folder / "checkpoint-2")])
+    half = StudentForCausalLM.from_pretrained(folder / "converted-hf")
+    moved = [not torch.equal(a, b) for a, b in zip(half.state_dict().values(), trained.state_dict().values())]
+    assert any(moved) and json.loads((folder / "converted-hf/training.json").read_text())["stages"][-1]["steps"] == 2
+
+
+def test_the_card_tells_the_story_of_all_stages(stages, teacher_dir):
+    folder = stages / "stage3" / "converted-hf"
+    history = json.loads((folder / "training.json").read_text())
+    assert [stage["stage"] for stage in history["stages"]] == [1, 2, 3]
+    assert history["student"] == {"name": "gdn_v4", "options": {}, "layers": 4, "keep_full_attention_layers": KEPT}
+    card, body = ModelCard.load(folder / "README.md"), (folder / "README.md").read_text()
+    assert card.data.license == "cc-by-4.0" and "gdn_v4" in card.data.tags and "its licence (cc-by-4.0) holds" in body
+    assert card.data.base_model is None and Path(teacher_dir).name in body and str(stages) not in body + json.dumps(history)
+    for number, record in enumerate(history["stages"], 1):
+        losses, heldout = (logged(stages / f"stage{number}", name) for name in ("loss", "eval_loss"))
+        assert record["loss"] == [losses[0], losses[-1]] and record["heldout_loss"] == [heldout[0], heldout[-1]]
+        assert record["tokens"] == 4 * 4 * LENGTH and record["versions"]["torch"] and record["world_size"] == 2
+        assert f"| {record['objective']} | {losses[0]:.4g} → {losses[-1]:.4g} | {heldout[0]:.4g} → {heldout[-1]:.4g} |" in body
+        assert f"| {4 * 4 * LENGTH} | {LENGTH} | 4 | 0.004 → 0.001 | {'frozen' if number == 1 else '0.002 → 0.001'} | cosine |" in body
+    assert "## Evaluation" not in body
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE", "modeling_distilled_student.py"):
+        assert (folder / name).is_file(), name
+
+
+def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
+    """The teacher's licence and name, what is not recorded, and lm-evaluation-harness' files beside the export."""
+    cfg = load_config(write_config(tmp_path, 2, "owner/teacher", data_dir, kl_weight=0.5, ce_weight=0.25))
+    folder, config = tmp_path / "stage2" / "converted-hf", load_teacher_config(teacher_dir)
+    config.student_name, config.keep_full_attention_layers = "gdn_v4", [1]
+    (folder / "eval").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\n---\n# T\n")
+    (folder.parent / "results_new.json").write_text(json.dumps({"results": {
+        "arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.01}, "ruler": {"4096,none": 0.25, "8192,none": -1},
+    }}))  # fmt: skip
+    write_card(cfg, folder.parent / "checkpoint-8", folder, config)
+    body, data = (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
+    assert data.base_model == "owner/teacher" and (data.license, data.license_name) == ("other", "llama3.2")
+    for line in ("[owner/teacher](https://huggingface.co/owner/teacher)", "its licence (llama3.2) holds", "| arc_easy | acc | 0.5000 ± 0.0100 |",
+                 "| ruler | 4096 | 0.2500 |", "Of stage 1 there is no record", "not recorded",
+                 "0.5 x KL to the teacher (temperature 1) + 0.25 x cross-entropy"):  # fmt: skip
+        assert line in body, line
+    assert "8192" not in body
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What would have gone to the hub."""
+    calls = []
+    monkeypatch.setattr(convert_ckpt.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(convert_ckpt, "get_token", lambda: "token")
+    monkeypatch.setattr(convert_ckpt.HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)))
+    monkeypatch.setattr(convert_ckpt.HfApi, "upload_folder", lambda self, *, repo_id, folder_path, **_: calls.append(
+        (repo_id, sorted(path.name for path in folder_path.iterdir()))))  # fmt: skip
+    return calls
+
+
+def test_push_to_hub(stages, tmp_path, hub, monkeypatch):
+    shutil.copytree(stages / "stage2", tmp_path / "run")
+    options = ["--cfg", str(stages / "stage2.yaml"), f"train.output_dir={tmp_path / 'run'}", "--push-to-hub"]
+    convert_ckpt.main([*options, "me/hybrid"])
+    assert hub[0] == ("me/hybrid", {"exist_ok": True}) and hub[1][0] == "me/hybrid" and len(hub) == 2
+    assert {"README.md", "training.json", "config.json", "model.safetensors", "modeling_distilled_student.py"} <= set(hub[1][1])
+
+    def refused(*_, **__):
+        raise HTTPError("403 Forbidden\nand a page more")
+
+    for change, name, message in (
+        ((convert_ckpt.HfApi, "create_repo", refused), "me/hybrid", r"the hub failed \(403 Forbidden\)"),
+        ((convert_ckpt, "get_token", lambda: None), "me/hybrid", "--push-to-hub: me/hybrid: nobody is logged in; run `hf auth login`"),
+        ((convert_ckpt.constants, "HF_HUB_OFFLINE", True), "me/hybrid", "HF_HUB_OFFLINE is set"),
+        ((convert_ckpt, "get_token", lambda: None), "a/b/c", "a/b/c"),
+    ):
+        monkeypatch.setattr(*change)
+        monkeypatch.setattr(convert_ckpt, "export_checkpoint", lambda *_: pytest.fail("exported before the hub was asked"))
+        with pytest.raises(ValueError, match=message):
+            convert_ckpt.main([*options, name])
+    assert len(hub) == 2
 
 
 def test_the_process_environment(tmp_path, monkeypatch):
@@ -355,6 +444,8 @@ def test_bad_input_ends_in_one_line(stages, tmp_path, monkeypatch, teacher_dir, 
         ({"head_dim": 12}, "has head_dim 12, this run 16"),
         ({"keep_full_attention_layers": [7]}, r"cannot be read: keep_full_attention_layers: \[7\]"),
         ({"keep_full_attention_layers": [0, 1]}, r"keeps full attention in \[0, 1\], of which this run drops \[0\]"),
+        ({"model_type": "student"}, "cannot be read: model_type: 'student' is a student of the KL-guided layer selection"),
+        ({"model_type": "qwen3"}, "cannot be read: model_type: 'qwen3' is not distilled_student"),
         ("{", "has a config.json that cannot be read"),
         (None, "holds no checkpoint; run stage 1 first"),
     ],

@@ -1,0 +1,134 @@
+"""Talks to a model in the terminal; the answer appears as it is made.
+
+    python chat.py --model outputs/qwen2.5_1.5b/stage3/converted-hf
+    echo "def main(" | python chat.py --model quickstart_out/stage2/converted-hf --temperature 0
+
+--model is an export or any teacher. With a chat template it hears the conversation so far; without one it goes on with the
+text so far. /reset forgets that, Ctrl-C stops an answer, /exit or Ctrl-D ends. Answers alone go to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+from transformers.utils import logging
+
+from convert import load_teacher, load_teacher_config
+from convert.loader import KEY
+from pipeline.data import load_tokenizer
+from pipeline.files import one_line
+
+PREFILL = 4096  # tokens of a long prompt that are read at a time
+
+
+class Answer(TextStreamer):
+    """Prints an answer as it is made, and keeps it in `text`."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        print(text, end="\n" if stream_end else "", flush=True)
+
+
+class Conversation:
+    """What was said so far: messages if the tokenizer has a chat template, else text."""
+
+    def __init__(self, tokenizer, system: str | None):
+        if system is not None and not tokenizer.chat_template:
+            raise ValueError("--system: the model has no chat template; leave it out")
+        self.tokenizer, self.system = tokenizer, system
+        self.reset()
+
+    def reset(self) -> None:
+        self.text = ""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def say(self, line: str):
+        """Adds what the user says; returns input_ids and attention_mask [1, T] of all so far."""
+        if not self.tokenizer.chat_template:
+            self.text += ("\n" if self.text else "") + line
+            return self.tokenizer(self.text, return_tensors="pt", return_token_type_ids=False)
+        self.messages.append({"role": "user", "content": line})
+        return self.tokenizer.apply_chat_template(
+            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+
+    def hear(self, answer: str) -> None:
+        """Adds what the model said."""
+        self.text += answer
+        self.messages.append({"role": "assistant", "content": answer})
+
+
+def generation_config(args: argparse.Namespace, model) -> GenerationConfig:
+    """The model's own, if it has one, with what the arguments say."""
+    try:
+        config = GenerationConfig.from_pretrained(args.model)
+    except OSError:
+        config = model.generation_config
+    config.max_new_tokens, config.prefill_chunk_size = args.max_new_tokens, PREFILL
+    if args.temperature is not None:
+        config.do_sample, config.temperature = args.temperature > 0, args.temperature or None
+    if not config.do_sample:
+        config.temperature = config.top_p = config.top_k = None
+    if config.pad_token_id is None:  # nothing is padded, but generate asks for one
+        config.pad_token_id = 0
+    return config
+
+
+def lines():
+    """What the user types, without the empty lines."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            line = input("> " if sys.stdin.isatty() else "")
+            if line.strip():
+                yield line
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder or a hub name")
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer, at most")
+    parser.add_argument("--temperature", type=float, help="0: always the likeliest token; default: as the model's generation config says")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.max_new_tokens < 1 or (args.temperature or 0) < 0:
+        raise ValueError("--max_new_tokens must be at least 1 and --temperature at least 0")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device: {args.device} is not there; leave it out")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing in a terminal)
+    logging.set_verbosity_error()
+    config = load_teacher_config(args.model)
+    conversation = Conversation(load_tokenizer(args.model), args.system)
+    model = load_teacher(args.model, config.dtype or torch.float32).to(args.device)
+    model.generation_config = generation_config(args, model)
+    layers = f"{len(config.linear_layers)} x {config.student_name}, " if config.linear_layers else ""
+    how = "chat" if conversation.tokenizer.chat_template else "no chat template: it goes on with the text"
+    print(f"{args.model}: {layers}full attention in {config.keep_full_attention_layers}; {how}; /reset, /exit", file=sys.stderr)
+    for line in lines():
+        if line == "/exit":
+            return
+        if line == "/reset":
+            conversation.reset()
+            continue
+        answer = Answer(conversation.tokenizer)
+        try:
+            model.generate(**conversation.say(line).to(args.device), streamer=answer)
+        except KeyboardInterrupt:
+            answer.end()
+        conversation.hear(answer.text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"chat.py: error: {one_line(error).replace(KEY, '--model')}")

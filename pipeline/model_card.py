@@ -1,0 +1,186 @@
+"""What an exported folder says of itself: `training.json`, the stages it went through as data, and `README.md`, its card.
+
+The record of a stage is made from its run folder; those of the stages before come from the folder it started from.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from .checkpoints import step_of
+from .config import Config
+from .run_folder import RUN, metrics_until
+
+HISTORY, CARD = "training.json", "README.md"
+LICENCE = ("license", "license_name", "license_link")
+STAGES = {1: "attention output alignment", 2: "logit distillation", 3: "long-context finetuning"}
+MADE_WITH = ("torch", "transformers", "flash-linear-attention", "triton")
+
+
+def public_name(name: str) -> str:
+    """A hub name as it is, a local folder without the folders above it, which are nobody else's business."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def objective(cfg: Config) -> str:
+    """What the losses of a stage are."""
+    train = cfg.train
+    if cfg.stage == 1:
+        return f"distance to the teacher's attention outputs ({train.alignment_loss})"
+    parts = [(train.kl_weight, f"KL to the teacher (temperature {train.kl_temperature:g})"), (train.ce_weight, "cross-entropy")]
+    if cfg.stage == 3:
+        parts = [(1, "cross-entropy")]
+    return " + ".join(f"{'' if weight == 1 else f'{weight:g} x '}{name}" for weight, name in parts if weight) + ", nats a token"
+
+
+def stage_record(cfg: Config, checkpoint: Path) -> dict:
+    """What led to `checkpoint`: settings, data, losses, versions; the parts that its run folder does not hold are None."""
+    train, step, folder = cfg.train, step_of(checkpoint), Path(cfg.train.output_dir)
+    run, data = _json(folder / RUN), _json(Path(cfg.data.cache_dir) / "metadata.json")
+    lines = [json.loads(line) for line in metrics_until(folder, step)]
+
+    def first_and_last(name: str) -> list[float] | None:
+        values = [line[name] for line in lines if name in line]
+        return [values[0], values[-1]] if values else None
+
+    local = str(data.get("corpus", "")).startswith("local-")
+    return {
+        "stage": cfg.stage,
+        "steps": step,
+        "tokens": step * train.batch_size * train.train_seq_len,
+        "sequence_length": train.train_seq_len,
+        "batch_size": train.batch_size,
+        "lr": train.lr,
+        "lr_attn": train.lr if train.lr_attn is None else train.lr_attn,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "final_lr": train.lr if train.lr_scheduler_type == "constant" else train.final_lr,
+        "objective": objective(cfg),
+        "loss": first_and_last("loss"),
+        "heldout_loss": first_and_last("eval_loss"),
+        "keep_full_attention_layers": sorted(cfg.student_model.keep_full_attention_layers),
+        "dataset": Path(data["dataset_name"]).name if local else data.get("dataset_name"),
+        "dataset_on_hub": bool(data) and not local,
+        "seed": train.seed,
+        "seconds": lines[-1].get("seconds") if lines else None,
+        **{name: run.get(name) for name in ("started", "device", "world_size", "git", "python", "versions")},
+    }
+
+
+def teacher_record(cfg: Config, folder: Path) -> dict:
+    """The teacher's name and licence, the latter from its card, of which `folder` holds a copy if there is one."""
+    card = folder / CARD
+    metadata = (metadata_load(card) if card.is_file() else None) or {}
+    name = cfg.teacher_model.name
+    return {"name": public_name(name), "on_hub": not Path(name).exists()} | {key: metadata.get(key) for key in LICENCE}
+
+
+def evaluation(folder: Path) -> list[tuple[str, str, float, float | None]]:
+    """(task, metric, value, standard error) of every result of lm-evaluation-harness below `folder`; of two for the same task
+    and metric, the newer one."""
+    found = {}
+    for file in sorted(folder.glob("**/results*.json"), key=lambda path: path.stat().st_mtime):
+        for task, values in _json(file).get("results", {}).items():
+            for key, value in values.items():
+                metric, _, filtered = key.partition(",")
+                if isinstance(value, (int, float)) and not metric.endswith("_stderr") and metric not in ("alias", "sample_len"):
+                    error = values.get(f"{metric}_stderr,{filtered}")
+                    if not (metric.isdigit() and value == -1):  # RULER's mark for a length that was not run
+                        found[task, metric] = value, error if isinstance(error, (int, float)) else None
+    return [(*key, *found[key]) for key in sorted(found)]
+
+
+def write_card(cfg: Config, checkpoint: Path, folder: Path, config) -> None:
+    """Writes training.json and README.md of the export `folder`, in which a copy of the teacher's card may lie.
+
+    config: the StudentConfig of the export.
+    """
+    before = _json(Path(cfg.train.student_init_ckpt) / HISTORY) if cfg.train.student_init_ckpt else {}
+    history = {
+        "teacher": teacher_record(cfg, folder),
+        "student": {"name": config.student_name, "options": config.student_options, "layers": config.num_hidden_layers,
+                    "keep_full_attention_layers": config.keep_full_attention_layers},
+        "stages": [*before.get("stages", []), stage_record(cfg, checkpoint)],
+    }  # fmt: skip
+    (folder / HISTORY).write_text(json.dumps(history, indent=1))
+    (folder / CARD).write_text(card(history, evaluation(Path(cfg.train.output_dir))))
+
+
+def _table(header: tuple, rows: list[tuple]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _change(values: list[float] | None) -> str:
+    return "not recorded" if values is None else f"{values[0]:.4g} → {values[1]:.4g}"
+
+
+def _rate(peak: float, stage: dict) -> str:
+    return f"{peak:g}" if stage["lr_scheduler_type"] == "constant" else f"{peak:g} → {min(peak, stage['final_lr']):g}"
+
+
+def card(history: dict, results: list[tuple]) -> str:
+    """The model card: the hub's metadata, how to load the model, and how it was made."""
+    teacher, student, stages = history["teacher"], history["student"], history["stages"]
+    kept, layers = student["keep_full_attention_layers"], student["layers"]
+    datasets = sorted({stage["dataset"] for stage in stages if stage["dataset_on_hub"] and stage["dataset"]})
+    metadata = ModelCardData(
+        **{key: teacher[key] for key in LICENCE if teacher[key]},
+        base_model=teacher["name"] if teacher["on_hub"] else None,
+        datasets=datasets or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["linear-attention", "hybrid", "distillation", student["name"], "custom_code"],
+    )
+    source = f"[{teacher['name']}](https://huggingface.co/{teacher['name']})" if teacher["on_hub"] else f"`{teacher['name']}`"
+    linear = layers - len(kept)
+    options = f" with {', '.join(f'{k} = {v}' for k, v in student['options'].items())}" if student["options"] else ""
+    kind = f"{linear} of its {layers} layers hold `{student['name']}`{options} in place of softmax attention"
+    versions = stages[-1]["versions"] or {}
+    made_with = ", ".join(f"{name} {versions[name]}" for name in MADE_WITH if versions.get(name)) or "versions that were not recorded"
+    missing = [str(number) for number in range(1, stages[-1]["stage"]) if number not in [stage["stage"] for stage in stages]]
+    rows = [
+        (f"{stage['stage']}, {STAGES[stage['stage']]}", f"{stage['tokens']:,}", stage["sequence_length"], stage["batch_size"],
+         _rate(stage["lr_attn"], stage), "frozen" if stage["stage"] == 1 else _rate(stage["lr"], stage),
+         stage["lr_scheduler_type"], stage["dataset"] or "not recorded")
+        for stage in stages
+    ]  # fmt: skip
+    losses = [
+        (stage["stage"], stage["objective"], _change(stage["loss"]), _change(stage["heldout_loss"])) for stage in stages
+    ]
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {teacher['name'].rpartition('/')[2]}, {'hybrid' if kept else 'all-linear'} with {student['name']}",
+        f"A student of {source}: {kind}; {f'layers {kept} keep it' if kept else 'none keeps it'}.",
+        "## Use",
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "folder = ...  # this one, or its name on the hub\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        'inputs = tokenizer("def main(", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
+        "```",
+        f"The folder brings its code, which needs torch, transformers, flash-linear-attention and triton (made with {made_with}), "
+        "on a GPU or a CPU. `generate(..., prefill_chunk_size=4096)` bounds the memory of a long prompt.",
+        "## Training",
+        _table(("stage", "tokens", "sequence", "batch", "learning rate of the linear attention", "of the rest", "schedule", "data"),
+               rows),
+        _table(("stage", "loss", "in training: first → last", "held out: before → after"), losses),
+    ]  # fmt: skip
+    unknown = f"Of stage {' and '.join(missing)} there is no record. " if missing else ""
+    parts.append(f"{unknown}`{HISTORY}` holds these figures, and more.")
+    if results:
+        scores = [(task, metric, f"{value:.4f}" + (f" ± {error:.4f}" if error else "")) for task, metric, value, error in results]
+        parts += ["## Evaluation", _table(("task", "metric", "value"), scores), "By lm-evaluation-harness; ± one standard error."]
+    licence = teacher["license_name"] or teacher["license"]
+    parts += ["## Licence", f"The weights derive from {source}: its licence ({licence}) holds for them." if licence else
+              f"The weights derive from {source}, whose card names no licence here: see there what holds for them."]  # fmt: skip
+    return "\n\n".join(parts) + "\n"

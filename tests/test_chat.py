@@ -1,0 +1,147 @@
+"""chat.py with pipes and in a terminal, and what it refuses."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_teacher, save_tokenizer
+
+import chat
+from convert import load_teacher
+from distill_model import StudentForCausalLM
+from pipeline.data import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A hybrid as it is exported, without a chat template."""
+    teacher, student = tmp_path_factory.mktemp("teacher"), tmp_path_factory.mktemp("student")
+    random_teacher(teacher, "qwen3", vocab_size=92, initializer_range=0.05)
+    StudentForCausalLM.from_teacher(load_teacher(teacher), "gdn_v4", [1])[0].save_pretrained(student)
+    save_tokenizer(student)
+    return student
+
+
+@pytest.fixture
+def chatty(folder, tmp_path):
+    """The same with a chat template."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def greedy(folder, prompt, tokens):
+    """What the model says next, from a full forward pass a token."""
+    model, tokenizer = StudentForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+        if ids[0, -1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def talk(monkeypatch, capsys, folder, *said, options=()):
+    """The answers to what is said, from a pipe."""
+    remaining = iter(said)
+
+    def read(prompt):
+        assert prompt == ""
+        line = next(remaining, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(chat, "PREFILL", 5)  # as if the prompts were long
+    chat.main(["--model", str(folder), "--temperature", "0", "--max_new_tokens", "7", "--device", "cpu", *options])
+    return capsys.readouterr().out
+
+
+def test_without_a_template_it_goes_on_with_the_text(monkeypatch, capsys, folder):
+    first = greedy(folder, "def f(x):", 7)
+    second = greedy(folder, f"def f(x):{first}\n    return", 7)
+    out = talk(monkeypatch, capsys, folder, "def f(x):", "", "    return", "/reset", "def f(x):", "/exit", "never read")
+    assert out == f"{first}\n{second}\n{first}\n" and first.strip()
+
+
+def test_with_a_template_it_hears_the_history(monkeypatch, capsys, chatty):
+    first = greedy(chatty, "<system>Be brief.<user>Hello<a>", 7)
+    second = greedy(chatty, f"<system>Be brief.<user>Hello<assistant>{first}<user>More<a>", 7)
+    said = ("Hello", "More", "/reset", "Hello")
+    out = talk(monkeypatch, capsys, chatty, *said, options=("--system", "Be brief."))
+    assert out == f"{first}\n{second}\n{first}\n"
+
+
+def test_in_a_terminal_the_answer_streams(folder):
+    """A prompt, an answer that appears piece by piece, Ctrl-C that stops it alone, and Ctrl-D."""
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "chat.py", "--model", folder, "--max_new_tokens", "100000", "--temperature", "1", "--device", "cpu"],
+        cwd=ROOT, stdin=end, stdout=end, stderr=end, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C goes to a terminal's own processes
+    )  # fmt: skip
+    os.close(end)
+    seen, limit = "", time.monotonic() + 120
+
+    def wait_for(pattern):
+        nonlocal seen
+        while not re.search(pattern, seen, re.DOTALL):
+            assert time.monotonic() < limit, seen
+            seen += os.read(terminal, 1000).decode(errors="replace")
+        seen = seen[re.search(pattern, seen, re.DOTALL).end() :]
+
+    try:
+        wait_for(r"full attention in \[1\]; no chat template.*> ")
+        os.write(terminal, b"def f(x):\n")
+        for _ in range(3):
+            wait_for(r"\S{3,}.*\S{3,}")  # it is far from 100000 tokens
+        os.write(terminal, b"\x03")
+        wait_for("> $")
+        os.write(terminal, b"/reset\n")
+        wait_for("> $")
+        os.write(terminal, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        os.close(terminal)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "no/such/folder"], "--model: 'no/such/folder' is neither a folder"),
+        (["--system", "Be brief."], "--system: the model has no chat template; leave it out"),
+        (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--temperature", "-1"], "--temperature at least 0"),
+    ],
+)
+def test_bad_input_ends_in_one_line(folder, options, message):
+    with pytest.raises(ValueError) as error:
+        chat.main(["--model", str(folder), *options])
+    assert message in str(error.value).replace("teacher_model.name", "--model") and "\n" not in str(error.value)
+
+
+def test_the_script_exits_non_zero_with_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "student"}')
+    save_tokenizer(tmp_path)
+    done = subprocess.run([sys.executable, "chat.py", "--model", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0 and "Traceback" not in done.stderr and line.startswith(f"chat.py: error: --model: '{tmp_path}' is a student of")

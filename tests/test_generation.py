@@ -1,0 +1,184 @@
+"""Generation with every student family in a hybrid: what the cache holds, and that no way of decoding changes the text."""
+
+from functools import partial
+from threading import Thread
+
+import pytest
+import torch
+from conftest import random_teacher, save_tokenizer
+from test_model import OPTIONS, STUDENTS, hybrid, trained
+from transformers import AutoTokenizer, DynamicCache, TextIteratorStreamer
+
+from convert import load_teacher
+
+GROWING = {"path_v1", "path_fox_v1", "fox_v1"}  # softmax in another form
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_dir):
+    return load_teacher(teacher_dir)
+
+
+@pytest.fixture(scope="module")
+def models(teacher):
+    """Each student, trained a little, with layer 1 kept; made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = trained(hybrid(teacher, name))
+        return made[name]
+
+    return get
+
+
+def padded(length=12, rows=3, padding=5):
+    """ids and mask [rows, length], the first row padded on the left."""
+    ids, mask = torch.randint(1, 96, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+    mask[0, :padding] = 0
+    return ids, mask
+
+
+def read(model, ids, mask, *sizes):
+    """Logits [B, T, vocabulary] of a text read in pieces of `sizes`, and the cache."""
+    cache, logits, start = None, [], 0
+    for size in sizes:
+        out = model(ids[:, start : start + size], attention_mask=mask[:, : start + size], past_key_values=cache, use_cache=True)
+        logits.append(out.logits)
+        cache, start = out.past_key_values, start + size
+    assert start == ids.shape[1]
+    return torch.cat(logits, 1), cache
+
+
+def held(cache):
+    """Bytes a layer."""
+    sizes = []
+    for layer in cache.layers:
+        sizes.append(0)
+        layer._map_state(lambda x: sizes.__setitem__(-1, sizes[-1] + x.nbytes))
+    return sizes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_cache_holds_keys_and_values_or_a_constant_state(models, name):
+    model = models(name)
+    short, long = (read(model, *padded(length), length)[1] for length in (20, 90))
+    for cache, length in ((short, 20), (long, 90)):
+        assert [cache.get_seq_length(i) for i in range(4)] == [length] * 4
+        kept = cache[1]["attn_state"]
+        assert [tuple(x.shape) for x in kept] == [(3, length, 2, 16)] * 2 and len(kept) == 2
+    a, b = held(short), held(long)
+    assert a[1] * 90 == b[1] * 20
+    for i in (0, 2, 3):
+        assert b[i] > a[i] if name in GROWING else b[i] == a[i] > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_text_in_pieces_equals_the_full_forward(models, name):
+    """Pieces of one token, of fewer and more than FLA's chunk of 64, some of them all padding in a row."""
+    ids, mask = padded(83, padding=11)
+    mask[1, :79] = 0
+    full = models(name)(ids, attention_mask=mask, use_cache=False).logits
+    for sizes in ((4, 1, 5, 70, 3), (66, 17), (7, 76)):
+        logits = read(models(name), ids, mask, *sizes)[0]
+        torch.testing.assert_close(logits[mask.bool()], full[mask.bool()], atol=5e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", STUDENTS)
+def test_chunked_prefill_gives_the_same_text(models, name, monkeypatch):
+    """Greedy, sampled and beam search, beyond the teacher's 64 positions, and never more tokens at a time than asked for."""
+    model, (ids, mask) = models(name), padded(70, padding=23)
+    generate = partial(model.generate, ids, attention_mask=mask, max_new_tokens=5, pad_token_id=0)
+    for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}, {"do_sample": True, "top_k": 8}):
+        texts, lengths, embed = [], [], model.model.embeddings.forward
+        for extra in ({}, {"use_cache": False}, {"prefill_chunk_size": 16}):
+            torch.manual_seed(3)
+            texts.append(generate(**options, **extra))
+        assert texts[0].shape == (3, 75) and torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.embeddings, "forward", lambda x: (lengths.append(x.shape[1]), embed(x))[1])
+        generate(do_sample=False, prefill_chunk_size=16)
+    assert lengths == [16, 16, 16, 16, 6, 1, 1, 1, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", STUDENTS)
+def test_reordered_rows_go_on_as_themselves(models, name):
+    model, (ids, mask) = models(name), padded(23)
+    order = torch.tensor([2, 0, 0])
+    cache = read(model, ids[:, :22], mask[:, :22], 22)[1]
+    cache.reorder_cache(order)
+    step = model(ids[order][:, 22:], attention_mask=mask[order], past_key_values=cache).logits
+    full = model(ids[order], attention_mask=mask[order], use_cache=False).logits[:, 22:]
+    torch.testing.assert_close(step, full, atol=2e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*STUDENTS, "teacher"])
+def test_crop_forgets_or_says_why_not(models, teacher, name):
+    model = teacher if name == "teacher" else models(name)
+    ids, mask = padded(8, padding=2)
+    cache = read(model, ids, mask, 8)[1]
+    for nothing in (99, 8, 0):
+        cache.crop(nothing)
+    if name in ("teacher", "fox_v1"):
+        for tokens, length in ((7, 7), (-2, 5)):
+            cache.crop(tokens)
+            assert [cache.get_seq_length(i) for i in range(4)] == [length] * 4
+        rest = model(ids[:, 5:], attention_mask=mask, past_key_values=cache).logits
+        torch.testing.assert_close(rest, model(ids, attention_mask=mask).logits[:, 5:], atol=2e-4, rtol=1e-3)
+    else:
+        with pytest.raises(NotImplementedError, match=rf"{name} in layers \[0, 2, 3\] holds .* cannot forget its last 2 tokens"):
+            cache.crop(-2)
+        assert cache.get_seq_length() == 8 and cache[1]["attn_state"][0].shape[1] == 8
+
+
+def test_a_chunk_behind_a_cache_of_the_users(models):
+    """The whole text again, or its new part alone, with the mask of all of it."""
+    model, (ids, mask) = models("gdn_v4"), padded(40)
+    generate = partial(model.generate, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    text = generate(ids)[:, 40:]
+    for size in (None, 7):
+        for given in (ids, ids[:, 11:]):
+            cache = read(model, ids[:, :11], mask[:, :11], 11)[1]
+            assert torch.equal(generate(given, past_key_values=cache, prefill_chunk_size=size)[:, given.shape[1] :], text)
+
+
+def test_caches_that_cannot_be_are_refused(models, teacher):
+    model, ids = models("gdn_v4"), torch.randint(1, 96, (1, 9))
+    with pytest.raises(ValueError, match="a DynamicCache has no place for the states"):
+        model(ids, past_key_values=DynamicCache(), use_cache=True)
+    for kind in ("static", "quantized"):
+        with pytest.raises(ValueError, match=f"cache_implementation: '{kind}' has no place for the states"):
+            model.generate(ids, cache_implementation=kind, max_new_tokens=2)
+    with pytest.raises(ValueError, match="prefill_chunk_size: 4 needs use_cache=True"):
+        model.generate(ids, prefill_chunk_size=4, use_cache=False, max_new_tokens=2)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=9)
+
+
+@pytest.mark.parametrize("name", ["teacher", "fox_v1"])
+def test_speculation_where_the_cache_forgets(models, teacher, name):
+    """Prompt lookup guesses several tokens at a time, and crops the cache behind the first wrong one."""
+    model, ids = teacher if name == "teacher" else models(name), torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    generate = partial(model.generate, ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(generate(), generate(prompt_lookup_num_tokens=3))
+
+
+@pytest.mark.parametrize("name", ["gdn_v4", "gdn_v3", "lolcats_v1"])
+def test_streaming_with_a_chat_template(models, tmp_path, name):
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = "{% for m in messages %}({{ m.role }}: {{ m.content }}){% endfor %}{% if add_generation_prompt %}(a: {% endif %}"
+    inputs = tokenizer.apply_chat_template([{"role": "user", "content": "def f(x):"}], add_generation_prompt=True,
+                                           return_tensors="pt", return_dict=True)  # fmt: skip
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    generate = partial(models(name).generate, **inputs, max_new_tokens=9, do_sample=False, pad_token_id=0)
+    thread = Thread(target=generate, kwargs={"streamer": streamer})
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == tokenizer.decode(generate()[0, inputs["input_ids"].shape[1] :]) and text
