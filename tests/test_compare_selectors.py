@@ -1,0 +1,36 @@
+"""Selectors side by side: figures of the hybrids they chose, once a set; what is there is not done again."""
+
+import json
+
+import pytest
+from test_select_layers import stage2  # noqa: F401
+
+from layer_selection import compare_selectors, select_layers
+from layer_selection.side_by_side import Candidate
+
+
+def compare(stage2, out, *options):  # noqa: F811
+    compare_selectors.main(["--cfg", str(stage2), "--ratio", "0.25", "--output_dir", str(out), "--sequences", "6", "--rounds", "2", "--seeds", "2",
+                            "--questions", "4", "--num_pairs", "2", "--num_words", "16", *options, "--overrides", "train.max_steps=4"])  # fmt: skip
+    return json.loads((out / "selectors.json").read_text())
+
+
+def test_selectors_are_compared(stage2, tmp_path, monkeypatch, capsys):  # noqa: F811
+    results = compare(stage2, tmp_path, "--methods", "mse", "scan", "uniform")
+    assert results["mse"]["keep"] == results["scan"]["keep"] == [2] and results["uniform"]["keep"] == [2]
+    results = compare(stage2, tmp_path, "--methods", "scan", "random")
+    assert results["random"]["keep"] != [2] and len(results["scan"]["kl"]) == 2 and results["scan"]["kl"][0] != results["scan"]["kl"][1]
+    assert all(kl > best for kl, best in zip(results["random"]["kl"], results["scan"]["kl"])), "layer 2 is the one that is off"
+    shown = capsys.readouterr().out
+    assert "| `scan` * | 2 | " in shown and (tmp_path / "selectors.png").stat().st_size > 10_000
+    figures = json.loads((tmp_path / "seed_0.json").read_text())
+    assert set(figures) == {"[2]", str(results["random"]["keep"])} and figures["[2]"]["perplexity"] > 1
+    monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(select_layers, "main", lambda *_: pytest.fail("ranked again"))
+    assert compare(stage2, tmp_path, "--methods", "scan", "random") == results
+
+
+def test_rankings_of_other_budgets_are_refused(stage2, tmp_path):  # noqa: F811
+    compare(stage2, tmp_path, "--methods", "mse")
+    with pytest.raises(ValueError, match="other budgets"):
+        compare(stage2, tmp_path, "--methods", "mse", "uniform", "--ratio", "0.5")
