@@ -126,3 +126,8 @@ def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path):
     stage1 = ROOT / "configs" / "qwen3_8b_gdn_v4" / "stage1.yaml"
     assert (tmp_path / "configs").read_text().split() == [
         "none", str(stage1), *[f"{row}/stage2.yaml"] * 3, f"{row}/stage3.yaml", "none"]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["README.md", "train.py", *(path.name for path in ROOT.glob("launch_*.sh"))])
+def test_configs_that_are_named_exist(file):
+    assert not [name for name in re.findall(r"configs/[\w.]+/\w+\.yaml", (ROOT / file).read_text()) if not (ROOT / name).is_file()]
