@@ -2,7 +2,7 @@
 
 Every candidate is a stage 2 of the config, with its batches, schedule and optimiser, of which all take the same steps in
 turn: the teacher reads a batch once for all of them. After every round each is measured on the held-out sequences. Training
-ends when, over a window of rounds, the best K were the same and the order of all hardly changed (the order of GA-S2 is stable
+ends when, over a window of rounds, the best K were the same up to ties and the order of all hardly changed (that of GA-S2 is stable
 after a quarter to two fifths of its steps: arXiv 2512.20569). With successive halving (arXiv 1502.07943), the worse
 half of the candidates ends after rounds 2, 4, 8 ...
 
@@ -140,14 +140,16 @@ def rank_correlation(a: dict[int, float], b: dict[int, float]) -> float:
     return float(numpy.corrcoef(*ranks)[0, 1]) if len(keys) > 1 else 1.0
 
 
-def settled(rounds: list[dict[int, float]], top_k: int, window: int, correlation: float) -> bool:
-    """Whether in the last `window` rounds, importance by layer, the best `top_k` were the same ones and each round's order had
-    at least `correlation` with the next one's. window 0: never."""
+def settled(rounds: list[dict[int, list[float]]], top_k: int, window: int, correlation: float) -> bool:
+    """Whether in the last `window` rounds, importance by layer on each sequence, the best `top_k` were the same ones, up to layers
+    that the last round cannot tell apart, and each round's order had at least `correlation` with the next one's. window 0: never."""
     if not window or len(rounds) < window:
         return False
-    last = rounds[-window:]
-    best = [frozenset(sorted(scores, key=lambda layer: (-scores[layer], layer))[:top_k]) for scores in last]
-    return len(set(best)) == 1 and all(rank_correlation(a, b) >= correlation for a, b in zip(last, last[1:]))
+    scores = [{layer: sum(values) / len(values) for layer, values in samples.items()} for samples in rounds[-window:]]
+    best = [set(sorted(means, key=lambda layer: (-means[layer], layer))[:top_k]) for means in scores]
+    undecided = set(rank_samples("", "", rounds[-1]).undecided(top_k))
+    return (all(chosen ^ best[-1] <= undecided for chosen in best)
+            and all(rank_correlation(a, b) >= correlation - 1e-9 for a, b in zip(scores, scores[1:])))  # fmt: skip
 
 
 def survivors(scores: dict[int, float], top_k: int, done: int) -> list[int]:
@@ -186,9 +188,8 @@ class Rounds:
         return survivors(scores, self.args.top_k, len(self.history)) if self.args.halving else sorted(scores)
 
     def over(self) -> bool:
-        scores = [self.scores(entry) for entry in self.history]
-        return (len(self.history) == self.rounds
-                or settled(scores, self.args.top_k, self.args.window, self.args.correlation))  # fmt: skip
+        rounds = [{layer: [self.sign * kl for kl in kls] for layer, kls in entry["kl"].items()} for entry in self.history]
+        return len(rounds) == self.rounds or settled(rounds, self.args.top_k, self.args.window, self.args.correlation)
 
     # ---- batches
     def batches(self, first: int, last: int) -> Iterator[tuple[int, list]]:

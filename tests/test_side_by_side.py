@@ -35,8 +35,8 @@ def test_it_ends_when_the_order_has_settled(stage2, tmp_path):  # noqa: F811
     ranking = select(stage2, tmp_path, "--method", "gr_s2", "--top-k", "1", "--rounds", "8", "--window", "2", "--correlation", "-1", *STEPS)
     rounds = [{int(k): sum(v) for k, v in kl.items()} for _, kl in history(tmp_path)]
     best = [max(scores, key=scores.get) for scores in rounds]
-    assert best[-1] == best[-2] and all(a != b for a, b in zip(best[:-1], best[1:-1]))
-    assert ranking["facts"]["steps"] == len(rounds) < 8 and ranking["keep"] == [best[-1]]
+    assert best[-2] in {best[-1], *ranking["undecided"]} and ranking["keep"] == [best[-1]]
+    assert ranking["facts"]["steps"] == len(rounds) < 8
 
 
 def test_steps_are_those_of_a_plain_loop(stage2):  # noqa: F811
@@ -124,8 +124,12 @@ def test_other_candidates_are_refused(stage2, tmp_path):  # noqa: F811
 def test_rules():
     a, b, c = {0: 3.0, 1: 2.0, 2: 1.0}, {0: 2.0, 1: 3.0, 2: 1.0}, {0: 3.1, 1: 1.0, 2: 2.0}
     assert rank_correlation(a, a) == 1 and rank_correlation(a, b) == 0.5
+    rounds = {name: {layer: [score, score + 0.2] for layer, score in scores.items()} for name, scores in {"a": a, "b": b, "c": c}.items()}
+    tied = {0: [3.0, 1.9], 1: [2.0, 2.95], 2: [1.0, 1.0]}  # 0 or 1, as the sequence has it
+    a, b, c = rounds.values()
     assert settled([c, a, a], 1, 2, 0.9) and not settled([a], 1, 2, 0.0) and not settled([a, a], 1, 0, 0.0)
     assert settled([a, b], 2, 2, 0.4) and not settled([a, b], 2, 2, 0.6) and not settled([a, b], 1, 2, 0.0)
+    assert settled([a, tied], 1, 2, 0.4) and settled([b, tied], 1, 2, 0.4) and not settled([c, tied], 2, 2, -1.0)
     eight = {layer: float(layer) for layer in range(8)}
     assert survivors(eight, 2, 1) == survivors(eight, 2, 3) == list(range(8)) and survivors(eight, 2, 2) == [4, 5, 6, 7]
     assert survivors({layer: float(layer) for layer in range(4, 8)}, 2, 4) == [5, 6, 7]

@@ -264,3 +264,27 @@ def test_the_pipeline_is_submitted(cluster, teacher, tmp_path):
             assert "ArrayTaskId=0-7" in facts, facts
         before = job
     cluster.run("scancel", *printed.values())
+
+
+@pytest.mark.slow
+def test_the_pipeline_runs(cluster, teacher_dir, tmp_path):
+    """From a corpus to a hybrid whose layers an array of jobs has chosen, each job behind the one before."""
+    (tmp_path / "corpus").mkdir()
+    for i in range(40):
+        lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9))
+        (tmp_path / "corpus" / f"{i}.py").write_text("\n".join(lines))
+    for stage in (1, 2, 3):
+        write_config(tmp_path, stage, teacher_dir, str(tmp_path / "data" / f"chunked_context{LENGTH}"), report_to="none")
+    environment = {
+        "CONFIGS": str(tmp_path), "DATASET": str(tmp_path / "corpus"), "TOKENIZER": teacher_dir, "DATA_DIR": str(tmp_path / "data"),
+        "CONTEXT_LENGTHS": f"{LENGTH}", "HOLDOUT": "0.1", "DEVICE": "cpu", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled",
+        "SBATCH_ARGS": f"--output={tmp_path}/%x-%j.log --mem=8G --cpus-per-task=4", "SBATCH_TRAIN": "--gpus-per-node=1",
+    }  # fmt: skip
+    jobs = dict(re.findall(r"^(\w+) +(\d+)", cluster.run("bash", "launch_pipeline.sh", environment=environment), re.MULTILINE))
+    for name in ("preprocess", "stage1", "selection", "stage2", "stage3"):
+        log = lambda name=name: "".join(path.read_text() for path in tmp_path.glob(f"{name}-*.log"))[-3000:]  # noqa: E731
+        assert cluster.wait(jobs[name], 300) == "COMPLETED", log()
+    keep = json.loads((tmp_path / "stage2_ga_s2" / "ranking.json").read_text())["keep"]
+    assert len(keep) == 1
+    assert {path.name for path in (tmp_path / "stage2_ga_s2").glob("layer_*")} == {f"layer_{layer}" for layer in range(4)}
+    assert StudentForCausalLM.from_pretrained(tmp_path / "stage3" / "converted-hf").config.keep_full_attention_layers == keep
