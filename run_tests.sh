@@ -7,6 +7,8 @@ export HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 say "Tests: tiny random models, no network, no GPU; at most 10 minutes on two cores (marks left out: slow, slurm, faults, gpu)"
 start=$SECONDS
 status=0
+# All of them: a file at a time on each core.
+[[ $# -gt 0 ]] || set -- -n "$(nproc)" --dist loadfile
 python -m pytest -m "not slow and not slurm and not faults and not gpu" "$@" || status=$?
 say "Tests: $([[ $status == 0 ]] && echo passed || echo "failed (pytest's exit code $status)") after $((SECONDS - start)) s"
 exit "$status"
