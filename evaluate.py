@@ -26,20 +26,18 @@ import math
 import os
 import random
 import re
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from layer_selection.tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document
 from pipeline.data import data_fingerprint, load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
 from pipeline.files import one_line, write_whole
-from pipeline.guard import REQUEUE
+from pipeline.guard import StopSignals
 
 RULER = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
          "niah_multiquery", "niah_multivalue", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa_squad", "ruler_qa_hotpot")  # fmt: skip
@@ -206,34 +204,45 @@ class Record:
             settings["teacher"] = fingerprint(self.args.teacher)
         return settings
 
-    def missing(self, units: list[Unit], failed: bool) -> list[Unit]:
-        """The units without a result; with `failed` those that failed too."""
-        return [unit for unit in units if not ((result := self.results.get(unit.key)) and result["settings"] == self.settings(unit)
-                                               and not (failed and "error" in result))]  # fmt: skip
+    def missing(self, units: list[Unit]) -> list[Unit]:
+        """The units that have no result with these settings, or failed."""
+        return [unit for unit in units if not ((result := self.results.get(unit.key)) and "error" not in result
+                                               and result["settings"] == self.settings(unit))]  # fmt: skip
 
     def put(self, unit: Unit, result: dict) -> None:
         self.results[unit.key] = {"task": unit.task, "seq_len": unit.seq_len, **result, "settings": self.settings(unit)}
+        self.write()
+
+    def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         packages = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
         write_whole(self.file, json.dumps({"checkpoint": self.checkpoint, "versions": packages, "tasks": self.results}, indent=1) + "\n")
 
-    def begin(self, unit: Unit) -> None:
+    def clear(self, units: list[Unit]) -> list[Unit]:
+        """Forgets the units that failed or were measured with other settings; returns those to do."""
+        todo = self.missing(units)
+        for unit in todo:
+            self.results.pop(unit.key, None)
+        self.end()
+        return todo
+
+    def begin(self, units: list[Unit]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.running.write_text(unit.key)
+        self.running.write_text(json.dumps([unit.key for unit in units]))
 
     def end(self) -> None:
         self.running.unlink(missing_ok=True)
         self.died.unlink(missing_ok=True)
 
-    def bury(self, units: list[Unit]) -> None:
-        """Writes down as failed what a process died of."""
-        if self.running.is_file():
-            key = self.running.read_text()
-            reason = self.died.read_text() if self.died.is_file() else "a process was killed, perhaps for memory"
-            for unit in units:
-                if unit.key == key:
-                    self.put(unit, {"error": reason})
+    def bury(self, units: list[Unit]) -> bool:
+        """Writes down as failed what processes died of; whether there was something."""
+        keys = json.loads(self.running.read_text()) if self.running.is_file() else []
+        why = self.died.read_text() if self.died.is_file() else "a process was killed, perhaps for memory"
+        for unit in units:
+            if unit.key in keys:
+                self.put(unit, {"error": why})
         self.end()
+        return bool(keys)
 
 
 # ------------------------------------------------------------------------------------------------ tasks of our own
@@ -266,6 +275,7 @@ def recall_task(unit: Unit, num_words: int, tokenizer):
     from lm_eval.api.instance import Instance
     from lm_eval.api.metrics import mean
     from lm_eval.api.task import Task
+    from lm_eval.config.task import TaskConfig
 
     generates = unit.task == RECALL_GENERATION
     made = recall_documents("associative_recall" if generates else unit.task, unit.seq_len, num_words, tokenizer)
@@ -278,7 +288,8 @@ def recall_task(unit: Unit, num_words: int, tokenizer):
         OUTPUT_TYPE = "generate_until" if generates else "loglikelihood"
 
         def __init__(self):
-            super().__init__(config={"task": unit.task, "num_fewshot": 0})
+            super().__init__()
+            self._config = TaskConfig(task=unit.task, num_fewshot=0)
 
         def download(self, *args, **kwargs):
             pass
@@ -375,7 +386,7 @@ def load_model(checkpoint: str):
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if AutoConfig.from_pretrained(checkpoint).model_type == "transformer":  # FLA's own class needs flash-attn
-        model = load_teacher(checkpoint, "auto")
+        model = load_teacher(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
     return model.to(device).eval()
@@ -463,57 +474,6 @@ def headline(unit: Unit, metrics: dict[str, float]) -> tuple[str, float]:
     return name, scores[name]
 
 
-def work(args: argparse.Namespace, units: list[Unit], manager) -> None:
-    """Does what is missing, on every rank. A task that fails is written down; where ranks would wait for the one that it
-    failed on, the process ends, and torchrun starts all of them again behind that task."""
-    import torch
-
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank:
-        os.environ["TQDM_DISABLE"] = "1"
-    teacher = None
-    for checkpoint in args.checkpoints:
-        record = Record(args, checkpoint)
-        todo = record.missing(units, failed=False)
-        if not todo:
-            continue
-        lm = None
-        for i, unit in enumerate(todo):
-            start, error, result = time.monotonic(), None, None
-            if not rank:
-                print(f"== {labels(args.checkpoints)[checkpoint]}, {i + 1}/{len(todo)}: {unit.key}", flush=True)
-                record.begin(unit)
-            try:
-                if lm is None:
-                    lm = harness_model(checkpoint, args.batch_size)
-                if unit.task == KL and teacher is None:
-                    teacher = load_model(args.teacher)
-                task = build(unit, args, manager, lm)
-            except Exception as failure:  # whatever a task's code, a download or a device raises
-                error = failure
-            if ranks > 1 and any(lm.all_gather(torch.tensor([error is not None], device=lm.device)).tolist()) and error is None:
-                continue
-            if error is None:
-                try:
-                    result = measure(unit, args, task, lm, manager, teacher)
-                except Exception as failure:
-                    error = failure
-                    if ranks > 1:
-                        record.died.write_text(reason(failure, args))
-                        os._exit(1)
-            if rank:
-                continue
-            if error is not None:
-                result = {"error": reason(error, args)}
-                print(f"   FAILED: {result['error']}", file=sys.stderr, flush=True)
-            record.put(unit, {**result, "seconds": round(time.monotonic() - start, 1)})
-            record.end()
-            error = failure = None  # a traceback holds a batch on the device
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-
 def reason(error: BaseException, args: argparse.Namespace) -> str:
     """An error in one line."""
     import torch
@@ -524,28 +484,283 @@ def reason(error: BaseException, args: argparse.Namespace) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
+def work(args: argparse.Namespace, units: list[Unit], manager) -> None:
+    """Does what has no result yet, on every rank. What fails is written down, and the next comes; but where other ranks would
+    wait for the one that failed, that one ends its process, and `run` starts all of them again behind the task."""
+    import torch
+
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank:
+        os.environ["TQDM_DISABLE"] = "1"
+    teacher = None
+    for checkpoint in args.checkpoints:
+        record = Record(args, checkpoint)
+        todo = [unit for unit in units if unit.key not in record.results]
+        if not todo:
+            continue
+
+        def failed(error: BaseException, units: list[Unit]) -> None:
+            why = reason(error, args)
+            print(f"   FAILED: {why}", file=sys.stderr, flush=True)
+            if ranks > 1:
+                record.died.write_text(why)
+                os._exit(1)
+            for unit in units:
+                record.put(unit, {"error": why})
+
+        if not rank:
+            record.begin(todo)
+        try:
+            lm = harness_model(checkpoint, args.batch_size)
+            teacher = teacher or (load_model(args.teacher) if any(unit.task == KL for unit in todo) else None)
+        except Exception as error:
+            failed(error, todo)
+            continue
+        for i, unit in enumerate(todo):
+            start, error = time.monotonic(), None
+            if not rank:
+                record.begin([unit])
+                print(f"== {labels(args.checkpoints)[checkpoint]}, {i + 1}/{len(todo)}: {unit.key}", flush=True)
+            try:
+                task = build(unit, args, manager, lm)
+            except Exception as failure:  # whatever a task's code or a download raises
+                error = failure
+            if any(lm.all_gather(torch.tensor([error is not None], device=lm.device)).tolist()):
+                if not rank:
+                    why = reason(error, args) if error else "another process could not make its documents"
+                    record.put(unit, {"error": why})
+                    print(f"   FAILED: {why}", file=sys.stderr, flush=True)
+                continue
+            try:
+                result = measure(unit, args, task, lm, manager, teacher)
+            except Exception as failure:
+                failed(failure, [unit])
+            else:
+                if not rank:
+                    record.put(unit, {**result, "seconds": round(time.monotonic() - start, 1)})
+            task = None
+            gc.collect()  # a traceback may hold a batch on the device
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        record.end()
+        lm = None
+
+
 def run(args: argparse.Namespace, units: list[Unit], manager, argv: list[str]) -> None:
     """`work`, in this process or in one a GPU."""
     records = [Record(args, checkpoint) for checkpoint in args.checkpoints]
-    for record in records:
-        for unit in record.missing(units, failed=True):
-            record.results.pop(unit.key, None)
-        if record.file.is_file():
-            record.put_all()
-        record.end()
-    count = sum(len(record.missing(units, failed=True)) for record in records)
-    if not count:
+    if not sum(len(record.clear(units)) for record in records):
         print("Everything is there already.")
-    elif args.num_gpus == 1:
+        return
+    for record in records:
+        record.write()
+    if args.num_gpus == 1:
         work(args, units, manager)
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.num_gpus}",
-                   f"--max-restarts={count}", __file__, *argv]  # fmt: skip
-        child = subprocess.Popen(command)
+        return
+    while True:
+        child = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                  f"--nproc-per-node={args.num_gpus}", __file__, *argv])  # fmt: skip
         try:
-            child.wait()
+            code = child.wait()
         finally:
             child.terminate()
             child.wait()
-        for checkpoint in args.checkpoints:
-            Record(args, checkpoint).bury(units)
+        buried = [Record(args, checkpoint).bury(units) for checkpoint in args.checkpoints]
+        if code == 0:
+            return
+        if not any(buried):
+            raise ValueError(f"NUM_GPUS: the {args.num_gpus} processes ended with exit code {code} before the first task (above)")
+
+
+# ------------------------------------------------------------------------------------------------ tables and pictures
+@dataclass(frozen=True)
+class Row:
+    """A line of the tables: a task, or the mean of a group at a length; of every label its score, standard error and error."""
+
+    name: str
+    seq_len: int | None
+    metric: str
+    higher_is_better: bool
+    cells: dict[str, dict]  # label -> {"score", "stderr"} or {"error"}; absent: not run
+    is_mean: bool = False
+
+
+def rows(results: dict[str, dict[str, dict]]) -> list[Row]:
+    """Rows of label -> unit's key -> result, in the order of `GROUPS`; the mean of a group where nothing of it is missing."""
+    order = [*dict.fromkeys(name for group in GROUPS.values() for name in group)]
+    found = {(r["task"], r["seq_len"]) for tasks in results.values() for r in tasks.values()}
+    place = {name: i for i, name in enumerate(order)}
+    table = []
+    for task, seq_len in sorted(found, key=lambda u: (place.get(u[0], len(place)), u[0], u[1] or 0)):
+        cells = {label: r for label, tasks in results.items() if (r := tasks.get(Unit(task, seq_len).key))}
+        known = next((cell for cell in cells.values() if "score" in cell), {"metric": "", "higher_is_better": True})
+        table.append(Row(task, seq_len, known["metric"], known["higher_is_better"], cells))
+    for group in ("ruler", "needle", "commonsense"):
+        for seq_len in sorted({s for t, s in found if t in GROUPS[group]}, key=lambda s: s or 0):
+            members = [row for row in table if row.name in GROUPS[group] and row.seq_len == seq_len]
+            cells = {label: mean_of([row.cells[label] for row in members]) for label in results
+                     if len(members) == len(GROUPS[group]) and all("score" in row.cells.get(label, {}) for row in members)}  # fmt: skip
+            if cells:
+                table.append(Row(group, seq_len, f"mean of {len(members)}", True, cells, is_mean=True))
+    return table
+
+
+def mean_of(cells: list[dict]) -> dict:
+    """Mean score, with the standard error of independent tasks."""
+    errors = [cell["stderr"] for cell in cells]
+    stderr = None if None in errors else math.sqrt(sum(e * e for e in errors)) / len(errors)
+    return {"score": statistics.fmean(cell["score"] for cell in cells), "stderr": stderr}
+
+
+def number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) <= 1 else f"{value:.4g}"
+
+
+def cell_text(cell: dict | None) -> str:
+    if cell is None:
+        return ""
+    if "error" in cell:
+        return "failed"
+    return number(cell["score"]) + (f" ± {number(cell['stderr'])}" if cell["stderr"] is not None else "")
+
+
+def markdown(results: dict[str, dict[str, dict]]) -> str:
+    """The results as a Markdown table, and what failed below it."""
+    lines = ["| task | length | metric | " + " | ".join(results) + " |", "|:--|--:|:--|" + "--:|" * len(results)]
+    for row in rows(results):
+        name = f"**{row.name}**" if row.is_mean else row.name
+        cells = " | ".join(cell_text(row.cells.get(label)) for label in results)
+        lines.append(f"| {name} | {row.seq_len or ''} | {row.metric}{'' if row.higher_is_better else ' ↓'} | {cells} |")
+    for label, tasks in results.items():
+        lines += [f"\nFailed: {label}, {key}: {r['error']}" for key, r in tasks.items() if "error" in r]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
+    """Scores side by side, those where lower is better on an axis of their own; and over the length where there are several."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    table = [row for row in rows(results) if any("score" in cell for cell in row.cells.values())]
+    lengths = sorted({row.seq_len for row in table if row.seq_len})
+    high, low = ([row for row in table if row.higher_is_better is wanted] for wanted in (True, False))
+    panels = [part for part in (high, low) if part] + [None] * (len(lengths) > 1)
+    height = max(2.6, 1.2 + max(len(high), len(low)) * (0.14 * len(results) + 0.12))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), height), layout="constrained", squeeze=False)
+    for axis, part in zip(axes[0], panels):
+        if part is None:
+            continue
+        width = 0.8 / len(results)
+        for i, label in enumerate(results):
+            shown = [(y, row.cells[label]) for y, row in enumerate(part) if "score" in row.cells.get(label, {})]
+            axis.barh([y + (i - (len(results) - 1) / 2) * width for y, _ in shown], [cell["score"] for _, cell in shown], width,
+                      xerr=[cell["stderr"] or 0 for _, cell in shown], label=label, error_kw={"lw": 0.8})  # fmt: skip
+        axis.set_yticks(range(len(part)), [f"{row.name} {row.seq_len or ''}".strip() for row in part], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlabel("score" if part is high else "lower is better: " + ", ".join(dict.fromkeys(row.metric for row in part)))
+    if len(lengths) > 1:
+        axis = axes[0][-1]
+        for i, label in enumerate(results):
+            points = [(n, statistics.fmean(found)) for n in lengths if (found := [
+                row.cells[label]["score"] for row in high if row.seq_len == n and not row.is_mean and "score" in row.cells.get(label, {})])]
+            axis.plot(*zip(*points), "o-", label=label, color=f"C{i}")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(n) for n in lengths])
+        axis.set(xlabel="length in tokens", ylabel="mean score", ylim=(-0.02, 1.02))
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def results_of(args: argparse.Namespace, units: list[Unit]) -> dict[str, dict[str, dict]]:
+    """Label -> unit's key -> result, of these units; one that did not get its turn has none."""
+    return {label: {unit.key: record.results[unit.key] for unit in units if unit.key in record.results}
+            for checkpoint, label in labels(args.checkpoints).items() for record in [Record(args, checkpoint)]}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those that eval_compare.py takes too."""
+    parser.add_argument("--tasks", default="ruler", help=f"separated by commas; groups: {', '.join(GROUPS)} (ruler)")
+    parser.add_argument("--seq_lens", default="", help=f"lengths in tokens of tasks that have one, separated by commas ({SEQ_LEN})")
+    parser.add_argument("--batch_size", default="8", help="documents at a time on a device, or auto (8)")
+    parser.add_argument("--num_gpus", type=int, help="processes, one a GPU (all visible GPUs; 1 on a CPU)")
+    parser.add_argument("--limit", type=int, help="take only so many documents of a task; such scores are for trying things out")
+    parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"))
+    parser.add_argument("--data", help=f"chunks of preprocess_chunk.py with a held-out part, for {PERPLEXITY} and {KL}")
+    parser.add_argument("--num_words", type=int, default=NUM_WORDS, help=f"different words in the recall tasks ({NUM_WORDS})")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Turns the lists into lists. Raises ValueError for what cannot be."""
+    args.tasks = [name for name in re.split(r"[\s,]+", args.tasks) if name]
+    try:
+        args.seq_lens = [int(text) for text in re.split(r"[\s,]+", args.seq_lens) if text]
+    except ValueError:
+        raise ValueError(f"SEQ_LENS: {args.seq_lens!r} must be numbers of tokens, separated by commas") from None
+    if not args.tasks:
+        raise ValueError(f"TASKS: names no task; groups: {', '.join(GROUPS)}")
+    for name, values in (("SEQ_LENS", args.seq_lens), ("LIMIT", [args.limit]), ("NUM_GPUS", [args.num_gpus]), ("NUM_WORDS", [args.num_words])):
+        if wrong := [value for value in values if value is not None and value < 1]:
+            raise ValueError(f"{name}: {wrong[0]} must be at least 1")
+    if not re.fullmatch(r"[1-9]\d*|auto", args.batch_size):
+        raise ValueError(f"BATCH_SIZE: {args.batch_size!r} must be a number, or auto")
+    if args.data:
+        read_metadata(args.data)
+    labels(args.checkpoints)
+    for checkpoint in args.checkpoints:
+        check_checkpoint("CHECKPOINT", checkpoint)
+    if args.teacher:
+        check_checkpoint("TEACHER", args.teacher)
+    if args.num_gpus is None:
+        import torch
+
+        args.num_gpus = max(1, torch.cuda.device_count())
+
+
+def evaluate(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, dict]]:
+    """Runs what is missing and returns label -> unit's key -> result. args: of the parser, before `check`; argv: what gave them."""
+    check(args)
+    manager = task_manager(args.tasks if not set(args.tasks) & set(GROUPS) else [n for g in args.tasks for n in GROUPS.get(g, (g,))])
+    units = plan(args, manager)
+    if "RANK" in os.environ:
+        work(args, units, manager)
+        return {}
+    if fetched := downloads(units, manager):
+        print("Needs a network, to fetch: " + "; ".join(f"{task} ({source})" for task, source in fetched.items()), flush=True)
+    run(args, units, manager, argv)
+    return results_of(args, units)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    add_options(parser)
+    parser.add_argument("--teacher", help=f"the checkpoint that {KL} is measured to")
+    args = parser.parse_args(argv)
+    results = evaluate(args, argv)
+    if "RANK" in os.environ:
+        return 0
+    write_whole(args.output / "results.json", json.dumps(results, indent=1) + "\n")
+    text = markdown(results)
+    write_whole(args.output / "results.md", text)
+    if len(results) > 1 and any("score" in r for tasks in results.values() for r in tasks.values()):
+        plot(results, args.output / "results.png")
+    print(f"\n{text}\nWritten to {args.output}")
+    return int(any("error" in r for tasks in results.values() for r in tasks.values()))
+
+
+if __name__ == "__main__":
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # transformers' own, a line for every file read
+    StopSignals()
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"evaluate.py: error: {error}")
