@@ -755,7 +755,8 @@ def main(argv: list[str] | None = None) -> int:
     return int(any("error" in r for tasks in results.values() for r in tasks.values()))
 
 
-if __name__ == "__main__":
+def command(name: str, main) -> None:
+    """Runs a script's `main`, ends the process."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # transformers' own, a line for every file read
@@ -763,4 +764,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except ValueError as error:
-        sys.exit(f"evaluate.py: error: {error}")
+        sys.exit(f"{name}: error: {error}")
+
+
+if __name__ == "__main__":
+    command("evaluate.py", main)
