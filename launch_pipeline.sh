@@ -7,7 +7,7 @@
 # folder of the pair, the name before _hybrid_. LAYERS: of the teacher (from its config).
 # RANKING: what the selection writes (<output_dir of stage 2>_ga_s2/ranking.json). PARALLEL: layers tried at a time (8).
 # SBATCH_ARGS: for every job, SBATCH_TRAIN: for the stages (such as --nodes=4). The knobs of launch_preprocess.sh,
-# launch_selection.sh and launch_common.sh reach their jobs through the environment, as do sbatch's own (SBATCH_PARTITION ...).
+# launch_selection.sh, eval.sh and launch_common.sh reach their jobs through the environment, as do sbatch's own (SBATCH_PARTITION ...).
 set -Eeuo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 command -v sbatch >/dev/null || die "sbatch: not found; without Slurm, run the launch_*.sh one after the other with bash."
@@ -52,5 +52,4 @@ CFG=$CONFIGS/stage2.yaml submit candidates "$JOB" --array="0-$((LAYERS - 1))%${P
 CFG=$CONFIGS/stage2.yaml submit selection "$JOB" launch_selection.sh
 CFG=$CONFIGS/stage2.yaml RANKING=$RANKING submit stage2 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage2.sh
 CFG=$CONFIGS/stage3.yaml RANKING=$RANKING submit stage3 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage3.sh
-submit evaluation "$JOB" --nodes=1 --gpus-per-node=1 --cpus-per-task=8 --mem=64G --time=12:00:00 --requeue --output=%x-%j.log \
-    --wrap "cd '$PROJECT_DIR' && source '$VENV/bin/activate' && bash eval.sh '$RESULT'"
+submit evaluation "$JOB" eval.sh "$RESULT"

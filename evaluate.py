@@ -1,0 +1,771 @@
+"""Checkpoints through lm-evaluation-harness, and through tasks of our own that need no network.
+
+    python evaluate.py outputs/qwen2.5_1.5b/stage3/converted-hf                               # RULER at 4096
+    python evaluate.py TEACHER STUDENT --tasks local --seq_lens 512,2048 --data CHUNKS --teacher TEACHER
+
+A checkpoint is a folder or a hub name: one of ours, or a plain Hugging Face one. --tasks takes groups (`GROUPS`), tasks of our
+own (`LOCAL`) and any name that lm-evaluation-harness knows. With several GPUs there is a process on each, and the documents of a
+task are dealt out to them.
+
+Each checkpoint has <output>/<checkpoint>/results.json, written anew after every task: run again, the command does what is
+missing, what failed, and what was measured with other settings. The tables of this call are <output>/results.md and results.json,
+with results.png for several checkpoints. The exit code is 1 if a task failed; the others are done all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import gc
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from layer_selection.tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document
+from pipeline.data import data_fingerprint, load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
+from pipeline.files import one_line, write_whole
+from pipeline.guard import StopSignals
+
+RULER = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+         "niah_multiquery", "niah_multivalue", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa_squad", "ruler_qa_hotpot")  # fmt: skip
+RECALL_GENERATION, PERPLEXITY, KL = "recall_generation", "heldout_perplexity", "heldout_kl"
+LOCAL = (*RECALL_TASKS, RECALL_GENERATION, PERPLEXITY, KL)
+GROUPS = {
+    "ruler": RULER,
+    "needle": ("niah_single_1", "niah_single_2", "niah_single_3"),
+    "commonsense": ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "boolq", "openbookqa", "lambada_openai"),
+    "mmlu": ("mmlu",),
+    "generation": ("gsm8k", RECALL_GENERATION),
+    "local": LOCAL,
+}
+SIZED = (*RULER, *RECALL_TASKS, RECALL_GENERATION)  # those whose documents are made at a length
+SEQ_LENS = {"needle": (4096, 16384, 65536, 262144)}  # of a group, unless --seq_lens says otherwise; of the others:
+SEQ_LEN = 4096
+# Below this many tokens RULER's generators do not end.
+SHORTEST = {"ruler_cwe": 2048, **{name: 1024 for name in RULER if name != "ruler_cwe"}}
+ESSAYS = "baber/paul_graham_essays and nltk's punkt_tab"
+# What RULER's tasks fetch; that of other tasks is in their own configuration.
+FETCHED = {**dict.fromkeys(("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multiquery", "niah_multivalue"), ESSAYS),
+           "ruler_qa_squad": "rajpurkar.github.io/SQuAD-explorer", "ruler_qa_hotpot": "namlh2004/hotpotqa"}  # fmt: skip
+# The metric that stands for a task, the first of these that it has.
+METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
+DOCUMENTS = 100  # of a recall task
+HELDOUT_CHUNKS, HELDOUT_TOKENS = 256, 4096  # chunks at most; tokens of a batch, whose logits are held at once
+SEED = 1234
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A task, at a length if it has one: what is run, fails and is written down as a whole."""
+
+    task: str
+    seq_len: int | None = None
+
+    @property
+    def key(self) -> str:
+        return self.task if self.seq_len is None else f"{self.task}@{self.seq_len}"
+
+
+# ------------------------------------------------------------------------------------------------ what is asked for
+def task_manager(names):
+    """lm-evaluation-harness's index of tasks; of RULER's alone, which is read at once, where that is enough."""
+    import lm_eval.tasks
+
+    if set(names) <= {*RULER, *LOCAL}:
+        return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(Path(lm_eval.tasks.__file__).parent / "ruler"))
+    print("Tasks: reading lm-evaluation-harness's index, 15 s", flush=True)
+    return lm_eval.tasks.TaskManager()
+
+
+def plan(args: argparse.Namespace, manager) -> list[Unit]:
+    """The units that --tasks and --seq_lens ask for, each once. Raises ValueError for a task that nobody knows."""
+    units: dict[Unit, None] = {}
+    for asked in args.tasks:
+        names = GROUPS.get(asked, (asked,))
+        if asked == "local":  # as far as there is what it needs
+            names = [name for name in names if name not in (PERPLEXITY, KL) or args.data and (name != KL or args.teacher)]
+        for name in names:
+            if name in LOCAL:
+                found = [name]
+            elif name not in manager.task_index:
+                known = [*GROUPS, *LOCAL, *manager.all_tasks]
+                close = difflib.get_close_matches(name, known, 3)
+                hint = f"did you mean {' or '.join(close)}? " if close else ""
+                raise ValueError(f"TASKS: {name!r} is unknown; {hint}Groups: {', '.join(GROUPS)}; of our own: {', '.join(LOCAL)}; "
+                                 "or any of lm-evaluation-harness (lm-eval ls tasks)")  # fmt: skip
+            else:
+                entry = manager.task_index[name]
+                found = sorted(entry.tags) if entry.kind.name == "TAG" else [name]
+            for task in found:
+                lengths = (args.seq_lens or SEQ_LENS.get(asked, (SEQ_LEN,))) if task in SIZED else (None,)
+                units |= dict.fromkeys(Unit(task, length) for length in lengths)
+    for unit in units:
+        if unit.task in (PERPLEXITY, KL) and not args.data:
+            raise ValueError(f"DATA: {unit.task} needs a folder of chunks with a held-out part, of preprocess_chunk.py")
+        if unit.task == KL and not args.teacher:
+            raise ValueError(f"TEACHER: {unit.task} needs the checkpoint that the KL is measured to")
+    return list(units)
+
+
+def dataset_of(task: str, manager) -> str | None:
+    """What a task fetches from a network, None if nothing: a hub dataset's name or a place."""
+    if task in SIZED or task in LOCAL:
+        return FETCHED.get(task)
+    config = manager.task_index[task].cfg or {}
+    if "group" in config:
+        member = config["task"][0]
+        member = member if isinstance(member, str) else member.get("task", member.get("group"))
+        return dataset_of(member, manager) if isinstance(member, str) and member in manager.task_index else "its datasets"
+    if "dataset_path" not in config:  # of a tag, or of Python code
+        return dataset_of(sorted(manager.task_index[task].tags)[0], manager) if manager.task_index[task].kind.name == "TAG" else "its dataset"
+    return None if config["dataset_path"] in ("json", "csv", "parquet", "text", "") else config["dataset_path"]
+
+
+def downloads(units: list[Unit], manager) -> dict[str, str]:
+    """Task -> what it must fetch, as far as the Hugging Face cache does not hold it."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    found = {}
+    for unit in units:
+        source = dataset_of(unit.task, manager)
+        if source and not (Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source.split()[0], repo_type="dataset")).is_dir():
+            found[unit.task] = source
+    return found
+
+
+def check_checkpoint(key: str, name: str) -> None:
+    """Raises ValueError unless `name` has a config that loads; `key` is the option that named it."""
+    import distill_model  # noqa: F401, registers our classes
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: {name!r} is neither a folder with a config.json that we know nor a model that the hub gave "
+                         f"({one_line(error)})") from None  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ what is written down
+def fingerprint(checkpoint: str) -> str:
+    """Of a folder: a hash of its config and of its weights' names, sizes and times. Of a hub name: the name."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return checkpoint
+    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin")]
+    return hashlib.sha256(f"{(folder / 'config.json').read_text()} {weights}".encode()).hexdigest()[:16]
+
+
+def path_parts(checkpoint: str) -> list[str]:
+    parts = [part for part in Path(checkpoint).parts if part not in ("/", ".", "..")]
+    return parts[:-1] if len(parts) > 1 and parts[-1] == "converted-hf" else parts
+
+
+def labels(checkpoints: list[str]) -> dict[str, str]:
+    """Checkpoint -> the shortest end of its path that tells it from the others."""
+    parts = {checkpoint: path_parts(checkpoint) for checkpoint in checkpoints}
+    for length in range(1, 1 + max(map(len, parts.values()))):
+        found = {checkpoint: "/".join(p[-length:]) for checkpoint, p in parts.items()}
+        if len(set(found.values())) == len(found):
+            return found
+    raise ValueError(f"CHECKPOINT: {checkpoints[-1]} is named twice")
+
+
+class Record:
+    """A checkpoint's results.json, and the marks beside it that outlive a process: what runs, and why it died."""
+
+    def __init__(self, args: argparse.Namespace, checkpoint: str):
+        self.args, self.checkpoint = args, checkpoint
+        self.folder = args.output / "__".join(path_parts(checkpoint))
+        self.file, self.running, self.died = (self.folder / name for name in ("results.json", ".running", ".died"))
+        self.results = json.loads(self.file.read_text())["tasks"] if self.file.is_file() else {}
+
+    def settings(self, unit: Unit) -> dict:
+        """What a result depends on, besides its unit."""
+        settings = {"checkpoint": fingerprint(self.checkpoint), "limit": self.args.limit}
+        if unit.task in (*RECALL_TASKS, RECALL_GENERATION):
+            settings["num_words"] = self.args.num_words
+        if unit.task in (PERPLEXITY, KL):
+            settings["data"] = data_fingerprint(read_metadata(self.args.data))
+        if unit.task == KL:
+            settings["teacher"] = fingerprint(self.args.teacher)
+        return settings
+
+    def missing(self, units: list[Unit]) -> list[Unit]:
+        """The units that have no result with these settings, or failed."""
+        return [unit for unit in units if not ((result := self.results.get(unit.key)) and "error" not in result
+                                               and result["settings"] == self.settings(unit))]  # fmt: skip
+
+    def put(self, unit: Unit, result: dict) -> None:
+        self.results[unit.key] = {"task": unit.task, "seq_len": unit.seq_len, **result, "settings": self.settings(unit)}
+        self.write()
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        packages = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+        write_whole(self.file, json.dumps({"checkpoint": self.checkpoint, "versions": packages, "tasks": self.results}, indent=1) + "\n")
+
+    def clear(self, units: list[Unit]) -> list[Unit]:
+        """Forgets the units that failed or were measured with other settings; returns those to do."""
+        todo = self.missing(units)
+        for unit in todo:
+            self.results.pop(unit.key, None)
+        self.end()
+        return todo
+
+    def begin(self, units: list[Unit]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.running.write_text(json.dumps([unit.key for unit in units]))
+
+    def end(self) -> None:
+        self.running.unlink(missing_ok=True)
+        self.died.unlink(missing_ok=True)
+
+    def bury(self, units: list[Unit]) -> bool:
+        """Writes down as failed what processes died of; whether there was something."""
+        keys = json.loads(self.running.read_text()) if self.running.is_file() else []
+        why = self.died.read_text() if self.died.is_file() else "a process was killed, perhaps for memory"
+        for unit in units:
+            if unit.key in keys:
+                self.put(unit, {"error": why})
+        self.end()
+        return bool(keys)
+
+
+# ------------------------------------------------------------------------------------------------ tasks of our own
+def recall_documents(task: str, seq_len: int, num_words: int, tokenizer, count: int = DOCUMENTS) -> list[Document]:
+    """`count` documents of at most seq_len tokens, about as long as that allows; the same for a tokenizer every time.
+
+    num_words: that they draw from, or as many as they need. Raises ValueError if seq_len is too short or too long.
+    """
+    size = seq_len // 8  # a pair and its comma take some six tokens, and its question may come again
+    while size >= 4:
+        options, words = {"associative_recall": ({"num_pairs": size}, size), "copying": ({"length": 2 * size}, 1),
+                          "multi_hop_recall": ({"num_chains": 3 * size // 8}, 9 * size // 8)}[task]  # fmt: skip
+        if words > len(WORDS):
+            raise ValueError(f"SEQ_LENS: {seq_len} tokens of {task} need {words} different words; there are {len(WORDS)}")
+        rng = random.Random(f"{task} {seq_len}")
+        documents = [RECALL_TASKS[task](rng, num_words=max(num_words, words), **options) for _ in range(count)]
+        longest = max(map(len, tokenizer([d.text for d in documents], add_special_tokens=False)["input_ids"]))
+        if longest <= seq_len:
+            return documents
+        size = min(size - 1, size * seq_len // longest)
+    raise ValueError(f"SEQ_LENS: {seq_len} tokens are too few for {task}")
+
+
+def recall_task(unit: Unit, num_words: int, tokenizer):
+    """A task of lm-evaluation-harness over `recall_documents`.
+
+    Of a document the recall tasks ask for every answer, each after the true text before it: it counts if greedy decoding would
+    give it to the letter, as in `answer_accuracy`. recall_generation asks for the last answer alone, and lets the model write it.
+    """
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.metrics import mean
+    from lm_eval.api.task import Task
+    from lm_eval.config.task import TaskConfig
+
+    generates = unit.task == RECALL_GENERATION
+    made = recall_documents("associative_recall" if generates else unit.task, unit.seq_len, num_words, tokenizer)
+    docs = [{"text": d.text, "answers": [list(span) for span in d.answers], "prompt": d.prompt, "answer": d.answer} for d in made]
+    longest = max(map(len, tokenizer([f" {doc['answer']}" for doc in docs], add_special_tokens=False)["input_ids"]))
+    metric = "exact_match" if generates else "acc"
+
+    class RecallTask(Task):
+        VERSION = 1
+        OUTPUT_TYPE = "generate_until" if generates else "loglikelihood"
+
+        def __init__(self):
+            super().__init__()
+            self._config = TaskConfig(task=unit.task, num_fewshot=0)
+
+        def download(self, *args, **kwargs):
+            pass
+
+        def has_training_docs(self):
+            return False
+
+        has_validation_docs = has_training_docs
+
+        def has_test_docs(self):
+            return True
+
+        def test_docs(self):
+            return docs
+
+        def doc_to_text(self, doc):
+            return doc["prompt"]
+
+        def doc_to_target(self, doc):
+            return " " + doc["answer"]
+
+        def construct_requests(self, doc, ctx, metadata=None, **kwargs):
+            if generates:  # room for more than the answer, so that a model that does not stop is wrong
+                until = {"until": [",", "\n"], "do_sample": False, "max_gen_toks": longest + 4}
+                return Instance("generate_until", doc, (ctx, until), 0, metadata=metadata)
+            return [Instance("loglikelihood", doc, (doc["text"][:start], doc["text"][start:stop]), i, metadata=metadata)
+                    for i, (start, stop) in enumerate(doc["answers"])]  # fmt: skip
+
+        def process_results(self, doc, results):
+            if generates:
+                return {metric: float(results[0].strip() == doc["answer"])}
+            return {metric: statistics.fmean(greedy for _, greedy in results)}
+
+        def aggregation(self):
+            return {metric: mean}
+
+        def higher_is_better(self):
+            return {metric: True}
+
+    return RecallTask()
+
+
+def heldout_rows(args: argparse.Namespace, tokenizer):
+    """[N, T] held-out token ids. Raises ValueError if there are none, or of another tokenizer."""
+    import torch
+
+    chunks = open_chunks(args.data, read_metadata(args.data)["context_length"], tokenizer_fingerprint(tokenizer))
+    if chunks.heldout is None:
+        raise ValueError(f"DATA: {args.data} has no held-out part; preprocess with --holdout")
+    count = min(len(chunks.heldout), args.limit or HELDOUT_CHUNKS)
+    return torch.as_tensor(chunks.heldout[range(count)]["input_ids"], dtype=torch.long)
+
+
+def heldout(unit: Unit, args: argparse.Namespace, lm, teacher) -> dict | None:
+    """Perplexity (exp of the mean cross-entropy of the next tokens), or KL(teacher || model) in nats, the mean over all
+    positions; with the standard error over chunks. None on ranks other than 0."""
+    import torch
+
+    ids = heldout_rows(args, lm.tokenizer)
+    mine = ids[lm.rank :: lm.world_size]
+    values = []
+    for batch in mine.split(max(1, HELDOUT_TOKENS // ids.shape[1])):
+        batch = batch.to(lm.device)
+        with torch.no_grad():
+            ours = lm.model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+            if unit.task == PERPLEXITY:
+                values += (-ours[:, :-1].gather(-1, batch[:, 1:, None])[..., 0].mean(-1)).tolist()
+                continue
+            theirs = teacher(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+        if ours.shape != theirs.shape:
+            raise ValueError(f"TEACHER: {args.teacher} has a vocabulary of {theirs.shape[-1]} entries, the checkpoint of {ours.shape[-1]}")
+        values += (theirs.exp() * (theirs - ours)).sum(-1).mean(-1).tolist()
+    gathered = lm.gather_object(values)
+    if lm.rank:
+        return None
+    values = [value for part in gathered for value in part]
+    mean = statistics.fmean(values)
+    stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    result = {"higher_is_better": False, "samples": len(values), "tokens": ids.numel()}
+    if unit.task == KL:
+        return {"metric": "nats", "score": mean, "stderr": stderr, **result}
+    perplexity = math.exp(mean)
+    return {"metric": "perplexity", "score": perplexity, "stderr": stderr and perplexity * stderr, **result,
+            "metrics": {"loss": mean, "loss_stderr": stderr}}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ running
+def load_model(checkpoint: str):
+    """A checkpoint in its own dtype, on this process's device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from convert import load_teacher
+
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if AutoConfig.from_pretrained(checkpoint).model_type == "transformer":  # FLA's own class needs flash-attn
+        model = load_teacher(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    return model.to(device).eval()
+
+
+def harness_model(checkpoint: str, batch_size: str):
+    """The checkpoint as lm-evaluation-harness wants it; under torchrun the documents are dealt out to the ranks."""
+    from accelerate import Accelerator
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm = HFLM(pretrained=load_model(checkpoint), tokenizer=load_tokenizer(checkpoint), backend="causal", batch_size=batch_size)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # HFLM does so itself only for models that it loads, and only on GPUs
+        lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
+        lm._rank, lm._world_size = lm.accelerator.process_index, lm.accelerator.num_processes
+    return lm
+
+
+def build(unit: Unit, args: argparse.Namespace, manager, lm):
+    """The unit's task with its documents, or its group of tasks; None for those that `heldout` measures."""
+    import numpy
+
+    if unit.task in (PERPLEXITY, KL):
+        return None
+    if unit.task in LOCAL:
+        return recall_task(unit, args.num_words, lm.tokenizer)
+    # RULER draws its documents from the process's random state: they shall not depend on the tasks before.
+    seed = int.from_bytes(hashlib.sha256(unit.key.encode()).digest()[:4], "big")
+    random.seed(seed)
+    numpy.random.seed(seed)
+    sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)  # has a state of its own
+    spec: str | dict = unit.task
+    if unit.task in RULER:
+        if unit.seq_len < SHORTEST[unit.task]:
+            raise ValueError(f"SEQ_LENS: {unit.seq_len} is too short for {unit.task}; it needs {SHORTEST[unit.task]}")
+        if unit.task == "ruler_vt":
+            check_tracking(lm.tokenizer)
+        spec = {"task": unit.task, "metadata": {"max_seq_lengths": [unit.seq_len], "tokenizer": lm.tokenizer.name_or_path}}
+    with contextlib.redirect_stdout(io.StringIO()):  # RULER prints what it tries
+        loaded = manager.load([spec])
+    return (loaded.get("groups") or {}).get(unit.task) or loaded["tasks"][unit.task]
+
+
+def check_tracking(tokenizer) -> None:
+    """Raises ValueError if RULER's example of variable tracking is longer than the 500 tokens it must have: it would be
+    drawn for ever."""
+    from lm_eval.tasks.ruler.vt_utils import generate_input_output
+
+    text = generate_input_output(5, 1, 4, is_icl=True)[0]
+    if (length := len(tokenizer(text)["input_ids"])) > 450:
+        raise ValueError(f"ruler_vt: the tokenizer makes {length} tokens of its example, more than there is room for")
+
+
+def measure(unit: Unit, args: argparse.Namespace, task, lm, manager, teacher) -> dict | None:
+    """The unit's result; None on ranks other than 0."""
+    from lm_eval import simple_evaluate
+
+    if task is None:
+        return heldout(unit, args, lm, teacher)
+    # RULER's documents fill their length to the last token; HFLM would cut them at the length that the config names.
+    lm._max_length = None
+    lm._max_length = max(lm.max_length, unit.seq_len) if unit.seq_len else None
+    found = simple_evaluate(lm, tasks=[task], limit=args.limit, task_manager=manager, log_samples=True)
+    if found is None:
+        return None
+    metrics = {name: value for name, value in found["results"][unit.task].items() if isinstance(value, (int, float)) and "," in name}
+    metric, score = headline(unit, metrics)
+    samples = [sample for name in found["samples"] for sample in found["samples"][name]]
+    counts = [found["n-samples"][name]["effective"] for name in found["samples"]]
+    stderr = metrics.get(metric.replace(",", "_stderr,", 1))
+    name, filtered = metric.split(",", 1)
+    values = [s[name] for s in samples if s["filter"] == filtered and isinstance(s.get(name), (int, float))]
+    if stderr is None and len(values) > 1 and math.isclose(statistics.fmean(values), score, abs_tol=1e-9):  # RULER's
+        stderr = statistics.stdev(values) / math.sqrt(len(values))
+    higher = found["higher_is_better"].get(unit.task, {}).get(name)
+    return {"metric": "match" if unit.task in RULER else metric.removesuffix(",none"), "score": score, "stderr": stderr,
+            "higher_is_better": higher is not False, "samples": sum(counts), "metrics": metrics}  # fmt: skip
+
+
+def headline(unit: Unit, metrics: dict[str, float]) -> tuple[str, float]:
+    """The metric that stands for the task, and its value."""
+    scores = {name: value for name, value in metrics.items() if "_stderr," not in name}
+    wanted = (f"{unit.seq_len},none",) if unit.task in RULER else METRICS
+    name = next((name for name in wanted if name in scores), None) or next(iter(scores))
+    return name, scores[name]
+
+
+def reason(error: BaseException, args: argparse.Namespace) -> str:
+    """An error in one line."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory; BATCH_SIZE {args.batch_size} is too much"
+    text = one_line(error)
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def work(args: argparse.Namespace, units: list[Unit], manager) -> None:
+    """Does what has no result yet, on every rank. What fails is written down, and the next comes; but where other ranks would
+    wait for the one that failed, that one ends its process, and `run` starts all of them again behind the task."""
+    import torch
+
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank:
+        os.environ["TQDM_DISABLE"] = "1"
+    teacher = None
+    for checkpoint in args.checkpoints:
+        record = Record(args, checkpoint)
+        todo = [unit for unit in units if unit.key not in record.results]
+        if not todo:
+            continue
+
+        def failed(error: BaseException, units: list[Unit]) -> None:
+            why = reason(error, args)
+            print(f"   FAILED: {why}", file=sys.stderr, flush=True)
+            if ranks > 1:
+                record.died.write_text(why)
+                os._exit(1)
+            for unit in units:
+                record.put(unit, {"error": why})
+
+        if not rank:
+            record.begin(todo)
+        try:
+            lm = harness_model(checkpoint, args.batch_size)
+            teacher = teacher or (load_model(args.teacher) if any(unit.task == KL for unit in todo) else None)
+        except Exception as error:
+            failed(error, todo)
+            continue
+        for i, unit in enumerate(todo):
+            start, error = time.monotonic(), None
+            if not rank:
+                record.begin([unit])
+                print(f"== {labels(args.checkpoints)[checkpoint]}, {i + 1}/{len(todo)}: {unit.key}", flush=True)
+            try:
+                task = build(unit, args, manager, lm)
+            except Exception as failure:  # whatever a task's code or a download raises
+                error = failure
+            if any(lm.all_gather(torch.tensor([error is not None], device=lm.device)).tolist()):
+                if not rank:
+                    why = reason(error, args) if error else "another process could not make its documents"
+                    record.put(unit, {"error": why})
+                    print(f"   FAILED: {why}", file=sys.stderr, flush=True)
+                continue
+            try:
+                result = measure(unit, args, task, lm, manager, teacher)
+            except Exception as failure:
+                failed(failure, [unit])
+            else:
+                if not rank:
+                    record.put(unit, {**result, "seconds": round(time.monotonic() - start, 1)})
+            task = None
+            gc.collect()  # a traceback may hold a batch on the device
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        record.end()
+        lm = None
+
+
+def run(args: argparse.Namespace, units: list[Unit], manager, argv: list[str]) -> None:
+    """`work`, in this process or in one a GPU."""
+    records = [Record(args, checkpoint) for checkpoint in args.checkpoints]
+    if not sum(len(record.clear(units)) for record in records):
+        print("Everything is there already.")
+        return
+    for record in records:
+        record.write()
+    if args.num_gpus == 1:
+        work(args, units, manager)
+        return
+    while True:
+        child = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                  f"--nproc-per-node={args.num_gpus}", __file__, *argv])  # fmt: skip
+        try:
+            code = child.wait()
+        finally:
+            child.terminate()
+            child.wait()
+        buried = [Record(args, checkpoint).bury(units) for checkpoint in args.checkpoints]
+        if code == 0:
+            return
+        if not any(buried):
+            raise ValueError(f"NUM_GPUS: the {args.num_gpus} processes ended with exit code {code} before the first task (above)")
+
+
+# ------------------------------------------------------------------------------------------------ tables and pictures
+@dataclass(frozen=True)
+class Row:
+    """A line of the tables: a task, or the mean of a group at a length; of every label its score, standard error and error."""
+
+    name: str
+    seq_len: int | None
+    metric: str
+    higher_is_better: bool
+    cells: dict[str, dict]  # label -> {"score", "stderr"} or {"error"}; absent: not run
+    is_mean: bool = False
+
+
+def rows(results: dict[str, dict[str, dict]]) -> list[Row]:
+    """Rows of label -> unit's key -> result, in the order of `GROUPS`; the mean of a group where nothing of it is missing."""
+    order = [*dict.fromkeys(name for group in GROUPS.values() for name in group)]
+    found = {(r["task"], r["seq_len"]) for tasks in results.values() for r in tasks.values()}
+    place = {name: i for i, name in enumerate(order)}
+    table = []
+    for task, seq_len in sorted(found, key=lambda u: (place.get(u[0], len(place)), u[0], u[1] or 0)):
+        cells = {label: r for label, tasks in results.items() if (r := tasks.get(Unit(task, seq_len).key))}
+        known = next((cell for cell in cells.values() if "score" in cell), {"metric": "", "higher_is_better": True})
+        table.append(Row(task, seq_len, known["metric"], known["higher_is_better"], cells))
+    for group in ("ruler", "needle", "commonsense"):
+        for seq_len in sorted({s for t, s in found if t in GROUPS[group]}, key=lambda s: s or 0):
+            members = [row for row in table if row.name in GROUPS[group] and row.seq_len == seq_len]
+            cells = {label: mean_of([row.cells[label] for row in members]) for label in results
+                     if len(members) == len(GROUPS[group]) and all("score" in row.cells.get(label, {}) for row in members)}  # fmt: skip
+            if cells:
+                table.append(Row(group, seq_len, f"mean of {len(members)}", True, cells, is_mean=True))
+    return table
+
+
+def mean_of(cells: list[dict]) -> dict:
+    """Mean score, with the standard error of independent tasks."""
+    errors = [cell["stderr"] for cell in cells]
+    stderr = None if None in errors else math.sqrt(sum(e * e for e in errors)) / len(errors)
+    return {"score": statistics.fmean(cell["score"] for cell in cells), "stderr": stderr}
+
+
+def number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) <= 1 else f"{value:.4g}"
+
+
+def cell_text(cell: dict | None) -> str:
+    if cell is None:
+        return ""
+    if "error" in cell:
+        return "failed"
+    return number(cell["score"]) + (f" ± {number(cell['stderr'])}" if cell["stderr"] is not None else "")
+
+
+def markdown(results: dict[str, dict[str, dict]]) -> str:
+    """The results as a Markdown table, and what failed below it."""
+    lines = ["| task | length | metric | " + " | ".join(results) + " |", "|:--|--:|:--|" + "--:|" * len(results)]
+    for row in rows(results):
+        name = f"**{row.name}**" if row.is_mean else row.name
+        cells = " | ".join(cell_text(row.cells.get(label)) for label in results)
+        lines.append(f"| {name} | {row.seq_len or ''} | {row.metric}{'' if row.higher_is_better else ' ↓'} | {cells} |")
+    for label, tasks in results.items():
+        lines += [f"\nFailed: {label}, {key}: {r['error']}" for key, r in tasks.items() if "error" in r]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
+    """Scores side by side, those where lower is better on an axis of their own; and over the length where there are several."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    table = [row for row in rows(results) if any("score" in cell for cell in row.cells.values())]
+    lengths = sorted({row.seq_len for row in table if row.seq_len})
+    high, low = ([row for row in table if row.higher_is_better is wanted] for wanted in (True, False))
+    panels = [part for part in (high, low) if part] + [None] * (len(lengths) > 1)
+    height = max(2.6, 1.2 + max(len(high), len(low)) * (0.14 * len(results) + 0.12))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), height), layout="constrained", squeeze=False)
+    for axis, part in zip(axes[0], panels):
+        if part is None:
+            continue
+        width = 0.8 / len(results)
+        for i, label in enumerate(results):
+            shown = [(y, row.cells[label]) for y, row in enumerate(part) if "score" in row.cells.get(label, {})]
+            axis.barh([y + (i - (len(results) - 1) / 2) * width for y, _ in shown], [cell["score"] for _, cell in shown], width,
+                      xerr=[cell["stderr"] or 0 for _, cell in shown], label=label, error_kw={"lw": 0.8})  # fmt: skip
+        axis.set_yticks(range(len(part)), [f"{row.name} {row.seq_len or ''}".strip() for row in part], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlabel("score" if part is high else "lower is better: " + ", ".join(dict.fromkeys(row.metric for row in part)))
+    if len(lengths) > 1:
+        axis = axes[0][-1]
+        for i, label in enumerate(results):
+            points = [(n, statistics.fmean(found)) for n in lengths if (found := [
+                row.cells[label]["score"] for row in high if row.seq_len == n and not row.is_mean and "score" in row.cells.get(label, {})])]
+            axis.plot(*zip(*points), "o-", label=label, color=f"C{i}")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(n) for n in lengths])
+        axis.set(xlabel="length in tokens", ylabel="mean score", ylim=(-0.02, 1.02))
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def results_of(args: argparse.Namespace, units: list[Unit]) -> dict[str, dict[str, dict]]:
+    """Label -> unit's key -> result, of these units; one that did not get its turn has none."""
+    return {label: {unit.key: record.results[unit.key] for unit in units if unit.key in record.results}
+            for checkpoint, label in labels(args.checkpoints).items() for record in [Record(args, checkpoint)]}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those that eval_compare.py takes too."""
+    parser.add_argument("--tasks", default="ruler", help=f"separated by commas; groups: {', '.join(GROUPS)} (ruler)")
+    parser.add_argument("--seq_lens", default="", help=f"lengths in tokens of tasks that have one, separated by commas ({SEQ_LEN})")
+    parser.add_argument("--batch_size", default="8", help="documents at a time on a device, or auto (8)")
+    parser.add_argument("--num_gpus", type=int, help="processes, one a GPU (all visible GPUs; 1 on a CPU)")
+    parser.add_argument("--limit", type=int, help="take only so many documents of a task; such scores are for trying things out")
+    parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"))
+    parser.add_argument("--data", help=f"chunks of preprocess_chunk.py with a held-out part, for {PERPLEXITY} and {KL}")
+    parser.add_argument("--num_words", type=int, default=NUM_WORDS, help=f"different words in the recall tasks ({NUM_WORDS})")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Turns the lists into lists. Raises ValueError for what cannot be."""
+    args.tasks = [name for name in re.split(r"[\s,]+", args.tasks) if name]
+    try:
+        args.seq_lens = [int(text) for text in re.split(r"[\s,]+", args.seq_lens) if text]
+    except ValueError:
+        raise ValueError(f"SEQ_LENS: {args.seq_lens!r} must be numbers of tokens, separated by commas") from None
+    if not args.tasks:
+        raise ValueError(f"TASKS: names no task; groups: {', '.join(GROUPS)}")
+    for name, values in (("SEQ_LENS", args.seq_lens), ("LIMIT", [args.limit]), ("NUM_GPUS", [args.num_gpus]), ("NUM_WORDS", [args.num_words])):
+        if wrong := [value for value in values if value is not None and value < 1]:
+            raise ValueError(f"{name}: {wrong[0]} must be at least 1")
+    if not re.fullmatch(r"[1-9]\d*|auto", args.batch_size):
+        raise ValueError(f"BATCH_SIZE: {args.batch_size!r} must be a number, or auto")
+    if args.data:
+        read_metadata(args.data)
+    labels(args.checkpoints)
+    for checkpoint in args.checkpoints:
+        check_checkpoint("CHECKPOINT", checkpoint)
+    if args.teacher:
+        check_checkpoint("TEACHER", args.teacher)
+    if args.num_gpus is None:
+        import torch
+
+        args.num_gpus = max(1, torch.cuda.device_count())
+
+
+def evaluate(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, dict]]:
+    """Runs what is missing and returns label -> unit's key -> result. args: of the parser, before `check`; argv: what gave them."""
+    check(args)
+    manager = task_manager(args.tasks if not set(args.tasks) & set(GROUPS) else [n for g in args.tasks for n in GROUPS.get(g, (g,))])
+    units = plan(args, manager)
+    if "RANK" in os.environ:
+        work(args, units, manager)
+        return {}
+    if fetched := downloads(units, manager):
+        print("Needs a network, to fetch: " + "; ".join(f"{task} ({source})" for task, source in fetched.items()), flush=True)
+    run(args, units, manager, argv)
+    return results_of(args, units)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    add_options(parser)
+    parser.add_argument("--teacher", help=f"the checkpoint that {KL} is measured to")
+    args = parser.parse_args(argv)
+    results = evaluate(args, argv)
+    if "RANK" in os.environ:
+        return 0
+    write_whole(args.output / "results.json", json.dumps(results, indent=1) + "\n")
+    text = markdown(results)
+    write_whole(args.output / "results.md", text)
+    if len(results) > 1 and any("score" in r for tasks in results.values() for r in tasks.values()):
+        plot(results, args.output / "results.png")
+    print(f"\n{text}\nWritten to {args.output}")
+    return int(any("error" in r for tasks in results.values() for r in tasks.values()))
+
+
+def command(name: str, main) -> None:
+    """Runs a script's `main`, ends the process."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # transformers' own, a line for every file read
+    StopSignals()
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"{name}: error: {error}")
+
+
+if __name__ == "__main__":
+    command("evaluate.py", main)
