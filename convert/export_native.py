@@ -29,6 +29,7 @@ from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig  # 
 from distill_model.attention import RotaryEmbedding  # noqa: E402
 from distill_model.student_layers import GatedDeltaNetStudent, default_of  # noqa: E402
 from pipeline.files import complete_or_absent, one_line  # noqa: E402
+from pipeline.model_card import write_native_card  # noqa: E402
 
 ARCHITECTURE = "Qwen3_5ForCausalLM"
 # Of a linear layer: theirs -> ours, of which q, k and v lie one below the other in theirs; and ours -> theirs.
@@ -206,6 +207,7 @@ def export_native(name_or_path: str, output: Path) -> None:
     native, differences = native_config(source.config), []
     with complete_or_absent(output) as folder:
         copy_sidecars(name_or_path, folder)
+        write_native_card(source.folder, folder, ARCHITECTURE)
         native.save_pretrained(folder)
         if not (folder / "generation_config.json").exists():
             GenerationConfig.from_model_config(native).save_pretrained(folder)

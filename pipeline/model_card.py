@@ -13,7 +13,7 @@ from huggingface_hub.repocard import metadata_load
 
 from .checkpoints import step_of
 from .config import Config
-from .run_folder import RUN, metrics_until
+from .run_folder import EXPORT, RUN, metrics_until
 
 HISTORY, CARD = "training.json", "README.md"
 LICENCE = ("license", "license_name", "license_link")
@@ -82,19 +82,31 @@ def teacher_record(cfg: Config, folder: Path) -> dict:
     return {"name": public_name(name), "on_hub": not Path(name).exists()} | {key: metadata.get(key) for key in LICENCE}
 
 
-def evaluation(folder: Path) -> list[tuple[str, str, float, float | None]]:
-    """(task, metric, value, standard error) of every result of lm-evaluation-harness below `folder`; of two for the same task
-    and metric, the newer one."""
+def evaluation(folder: Path) -> list[dict]:
+    """Results of the run's export that lie in its folder: task, seq_len, metric, score and stderr, in the order of their names.
+    evaluate.py's and lm-evaluation-harness' own files are read; of two results for the same, the newer one is taken."""
     found = {}
     for file in sorted(folder.glob("**/results*.json"), key=lambda path: path.stat().st_mtime):
-        for task, values in _json(file).get("results", {}).items():
-            for key, value in values.items():
-                metric, _, filtered = key.partition(",")
-                if isinstance(value, (int, float)) and not metric.endswith("_stderr") and metric not in ("alias", "sample_len"):
-                    error = values.get(f"{metric}_stderr,{filtered}")
-                    if not (metric.isdigit() and value == -1):  # RULER's mark for a length that was not run
-                        found[task, metric] = value, error if isinstance(error, (int, float)) else None
-    return [(*key, *found[key]) for key in sorted(found)]
+        try:
+            record = _json(file)
+        except ValueError:
+            continue  # half-written
+        checkpoint = record.get("checkpoint", record.get("model_name"))
+        if checkpoint is not None and Path(checkpoint).resolve() != (folder / EXPORT).resolve():
+            continue  # the teacher's, for comparison
+        results = [result for result in record.get("tasks", {}).values() if "score" in result]
+        for task, values in record.get("results", {}).items():
+            scores = {key: value for key, value in values.items() if isinstance(value, (int, float)) and "," in key}
+            for key, score in scores.items():
+                metric, filtered = key.split(",", 1)
+                length = int(metric) if metric.isdigit() else None  # RULER's metrics are lengths, and -1 is one that was not run
+                if not (metric.endswith("_stderr") or length and score == -1):
+                    results.append({"task": task, "seq_len": length, "metric": "match" if length else metric, "score": score,
+                                    "stderr": scores.get(f"{metric}_stderr,{filtered}")})  # fmt: skip
+        for result in results:
+            row = {key: result.get(key) for key in ("task", "seq_len", "metric", "score", "stderr")}
+            found[row["task"], row["seq_len"] or 0, row["metric"]] = row
+    return [found[key] for key in sorted(found)]
 
 
 def write_card(cfg: Config, checkpoint: Path, folder: Path, config) -> None:
@@ -108,9 +120,19 @@ def write_card(cfg: Config, checkpoint: Path, folder: Path, config) -> None:
         "student": {"name": config.student_name, "options": config.student_options, "layers": config.num_hidden_layers,
                     "keep_full_attention_layers": config.keep_full_attention_layers},
         "stages": [*before.get("stages", []), stage_record(cfg, checkpoint)],
+        "evaluation": evaluation(Path(cfg.train.output_dir)),
     }  # fmt: skip
     (folder / HISTORY).write_text(json.dumps(history, indent=1))
-    (folder / CARD).write_text(card(history, evaluation(Path(cfg.train.output_dir))))
+    (folder / CARD).write_text(card(history))
+
+
+def write_native_card(source: Path, folder: Path, architecture: str) -> None:
+    """The same for the export `folder` of `source` in an architecture that transformers knows; without a record only the
+    card of `source`, which tells how to load that, is taken away."""
+    (folder / CARD).unlink(missing_ok=True)
+    if history := _json(source / HISTORY):
+        (folder / HISTORY).write_text(json.dumps(history, indent=1))
+        (folder / CARD).write_text(card(history, architecture))
 
 
 def _table(header: tuple, rows: list[tuple]) -> str:
@@ -126,9 +148,12 @@ def _rate(peak: float, stage: dict) -> str:
     return f"{peak:g}" if stage["lr_scheduler_type"] == "constant" else f"{peak:g} → {min(peak, stage['final_lr']):g}"
 
 
-def card(history: dict, results: list[tuple]) -> str:
-    """The model card: the hub's metadata, how to load the model, and how it was made."""
-    teacher, student, stages = history["teacher"], history["student"], history["stages"]
+def card(history: dict, architecture: str | None = None) -> str:
+    """The model card of `training.json`: the hub's metadata, how to load the model, how it was made, and how good it is.
+
+    architecture: the one of transformers that holds the model; None for our own, whose code lies beside the weights.
+    """
+    teacher, student, stages, results = (history[key] for key in ("teacher", "student", "stages", "evaluation"))
     kept, layers = student["keep_full_attention_layers"], student["layers"]
     datasets = sorted({stage["dataset"] for stage in stages if stage["dataset_on_hub"] and stage["dataset"]})
     metadata = ModelCardData(
@@ -137,7 +162,7 @@ def card(history: dict, results: list[tuple]) -> str:
         datasets=datasets or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["linear-attention", "hybrid", "distillation", student["name"], "custom_code"],
+        tags=["linear-attention", "hybrid", "distillation", student["name"], *([] if architecture else ["custom_code"])],
     )
     source = f"[{teacher['name']}](https://huggingface.co/{teacher['name']})" if teacher["on_hub"] else f"`{teacher['name']}`"
     linear = layers - len(kept)
@@ -164,10 +189,11 @@ def card(history: dict, results: list[tuple]) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "folder = ...  # this one, or its name on the hub\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        f"model = AutoModelForCausalLM.from_pretrained(folder{'' if architecture else ', trust_remote_code=True'})\n"
         'inputs = tokenizer("def main(", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
         "```",
+        f"Its architecture is transformers' own `{architecture}` (made with {made_with})." if architecture else
         f"The folder brings its code, which needs torch, transformers, flash-linear-attention and triton (made with {made_with}), "
         "on a GPU or a CPU. `generate(..., prefill_chunk_size=4096)` bounds the memory of a long prompt.",
         "## Training",
@@ -178,8 +204,9 @@ def card(history: dict, results: list[tuple]) -> str:
     unknown = f"Of stage {' and '.join(missing)} there is no record. " if missing else ""
     parts.append(f"{unknown}`{HISTORY}` holds these figures, and more.")
     if results:
-        scores = [(task, metric, f"{value:.4f}" + (f" ± {error:.4f}" if error else "")) for task, metric, value, error in results]
-        parts += ["## Evaluation", _table(("task", "metric", "value"), scores), "By lm-evaluation-harness; ± one standard error."]
+        scores = [(row["task"], row["seq_len"] or "", row["metric"],
+                   f"{row['score']:.4f}" + (f" ± {row['stderr']:.4f}" if row["stderr"] else "")) for row in results]  # fmt: skip
+        parts += ["## Evaluation", _table(("task", "length", "metric", "score ± standard error"), scores)]
     licence = teacher["license_name"] or teacher["license"]
     parts += ["## Licence", f"The weights derive from {source}: its licence ({licence}) holds for them." if licence else
               f"The weights derive from {source}, whose card names no licence here: see there what holds for them."]  # fmt: skip

@@ -24,7 +24,7 @@ from pipeline.config import load_config
 from pipeline.data import collate, open_chunks
 from pipeline.environment import set_up_process, wandb_wanted
 from pipeline.checkpoints import checkpoints
-from pipeline.model_card import write_card
+from pipeline.model_card import write_card, write_native_card
 from pipeline.run_folder import check_run_folder, record_run
 from wrapper import AttentionAlignmentModel, student_attention_state
 
@@ -203,19 +203,30 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
     cfg = load_config(write_config(tmp_path, 2, "owner/teacher", data_dir, kl_weight=0.5, ce_weight=0.25))
     folder, config = tmp_path / "stage2" / "converted-hf", load_teacher_config(teacher_dir)
     config.student_name, config.keep_full_attention_layers = "gdn_v4", [1]
-    (folder / "eval").mkdir(parents=True)
+    folder.mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\n---\n# T\n")
-    (folder.parent / "results_new.json").write_text(json.dumps({"results": {
-        "arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.01}, "ruler": {"4096,none": 0.25, "8192,none": -1},
-    }}))  # fmt: skip
+    arc = {"task": "arc_easy", "seq_len": None, "metric": "acc", "score": 0.5, "stderr": 0.01}
+    records = {
+        "eval/hybrid": {"checkpoint": str(folder), "tasks": {"a": arc, "b": {"task": "mmlu", "seq_len": None, "error": "no network"}}},
+        "eval/teacher": {"checkpoint": "owner/teacher", "tasks": {"a": arc | {"task": "piqa"}}},
+        "harness": {"model_name": str(folder), "results": {"ruler_vt": {"alias": "x", "4096,none": 0.25, "8192,none": -1,
+                                                                        "4096_stderr,none": "N/A"}}},
+    }  # fmt: skip
+    for name, record in records.items():
+        (folder.parent / name).mkdir(parents=True)
+        (folder.parent / name / "results.json").write_text(json.dumps(record))
     write_card(cfg, folder.parent / "checkpoint-8", folder, config)
     body, data = (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
     assert data.base_model == "owner/teacher" and (data.license, data.license_name) == ("other", "llama3.2")
-    for line in ("[owner/teacher](https://huggingface.co/owner/teacher)", "its licence (llama3.2) holds", "| arc_easy | acc | 0.5000 ± 0.0100 |",
-                 "| ruler | 4096 | 0.2500 |", "Of stage 1 there is no record", "not recorded",
+    for line in ("[owner/teacher](https://huggingface.co/owner/teacher)", "its licence (llama3.2) holds", "| arc_easy |  | acc | 0.5000 ± 0.0100 |",
+                 "| ruler_vt | 4096 | match | 0.2500 |", "Of stage 1 there is no record", "not recorded",
                  "0.5 x KL to the teacher (temperature 1) + 0.25 x cross-entropy"):  # fmt: skip
         assert line in body, line
-    assert "8192" not in body
+    assert not any(word in body for word in ("8192", "mmlu", "piqa")) and "trust_remote_code=True" in body
+    (tmp_path / "native").mkdir()
+    write_native_card(folder, tmp_path / "native", "Qwen3_5ForCausalLM")
+    native = (tmp_path / "native" / "README.md").read_text()
+    assert "trust_remote_code" not in native and "`Qwen3_5ForCausalLM`" in native and "| arc_easy |  | acc |" in native
 
 
 @pytest.fixture
