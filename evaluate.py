@@ -80,14 +80,22 @@ class Unit:
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
-def task_manager(names):
-    """lm-evaluation-harness's index of tasks; of RULER's alone, which is read at once, where that is enough."""
+def ruler_manager(metadata: dict | None = None):
+    """The index of RULER's tasks, which is read at once. metadata: what they are given to make their documents."""
     import lm_eval.tasks
 
+    folder = Path(lm_eval.tasks.__file__).parent / "ruler"
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder), metadata=metadata)
+
+
+def task_manager(names):
+    """lm-evaluation-harness's index of tasks, as far as these need it."""
+    from lm_eval.tasks import TaskManager
+
     if set(names) <= {*RULER, *LOCAL}:
-        return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(Path(lm_eval.tasks.__file__).parent / "ruler"))
+        return ruler_manager()
     print("Tasks: reading lm-evaluation-harness's index, 15 s", flush=True)
-    return lm_eval.tasks.TaskManager()
+    return TaskManager()
 
 
 def plan(args: argparse.Namespace, manager) -> list[Unit]:
@@ -418,26 +426,26 @@ def build(unit: Unit, args: argparse.Namespace, manager, lm):
     random.seed(seed)
     numpy.random.seed(seed)
     sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)  # has a state of its own
-    spec: str | dict = unit.task
     if unit.task in RULER:
         if unit.seq_len < SHORTEST[unit.task]:
             raise ValueError(f"SEQ_LENS: {unit.seq_len} is too short for {unit.task}; it needs {SHORTEST[unit.task]}")
         if unit.task == "ruler_vt":
-            check_tracking(lm.tokenizer)
-        spec = {"task": unit.task, "metadata": {"max_seq_lengths": [unit.seq_len], "tokenizer": lm.tokenizer.name_or_path}}
+            check_tracking(lm.tokenizer, unit.seq_len)
+        manager = ruler_manager(metadata={"max_seq_lengths": [unit.seq_len], "tokenizer": lm.tokenizer.name_or_path})
     with contextlib.redirect_stdout(io.StringIO()):  # RULER prints what it tries
-        loaded = manager.load([spec])
+        loaded = manager.load([unit.task])
     return (loaded.get("groups") or {}).get(unit.task) or loaded["tasks"][unit.task]
 
 
-def check_tracking(tokenizer) -> None:
-    """Raises ValueError if RULER's example of variable tracking is longer than the 500 tokens it must have: it would be
-    drawn for ever."""
+def check_tracking(tokenizer, seq_len: int) -> None:
+    """Raises ValueError if RULER's shortest variable tracking is too long for its example of 500 tokens, or with that for seq_len:
+    its generator would not end."""
     from lm_eval.tasks.ruler.vt_utils import generate_input_output
 
-    text = generate_input_output(5, 1, 4, is_icl=True)[0]
-    if (length := len(tokenizer(text)["input_ids"])) > 450:
-        raise ValueError(f"ruler_vt: the tokenizer makes {length} tokens of its example, more than there is room for")
+    for sentences, room in ((5, 500), (10, seq_len - 500)):
+        text, answer = generate_input_output(sentences, 1, 4, is_icl=sentences == 5)
+        if (length := len(tokenizer(f"{text} {answer}")["input_ids"])) + 50 > room:  # 30 to generate, and names differ
+            raise ValueError(f"ruler_vt: the tokenizer makes {length} tokens where RULER has room for {room - 50}")
 
 
 def measure(unit: Unit, args: argparse.Namespace, task, lm, manager, teacher) -> dict | None:
