@@ -118,7 +118,7 @@ def test_in_a_terminal_the_answer_streams(folder):
         os.write(terminal, b"/reset\n")
         wait_for("> $")
         os.write(terminal, b"\x04")
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
         os.close(terminal)
