@@ -279,12 +279,14 @@ def test_the_pipeline_runs(cluster, teacher_dir, tmp_path):
         "CONFIGS": str(tmp_path), "DATASET": str(tmp_path / "corpus"), "TOKENIZER": teacher_dir, "DATA_DIR": str(tmp_path / "data"),
         "CONTEXT_LENGTHS": f"{LENGTH}", "HOLDOUT": "0.1", "DEVICE": "cpu", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled",
         "SBATCH_ARGS": f"--output={tmp_path}/%x-%j.log --mem=8G --cpus-per-task=4", "SBATCH_TRAIN": "--gpus-per-node=1",
+        "TASKS": "heldout_perplexity", "DATA": str(tmp_path / "data" / f"chunked_context{LENGTH}"), "OUTPUT": str(tmp_path / "evaluation"),
     }  # fmt: skip
     jobs = dict(re.findall(r"^(\w+) +(\d+)", cluster.run("bash", "launch_pipeline.sh", environment=environment), re.MULTILINE))
-    for name in ("preprocess", "stage1", "selection", "stage2", "stage3"):
+    for name in ("preprocess", "stage1", "selection", "stage2", "stage3", "evaluation"):
         log = lambda name=name: "".join(path.read_text() for path in tmp_path.glob(f"{name}-*.log"))[-3000:]  # noqa: E731
         assert cluster.wait(jobs[name], 300) == "COMPLETED", log()
     keep = json.loads((tmp_path / "stage2_ga_s2" / "ranking.json").read_text())["keep"]
     assert len(keep) == 1
     assert {path.name for path in (tmp_path / "stage2_ga_s2").glob("layer_*")} == {f"layer_{layer}" for layer in range(4)}
     assert StudentForCausalLM.from_pretrained(tmp_path / "stage3" / "converted-hf").config.keep_full_attention_layers == keep
+    assert "heldout_perplexity" in (tmp_path / "evaluation" / "results.md").read_text()
