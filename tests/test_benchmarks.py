@@ -2,13 +2,19 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import compare_students, recall_teacher
+from benchmarks import compare_students, recall_teacher, train_throughput
+from distill_model import StudentConfig, StudentForCausalLM
+from wrapper import AttentionAlignmentModel
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +97,26 @@ def test_students_whose_range_touches_the_best_are_ties():
     rows = compare_students.table(runs, 2).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| `a` *", "| `c`", "| `b` *"]
     assert "1.100 ± 0.100" in rows[0] and [row.endswith("| yes |") for row in rows] == [True, False, False]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("command", [["kl_head.py"], ["train_throughput.py", "--stage", "1"]])
+def test_benchmarks_of_gpus_are_skipped_without_one(command):
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / command[0], *command[1:]], capture_output=True, text=True)
+    assert done.returncode == 1 and f"{command[0]}: skipped: " in done.stderr
+
+
+def test_flops_of_the_matrix_products():
+    """Two for each weight forward, two for each gradient: of the head, of what trains, of what lies behind it."""
+    config = train_throughput.published_config("qwen2.5-0.5b", 2)
+    assert (config.hidden_size, config.num_hidden_layers, config.attention_bias, config.qk_norm) == (896, 2, True, False)
+    small = StudentConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                          head_dim=16)  # fmt: skip
+    teacher = StudentForCausalLM(small)
+    student = StudentForCausalLM.from_teacher(teacher, "gdn_v2")[0]  # q, k, v, o of 32 x 32, two of 32 x 2
+    attention, mlp, head = 4 * 32 * 32, 3 * 32 * 48, 32 * 100
+    linear = attention + 2 * 32 * 2
+    assert train_throughput.flops_per_token(teacher, student, 2) == 2 * (2 * (attention + mlp) + head) + 6 * (2 * (linear + mlp) + head)
+    assert train_throughput.flops_per_token(None, student, 3) == 6 * (2 * (linear + mlp) + head)
+    aligned = AttentionAlignmentModel(teacher, student)  # the last block has no MLP; only o_proj's input needs a gradient
+    assert train_throughput.flops_per_token(None, aligned, 1) == 2 * (2 * attention + mlp) + 2 * (4 * linear + 2 * 32 * 32)
