@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="a folder or a hub name")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer, at most")
-    parser.add_argument("--temperature", type=float, help="0: always the likeliest token; default: as the model's generation config says")
+    parser.add_argument("--temperature", type=float, help="0: the likeliest token; default: as the model's generation config says")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or (args.temperature or 0) < 0:

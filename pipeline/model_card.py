@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
@@ -76,9 +77,11 @@ def stage_record(cfg: Config, checkpoint: Path) -> dict:
 
 def teacher_record(cfg: Config, folder: Path) -> dict:
     """The teacher's name and licence, the latter from its card, of which `folder` holds a copy if there is one."""
-    card = folder / CARD
-    metadata = (metadata_load(card) if card.is_file() else None) or {}
-    name = cfg.teacher_model.name
+    name, card = cfg.teacher_model.name, folder / CARD
+    try:
+        metadata = (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, yaml.YAMLError):
+        metadata = {}  # not the hub's format
     return {"name": public_name(name), "on_hub": not Path(name).exists()} | {key: metadata.get(key) for key in LICENCE}
 
 
@@ -169,7 +172,7 @@ def card(history: dict, architecture: str | None = None) -> str:
     options = f" with {', '.join(f'{k} = {v}' for k, v in student['options'].items())}" if student["options"] else ""
     kind = f"{linear} of its {layers} layers hold `{student['name']}`{options} in place of softmax attention"
     versions = stages[-1]["versions"] or {}
-    made_with = ", ".join(f"{name} {versions[name]}" for name in MADE_WITH if versions.get(name)) or "versions that were not recorded"
+    made_with = ", ".join(f"{name} {versions[name]}" for name in MADE_WITH if versions.get(name)) or "unknown versions"
     missing = [str(number) for number in range(1, stages[-1]["stage"]) if number not in [stage["stage"] for stage in stages]]
     rows = [
         (f"{stage['stage']}, {STAGES[stage['stage']]}", f"{stage['tokens']:,}", stage["sequence_length"], stage["batch_size"],

@@ -249,19 +249,6 @@ def test_prefill_and_decode_in_bf16(teacher, name):
     assert step.dtype == torch.bfloat16 and (step - full).norm() < 0.1 * full.norm()
 
 
-@pytest.mark.parametrize("name", STUDENTS)
-def test_generate(teacher, name):
-    """Greedy and beam search with a cache equal generation without one, left padding included."""
-    model, ids = hybrid(teacher, name), torch.randint(1, 96, (2, 12))
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    kwargs = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    for extra in ({}, {"num_beams": 3}):
-        cached = model.generate(ids, **kwargs, **extra)
-        assert cached.shape == (2, 20)
-        assert torch.equal(cached, model.generate(ids, **kwargs, **extra, use_cache=False))
-
-
 def test_losses_equal_the_naive_ones(teacher):
     model, ids = hybrid(teacher), torch.randint(0, 96, (2, 21))
     with torch.no_grad():

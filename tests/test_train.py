@@ -207,7 +207,7 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\n---\n# T\n")
     arc = {"task": "arc_easy", "seq_len": None, "metric": "acc", "score": 0.5, "stderr": 0.01}
     records = {
-        "eval/hybrid": {"checkpoint": str(folder), "tasks": {"a": arc, "b": {"task": "mmlu", "seq_len": None, "error": "no network"}}},
+        "eval/hybrid": {"checkpoint": str(folder), "tasks": {"a": arc, "b": {"task": "mmlu", "seq_len": None, "error": "x"}}},
         "eval/teacher": {"checkpoint": "owner/teacher", "tasks": {"a": arc | {"task": "piqa"}}},
         "harness": {"model_name": str(folder), "results": {"ruler_vt": {"alias": "x", "4096,none": 0.25, "8192,none": -1,
                                                                         "4096_stderr,none": "N/A"}}},
@@ -218,8 +218,8 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
     write_card(cfg, folder.parent / "checkpoint-8", folder, config)
     body, data = (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
     assert data.base_model == "owner/teacher" and (data.license, data.license_name) == ("other", "llama3.2")
-    for line in ("[owner/teacher](https://huggingface.co/owner/teacher)", "its licence (llama3.2) holds", "| arc_easy |  | acc | 0.5000 ± 0.0100 |",
-                 "| ruler_vt | 4096 | match | 0.2500 |", "Of stage 1 there is no record", "not recorded",
+    for line in ("[owner/teacher](https://huggingface.co/owner/teacher)", "its licence (llama3.2) holds",
+                 "| arc_easy |  | acc | 0.5000 ± 0.0100 |", "| ruler_vt | 4096 | match | 0.2500 |", "Of stage 1 there is no record", "not recorded",
                  "0.5 x KL to the teacher (temperature 1) + 0.25 x cross-entropy"):  # fmt: skip
         assert line in body, line
     assert not any(word in body for word in ("8192", "mmlu", "piqa")) and "trust_remote_code=True" in body
@@ -227,6 +227,18 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
     write_native_card(folder, tmp_path / "native", "Qwen3_5ForCausalLM")
     native = (tmp_path / "native" / "README.md").read_text()
     assert "trust_remote_code" not in native and "`Qwen3_5ForCausalLM`" in native and "| arc_easy |  | acc |" in native
+
+
+@pytest.mark.parametrize("theirs", ["# no metadata", "---\n: [\n---\n", None])
+def test_a_teacher_without_a_licence(tmp_path, teacher_dir, data_dir, theirs):
+    """Never invented, and no reason for an export to fail."""
+    cfg, config = load_config(write_config(tmp_path, 1, teacher_dir, data_dir)), load_teacher_config(teacher_dir)
+    config.student_name, config.keep_full_attention_layers = "gdn_v4", []
+    if theirs is not None:
+        (tmp_path / "README.md").write_text(theirs)
+    write_card(cfg, tmp_path / "checkpoint-8", tmp_path, config)
+    assert ModelCard.load(tmp_path / "README.md").data.license is None
+    assert "whose card names no licence here" in (tmp_path / "README.md").read_text()
 
 
 @pytest.fixture

@@ -85,27 +85,29 @@ def train(layer, length):
 
 
 @torch.no_grad()
-def decode(layer, length):
-    """Outputs of a prefill, the first sequence padded on the left, and of single steps."""
+def decode(layer, pieces):
+    """Outputs of a prompt that is read in `pieces` of these lengths, the first sequence padded on the left, and of single steps."""
     layer.eval()
-    x = random(BATCH, length + STEPS, CONFIG.hidden_size, like=layer.o_proj.weight)
-    mask = torch.ones(BATCH, length + STEPS, dtype=torch.long, device=x.device)
+    sizes = (*pieces, *[1] * STEPS)
+    x = random(BATCH, sum(sizes), CONFIG.hidden_size, like=layer.o_proj.weight)
+    mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
     mask[0, :PADDING] = 0
     cos, sin = positions(x, (mask.cumsum(-1) - 1).clamp(min=0))
-    cache, outputs = Cache(), {}
-    for start, stop in ((0, length), *((t, t + 1) for t in range(length, length + STEPS))):
-        part = slice(start, stop)
-        output = layer(x[:, part], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True,
+    cache, outputs, start = Cache(), {}, 0
+    for size in sizes:
+        part = slice(start, start := start + size)
+        output = layer(x[:, part], attention_mask=mask[:, :start], past_key_values=cache, use_cache=True,
                        position_embeddings=(cos[:, part], sin[:, part]))[0]  # fmt: skip
-        outputs[f"output of {start} to {stop}"] = output[mask[:, part].bool()]
+        outputs[f"output of {part.start} to {start}"] = output[mask[:, part].bool()]
     return outputs
 
 
 SCENARIOS = {
     "train on one token": functools.partial(train, length=1),
     "train": functools.partial(train, length=131),
-    "decode behind a short prompt": functools.partial(decode, length=19),  # token by token
-    "decode": functools.partial(decode, length=131),  # chunk by chunk
+    "decode behind a short prompt": functools.partial(decode, pieces=(19,)),  # token by token
+    "decode": functools.partial(decode, pieces=(131,)),  # chunk by chunk
+    "decode behind a prompt in pieces": functools.partial(decode, pieces=(131, 70, 19)),
 }
 
 
