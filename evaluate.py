@@ -48,8 +48,8 @@ GROUPS = {
     "needle": ("niah_single_1", "niah_single_2", "niah_single_3"),
     "commonsense": ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "boolq", "openbookqa", "lambada_openai"),
     "mmlu": ("mmlu",),
-    "generation": ("gsm8k", RECALL_GENERATION),
     "local": LOCAL,
+    "generation": ("gsm8k", RECALL_GENERATION),
 }
 SIZED = (*RULER, *RECALL_TASKS, RECALL_GENERATION)  # those whose documents are made at a length
 SEQ_LENS = {"needle": (4096, 16384, 65536, 262144)}  # of a group, unless --seq_lens says otherwise; of the others:

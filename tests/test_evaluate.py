@@ -1,0 +1,418 @@
+"""Evaluation: real lm-evaluation-harness on tiny models, scores against independent ones, failures, figures of the comparison."""
+
+import json
+import math
+import os
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import eval_compare
+import evaluate
+import pytest
+import torch
+from conftest import random_teacher, save_tokenizer
+from convert import load_teacher
+from distill_model import StudentForCausalLM
+from evaluate import Unit, recall_documents
+from layer_selection.tasks import answer_accuracy
+from pipeline.data import load_tokenizer, open_chunks
+from transformers import AutoModelForCausalLM
+
+import preprocess_chunk
+import preprocess_download_tokenize
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def student_dir(teacher_dir, tmp_path_factory):
+    """A random hybrid of the teacher, with a tokenizer, as training exports it."""
+    folder = tmp_path_factory.mktemp("run") / "converted-hf"
+    torch.manual_seed(1)
+    StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", [1])[0].save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data_dir(teacher_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text").mkdir()
+    for i in range(8):
+        (folder / "text" / f"{i}.txt").write_text(" ".join(f"{i} x{j} = {j * j};" for j in range(40)))
+    preprocess_download_tokenize.main(["--dataset_name", str(folder / "text"), "--tokenizer", teacher_dir, "--holdout", "0.5",
+                                       "--output_dir", str(folder / "tokenized")])  # fmt: skip
+    preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--output_dir", str(folder), "--context_length", "32"])
+    return str(folder / "chunked_context32")
+
+
+def run(*argv):
+    return evaluate.main([*map(str, argv), "--num_gpus", "1"])
+
+
+def read(output):
+    return json.loads((output / "results.json").read_text())
+
+
+def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, capsys):
+    """Teacher and student, both through lm-evaluation-harness; every figure against one that it had no part in."""
+    options = ("--tasks", "local", "--seq_lens", "128,200", "--data", data_dir, "--teacher", teacher_dir, "--limit", 6,
+               "--output", tmp_path)  # fmt: skip
+    assert run(teacher_dir, student_dir, *options) == 0
+    found = read(tmp_path)
+    teacher, student = (found[label] for label in (Path(teacher_dir).name, Path(student_dir).parent.name))
+    assert {key.split("@")[0] for key in teacher} == set(evaluate.LOCAL) and list(teacher) == list(student)
+    assert teacher["heldout_kl"]["score"] == pytest.approx(0, abs=1e-6)
+
+    tokenizer, model = load_tokenizer(student_dir), AutoModelForCausalLM.from_pretrained(student_dir).eval()
+    for task in evaluate.RECALL_TASKS:
+        for length in (128, 200):
+            documents = recall_documents(task, length, evaluate.NUM_WORDS, tokenizer)[:6]
+            assert student[f"{task}@{length}"]["score"] == pytest.approx(answer_accuracy(model, tokenizer, documents)), task
+            assert student[f"{task}@{length}"]["samples"] == 6
+    ids = torch.tensor(open_chunks(data_dir, 32).heldout[:6]["input_ids"], dtype=torch.long)
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids).logits.log_softmax(-1) for m in (model, load_teacher(teacher_dir)))
+    kl = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean(-1)
+    loss = torch.nn.functional.cross_entropy(ours[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(-1)
+    assert student["heldout_kl"]["score"] == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert student["heldout_kl"]["stderr"] == pytest.approx(kl.std().item() / math.sqrt(6), rel=1e-4)
+    assert student["heldout_perplexity"]["score"] == pytest.approx(loss.mean().exp().item(), rel=1e-4)
+    assert student["heldout_perplexity"]["metrics"]["loss"] == pytest.approx(loss.mean().item(), rel=1e-4)
+
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("\n| ") == 1 + len(teacher) - 1 and table in capsys.readouterr().out and "failed" not in table
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+    files = list(tmp_path.glob("*/results.json"))
+    before = [json.loads(file.read_text()) for file in files]
+    assert len(files) == 2 and run(teacher_dir, student_dir, *options) == 0
+    assert "Everything is there already" in capsys.readouterr().out
+    assert [json.loads(file.read_text()) for file in files] == before
+    assert run(student_dir, *options[:-4], "--limit", 5, "--output", tmp_path) == 0, "another limit is another result"
+    assert {r["samples"] for r in read(tmp_path)[Path(student_dir).parent.name].values()} == {5}
+
+
+class Oracle:
+    """A model that has read the documents: it writes them on from any of their beginnings, or errs in every token."""
+
+    device, config = torch.device("cpu"), SimpleNamespace(model_type="qwen3", max_position_embeddings=4096, vocab_size=96)
+
+    def __init__(self, tokenizer, texts, wrong):
+        self.documents = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        self.wrong, self.batches = wrong, []
+
+    def following(self, ids: list[int]) -> list[int]:
+        """What comes after each of the tokens."""
+        best = max(self.documents, key=lambda document: len(os.path.commonprefix([document, ids])))
+        return [(token + self.wrong) % 96 for token in (best + [0] * len(ids))[1 : len(ids) + 1]]
+
+    def __call__(self, input_ids, **kwargs):
+        following = torch.tensor([self.following(row) for row in input_ids.tolist()])
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(following, 96).float() * 20)
+
+    def generate(self, input_ids, attention_mask, max_length, stopping_criteria, **kwargs):
+        self.batches.append(attention_mask)
+        rows = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask)]
+        while max(map(len, rows)) < max_length - (~attention_mask.bool()).sum(1).min():
+            rows = [[*row, self.following(row)[-1]] for row in rows]
+        new = [row[int(mask.sum()) :] for row, mask in zip(rows, attention_mask)]
+        return torch.cat([input_ids, torch.tensor(new)], 1)
+
+
+@pytest.mark.parametrize("wrong, score", [(0, 1.0), (1, 0.0)])
+def test_gold_answers_score_one_and_wrong_ones_zero(teacher_dir, tmp_path, monkeypatch, wrong, score):
+    tokenizer = load_tokenizer(teacher_dir)
+    made = [recall_documents(task, 160, evaluate.NUM_WORDS, tokenizer) for task in evaluate.RECALL_TASKS]
+    oracle = Oracle(tokenizer, [document.text for documents in made for document in documents], wrong)
+    monkeypatch.setattr(evaluate, "load_model", lambda checkpoint: oracle)
+    tasks = ",".join((*evaluate.RECALL_TASKS, evaluate.RECALL_GENERATION))
+    assert run(teacher_dir, "--tasks", tasks, "--seq_lens", 160, "--limit", 9, "--batch_size", 4, "--output", tmp_path) == 0
+    results = read(tmp_path)[Path(teacher_dir).name]
+    assert len(results) == 4 and {r["score"] for r in results.values()} == {score}
+    assert len(oracle.batches) == 3
+
+
+@pytest.mark.parametrize("task", evaluate.RECALL_TASKS)
+def test_recall_documents_fill_their_length_and_stay_the_same(teacher_dir, task):
+    tokenizer = load_tokenizer(teacher_dir)
+    for length in (100, 500):
+        documents = recall_documents(task, length, 32, tokenizer, 20)
+        longest = max(len(ids) for ids in tokenizer([d.text for d in documents])["input_ids"])
+        assert length / 2 < longest <= length
+        assert documents == recall_documents(task, length, 32, tokenizer, 20) and len(set(d.text for d in documents)) == 20
+    with pytest.raises(ValueError, match="SEQ_LENS: 10 tokens are too few"):
+        recall_documents(task, 10, 32, tokenizer)
+    if task != "copying":
+        with pytest.raises(ValueError, match="different words; there are"):
+            recall_documents(task, 100_000, 32, tokenizer)
+
+
+def test_a_failing_task_does_not_take_the_others_with_it(teacher_dir, tmp_path, capfd, monkeypatch):
+    """One lacks the network, one its length, one breaks while it is measured; two are done, and the rest is tried again."""
+    inner = evaluate.measure
+
+    def broken(unit, *args):
+        if unit.task == "copying":
+            raise RuntimeError("no such kernel\nand a traceback")
+        return inner(unit, *args)
+
+    options = ("--tasks", "niah_single_2,copying,ruler_cwe,associative_recall,multi_hop_recall", "--seq_lens", 128, "--limit", 2,
+               "--output", tmp_path)  # fmt: skip
+    monkeypatch.setattr(evaluate, "measure", broken)
+    monkeypatch.setitem(evaluate.SHORTEST, "niah_single_2", 1)
+    assert run(teacher_dir, *options) == 1
+    shown = capfd.readouterr()
+    assert "Needs a network, to fetch: niah_single_2 (baber/paul_graham_essays and nltk's punkt_tab)\n" in shown.out
+    results = read(tmp_path)[Path(teacher_dir).name]
+    assert "paul_graham_essays" in results["niah_single_2@128"]["error"]
+    assert results["copying@128"]["error"] == "RuntimeError: no such kernel"
+    assert results["ruler_cwe@128"]["error"] == "SEQ_LENS: 128 is too short for ruler_cwe; it needs 2048"
+    assert all("score" in results[f"{task}@128"] for task in ("associative_recall", "multi_hop_recall"))
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("| failed |") == 3 and "\nFailed: " in table and shown.err.count("FAILED: ") == 3
+
+    monkeypatch.setattr(evaluate, "measure", inner)
+    assert run(teacher_dir, *options) == 1
+    again = read(tmp_path)[Path(teacher_dir).name]
+    assert "score" in again["copying@128"] and again["associative_recall@128"] == results["associative_recall@128"]
+
+
+def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path):
+    broken = tmp_path / "broken"
+    random_teacher(broken)
+    (broken / "model.safetensors").write_bytes(b"damaged")
+    save_tokenizer(broken)
+    options = ("--tasks", "copying", "--seq_lens", 64, "--limit", 1, "--output", tmp_path / "out")
+    assert run(broken, teacher_dir, *options) == 1
+    results = read(tmp_path / "out")
+    assert "error" in results["broken"]["copying@64"] and "score" in results[Path(teacher_dir).name]["copying@64"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--tasks", "rular"], r"TASKS: 'rular' is unknown; did you mean ruler"),
+    (["--tasks", "heldout_kl", "--teacher", "TEACHER"], "DATA: heldout_kl needs"),
+    (["--tasks", "heldout_kl", "--data", "DATA"], "TEACHER: heldout_kl needs"),
+    (["--data", "/nowhere"], "/nowhere: no such folder"),
+    (["--teacher", "/nowhere"], "TEACHER: '/nowhere' is neither a folder"),
+    (["--seq_lens", "4k"], "SEQ_LENS: '4k' must be numbers"),
+    (["--limit", "0"], "LIMIT: 0 must be at least 1"),
+    (["--batch_size", "many"], "BATCH_SIZE: 'many' must be a number, or auto"),
+    (["--tasks", " , "], "TASKS: names no task"),
+    (["TEACHER"], "is named twice"),
+    (["no/such-model"], "CHECKPOINT: 'no/such-model' is neither a folder"),
+    (["/no/such/folder"], "CHECKPOINT: '/no/such/folder' is neither a folder"),
+])  # fmt: skip
+def test_bad_input_ends_at_the_door(teacher_dir, data_dir, tmp_path, options, message):
+    options = [{"TEACHER": teacher_dir, "DATA": data_dir}.get(option, option) for option in options]
+    with pytest.raises(ValueError, match=message) as error:
+        run(teacher_dir, "--output", tmp_path / "out", *options)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_groups_and_lengths(data_dir):
+    def asked(tasks, **options):
+        args = SimpleNamespace(**{"tasks": tasks.split(","), "seq_lens": [], "data": None, "teacher": None, **options})
+        return evaluate.plan(args, evaluate.ruler_manager())
+
+    assert asked("ruler") == [Unit(task, 4096) for task in evaluate.RULER] and len(evaluate.RULER) == 13
+    assert {unit.seq_len for unit in asked("needle")} == {4096, 16384, 65536, 262144}
+    assert len(asked("ruler,niah_single_1,needle", seq_lens=[4096, 8192])) == 26, "each once"
+    assert [unit.task for unit in asked("local")] == [*evaluate.RECALL_TASKS, "recall_generation"]
+    assert len(asked("local", data=data_dir)) == 5 and len(asked("local", data=data_dir, teacher="x")) == 6
+
+
+def test_names_in_tables_tell_checkpoints_apart():
+    assert evaluate.labels(["a/stage2/converted-hf", "a/stage3/converted-hf"]) == {
+        "a/stage2/converted-hf": "stage2", "a/stage3/converted-hf": "stage3"}  # fmt: skip
+    assert list(evaluate.labels(["a/stage3/converted-hf", "/b/stage3/converted-hf", "Qwen/Qwen3-1.7B"]).values()) == [
+        "a/stage3", "b/stage3", "Qwen/Qwen3-1.7B"]  # fmt: skip
+
+
+def test_every_task_of_the_groups_is_known_and_its_download_named():
+    """The names are lm-evaluation-harness's own, and what they fetch is read from there."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    fetched = {name: evaluate.dataset_of(name, manager) for group in evaluate.GROUPS.values() for name in group}
+    assert {name for name in fetched if name not in evaluate.LOCAL} <= set(manager.all_tasks)
+    assert fetched["hellaswag"] == "Rowan/hellaswag" and fetched["mmlu"] == "cais/mmlu" and "gsm8k" in fetched["gsm8k"]
+    offline = {name for name, source in fetched.items() if source is None}
+    assert offline == {*evaluate.LOCAL, "niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"}
+    units = evaluate.plan(SimpleNamespace(tasks=["ai2_arc"], seq_lens=[], data=None, teacher=None), manager)
+    assert [unit.key for unit in units] == ["arc_challenge", "arc_easy"], "a tag is its tasks"
+
+
+@pytest.fixture(scope="module")
+def ruler(teacher_dir):
+    """Builds RULER's tasks as the evaluation does."""
+    lm = SimpleNamespace(tokenizer=load_tokenizer(teacher_dir))
+    return lambda unit: evaluate.build(unit, SimpleNamespace(), None, lm)
+
+
+def test_rulers_documents_do_not_depend_on_the_tasks_before(ruler):
+    units = [Unit("ruler_cwe", 2048), Unit("niah_single_1", 1024), Unit("ruler_fwe", 1024)]
+
+    def texts(unit):
+        docs = list(ruler(unit).test_docs())
+        assert len(docs) == 500 and {doc["max_length"] for doc in docs} == {unit.seq_len}
+        return [doc["input"] for doc in docs]
+
+    first = {unit: texts(unit) for unit in units}
+    assert all(texts(unit) == first[unit] for unit in reversed(units))
+
+
+def test_rulers_gold_answers_score_one(ruler):
+    task = ruler(Unit("niah_single_1", 1024))
+    doc = next(iter(task.test_docs()))
+    assert doc["outputs"][0] in doc["input"]
+    assert task.process_results(doc, [" ".join(doc["outputs"])])["1024"] == 1
+    assert task.process_results(doc, ["something else"])["1024"] == 0
+
+
+def test_ruler_through_the_harness(teacher_dir, tmp_path, monkeypatch):
+    """A length that its configuration does not list, longer than the model's config allows: nothing is cut."""
+    from lm_eval.models.huggingface import HFLM
+
+    prompts = []
+
+    def generate(self, context, max_length, stop, **kwargs):
+        prompts.extend(self.tokenizer.decode(row[row != self.tokenizer.pad_token_id]) for row in context)
+        answers = [re.search(r"is: (\d+)", prompt)[1] for prompt in prompts[-len(context) :]]
+        answers = [answers[0], *("9" for _ in answers[1:])]  # the first of a batch is right
+        new = [self.tokenizer(f" {answer}")["input_ids"] for answer in answers]
+        width = max(map(len, new))
+        return torch.cat([context, torch.tensor([ids + [0] * (width - len(ids)) for ids in new])], 1)
+
+    monkeypatch.setattr(HFLM, "_model_generate", generate)
+    assert run(teacher_dir, "--tasks", "niah_single_1", "--seq_lens", "1024,1536", "--limit", 4, "--batch_size", 4,
+               "--output", tmp_path) == 0  # fmt: skip
+    results = read(tmp_path)[Path(teacher_dir).name]
+    assert len(prompts) == 8 and all(prompt.startswith("A special magic number is hidden") for prompt in prompts)
+    for length in (1024, 1536):
+        assert results[f"niah_single_1@{length}"]["score"] == 0.25
+        assert results[f"niah_single_1@{length}"]["stderr"] == pytest.approx(0.25)  # of 1, 0, 0, 0: std 0.5 / sqrt(4)
+
+
+def test_variable_tracking_that_would_not_end_is_refused(ruler):
+    with pytest.raises(ValueError, match="ruler_vt: the tokenizer makes"):
+        ruler(Unit("ruler_vt", 4096))
+
+
+# ------------------------------------------------------------------------------------------------ comparison
+def result(task, score, stderr, seq_len=None, higher=True, metric="acc", **settings):
+    return {"task": task, "seq_len": seq_len, "metric": metric, "score": score, "stderr": stderr, "higher_is_better": higher,
+            "samples": 10, "settings": {"checkpoint": "x", "limit": None, **settings}}  # fmt: skip
+
+
+def write(folder, *results, failed=()):
+    tasks = {Unit(r["task"], r["seq_len"]).key: r for r in results}
+    tasks |= {key: {"task": key, "seq_len": None, "error": "no network", "settings": {"checkpoint": "x", "limit": None}} for key in failed}
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"checkpoint": str(folder), "tasks": tasks}))
+    return str(folder / "results.json")
+
+
+def test_comparison_recomputed_by_hand(tmp_path, capsys):
+    ruler = [result(task, 0.8, 0.03, 4096) for task in evaluate.RULER]
+    worse = [result(task, 0.6, 0.04, 4096) for task in evaluate.RULER]
+    files = [
+        write(tmp_path / "teacher", result("piqa", 0.8, 0.02), result("arc_easy", 0.5, 0.05), result("boolq", 0.0, 0.0),
+              result("heldout_perplexity", 10.0, 0.5, higher=False, metric="perplexity"),
+              result("heldout_kl", 0.0, 0.0, higher=False, metric="nats"), *ruler),
+        write(tmp_path / "hybrid", result("piqa", 0.6, 0.03), result("arc_easy", 0.5, 0.05), result("boolq", 0.5, 0.1),
+              result("heldout_perplexity", 12.5, 0.5, higher=False, metric="perplexity"),
+              result("heldout_kl", 0.2, 0.01, higher=False, metric="nats"), result("gsm8k", 0.1, 0.1), *worse),
+    ]  # fmt: skip
+    assert eval_compare.main([*files, "--output", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert found["teacher"] == "teacher"
+    tasks = {row["task"]: row for row in found["students"]["hybrid"]["tasks"]}
+    assert tasks["piqa"]["share"] == pytest.approx(0.75)
+    # Of 0.6 / 0.8 with relative errors of 0.05 and 0.025.
+    assert tasks["piqa"]["share_stderr"] == pytest.approx(0.75 * math.sqrt(0.05**2 + 0.025**2))
+    assert tasks["heldout_perplexity"]["share"] == pytest.approx(0.8)
+    assert tasks["heldout_perplexity"]["share_stderr"] == pytest.approx(0.8 * math.sqrt(0.05**2 + 0.04**2))
+    assert tasks["boolq"]["share"] is None and tasks["heldout_kl"]["share"] is None and "gsm8k" not in tasks
+    assert tasks["ruler"]["student"]["score"] == pytest.approx(0.6) and tasks["ruler"]["share"] == pytest.approx(0.75)
+    assert tasks["ruler"]["student"]["stderr"] == pytest.approx(0.04 / math.sqrt(13))
+    assert "commonsense" not in tasks, "not all of it was measured"
+    assert found["students"]["hybrid"]["all"] == pytest.approx((0.6 + 0.5 + 0.5 + 13 * 0.6) / (0.8 + 0.5 + 0 + 13 * 0.8))
+    table = (tmp_path / "out" / "compare.md").read_text()
+    assert "| piqa |  | acc | 0.800 ± 0.020 | 0.600 ± 0.030 | 75.0% ± 4.2% |" in table and table in capsys.readouterr().out
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
+
+
+def test_comparison_of_what_cannot_be_compared(tmp_path):
+    teacher = write(tmp_path / "a", result("piqa", 0.8, 0.02))
+    limited = write(tmp_path / "b", result("piqa", 0.8, 0.02) | {"settings": {"checkpoint": "y", "limit": 5}})
+    other = write(tmp_path / "c", result("boolq", 0.8, 0.02))
+    failed = write(tmp_path / "d", failed=["piqa"])
+    for files, message in (((teacher, limited), "another limit"), ((teacher, other), "no task in common"),
+                           ((teacher,), "one alone"), ((teacher, "folder"), "files alone, or checkpoints alone"),
+                           ((teacher, str(tmp_path / "none.json")), "none.json is no results.json")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            eval_compare.main([*files, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    assert eval_compare.main([teacher, failed, "--output", str(tmp_path / "out")]) == 1
+    assert "Failed: d, piqa" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_comparison_evaluates_checkpoints(teacher_dir, student_dir, data_dir, tmp_path):
+    options = ("--tasks", "associative_recall,heldout_kl,heldout_perplexity", "--seq_lens", "96", "--limit", "3", "--data", data_dir)
+    assert eval_compare.main([teacher_dir, student_dir, *options, "--output", str(tmp_path), "--num_gpus", "1"]) == 0
+    found = json.loads((tmp_path / "compare.json").read_text())
+    rows = {row["task"]: row for row in found["students"][Path(student_dir).parent.name]["tasks"]}
+    assert rows["heldout_kl"]["teacher"]["score"] == pytest.approx(0, abs=1e-6) and rows["heldout_kl"]["student"]["score"] > 0.01
+    ratio = rows["heldout_perplexity"]["teacher"]["score"] / rows["heldout_perplexity"]["student"]["score"]
+    assert rows["heldout_perplexity"]["share"] == pytest.approx(ratio)
+
+
+# ------------------------------------------------------------------------------------------------ the script
+def script(*checkpoints, **environment):
+    environment = os.environ | {"VENV": os.environ.get("VIRTUAL_ENV", ".venv"), "DEVICE": "cpu", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(["bash", "eval.sh", *checkpoints], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def test_the_script_hands_its_knobs_on(student_dir, tmp_path):
+    done = script(student_dir, TASKS="copying", SEQ_LENS="64", LIMIT="3", BATCH_SIZE="2", NUM_WORDS="16", OUTPUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = read(tmp_path)[Path(student_dir).parent.name]["copying@64"]
+    assert found["samples"] == 3 and found["settings"]["limit"] == 3 and found["settings"]["num_words"] == 16
+    assert "| copying | 64 | acc |" in done.stdout
+
+
+def test_the_script_says_what_is_wrong(tmp_path):
+    done = script()
+    assert done.returncode == 1 and done.stderr == "CHECKPOINT: none; usage: [TASKS=...] bash eval.sh CHECKPOINT...\n"
+    done = script("/no/such/folder", OUTPUT=str(tmp_path / "out"))
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert re.search("^evaluate.py: error: CHECKPOINT: '/no/such/folder' is neither", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(teacher_dir, student_dir, data_dir, tmp_path):
+    """An odd number of documents is dealt out to two; what breaks in the middle of a task ends the processes, and they come back."""
+    other = tmp_path / "other"  # a teacher with another vocabulary: the KL to it breaks while it is measured
+    random_teacher(other, vocab_size=100)
+    save_tokenizer(other)
+    tasks = "associative_recall,heldout_kl,recall_generation,ruler_cwe,heldout_perplexity"
+    knobs = {"TASKS": tasks, "SEQ_LENS": "96", "LIMIT": "7", "DATA": data_dir, "TEACHER": str(other)}
+    found = []
+    for count in ("1", "2"):
+        done = script(student_dir, **knobs, OUTPUT=str(tmp_path / count), NUM_GPUS=count)
+        assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+        found.append(read(tmp_path / count)[Path(student_dir).parent.name])
+    one, two = found
+    assert one.keys() == two.keys() and len(one) == 5
+    for key, result in one.items():
+        if "error" in result:
+            assert result["error"] == two[key]["error"]
+            continue
+        assert result["samples"] == two[key]["samples"] == (7 if "@" in key else min(7, result["samples"]))
+        assert two[key]["score"] == pytest.approx(result["score"], rel=1e-5)
+        assert two[key]["stderr"] == pytest.approx(result["stderr"], rel=1e-4)
+    assert [key for key in one if "error" in one[key]] == ["heldout_kl", "ruler_cwe@96"]
