@@ -34,7 +34,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from layer_selection.tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document
+from tqdm import tqdm
+
+from layer_selection.tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document, document_accuracies
 from pipeline.data import data_fingerprint, load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
 from pipeline.files import one_line, write_whole
 from pipeline.guard import StopSignals
@@ -42,6 +44,7 @@ from pipeline.guard import StopSignals
 RULER = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
          "niah_multiquery", "niah_multivalue", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa_squad", "ruler_qa_hotpot")  # fmt: skip
 RECALL_GENERATION, PERPLEXITY, KL = "recall_generation", "heldout_perplexity", "heldout_kl"
+OWN = (*RECALL_TASKS, PERPLEXITY, KL)  # measured here, by forward passes over whole documents
 LOCAL = (*RECALL_TASKS, RECALL_GENERATION, PERPLEXITY, KL)
 GROUPS = {
     "ruler": RULER,
@@ -63,7 +66,8 @@ FETCHED = {**dict.fromkeys(("niah_single_2", "niah_single_3", "niah_multikey_1",
 # The metric that stands for a task, the first of these that it has.
 METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
 DOCUMENTS = 100  # of a recall task
-HELDOUT_CHUNKS, HELDOUT_TOKENS = 256, 4096  # chunks at most; tokens of a batch, whose logits are held at once
+HELDOUT_CHUNKS = 256  # at most
+BATCH_TOKENS = 4096  # of our own tasks, whose logits are held at once
 SEED = 1234
 
 
@@ -184,12 +188,15 @@ def path_parts(checkpoint: str) -> list[str]:
 
 def labels(checkpoints: list[str]) -> dict[str, str]:
     """Checkpoint -> the shortest end of its path that tells it from the others."""
-    parts = {checkpoint: path_parts(checkpoint) for checkpoint in checkpoints}
-    for length in range(1, 1 + max(map(len, parts.values()))):
-        found = {checkpoint: "/".join(p[-length:]) for checkpoint, p in parts.items()}
-        if len(set(found.values())) == len(found):
-            return found
-    raise ValueError(f"CHECKPOINT: {checkpoints[-1]} is named twice")
+    parts = [path_parts(checkpoint) for checkpoint in checkpoints]
+    for i, part in enumerate(parts):
+        if part in parts[:i]:
+            raise ValueError(f"CHECKPOINT: {checkpoints[i]} is named twice")
+    for length in range(1, 1 + max(map(len, parts))):
+        found = ["/".join(part[-length:]) for part in parts]
+        if len(set(found)) == len(found):
+            return dict(zip(checkpoints, found))
+    raise AssertionError(f"{checkpoints}: paths that differ have ends that differ")
 
 
 class Record:
@@ -274,30 +281,24 @@ def recall_documents(task: str, seq_len: int, num_words: int, tokenizer, count: 
     raise ValueError(f"SEQ_LENS: {seq_len} tokens are too few for {task}")
 
 
-def recall_task(unit: Unit, num_words: int, tokenizer):
-    """A task of lm-evaluation-harness over `recall_documents`.
-
-    Of a document the recall tasks ask for every answer, each after the true text before it: it counts if greedy decoding would
-    give it to the letter, as in `answer_accuracy`. recall_generation asks for the last answer alone, and lets the model write it.
-    """
+def recall_generation(seq_len: int, num_words: int, tokenizer):
+    """A task of lm-evaluation-harness: of documents of associative recall the last answer, which the model writes."""
     from lm_eval.api.instance import Instance
     from lm_eval.api.metrics import mean
     from lm_eval.api.task import Task
     from lm_eval.config.task import TaskConfig
 
-    generates = unit.task == RECALL_GENERATION
-    made = recall_documents("associative_recall" if generates else unit.task, unit.seq_len, num_words, tokenizer)
-    docs = [{"text": d.text, "answers": [list(span) for span in d.answers], "prompt": d.prompt, "answer": d.answer} for d in made]
+    made = recall_documents("associative_recall", seq_len, num_words, tokenizer)
+    docs = [{"prompt": d.prompt, "answer": d.answer} for d in made]
     longest = max(map(len, tokenizer([f" {doc['answer']}" for doc in docs], add_special_tokens=False)["input_ids"]))
-    metric = "exact_match" if generates else "acc"
 
-    class RecallTask(Task):
+    class RecallGeneration(Task):
         VERSION = 1
-        OUTPUT_TYPE = "generate_until" if generates else "loglikelihood"
+        OUTPUT_TYPE = "generate_until"
 
         def __init__(self):
             super().__init__()
-            self._config = TaskConfig(task=unit.task, num_fewshot=0)
+            self._config = TaskConfig(task=RECALL_GENERATION, num_fewshot=0)
 
         def download(self, *args, **kwargs):
             pass
@@ -320,24 +321,20 @@ def recall_task(unit: Unit, num_words: int, tokenizer):
             return " " + doc["answer"]
 
         def construct_requests(self, doc, ctx, metadata=None, **kwargs):
-            if generates:  # room for more than the answer, so that a model that does not stop is wrong
-                until = {"until": [",", "\n"], "do_sample": False, "max_gen_toks": longest + 4}
-                return Instance("generate_until", doc, (ctx, until), 0, metadata=metadata)
-            return [Instance("loglikelihood", doc, (doc["text"][:start], doc["text"][start:stop]), i, metadata=metadata)
-                    for i, (start, stop) in enumerate(doc["answers"])]  # fmt: skip
+            # Room for more than the answer, so that a model that does not stop is wrong.
+            until = {"until": [",", "\n"], "do_sample": False, "max_gen_toks": longest + 4}
+            return Instance("generate_until", doc, (ctx, until), 0, metadata=metadata)
 
         def process_results(self, doc, results):
-            if generates:
-                return {metric: float(results[0].strip() == doc["answer"])}
-            return {metric: statistics.fmean(greedy for _, greedy in results)}
+            return {"exact_match": float(results[0].strip() == doc["answer"])}
 
         def aggregation(self):
-            return {metric: mean}
+            return {"exact_match": mean}
 
         def higher_is_better(self):
-            return {metric: True}
+            return {"exact_match": True}
 
-    return RecallTask()
+    return RecallGeneration()
 
 
 def heldout_rows(args: argparse.Namespace, tokenizer):
@@ -347,20 +344,16 @@ def heldout_rows(args: argparse.Namespace, tokenizer):
     chunks = open_chunks(args.data, read_metadata(args.data)["context_length"], tokenizer_fingerprint(tokenizer))
     if chunks.heldout is None:
         raise ValueError(f"DATA: {args.data} has no held-out part; preprocess with --holdout")
-    count = min(len(chunks.heldout), args.limit or HELDOUT_CHUNKS)
-    return torch.as_tensor(chunks.heldout[range(count)]["input_ids"], dtype=torch.long)
+    return torch.as_tensor(chunks.heldout[: min(len(chunks.heldout), HELDOUT_CHUNKS)]["input_ids"], dtype=torch.long)
 
 
-def heldout(unit: Unit, args: argparse.Namespace, lm, teacher) -> dict | None:
-    """Perplexity (exp of the mean cross-entropy of the next tokens), or KL(teacher || model) in nats, the mean over all
-    positions; with the standard error over chunks. None on ranks other than 0."""
+def chunk_values(unit: Unit, args: argparse.Namespace, lm, ids, teacher) -> list[float]:
+    """Of each of the chunks ids [N, T] the mean over its positions: cross-entropy of the next token, or KL(teacher || model)."""
     import torch
 
-    ids = heldout_rows(args, lm.tokenizer)
-    mine = ids[lm.rank :: lm.world_size]
-    values = []
-    for batch in mine.split(max(1, HELDOUT_TOKENS // ids.shape[1])):
-        batch = batch.to(lm.device)
+    values, size = [], max(1, BATCH_TOKENS // ids.shape[1])
+    for start in tqdm(range(0, len(ids), size), desc=unit.key, disable=bool(lm.rank)):
+        batch = ids[start : start + size].to(lm.device)
         with torch.no_grad():
             ours = lm.model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
             if unit.task == PERPLEXITY:
@@ -370,18 +363,31 @@ def heldout(unit: Unit, args: argparse.Namespace, lm, teacher) -> dict | None:
         if ours.shape != theirs.shape:
             raise ValueError(f"TEACHER: {args.teacher} has a vocabulary of {theirs.shape[-1]} entries, the checkpoint of {ours.shape[-1]}")
         values += (theirs.exp() * (theirs - ours)).sum(-1).mean(-1).tolist()
+    return values
+
+
+def measure_own(unit: Unit, args: argparse.Namespace, documents, lm, teacher) -> dict | None:
+    """The mean over `documents` (of recall, or [N, T] chunks) of a figure that one forward pass gives, with its standard error:
+    accuracy (`document_accuracies`), KL, or perplexity, which is exp of the mean. None on ranks other than 0."""
+    mine = documents[: args.limit][lm.rank :: lm.world_size]
+    if unit.task in RECALL_TASKS:
+        values, size = [], max(1, BATCH_TOKENS // unit.seq_len)
+        for start in tqdm(range(0, len(mine), size), desc=unit.key, disable=bool(lm.rank)):
+            values += document_accuracies(lm.model, lm.tokenizer, mine[start : start + size])
+    else:
+        values = chunk_values(unit, args, lm, mine, teacher)
     gathered = lm.gather_object(values)
     if lm.rank:
         return None
     values = [value for part in gathered for value in part]
     mean = statistics.fmean(values)
     stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    result = {"higher_is_better": False, "samples": len(values), "tokens": ids.numel()}
-    if unit.task == KL:
-        return {"metric": "nats", "score": mean, "stderr": stderr, **result}
-    perplexity = math.exp(mean)
-    return {"metric": "perplexity", "score": perplexity, "stderr": stderr and perplexity * stderr, **result,
-            "metrics": {"loss": mean, "loss_stderr": stderr}}  # fmt: skip
+    metric = {PERPLEXITY: "perplexity", KL: "nats"}.get(unit.task, "acc")
+    result = {"metric": metric, "score": mean, "stderr": stderr, "higher_is_better": metric == "acc", "samples": len(values)}
+    if unit.task == PERPLEXITY:
+        perplexity = math.exp(mean)
+        result |= {"score": perplexity, "stderr": stderr and perplexity * stderr, "metrics": {"loss": mean, "loss_stderr": stderr}}
+    return result
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -414,13 +420,15 @@ def harness_model(checkpoint: str, batch_size: str):
 
 
 def build(unit: Unit, args: argparse.Namespace, manager, lm):
-    """The unit's task with its documents, or its group of tasks; None for those that `heldout` measures."""
+    """The unit's documents if `measure_own` measures it, else its task, or group of tasks, of lm-evaluation-harness."""
     import numpy
 
     if unit.task in (PERPLEXITY, KL):
-        return None
-    if unit.task in LOCAL:
-        return recall_task(unit, args.num_words, lm.tokenizer)
+        return heldout_rows(args, lm.tokenizer)
+    if unit.task in RECALL_TASKS:
+        return recall_documents(unit.task, unit.seq_len, args.num_words, lm.tokenizer)
+    if unit.task == RECALL_GENERATION:
+        return recall_generation(unit.seq_len, args.num_words, lm.tokenizer)
     # RULER draws its documents from the process's random state: they shall not depend on the tasks before.
     seed = int.from_bytes(hashlib.sha256(unit.key.encode()).digest()[:4], "big")
     random.seed(seed)
@@ -452,8 +460,8 @@ def measure(unit: Unit, args: argparse.Namespace, task, lm, manager, teacher) ->
     """The unit's result; None on ranks other than 0."""
     from lm_eval import simple_evaluate
 
-    if task is None:
-        return heldout(unit, args, lm, teacher)
+    if unit.task in OWN:
+        return measure_own(unit, args, task, lm, teacher)
     # RULER's documents fill their length to the last token; HFLM would cut them at the length that the config names.
     lm._max_length = None
     lm._max_length = max(lm.max_length, unit.seq_len) if unit.seq_len else None
@@ -768,11 +776,11 @@ def command(name: str, main) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # transformers' own, a line for every file read
-    StopSignals()
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"{name}: error: {error}")
+    with StopSignals():
+        try:
+            sys.exit(main())
+        except ValueError as error:
+            sys.exit(f"{name}: error: {error}")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ fi
 if [[ $TINY ]]; then
     TOKENIZER=(--vocab_size 512 --max_files 40) TOKENS=(--max_tokens 60000 --holdout 0.2) TEACHER=(--tiny --steps 20)
     TRAIN=(train.max_steps=4 train.batch_size=2 train.micro_batch_size=2 train.save_steps=4 train.eval_steps=2 train.eval_batches=1)
-    SCAN=(--chunks 4 --batch_size 4) REPORT=(--tiny --chunks 4) CONTEXT=64 LONG=128
+    SCAN=(--chunks 4 --batch_size 4) REPORT=(--tiny --chunks 4) CONTEXT=64 LONG=128 LIMIT=4
 else
-    TOKENIZER=() TOKENS=(--max_tokens 4000000 --holdout 0.02) TEACHER=() TRAIN=() SCAN=() REPORT=() CONTEXT=256 LONG=512
+    TOKENIZER=() TOKENS=(--max_tokens 4000000 --holdout 0.02) TEACHER=() TRAIN=() SCAN=() REPORT=() CONTEXT=256 LONG=512 LIMIT=50
 fi
 SHORT_DATA=$OUT/data/chunked_context$CONTEXT LONG_DATA=$OUT/data/chunked_context$LONG
 
@@ -63,7 +63,7 @@ stage_overrides() {
 }
 
 # step NAME PRODUCT TEXT COMMAND...: runs the command, unless the same one has made PRODUCT before.
-STEP=0 STEPS=10
+STEP=0 STEPS=11
 step() {
     local name=$1 product=$2 text=$3 start=$SECONDS stamp=$OUT/.done/$1
     shift 3
@@ -128,7 +128,9 @@ step layer_scan "$OUT/layer_scan/layer_scan.json" "Layer scan: which quarter kee
     --data "$SHORT_DATA" --output_dir "$OUT/layer_scan" ${SCAN[@]+"${SCAN[@]}"}
 train_stage 2 "Stage 2: the hybrid learns the teacher's logits, 1 to 2 minutes"
 train_stage 3 "Stage 3: the hybrid goes on at context $LONG, without the teacher, 2 to 3 minutes"
-
+step evaluation "$OUT/evaluation/results.md" "Evaluation: recall and held-out text through lm-evaluation-harness, 1 minute" \
+    python evaluate.py "$OUT/teacher" "$OUT/stage2/converted-hf" "$OUT/stage3/converted-hf" --tasks local --seq_lens 256 \
+    --data "$SHORT_DATA" --teacher "$OUT/teacher" --limit "$LIMIT" --output "$OUT/evaluation"
 step report "$OUT/report.html" "Report: every model on held-out text, 40 s" \
     python -m quickstart.report --out "$OUT" --context "$CONTEXT" --long_context "$LONG" ${REPORT[@]+"${REPORT[@]}"}
 printf '\nThe whole: %s s. Pictures and samples: %s\n\n' "$((SECONDS - BEGIN))" "$OUT/report.html"

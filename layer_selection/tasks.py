@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -104,13 +105,13 @@ def encode(documents: list[Document], tokenizer) -> list[tuple[list[int], list[l
 
 
 @torch.no_grad()
-def answer_accuracy(model, tokenizer, documents: list[Document], batch_size: int = 16) -> float:
-    """The share of answers that greedy decoding would give to the letter, each after the text before it.
+def document_accuracies(model, tokenizer, documents: list[Document], batch_size: int = 16) -> list[float]:
+    """Of each document the share of answers that greedy decoding would give to the letter, each after the text before it.
 
     One forward pass over whole documents: an answer counts if every token of it is the likeliest after the true ones.
     model: any causal language model of transformers' kind.
     """
-    right = total = 0
+    shares = []
     for start in range(0, len(documents), batch_size):
         rows = encode(documents[start : start + batch_size], tokenizer)
         # Padding is on the right, where no real token sees it: no mask is needed.
@@ -118,7 +119,10 @@ def answer_accuracy(model, tokenizer, documents: list[Document], batch_size: int
         guesses = model(input_ids=ids.to(model.device), use_cache=False).logits.argmax(-1).cpu()
         hit = torch.zeros_like(ids, dtype=torch.bool)
         hit[:, 1:] = guesses[:, :-1] == ids[:, 1:]
-        for row, (_, answers) in zip(hit, rows):
-            right += sum(bool(row[span].all()) for span in answers)
-            total += len(answers)
-    return right / total
+        shares += [sum(bool(row[span].all()) for span in answers) / len(answers) for row, (_, answers) in zip(hit, rows)]
+    return shares
+
+
+def answer_accuracy(model, tokenizer, documents: list[Document], batch_size: int = 16) -> float:
+    """The mean of `document_accuracies`."""
+    return statistics.fmean(document_accuracies(model, tokenizer, documents, batch_size))

@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
+from evaluate import cell_text, rows as evaluation_rows
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint
 
 STAGES = {1: "Stage 1: attention alignment", 2: "Stage 2: logit distillation", 3: "Stage 3: longer context"}
@@ -221,7 +222,7 @@ img { max-width: 100%; } .met { color: #2c6e49; } .failed { color: #b3261e; font
 """
 
 
-def page(results, checks, prompt, pictures, scan, kept, long_context) -> str:
+def page(results, checks, prompt, pictures, scan, kept, evaluation, long_context) -> str:
     """report.html: self-contained, nothing to fetch."""
 
     def rows(cells, tag="td"):
@@ -230,6 +231,8 @@ def page(results, checks, prompt, pictures, scan, kept, long_context) -> str:
     head = ["model", "held-out loss", "KL to the teacher", "same next token", f"loss at {long_context}"]
     body = [[r.name, f"{r.loss:.3f}", f"{r.kl:.4f}", f"{r.agreement:.1%}", f"{r.long_loss:.3f}"] for r in results]
     scanned = [[str(e["layer"]), f"{e['kl']:.4f}", "kept" if e["layer"] in kept else ""] for e in scan["layers"]]
+    measured = [[f"{row.name} {row.seq_len or ''}", row.metric, *(cell_text(cell) for cell in row.cells.values())]
+                for row in evaluation_rows(evaluation)]  # fmt: skip
     samples = "".join(
         f"<h3>{html.escape(r.name)}</h3><pre><b>{html.escape(prompt)}</b>{html.escape(r.sample)}</pre>" for r in results
     )
@@ -250,6 +253,10 @@ def page(results, checks, prompt, pictures, scan, kept, long_context) -> str:
 <p>KL to the teacher on training chunks with only that layer restored, without training; none restored:
 {scan["all_linear_kl"]:.4f}.</p>
 <table>{rows(["layer", "KL", ""], "th")}{"".join(rows(r) for r in scanned)}</table>
+<h2>Evaluation</h2>
+<table>{rows(["task and length", "metric", *evaluation], "th")}{"".join(rows(r) for r in measured)}</table>
+<p class="note">By evaluate.py, as for any checkpoint. No model of this size recalls what it has read a hundred tokens before:
+benchmarks/recall_teacher.py trains one that does.</p>
 <h2>Samples</h2><p class="note">Greedy continuations of the same held-out beginning (bold).</p>{samples}
 </html>
 """
@@ -308,8 +315,9 @@ def main() -> int:
     curves = {stage: read_losses(out / f"stage{stage}") for stage in STAGES}
     taught = json.loads((out / "teacher.json").read_text())
     checks = measures(results, {stage: train for stage, (train, _) in curves.items()}, taught)
+    evaluation = json.loads((out / "evaluation" / "results.json").read_text())
     pictures = loss_curves(curves, taught["losses"]), alignment_bars(*aligned, kept)
-    text = page(results, checks, tokenizer.decode(prompt[0]), pictures, scan, kept, args.long_context)
+    text = page(results, checks, tokenizer.decode(prompt[0]), pictures, scan, kept, evaluation, args.long_context)
     (out / "report.html").write_text(text, encoding="utf-8")
     (out / "report.json").write_text(
         json.dumps({"models": [asdict(r) for r in results], "kept": kept, "measures": checks}, indent=1) + "\n"

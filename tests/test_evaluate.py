@@ -185,10 +185,10 @@ def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path
     random_teacher(broken)
     (broken / "model.safetensors").write_bytes(b"damaged")
     save_tokenizer(broken)
-    options = ("--tasks", "copying", "--seq_lens", 64, "--limit", 1, "--output", tmp_path / "out")
+    options = ("--tasks", "copying", "--seq_lens", 128, "--limit", 1, "--output", tmp_path / "out")
     assert run(broken, teacher_dir, *options) == 1
     results = read(tmp_path / "out")
-    assert "error" in results["broken"]["copying@64"] and "score" in results[Path(teacher_dir).name]["copying@64"]
+    assert "error" in results["broken"]["copying@128"] and "score" in results[Path(teacher_dir).name]["copying@128"]
 
 
 @pytest.mark.parametrize("options, message", [
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path
 def test_bad_input_ends_at_the_door(teacher_dir, data_dir, tmp_path, options, message):
     options = [{"TEACHER": teacher_dir, "DATA": data_dir}.get(option, option) for option in options]
     with pytest.raises(ValueError, match=message) as error:
-        run(teacher_dir, "--output", tmp_path / "out", *options)
+        run(teacher_dir, *options, "--output", tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -377,11 +377,11 @@ def script(*checkpoints, **environment):
 
 
 def test_the_script_hands_its_knobs_on(student_dir, tmp_path):
-    done = script(student_dir, TASKS="copying", SEQ_LENS="64", LIMIT="3", BATCH_SIZE="2", NUM_WORDS="16", OUTPUT=str(tmp_path))
+    done = script(student_dir, TASKS="copying", SEQ_LENS="128", LIMIT="3", BATCH_SIZE="2", NUM_WORDS="16", OUTPUT=str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = read(tmp_path)[Path(student_dir).parent.name]["copying@64"]
+    found = read(tmp_path)[Path(student_dir).parent.name]["copying@128"]
     assert found["samples"] == 3 and found["settings"]["limit"] == 3 and found["settings"]["num_words"] == 16
-    assert "| copying | 64 | acc |" in done.stdout
+    assert "| copying | 128 | acc |" in done.stdout
 
 
 def test_the_script_says_what_is_wrong(tmp_path):

@@ -36,6 +36,8 @@ def test_smoke(tmp_path):
     ]  # fmt: skip
 
     page = (out / "report.html").read_text()
+    for task in ("associative_recall 256", "recall_generation 256", "heldout_perplexity", "heldout_kl"):
+        assert f"<td>{task}" in page
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
 
@@ -47,7 +49,7 @@ def test_smoke(tmp_path):
         assert config["keep_full_attention_layers"] == layers
 
     second = quickstart(out, "--tiny")
-    assert second.returncode == 0 and second.stdout.count("done before") == 10
+    assert second.returncode == 0 and second.stdout.count("done before") == 11
     assert second.stdout.rstrip().splitlines()[-8:] == table
 
     other = quickstart(out, "--tiny", str(tmp_path))
