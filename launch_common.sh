@@ -64,6 +64,7 @@ plan_nodes() {
     local cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > PROCESSES_PER_NODE ? cores / PROCESSES_PER_NODE : 1))}
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
+    export TQDM_MININTERVAL=${TQDM_MININTERVAL:-$([[ -t 2 ]] && echo 1 || echo 30)} # seconds between lines of a progress bar
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         MASTER_ADDR=${MASTER_ADDR:-${NODES[0]}} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
