@@ -255,8 +255,8 @@ def page(results, checks, prompt, pictures, scan, kept, evaluation, long_context
 <table>{rows(["layer", "KL", ""], "th")}{"".join(rows(r) for r in scanned)}</table>
 <h2>Evaluation</h2>
 <table>{rows(["task and length", "metric", *evaluation], "th")}{"".join(rows(r) for r in measured)}</table>
-<p class="note">By evaluate.py, as for any checkpoint. No model of this size recalls what it has read a hundred tokens before:
-benchmarks/recall_teacher.py trains one that does.</p>
+<p class="note">By evaluate.py, as for any checkpoint. This teacher has not learnt to recall, and its students have nothing of it
+to lose: benchmarks/recall_teacher.py trains one that has.</p>
 <h2>Samples</h2><p class="note">Greedy continuations of the same held-out beginning (bold).</p>{samples}
 </html>
 """
