@@ -59,23 +59,26 @@ def teacher_dir(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory, teacher_dir):
-    """Chunks of 32 tokens of made-up Python."""
+def make_chunks(folder, teacher_dir, texts, holdout=0.1):
+    """`folder`/chunked_context32 of these texts, a share of them held out."""
     import preprocess_chunk
     import preprocess_download_tokenize
 
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus").mkdir()
-    for i in range(60):
-        lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9))
-        (folder / "corpus" / f"{i}.py").write_text("\n".join(lines))
-    preprocess_download_tokenize.main(
-        ["--dataset_name", str(folder / "corpus"), "--tokenizer", teacher_dir, "--output_dir", str(folder / "tokenized"),
-         "--holdout", "0.1"])  # fmt: skip
+    (folder / "texts").mkdir()
+    for i, text in enumerate(texts):
+        (folder / "texts" / f"{i}.txt").write_text(text)
+    preprocess_download_tokenize.main(["--dataset_name", str(folder / "texts"), "--tokenizer", teacher_dir,
+                                       "--output_dir", str(folder / "tokenized"), "--holdout", str(holdout)])  # fmt: skip
     preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--context_length", str(LENGTH),
                            "--output_dir", str(folder)])  # fmt: skip
     return str(folder / f"chunked_context{LENGTH}")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, teacher_dir):
+    """Chunks of 32 tokens of made-up Python."""
+    texts = ("\n".join(f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9)) for i in range(60))
+    return make_chunks(tmp_path_factory.mktemp("data"), teacher_dir, texts)
 
 
 def write_config(folder, stage, teacher_dir, data_dir, **changes):

@@ -20,9 +20,6 @@ from layer_selection.tasks import answer_accuracy
 from pipeline.data import load_tokenizer, open_chunks
 from transformers import AutoModelForCausalLM
 
-import preprocess_chunk
-import preprocess_download_tokenize
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -34,18 +31,6 @@ def student_dir(teacher_dir, tmp_path_factory):
     StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", [1])[0].save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data_dir(teacher_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text").mkdir()
-    for i in range(8):
-        (folder / "text" / f"{i}.txt").write_text(" ".join(f"{i} x{j} = {j * j};" for j in range(40)))
-    preprocess_download_tokenize.main(["--dataset_name", str(folder / "text"), "--tokenizer", teacher_dir, "--holdout", "0.5",
-                                       "--output_dir", str(folder / "tokenized")])  # fmt: skip
-    preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--output_dir", str(folder), "--context_length", "32"])
-    return str(folder / "chunked_context32")
 
 
 def run(*argv):

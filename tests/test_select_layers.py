@@ -6,36 +6,28 @@ import sys
 import pytest
 import torch
 import yaml
+from conftest import LENGTH, make_chunks
 
-import preprocess_chunk
-import preprocess_download_tokenize
 from convert import load_teacher
 from distill_model import StudentForCausalLM
 from layer_selection import select_layers
 from layer_selection.full_runs import HELDOUT_KL
 from pipeline.config import load_config
 
-LENGTH = 32
-
 
 @pytest.fixture(scope="module")
 def stage2(tmp_path_factory, teacher_dir):
     """A stage-2 YAML with its data and an all-linear student of four layers, of which layer 2's output is far off."""
     folder = tmp_path_factory.mktemp("selection")
-    (folder / "texts").mkdir()
-    for i in range(20):
-        (folder / "texts" / f"{i}.txt").write_text("".join(f"def f{(i * j) % 97}(x): return {j * 13 % 101}\n" for j in range(20)))
-    preprocess_download_tokenize.main(["--dataset_name", str(folder / "texts"), "--tokenizer", teacher_dir, "--holdout", "0.2",
-                                       "--output_dir", str(folder / "tokenized")])  # fmt: skip
-    preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--context_length", str(LENGTH),
-                           "--output_dir", str(folder)])  # fmt: skip
+    texts = ("".join(f"def f{(i * j) % 97}(x): return {j * 13 % 101}\n" for j in range(20)) for i in range(20))
+    chunks = make_chunks(folder, teacher_dir, texts, holdout=0.2)
     torch.manual_seed(0)
     student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0]
     with torch.no_grad():
         student.model.layers[2].attn.o_proj.weight.mul_(20)
     student.save_pretrained(folder / "student")
     values = {
-        "stage": 2, "data": {"cache_dir": str(folder / f"chunked_context{LENGTH}")}, "teacher_model": {"name": teacher_dir},
+        "stage": 2, "data": {"cache_dir": chunks}, "teacher_model": {"name": teacher_dir},
         "student_model": {"name": "gdn_v4", "keep_full_attention_layers": [0]},
         "train": {"output_dir": str(folder / "runs"), "student_init_ckpt": str(folder / "student"), "max_steps": 2,
                   "batch_size": 2, "micro_batch_size": 2, "train_seq_len": LENGTH, "lr": 1e-4, "eval_batches": 1},
