@@ -123,8 +123,12 @@ def train_stage(
 
 
 def export(cfg: Config) -> None:
+    """On one rank alone; the others may have ended."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     from convert_ckpt import export_checkpoint
 
+    unset_hf_deepspeed_config()  # under ZeRO-3 a new model would be sharded over all ranks as long as training's config is set
     output = Path(cfg.train.output_dir) / EXPORT
     export_checkpoint(cfg, checkpoints(Path(cfg.train.output_dir))[-1], output)
     print(f"Stage {cfg.stage} is done: {output}", flush=True)
