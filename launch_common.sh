@@ -81,6 +81,7 @@ plan_nodes() {
 ON_NODE='
 trap "" USR1
 trap stopped=1 TERM
+[[ $DEVICE != cpu ]] || unset CUDA_VISIBLE_DEVICES # DeepSpeed would take what Slurm sets for numbers of CPU slots
 if [[ $1 == deepspeed ]]; then
     if [[ $DEVICE == cuda && -n ${CUDA_VISIBLE_DEVICES:-} && $CUDA_VISIBLE_DEVICES != "$(seq -s, 0 $((PROCESSES_PER_NODE - 1)))" ]]; then
         echo "$(hostname): CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES, but DeepSpeed would take GPUs 0 to" \
