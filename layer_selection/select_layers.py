@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 from functools import cached_property, partial
@@ -177,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--halving", action="store_true", help="the worse half of the layers ends after rounds 2, 4, 8 ...")
     parser.add_argument("--full_runs", action="store_true", help="each layer by train.py to its end, not side by side")
     parser.add_argument("--candidate", type=int, help=f"{', '.join(TRAINED)}: train this layer alone, and do not rank")
-    parser.add_argument("--launcher", default=str(Path(sys.executable).with_name("deepspeed")), help="what starts train.py")
+    port = f" --master_port {os.environ['MASTER_PORT']}" if "MASTER_PORT" in os.environ else ""  # the launch scripts'
+    parser.add_argument("--launcher", default=f"{Path(sys.executable).with_name('deepspeed')}{port}", help="what starts train.py")
     parser.add_argument("--sequences", type=int, default=64, help="held-out sequences to measure on")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of random, and of a task's questions")

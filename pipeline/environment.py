@@ -19,13 +19,14 @@ WANDB_PROJECT = "hybrid-distillation"  # where runs are logged unless the enviro
 def set_up_process() -> tuple[int, int]:
     """Sets what DeepSpeed, Triton and PyTorch read from the environment; returns (rank, world size).
 
-    Call it before they are imported. A process that no launcher started becomes rank 0 of 1.
+    Call it before they are imported. A process that no launcher started becomes rank 0 of 1. Runs of one process do not get
+    into each other's way on a machine; others need a --master_port each.
     """
-    if "RANK" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # a port of its own: DeepSpeed's launcher gives every run the same
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
+        os.environ |= {"RANK": "0", "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"), "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # Ranks that share a cache folder, perhaps over a network, race for its files.

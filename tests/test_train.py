@@ -277,9 +277,14 @@ def test_push_to_hub(stages, tmp_path, hub, monkeypatch):
 
 
 def test_the_process_environment(tmp_path, monkeypatch):
-    """Triton's cache is a rank's own; W&B reports when it is set up or asked for."""
-    monkeypatch.setattr(os, "environ", {"RANK": "3", "WORLD_SIZE": "8", "TRITON_CACHE_DIR": str(tmp_path)})
+    """Triton's cache is a rank's own, and a single process's port; W&B reports when it is set up or asked for."""
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TRITON_CACHE_DIR": str(tmp_path)}
+    for launched in ({}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}):
+        monkeypatch.setattr(os, "environ", ranks | launched)
+        assert set_up_process() == (0, 1) and os.environ["MASTER_PORT"] != "29500"
+    monkeypatch.setattr(os, "environ", {**ranks, "RANK": "3", "WORLD_SIZE": "8"})
     assert set_up_process() == (3, 8) and os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "rank3")
+    assert os.environ["MASTER_PORT"] == "29500"
     assert not wandb_wanted("auto") and wandb_wanted("wandb")
     os.environ["WANDB_MODE"] = "offline"
     assert wandb_wanted("auto") and not wandb_wanted("none")
