@@ -100,21 +100,20 @@ def train_stage(
     zero = cfg.train.zero_stage or cfg.stage
     facts = {"world_size": plan.world_size, "zero_stage": zero, "data": data_fingerprint(chunks.metadata)}
     source = loadable(cfg, resume, facts, say)
-    watchdog = Watchdog(60 * cfg.train.hang_minutes)
-    guards = {"stop": stop, "save_minutes": cfg.train.save_minutes, "watchdog": watchdog, "facts": facts}
-    try:
-        trainer = build_trainer(cfg, plan, chunks, device, report, source, guards, say)
-    except ValueError as error:
-        raise ConfigError(one_line(error)) from error
-    if rank == 0:
-        step = step_of(resume) if resume else 0
-        record_run(cfg, ROOT, step, world_size=plan.world_size, device=device, tokens=plan.tokens)
-        if cfg.stage == 1:
-            write_whole(output / INIT_REPORT, json.dumps(trainer.model.init_report, indent=1))
-        if resume:
-            say(f"going on from {resume}")
-    trainer.train(resume_from_checkpoint=str(source) if source else None)
-    watchdog.close()
+    with Watchdog(60 * cfg.train.hang_minutes) as watchdog:
+        guards = {"stop": stop, "save_minutes": cfg.train.save_minutes, "watchdog": watchdog, "facts": facts}
+        try:
+            trainer = build_trainer(cfg, plan, chunks, device, report, source, guards, say)
+        except ValueError as error:
+            raise ConfigError(one_line(error)) from error
+        if rank == 0:
+            step = step_of(resume) if resume else 0
+            record_run(cfg, ROOT, step, world_size=plan.world_size, device=device, tokens=plan.tokens)
+            if cfg.stage == 1:
+                write_whole(output / INIT_REPORT, json.dumps(trainer.model.init_report, indent=1))
+            if resume:
+                say(f"going on from {resume}")
+        trainer.train(resume_from_checkpoint=str(source) if source else None)
     if trainer.guard.stopped:
         step = trainer.state.global_step
         why = trainer.guard.stopped

@@ -51,7 +51,8 @@ class Watchdog:
     """Ends the process, with every rank's position and the stack, once this rank has not moved for `seconds`.
 
     The ranks tell each other their positions through a store of rank 0's, so that the message can name the one that
-    hangs: the others only wait for it. All ranks construct it together, after torch.distributed is initialised.
+    hangs: the others only wait for it. All ranks construct it together, after torch.distributed is initialised. As a
+    context it watches its body.
     """
 
     def __init__(self, seconds: float):
@@ -61,7 +62,7 @@ class Watchdog:
         self.moves, self.where, self.last = 0, "the start", time.monotonic()
         self.done = threading.Event()
         self.patience = min(10.0, seconds / 2)  # for rank 0's store, whose process may be the one that hangs
-        self.store = None
+        self.store = self.sharing = None
         if self.world_size > 1:
             address = [None]
             if self.rank == 0:
@@ -70,15 +71,22 @@ class Watchdog:
                 address = [(host, self.server.port)]
             dist.broadcast_object_list(address)
             self.store = dist.TCPStore(*address[0], self.world_size, False, timedelta(seconds=60), wait_for_workers=False)
-            threading.Thread(target=self._share, daemon=True).start()
+            self.sharing = threading.Thread(target=self._share, daemon=True)
+            self.sharing.start()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self, where: str) -> None:
         """The main thread has come to `where`."""
         self.moves, self.where, self.last = self.moves + 1, where, time.monotonic()
 
-    def close(self) -> None:
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Ends the watch. Python must not end while a thread is inside the store, which is C++: that would abort the process."""
         self.done.set()
+        if self.sharing is not None:
+            self.sharing.join(self.patience)
 
     def _share(self) -> None:
         """Tells the others where this rank is. A thread of its own: a store that does not answer must not stop the watch."""

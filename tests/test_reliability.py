@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,3 +66,28 @@ with StopSignals():
     pass
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_python_does_not_end_while_a_thread_is_in_the_store():
+    """Its C++ would abort the process, with another exit code than the run's."""
+    code = """
+import sys, time
+import torch.distributed as dist
+from pipeline.guard import Watchdog
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+with Watchdog(20) as watchdog:
+    store, watching = watchdog.store, time.monotonic()
+    class Slow:
+        def set(self, *position):
+            while time.monotonic() < watching + 4:
+                store.set(*position)
+    watchdog.store = Slow()
+    watchdog.beat("the end")
+    time.sleep(1.5)  # until the thread has come to it
+sys.exit(75)
+"""
+    port = free_port()
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(port)], cwd=ROOT) for rank in range(2)]
+    assert [rank.wait(60) for rank in ranks] == [75, 75]
