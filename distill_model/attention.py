@@ -87,10 +87,10 @@ class SoftmaxAttention(nn.Module):
         if past_key_values is None:
             return k, v
         new, window = (k, v), {"window_size": self.window_size}
-        if past_key_values.get_seq_length(self.layer_idx):
+        if self.window_size is not None and past_key_values.get_seq_length(self.layer_idx):  # of which the cache drops some
             k, v = (torch.cat(pair, 1) for pair in zip(past_key_values[self.layer_idx]["attn_state"], new))
-        past_key_values.update(attn_state=new, layer_idx=self.layer_idx, offset=len(new[0][0]), cache_kwargs=window)
-        return k, v
+        held = past_key_values.update(attn_state=new, layer_idx=self.layer_idx, offset=len(new[0][0]), cache_kwargs=window)
+        return (k, v) if self.window_size is not None else held["attn_state"]
 
     def forward(
         self,
@@ -105,6 +105,8 @@ class SoftmaxAttention(nn.Module):
         each [B or 1, T, head_dim]."""
         q_len = hidden_states.shape[1]
         q, k, v = self.project(hidden_states, position_embeddings)
+        if getattr(past_key_values, "decoding", False):  # a StaticCache
+            return self.o_proj(past_key_values.attend(self.layer_idx, q, k, v).flatten(2)), None, past_key_values
         k, v = self.with_past(k, v, past_key_values)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -k.shape[1] :]

@@ -1,11 +1,15 @@
-"""The cache of teachers, students and hybrids: FLA's, and what it says of itself for them."""
+"""The caches of teachers, students and hybrids: one that grows with the text, and one of a fixed size for fast decoding."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
-from fla.models.utils import Cache
+from fla.models.utils import Cache, FLALayer
 
 from .config_distilled_student import StudentConfig
+from .fused_ops import decode_attention
 from .student_layers import get_student_attention_class
 
 
@@ -43,3 +47,160 @@ class HybridCache(Cache):
     def clear_rows(self, rows: torch.Tensor) -> None:
         """Sets everything that is held of the sequences `rows`, a mask [B], to zero: the state before the first token."""
         self._transform_states(lambda state: state.masked_fill(rows.view(-1, *[1] * (state.ndim - 1)), 0))
+
+
+# ------------------------------------------------------------------------------------------------ of a fixed size
+def _tensors(state) -> Iterator[torch.Tensor]:
+    """Those of a layer's state, in order."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif state is not None:
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(part)
+
+
+class StaticLayer(FLALayer):
+    """What one layer holds of at most `max_len` tokens. Keys and values lie in buffers [B, max_len, heads, head_dim] from the first
+    token on. Other states come as new tensors while a prompt is read; from `fix` on they stay where they are."""
+
+    def __init__(self, max_len: int):
+        super().__init__()
+        self.max_len, self.in_place = max_len, False
+
+    def update(self, *, attn_state=None, recurrent_state=None, conv_state=None, offset=1, **rest):
+        if attn_state is not None:
+            begin, end = self._seen_tokens, self._seen_tokens + attn_state[0].shape[1]
+            if end > self.max_len:
+                raise ValueError(f"past_key_values: a static cache of {self.max_len} tokens has no place for {end}; make a larger one")
+            if self.state is None:
+                self.state = {"attn_state": tuple(x.new_zeros(len(x), self.max_len, *x.shape[2:]) for x in attn_state)}
+            for buffer, new in zip(self.state["attn_state"], attn_state):
+                buffer[:, begin:end] = new
+            self._seen_tokens = end
+            return {"attn_state": tuple(buffer[:, :end] for buffer in self.state["attn_state"])}
+        if not self.in_place:
+            return super().update(recurrent_state=recurrent_state, conv_state=conv_state, offset=offset, **rest)
+        for name, new in (("recurrent_state", recurrent_state), ("conv_state", conv_state)):
+            for place, tensor in zip(_tensors(self.state[name]), _tensors(new)):
+                if place.data_ptr() != tensor.data_ptr():  # FLA's convolutions write theirs themselves
+                    place.copy_(tensor)
+        return self.state
+
+    def fix(self) -> None:
+        if "recurrent_state" in self.state:
+            self.state = self._map_state(lambda x: x.clone(memory_format=torch.contiguous_format))
+        self.in_place = True
+
+    def crop(self, max_length: int) -> None:
+        self._seen_tokens = self._validate_crop(max_length)
+
+
+class StaticCache(HybridCache):
+    """A cache whose tensors keep size and place while tokens are decoded one by one. A step of all layers is then the same work
+    whatever the text, and on a GPU one CUDA graph, recorded at the first step: Python, which takes longer to start its kernels than
+    they take to run, is out of the way. Where weights are quantised or on several devices, kernels start one by one as ever.
+
+    max_len: tokens that it holds. `generate` makes one for cache_implementation="static". Raises ValueError for a model that it
+    does not serve.
+    """
+
+    def __init__(self, config: StudentConfig, max_len: int):
+        super().__init__(config)
+        if config.linear_layers and not get_student_attention_class(config.student_name).func.CONSTANT_STATE:
+            raise ValueError(f"cache_implementation: static has no place for what {config.student_name} holds, which changes its size; "
+                             "leave it out")  # fmt: skip
+        if config.rope_parameters["rope_type"] == "dynamic":
+            raise ValueError("cache_implementation: static cannot follow RoPE of type dynamic, which depends on the length; leave it out")
+        self.layer_class_to_replicate = partial(StaticLayer, max_len)
+        self.max_len, self.decoding, self.graph = max_len, False, None
+
+    def _transform_states(self, function) -> None:
+        for layer in self.layers:
+            layer._map_state(lambda x: x.copy_(function(x)))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.decoding:
+            self.first.copy_(self.first[beam_idx])
+
+    def crop(self, tokens: int) -> None:
+        super().crop(tokens)
+        self.stop()
+
+    def reset(self) -> None:
+        super().reset()
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends decoding: what comes is a text of several tokens, or none."""
+        self.decoding, self.graph = False, None
+        for layer in self.layers:
+            layer.in_place = False
+
+    def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Prepares decoding behind the tokens that are held. attention_mask [B, held + 1], 0 for padding on the left alone."""
+        past = self.get_seq_length()
+        self.first = input_ids.new_zeros(len(input_ids))
+        if attention_mask is not None:
+            real = attention_mask[:, :past].bool()
+            self.first = real.long().argmax(1)
+            if not torch.equal(real.sum(1), past - self.first):
+                raise ValueError("attention_mask: a static cache takes padding on the left alone; leave cache_implementation out")
+        self.last = input_ids.new_full((1,), past)
+        self.input_ids, self.position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+        for layer in self.layers:
+            layer.fix()
+        self.decoding = True
+
+    def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Softmax attention of the token that is decoded, q [B, 1, heads, head_dim], to all that are held and itself, k and v
+        [B, 1, kv heads, head_dim]."""
+        buffers = self.layers[layer_idx].state["attn_state"]
+        for buffer, new in zip(buffers, (k, v)):
+            buffer.index_copy_(1, self.last, new)
+        return decode_attention(q, *buffers, self.first, self.last)
+
+    @torch.no_grad()
+    def step(self, model, input_ids, position_ids=None, attention_mask=None) -> torch.Tensor:
+        """The logits [B, 1, vocab_size] behind one more token of each sequence, input_ids [B, 1]. position_ids [B or 1, 1], or None to
+        count the tokens; attention_mask as in `begin`, read at the first step. Raises ValueError if the cache is full."""
+        if not self.decoding:
+            self.begin(input_ids, attention_mask)
+        if self.get_seq_length() >= self.max_len:
+            raise ValueError(f"past_key_values: a static cache of {self.max_len} tokens is full; make a larger one")
+        self.input_ids.copy_(input_ids)
+        self.position_ids.copy_((self.last - self.first)[:, None] if position_ids is None else position_ids)
+        if self.graph is None and self.capturable(model):
+            self.capture(model)
+        if self.graph is None:
+            self.run(model)
+        else:
+            self.graph.replay()
+        for layer in self.layers:
+            layer._seen_tokens += 1
+        return self.logits.clone()
+
+    def run(self, model) -> None:
+        hidden_states = model.model(self.input_ids, position_ids=self.position_ids, past_key_values=self, use_cache=True)
+        self.logits = model.lm_head(hidden_states.last_hidden_state)
+        self.last += 1
+
+    @staticmethod
+    def capturable(model) -> bool:
+        devices = {p.device for p in model.parameters()}
+        return len(devices) == 1 and devices.pop().type == "cuda" and not getattr(model, "is_quantized", False)
+
+    def capture(self, model) -> None:
+        """Records `run`. It is tried first, which compiles its kernels, and what that has changed put back."""
+        changed = [self.last, *(x for layer in self.layers if "recurrent_state" in layer.state for x in _tensors(layer.state))]
+        before, stream = [x.clone() for x in changed], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.run(model)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.run(model)
+        for place, value in zip(changed, before):
+            place.copy_(value)

@@ -67,6 +67,53 @@ def _rotate(x, cos, sin, out, sign, rows, HEADS: tl.constexpr, HALF: tl.constexp
     tl.store(out + first + HALF, b * c + a * s, mask=both)
 
 
+@triton.jit
+def _attend_part(q, k, v, first, last, out, weight, scale, tokens, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
+                 PARTS: tl.constexpr, GROUP_BLOCK: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The queries of one key/value head over one of PARTS equal parts of the tokens: their output, and its weight as a logarithm."""
+    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    sequence, kv_head = pair // KV_HEADS, pair % KV_HEADS
+    begin, end = tl.load(first + sequence), tl.load(last) + 1
+    share = tl.cdiv(end - begin, PARTS * BLOCK) * BLOCK
+    low = begin + part * share
+    high = tl.minimum(low + share, end)
+    query, channel, token = tl.arange(0, GROUP_BLOCK), tl.arange(0, SIZE_BLOCK), tl.arange(0, BLOCK)
+    rows = pair * GROUP + query  # of the queries: a sequence's heads, one behind the other
+    real, inside = query < GROUP, channel < SIZE
+    at = rows[:, None] * SIZE + channel[None]
+    queries = tl.load(q + at, mask=real[:, None] & inside[None], other=0)
+    top = tl.full((GROUP_BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((GROUP_BLOCK,), tl.float32)
+    sums = tl.zeros((GROUP_BLOCK, SIZE_BLOCK), tl.float32)
+    for start in range(low, high, BLOCK):
+        seen = start + token < high
+        place = ((sequence * tokens + start + token)[:, None] * KV_HEADS + kv_head) * SIZE + channel[None]
+        both = seen[:, None] & inside[None]
+        keys = tl.load(k + place, mask=both, other=0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(seen[None], scores, -float("inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shrink, weights = tl.exp(top - higher), tl.exp(scores - higher[:, None])
+        values = tl.load(v + place, mask=both, other=0)
+        total = total * shrink + tl.sum(weights, 1)
+        sums = sums * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        top = higher
+    empty = low >= high
+    place = rows * PARTS + part
+    tl.store(out + place[:, None] * SIZE + channel[None], sums / tl.where(empty, 1.0, total)[:, None], mask=real[:, None] & inside[None])
+    tl.store(weight + place, tl.where(empty, -float("inf"), top + tl.log(total)), mask=real)
+
+
+@triton.jit
+def _join_parts(parts, weight, out, SIZE: tl.constexpr, PARTS: tl.constexpr, SIZE_BLOCK: tl.constexpr):
+    row, part, channel = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, SIZE_BLOCK)
+    inside = channel < SIZE
+    w = tl.load(weight + row * PARTS + part)
+    w = tl.exp(w - tl.max(w, 0))
+    x = tl.load(parts + (row * PARTS + part)[:, None] * SIZE + channel[None], mask=inside[None], other=0)
+    tl.store(out + row * SIZE + channel, tl.sum(x * w[:, None], 0) / tl.sum(w, 0), mask=inside)
+
+
 def _grid(tensor: torch.Tensor) -> tuple[int]:
     return (triton.cdiv(tensor.numel(), BLOCK),)
 
@@ -121,6 +168,22 @@ class _Rotate(torch.autograd.Function):
         return _Rotate.forward(ctx, d_out, *ctx.saved_tensors, sign=-1.0), None, None, None
 
 
+def _decode_attention(q, k, v, first, last) -> torch.Tensor:
+    (batch, _, heads, size), (_, tokens, kv_heads, _) = q.shape, k.shape
+    # Some two programs for each processor of an H200; more than 64 parts would be slow to join.
+    parts = min(64, triton.next_power_of_2(triton.cdiv(264, batch * kv_heads)))
+    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    by_part = q.new_empty(batch * heads, parts, size, dtype=torch.float32)
+    weight = q.new_empty(batch * heads, parts, dtype=torch.float32)
+    block = max(16, triton.next_power_of_2(size))
+    _attend_part[(batch * kv_heads, parts)](
+        q, k, v, first, last, by_part, weight, size**-0.5, tokens, KV_HEADS=kv_heads, GROUP=heads // kv_heads, SIZE=size, PARTS=parts,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(heads // kv_heads)), SIZE_BLOCK=block, BLOCK=64 if block <= 128 else 32,
+    )  # fmt: skip
+    _join_parts[(batch * heads,)](by_part, weight, out, SIZE=size, PARTS=parts, SIZE_BLOCK=block)
+    return out
+
+
 def fuses(x: torch.Tensor) -> bool:
     """Whether the Triton kernels serve this tensor, in place of their plain twins."""
     return x.is_cuda
@@ -150,3 +213,17 @@ def mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Te
     if fuses(student):
         return _MeanSquaredError.apply(student, teacher.detach())
     return (student.float() - teacher.detach().float()).square().mean()
+
+
+def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Softmax attention of one query a sequence, q [B, 1, heads, D], to the tokens from first [B] to last [1], both int64, in k and v
+    [B, tokens, kv heads, D]; returns [B, 1, heads, D]. No gradient.
+
+    The tokens are read in parts, as many as fill the GPU (flash decoding, Dao et al. 2023), and how many they are is read on the GPU.
+    """
+    if fuses(q):
+        return _decode_attention(q, k.contiguous(), v.contiguous(), first, last)
+    at = torch.arange(k.shape[1], device=q.device)
+    seen = (at >= first[:, None]) & (at <= last)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], enable_gqa=k.shape[1] < q.shape[1]).transpose(1, 2)

@@ -25,7 +25,7 @@ install_cpu_ops()
 from fla.models.utils import Cache, FLAGenerationMixin  # noqa: E402
 
 from .attention import RotaryEmbedding, SoftmaxAttention  # noqa: E402
-from .cache import HybridCache  # noqa: E402
+from .cache import HybridCache, StaticCache  # noqa: E402
 from .config_distilled_student import StudentConfig  # noqa: E402
 from .fused_ops import swiglu  # noqa: E402
 from .losses import forward_kl, linear_cross_entropy  # noqa: E402
@@ -198,13 +198,16 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         """Whether transformers should refuse to decode with an assistant, whose guesses must be forgotten again."""
         return bool(HybridCache.cannot_crop(self.config))
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
-        if generation_config.cache_implementation is not None:
-            raise ValueError(f"cache_implementation: {generation_config.cache_implementation!r} has no place for the states of "
-                             "linear layers; leave it out")  # fmt: skip
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length) -> None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "static"):
+            raise ValueError(f"cache_implementation: {kind!r} has no place for the states of linear layers; choose static, or leave it out")
+        if model_kwargs.get("past_key_values") is None:
+            generation_config.cache_implementation = None  # transformers' own
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HybridCache(self.config)
+            cache = StaticCache(self.config, max_cache_length) if kind == "static" else HybridCache(self.config)
+            model_kwargs["past_key_values"] = cache
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """Reads a prompt in pieces of `prefill_chunk_size` tokens, if that is set; the last piece as transformers does."""
@@ -257,6 +260,11 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
             raise ValueError("teacher_hidden_states and teacher_head_weight go together")
         if teacher_hidden_states is not None and ce_weight and labels is None:
             raise ValueError(f"ce_weight: {ce_weight} needs labels")
+        if isinstance(past_key_values, StaticCache):
+            if past_key_values.get_seq_length() and input_ids is not None and input_ids.shape[1] == 1:
+                logits = past_key_values.step(self, input_ids, position_ids, attention_mask)
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            past_key_values.stop()
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         hidden_states = outputs.last_hidden_state
 

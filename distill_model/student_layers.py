@@ -129,6 +129,7 @@ class StudentAttention:
     fits_decay: whether its heads decay by exp(-exp(A_log) softplus(... + dt_bias)) a token, and by nothing else.
     fits_gate: whether its output gate starts shut, and `open_gate` opens it.
     CROPS: whether its cache holds tokens one by one, so that the last can be forgotten.
+    CONSTANT_STATE: whether what it holds keeps its shape from the first token on.
     OPENED: the linear maps whose weight a kernel reads itself.
     """
 
@@ -136,6 +137,7 @@ class StudentAttention:
     HEAD_DIMS: range | tuple[int, ...] | None = range(LEAST_BLOCK, 257)
     SOURCES = {f"{name}.weight": f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     CROPS = False
+    CONSTANT_STATE = True
     OPENED = ()
     rope_share = 0.0
     fits_decay = False
@@ -537,6 +539,8 @@ class _MaskedCacheStudent(StudentAttention):
     """A softmax-like layer of FLA that takes a cache only with a mask, a mask only with a cache, and behind cached tokens one
     token at a time: a long text in pieces costs it time."""
 
+    CONSTANT_STATE = False
+
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
         length = hidden_states.shape[1]
         past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
@@ -629,6 +633,7 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
     """The teacher's own attention, over the last `window_size` tokens, the query's among them (Beltagy et al., arXiv
     2004.05150)."""
 
+    CONSTANT_STATE = False
     OPTIONS = {"window_size": Option()}
     HEAD_DIMS = None
     SOURCES = StudentAttention.SOURCES | BIASES | NORMS
@@ -677,6 +682,7 @@ class LoLCATsStudent(StudentAttention, SoftmaxAttention):
     """LoLCATs (Zhang et al., arXiv 2410.10254): the teacher's softmax over a sliding window, and linear attention with
     learned feature maps over all that is older, under one normaliser."""
 
+    CONSTANT_STATE = False
     OPTIONS = {"window_size": Option(), "feature_dim": Option(minimum=2)}  # softmax over one feature is 1
     SOURCES = StudentAttention.SOURCES | BIASES | NORMS
     rope_share = 1.0

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from distill_model.fused_ops import mean_squared_error, rotate, scaled, swiglu
+from distill_model.fused_ops import decode_attention, mean_squared_error, rotate, scaled, swiglu
 
 SHAPES = [(1,), (3, 17), (2, 5, 60)]
 
@@ -59,3 +59,24 @@ def test_scaled():
     x, scale = torch.randn(3, 17), torch.tensor(0.3)
     torch.testing.assert_close(scaled(x.T, scale), x.T * 0.3)
     assert scaled(x.bfloat16(), scale).dtype == torch.bfloat16
+
+
+def attend_naively(q, k, v, first, last):
+    """A loop over sequences and heads, in float64."""
+    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    for row, begin in enumerate(first):
+        for head in range(q.shape[2]):
+            keys, values = (x[row, begin : last + 1, head * x.shape[2] // q.shape[2]].double() for x in (k, v))
+            out[row, 0, head] = (keys @ q[row, 0, head].double() * q.shape[3] ** -0.5).softmax(0) @ values
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 30, 300])
+def test_decode_attention(length):
+    """Sequences that begin at different tokens, one of them at the last; buffers with room, in which anything may lie."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 6, 20), *torch.full((2, 3, length + 20, 2, 20), 1e4)
+    first, last = torch.tensor([0, length // 4, length - 1]), torch.tensor([length - 1])
+    k[:, :length], v[:, :length] = torch.randn(2, 3, length, 2, 20)
+    out = decode_attention(q, k, v, first, last)
+    torch.testing.assert_close(out.double(), attend_naively(q, k, v, first, last), atol=1e-5, rtol=1e-5)

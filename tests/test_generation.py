@@ -10,8 +10,11 @@ from test_model import OPTIONS, STUDENTS, hybrid, trained
 from transformers import AutoTokenizer, DynamicCache, TextIteratorStreamer
 
 from convert import load_teacher
+from distill_model.cache import StaticCache, _tensors
 
 GROWING = {"path_v1", "path_fox_v1", "fox_v1"}  # softmax in another form
+WINDOWED = {"swa_v1", "lolcats_v1"}
+STATIC = ["teacher", *(name for name in STUDENTS if name not in GROWING | WINDOWED)]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def models(teacher):
 
     def get(name):
         if name not in made:
-            made[name] = trained(hybrid(teacher, name))
+            made[name] = teacher if name == "teacher" else trained(hybrid(teacher, name))
         return made[name]
 
     return get
@@ -151,13 +154,84 @@ def test_caches_that_cannot_be_are_refused(models, teacher):
     model, ids = models("gdn_v4"), torch.randint(1, 96, (1, 9))
     with pytest.raises(ValueError, match="a DynamicCache has no place for the states"):
         model(ids, past_key_values=DynamicCache(), use_cache=True)
-    for kind in ("static", "quantized"):
-        with pytest.raises(ValueError, match=f"cache_implementation: '{kind}' has no place for the states"):
-            model.generate(ids, cache_implementation=kind, max_new_tokens=2)
+    with pytest.raises(ValueError, match="cache_implementation: 'quantized' has no place for the states"):
+        model.generate(ids, cache_implementation="quantized", max_new_tokens=2)
+    with pytest.raises(ValueError, match="both `cache_implementation`"):
+        model.generate(ids, cache_implementation="static", past_key_values=StaticCache(model.config, 9), max_new_tokens=2)
     with pytest.raises(ValueError, match="prefill_chunk_size: 4 needs use_cache=True"):
         model.generate(ids, prefill_chunk_size=4, use_cache=False, max_new_tokens=2)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=9)
+
+
+# ------------------------------------------------------------------------------------------------ a cache of a fixed size
+@torch.no_grad()
+@pytest.mark.parametrize("name", STATIC)
+def test_a_static_cache_gives_the_same_text(models, name):
+    """Greedy, sampled, beams, a prompt in pieces, a batch padded on the left, beyond the teacher's 64 positions."""
+    model, (ids, mask) = models(name), padded(61, padding=23)
+    generate = partial(model.generate, ids, attention_mask=mask, max_new_tokens=9, pad_token_id=0, return_dict_in_generate=True)
+    for options in ({"do_sample": False}, {"do_sample": True, "top_k": 8}, {"do_sample": False, "num_beams": 3},
+                    {"do_sample": False, "prefill_chunk_size": 16}, {"do_sample": False, "eos_token_id": list(range(48))}):  # fmt: skip
+        out = []
+        for kind in (None, "static"):
+            torch.manual_seed(3)
+            out.append(generate(**options, cache_implementation=kind))
+        assert torch.equal(out[0].sequences, out[1].sequences)
+        assert out[0].past_key_values.get_seq_length() == out[1].past_key_values.get_seq_length()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", STATIC)
+def test_a_static_cache_keeps_its_place(models, name):
+    """No tensor of it moves or grows from step to step; its logits are those of the full forward, also when several tokens come
+    after single ones, and behind reordered rows."""
+    model, (ids, mask) = models(name), padded(40, padding=7)
+    full = model(ids, attention_mask=mask, use_cache=False).logits
+    cache, places, start = StaticCache(model.config, 40), set(), 0
+    for size in (11, 1, 1, 1, 12, 1, 1, 1):
+        new = slice(start, start := start + size)
+        logits = model(ids[:, new], attention_mask=mask[:, :start], past_key_values=cache).logits
+        torch.testing.assert_close(logits[mask[:, new].bool()], full[:, new][mask[:, new].bool()], atol=5e-4, rtol=1e-3)
+        if size == 1 and start < 15:
+            places.add(tuple(x.data_ptr() for layer in cache.layers for x in _tensors(layer.state)))
+            assert [tuple(x.shape) for x in cache[1]["attn_state"]] == [(3, 40, 2, 16)] * 2
+    assert len(places) == 1 and cache.get_seq_length() == start == 29
+    order = torch.tensor([2, 0, 0])
+    cache.reorder_cache(order)
+    for _ in range(2):
+        logits = model(ids[order, start, None], attention_mask=mask[order, : start + 1], past_key_values=cache).logits
+        torch.testing.assert_close(logits[:, 0], full[order, start], atol=5e-4, rtol=1e-3)
+        start += 1
+
+
+def test_what_a_static_cache_refuses(models, teacher):
+    ids = torch.randint(1, 96, (2, 9))
+    for name in (*GROWING, *WINDOWED):
+        with pytest.raises(ValueError, match=f"cache_implementation: static has no place for what {name} holds"):
+            models(name).generate(ids, cache_implementation="static", max_new_tokens=2)
+    model, cache = models("gdn_v4"), StaticCache(teacher.config, 10)
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[1, 4] = 0
+    model(ids, attention_mask=mask[:, :9], past_key_values=cache)
+    with pytest.raises(ValueError, match="attention_mask: a static cache takes padding on the left alone"):
+        model(ids[:, :1], attention_mask=mask[:, :10], past_key_values=cache)
+    model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values: a static cache of 10 tokens is full"):
+        model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values: a static cache of 10 tokens has no place for 13"):
+        model(ids[:, :3], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_static_cache_of_a_teacher_crops(teacher):
+    ids, cache = torch.randint(1, 96, (2, 12)), StaticCache(teacher.config, 20)
+    teacher(ids, past_key_values=cache)
+    teacher(ids[:, :1], past_key_values=cache)
+    cache.crop(7)
+    for at in range(7, 10):
+        logits = teacher(ids[:, at, None], past_key_values=cache).logits
+        torch.testing.assert_close(logits, teacher(ids[:, : at + 1]).logits[:, -1:], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["teacher", "fox_v1"])

@@ -127,6 +127,8 @@ if __name__ == "__main__":
     test_fused_ops.test_rotate(1)
     test_fused_ops.test_rotate(2)
     test_fused_ops.test_scaled()
+    for length in (1, 300):
+        test_fused_ops.test_decode_attention(length)
     test_linear_cross_entropy(8, N)
     test_gradients_accumulate_over_micro_batches()
     test_only_the_wanted_gradients_are_made()

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_fused_ops import attend_naively
 
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from distill_model.fused_ops import mean_squared_error, rotate, swiglu
+from distill_model.fused_ops import decode_attention, mean_squared_error, rotate, swiglu
 from distill_model.losses import forward_kl, linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -72,3 +73,15 @@ def test_element_wise_steps(dtype, shape):
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         expected = apply_rotary_pos_emb(double[0], double[0], cos.double(), sin.double(), unsqueeze_dim=2)[0]
         check_step(rotate(given[0], cos, sin), expected, given, double, LIMITS[dtype] / 2)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("heads, kv_heads, size", [(12, 2, 128), (14, 2, 64), (32, 8, 80), (4, 4, 256)])
+def test_decode_attention(dtype, heads, kv_heads, size):
+    for batch, length in ((1, 1), (1, 20_000), (5, 777)):
+        q = torch.randn(batch, 1, heads, size, device="cuda", dtype=dtype)
+        k, v = torch.randn(2, batch, length + 100, kv_heads, size, device="cuda", dtype=dtype)
+        first = torch.arange(batch, device="cuda") * (length // 5)
+        last = torch.tensor([length - 1], device="cuda")
+        out, expected = decode_attention(q, k, v, first, last), attend_naively(q, k, v, first, last)
+        assert (out.double() - expected).norm() < LIMITS[dtype] * expected.norm()
