@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .config_distilled_student import StudentConfig
@@ -30,14 +31,17 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
 
 def sdpa_mask(
     attention_mask: torch.Tensor | None, q_len: int, k_len: int, device: torch.device, window_size: int | None = None
-) -> torch.Tensor | None:
-    """The boolean mask [B or 1, 1, q_len, k_len] of the last q_len of k_len positions, or None where SDPA needs none.
+) -> torch.Tensor | CausalBias | None:
+    """The boolean mask [B or 1, 1, q_len, k_len] of the last q_len of k_len positions, or None where SDPA needs none, or on a GPU
+    what flash attention takes in its place.
 
     attention_mask: [B, k_len], 1 for real tokens, 0 for padding; None when nothing is padded.
     window_size: how many tokens a query sees, itself among them; None for all.
     """
     if attention_mask is None and q_len in (1, k_len) and (window_size is None or k_len <= window_size):
         return None  # one query sees everything; a square is `is_causal`
+    if attention_mask is None and window_size is None and device.type == "cuda":
+        return causal_lower_right(q_len, k_len)
     query = torch.arange(k_len - q_len, k_len, device=device)[:, None]
     key = torch.arange(k_len, device=device)
     mask = (query >= key)[None, None]

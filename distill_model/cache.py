@@ -13,6 +13,15 @@ from .fused_ops import decode_attention
 from .student_layers import get_student_attention_class
 
 
+def _tensors(state) -> Iterator[torch.Tensor]:
+    """Those of a layer's state, in order."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif state is not None:
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(part)
+
+
 class HybridCache(Cache):
     """Keys and values [B, tokens, heads, head_dim] of the layers with softmax attention, states of constant size of the others.
 
@@ -22,6 +31,10 @@ class HybridCache(Cache):
     def __init__(self, config: StudentConfig):
         super().__init__()
         self.config = config
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for layer in self.layers for x in _tensors(layer.state))
 
     @staticmethod
     def cannot_crop(config: StudentConfig) -> list[int]:
@@ -50,15 +63,6 @@ class HybridCache(Cache):
 
 
 # ------------------------------------------------------------------------------------------------ of a fixed size
-def _tensors(state) -> Iterator[torch.Tensor]:
-    """Those of a layer's state, in order."""
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif state is not None:
-        for part in state.values() if isinstance(state, dict) else state:
-            yield from _tensors(part)
-
-
 class StaticLayer(FLALayer):
     """What one layer holds of at most `max_len` tokens. Keys and values lie in buffers [B, max_len, heads, head_dim] from the first
     token on. Other states come as new tensors while a prompt is read; from `fix` on they stay where they are."""

@@ -1,6 +1,7 @@
-"""Element-wise steps that are bound by memory, each one Triton kernel on a GPU; elsewhere plain PyTorch.
+"""Steps that are bound by memory, as Triton kernels on a GPU; elsewhere plain PyTorch.
 
-Measured to pay: see benchmarks/README.md. No autotuning, for it would cost a cold start more than it gives.
+Those of training are measured to pay: see benchmarks/README.md. A token's attention reads its length on the GPU, which PyTorch's
+kernels do not, and a CUDA graph must. No autotuning, for it would cost a cold start more than it gives.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import compare_students, recall_teacher, train_throughput
+from benchmarks import compare_students, decode, recall_teacher, train_throughput
 from distill_model import StudentConfig, StudentForCausalLM
 from wrapper import AttentionAlignmentModel
 
@@ -120,3 +120,32 @@ def test_flops_of_the_matrix_products():
     assert train_throughput.flops_per_token(None, student, 3) == 6 * (2 * (linear + mlp) + head)
     aligned = AttentionAlignmentModel(teacher, student)  # the last block has no MLP; only o_proj's input needs a gradient
     assert train_throughput.flops_per_token(None, aligned, 1) == 2 * (2 * attention + mlp) + 2 * (4 * linear + 2 * 32 * 32)
+
+
+def test_decode(tmp_path, monkeypatch, capsys):
+    """The cache's share is that of what is held; a size that exhausts the memory is a line of the table, and the others are measured."""
+    small = StudentConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                          head_dim=16)  # fmt: skip
+    generate = StudentForCausalLM.generate
+
+    def exhausted(self, ids, **options):
+        if len(ids) == 3:
+            raise torch.OutOfMemoryError
+        return generate(self, ids, **options)
+
+    monkeypatch.setattr(decode, "published_config", lambda *_: small)
+    monkeypatch.setattr(StudentForCausalLM, "generate", exhausted)
+    decode.main(["--kept", "1", "--contexts", "50", "90", "--batch_sizes", "1", "2", "3", "--new_tokens", "7", "--output_dir", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert shown == (tmp_path / "decode.md").read_text() and (tmp_path / "decode.png").stat().st_size > 10_000
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert len(rows) == 2 * 2 * 3 + 2 and shown.count("out of memory") == 4
+    by = {(row["model"], row["context"], row["batch_size"]): row for row in rows}
+    tokens = 90 + 7 - 1  # the last one is not read
+    keys_and_values, state = 2 * tokens * 2 * 16 * 4, 4 * 16 * 16 * 4
+    assert by["teacher", 90, 2]["cache"] == 2 * 4 * keys_and_values and by["hybrid", 90, 2]["cache"] == 2 * (keys_and_values + 3 * state)
+    share = f"context 90, batch 2: cache {(keys_and_values + 3 * state) / (4 * keys_and_values):.1%} of the teacher's"
+    assert share in shown and shown.count("of FLA's loop") == 2
+    for options, message in ((["--kept", "4"], "--kept: 4 must be between 1 and 3"), (["--new_tokens", "5"], "--new_tokens: 5 must be at least 6")):
+        with pytest.raises(ValueError, match=message):
+            decode.main(options)

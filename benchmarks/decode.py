@@ -1,0 +1,173 @@
+"""Reading a prompt and decoding behind it: the teacher, a hybrid of its shape, and the hybrid by single kernels, in one run.
+
+    python benchmarks/decode.py --shape qwen2.5-1.5b --kept 7 --output_dir decode_out
+    python benchmarks/decode.py --shape qwen2.5-0.5b --layers 4 --kept 1 --contexts 256 1024 --batch_sizes 1 2   # a CPU
+
+Random weights of a published shape and random prompts, through `generate`, greedily. Teacher (all layers kept) and hybrid decode with
+cache_implementation="static", on a GPU a CUDA graph a token; "FLA's loop" is the same hybrid with FLA's cache and kernels called one
+by one, as FLA's own models generate, at batch size 1. Prompts are read 4096 tokens at a time. Times of a token are medians over
+--new_tokens, after the first few, which compile and record. Printed and written are a table and what the ratios come to
+(decode.md, decode.json) and a plot (decode.png).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from transformers import StoppingCriteria
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.train_throughput import published_config, random_model  # noqa: E402
+from distill_model import StudentForCausalLM  # noqa: E402
+from layer_selection.ranking import evenly_spaced  # noqa: E402
+
+PREFILL, WARM = 4096, 4  # tokens read at a time; tokens whose times do not count
+TEACHER, HYBRID, LOOP = "teacher", "hybrid", "hybrid, FLA's loop"
+
+
+class Clock(StoppingCriteria):
+    """When each token was there."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.times = device, []
+
+    def __call__(self, input_ids, scores, **_):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: int, new_tokens: int) -> dict | None:
+    """Tokens/s of reading and decoding, milliseconds a token, bytes of the cache and peak bytes; None where memory does not do."""
+    device, clock = model.device, Clock(model.device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    ids = torch.randint(1, model.config.vocab_size, (batch_size, context), device=device)
+    begin = time.perf_counter()
+    try:
+        out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, prefill_chunk_size=PREFILL,
+                             cache_implementation="static" if static else None, stopping_criteria=[clock],
+                             return_dict_in_generate=True)  # fmt: skip
+    except torch.OutOfMemoryError:
+        return None
+    token = statistics.median(b - a for a, b in zip(clock.times[WARM:], clock.times[WARM + 1 :]))
+    return {"prefill": context * batch_size / (clock.times[0] - begin), "decode": batch_size / token, "ms": token * 1e3,
+            "cache": out.past_key_values.nbytes, "peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| model | context | batch | prefill tokens/s | decode tokens/s | ms a token | cache MiB | peak GiB |",
+             "|:--|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for row in rows:
+        head = f"| {row['model']} | {row['context']:,} | {row['batch_size']} | "
+        if "decode" not in row:
+            lines.append(head + "out of memory | | | | |")
+            continue
+        peak = f"{row['peak'] / 2**30:.1f}" if row["peak"] else ""
+        lines.append(head + f"{row['prefill']:,.0f} | {row['decode']:,.1f} | {row['ms']:.2f} | {row['cache'] / 2**20:,.1f} | {peak} |")
+    return "\n".join(lines)
+
+
+def ratios(rows: list[dict]) -> list[str]:
+    """What the hybrid has of the teacher's cache and speed, and of FLA's loop's, wherever both were measured."""
+    found = {(row["model"], row["context"], row["batch_size"]): row for row in rows if "decode" in row}
+    lines = []
+    for (model, context, batch_size), row in found.items():
+        where, teacher, loop = f"context {context:,}, batch {batch_size}", *(found.get((m, context, batch_size)) for m in (TEACHER, LOOP))
+        if model == HYBRID and teacher:
+            lines.append(f"{where}: cache {row['cache'] / teacher['cache']:.1%} of the teacher's, {row['decode'] / teacher['decode']:.2f} "
+                         "times its tokens/s")  # fmt: skip
+        if model == HYBRID and loop:
+            lines.append(f"{where}: {row['decode'] / loop['decode']:.2f} times the tokens/s of FLA's loop")
+    return lines
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Tokens/s of decoding and bytes of the cache over the context."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    series: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if "decode" in row:
+            series.setdefault((row["batch_size"], row["model"]), []).append(row)
+    colours, styles = {TEACHER: "C3", HYBRID: "C0", LOOP: "C7"}, ["-", "--", ":", "-."]
+    batch_sizes = sorted({batch_size for batch_size, _ in series})
+    for (batch_size, model), points in series.items():
+        how = dict(color=colours[model], linestyle=styles[batch_sizes.index(batch_size) % len(styles)], marker="o", markersize=3)
+        contexts = [p["context"] for p in points]
+        axes[0].plot(contexts, [p["decode"] for p in points], label=f"{model}, batch {batch_size}", **how)
+        if model != LOOP:
+            axes[1].plot(contexts, [p["cache"] / 2**20 for p in points], **how)
+    contexts = sorted({row["context"] for row in rows})
+    for axis, label in zip(axes, ("decode tokens/s", "cache MiB")):
+        axis.set(xlabel="context", ylabel=label, xscale="log", yscale="log")
+        axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside right", fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen2.5-1.5b", help="a published size of convert/published.yaml")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--kept", type=int, default=7, help="layers of the hybrid that stay full, evenly spaced")
+    parser.add_argument("--student", default="gdn_v4")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--output_dir", type=Path, help="for decode.md, decode.json and decode.png")
+    args = parser.parse_args(argv)
+    if args.new_tokens < WARM + 2:
+        raise ValueError(f"--new_tokens: {args.new_tokens} must be at least {WARM + 2}, of which the first {WARM} do not count")
+    config = published_config(args.shape, args.layers)
+    if not 1 <= args.kept < config.num_hidden_layers:
+        raise ValueError(f"--kept: {args.kept} must be between 1 and {config.num_hidden_layers - 1}, one less than the layers")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kept = evenly_spaced(args.kept, config.num_hidden_layers)
+    torch.manual_seed(0)
+    rows = []
+    teacher = random_model(config, dtype, device)
+    with torch.device(device):
+        hybrid = StudentForCausalLM.from_teacher(teacher, args.student, kept)[0].eval()
+    for name, model in ((TEACHER, teacher), (HYBRID, hybrid), (LOOP, hybrid)):
+        for batch_size in args.batch_sizes if name != LOOP else [1]:
+            for context in args.contexts:
+                row = {"model": name, "context": context, "batch_size": batch_size}
+                rows.append(row | (measure(model, name != LOOP, context, batch_size, args.new_tokens) or {}))
+                print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
+    what = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    head = (f"{what}, torch {torch.__version__}, {dtype}; {args.shape}, {config.num_hidden_layers} layers, {args.student}, "
+            f"{args.kept} kept")  # fmt: skip
+    text = "\n".join([head, "", table(rows), "", *ratios(rows)])
+    print(text)
+    if args.output_dir:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / "decode.md").write_text(text + "\n")
+        (args.output_dir / "decode.json").write_text(json.dumps({"setup": head, "rows": rows}, indent=1) + "\n")
+        plot(rows, args.output_dir / "decode.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"decode.py: error: {error}")
