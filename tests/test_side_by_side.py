@@ -1,9 +1,11 @@
 """Hybrids side by side: their steps are those of a plain loop, a stopped selection goes on to the same end, and the rules of stopping."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from benchmarks import selection_cost
 from test_select_layers import select, stage2  # noqa: F401
 
 from layer_selection import side_by_side
@@ -133,3 +135,20 @@ def test_rules():
     eight = {layer: float(layer) for layer in range(8)}
     assert survivors(eight, 2, 1) == survivors(eight, 2, 3) == list(range(8)) and survivors(eight, 2, 2) == [4, 5, 6, 7]
     assert survivors({layer: float(layer) for layer in range(4, 8)}, 2, 4) == [5, 6, 7]
+
+
+def test_what_it_costs(stage2, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """All of the rounds cost what full runs do, less the teacher's work that is not done again; half of them half of it."""
+    options = ["--cfg", str(stage2), "--ratio", "0.25", "--seeds", "2", "--rounds", "4", "--sequences", "1", "--correlation", "-1",
+               "--output_dir", str(tmp_path)]  # fmt: skip
+    selection_cost.main([*options, "--window", "0", *STEPS])
+    whole = json.loads((tmp_path / "cost.json").read_text())
+    assert [len(row["full"]) for row in whole] == [1, 1] and all(row["same"] and row["steps"] == 8 for row in whole)
+    assert all(26 / 32 < row["flops"] < 1.1 and row["full_seconds"] > 0 for row in whole)
+    assert capsys.readouterr().out == (tmp_path / "cost.md").read_text()
+    for seed in range(2):
+        shutil.rmtree(tmp_path / f"seed_{seed}" / "side_by_side")
+    monkeypatch.setattr(side_by_side, "settled", lambda rounds, *_: len(rounds) == 2)
+    selection_cost.main([*options, *STEPS])
+    for row, before in zip(json.loads((tmp_path / "cost.json").read_text()), whole):
+        assert row["steps"] == 4 and row["flops"] == pytest.approx(before["flops"] / 2) and row["full_seconds"] == before["full_seconds"]
