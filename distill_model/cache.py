@@ -195,16 +195,20 @@ class StaticCache(HybridCache):
         return len(devices) == 1 and devices.pop().type == "cuda" and not getattr(model, "is_quantized", False)
 
     def capture(self, model) -> None:
-        """Records `run`. It is tried first, which compiles its kernels, and what that has changed put back."""
+        """Records `run`. It is tried first, which compiles its kernels; what that changes is put back."""
         changed = [self.last, *(x for layer in self.layers if "recurrent_state" in layer.state for x in _tensors(layer.state))]
         before, stream = [x.clone() for x in changed], torch.cuda.Stream()
+
+        def put_back():
+            for place, value in zip(changed, before):
+                place.copy_(value)
+
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self.run(model)
+                put_back()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.run(model)
-        for place, value in zip(changed, before):
-            place.copy_(value)

@@ -435,13 +435,6 @@ class Mamba2Student(StudentAttention, Mamba2):
         init.zeros_(self.out_proj.bias)
 
     @torch.no_grad()
-    def set_decay(self, rates: torch.Tensor) -> None:
-        """Lets head h forget at rates[h] nats a token, where nothing in the input says otherwise. Only with `fits_decay`."""
-        step = rates / self.A_log.float().exp()
-        bias = step + torch.log(-torch.expm1(-step))  # the inverse of softplus
-        self.dt_bias.copy_(bias.repeat_interleave(self.dt_bias.numel() // bias.numel()))
-
-    @torch.no_grad()
     def init_from_teacher(self, teacher_attn: SoftmaxAttention) -> InitReport:
         """in_proj holds gate, x, B, C and time steps one below the other."""
         report = super().init_from_teacher(teacher_attn)
