@@ -11,6 +11,7 @@ Stage 1 aligns attention outputs, stage 2 distils the teacher's logits, stage 3 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -33,7 +34,7 @@ from pipeline.guard import REQUEUE, Diverged, StopSignals, Watchdog
 from pipeline.run_folder import EXPORT, INIT_REPORT, METRICS, check_run_folder, is_finished, record_run, resume_point
 
 ROOT = Path(__file__).resolve().parent
-BYTES_OF_ADAMW = 12  # an fp32 master copy and two fp32 moments a parameter
+OPTIMIZER_BYTES = {"adamw": 12, "adamw_8bit": 6}  # a parameter: an fp32 master copy, and two moments in fp32 or 8 bits
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,6 +80,8 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tup
     plan = batch_plan(cfg, world_size)
     check_run_folder(cfg)
     report = wandb_wanted(cfg.train.report_to)
+    if cfg.train.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; install it or say adamw")
     if is_finished(cfg) and not args.dry_run:
         say(f"{cfg.train.output_dir}: this run is finished; its result is {cfg.train.output_dir}/{EXPORT}")
         return None
@@ -165,6 +168,7 @@ def memory_advice(cfg: Config, plan: BatchPlan):
         train = cfg.train
         knobs = {
             f"train.micro_batch_size below {train.micro_batch_size}, which changes no result": train.micro_batch_size > 1,
+            "train.optimizer=adamw_8bit": train.optimizer == "adamw",
             "train.gradient_checkpointing=true": cfg.stage > 1 and not train.gradient_checkpointing,
             "train.kd_teacher_shard=always": cfg.stage == 2 and train.kd_teacher_shard != "always" and plan.world_size > 1,
             "train.kd_teacher_offload=cpu": cfg.stage == 2 and train.kd_teacher_offload == "none",
@@ -202,6 +206,9 @@ def loadable(cfg: Config, resume: Path | None, facts: dict, say) -> Path | None:
     if theirs["world_size"] == facts["world_size"]:
         return resume
     change = f"{theirs['world_size']} processes saved {resume.name}, {facts['world_size']} go on from it"
+    if cfg.train.optimizer == "adamw_8bit":
+        raise ConfigError(f"{change}: with train.optimizer adamw_8bit, DeepSpeed's universal checkpoint cannot cut the states; start "
+                          f"{theirs['world_size']} processes")  # fmt: skip
     if facts["zero_stage"] == 3 and cfg.stage == 1:
         raise ConfigError(f"{change}: with train.zero_stage 3, stage 1's frozen weights are spread over the ranks, which "
                           f"DeepSpeed's universal checkpoint leaves out; start {theirs['world_size']} processes")  # fmt: skip
@@ -341,11 +348,15 @@ def parameter_groups(model, cfg: Config) -> list[ParameterGroup]:
 
 
 def get_optimizer(model, cfg: Config):
-    """AdamW over the groups of `parameter_groups`."""
-    import torch
+    """AdamW over the groups of `parameter_groups`, its moments in fp32 or in 8 bits, quantised by blocks (Dettmers et al.,
+    arXiv 2110.02861)."""
+    if cfg.train.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
 
     groups = [{"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in parameter_groups(model, cfg)]
-    return torch.optim.AdamW(groups, betas=tuple(cfg.train.betas))
+    return AdamW(groups, betas=tuple(cfg.train.betas))
 
 
 def get_scheduler(optimizer, cfg: Config, plan: BatchPlan):
@@ -390,8 +401,8 @@ def teacher_engine_config(cfg: Config, teacher, device: str, world_size: int, sa
             why = "there is one process"
         elif device == "cuda":
             free = torch.cuda.mem_get_info()[0]
-            # A student of its size brings weights and gradients in the same dtype and its share of AdamW's states.
-            need = 3 * size + size // 2 * BYTES_OF_ADAMW // world_size
+            # A student of its size brings weights and gradients in the same dtype and its share of the optimiser's states.
+            need = 3 * size + size // 2 * OPTIMIZER_BYTES[cfg.train.optimizer] // world_size
             shard, why = need > 0.7 * free, f"student and teacher take {need / 2**30:.1f} of {free / 2**30:.1f} GiB free"
         else:
             why = "memory is shared by the processes of a CPU machine"
@@ -516,7 +527,7 @@ def print_plan(cfg: Config, plan: BatchPlan, say) -> None:
         "weights": trainable * width / (n if zero == 3 else 1),
         "teacher": frozen * width / (n if cfg.train.kd_teacher_shard == "always" else 1),
         "gradients": trainable * width / (n if zero > 1 else 1),
-        "optimiser": trainable * BYTES_OF_ADAMW / n,
+        "optimiser": trainable * OPTIMIZER_BYTES[cfg.train.optimizer] / n,
     }
     say(f"stage {cfg.stage}: {plan.steps:,} steps x {plan.batch_size} sequences x {plan.seq_len} = {plan.tokens:,} tokens")
     say(f"devices: {n}, each {plan.grad_accum} x {plan.micro_batch_size} sequences a step; ZeRO-{zero}")

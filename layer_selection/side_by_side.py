@@ -207,6 +207,8 @@ class Rounds:
     # ---- candidates
     def build(self, mine: list[int], done: int) -> None:
         teacher, student = self.bench.teacher, self.bench.student
+        if self.cfg.train.optimizer != "adamw":
+            raise ConfigError(f"train.optimizer: {self.cfg.train.optimizer}: side by side, candidates train with adamw; set that, or take --full_runs")
         need = BYTES_A_PARAMETER * sum(p.numel() for p in student.parameters()) * len(mine)
         on_gpu, memory = self.bench.device.type == "cuda", psutil.virtual_memory().available
         self.resident = not on_gpu or need < 0.6 * torch.cuda.mem_get_info()[0]

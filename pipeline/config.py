@@ -63,6 +63,7 @@ class TrainConfig:
     final_lr: float = key(1e-5, help="learning rate at the end of cosine and linear, at most the peak", minimum=0)
     weight_decay: float = key(0.0, help="AdamW's decay, on matrices only", minimum=0)
     betas: list[float] = key([0.9, 0.95], help="AdamW's betas")
+    optimizer: str = key("adamw", help="adamw, or adamw_8bit (bitsandbytes): its states take 2 bytes a parameter instead of 8", choices=("adamw", "adamw_8bit"))
     max_grad_norm: float = key(1.0, help="gradient norm at which gradients are clipped; 0: never", minimum=0)
     student_init_ckpt: str | None = key(None, help="start of stage 2 (stage 1's converted-hf) and stage 3 (stage 2's)")
     max_length: int | None = key(None, help="accepted; must equal train_seq_len")

@@ -276,6 +276,13 @@ def test_push_to_hub(stages, tmp_path, hub, monkeypatch):
     assert len(hub) == 2
 
 
+def test_an_optimiser_that_is_not_installed(tmp_path, teacher_dir, data_dir, monkeypatch):
+    file = write_config(tmp_path, 1, teacher_dir, data_dir, optimizer="adamw_8bit")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="train.optimizer: adamw_8bit needs bitsandbytes"):
+        prepare(file)
+
+
 def test_the_process_environment(tmp_path, monkeypatch):
     """Triton's cache is a rank's own, and a single process's port; W&B reports when it is set up or asked for."""
     ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -769,6 +769,24 @@ def test_another_number_of_processes_with_weights_that_stay_behind(make_run):
     run.to_the_end(ranks=2)
 
 
+@pytest.mark.parametrize("stage", RANKS)
+def test_optimiser_states_of_8_bits(make_run, stage):
+    """They take a fourth of their place, train nearly as well, and go on to the bit, but not on another number of processes."""
+    run = make_run(stage, optimizer="adamw_8bit")
+    untouched = run.root / "untouched"
+    run.to_the_end(f"train.output_dir={untouched}")
+    ours, theirs = ([line["loss"] for line in metrics(folder) if "loss" in line] for folder in (untouched, run.whole))
+    assert ours != theirs and ours == pytest.approx(theirs, rel=0.05)
+    sizes = [sum(file.stat().st_size for file in checkpoints(folder)[-1].rglob("*optim_states.pt")) for folder in (untouched, run.whole)]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
+    job = run.start(ranks=3 - run.ranks)
+    assert job.wait() == 1 and "with train.optimizer adamw_8bit, DeepSpeed's universal checkpoint cannot cut the states" in job.output()
+    run.to_the_end()
+    run.whole = untouched
+    run.must_equal_the_whole()
+
+
 # ------------------------------------------------------------------------------------------------ trust
 class Bomb:
     def __init__(self, target):
