@@ -428,6 +428,30 @@ def test_signalled(make_run, name):
     run.must_equal_the_whole()
 
 
+def test_term_to_all_processes_of_a_run(make_run):
+    """As Slurm and DeepSpeed's launcher send it: W&B's service dies of it before the run has saved, and that is no matter."""
+    import hf_trainer
+
+    run = make_run(report_to="wandb")
+
+    def term_all():
+        import psutil
+
+        children = psutil.Process().children(recursive=True)
+        assert children
+        for process in children:
+            process.terminate()
+        psutil.wait_procs(children, timeout=60)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", term_all, nth=8)  # noqa: E731
+    job = run.start(hook=on_rank(0, hook), environment={"WANDB_MODE": "offline"})
+    assert job.wait() == REQUEUE, job.output()
+    assert "W&B ended" in job.output() and "SIGTERM: stopped at step 4 of 20; checkpoint-4 is whole" in job.output()
+    run.to_the_end(environment={"WANDB_MODE": "offline"})
+    run.must_equal_the_whole()
+
+
 def test_the_launch_script_hands_signals_on(make_run):
     """`bash launch_stage1.sh` with two ranks, through DeepSpeed's launcher, which would lose the exit code of a SIGTERM."""
     run = make_run()
