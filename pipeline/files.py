@@ -67,12 +67,23 @@ def _holder(file) -> dict:
         return {}
 
 
+def _stat(path: Path) -> os.stat_result | None:
+    """None if it is gone, which another process may bring about at any time."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
 def _watch(path: Path) -> bool:
     """Whether the lock's holder shows a sign of life within WATCH seconds. Counts changes: clocks of machines differ."""
-    first, end = path.stat().st_mtime_ns, time.monotonic() + WATCH
-    while time.monotonic() < end:
+    first, end = _stat(path), time.monotonic() + WATCH
+    while first is not None and time.monotonic() < end:
         time.sleep(1)
-        if path.stat().st_mtime_ns != first:
+        now = _stat(path)
+        if now is None:  # it has ended
+            return False
+        if now.st_mtime_ns != first.st_mtime_ns:
             return True
     return False
 
@@ -100,7 +111,8 @@ def _take(path: Path, what: str):
             job = f", Slurm job {them['job']}" if them.get("job") else ""
             who = f"process {them['pid']} on {them['host']}{job}, since {them['since']}" if them else "another process"
             raise Busy(f"{what} is being written by {who}; wait for it, end it, or name another folder")
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+        there = _stat(path)
+        if there is not None and os.path.samestat(os.fstat(file.fileno()), there):
             file.truncate(0)
             file.write(json.dumps(us))
             file.flush()
@@ -151,12 +163,14 @@ def complete_or_absent(folder: Path, replace: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.rglob("*"):
+            for file in (*temporary.rglob("*"), temporary):
                 sync(file)
             if replace and folder.exists():
                 os.replace(folder, old)
             os.replace(temporary, folder)
             sync(folder.parent)
         finally:
+            if old.exists() and not folder.exists():  # stopped between the two renames
+                os.replace(old, folder)
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

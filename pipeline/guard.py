@@ -34,7 +34,8 @@ class StopSignals:
     def _handle(self, number, frame):
         self.received = signal.Signals(number).name
         if not self.saving:
-            print(f"{self.received}: stopping; the same command goes on from here", flush=True)
+            # Not by print: the signal may have come while the same thread was in one, which would raise instead.
+            os.write(1, f"{self.received}: stopping; the same command goes on from here\n".encode())
             raise SystemExit(REQUEUE)
 
     def __enter__(self) -> StopSignals:

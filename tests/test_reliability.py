@@ -1,5 +1,7 @@
 """What the README promises has tests by those names; the launch scripts' parts that need no cluster."""
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from processes import free_port
+
+from pipeline import files
+from pipeline.files import Busy, complete_or_absent, locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,6 +73,28 @@ with StopSignals():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_a_signal_in_the_middle_of_a_print():
+    """It ends the process with its code all the same."""
+    code = """
+import io, os, signal, sys
+from pipeline.guard import StopSignals
+
+class Raw(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def write(self, content):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return len(content)
+
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(Raw()))
+with StopSignals():
+    print("a line", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 75 and done.stdout == "SIGTERM: stopping; the same command goes on from here\n", done
+
+
 def test_python_does_not_end_while_a_thread_is_in_the_store():
     """Its C++ would abort the process, with another exit code than the run's."""
     code = """
@@ -91,3 +118,34 @@ sys.exit(75)
     port = free_port()
     ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(port)], cwd=ROOT) for rank in range(2)]
     assert [rank.wait(60) for rank in ranks] == [75, 75]
+
+
+def test_an_export_that_is_stopped_between_its_renames_leaves_the_one_before(tmp_path, monkeypatch):
+    """Not only after a kill: an exception there, as of a signal, cleans up."""
+    folder, replace = tmp_path / "converted-hf", os.replace
+    folder.mkdir()
+    (folder / "config.json").write_text("before")
+
+    def stopped(source, target):
+        if str(target) == str(folder):
+            monkeypatch.undo()
+            raise SystemExit(75)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(SystemExit), complete_or_absent(folder, replace=True) as new:
+        (new / "config.json").write_text("after")
+    assert [(path.name, (path / "config.json").read_text()) for path in tmp_path.iterdir()] == [("converted-hf", "before")]
+
+
+def test_a_lock_that_goes_while_it_is_watched(tmp_path, monkeypatch):
+    """Its holder on another machine has ended: no error, and no waiting for the rest of the time."""
+    lock = tmp_path / ".lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": None, "since": "then"}))
+    monkeypatch.setattr(files, "WATCH", 600.0)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: lock.unlink())
+    with locked(lock, "x"):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+        with pytest.raises(Busy, match=f"x is being written by process {os.getpid()}"), locked(lock, "x"):
+            pass
+    assert not lock.exists()
