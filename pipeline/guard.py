@@ -23,13 +23,16 @@ class Diverged(RuntimeError):
 
 class StopSignals:
     """SIGTERM (preemption) and SIGUSR1 (a time limit is near). While `saving` is set they are remembered in `received`,
-    for the training loop to save; before and after, with nothing to save, they end the process at once, with REQUEUE."""
+    for the training loop to save; before and after, with nothing to save, they end the process at once, with REQUEUE.
+    So does the file $STOP_FILE of the launch scripts: one came before this process listened, and was lost."""
 
     def __init__(self):
         self.received: str | None = None
         self.saving = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
+        if os.path.exists(os.environ.get("STOP_FILE", "")):
+            self._handle(signal.SIGUSR1, None)
 
     def _handle(self, number, frame):
         self.received = signal.Signals(number).name
