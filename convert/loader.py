@@ -36,7 +36,8 @@ SIDECARS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab
 def source_config(name_or_path: str) -> PreTrainedConfig:
     """The checkpoint's own config. Raises ValueError, naming the checkpoint, if there is none that we know."""
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        # trust_remote_code unsaid would ask at a terminal, and run it for a y.
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         try:

@@ -243,6 +243,16 @@ def test_what_we_cannot_express_is_refused_by_name(tmp_path, change, message):
         load_teacher_config(str(tmp_path))
 
 
+def test_the_code_of_a_teacher_is_not_asked_for(tmp_path, monkeypatch):
+    """Nor run for a yes at a terminal."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
+    (tmp_path / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'boom')!r})\n")
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    with pytest.raises(ValueError, match="'own'; supported are"):
+        load_teacher_config(str(tmp_path))
+    assert not (tmp_path / "boom").exists()
+
+
 def test_a_window_of_mistral_is_refused(tmp_path):
     random_teacher(tmp_path, "mistral", sliding_window=16)
     with pytest.raises(ValueError, match="sliding-window attention over 16 tokens"):

@@ -278,8 +278,7 @@ def test_the_pipeline_runs(cluster, teacher_dir, tmp_path):
     for stage in (1, 2, 3):
         write_config(tmp_path, stage, teacher_dir, str(tmp_path / "data" / f"chunked_context{LENGTH}"), report_to="none")
     environment = {
-        "CONFIGS": str(tmp_path), "DATASET": str(tmp_path / "corpus"), "TOKENIZER": teacher_dir, "DATA_DIR": str(tmp_path / "data"),
-        "CONTEXT_LENGTHS": f"{LENGTH}", "HOLDOUT": "0.1", "DEVICE": "cpu", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled",
+        "CONFIGS": str(tmp_path), "DATASET": str(tmp_path / "corpus"), "HOLDOUT": "0.1", "DEVICE": "cpu", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled",
         "SBATCH_ARGS": f"--output={tmp_path}/%x-%j.log --mem=8G --cpus-per-task=4", "SBATCH_TRAIN": "--gpus-per-node=1",
         "TASKS": "heldout_perplexity", "DATA": str(tmp_path / "data" / f"chunked_context{LENGTH}"), "OUTPUT": str(tmp_path / "evaluation"),
     }  # fmt: skip
