@@ -91,7 +91,7 @@ def checkpoint_folder(name_or_path: str, *patterns: str) -> Path:
 def copy_sidecars(name_or_path: str, folder: Path) -> None:
     """Copies tokenizer, chat template, generation config, card and licence of a checkpoint, as they are."""
     source = checkpoint_folder(name_or_path, *SIDECARS)
-    for file in (file for pattern in SIDECARS for file in source.glob(pattern)):
+    for file in (file for pattern in SIDECARS for file in source.glob(pattern) if file.is_file()):
         shutil.copy(file, folder)
 
 

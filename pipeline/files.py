@@ -16,6 +16,7 @@ from pathlib import Path
 
 BEAT = 10.0  # seconds between the signs of life of a lock's holder
 WATCH = 35.0  # seconds without one after which a holder on another machine counts as dead
+SETTLE = 3.0  # seconds in which a job on another machine that starts at the same time has written its name, too
 
 
 class Busy(ValueError):
@@ -88,6 +89,12 @@ def _watch(path: Path) -> bool:
     return False
 
 
+def _busy(what: str, them: dict) -> Busy:
+    job = f", Slurm job {them['job']}" if them.get("job") else ""
+    who = f"process {them['pid']} on {them['host']}{job}, since {them['since']}" if them else "another process"
+    return Busy(f"{what} is being written by {who}; wait for it, end it, or name another folder")
+
+
 def _take(path: Path, what: str):
     """The open, locked file. Raises Busy."""
     us = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"),
@@ -108,14 +115,20 @@ def _take(path: Path, what: str):
         here = bool(them) and not locks_work and them["host"] == us["host"] and Path(f"/proc/{them['pid']}").exists()
         if not free or here or elsewhere and _watch(path):
             file.close()
-            job = f", Slurm job {them['job']}" if them.get("job") else ""
-            who = f"process {them['pid']} on {them['host']}{job}, since {them['since']}" if them else "another process"
-            raise Busy(f"{what} is being written by {who}; wait for it, end it, or name another folder")
+            raise _busy(what, them)
         there = _stat(path)
         if there is not None and os.path.samestat(os.fstat(file.fileno()), there):
             file.truncate(0)
             file.write(json.dumps(us))
             file.flush()
+            if us["job"] is not None:
+                # Two jobs that start together on two machines both come this far where locks are local: the last to write stays.
+                os.fsync(file.fileno())
+                time.sleep(SETTLE)
+                with open(path) as again:
+                    if (them := _holder(again)) != us:
+                        file.close()
+                        raise _busy(what, them)
             return file
         file.close()  # its last holder removed it between our open and our lock
 

@@ -222,3 +222,18 @@ def test_a_lock_that_goes_while_it_is_watched(tmp_path, monkeypatch):
         with pytest.raises(Busy, match=f"x is being written by process {os.getpid()}"), locked(lock, "x"):
             pass
     assert not lock.exists()
+
+
+def test_two_jobs_that_take_a_lock_together(tmp_path, monkeypatch):
+    """On two machines whose locks do not know each other: the one that wrote last has it."""
+    lock, other = tmp_path / ".lock", json.dumps({"host": "elsewhere", "pid": 1, "job": "18", "since": "then"})
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: lock.write_text(other))
+    with pytest.raises(Busy, match="x is being written by process 1 on elsewhere, Slurm job 18, since then"), locked(lock, "x"):
+        pass
+    assert lock.read_text() == other
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    lock.unlink()
+    with locked(lock, "x"):
+        assert json.loads(lock.read_text())["job"] == "17"
+    assert not lock.exists()

@@ -1,5 +1,6 @@
 """The launch scripts on a real Slurm of two nodes: training across them, requeues, time limits, a lost node."""
 
+import contextlib
 import json
 import os
 import re
@@ -80,6 +81,15 @@ class Cluster:
         while not condition():
             assert time.monotonic() < end, "in vain"
             time.sleep(0.1)
+
+    def commands(self):
+        """The command lines of all processes in the cluster."""
+        found = []
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):  # it has ended
+                found.append(" ".join(process.cmdline()))
+        assert any("train.py" in command for command in found) and any("srun" in command for command in found)
+        return found
 
     def ranks(self, output_dir):
         """{rank: process} of a run whose command holds `output_dir`, on whatever node."""
@@ -186,10 +196,11 @@ def test_stages_on_two_nodes(cluster, teacher, data, tmp_path):
 
 
 def test_a_rank_that_fails(cluster, teacher, data, tmp_path):
-    """It fails the job, and the log says where and how."""
+    """It fails the job, and the log says where and how. No key is on a command line."""
     file = write_config(tmp_path, 1, teacher, data, max_steps=2000, report_to="none")
     job = cluster.submit("launch_stage1.sh", sbatch=["--nodes=2"], CFG=str(file))
     cluster.wait_for(lambda: losses(tmp_path / "stage1") if (tmp_path / "stage1" / "metrics.jsonl").exists() else False)
+    assert not [command for command in cluster.commands() if SECRET in command]
     os.kill(cluster.ranks(tmp_path / "stage1")[1].pid, signal.SIGKILL)
     assert cluster.wait(job) == "FAILED"
     assert re.search("node2, ranks 1 to 1: ended with exit code", cluster.log(job)), cluster.log(job)[-3000:]
