@@ -165,7 +165,7 @@ def check_checkpoint(key: str, name: str) -> None:
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(name)
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{key}: {name!r} is neither a folder with a config.json that we know nor a model that the hub gave "
                          f"({one_line(error)})") from None  # fmt: skip
@@ -399,10 +399,10 @@ def load_model(checkpoint: str):
     from convert import load_teacher
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if AutoConfig.from_pretrained(checkpoint).model_type == "transformer":  # FLA's own class needs flash-attn
+    if AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).model_type == "transformer":  # FLA's own class needs flash-attn
         model = load_teacher(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
     else:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", trust_remote_code=False)
     return model.to(device).eval()
 
 

@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from distill_model import StudentForCausalLM
 from pipeline.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
 from pipeline.data import collate
+from pipeline.files import one_line
 from pipeline.guard import Diverged, StopSignals, Watchdog, first_not_finite
 
 
@@ -35,6 +37,17 @@ class MetricsFile(TrainerCallback):
             line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step, "seconds": seconds}
             with self.path.open("a") as file:
                 file.write(json.dumps(line | logs) + "\n")
+
+
+class Wandb(WandbCallback):
+    """W&B's, which cannot end a run: a SIGTERM to all processes of a job ends W&B's service too, before the run has saved."""
+
+    def on_log(self, args, state, control, logs=None, **options):
+        try:
+            super().on_log(args, state, control, logs=logs, **options)
+        except Exception as error:  # of many kinds
+            print(f"W&B ended ({one_line(error)}); metrics.jsonl goes on without it", flush=True)
+            self._wandb = None
 
 
 class LossBar(ProgressCallback):

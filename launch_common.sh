@@ -25,12 +25,14 @@ REQUEUE=75 # pipeline/guard.py
 
 # make_job_dir: a folder of this job's own, which all its nodes see and nobody else may read; it goes when the script ends.
 make_job_dir() {
-    JOB_DIR=$PROJECT_DIR/.launch/${SLURM_JOB_ID:-$$}
+    JOB_DIR=$PROJECT_DIR/.launch/${SLURM_JOB_ID:-$(hostname)-$$}
     mkdir -p "$JOB_DIR"
     chmod 700 "$JOB_DIR"
-    rm -f "$JOB_DIR/requeue" "$JOB_DIR/failed"
+    STOP_FILE=$JOB_DIR/stop
+    rm -f "$JOB_DIR/requeue" "$JOB_DIR/failed" "$STOP_FILE"
     trap 'rm -rf "$JOB_DIR"' EXIT
-    export JOB_DIR
+    trap 'stopped=1; touch "$STOP_FILE"' USR1 TERM # until `supervise` hands them on
+    export JOB_DIR STOP_FILE
 }
 
 # write_deepspeed_env: what launchers that do not inherit an environment read. Nothing secret.
@@ -39,8 +41,8 @@ write_deepspeed_env() {
     (umask 077 && : >"$DS_ENV_FILE")
     local name
     for name in TRITON_CACHE_DIR HF_HOME WANDB_ENTITY WANDB_PROJECT ${DEEPSPEED_ENV:-}; do
-        case $name in
-            *KEY* | *TOKEN* | *SECRET* | *PASSWORD* | *CREDENTIAL*)
+        case ${name^^} in
+            *KEY* | *TOKEN | *TOKEN_* | *SECRET* | *PASSW* | *CREDENTIAL*)
                 die "DEEPSPEED_ENV: $name looks like a secret, which no file may hold; export it, it reaches every rank that way." ;;
         esac
         [[ -z ${!name:-} ]] || printf '%s=%s\n' "$name" "${!name}" >>"$DS_ENV_FILE"
@@ -67,7 +69,7 @@ plan_nodes() {
     export TQDM_MININTERVAL=${TQDM_MININTERVAL:-$([[ -t 2 ]] && echo 1 || echo 30)} # seconds between lines of a progress bar
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        MASTER_ADDR=${MASTER_ADDR:-${NODES[0]}} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+        MASTER_ADDR=${MASTER_ADDR:-${NODES[0]}} MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))} # below those of outgoing connections
     else
         MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
         MASTER_PORT=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
@@ -102,23 +104,31 @@ elif [[ $code != 0 ]]; then
 fi
 exit $code'
 
+# hand_on TARGET: a signal, to the command. STOP_FILE tells it to those that do not listen yet, when they begin to.
+hand_on() {
+    stopped=1
+    touch "$STOP_FILE" 2>/dev/null || true
+    kill -USR1 -- "$1" 2>/dev/null || true
+}
+
 # supervise COMMAND...: runs it on all nodes, hands signals on, requeues; ends the script.
 supervise() {
-    local child code=0
+    local child target code=0
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
             --export=ALL --kill-on-bad-exit=1 bash -c "$ON_NODE" on_node "$@" &
         child=$!
-        # The batch shell alone gets the signal (--signal=B:...); srun hands it to every process of the step.
-        trap 'stopped=1; kill -USR1 $child 2>/dev/null || true' USR1 TERM
+        target=$child # the batch shell alone gets the signal (--signal=B:...); srun hands it to every process of the step
     else
         set -m # a process group of their own, which a signal reaches as a whole
         bash -c "$ON_NODE" on_node "$@" &
         child=$!
         set +m
-        trap 'stopped=1; kill -USR1 -- -$child 2>/dev/null || true' USR1 TERM
-        trap 'kill -TERM -- -$child 2>/dev/null || true' INT
+        target=-$child
+        trap 'kill -TERM -- $target 2>/dev/null || true' INT
     fi
+    trap 'hand_on "$target"' USR1 TERM
+    [[ -z ${stopped:-} ]] || hand_on "$target"
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap ends a wait early
     wait "$child" || code=$?
     if [[ $code != 0 && ! -e $JOB_DIR/failed && (-e $JOB_DIR/requeue || -n ${stopped:-}) ]]; then

@@ -6,6 +6,7 @@
 # CONFIGS: folder with stage2.yaml and stage3.yaml (configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2), and stage1.yaml there or in the
 # folder of the pair, the name before _hybrid_. LAYERS: of the teacher (from its config).
 # RANKING: what the selection writes (<output_dir of stage 2>_ga_s2/ranking.json). PARALLEL: layers tried at a time (8).
+# TOKENIZER, DATA_DIR, CONTEXT_LENGTHS of launch_preprocess.sh: what the configs name.
 # SBATCH_ARGS: for every job, SBATCH_TRAIN: for the stages (such as --nodes=4). The knobs of launch_preprocess.sh,
 # launch_selection.sh, eval.sh and launch_common.sh reach their jobs through the environment, as do sbatch's own (SBATCH_PARTITION ...).
 set -Eeuo pipefail
@@ -16,6 +17,7 @@ STAGE1=$CONFIGS/stage1.yaml
 [[ -f $STAGE1 ]] || STAGE1=${CONFIGS%_hybrid_*}/stage1.yaml
 mapfile -t facts < <(python - "$STAGE1" "$CONFIGS" "${LAYERS:-}" "${METHOD:-ga_s2}" <<'PY'
 import sys
+from pathlib import Path
 
 from pipeline.config import load_config
 
@@ -25,10 +27,12 @@ if not layers:
     from convert import load_teacher_config
 
     layers = load_teacher_config(stages[0].teacher_model.name).num_hidden_layers
-print(layers, f"{stages[1].train.output_dir}_{sys.argv[4]}/ranking.json", f"{stages[2].train.output_dir}/converted-hf", sep="\n")
+print(layers, f"{stages[1].train.output_dir}_{sys.argv[4]}/ranking.json", f"{stages[2].train.output_dir}/converted-hf",
+      stages[0].teacher_model.name, Path(stages[0].data.cache_dir).parent, *{stage.train.train_seq_len: None for stage in stages},
+      sep="\n")
 PY
 )
-[[ ${#facts[@]} == 3 ]] || die "CONFIGS: $CONFIGS has no three stages that can be read (above)."
+[[ ${#facts[@]} -ge 6 ]] || die "CONFIGS: $CONFIGS has no three stages that can be read (above)."
 LAYERS=${facts[0]} RANKING=${RANKING:-${facts[1]}} RESULT=${facts[2]}
 
 SUBMITTED=()
@@ -46,7 +50,8 @@ submit() {
 }
 
 read -r -a nodes <<<"${SBATCH_TRAIN:-}"
-submit preprocess "" launch_preprocess.sh
+TOKENIZER=${TOKENIZER:-${facts[3]}} DATA_DIR=${DATA_DIR:-${facts[4]}} CONTEXT_LENGTHS=${CONTEXT_LENGTHS:-${facts[*]:5}} \
+    submit preprocess "" launch_preprocess.sh
 CFG=$STAGE1 submit stage1 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage1.sh
 CFG=$CONFIGS/stage2.yaml submit candidates "$JOB" --array="0-$((LAYERS - 1))%${PARALLEL:-8}" launch_selection.sh
 CFG=$CONFIGS/stage2.yaml submit selection "$JOB" launch_selection.sh

@@ -424,7 +424,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     from transformers import TrainingArguments, set_seed
 
     from convert import load_teacher
-    from hf_trainer import DistillTrainer, FinetuneTrainer, FrozenTeacher, KDTrainer
+    from hf_trainer import DistillTrainer, FinetuneTrainer, FrozenTeacher, KDTrainer, Wandb
 
     train, output = cfg.train, Path(cfg.train.output_dir)
     bf16 = train.dtype == "bf16" or train.dtype == "auto" and device == "cuda"
@@ -448,7 +448,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     args = TrainingArguments(
         output_dir=str(output),
         run_name=str(output),
-        report_to="wandb" if report else "none",
+        report_to="none",  # but for the callback below
         deepspeed=deepspeed_config(f"stage_{train.zero_stage or cfg.stage}")
         | ({"checkpoint": {"load_universal": True}} if resume and resume.parent.name == UNIVERSAL else {}),
         use_cpu=device == "cpu",
@@ -471,8 +471,9 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         eval_on_start=chunks.heldout is not None and resume is None,
         logging_nan_inf_filter=False,  # it would hide what ends the run
         dataloader_drop_last=True,
+        # Workers would die of a SIGTERM to all processes of a job, and the run of that. A batch is read in less than a millisecond.
+        dataloader_num_workers=0,
         dataloader_pin_memory=device == "cuda",
-        dataloader_num_workers=2 if device == "cuda" else 0,
         remove_unused_columns=False,
         label_names=[],
         disable_tqdm=False,
@@ -494,6 +495,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         eval_dataset=chunks.heldout and chunks.heldout.with_format("numpy"),
         make_optimizer=lambda model: get_optimizer(model, cfg),
         make_scheduler=lambda optimizer: get_scheduler(optimizer, cfg, plan),
+        callbacks=[Wandb()] if report else None,
         metrics_path=output / METRICS,
         tokens_per_step=plan.tokens_per_step,
         **guards,

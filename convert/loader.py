@@ -36,7 +36,8 @@ SIDECARS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab
 def source_config(name_or_path: str) -> PreTrainedConfig:
     """The checkpoint's own config. Raises ValueError, naming the checkpoint, if there is none that we know."""
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        # trust_remote_code unsaid would ask at a terminal, and run it for a y.
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         try:
@@ -90,7 +91,7 @@ def checkpoint_folder(name_or_path: str, *patterns: str) -> Path:
 def copy_sidecars(name_or_path: str, folder: Path) -> None:
     """Copies tokenizer, chat template, generation config, card and licence of a checkpoint, as they are."""
     source = checkpoint_folder(name_or_path, *SIDECARS)
-    for file in (file for pattern in SIDECARS for file in source.glob(pattern)):
+    for file in (file for pattern in SIDECARS for file in source.glob(pattern) if file.is_file()):
         shutil.copy(file, folder)
 
 

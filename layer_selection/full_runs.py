@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,22 @@ def check_start(cfg: Config) -> None:
                           "stage 1's converted-hf of this teacher")  # fmt: skip
 
 
+def run_to_its_end(command: list[str]) -> tuple[int, bool]:
+    """Its exit code, and whether a SIGTERM came, which is handed on: this process must not end while the run still saves."""
+    received = []
+    with subprocess.Popen(command) as run:
+
+        def hand_on(*_):
+            received.append(True)
+            run.terminate()
+
+        before = signal.signal(signal.SIGTERM, hand_on)
+        try:
+            return run.wait(), bool(received)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
 def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[float]:
     """KL(teacher || student) of each held-out sequence after stage 2 with `kept` restored; does in `folder` what is missing.
 
@@ -57,13 +74,12 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
         check_start(bench.cfg)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / STAGE_2, dump_config(cfg))
-        done = subprocess.run([*launcher.split(), str(ROOT / "train.py"), "--cfg", str(folder / STAGE_2)])
-        if done.returncode == REQUEUE:  # a signal, which reached the run itself: it has saved
+        code, stopped = run_to_its_end([*launcher.split(), str(ROOT / "train.py"), "--cfg", str(folder / STAGE_2)])
+        if code == REQUEUE or code and stopped:  # DeepSpeed's launcher loses the exit code of a run that SIGTERM has stopped
             sys.exit(REQUEUE)
-        if done.returncode:
+        if code:
             layer = folder.name.replace("_", " ")
-            raise ConfigError(f"{layer}: its run in {folder / 'run'} ended with exit code {done.returncode}; see above, and run "
-                              "again")  # fmt: skip
+            raise ConfigError(f"{layer}: its run in {folder / 'run'} ended with exit code {code}; see above, and run again")
         model = StudentForCausalLM.from_pretrained(folder / "run" / EXPORT, dtype=bench.dtype).to(bench.device).eval()
         write_whole(measured, json.dumps(bench.kls(model)) + "\n")
     return json.loads(measured.read_text())

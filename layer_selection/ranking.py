@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy
+
+from pipeline.files import write_whole
 
 RESAMPLES = 2000  # of the bootstrap
 
@@ -132,6 +133,4 @@ def write(ranking: Ranking, count: int, folder: Path) -> None:
     plot(ranking, count, folder / "ranking.png")
     content = {name: value for name, value in asdict(ranking).items() if name != "samples"}
     content |= {"keep": ranking.keep(count), "undecided": ranking.undecided(count)}
-    partial = folder / ".ranking.json.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, folder / "ranking.json")
+    write_whole(folder / "ranking.json", json.dumps(content, indent=1) + "\n")

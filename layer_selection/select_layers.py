@@ -52,6 +52,7 @@ from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, ta
 from layer_selection.side_by_side import rank_hybrids, trained_hybrids  # noqa: E402
 from pipeline.config import Config, ConfigError, dump_config, load_config  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
+from pipeline.files import one_line, write_whole  # noqa: E402
 from wrapper import AttentionAlignmentModel  # noqa: E402
 
 
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     write(ranking, args.top_k, args.output_dir)
     chosen = with_layers(cfg, ranking.keep(args.top_k), Path(cfg.train.output_dir))
-    (args.output_dir / "stage2.yaml").write_text(dump_config(chosen))
+    write_whole(args.output_dir / "stage2.yaml", dump_config(chosen))
     print(table(ranking, args.top_k))
     undecided = f"; not told apart at the cut: {ranking.undecided(args.top_k)}" if ranking.undecided(args.top_k) else ""
     if "share_of_full_runs" in ranking.facts:
@@ -220,5 +221,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        sys.exit(f"select_layers.py: error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"select_layers.py: error: {one_line(error)}")

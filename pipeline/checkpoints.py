@@ -31,9 +31,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def _folders(run: Path) -> list[Path]:
+    """checkpoint-<step>, whole or not, oldest first."""
+    return sorted((path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()), key=step_of)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run that were written whole, oldest first."""
-    return sorted((path for path in folder.glob("checkpoint-*") if (path / INDEX).is_file()), key=step_of)
+    return [path for path in _folders(folder) if (path / INDEX).is_file()]
 
 
 def read_index(checkpoint: Path) -> dict:
@@ -124,6 +129,13 @@ def save_checkpoint(run: Path, step: int, write: Callable[[], None], facts: dict
         ) from error
 
 
+def clear_pruned(run: Path) -> None:
+    """Removes what a kill left of checkpoints that were being removed: those without an index, older than all with it."""
+    if whole := checkpoints(run):
+        for rest in _folders(run)[: _folders(run).index(whole[0])]:
+            shutil.rmtree(rest, ignore_errors=True)
+
+
 def set_aside(checkpoint: Path) -> Path:
     """Renames a checkpoint that shall not be used; returns its new path."""
     aside = checkpoint.with_name(f"{ASIDE}-{checkpoint.name}")
@@ -138,7 +150,9 @@ def newest_good(run: Path, say=print) -> Path | None:
     import torch.distributed as dist
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    found = [checkpoints(run)]
+    if rank == 0:
+        clear_pruned(run)
+    found = [_folders(run)]
     dist.broadcast_object_list(found)
     for checkpoint in reversed(found[0]):
         parts = [None] * world_size

@@ -16,6 +16,7 @@ from pathlib import Path
 
 BEAT = 10.0  # seconds between the signs of life of a lock's holder
 WATCH = 35.0  # seconds without one after which a holder on another machine counts as dead
+SETTLE = 3.0  # seconds in which a job on another machine that starts at the same time has written its name, too
 
 
 class Busy(ValueError):
@@ -67,14 +68,31 @@ def _holder(file) -> dict:
         return {}
 
 
+def _stat(path: Path) -> os.stat_result | None:
+    """None if it is gone, which another process may bring about at any time."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
 def _watch(path: Path) -> bool:
     """Whether the lock's holder shows a sign of life within WATCH seconds. Counts changes: clocks of machines differ."""
-    first, end = path.stat().st_mtime_ns, time.monotonic() + WATCH
-    while time.monotonic() < end:
+    first, end = _stat(path), time.monotonic() + WATCH
+    while first is not None and time.monotonic() < end:
         time.sleep(1)
-        if path.stat().st_mtime_ns != first:
+        now = _stat(path)
+        if now is None:  # it has ended
+            return False
+        if now.st_mtime_ns != first.st_mtime_ns:
             return True
     return False
+
+
+def _busy(what: str, them: dict) -> Busy:
+    job = f", Slurm job {them['job']}" if them.get("job") else ""
+    who = f"process {them['pid']} on {them['host']}{job}, since {them['since']}" if them else "another process"
+    return Busy(f"{what} is being written by {who}; wait for it, end it, or name another folder")
 
 
 def _take(path: Path, what: str):
@@ -97,13 +115,20 @@ def _take(path: Path, what: str):
         here = bool(them) and not locks_work and them["host"] == us["host"] and Path(f"/proc/{them['pid']}").exists()
         if not free or here or elsewhere and _watch(path):
             file.close()
-            job = f", Slurm job {them['job']}" if them.get("job") else ""
-            who = f"process {them['pid']} on {them['host']}{job}, since {them['since']}" if them else "another process"
-            raise Busy(f"{what} is being written by {who}; wait for it, end it, or name another folder")
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            raise _busy(what, them)
+        there = _stat(path)
+        if there is not None and os.path.samestat(os.fstat(file.fileno()), there):
             file.truncate(0)
             file.write(json.dumps(us))
             file.flush()
+            if us["job"] is not None:
+                # Two jobs that start together on two machines both come this far where locks are local: the last to write stays.
+                os.fsync(file.fileno())
+                time.sleep(SETTLE)
+                with open(path) as again:
+                    if (them := _holder(again)) != us:
+                        file.close()
+                        raise _busy(what, them)
             return file
         file.close()  # its last holder removed it between our open and our lock
 
@@ -151,12 +176,14 @@ def complete_or_absent(folder: Path, replace: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.rglob("*"):
+            for file in (*temporary.rglob("*"), temporary):
                 sync(file)
             if replace and folder.exists():
                 os.replace(folder, old)
             os.replace(temporary, folder)
             sync(folder.parent)
         finally:
+            if old.exists() and not folder.exists():  # stopped between the two renames
+                os.replace(old, folder)
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

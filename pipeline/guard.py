@@ -23,18 +23,22 @@ class Diverged(RuntimeError):
 
 class StopSignals:
     """SIGTERM (preemption) and SIGUSR1 (a time limit is near). While `saving` is set they are remembered in `received`,
-    for the training loop to save; before and after, with nothing to save, they end the process at once, with REQUEUE."""
+    for the training loop to save; before and after, with nothing to save, they end the process at once, with REQUEUE.
+    So does the file $STOP_FILE of the launch scripts: one came before this process listened, and was lost."""
 
     def __init__(self):
         self.received: str | None = None
         self.saving = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
+        if os.path.exists(os.environ.get("STOP_FILE", "")):
+            self._handle(signal.SIGUSR1, None)
 
     def _handle(self, number, frame):
         self.received = signal.Signals(number).name
         if not self.saving:
-            print(f"{self.received}: stopping; the same command goes on from here", flush=True)
+            # Not by print: the signal may have come while the same thread was in one, which would raise instead.
+            os.write(1, f"{self.received}: stopping; the same command goes on from here\n".encode())
             raise SystemExit(REQUEUE)
 
     def __enter__(self) -> StopSignals:

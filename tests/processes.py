@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 600  # seconds to wait for what takes a few on a quiet machine
 
 
 class Child:
@@ -53,7 +54,7 @@ class Child:
                 self.code = os.waitstatus_to_exitcode(status)
         return self.code
 
-    def wait(self, seconds=90):
+    def wait(self, seconds=PATIENCE):
         end = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > end:
@@ -78,13 +79,13 @@ class Job:
     def __init__(self, ranks: list[Child]):
         self.ranks = ranks
 
-    def wait(self, seconds=90):
-        """The exit code of the first rank that failed, 0 if none did."""
+    def wait(self, seconds=PATIENCE):
+        """The exit code of a rank that failed, of one that a signal ended if there is such; 0 if none did."""
         end = time.monotonic() + seconds
         while True:
             codes = [rank.poll() for rank in self.ranks]
-            if bad := [code for code in codes if code]:
-                grace = time.monotonic() + 5
+            if bad := sorted(code for code in codes if code):  # several, where this process slept for long
+                grace = time.monotonic() + 20
                 while any(rank.poll() is None for rank in self.ranks) and time.monotonic() < grace:
                     time.sleep(0.02)
                 self.kill()
@@ -96,7 +97,7 @@ class Job:
                 raise TimeoutError(f"no end after {seconds} s:\n{self.output()[-3000:]}")
             time.sleep(0.02)
 
-    def wait_for(self, text, seconds=60):
+    def wait_for(self, text, seconds=PATIENCE):
         """Until the output holds `text` (a pattern)."""
         end = time.monotonic() + seconds
         while not re.search(text, self.output()):

@@ -19,7 +19,7 @@ from convert import converter, load_teacher, load_teacher_config
 from convert.command import main as convert
 from convert.converter import PUBLISHED, check_size, write_weights
 from convert.families import FAMILIES
-from convert.loader import Checkpoint, student_config
+from convert.loader import Checkpoint, copy_sidecars, student_config
 from distill_model import StudentForCausalLM
 
 ROOT = Path(__file__).parent.parent
@@ -241,6 +241,24 @@ def test_what_we_cannot_express_is_refused_by_name(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ValueError, match=message):
         load_teacher_config(str(tmp_path))
+
+
+def test_the_code_of_a_teacher_is_not_asked_for(tmp_path, monkeypatch):
+    """Nor run for a yes at a terminal."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
+    (tmp_path / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'boom')!r})\n")
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    with pytest.raises(ValueError, match="'own'; supported are"):
+        load_teacher_config(str(tmp_path))
+    assert not (tmp_path / "boom").exists()
+
+
+def test_a_folder_beside_a_teacher_is_no_sidecar(tmp_path):
+    (tmp_path / "teacher" / "tokenizer_old").mkdir(parents=True)
+    (tmp_path / "teacher" / "tokenizer.json").write_text("{}")
+    (tmp_path / "copy").mkdir()
+    copy_sidecars(str(tmp_path / "teacher"), tmp_path / "copy")
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["tokenizer.json"]
 
 
 def test_a_window_of_mistral_is_refused(tmp_path):

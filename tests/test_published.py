@@ -115,9 +115,10 @@ def test_what_is_no_row_is_refused(row):
 
 
 def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path):
-    """launch_pipeline.sh with a row: what it would hand to Slurm."""
+    """launch_pipeline.sh with a row: what it would hand to Slurm. Preprocessing takes tokenizer, folder and lengths from the configs."""
     sbatch = tmp_path / "sbatch"
-    sbatch.write_text(f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\necho 7\n')
+    sbatch.write_text(f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\n'
+                      f'echo "${{TOKENIZER:-}} ${{DATA_DIR:-}} ${{CONTEXT_LENGTHS:-}}" >>{tmp_path}/data\necho 7\n')
     sbatch.chmod(0o755)
     row = ROOT / "configs" / "qwen3_8b_gdn_v4_hybrid_0_25_uniform"
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row), "LAYERS": "36"}
@@ -126,6 +127,10 @@ def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path):
     stage1 = ROOT / "configs" / "qwen3_8b_gdn_v4" / "stage1.yaml"
     assert (tmp_path / "configs").read_text().split() == [
         "none", str(stage1), *[f"{row}/stage2.yaml"] * 3, f"{row}/stage3.yaml", "none"]  # fmt: skip
+    stages = [load_config(file) for file in (stage1, row / "stage2.yaml", row / "stage3.yaml")]
+    teacher, folder = stages[0].teacher_model.name, Path(stages[0].data.cache_dir).parent
+    lengths = [str(stage.train.train_seq_len) for stage in stages]
+    assert (tmp_path / "data").read_text().splitlines()[0].split() == [teacher, str(folder), *lengths]
 
 
 @pytest.mark.parametrize("file", ["README.md", "train.py", *(path.name for path in ROOT.glob("launch_*.sh"))])

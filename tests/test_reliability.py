@@ -1,12 +1,21 @@
 """What the README promises has tests by those names; the launch scripts' parts that need no cluster."""
 
+import json
+import os
 import re
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from processes import free_port
+from processes import PATIENCE, free_port
+
+from pipeline import files
+from pipeline.files import Busy, complete_or_absent, locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +51,73 @@ def test_the_deepspeed_env_is_private_and_holds_no_secret():
     assert done.returncode == 1 and "HF_TOKEN looks like a secret" in done.stderr and "PLANTED" not in done.stderr
 
 
+def test_what_looks_like_a_secret():
+    """Whatever its case; a setting of the tokenizers is none."""
+    show = 'make_job_dir; plan_nodes; write_deepspeed_env; cat "$DS_ENV_FILE"'
+    assert "TOKENIZERS_PARALLELISM=false\n" in shell(show, DEEPSPEED_ENV="TOKENIZERS_PARALLELISM").stdout
+    for name in ("my_token", "HF_TOKEN_2", "Api_Key", "DB_PASSWD"):
+        done = shell(show, DEEPSPEED_ENV=name, **{name: "PLANTED"})
+        assert done.returncode == 1 and f"{name} looks like a secret" in done.stderr and "PLANTED" not in done.stdout + done.stderr
+
+
+def test_jobs_do_not_share_a_folder():
+    """A process' number on one machine may be that of another one's, or of a Slurm job."""
+    folders = [shell('make_job_dir; echo "$$ $JOB_DIR"', **environment).stdout.split() for environment in ({}, {"SLURM_JOB_ID": "17"})]
+    assert [Path(folder).name for _, folder in folders] == [f"{socket.gethostname()}-{folders[0][0]}", "17"]
+
+
+def test_a_signal_before_the_run_listens(tmp_path):
+    """Its launcher ignores SIGUSR1, and so does Python until it is told otherwise: the run learns of it when it begins to listen."""
+    code = f"""
+import os, pathlib, time
+pathlib.Path({str(tmp_path / "ready")!r}).touch()
+while not os.path.exists({str(tmp_path / "go")!r}):
+    time.sleep(0.05)
+from pipeline.guard import StopSignals
+with StopSignals():
+    print("nobody told", flush=True)
+"""
+    command = f"set -euo pipefail; source launch_common.sh; make_job_dir; plan_nodes; supervise python -c {shlex.quote(code)}"
+    job = subprocess.Popen(["bash", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                           env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "DEVICE": "cpu", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    end = time.monotonic() + PATIENCE
+    while not (tmp_path / "ready").exists():
+        assert job.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    (folder,) = (ROOT / ".launch").glob(f"*-{job.pid}")
+    while not (folder / "stop").exists():
+        assert job.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    output = job.communicate(timeout=PATIENCE)[0]
+    assert job.returncode == 75 and "SIGUSR1: stopping" in output and "nobody told" not in output
+    assert not folder.exists()
+
+
+def test_layer_selection_waits_for_the_run_that_saves(tmp_path):
+    """SIGTERM reaches both, or selection alone: it hands it on, and ends with the code for a requeue once the run has ended."""
+    run = f"""
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    pathlib.Path({str(tmp_path / "saved")!r}).touch()
+    sys.exit(1)  # as DeepSpeed's launcher
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({str(tmp_path / "ready")!r}).touch()
+time.sleep(600)
+"""
+    (tmp_path / "run.py").write_text(run)
+    code = "import sys; from layer_selection.full_runs import run_to_its_end; print(run_to_its_end(sys.argv[1:]))"
+    selection = subprocess.Popen([sys.executable, "-c", code, sys.executable, str(tmp_path / "run.py")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + PATIENCE
+    while not (tmp_path / "ready").exists():
+        assert selection.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    selection.terminate()
+    assert selection.communicate(timeout=PATIENCE)[0] == "(1, True)\n" and (tmp_path / "saved").exists()
+
+
 def test_headers():
     """Every script that trains asks for GPUs, a requeue and a signal to its shell; preprocessing asks for none."""
     for script in ("stage1", "stage2", "stage3", "selection", "preprocess"):
@@ -68,26 +144,96 @@ with StopSignals():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_a_signal_in_the_middle_of_a_print():
+    """It ends the process with its code all the same."""
+    code = """
+import io, os, signal, sys
+from pipeline.guard import StopSignals
+
+class Raw(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def write(self, content):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return len(content)
+
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(Raw()))
+with StopSignals():
+    print("a line", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 75 and done.stdout == "SIGTERM: stopping; the same command goes on from here\n", done
+
+
 def test_python_does_not_end_while_a_thread_is_in_the_store():
     """Its C++ would abort the process, with another exit code than the run's."""
     code = """
-import sys, time
+import sys, threading, time
 import torch.distributed as dist
 from pipeline.guard import Watchdog
 
 rank, port = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 with Watchdog(20) as watchdog:
-    store, watching = watchdog.store, time.monotonic()
+    store, inside = watchdog.store, threading.Event()
     class Slow:
         def set(self, *position):
-            while time.monotonic() < watching + 4:
+            inside.set()
+            begin = time.monotonic()
+            while time.monotonic() < begin + 4:
                 store.set(*position)
     watchdog.store = Slow()
     watchdog.beat("the end")
-    time.sleep(1.5)  # until the thread has come to it
+    inside.wait()
 sys.exit(75)
 """
     port = free_port()
     ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(port)], cwd=ROOT) for rank in range(2)]
-    assert [rank.wait(60) for rank in ranks] == [75, 75]
+    assert [rank.wait(PATIENCE) for rank in ranks] == [75, 75]
+
+
+def test_an_export_that_is_stopped_between_its_renames_leaves_the_one_before(tmp_path, monkeypatch):
+    """Not only after a kill: an exception there, as of a signal, cleans up."""
+    folder, replace = tmp_path / "converted-hf", os.replace
+    folder.mkdir()
+    (folder / "config.json").write_text("before")
+
+    def stopped(source, target):
+        if str(target) == str(folder):
+            monkeypatch.undo()
+            raise SystemExit(75)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(SystemExit), complete_or_absent(folder, replace=True) as new:
+        (new / "config.json").write_text("after")
+    assert [(path.name, (path / "config.json").read_text()) for path in tmp_path.iterdir()] == [("converted-hf", "before")]
+
+
+def test_a_lock_that_goes_while_it_is_watched(tmp_path, monkeypatch):
+    """Its holder on another machine has ended: no error, and no waiting for the rest of the time."""
+    lock = tmp_path / ".lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": None, "since": "then"}))
+    monkeypatch.setattr(files, "WATCH", 600.0)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: lock.unlink())
+    with locked(lock, "x"):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+        with pytest.raises(Busy, match=f"x is being written by process {os.getpid()}"), locked(lock, "x"):
+            pass
+    assert not lock.exists()
+
+
+def test_two_jobs_that_take_a_lock_together(tmp_path, monkeypatch):
+    """On two machines whose locks do not know each other: the one that wrote last has it."""
+    lock, other = tmp_path / ".lock", json.dumps({"host": "elsewhere", "pid": 1, "job": "18", "since": "then"})
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: lock.write_text(other))
+    with pytest.raises(Busy, match="x is being written by process 1 on elsewhere, Slurm job 18, since then"), locked(lock, "x"):
+        pass
+    assert lock.read_text() == other
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    lock.unlink()
+    with locked(lock, "x"):
+        assert json.loads(lock.read_text())["job"] == "17"
+    assert not lock.exists()

@@ -159,6 +159,14 @@ def test_one_process_gives_the_losses_of_two_and_resumes_to_the_bit(stages, teac
     assert "is finished" in run(sys.executable, "train.py", "--cfg", file)
 
 
+def test_the_export_script_refuses_another_runs_checkpoint(stages, tmp_path):
+    """Its frozen weights would come from another teacher, of the same shape."""
+    folder, teacher = tmp_path / "run", tmp_path / "another"
+    shutil.copytree(stages / "stage1", folder)
+    with pytest.raises(ValueError, match=f"is not of the run in {folder} .*teacher_model.name is .* there, '{teacher}' here.*; name {folder}/config.yaml"):
+        convert_ckpt.main(["--cfg", str(stages / "stage1.yaml"), f"train.output_dir={folder}", f"teacher_model.name={teacher}"])
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_export_script_gives_what_training_exported(stages, tmp_path, monkeypatch, stage):
     """From ZeRO-1, 2 and 3; an earlier checkpoint, where it is named, is another model; large ones are sharded."""

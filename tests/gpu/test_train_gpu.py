@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from conftest import write_config
+from pipeline.guard import REQUEUE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 ROOT = Path(__file__).parents[2]
@@ -64,17 +66,24 @@ def test_losses_fall_and_follow_the_cpu(both, stage):
     assert after < before
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_killed_and_resumed(both, tmp_path, teacher_dir, data_dir, stage):
+def term_all(process):
+    """As Slurm and DeepSpeed's launcher do it."""
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.terminate()
+
+
+@pytest.mark.parametrize("stage, end, code", [(1, subprocess.Popen.kill, -signal.SIGKILL), (2, subprocess.Popen.kill, -signal.SIGKILL),
+                                              (1, term_all, REQUEUE)])  # fmt: skip
+def test_killed_and_resumed(both, tmp_path, teacher_dir, data_dir, stage, end, code):
     initial = {"student_init_ckpt": str(both / "gpu" / "stage1" / "converted-hf")} if stage == 2 else {}
     file = configs(tmp_path / "run", teacher_dir, data_dir, stage, **initial)
     output = tmp_path / "run" / f"stage{stage}"
-    process, end = start(file), time.monotonic() + 300
+    process, limit = start(file), time.monotonic() + 300
     while not list(output.glob("checkpoint-1*")):
-        assert process.poll() is None and time.monotonic() < end, file.with_suffix(".log").read_text()[-3000:]
+        assert process.poll() is None and time.monotonic() < limit, file.with_suffix(".log").read_text()[-3000:]
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    end(process)
+    assert process.wait(60) == code, file.with_suffix(".log").read_text()[-3000:]
     finish(start(file), file)
     assert "resum" in file.with_suffix(".log").read_text().lower()
     lines = {line["step"]: line["loss"] for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "loss" in line}

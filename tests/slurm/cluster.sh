@@ -91,10 +91,10 @@ for node in $NODES; do
     ip link set "port$number" master br0 up
     ip link set cable netns "$!" name eth0
 done
-for _ in {1..200}; do
+for _ in {1..1200}; do
     [[ $(timeout 3 sinfo -h -t idle -o %D 2>/dev/null) == 2 ]] && break
     sleep 0.1
 done
-[[ $(timeout 3 sinfo -h -t idle -o %D) == 2 ]] || { echo "cluster.sh: the nodes are not up after 20 s; logs in $FOLDER/log" >&2; exit 97; }
+[[ $(timeout 3 sinfo -h -t idle -o %D) == 2 ]] || { echo "cluster.sh: the nodes are not up after 2 minutes; logs in $FOLDER/log" >&2; exit 97; }
 
 "$@"
