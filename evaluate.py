@@ -161,14 +161,12 @@ def downloads(units: list[Unit], manager) -> dict[str, str]:
 
 def check_checkpoint(key: str, name: str) -> None:
     """Raises ValueError unless `name` has a config that loads; `key` is the option that named it."""
-    import distill_model  # noqa: F401, registers our classes
-    from transformers import AutoConfig
+    from convert.loader import KEY, source_config
 
     try:
-        AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{key}: {name!r} is neither a folder with a config.json that we know nor a model that the hub gave "
-                         f"({one_line(error)})") from None  # fmt: skip
+        source_config(name)
+    except ValueError as error:
+        raise ValueError(str(error).replace(KEY, key)) from None
 
 
 # ------------------------------------------------------------------------------------------------ what is written down
@@ -206,7 +204,10 @@ class Record:
         self.args, self.checkpoint = args, checkpoint
         self.folder = args.output / "__".join(path_parts(checkpoint))
         self.file, self.running, self.died = (self.folder / name for name in ("results.json", ".running", ".died"))
-        self.results = json.loads(self.file.read_text())["tasks"] if self.file.is_file() else {}
+        try:
+            self.results = json.loads(self.file.read_text())["tasks"] if self.file.is_file() else {}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"OUTPUT: {self.file} holds no results of ours; remove it, or name another folder") from None
 
     def settings(self, unit: Unit) -> dict:
         """What a result depends on, besides its unit."""
@@ -741,7 +742,7 @@ def check(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, dict]]:
     """Runs what is missing and returns label -> unit's key -> result. args: of the parser, before `check`; argv: what gave them."""
     check(args)
-    manager = task_manager(args.tasks if not set(args.tasks) & set(GROUPS) else [n for g in args.tasks for n in GROUPS.get(g, (g,))])
+    manager = task_manager([name for asked in args.tasks for name in GROUPS.get(asked, (asked,))])
     units = plan(args, manager)
     if "RANK" in os.environ:
         work(args, units, manager)
@@ -779,8 +780,8 @@ def command(name: str, main) -> None:
     with StopSignals():
         try:
             sys.exit(main())
-        except ValueError as error:
-            sys.exit(f"{name}: error: {error}")
+        except (ValueError, OSError) as error:  # an output that may not be written, a full disk
+            sys.exit(f"{name}: error: {one_line(error)}")
 
 
 if __name__ == "__main__":

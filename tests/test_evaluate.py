@@ -197,6 +197,31 @@ def test_bad_input_ends_at_the_door(teacher_dir, data_dir, tmp_path, options, me
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_of_the_predecessor_is_refused_by_name(teacher_dir, tmp_path):
+    """Wherever it is named, with the reason; its K and V would be in another order."""
+    (tmp_path / "config.json").write_text('{"model_type": "student"}')
+    for argv in ([tmp_path, "--tasks", "copying"], [teacher_dir, "--tasks", "copying", "--teacher", tmp_path]):
+        with pytest.raises(ValueError, match=f": '{tmp_path}' is a student of the KL-guided .* orders K and V"):
+            run(*argv, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("main", [evaluate.main, eval_compare.main])
+def test_an_output_that_cannot_be_ends_in_one_line(teacher_dir, student_dir, tmp_path, monkeypatch, main):
+    """A file in its place, and results that are damaged: before any task, and with what to mend."""
+    (tmp_path / "file").touch()
+    damaged = evaluate.Record(SimpleNamespace(output=tmp_path / "out"), student_dir).file
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text('{"tasks": ')
+    monkeypatch.setattr(evaluate, "work", None)
+    for output, message in ((tmp_path / "file", f"{tmp_path / 'file'}.*: Not a directory"), (tmp_path / "out", f"OUTPUT: {damaged} holds no")):
+        argv = [teacher_dir, student_dir, "--tasks", "copying", "--output", str(output), "--num_gpus", "1"]
+        with pytest.raises(SystemExit, match=f"^a.py: error: {message}") as error:
+            evaluate.command("a.py", lambda: main(argv))
+        assert "\n" not in str(error.value.code)
+    assert damaged.read_text() == '{"tasks": '
+
+
 def test_groups_and_lengths(data_dir):
     def asked(tasks, **options):
         args = SimpleNamespace(**{"tasks": tasks.split(","), "seq_lens": [], "data": None, "teacher": None, **options})

@@ -210,16 +210,19 @@ def test_refused_at_the_door(everywhere, tmp_path):
     (with_files / "mine").touch()
     model = StudentForCausalLM.from_teacher(load_teacher(str(root / "tied" / "teacher")), "gdn_v4", [0])[0]
     model.save_pretrained(tmp_path / "gdn_v4")
+    (tmp_path / "predecessor").mkdir()
+    (tmp_path / "predecessor" / "config.json").write_text('{"model_type": "student"}')
     for source, output, message in (
         (root / "tied" / "teacher", tmp_path / "a", "is of type qwen3, no hybrid of ours"),
         (tmp_path / "gdn_v4", tmp_path / "b", "gdn_v4 has no short convolution"),
-        (tmp_path / "absent", tmp_path / "c", "absent"),
+        (tmp_path / "absent", tmp_path / "c", f"--model: '{tmp_path / 'absent'}' is neither a folder"),
+        (tmp_path / "predecessor", tmp_path / "d", f"--model: '{tmp_path / 'predecessor'}' is a student of the KL-guided"),
         (root / "tied" / "ours", with_files, "is there already"),
     ):
         with pytest.raises(SystemExit) as error:
             export_native.main(["--model", str(source), "--output", str(output)])
         assert str(error.value).startswith("error: ") and message in str(error.value) and "\n" not in str(error.value)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "gdn_v4"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "gdn_v4", "predecessor"]
 
 
 @pytest.mark.parametrize("name", ["linear_attn.in_proj_qkv.weight", "self_attn.q_proj.weight", "input_layernorm.weight"])
