@@ -68,6 +68,7 @@ METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match
 DOCUMENTS = 100  # of a recall task
 HELDOUT_CHUNKS = 256  # at most
 BATCH_TOKENS = 4096  # of our own tasks, whose logits are held at once
+PREFILL = 4096  # tokens of a long prompt that are read at a time
 SEED = 1234
 
 
@@ -358,17 +359,22 @@ def measure_own(unit: Unit, args: argparse.Namespace, documents, lm, teacher) ->
 
 # ------------------------------------------------------------------------------------------------ running
 def load_model(checkpoint: str):
-    """A checkpoint in its own dtype, on this process's device."""
+    """A checkpoint in its own dtype, on this process's device. It reads long prompts in pieces, unless that takes it longer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from convert import load_teacher
+    from convert.families import FAMILIES
+    from distill_model import get_student_attention_class
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if AutoConfig.from_pretrained(checkpoint).model_type == "transformer":  # FLA's own class needs flash-attn
         model = load_teacher(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    student = getattr(model.config, "student_name", None)
+    if get_student_attention_class(student).func.READS_ON if student else model.config.model_type in {*FAMILIES, "distilled_student"}:
+        model.generation_config.prefill_chunk_size = PREFILL
     return model.to(device).eval()
 
 

@@ -129,6 +129,7 @@ class StudentAttention:
     fits_decay: whether its heads decay by exp(-exp(A_log) softplus(... + dt_bias)) a token, and by nothing else.
     fits_gate: whether its output gate starts shut, and `open_gate` opens it.
     CROPS: whether its cache holds tokens one by one, so that the last can be forgotten.
+    READS_ON: whether it takes several tokens behind a cache at once.
     OPENED: the linear maps whose weight a kernel reads itself.
     """
 
@@ -136,6 +137,7 @@ class StudentAttention:
     HEAD_DIMS: range | tuple[int, ...] | None = range(LEAST_BLOCK, 257)
     SOURCES = {f"{name}.weight": f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     CROPS = False
+    READS_ON = True
     OPENED = ()
     rope_share = 0.0
     fits_decay = False
@@ -536,6 +538,8 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
 class _MaskedCacheStudent(StudentAttention):
     """A softmax-like layer of FLA that takes a cache only with a mask, a mask only with a cache, and behind cached tokens one
     token at a time: a long text in pieces costs it time."""
+
+    READS_ON = False
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
         length = hidden_states.shape[1]

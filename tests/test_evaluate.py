@@ -120,6 +120,21 @@ def test_gold_answers_score_one_and_wrong_ones_zero(teacher_dir, tmp_path, monke
     assert len(oracle.batches) == 3
 
 
+@pytest.mark.parametrize("name", ["teacher", "gdn_v4", "fox_v1"])
+def test_long_prompts_are_read_in_pieces(teacher_dir, tmp_path, monkeypatch, name):
+    """As a needle at 262144 tokens needs it; not by a layer that would read all but the first piece token by token."""
+    folder, pieces, forward = teacher_dir, [], torch.nn.Embedding.forward
+    if name != "teacher":
+        folder = tmp_path / name
+        StudentForCausalLM.from_teacher(load_teacher(teacher_dir), name, [1])[0].save_pretrained(folder)
+        save_tokenizer(folder)
+    monkeypatch.setattr(evaluate, "PREFILL", 64)
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: (pieces.append(ids.shape[1]), forward(self, ids))[1])
+    assert run(folder, "--tasks", "recall_generation", "--seq_lens", 200, "--limit", 2, "--output", tmp_path / "out") == 0
+    first = pieces[: pieces.index(1)]
+    assert sum(first) > 128 and (first[:-1] == [64] * (len(first) - 1) and first[-1] <= 64 if name != "fox_v1" else len(first) == 1)
+
+
 def test_the_mean_over_lengths_is_of_the_same_tasks():
     """A task that a length or a checkpoint lacks would move it."""
     def scores(**tasks):
