@@ -365,7 +365,7 @@ def load_model(checkpoint: str):
 
     from convert import load_teacher
     from convert.families import FAMILIES
-    from distill_model import get_student_attention_class
+    from distill_model import StudentConfig, get_student_attention_class
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if AutoConfig.from_pretrained(checkpoint).model_type == "transformer":  # FLA's own class needs flash-attn
@@ -373,7 +373,7 @@ def load_model(checkpoint: str):
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
     student = getattr(model.config, "student_name", None)
-    if get_student_attention_class(student).func.READS_ON if student else model.config.model_type in {*FAMILIES, "distilled_student"}:
+    if get_student_attention_class(student).func.READS_ON if student else model.config.model_type in {*FAMILIES, StudentConfig.model_type}:
         model.generation_config.prefill_chunk_size = PREFILL
     return model.to(device).eval()
 
@@ -632,7 +632,8 @@ def picture(path: Path, panels: int, bars: int):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (axes,) = pyplot.subplots(1, panels, figsize=(2 + 4.5 * panels, max(2.6, 1.4 + 0.17 * bars)), layout="constrained", squeeze=False)
+    size = (2 + 4.5 * panels, max(2.6, 1.4 + 0.17 * bars))
+    figure, (axes,) = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
     yield axes
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -668,6 +669,11 @@ def over_lengths(table: list[Row], names: list[str]) -> tuple[list[int], dict[st
 
 def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
     """Scores side by side, a panel for each metric where lower is better, and one over the length where there are several."""
+
+    def score_of(row: Row, label: str) -> tuple[float, float | None] | None:
+        cell = row.cells.get(label, {})
+        return (cell["score"], cell["stderr"]) if "score" in cell else None
+
     table = [row for row in rows(results) if any("score" in cell for cell in row.cells.values())]
     parts: dict[str, list[Row]] = {}
     for row in table:
@@ -675,7 +681,7 @@ def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
     lengths, means, count = over_lengths(table, list(results))
     with picture(path, len(parts) + bool(lengths), max(map(len, parts.values())) * len(results)) as axes:
         for axis, (name, part) in zip(axes, parts.items()):
-            draw_bars(axis, part, list(results), lambda row, label: (cell["score"], cell["stderr"]) if "score" in (cell := row.cells.get(label, {})) else None)
+            draw_bars(axis, part, list(results), score_of)
             axis.set_xlabel(name)
             if name == "score":
                 axis.set_xlim(right=max(1, axis.get_xlim()[1]))

@@ -98,7 +98,8 @@ def evaluation(folder: Path) -> list[dict]:
         checkpoint = record.get("checkpoint", record.get("model_name"))
         if checkpoint is not None and Path(checkpoint).resolve() != (folder / EXPORT).resolve():
             continue  # the teacher's, for comparison
-        results = [result | {"limit": result.get("settings", {}).get("limit")} for result in record.get("tasks", {}).values() if "score" in result]
+        results = [result | {"limit": result.get("settings", {}).get("limit")}
+                   for result in record.get("tasks", {}).values() if "score" in result]  # fmt: skip
         for task, values in record.get("results", {}).items():
             scores = {key: value for key, value in values.items() if isinstance(value, (int, float)) and "," in key}
             for key, score in scores.items():

@@ -398,10 +398,12 @@ def test_comparison_of_what_cannot_be_compared(tmp_path):
     teacher = write(tmp_path / "a", result("piqa", 0.8, 0.02))
     limited = write(tmp_path / "b", result("piqa", 0.8, 0.02) | {"settings": {"checkpoint": "y", "limit": 5}})
     other = write(tmp_path / "c", result("boolq", 0.8, 0.02))
-    failed = write(tmp_path / "d", failed=["piqa"])
+    failed, tables = write(tmp_path / "d", failed=["piqa"]), str(tmp_path / "tables.json")
+    Path(tables).write_text('{"a": {"piqa": {"score": 0.8}}}')  # what one call writes of all its checkpoints
     for files, message in (((teacher, limited), "another limit"), ((teacher, other), "no task in common"),
                            ((teacher,), "one alone"), ((teacher, "folder"), "files alone, or checkpoints alone"),
-                           ((teacher, str(tmp_path / "none.json")), "none.json is no results.json")):  # fmt: skip
+                           ((teacher, str(tmp_path / "none.json")), r"none.json is no results.json of a checkpoint; .* to OUTPUT/CHECKPOINT/"),
+                           ((teacher, tables), "tables.json is no results.json of a checkpoint")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             eval_compare.main([*files, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
