@@ -19,7 +19,7 @@ import math
 import sys
 from pathlib import Path
 
-from evaluate import Row, add_options, cell_text, command, evaluate, labels, rows
+from evaluate import Row, add_options, cell_text, command, draw_bars, evaluate, labels, picture, rows
 from pipeline.files import write_whole
 
 
@@ -69,28 +69,13 @@ def markdown(table: list[Row], teacher: str, students: list[str]) -> str:
 
 def plot(table: list[Row], teacher: str, students: list[str], path: Path) -> None:
     """The share of every task, a bar a student."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shown = [row for row in table if any(share(row, name, teacher) for name in students)]
     if not shown:
         return
-    figure, axis = pyplot.subplots(figsize=(7, max(2.4, 1.2 + len(shown) * (0.16 * len(students) + 0.12))), layout="constrained")
-    width = 0.8 / len(students)
-    for i, name in enumerate(students):
-        found = [(y, part) for y, row in enumerate(shown) if (part := share(row, name, teacher))]
-        axis.barh([y + (i - (len(students) - 1) / 2) * width for y, _ in found], [part[0] for _, part in found], width,
-                  xerr=[part[1] or 0 for _, part in found], label=name, error_kw={"lw": 0.8})  # fmt: skip
-    axis.axvline(1, color="black", lw=0.8, linestyle=":")
-    axis.set_yticks(range(len(shown)), [f"{row.name} {row.seq_len or ''}".strip() for row in shown], fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel(f"share of the score of {teacher}")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with picture(path, 1, len(shown) * len(students)) as (axis,):
+        draw_bars(axis, shown, students, lambda row, name: share(row, name, teacher))
+        axis.axvline(1, color="black", lw=0.8, linestyle=":")
+        axis.set_xlabel(f"share of the score of {teacher}")
 
 
 def from_files(files: list[str]) -> dict[str, dict[str, dict]]:
@@ -102,7 +87,7 @@ def from_files(files: list[str]) -> dict[str, dict[str, dict]]:
             content = json.loads(Path(file).read_text())
             found[file] = content["checkpoint"], content["tasks"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"CHECKPOINT: {file} is no results.json of a checkpoint, such as evaluate.py writes") from None
+            raise ValueError(f"CHECKPOINT: {file} is no results.json of a checkpoint; evaluate.py writes them to OUTPUT/CHECKPOINT/") from None
     names = labels([checkpoint for checkpoint, _ in found.values()])
     common = [key for key in next(iter(found.values()))[1] if all(key in tasks for _, tasks in found.values())]
     if not common:

@@ -68,6 +68,7 @@ METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match
 DOCUMENTS = 100  # of a recall task
 HELDOUT_CHUNKS = 256  # at most
 BATCH_TOKENS = 4096  # of our own tasks, whose logits are held at once
+PREFILL = 4096  # tokens of a long prompt that are read at a time
 SEED = 1234
 
 
@@ -161,14 +162,12 @@ def downloads(units: list[Unit], manager) -> dict[str, str]:
 
 def check_checkpoint(key: str, name: str) -> None:
     """Raises ValueError unless `name` has a config that loads; `key` is the option that named it."""
-    import distill_model  # noqa: F401, registers our classes
-    from transformers import AutoConfig
+    from convert.loader import KEY, source_config
 
     try:
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{key}: {name!r} is neither a folder with a config.json that we know nor a model that the hub gave "
-                         f"({one_line(error)})") from None  # fmt: skip
+        source_config(name)
+    except ValueError as error:
+        raise ValueError(str(error).replace(KEY, key)) from None
 
 
 # ------------------------------------------------------------------------------------------------ what is written down
@@ -206,7 +205,10 @@ class Record:
         self.args, self.checkpoint = args, checkpoint
         self.folder = args.output / "__".join(path_parts(checkpoint))
         self.file, self.running, self.died = (self.folder / name for name in ("results.json", ".running", ".died"))
-        self.results = json.loads(self.file.read_text())["tasks"] if self.file.is_file() else {}
+        try:
+            self.results = json.loads(self.file.read_text())["tasks"] if self.file.is_file() else {}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"OUTPUT: {self.file} holds no results of ours; remove it, or name another folder") from None
 
     def settings(self, unit: Unit) -> dict:
         """What a result depends on, besides its unit."""
@@ -283,58 +285,23 @@ def recall_documents(task: str, seq_len: int, num_words: int, tokenizer, count: 
 
 def recall_generation(seq_len: int, num_words: int, tokenizer):
     """A task of lm-evaluation-harness: of documents of associative recall the last answer, which the model writes."""
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.metrics import mean
-    from lm_eval.api.task import Task
-    from lm_eval.config.task import TaskConfig
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
 
     made = recall_documents("associative_recall", seq_len, num_words, tokenizer)
-    docs = [{"prompt": d.prompt, "answer": d.answer} for d in made]
-    longest = max(map(len, tokenizer([f" {doc['answer']}" for doc in docs], add_special_tokens=False)["input_ids"]))
-
-    class RecallGeneration(Task):
-        VERSION = 1
-        OUTPUT_TYPE = "generate_until"
-
-        def __init__(self):
-            super().__init__()
-            self._config = TaskConfig(task=RECALL_GENERATION, num_fewshot=0)
-
-        def download(self, *args, **kwargs):
-            pass
-
-        def has_training_docs(self):
-            return False
-
-        has_validation_docs = has_training_docs
-
-        def has_test_docs(self):
-            return True
-
-        def test_docs(self):
-            return docs
-
-        def doc_to_text(self, doc):
-            return doc["prompt"]
-
-        def doc_to_target(self, doc):
-            return " " + doc["answer"]
-
-        def construct_requests(self, doc, ctx, metadata=None, **kwargs):
-            # Room for more than the answer, so that a model that does not stop is wrong.
-            until = {"until": [",", "\n"], "do_sample": False, "max_gen_toks": longest + 4}
-            return Instance("generate_until", doc, (ctx, until), 0, metadata=metadata)
-
-        def process_results(self, doc, results):
-            return {"exact_match": float(results[0].strip() == doc["answer"])}
-
-        def aggregation(self):
-            return {"exact_match": mean}
-
-        def higher_is_better(self):
-            return {"exact_match": True}
-
-    return RecallGeneration()
+    longest = max(map(len, tokenizer([f" {d.answer}" for d in made], add_special_tokens=False)["input_ids"]))
+    return ConfigurableTask(config={
+        "task": RECALL_GENERATION,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list([{"prompt": d.prompt, "answer": d.answer} for d in made])},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "prompt",
+        "doc_to_target": "answer",
+        # Room for more than the answer, so that a model that does not stop is wrong.
+        "generation_kwargs": {"until": [",", "\n"], "do_sample": False, "max_gen_toks": longest + 4},
+        "process_results": lambda doc, written: {"exact_match": float(written[0].strip() == doc["answer"])},
+        "metric_list": [{"metric": "exact_match"}],
+    })  # fmt: skip
 
 
 def heldout_rows(args: argparse.Namespace, tokenizer):
@@ -392,17 +359,22 @@ def measure_own(unit: Unit, args: argparse.Namespace, documents, lm, teacher) ->
 
 # ------------------------------------------------------------------------------------------------ running
 def load_model(checkpoint: str):
-    """A checkpoint in its own dtype, on this process's device."""
+    """A checkpoint in its own dtype, on this process's device. It reads long prompts in pieces, unless that takes it longer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from convert import load_teacher
+    from convert.families import FAMILIES
+    from distill_model import StudentConfig, get_student_attention_class
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).model_type == "transformer":  # FLA's own class needs flash-attn
         model = load_teacher(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", trust_remote_code=False)
+    student = getattr(model.config, "student_name", None)
+    if get_student_attention_class(student).func.READS_ON if student else model.config.model_type in {*FAMILIES, StudentConfig.model_type}:
+        model.generation_config.prefill_chunk_size = PREFILL
     return model.to(device).eval()
 
 
@@ -652,44 +624,72 @@ def markdown(results: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
-    """Scores side by side, those where lower is better on an axis of their own; and over the length where there are several."""
+@contextlib.contextmanager
+def picture(path: Path, panels: int, bars: int):
+    """Yields the axes of `panels` panels side by side, high enough for so many bars; saves them with one legend."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    table = [row for row in rows(results) if any("score" in cell for cell in row.cells.values())]
-    lengths = sorted({row.seq_len for row in table if row.seq_len})
-    high, low = ([row for row in table if row.higher_is_better is wanted] for wanted in (True, False))
-    panels = [part for part in (high, low) if part] + [None] * (len(lengths) > 1)
-    height = max(2.6, 1.2 + max(len(high), len(low)) * (0.14 * len(results) + 0.12))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), height), layout="constrained", squeeze=False)
-    for axis, part in zip(axes[0], panels):
-        if part is None:
-            continue
-        width = 0.8 / len(results)
-        for i, label in enumerate(results):
-            shown = [(y, row.cells[label]) for y, row in enumerate(part) if "score" in row.cells.get(label, {})]
-            axis.barh([y + (i - (len(results) - 1) / 2) * width for y, _ in shown], [cell["score"] for _, cell in shown], width,
-                      xerr=[cell["stderr"] or 0 for _, cell in shown], label=label, error_kw={"lw": 0.8})  # fmt: skip
-        axis.set_yticks(range(len(part)), [f"{row.name} {row.seq_len or ''}".strip() for row in part], fontsize=8)
-        axis.invert_yaxis()
-        axis.set_xlabel("score" if part is high else "lower is better: " + ", ".join(dict.fromkeys(row.metric for row in part)))
-    if len(lengths) > 1:
-        axis = axes[0][-1]
-        for i, label in enumerate(results):
-            points = [(n, statistics.fmean(found)) for n in lengths if (found := [
-                row.cells[label]["score"] for row in high if row.seq_len == n and not row.is_mean and "score" in row.cells.get(label, {})])]
-            axis.plot(*zip(*points), "o-", label=label, color=f"C{i}")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [str(n) for n in lengths])
-        axis.set(xlabel="length in tokens", ylabel="mean score", ylim=(-0.02, 1.02))
-    for axis in axes[0]:
+    size = (2 + 4.5 * panels, max(2.6, 1.4 + 0.17 * bars))
+    figure, (axes,) = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    yield axes
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def draw_bars(axis, table: list[Row], names: list[str], value) -> None:
+    """A group of bars from 0 a row, one a name; value(row, name): (its length, standard error or None), or None."""
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        shown = [(y + (i - (len(names) - 1) / 2) * width, *found) for y, row in enumerate(table) if (found := value(row, name))]
+        axis.barh([y for y, _, _ in shown], [length for _, length, _ in shown], width, xerr=[error or 0 for _, _, error in shown],
+                  label=name, error_kw={"lw": 0.8})  # fmt: skip
+    axis.set_yticks(range(len(table)), [f"{row.name} {row.seq_len or ''}".strip() for row in table], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+
+
+def over_lengths(table: list[Row], names: list[str]) -> tuple[list[int], dict[str, list[float]], int]:
+    """(lengths, every name's mean score at each of them, of how many tasks): of the tasks that all names have at all lengths, for
+    others would move the mean."""
+    found = {(row.name, row.seq_len): row for row in table if row.seq_len and row.higher_is_better and not row.is_mean
+             and all("score" in row.cells.get(name, {}) for name in names)}  # fmt: skip
+    lengths = sorted({length for _, length in found})
+    tasks = [task for task in dict.fromkeys(task for task, _ in found) if all((task, length) in found for length in lengths)]
+    if len(lengths) < 2 or not tasks:
+        return [], {}, 0
+    means = {name: [statistics.fmean(found[task, length].cells[name]["score"] for task in tasks) for length in lengths] for name in names}
+    return lengths, means, len(tasks)
+
+
+def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
+    """Scores side by side, a panel for each metric where lower is better, and one over the length where there are several."""
+
+    def score_of(row: Row, label: str) -> tuple[float, float | None] | None:
+        cell = row.cells.get(label, {})
+        return (cell["score"], cell["stderr"]) if "score" in cell else None
+
+    table = [row for row in rows(results) if any("score" in cell for cell in row.cells.values())]
+    parts: dict[str, list[Row]] = {}
+    for row in table:
+        parts.setdefault("score" if row.higher_is_better else f"{row.metric}, lower is better", []).append(row)
+    lengths, means, count = over_lengths(table, list(results))
+    with picture(path, len(parts) + bool(lengths), max(map(len, parts.values())) * len(results)) as axes:
+        for axis, (name, part) in zip(axes, parts.items()):
+            draw_bars(axis, part, list(results), score_of)
+            axis.set_xlabel(name)
+            if name == "score":
+                axis.set_xlim(right=max(1, axis.get_xlim()[1]))
+        for label, points in means.items():
+            axes[-1].plot(lengths, points, "o-", label=label)
+            axes[-1].set_xscale("log", base=2)
+            axes[-1].set_xticks(lengths, [str(n) for n in lengths])
+            axes[-1].set(xlabel="length in tokens", ylabel=f"mean score of {count} tasks", ylim=(-0.02, 1.02))
 
 
 def results_of(args: argparse.Namespace, units: list[Unit]) -> dict[str, dict[str, dict]]:
@@ -741,7 +741,7 @@ def check(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, dict]]:
     """Runs what is missing and returns label -> unit's key -> result. args: of the parser, before `check`; argv: what gave them."""
     check(args)
-    manager = task_manager(args.tasks if not set(args.tasks) & set(GROUPS) else [n for g in args.tasks for n in GROUPS.get(g, (g,))])
+    manager = task_manager([name for asked in args.tasks for name in GROUPS.get(asked, (asked,))])
     units = plan(args, manager)
     if "RANK" in os.environ:
         work(args, units, manager)
@@ -779,8 +779,8 @@ def command(name: str, main) -> None:
     with StopSignals():
         try:
             sys.exit(main())
-        except ValueError as error:
-            sys.exit(f"{name}: error: {error}")
+        except (ValueError, OSError) as error:  # an output that may not be written, a full disk
+            sys.exit(f"{name}: error: {one_line(error)}")
 
 
 if __name__ == "__main__":

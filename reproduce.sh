@@ -32,4 +32,5 @@ for config in "$STAGE1" "$STAGE2"; do
         --output_dir "$DATA"
     run deepspeed train.py --cfg "$config"
 done
-run env TASKS=ruler SEQ_LENS=4096 bash eval.sh "$RESULT"
+run env TASKS=ruler SEQ_LENS=4096 OUTPUT="${RESULT%/*}/evaluation" bash eval.sh "$RESULT"
+run python convert_ckpt.py --cfg "$STAGE2" # once more, for a model card with these results

@@ -23,7 +23,7 @@ from transformers.utils.logging import set_verbosity_error  # noqa: E402
 
 from convert.converter import write_weights  # noqa: E402
 from convert.families import ACTIVATIONS, SAME  # noqa: E402
-from convert.loader import Checkpoint, copy_sidecars  # noqa: E402
+from convert.loader import KEY, Checkpoint, copy_sidecars  # noqa: E402
 from convert.verify import TOKENS, TOLERANCE  # noqa: E402
 from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig  # noqa: E402
 from distill_model.attention import RotaryEmbedding  # noqa: E402
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         export_native(args.model, args.output)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {one_line(error).replace(KEY, '--model')}")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ class StudentAttention:
     fits_gate: whether its output gate starts shut, and `open_gate` opens it.
     CROPS: whether its cache holds tokens one by one, so that the last can be forgotten.
     CONSTANT_STATE: whether what it holds keeps its shape from the first token on.
+    READS_ON: whether it takes several tokens behind a cache at once.
     OPENED: the linear maps whose weight a kernel reads itself.
     """
 
@@ -138,6 +139,7 @@ class StudentAttention:
     SOURCES = {f"{name}.weight": f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     CROPS = False
     CONSTANT_STATE = True
+    READS_ON = True
     OPENED = ()
     rope_share = 0.0
     fits_decay = False
@@ -533,6 +535,7 @@ class _MaskedCacheStudent(StudentAttention):
     token at a time: a long text in pieces costs it time."""
 
     CONSTANT_STATE = False
+    READS_ON = False
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
         length = hidden_states.shape[1]

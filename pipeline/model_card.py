@@ -86,7 +86,8 @@ def teacher_record(cfg: Config, folder: Path) -> dict:
 
 
 def evaluation(folder: Path) -> list[dict]:
-    """Results of the run's export that lie in its folder: task, seq_len, metric, score and stderr, in the order of their names.
+    """Results of the run's export that lie in its folder: task, seq_len, metric, score, stderr and limit (to so many documents; None:
+    all), in the order of their names.
     evaluate.py's and lm-evaluation-harness' own files are read; of two results for the same, the newer one is taken."""
     found = {}
     for file in sorted(folder.glob("**/results*.json"), key=lambda path: path.stat().st_mtime):
@@ -97,7 +98,8 @@ def evaluation(folder: Path) -> list[dict]:
         checkpoint = record.get("checkpoint", record.get("model_name"))
         if checkpoint is not None and Path(checkpoint).resolve() != (folder / EXPORT).resolve():
             continue  # the teacher's, for comparison
-        results = [result for result in record.get("tasks", {}).values() if "score" in result]
+        results = [result | {"limit": result.get("settings", {}).get("limit")}
+                   for result in record.get("tasks", {}).values() if "score" in result]  # fmt: skip
         for task, values in record.get("results", {}).items():
             scores = {key: value for key, value in values.items() if isinstance(value, (int, float)) and "," in key}
             for key, score in scores.items():
@@ -105,9 +107,9 @@ def evaluation(folder: Path) -> list[dict]:
                 length = int(metric) if metric.isdigit() else None  # RULER's metrics are lengths, and -1 is one that was not run
                 if not (metric.endswith("_stderr") or length and score == -1):
                     results.append({"task": task, "seq_len": length, "metric": "match" if length else metric, "score": score,
-                                    "stderr": scores.get(f"{metric}_stderr,{filtered}")})  # fmt: skip
+                                    "stderr": scores.get(f"{metric}_stderr,{filtered}"), "limit": record.get("config", {}).get("limit")})  # fmt: skip
         for result in results:
-            row = {key: result.get(key) for key in ("task", "seq_len", "metric", "score", "stderr")}
+            row = {key: result.get(key) for key in ("task", "seq_len", "metric", "score", "stderr", "limit")}
             found[row["task"], row["seq_len"] or 0, row["metric"]] = row
     return [found[key] for key in sorted(found)]
 
@@ -208,7 +210,8 @@ def card(history: dict, architecture: str | None = None) -> str:
     parts.append(f"{unknown}`{HISTORY}` holds these figures, and more.")
     if results:
         scores = [(row["task"], row["seq_len"] or "", row["metric"],
-                   f"{row['score']:.4f}" + (f" ± {row['stderr']:.4f}" if row["stderr"] else "")) for row in results]  # fmt: skip
+                   f"{row['score']:.4f}" + (f" ± {row['stderr']:.4f}" if row["stderr"] else "")
+                   + (f", with a limit of {row['limit']:g} documents" if row.get("limit") else "")) for row in results]  # fmt: skip
         parts += ["## Evaluation", _table(("task", "length", "metric", "score ± standard error"), scores)]
     licence = teacher["license_name"] or teacher["license"]
     parts += ["## Licence", f"The weights derive from {source}: its licence ({licence}) holds for them." if licence else

@@ -120,6 +120,45 @@ def test_gold_answers_score_one_and_wrong_ones_zero(teacher_dir, tmp_path, monke
     assert len(oracle.batches) == 3
 
 
+@pytest.mark.parametrize("name", ["teacher", "gdn_v4", "fox_v1"])
+def test_long_prompts_are_read_in_pieces(teacher_dir, tmp_path, monkeypatch, name):
+    """As a needle at 262144 tokens needs it; not by a layer that would read all but the first piece token by token."""
+    folder, pieces, forward = teacher_dir, [], torch.nn.Embedding.forward
+    if name != "teacher":
+        folder = tmp_path / name
+        StudentForCausalLM.from_teacher(load_teacher(teacher_dir), name, [1])[0].save_pretrained(folder)
+        save_tokenizer(folder)
+    monkeypatch.setattr(evaluate, "PREFILL", 64)
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: (pieces.append(ids.shape[1]), forward(self, ids))[1])
+    assert run(folder, "--tasks", "recall_generation", "--seq_lens", 200, "--limit", 2, "--output", tmp_path / "out") == 0
+    first = pieces[: pieces.index(1)]
+    assert sum(first) > 128 and (first[:-1] == [64] * (len(first) - 1) and first[-1] <= 64 if name != "fox_v1" else len(first) == 1)
+
+
+def test_the_mean_over_lengths_is_of_the_same_tasks():
+    """A task that a length or a checkpoint lacks would move it."""
+    def scores(**tasks):
+        return {Unit(task, n).key: result(task, score, 0.1, n) for task, found in tasks.items() for n, score in found.items()}
+
+    results = {"a": scores(copying={96: 0.5, 200: 0.25}, multi_hop_recall={96: 0.9, 200: 0.7}, associative_recall={96: 1.0}),
+               "b": scores(copying={96: 0.1, 200: 0.0}, multi_hop_recall={96: 0.9})}  # fmt: skip
+    assert evaluate.over_lengths(evaluate.rows(results), ["a", "b"]) == ([96, 200], {"a": [0.5, 0.25], "b": [0.1, 0.0]}, 1)
+    assert evaluate.over_lengths(evaluate.rows({"b": scores(copying={96: 0.1})}), ["b"]) == ([], {}, 0)
+
+
+def test_a_panel_for_every_metric_where_lower_is_better(tmp_path, monkeypatch):
+    """Perplexity and KL on one axis would hide the KL."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: figures.append(self))
+    tasks = {r["task"]: r for r in (result("piqa", 0.5, 0.1), result("heldout_perplexity", 300.0, 9.0, higher=False, metric="perplexity"),
+                                    result("heldout_kl", 0.2, 0.01, higher=False, metric="nats"))}  # fmt: skip
+    evaluate.plot({"a": tasks, "b": tasks}, tmp_path / "x.png")
+    assert [axis.get_xlabel() for axis in figures[0].axes] == ["score", "perplexity, lower is better", "nats, lower is better"]
+    assert [bar.get_width() for bar in figures[0].axes[2].patches] == [0.2, 0.2]
+
+
 @pytest.mark.parametrize("task", evaluate.RECALL_TASKS)
 def test_recall_documents_fill_their_length_and_stay_the_same(teacher_dir, task):
     tokenizer = load_tokenizer(teacher_dir)
@@ -195,6 +234,31 @@ def test_bad_input_ends_at_the_door(teacher_dir, data_dir, tmp_path, options, me
     with pytest.raises(ValueError, match=message) as error:
         run(teacher_dir, *options, "--output", tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_the_predecessor_is_refused_by_name(teacher_dir, tmp_path):
+    """Wherever it is named, with the reason; its K and V would be in another order."""
+    (tmp_path / "config.json").write_text('{"model_type": "student"}')
+    for argv in ([tmp_path, "--tasks", "copying"], [teacher_dir, "--tasks", "copying", "--teacher", tmp_path]):
+        with pytest.raises(ValueError, match=f": '{tmp_path}' is a student of the KL-guided .* orders K and V"):
+            run(*argv, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("main", [evaluate.main, eval_compare.main])
+def test_an_output_that_cannot_be_ends_in_one_line(teacher_dir, student_dir, tmp_path, monkeypatch, main):
+    """A file in its place, and results that are damaged: before any task, and with what to mend."""
+    (tmp_path / "file").touch()
+    damaged = evaluate.Record(SimpleNamespace(output=tmp_path / "out"), student_dir).file
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text('{"tasks": ')
+    monkeypatch.setattr(evaluate, "work", None)
+    for output, message in ((tmp_path / "file", f"{tmp_path / 'file'}.*: Not a directory"), (tmp_path / "out", f"OUTPUT: {damaged} holds no")):
+        argv = [teacher_dir, student_dir, "--tasks", "copying", "--output", str(output), "--num_gpus", "1"]
+        with pytest.raises(SystemExit, match=f"^a.py: error: {message}") as error:
+            evaluate.command("a.py", lambda: main(argv))
+        assert "\n" not in str(error.value.code)
+    assert damaged.read_text() == '{"tasks": '
 
 
 def test_groups_and_lengths(data_dir):
@@ -334,10 +398,12 @@ def test_comparison_of_what_cannot_be_compared(tmp_path):
     teacher = write(tmp_path / "a", result("piqa", 0.8, 0.02))
     limited = write(tmp_path / "b", result("piqa", 0.8, 0.02) | {"settings": {"checkpoint": "y", "limit": 5}})
     other = write(tmp_path / "c", result("boolq", 0.8, 0.02))
-    failed = write(tmp_path / "d", failed=["piqa"])
+    failed, tables = write(tmp_path / "d", failed=["piqa"]), str(tmp_path / "tables.json")
+    Path(tables).write_text('{"a": {"piqa": {"score": 0.8}}}')  # what one call writes of all its checkpoints
     for files, message in (((teacher, limited), "another limit"), ((teacher, other), "no task in common"),
                            ((teacher,), "one alone"), ((teacher, "folder"), "files alone, or checkpoints alone"),
-                           ((teacher, str(tmp_path / "none.json")), "none.json is no results.json")):  # fmt: skip
+                           ((teacher, str(tmp_path / "none.json")), r"none.json is no results.json of a checkpoint; .* to OUTPUT/CHECKPOINT/"),
+                           ((teacher, tables), "tables.json is no results.json of a checkpoint")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             eval_compare.main([*files, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import random_teacher, save_tokenizer
+from conftest import random_teacher, save_tokenizer, write_config
 from safetensors.torch import load_file
+from test_train import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import copy_sidecars, export_native, load_teacher
@@ -210,16 +211,19 @@ def test_refused_at_the_door(everywhere, tmp_path):
     (with_files / "mine").touch()
     model = StudentForCausalLM.from_teacher(load_teacher(str(root / "tied" / "teacher")), "gdn_v4", [0])[0]
     model.save_pretrained(tmp_path / "gdn_v4")
+    (tmp_path / "predecessor").mkdir()
+    (tmp_path / "predecessor" / "config.json").write_text('{"model_type": "student"}')
     for source, output, message in (
         (root / "tied" / "teacher", tmp_path / "a", "is of type qwen3, no hybrid of ours"),
         (tmp_path / "gdn_v4", tmp_path / "b", "gdn_v4 has no short convolution"),
-        (tmp_path / "absent", tmp_path / "c", "absent"),
+        (tmp_path / "absent", tmp_path / "c", f"--model: '{tmp_path / 'absent'}' is neither a folder"),
+        (tmp_path / "predecessor", tmp_path / "d", f"--model: '{tmp_path / 'predecessor'}' is a student of the KL-guided"),
         (root / "tied" / "ours", with_files, "is there already"),
     ):
         with pytest.raises(SystemExit) as error:
             export_native.main(["--model", str(source), "--output", str(output)])
         assert str(error.value).startswith("error: ") and message in str(error.value) and "\n" not in str(error.value)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "gdn_v4"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "gdn_v4", "predecessor"]
 
 
 @pytest.mark.parametrize("name", ["linear_attn.in_proj_qkv.weight", "self_attn.q_proj.weight", "input_layernorm.weight"])
@@ -246,3 +250,25 @@ def test_from_the_command_line(everywhere, tmp_path):
     assert "as Qwen3_5ForCausalLM" in done.stdout
     first, second = (load_file(folder / "model.safetensors") for folder in (root / "tied" / "native", tmp_path / "out"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
+def test_distilled_exported_and_loaded_elsewhere(teacher_dir, data_dir, tmp_path):
+    """As the README has it: gdn_v8 from the start, calibrated, through stages 1 and 2; the same text by transformers alone."""
+    for stage in (1, 2):
+        options = ["student_model.name=gdn_v8", *(["train.calibrate_init=2"] if stage == 1 else [])]
+        launch(write_config(tmp_path, stage, teacher_dir, data_dir), *options, processes=1)
+    ours = tmp_path / "stage2" / "converted-hf"
+    export_native.main(["--model", str(ours), "--output", str(tmp_path / "case" / "native")])
+    ids, mask = torch.randint(1, 96, (2, 75)), torch.ones(2, 20, dtype=torch.long)
+    torch.save({"ids": ids, "mask": mask}, tmp_path / "case" / "input.pt")
+    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path), '["case"]', str(NEW_TOKENS), PROMPT], check=True, cwd=tmp_path)
+    result = torch.load(tmp_path / "results.pt", weights_only=False)["case"]
+    model = StudentForCausalLM.from_pretrained(ours).eval()
+    assert model.config.student_name == "gdn_v8" and model.config.keep_full_attention_layers == [1]
+    with torch.no_grad():
+        torch.testing.assert_close(result["full"], model(ids).logits, atol=1e-4, rtol=1e-4)
+    text = model.generate(ids[:, :20], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    assert torch.equal(result["text"], text)
+    card = (tmp_path / "case" / "native" / "README.md").read_text()
+    assert "trust_remote_code" not in card and "| 1, attention output alignment |" in card and "| 2, logit distillation |" in card

@@ -97,15 +97,17 @@ def test_a_row_is_reproduced_from_preprocessing_to_ruler():
     commands = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 0 and [command[:2] for command in commands] == [
         ["python", "preprocess_download_tokenize.py"], ["python", "preprocess_chunk.py"], ["deepspeed", "train.py"],
-        ["python", "preprocess_chunk.py"], ["deepspeed", "train.py"], ["env", "TASKS=ruler"]]  # fmt: skip
-    tokenize, short, stage1, long, stage2, evaluate = (dict(zip(command, command[1:])) for command in commands)
+        ["python", "preprocess_chunk.py"], ["deepspeed", "train.py"], ["env", "TASKS=ruler"],
+        ["python", "convert_ckpt.py"]]  # fmt: skip
+    tokenize, short, stage1, long, stage2, evaluate, export = (dict(zip(command, command[1:])) for command in commands)
     first, second = load_config(ROOT / stage1["--cfg"]), load_config(ROOT / stage2["--cfg"])
     assert tokenize["--tokenizer"] == second.teacher_model.name and tokenize["--max_tokens"] == "1000"
     for chunks, cfg in ((short, first), (long, second)):
         assert chunks["--tokenized_dataset_path"] == tokenize["--output_dir"]
         assert cfg.data.cache_dir == f"{chunks['--output_dir']}/chunked_context{chunks['--context_length']}"
     assert second.train.student_init_ckpt == f"{first.train.output_dir}/converted-hf"
-    assert evaluate["eval.sh"] == f"{second.train.output_dir}/converted-hf"
+    assert evaluate["eval.sh"] == f"{second.train.output_dir}/converted-hf" and export["--cfg"] == stage2["--cfg"]
+    assert f"OUTPUT={second.train.output_dir}/evaluation" in evaluate, "where the model card looks for results"
 
 
 @pytest.mark.parametrize("row", ["qwen2.5_1.5b_gdn_v4", "quickstart", "../configs/quickstart", "nowhere_hybrid_0_25_uniform"])

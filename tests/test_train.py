@@ -215,7 +215,9 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\n---\n# T\n")
     arc = {"task": "arc_easy", "seq_len": None, "metric": "acc", "score": 0.5, "stderr": 0.01}
     records = {
-        "eval/hybrid": {"checkpoint": str(folder), "tasks": {"a": arc, "b": {"task": "mmlu", "seq_len": None, "error": "x"}}},
+        "eval/hybrid": {"checkpoint": str(folder), "tasks": {
+            "a": arc | {"settings": {"limit": None}}, "b": {"task": "mmlu", "seq_len": None, "error": "x"},
+            "c": arc | {"task": "boolq", "settings": {"limit": 5}}}},
         "eval/teacher": {"checkpoint": "owner/teacher", "tasks": {"a": arc | {"task": "piqa"}}},
         "harness": {"model_name": str(folder), "results": {"ruler_vt": {"alias": "x", "4096,none": 0.25, "8192,none": -1,
                                                                         "4096_stderr,none": "N/A"}}},
@@ -227,7 +229,8 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
     body, data = (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
     assert data.base_model == "owner/teacher" and (data.license, data.license_name) == ("other", "llama3.2")
     for line in ("[owner/teacher](https://huggingface.co/owner/teacher)", "its licence (llama3.2) holds",
-                 "| arc_easy |  | acc | 0.5000 ± 0.0100 |", "| ruler_vt | 4096 | match | 0.2500 |", "Of stage 1 there is no record", "not recorded",
+                 "| arc_easy |  | acc | 0.5000 ± 0.0100 |",
+                 "| boolq |  | acc | 0.5000 ± 0.0100, with a limit of 5 documents |", "| ruler_vt | 4096 | match | 0.2500 |", "Of stage 1 there is no record", "not recorded",
                  "0.5 x KL to the teacher (temperature 1) + 0.25 x cross-entropy"):  # fmt: skip
         assert line in body, line
     assert not any(word in body for word in ("8192", "mmlu", "piqa")) and "trust_remote_code=True" in body
