@@ -1,9 +1,10 @@
-"""A hybrid through a whole stage 2 by train.py, and its held-out KL: what a selector with a training run a layer is made of."""
+"""The stage-2 configs of a selection: of its hybrids, each trained by train.py and measured here, and of what it chose."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from convert import load_teacher_config
 from convert.loader import Checkpoint
 from distill_model import StudentForCausalLM
+from layer_selection.ranking import Ranking, hybrid_folder, ratio_of
 from pipeline.config import Config, ConfigError, dump_config, load_config
 from pipeline.files import write_whole
 from pipeline.guard import REQUEUE
@@ -23,6 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 HELDOUT_KL, STAGE_2 = "heldout_kl.json", "stage2.yaml"
 
 
+def load_stage_2(file: str, overrides: list[str] | None = None) -> Config:
+    """The config of --cfg. Raises ConfigError if it is of another stage."""
+    cfg = load_config(file, overrides or [])
+    if cfg.stage != 2:
+        raise ConfigError(f"--cfg: {file} is of stage {cfg.stage}; name a stage-2 file")
+    return cfg
+
+
 def with_layers(cfg: Config, kept: list[int], output_dir: Path) -> Config:
     """The stage-2 config that keeps `kept` and writes to output_dir."""
     return dataclasses.replace(
@@ -30,6 +40,28 @@ def with_layers(cfg: Config, kept: list[int], output_dir: Path) -> Config:
         student_model=dataclasses.replace(cfg.student_model, keep_full_attention_layers=kept),
         train=dataclasses.replace(cfg.train, output_dir=str(output_dir)),
     )
+
+
+def teacher_name(name: str) -> str:
+    """{teacher}_{size} of a teacher: qwen2.5_1.5b, llama3.2_3b; of one whose name has no size, the number of its parameters."""
+    last = Path(name).resolve().name.lower()
+    if found := re.match(r"(.+?)[-_](\d+(?:\.\d+)?[bm])(?![a-z0-9])", last):
+        return f"{re.sub(r'[-_](?=[0-9])', '', found[1])}_{found[2]}"
+    with torch.device("meta"):
+        count = sum(p.numel() for p in StudentForCausalLM(load_teacher_config(name)).parameters())
+    unit, letter = (10**9, "b") if count >= 10**9 else (10**6, "m")
+    return f"{last}_{count / unit:.1f}".removesuffix(".0") + letter
+
+
+def write_chosen(cfg: Config, ranking: Ranking, count: int, ratio: float | None, folder: Path) -> Path:
+    """Writes the stage-2 config with the `count` best layers, named as the folders of configs/ are, and returns its path. Its run
+    folder lies beside it: no two choices share one. ratio: what `count` was asked for by, or None."""
+    name = hybrid_folder(teacher_name(cfg.teacher_model.name), cfg.student_model.name,
+                         ratio or ratio_of(count, len(ranking.layers)), ranking.method)  # fmt: skip
+    file = folder / name / STAGE_2
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, dump_config(with_layers(cfg, ranking.keep(count), file.parent / "stage2")))
+    return file
 
 
 def check_start(cfg: Config) -> None:

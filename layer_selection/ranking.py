@@ -1,16 +1,18 @@
-"""What every selector ends in: layers by importance, with intervals and ties, as ranking.json, ranking.png and a table."""
+"""What every selector ends in: layers by importance, with intervals and ties, as ranking.json, ranking.png and ranking.md."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy
 
+from pipeline.files import write_whole
+
 RESAMPLES = 2000  # of the bootstrap
+RATIOS = 0.125, 0.25, 0.33, 0.5  # those that are published
 
 
 def budget(ratio: float, num_layers: int) -> int:
@@ -18,10 +20,20 @@ def budget(ratio: float, num_layers: int) -> int:
 
     Raises ValueError if that is none, or more than there are.
     """
-    keep = math.floor(ratio * num_layers + 0.5)
+    keep = math.floor(ratio * num_layers + 0.5) if math.isfinite(ratio) else 0
     if not 1 <= keep <= num_layers:
         raise ValueError(f"--ratio: {ratio} of {num_layers} layers keeps {keep}; it must keep 1 to {num_layers}")
     return keep
+
+
+def ratio_of(count: int, num_layers: int, ratios: tuple[float, ...] = RATIOS) -> float:
+    """The ratio that keeps `count` layers: one of `ratios`, or else the share itself, rounded."""
+    return next((r for r in ratios if budget(r, num_layers) == count), round(count / num_layers, 2))
+
+
+def hybrid_folder(teacher: str, student: str, ratio: float, selector: str) -> str:
+    """{teacher}_{size}_{student}_hybrid_{ratio}_{selector}, as the folders of configs/ are named; `teacher` has its size."""
+    return f"{teacher}_{student}_hybrid_{str(ratio).replace('.', '_')}_{selector}"
 
 
 def evenly_spaced(count: int, num_layers: int) -> list[int]:
@@ -127,11 +139,10 @@ def plot(ranking: Ranking, count: int, path: Path) -> None:
 
 
 def write(ranking: Ranking, count: int, folder: Path) -> None:
-    """ranking.png and ranking.json, which comes last and whole."""
+    """ranking.png, ranking.md with the table, and ranking.json, which comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     plot(ranking, count, folder / "ranking.png")
     content = {name: value for name, value in asdict(ranking).items() if name != "samples"}
     content |= {"keep": ranking.keep(count), "undecided": ranking.undecided(count)}
-    partial = folder / ".ranking.json.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, folder / "ranking.json")
+    write_whole(folder / "ranking.md", table(ranking, count) + "\n")
+    write_whole(folder / "ranking.json", json.dumps(content, indent=1) + "\n")

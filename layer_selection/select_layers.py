@@ -20,7 +20,8 @@ keeps do not matter here. Methods, importance being what a layer is ranked by:
     uniform  evenly spaced, one in the middle of each of K equal parts, for every ratio
     random   by --seed
 
-Written to --output_dir: ranking.json, ranking.png, and stage2.yaml with the K best. ga_s2 and gr_s2 train all hybrids side by side on
+Written to --output_dir: ranking.json, ranking.png, ranking.md, and {teacher}_{size}_{student}_hybrid_{ratio}_{method}/stage2.yaml with
+the K best, which trains in a folder of its own. ga_s2 and gr_s2 train all hybrids side by side on
 one teacher until their order has settled (side_by_side.py), or with --full_runs and --candidate in <output_dir>/layer_<N>/ with
 train.py to the end. Run again they do only what is missing, and a finished layer is never trained twice. avg_s2 uses their default
 folders.
@@ -45,12 +46,12 @@ sys.path.insert(0, str(ROOT))
 
 from convert import load_teacher  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
-from layer_selection.full_runs import check_start, with_layers  # noqa: E402
+from layer_selection.full_runs import check_start, load_stage_2, write_chosen  # noqa: E402
 from layer_selection.questions import add_options  # noqa: E402
 from layer_selection.ranking import Ranking, budget, evenly_spaced, rank_samples, rank_scores, table, write  # noqa: E402
 from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, task_ablation  # noqa: E402
 from layer_selection.side_by_side import rank_hybrids, trained_hybrids  # noqa: E402
-from pipeline.config import Config, ConfigError, dump_config, load_config  # noqa: E402
+from pipeline.config import Config, ConfigError  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
 from wrapper import AttentionAlignmentModel  # noqa: E402
 
@@ -188,9 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
 
     disable_progress_bar()  # transformers' own, a line for every file read
-    cfg = load_config(args.cfg, args.overrides)
-    if cfg.stage != 2:
-        raise ConfigError(f"--cfg: {args.cfg} is of stage {cfg.stage}; name a stage-2 file")
+    cfg = load_stage_2(args.cfg, args.overrides)
     args.output_dir = args.output_dir or Path(f"{cfg.train.output_dir}_{args.method}")
     bench = Bench(cfg, args.sequences, args.batch_size)
     layers = bench.teacher.config.num_hidden_layers
@@ -206,15 +205,14 @@ def main(argv: list[str] | None = None) -> None:
     if ranking is None:
         return
     write(ranking, args.top_k, args.output_dir)
-    chosen = with_layers(cfg, ranking.keep(args.top_k), Path(cfg.train.output_dir))
-    (args.output_dir / "stage2.yaml").write_text(dump_config(chosen))
+    chosen = write_chosen(cfg, ranking, args.top_k, args.ratio, args.output_dir)
     print(table(ranking, args.top_k))
     undecided = f"; not told apart at the cut: {ranking.undecided(args.top_k)}" if ranking.undecided(args.top_k) else ""
     if "share_of_full_runs" in ranking.facts:
         facts = ranking.facts
         print(f"Trained side by side for {facts['steps']} of {facts['of_steps']} steps: {facts['share_of_full_runs']:.1%} of the FLOPs of "
               f"{layers} full runs, {facts['seconds']:.0f} s")  # fmt: skip
-    print(f"Kept: {ranking.keep(args.top_k)}{undecided}; next: deepspeed train.py --cfg {args.output_dir}/stage2.yaml")
+    print(f"Kept: {ranking.keep(args.top_k)}{undecided}; next: deepspeed train.py --cfg {chosen}")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2):
     ranking = rank(runs, "--ratio", "0.5", "--cfg", str(stage2))
     assert [layer["layer"] for layer in ranking["layers"]] == [1, 3, 0, 2] and ranking["keep"] == [1, 3]
     assert ranking["layers"][0]["importance"] == pytest.approx(-0.1) and ranking["facts"]["compared_at_step"] == 20
-    assert load_config(runs / "stage2.yaml").student_model.keep_full_attention_layers == [1, 3]
+    (chosen,) = runs.glob("*_gdn_v4_hybrid_0_5_ga_s2")
+    cfg = load_config(chosen / "stage2.yaml")
+    assert cfg.student_model.keep_full_attention_layers == [1, 3] and cfg.train.output_dir == str(chosen / "stage2")
     assert (runs / "ranking.png").stat().st_size > 5000
     retrieve(runs, "--source", "metrics", "--metric", "train/loss")
     assert rank(runs, "--top-k", "1")["layers"][0]["importance"] == pytest.approx(-0.2)
@@ -115,6 +117,13 @@ def test_stopped_by_rule_is_a_state(runs):
     ranking = rank(runs, "--top-k", "2")
     assert [layer["layer"] for layer in ranking["layers"]] == [1, 3, 0, 2]
     assert ranking["facts"]["stopped_at_step"] == {"0": 10, "2": 10}
+
+
+def test_equal_losses_are_ties(runs):
+    write_metrics(runs, LOSSES | {3: LOSSES[0]})
+    retrieve(runs, "--source", "metrics")
+    assert [(layer["layer"], layer["ties"]) for layer in rank(runs, "--top-k", "2")["layers"]] == [(1, []), (0, [3]), (3, [0]), (2, [])]
+    assert json.loads((runs / "ranking.json").read_text())["undecided"] == [0, 3]
 
 
 def test_the_training_loss_is_averaged_over_the_last_tenth(runs):
@@ -160,6 +169,8 @@ def test_bad_input(runs, tmp_path, capsys):
     other.write_text((runs / "layer_0" / "stage2.yaml").read_text().replace(whole["teacher"], "Qwen/other"))
     with pytest.raises(ValueError, match="--cfg: .* is of the teacher Qwen/other, the log of "):
         rank(runs, "--top-k", "1", "--cfg", str(other))
+    with pytest.raises(ValueError, match="is of stage 1; name a stage-2 file"):
+        rank(runs, "--top-k", "1", "--cfg", "configs/qwen3_8b_gdn_v4/stage1.yaml")
     assert not (runs / "ranking.json").exists()
 
 

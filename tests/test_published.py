@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from layer_selection.ranking import budget
+from layer_selection.ranking import RATIOS, budget
 from layer_selection.write_configs import PUBLISHED, main, rows
 from pipeline.config import load_config
 
@@ -45,7 +45,7 @@ def test_the_readme_says_what_a_ratio_keeps():
     readme = (ROOT / "README.md").read_text()
     ratios = [float(ratio) for ratio in re.search(r"\| teacher \| layers \| (.*) \|", readme)[1].split(" | ")]
     lines = re.findall(r"^\| [^|]*(?:Qwen|Llama)[^|]* \| (\d+) \| ([\d |]+) \|$", readme, re.MULTILINE)
-    assert ratios == SETS["ratios"] and {int(layers) for layers, _ in lines} == {f["layers"] for f in SETS["teachers"].values()}
+    assert tuple(ratios) == RATIOS and {int(layers) for layers, _ in lines} == {f["layers"] for f in SETS["teachers"].values()}
     for layers, kept in lines:
         assert [int(count) for count in kept.split(" | ")] == [budget(ratio, int(layers)) for ratio in ratios]
 
@@ -55,7 +55,7 @@ def test_every_published_set_has_its_rows():
     for teacher, facts in SETS["teachers"].items():
         for student in facts["students"]:
             for selector, ranked in facts.get("ranked", {}).items():
-                for count in (budget(ratio, facts["layers"]) for ratio in SETS["ratios"]):
+                for count in (budget(ratio, facts["layers"]) for ratio in RATIOS):
                     assert count > len(ranked) or (teacher, student, selector, tuple(sorted(ranked[:count]))) in found
             for selector, sets in facts.get("set", {}).items():
                 assert all((teacher, student, selector, tuple(layers)) in found for layers in sets)

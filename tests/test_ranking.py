@@ -13,7 +13,7 @@ def test_budget(ratio, layers, keep):
     assert budget(ratio, layers) == keep
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.01, 1.2, -1.0])
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 1.2, -1.0, float("nan"), float("inf")])
 def test_a_budget_of_no_or_too_many_layers_is_refused(ratio):
     with pytest.raises(ValueError, match="--ratio"):
         budget(ratio, 8)
@@ -55,5 +55,6 @@ def test_files(tmp_path):
     assert content["keep"] == [1] and content["facts"] == {"tokens": 7} and content["method"] == "ga_s2"
     assert [layer["layer"] for layer in content["layers"]] == [1, 0]
     assert (tmp_path / "ranking.png").stat().st_size > 5_000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranking.json", "ranking.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranking.json", "ranking.md", "ranking.png"]
+    assert (tmp_path / "ranking.md").read_text() == table(ranking, 1) + "\n"
     assert table(ranking, 1).splitlines()[2].startswith("| 1 | 1 | 3.5 [3")

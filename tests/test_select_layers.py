@@ -1,7 +1,9 @@
 """Layer selection from a stage-2 config: every method, resuming, and bad input."""
 
+import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from conftest import LENGTH, make_chunks
 from convert import load_teacher
 from distill_model import StudentForCausalLM
 from layer_selection import select_layers
-from layer_selection.full_runs import HELDOUT_KL
+from layer_selection.full_runs import HELDOUT_KL, teacher_name
+from layer_selection.write_configs import PUBLISHED
 from pipeline.config import load_config
 
 
@@ -47,8 +50,10 @@ def test_the_layer_that_is_off_comes_first(stage2, tmp_path, method):
     ranking = select(stage2, tmp_path, "--method", method, "--ratio", "0.25")
     assert ranking["keep"] == [2] and sorted(layer["layer"] for layer in ranking["layers"]) == [0, 1, 2, 3]
     assert all(layer["low"] <= layer["importance"] <= layer["high"] for layer in ranking["layers"])
-    chosen, asked = load_config(tmp_path / "stage2.yaml"), load_config(stage2)
-    assert chosen.student_model.keep_full_attention_layers == [2] and chosen.train == asked.train
+    folder = tmp_path / f"{Path(load_config(stage2).teacher_model.name).name}_0.1m_gdn_v4_hybrid_0_25_{method}"
+    chosen, asked = load_config(folder / "stage2.yaml"), load_config(stage2)
+    assert chosen.student_model.keep_full_attention_layers == [2]
+    assert chosen.train == dataclasses.replace(asked.train, output_dir=str(folder / "stage2")), "a run folder of its own"
 
 
 def test_scan_is_the_kl_with_one_layer_restored(stage2, tmp_path, teacher_dir):
@@ -63,6 +68,19 @@ def test_scan_is_the_kl_with_one_layer_restored(stage2, tmp_path, teacher_dir):
             ours = student.restore_full_attention(teacher, [layer["layer"]]).eval()(ids).logits.log_softmax(-1)
             kl = torch.nn.functional.kl_div(ours, teacher(ids).logits.log_softmax(-1), log_target=True, reduction="sum")
         assert layer["importance"] == pytest.approx(-kl.item() / ids.numel(), rel=1e-4)
+
+
+def test_teachers_are_named_as_in_configs():
+    for folder, facts in yaml.safe_load(PUBLISHED.read_text())["teachers"].items():
+        assert teacher_name(facts["name"]) == folder
+    assert [teacher_name(name) for name in ("teachers/qwen2.5_1.5b", "fla-hub/transformer-1.3B-100B", "a/SmolLM2-135M")] == [
+        "qwen2.5_1.5b", "transformer_1.3b", "smollm2_135m"]  # fmt: skip
+
+
+def test_top_k_names_the_ratio_that_keeps_as_many(stage2, tmp_path):
+    select(stage2, tmp_path, "--method", "uniform", "--top-k", "3")
+    (folder,) = tmp_path.glob("*_gdn_v4_hybrid_*")
+    assert folder.name.endswith("_hybrid_0_75_uniform") and (folder / "stage2.yaml").is_file()
 
 
 def test_uniform_and_random(stage2, tmp_path):
