@@ -27,8 +27,10 @@ def budget(ratio: float, num_layers: int) -> int:
 
 
 def ratio_of(count: int, num_layers: int, ratios: tuple[float, ...] = RATIOS) -> float:
-    """The ratio that keeps `count` layers: one of `ratios`, or else the share itself, rounded."""
-    return next((r for r in ratios if budget(r, num_layers) == count), round(count / num_layers, 2))
+    """The ratio that keeps `count` layers: the nearest of `ratios` that does, or else the share itself, rounded."""
+    share = count / num_layers
+    same = [r for r in ratios if math.floor(r * num_layers + 0.5) == count]
+    return min(same, key=lambda r: abs(r - share), default=round(share, 2))
 
 
 def hybrid_folder(teacher: str, student: str, ratio: float, selector: str) -> str:

@@ -44,7 +44,7 @@ from transformers.utils.logging import disable_progress_bar
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from convert import load_teacher  # noqa: E402
+from convert import load_teacher, load_teacher_config  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
 from layer_selection.full_runs import check_start, load_stage_2, write_chosen  # noqa: E402
 from layer_selection.questions import add_options  # noqa: E402
@@ -53,6 +53,7 @@ from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, ta
 from layer_selection.side_by_side import rank_hybrids, trained_hybrids  # noqa: E402
 from pipeline.config import Config, ConfigError  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
+from pipeline.files import one_line  # noqa: E402
 from wrapper import AttentionAlignmentModel  # noqa: E402
 
 
@@ -191,17 +192,20 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()  # transformers' own, a line for every file read
     cfg = load_stage_2(args.cfg, args.overrides)
     args.output_dir = args.output_dir or Path(f"{cfg.train.output_dir}_{args.method}")
-    bench = Bench(cfg, args.sequences, args.batch_size)
-    layers = bench.teacher.config.num_hidden_layers
+    layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
     args.top_k = budget(args.ratio, layers) if args.ratio is not None else args.top_k
     if not 1 <= args.top_k <= layers:
         raise ConfigError(f"--top-k: {args.top_k} must be between 1 and the teacher's {layers} layers")
     if args.candidate is not None and (args.method not in TRAINED or not 0 <= args.candidate < layers):
         raise ConfigError(f"--candidate: {args.candidate} needs --method {' or '.join(TRAINED)} and a layer in 0..{layers - 1}")
-    for name, least in (("rounds", 1), ("window", 0)):
+    for name, least in (("rounds", 1), ("window", 0), ("sequences", 2), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name}: {getattr(args, name)} must be at least {least}")
-    ranking = METHODS[args.method](bench, args)
+    if not -1 <= args.correlation <= 1:
+        raise ConfigError(f"--correlation: {args.correlation} must be between -1 and 1")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise ConfigError(f"--output_dir: {args.output_dir} is a file; name a folder")
+    ranking = METHODS[args.method](Bench(cfg, args.sequences, args.batch_size), args)
     if ranking is None:
         return
     write(ranking, args.top_k, args.output_dir)
@@ -218,5 +222,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        sys.exit(f"select_layers.py: error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"select_layers.py: error: {one_line(error)}")

@@ -5,7 +5,7 @@ import json
 import numpy
 import pytest
 
-from layer_selection.ranking import budget, rank_samples, rank_scores, table, write
+from layer_selection.ranking import budget, rank_samples, rank_scores, ratio_of, table, write
 
 
 @pytest.mark.parametrize("ratio, layers, keep", [(0.25, 28, 7), (0.125, 36, 5), (0.125, 28, 4), (0.33, 28, 9), (0.5, 3, 2), (1.0, 4, 4)])
@@ -17,6 +17,12 @@ def test_budget(ratio, layers, keep):
 def test_a_budget_of_no_or_too_many_layers_is_refused(ratio):
     with pytest.raises(ValueError, match="--ratio"):
         budget(ratio, 8)
+
+
+def test_a_count_has_the_ratio_that_keeps_it():
+    assert [ratio_of(4, 28), ratio_of(5, 36), ratio_of(9, 28), ratio_of(10, 36), ratio_of(1, 4), ratio_of(2, 3)] == [
+        0.125, 0.125, 0.33, 0.28, 0.25, 0.5]  # fmt: skip
+    assert all(budget(ratio_of(count, layers), layers) == count for layers in range(1, 81) for count in range(1, layers + 1))
 
 
 def test_equal_scores_stay_in_order_of_their_layers():

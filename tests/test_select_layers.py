@@ -119,9 +119,20 @@ def test_ga_s2_trains_what_is_missing(stage2, tmp_path):
     (["--ratio", "0.01"], "--ratio: 0.01 of 4 layers keeps 0"),
     (["--top-k", "1", "--candidate", "4"], "--candidate: 4 needs --method ga_s2 or gr_s2 or avg_s2 and a layer in 0..3"),
     (["--top-k", "1", "--method", "mse", "--candidate", "1"], "--candidate: 1 needs --method ga_s2"),
+    (["--top-k", "1", "--rounds", "0"], "--rounds: 0 must be at least 1"),
+    (["--top-k", "1", "--sequences", "1"], "--sequences: 1 must be at least 2"),
+    (["--top-k", "1", "--batch_size", "0"], "--batch_size: 0 must be at least 1"),
+    (["--top-k", "1", "--correlation", "nan"], "--correlation: nan must be between -1 and 1"),
     (["--top-k", "1", "stage=3"], "is of stage 3; name a stage-2 file"),
 ])  # fmt: skip
 def test_bad_input(stage2, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         select(stage2, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(stage2, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="--output_dir: .*out is a file; name a folder"):
+        select(stage2, tmp_path / "out", "--method", "uniform", "--top-k", "1")
+    assert (tmp_path / "out").read_text() == "mine"
