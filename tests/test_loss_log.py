@@ -47,7 +47,7 @@ def write_metrics(runs, losses=LOSSES, steps=(1, 10, 20)):
     for layer, values in losses.items():
         folder = runs / f"layer_{layer}" / "run"
         folder.mkdir(exist_ok=True)
-        lines = [json.dumps({"step": step, "loss": 2 * value}) + "\n" + json.dumps({"step": step, "eval_loss": value})
+        lines = [json.dumps({"step": step, "loss": value if isinstance(value, str) else 2 * value}) + "\n" + json.dumps({"step": step, "eval_loss": value})
                  for step, value in zip(steps, values)]  # fmt: skip
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -76,7 +76,7 @@ def test_a_config_for_every_layer_of_the_teacher(runs, stage2):  # noqa: F811
         generate_layer_configs_ga_s2.main([*again, "train.max_steps=30"])
 
 
-def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2):  # noqa: F811
+def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2, monkeypatch):  # noqa: F811
     """Layer 1's run was stopped and went on in a second W&B run, which repeats step 10."""
     write_metrics(runs)
     local = retrieve(runs, "--source", "metrics")
@@ -95,6 +95,8 @@ def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2):
     assert (runs / "ranking.png").stat().st_size > 5000
     retrieve(runs, "--source", "metrics", "--metric", "train/loss")
     assert rank(runs, "--top-k", "1")["layers"][0]["importance"] == pytest.approx(-0.2)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "wandb"))  # W&B's own variable, where its runs were told to go
+    assert retrieve(runs, "--source", "offline") == log
 
 
 def test_missing_and_unfinished_layers_are_named(runs):
@@ -105,6 +107,22 @@ def test_missing_and_unfinished_layers_are_named(runs):
     with pytest.raises(ValueError, match=both):
         retrieve(runs, "--source", "metrics")
     assert not (runs / "loss_log.json").exists()
+
+
+@pytest.mark.parametrize("loss", [float("nan"), "NaN", float("inf")])
+def test_a_loss_that_is_no_number_has_no_rank(runs, loss):
+    write_metrics(runs, LOSSES | {2: [0.7, 0.6, loss]})
+    with pytest.raises(ValueError, match="layer 2 has eval/loss (nan|inf) at step 20"):
+        retrieve(runs, "--source", "metrics")
+    assert not (runs / "loss_log.json").exists()
+
+
+def test_a_damaged_metrics_file_is_named(runs):
+    write_metrics(runs)
+    file = runs / "layer_3" / "run" / "metrics.jsonl"
+    file.write_text("nonsense\n" + file.read_text())
+    with pytest.raises(ValueError, match="layer_3/run/metrics.jsonl: has a line that is no JSON object; take it out"):
+        retrieve(runs, "--source", "metrics")
 
 
 def test_stopped_by_rule_is_a_state(runs):
