@@ -122,19 +122,22 @@ def table(ranking: Ranking, count: int) -> str:
 
 
 def plot(ranking: Ranking, count: int, path: Path) -> None:
-    """Importance over the layers, the kept ones in colour."""
+    """Importance over the layers: the kept ones in colour, open circles where the measurement does not settle which side of the cut."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kept, layers = set(ranking.keep(count)), sorted(ranking.layers, key=lambda layer: layer.layer)
+    kept, open_ones = set(ranking.keep(count)), set(ranking.undecided(count))
+    layers = sorted(ranking.layers, key=lambda layer: layer.layer)
     figure, axis = pyplot.subplots(figsize=(max(5, 0.3 * len(layers)), 3.2), layout="constrained")
     for layer in layers:
         errors = None if layer.low is None else [[layer.importance - layer.low], [layer.high - layer.importance]]
-        axis.errorbar(layer.layer, layer.importance, errors, fmt="o", capsize=3,
-                      color="tab:blue" if layer.layer in kept else "lightgrey", ecolor="grey")  # fmt: skip
-    axis.set(xlabel="layer", ylabel=ranking.unit, title=f"{ranking.method}: {count} of {len(layers)} layers kept (blue)")
+        color = "tab:blue" if layer.layer in kept else "darkgrey"
+        axis.errorbar(layer.layer, layer.importance, errors, fmt="o", capsize=3, color=color, ecolor="lightgrey",
+                      markerfacecolor="white" if layer.layer in open_ones else color)  # fmt: skip
+    tied = ", open: not told apart" if open_ones else ""
+    axis.set(xlabel="layer", ylabel=ranking.unit, title=f"{ranking.method}: {count} of {len(layers)} layers kept (blue{tied})")
     axis.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

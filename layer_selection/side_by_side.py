@@ -290,11 +290,11 @@ class Rounds:
 
     def open_history(self) -> None:
         """Reads what an earlier process has done. Raises ConfigError if that was another selection."""
-        file = self.folder / CONFIG
-        if file.is_file() and (other := difference(load_config(file), self.cfg)):
+        file, trained = self.folder / CONFIG, (self.folder / HISTORY).is_file()
+        if trained and (other := difference(load_config(file), self.cfg)):
             raise ConfigError(f"{self.folder} has candidates of another config ({other}); name another --output_dir or remove it")
         write_whole(file, dump_config(self.cfg))
-        if (self.folder / HISTORY).is_file():
+        if trained:
             known = json.loads((self.folder / HISTORY).read_text())
             if (known["rounds"], known["kept"]) != (self.rounds, {str(k): v for k, v in self.kept.items()}):
                 raise ConfigError(f"--output_dir: {self.folder} has other candidates or --rounds {known['rounds']}; name another")

@@ -134,6 +134,13 @@ def test_other_candidates_are_refused(stage2, tmp_path):  # noqa: F811
         select(stage2, tmp_path, *options, "--rounds", "2", *STEPS, "train.lr=5e-3")
 
 
+def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):  # noqa: F811
+    options = ["--method", "ga_s2", "--top-k", "1", "--window", "0", "--rounds", "2", *STEPS]
+    with pytest.raises(ValueError, match="its loss is not finite at step .*; try a lower train.lr"):
+        select(stage2, tmp_path, *options, "train.lr=1e30", "train.lr_attn=1e30")
+    assert select(stage2, tmp_path, *options)["keep"] == [2]
+
+
 def test_rules():
     a, b, c = {0: 3.0, 1: 2.0, 2: 1.0}, {0: 2.0, 1: 3.0, 2: 1.0}, {0: 3.1, 1: 1.0, 2: 2.0}
     assert rank_correlation(a, a) == 1 and rank_correlation(a, b) == 0.5
