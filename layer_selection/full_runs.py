@@ -85,7 +85,8 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
     cfg, measured = with_layers(bench.cfg, kept, folder / "run"), folder / HELDOUT_KL
     if (folder / STAGE_2).is_file() and (other := difference(load_config(folder / STAGE_2), cfg)):
         raise ConfigError(f"{folder} has a run of another config ({other}); name another --output_dir or remove it")
-    if not measured.is_file():
+    kls = json.loads(measured.read_text()) if measured.is_file() else []
+    if len(kls) != sum(map(len, bench.batches)):  # missing, or of another --sequences; train.py knows what is finished
         check_start(bench.cfg)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / STAGE_2, dump_config(cfg))
@@ -97,5 +98,6 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
             raise ConfigError(f"{layer}: its run in {folder / 'run'} ended with exit code {done.returncode}; see above, and run "
                               "again")  # fmt: skip
         model = StudentForCausalLM.from_pretrained(folder / "run" / EXPORT, dtype=bench.dtype).to(bench.device).eval()
-        write_whole(measured, json.dumps(bench.kls(model)) + "\n")
-    return json.loads(measured.read_text())
+        kls = bench.kls(model)
+        write_whole(measured, json.dumps(kls) + "\n")
+    return kls

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,15 +92,18 @@ def test_uniform_and_random(stage2, tmp_path):
     assert first == again != other
 
 
-def test_finished_candidates_are_not_trained_again(stage2, tmp_path, monkeypatch):
+def test_finished_candidates_are_not_trained_again(stage2, tmp_path):
     for layer, kl in enumerate((0.3, 0.1, 0.2, 0.4)):
         (tmp_path / f"layer_{layer}").mkdir()
         (tmp_path / f"layer_{layer}" / HELDOUT_KL).write_text(json.dumps([kl, kl + 0.01]))
-    assert select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "2", "--launcher", "false")["keep"] == [1, 2]
+    options = ["--method", "ga_s2", "--top-k", "2", "--launcher", "false", "--sequences", "2"]
+    assert select(stage2, tmp_path, *options)["keep"] == [1, 2]
     (tmp_path / "ranking.json").unlink()
-    (tmp_path / "layer_3" / HELDOUT_KL).unlink()
-    with pytest.raises(ValueError, match="layer 3: its run in .* exit code 1"):
-        select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "2", "--launcher", "false")
+    for incomplete in ("[0.4]", None):  # of another number of sequences, or not there
+        file = tmp_path / "layer_3" / HELDOUT_KL
+        file.write_text(incomplete) if incomplete else file.unlink()
+        with pytest.raises(ValueError, match="layer 3: its run in .* exit code 1"):
+            select(stage2, tmp_path, *options)
     assert not (tmp_path / "ranking.json").exists()
 
 
@@ -129,6 +134,67 @@ def test_bad_input(stage2, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         select(stage2, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """An sbatch that writes down what it is given."""
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >>{tmp_path}/submitted\nwc -l <{tmp_path}/submitted\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(select_layers.ROOT)
+    return tmp_path / "submitted"
+
+
+def test_slurm_gets_what_is_missing_as_an_array_and_the_ranking_behind_it(stage2, tmp_path, slurm, monkeypatch):
+    monkeypatch.setenv("SBATCH_ARGS", "--partition=p --mem=1G")
+    out = tmp_path / "out"
+    measured = out / "layer_1" / HELDOUT_KL
+    measured.parent.mkdir(parents=True)
+    measured.write_text("[1.0, 1.0]")
+    assert select(stage2, out, "--top-k", "2", "--slurm", "train.lr=1e-3") is None
+    same = (f"--partition=p --mem=1G launch_selection.sh --cfg {stage2} --full_runs --cfg {stage2} --output_dir {out} --sequences 6 "
+            "--batch_size 4 --top-k 2 train.lr=1e-3")  # fmt: skip
+    assert slurm.read_text().splitlines() == [
+        f"--parsable --job-name=candidates --array=0,2,3%8 {same}",
+        f"--parsable --job-name=selection --dependency=afterok:1 --kill-on-invalid-dep=yes {same}"]  # fmt: skip
+    for layer in (0, 2, 3):
+        (out / f"layer_{layer}").mkdir()
+        (out / f"layer_{layer}" / HELDOUT_KL).write_text("[1.0, 1.0]")
+    select(stage2, out, "--top-k", "2", "--slurm", "train.lr=1e-3")
+    assert slurm.read_text().splitlines()[2:] == [f"--parsable --job-name=selection {same}"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--method", "mse"], "--slurm: trains every layer to its end, with --method ga_s2 or gr_s2 or avg_s2"),
+    (["--halving"], "--slurm: trains every layer to its end"),
+    (["train.student_init_ckpt=/nowhere"], "train.student_init_ckpt: /nowhere holds no checkpoint"),
+])  # fmt: skip
+def test_nothing_wrong_is_submitted(stage2, tmp_path, slurm, monkeypatch, options, message):
+    with pytest.raises(ValueError, match=message):
+        select(stage2, tmp_path / "out", "--top-k", "2", "--slurm", *options)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--slurm: jobs run in .*; run this command there"):
+        select(stage2, tmp_path / "out", "--top-k", "2", "--slurm")
+    assert not slurm.exists()
+
+
+def test_the_launch_script_hands_a_whole_command_on(tmp_path):
+    """As --slurm submits it: nothing of its own defaults, and the task's layer behind it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path}/bin:$PATH\n")
+    (tmp_path / "bin" / "python").write_text('#!/bin/bash\necho "python $*"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path), "DEVICE": "cpu", "MASTER_PORT": "1", "SLURM_ARRAY_TASK_ID": "3"}
+    for arguments, command in (
+        ("--cfg a.yaml --top-k 2", "--cfg a.yaml --top-k 2 --candidate 3"),
+        ("train.lr=1", "--cfg c.yaml --method ga_s2 --ratio 0.25 train.lr=1 --candidate 3"),
+    ):
+        done = subprocess.run(["bash", str(select_layers.ROOT / "launch_selection.sh"), *arguments.split()], capture_output=True, text=True,
+                              env=environment | {"CFG": "c.yaml"})  # fmt: skip
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"python layer_selection/select_layers.py {command}", done
 
 
 def test_a_file_in_the_place_of_the_folder(stage2, tmp_path):
