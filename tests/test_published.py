@@ -114,18 +114,19 @@ def test_what_is_no_row_is_refused(row):
     assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"ROW: {row} is no published row")
 
 
-def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path):
-    """launch_pipeline.sh with a row: what it would hand to Slurm."""
+@pytest.mark.parametrize("method, stage_2_jobs", [("ga_s2", 3), ("mse", 2)])
+def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path, method, stage_2_jobs):
+    """launch_pipeline.sh with a row: what it would hand to Slurm; a method that trains nothing has no array of candidates."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\necho 7\n')
     sbatch.chmod(0o755)
     row = ROOT / "configs" / "qwen3_8b_gdn_v4_hybrid_0_25_uniform"
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row), "LAYERS": "36"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row), "LAYERS": "36", "METHOD": method}
     done = subprocess.run(["bash", str(ROOT / "launch_pipeline.sh")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     stage1 = ROOT / "configs" / "qwen3_8b_gdn_v4" / "stage1.yaml"
     assert (tmp_path / "configs").read_text().split() == [
-        "none", str(stage1), *[f"{row}/stage2.yaml"] * 3, f"{row}/stage3.yaml", "none"]  # fmt: skip
+        "none", str(stage1), *[f"{row}/stage2.yaml"] * stage_2_jobs, f"{row}/stage3.yaml", "none"]  # fmt: skip
 
 
 @pytest.mark.parametrize("file", ["README.md", "train.py", *(path.name for path in ROOT.glob("launch_*.sh"))])
