@@ -53,7 +53,9 @@ read -r -a nodes <<<"${SBATCH_TRAIN:-}"
 TOKENIZER=${TOKENIZER:-${facts[3]}} DATA_DIR=${DATA_DIR:-${facts[4]}} CONTEXT_LENGTHS=${CONTEXT_LENGTHS:-${facts[*]:5}} \
     submit preprocess "" launch_preprocess.sh
 CFG=$STAGE1 submit stage1 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage1.sh
-CFG=$CONFIGS/stage2.yaml submit candidates "$JOB" --array="0-$((LAYERS - 1))%${PARALLEL:-8}" launch_selection.sh
+# The other methods train nothing, and refuse to be an array.
+[[ ${METHOD:-ga_s2} != @(ga_s2|gr_s2|avg_s2) ]] ||
+    CFG=$CONFIGS/stage2.yaml submit candidates "$JOB" --array="0-$((LAYERS - 1))%${PARALLEL:-8}" launch_selection.sh
 CFG=$CONFIGS/stage2.yaml submit selection "$JOB" launch_selection.sh
 CFG=$CONFIGS/stage2.yaml RANKING=$RANKING submit stage2 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage2.sh
 CFG=$CONFIGS/stage3.yaml RANKING=$RANKING submit stage3 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage3.sh

@@ -6,7 +6,8 @@
 Runs select_layers.py for each method in <output_dir>/<method>/, then stage 2 of STAGE2.yaml for each set of layers, once for methods that
 chose the same, and for each seed, which orders the data. Prints and writes selectors.md, selectors.json and selectors.png: held-out KL
 to the teacher, perplexity, and the share of associative-recall questions (layer_selection/tasks.py) that are answered, as means and half
-ranges over the seeds. Methods whose range touches the best one's are marked as ties with it. Run again, it does only what is missing.
+ranges over the seeds. Methods whose range touches the best one's are marked as ties with it. Run again, with more methods or seeds, it
+does only what is missing.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from layer_selection import select_layers  # noqa: E402
-from layer_selection.full_runs import check_start  # noqa: E402
+from layer_selection.full_runs import check_start, load_stage_2  # noqa: E402
 from layer_selection.side_by_side import Rounds  # noqa: E402
 from layer_selection.tasks import answer_accuracy, associative_recall  # noqa: E402
-from pipeline.config import ConfigError, load_config  # noqa: E402
+from pipeline.config import Config, ConfigError, dump_config, load_config  # noqa: E402
 from pipeline.data import load_tokenizer  # noqa: E402
-from pipeline.files import write_whole  # noqa: E402
+from pipeline.files import one_line, write_whole  # noqa: E402
+from pipeline.run_folder import difference  # noqa: E402
 
 FIGURES = {"kl": "held-out KL", "perplexity": "perplexity", "recall": "recall"}
 
@@ -60,6 +62,20 @@ class MeasuredRounds(Rounds):
                                                  "recall": answer_accuracy(model, self.tokenizer, self.documents)}  # fmt: skip
             write_whole(self.file, json.dumps(self.known, indent=1) + "\n")
         return kls
+
+
+def claim(cfg: Config, args: argparse.Namespace) -> None:
+    """Records in --output_dir what its figures are of. Raises ConfigError if they are of another config, budget or measurement."""
+    config, settings = args.output_dir / "stage2.yaml", args.output_dir / "settings.json"
+    mine = {name: getattr(args, name) for name in ("ratio", "rounds", "sequences", "questions", "num_pairs", "num_words")}
+    if settings.is_file() and any(args.output_dir.glob("*/ranking.json")):
+        theirs = json.loads(settings.read_text())
+        other = next((f"--{name} is {theirs[name]} there, {mine[name]} here" for name in mine if mine[name] != theirs[name]), None)
+        if other := other or difference(load_config(config), cfg):
+            raise ConfigError(f"--output_dir: {args.output_dir} compares selectors otherwise ({other}); name another folder")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(config, dump_config(cfg))
+    write_whole(settings, json.dumps(mine) + "\n")
 
 
 def train_sets(cfg, sets: list[list[int]], seed: int, args: argparse.Namespace) -> list[dict]:
@@ -127,7 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.seeds < 1:
         raise ConfigError(f"--seeds: {args.seeds} must be at least 1")
     disable_progress_bar()
-    cfg, sets = load_config(args.cfg, args.overrides), {}
+    cfg, sets = load_stage_2(args.cfg, args.overrides), {}
+    claim(cfg, args)
     for method in args.methods:
         out = args.output_dir / method
         if not (out / "ranking.json").is_file():
@@ -135,8 +152,6 @@ def main(argv: list[str] | None = None) -> None:
                                 str(args.rounds), "--sequences", str(args.sequences), "--batch_size", str(args.batch_size),
                                 "--num_pairs", str(args.num_pairs), "--vocab_size", str(args.num_words), *args.overrides])  # fmt: skip
         sets[method] = json.loads((out / "ranking.json").read_text())["keep"]
-    if len({len(kept) for kept in sets.values()}) > 1:
-        raise ConfigError(f"--ratio: {args.output_dir} has rankings of other budgets: {sets}; name another --output_dir")
     unique = [list(kept) for kept in dict.fromkeys(map(tuple, sets.values()))]
     by_seed = [dict(zip(map(tuple, unique), train_sets(cfg, unique, seed, args))) for seed in range(args.seeds)]
     results = {method: {"keep": kept} | {name: [figures[tuple(kept)][name] for figures in by_seed] for name in FIGURES}
@@ -150,5 +165,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        sys.exit(f"compare_selectors.py: error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"compare_selectors.py: error: {one_line(error)}")

@@ -156,6 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise ValueError(f"--batch_size: {args.batch_size} must be at least 1")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise ValueError(f"--output_dir: {args.output_dir} is a file; name a folder")
     settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "batch_size")}
     results, plots = args.output_dir / "results", args.output_dir / "plots"
     baseline_file, table, picture = (results / f"baseline_{args.task}.json", results / f"ablation_{args.task}.csv",

@@ -1,9 +1,10 @@
-"""A hybrid through a whole stage 2 by train.py, and its held-out KL: what a selector with a training run a layer is made of."""
+"""The stage-2 configs of a selection: of its hybrids, each trained by train.py and measured here, and of what it chose."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from convert import load_teacher_config
 from convert.loader import Checkpoint
 from distill_model import StudentForCausalLM
+from layer_selection.ranking import Ranking, hybrid_folder, ratio_of
 from pipeline.config import Config, ConfigError, dump_config, load_config
 from pipeline.files import write_whole
 from pipeline.guard import REQUEUE
@@ -24,6 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 HELDOUT_KL, STAGE_2 = "heldout_kl.json", "stage2.yaml"
 
 
+def load_stage_2(file: str, overrides: list[str] | None = None) -> Config:
+    """The config of --cfg. Raises ConfigError if it is of another stage."""
+    cfg = load_config(file, overrides or [])
+    if cfg.stage != 2:
+        raise ConfigError(f"--cfg: {file} is of stage {cfg.stage}; name a stage-2 file")
+    return cfg
+
+
 def with_layers(cfg: Config, kept: list[int], output_dir: Path) -> Config:
     """The stage-2 config that keeps `kept` and writes to output_dir."""
     return dataclasses.replace(
@@ -31,6 +41,28 @@ def with_layers(cfg: Config, kept: list[int], output_dir: Path) -> Config:
         student_model=dataclasses.replace(cfg.student_model, keep_full_attention_layers=kept),
         train=dataclasses.replace(cfg.train, output_dir=str(output_dir)),
     )
+
+
+def teacher_name(name: str) -> str:
+    """{teacher}_{size} of a teacher: qwen2.5_1.5b, llama3.2_3b; of one whose name has no size, the number of its parameters."""
+    last = Path(name).resolve().name.lower()
+    if found := re.match(r"(.+?)[-_](\d+(?:\.\d+)?[bm])(?![a-z0-9])", last):
+        return f"{re.sub(r'[-_](?=[0-9])', '', found[1])}_{found[2]}"
+    with torch.device("meta"):
+        count = sum(p.numel() for p in StudentForCausalLM(load_teacher_config(name)).parameters())
+    unit, letter = (10**9, "b") if count >= 10**9 else (10**6, "m")
+    return f"{last}_{count / unit:.1f}".removesuffix(".0") + letter
+
+
+def write_chosen(cfg: Config, ranking: Ranking, count: int, ratio: float | None, folder: Path) -> Path:
+    """Writes the stage-2 config with the `count` best layers, named as the folders of configs/ are, and returns its path. Its run
+    folder lies beside it: no two choices share one. ratio: what `count` was asked for by, or None."""
+    name = hybrid_folder(teacher_name(cfg.teacher_model.name), cfg.student_model.name,
+                         ratio or ratio_of(count, len(ranking.layers)), ranking.method)  # fmt: skip
+    file = folder / name / STAGE_2
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, dump_config(with_layers(cfg, ranking.keep(count), file.parent / "stage2")))
+    return file
 
 
 def check_start(cfg: Config) -> None:
@@ -70,7 +102,8 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
     cfg, measured = with_layers(bench.cfg, kept, folder / "run"), folder / HELDOUT_KL
     if (folder / STAGE_2).is_file() and (other := difference(load_config(folder / STAGE_2), cfg)):
         raise ConfigError(f"{folder} has a run of another config ({other}); name another --output_dir or remove it")
-    if not measured.is_file():
+    kls = json.loads(measured.read_text()) if measured.is_file() else []
+    if len(kls) != sum(map(len, bench.batches)):  # missing, or of another --sequences; train.py knows what is finished
         check_start(bench.cfg)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / STAGE_2, dump_config(cfg))
@@ -81,5 +114,6 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
             layer = folder.name.replace("_", " ")
             raise ConfigError(f"{layer}: its run in {folder / 'run'} ended with exit code {code}; see above, and run again")
         model = StudentForCausalLM.from_pretrained(folder / "run" / EXPORT, dtype=bench.dtype).to(bench.device).eval()
-        write_whole(measured, json.dumps(bench.kls(model)) + "\n")
-    return json.loads(measured.read_text())
+        kls = bench.kls(model)
+        write_whole(measured, json.dumps(kls) + "\n")
+    return kls

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from convert import load_teacher_config  # noqa: E402
-from layer_selection.full_runs import STAGE_2, with_layers  # noqa: E402
+from layer_selection.full_runs import STAGE_2, load_stage_2, with_layers  # noqa: E402
 from layer_selection.retrieve_loss_log_from_wandb import CANDIDATES  # noqa: E402
 from pipeline.config import ConfigError, dump_config, load_config  # noqa: E402
 from pipeline.files import one_line, write_whole  # noqa: E402
@@ -34,9 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="come after the file")
     args = parser.parse_intermixed_args(argv)
 
-    cfg = load_config(args.cfg, args.overrides)
-    if cfg.stage != 2:
-        raise ConfigError(f"--cfg: {args.cfg} is of stage {cfg.stage}; name a stage-2 file")
+    cfg = load_stage_2(args.cfg, args.overrides)
     layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
     made = {layer: with_layers(cfg, [layer], args.output_dir / f"layer_{layer}" / "run") for layer in range(layers)}
     files = {layer: args.output_dir / f"layer_{layer}" / STAGE_2 for layer in made}

@@ -4,7 +4,8 @@
 
 A layer's loss is the mean of what it logged in the last tenth of the steps that it is compared at, which all finished runs have.
 Layers that a rule stopped come behind all that went on longer, the rule having found them worse, and are compared among those that
-stopped with them. Written to --output_dir: ranking.json, ranking.png and, with --cfg, stage2.yaml with the K best.
+stopped with them. Written to --output_dir: ranking.json, ranking.png, ranking.md and, with --cfg,
+{teacher}_{size}_{student}_hybrid_{ratio}_ga_s2/stage2.yaml with the K best.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def rank(log: dict) -> Ranking:
         together = groups[reached]
         step = min(layers[layer]["history"][-1][0] for layer in together)
         losses = {layer: tail_mean(layers[layer]["history"], step) for layer in together}
-        ranked += [Layer(layer, -losses[layer]) for layer in sorted(together, key=lambda layer: (losses[layer], layer))]
+        for layer in sorted(together, key=lambda layer: (losses[layer], layer)):
+            ties = tuple(other for other in sorted(together) if other != layer and losses[other] == losses[layer])
+            ranked.append(Layer(layer, -losses[layer], ties=ties))
         steps |= dict.fromkeys(together, step)
     stopped = {layer: steps[layer] for layer, entry in sorted(layers.items()) if entry["state"] != "finished"}
     facts = {"source": log["source"], "compared_at_step": max(steps.values()), "stopped_at_step": stopped}
@@ -82,20 +85,16 @@ def main(argv: list[str] | None = None) -> None:
     ranking = rank(log)
     count = budget(args.ratio, len(ranking.layers)) if args.ratio is not None else args.top_k
     kept, folder = ranking.keep(count), args.output_dir or args.log.parent
-    chosen = None
+    cfg = None
     if args.cfg:
-        from layer_selection.full_runs import with_layers
-        from pipeline.config import dump_config, load_config
+        from layer_selection.full_runs import load_stage_2, write_chosen
 
-        cfg = load_config(args.cfg)
+        cfg = load_stage_2(args.cfg)
         if cfg.teacher_model.name != log["teacher"]:
             raise ValueError(f"--cfg: {args.cfg} is of the teacher {cfg.teacher_model.name}, the log of {log['teacher']}")
-        chosen = dump_config(with_layers(cfg, kept, Path(cfg.train.output_dir)))
     write(ranking, count, folder)
-    if chosen:
-        (folder / "stage2.yaml").write_text(chosen)
     print(table(ranking, count))
-    print(f"Kept: {kept}" + (f"; next: deepspeed train.py --cfg {folder}/stage2.yaml" if chosen else ""))
+    print(f"Kept: {kept}" + (f"; next: deepspeed train.py --cfg {write_chosen(cfg, ranking, count, args.ratio, folder)}" if cfg else ""))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every selector ends in: layers by importance, with intervals and ties, as ranking.json, ranking.png and a table."""
+"""What every selector ends in: layers by importance, with intervals and ties, as ranking.json, ranking.png and ranking.md."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy
 from pipeline.files import write_whole
 
 RESAMPLES = 2000  # of the bootstrap
+RATIOS = 0.125, 0.25, 0.33, 0.5  # those that are published
 
 
 def budget(ratio: float, num_layers: int) -> int:
@@ -19,10 +20,22 @@ def budget(ratio: float, num_layers: int) -> int:
 
     Raises ValueError if that is none, or more than there are.
     """
-    keep = math.floor(ratio * num_layers + 0.5)
+    keep = math.floor(ratio * num_layers + 0.5) if math.isfinite(ratio) else 0
     if not 1 <= keep <= num_layers:
         raise ValueError(f"--ratio: {ratio} of {num_layers} layers keeps {keep}; it must keep 1 to {num_layers}")
     return keep
+
+
+def ratio_of(count: int, num_layers: int, ratios: tuple[float, ...] = RATIOS) -> float:
+    """The ratio that keeps `count` layers: the nearest of `ratios` that does, or else the share itself, rounded."""
+    share = count / num_layers
+    same = [r for r in ratios if math.floor(r * num_layers + 0.5) == count]
+    return min(same, key=lambda r: abs(r - share), default=round(share, 2))
+
+
+def hybrid_folder(teacher: str, student: str, ratio: float, selector: str) -> str:
+    """{teacher}_{size}_{student}_hybrid_{ratio}_{selector}, as the folders of configs/ are named; `teacher` has its size."""
+    return f"{teacher}_{student}_hybrid_{str(ratio).replace('.', '_')}_{selector}"
 
 
 def evenly_spaced(count: int, num_layers: int) -> list[int]:
@@ -109,28 +122,32 @@ def table(ranking: Ranking, count: int) -> str:
 
 
 def plot(ranking: Ranking, count: int, path: Path) -> None:
-    """Importance over the layers, the kept ones in colour."""
+    """Importance over the layers: the kept ones in colour, open circles where the measurement does not settle which side of the cut."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kept, layers = set(ranking.keep(count)), sorted(ranking.layers, key=lambda layer: layer.layer)
+    kept, open_ones = set(ranking.keep(count)), set(ranking.undecided(count))
+    layers = sorted(ranking.layers, key=lambda layer: layer.layer)
     figure, axis = pyplot.subplots(figsize=(max(5, 0.3 * len(layers)), 3.2), layout="constrained")
     for layer in layers:
         errors = None if layer.low is None else [[layer.importance - layer.low], [layer.high - layer.importance]]
-        axis.errorbar(layer.layer, layer.importance, errors, fmt="o", capsize=3,
-                      color="tab:blue" if layer.layer in kept else "lightgrey", ecolor="grey")  # fmt: skip
-    axis.set(xlabel="layer", ylabel=ranking.unit, title=f"{ranking.method}: {count} of {len(layers)} layers kept (blue)")
+        color = "tab:blue" if layer.layer in kept else "darkgrey"
+        axis.errorbar(layer.layer, layer.importance, errors, fmt="o", capsize=3, color=color, ecolor="lightgrey",
+                      markerfacecolor="white" if layer.layer in open_ones else color)  # fmt: skip
+    tied = ", open: not told apart" if open_ones else ""
+    axis.set(xlabel="layer", ylabel=ranking.unit, title=f"{ranking.method}: {count} of {len(layers)} layers kept (blue{tied})")
     axis.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
 def write(ranking: Ranking, count: int, folder: Path) -> None:
-    """ranking.png and ranking.json, which comes last and whole."""
+    """ranking.png, ranking.md with the table, and ranking.json, which comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     plot(ranking, count, folder / "ranking.png")
     content = {name: value for name, value in asdict(ranking).items() if name != "samples"}
     content |= {"keep": ranking.keep(count), "undecided": ranking.undecided(count)}
+    write_whole(folder / "ranking.md", table(ranking, count) + "\n")
     write_whole(folder / "ranking.json", json.dumps(content, indent=1) + "\n")

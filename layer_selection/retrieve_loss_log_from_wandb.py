@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -121,7 +122,10 @@ def from_metrics(wanted: Iterable[str]) -> dict[str, Rows]:
         file = Path(name) / METRICS
         if file.is_file():
             *whole, rest = file.read_text().split("\n")  # the rest is empty, or a line that is being written
-            found[name] = [{wandb_name(key): value for key, value in json.loads(line).items()} for line in whole]
+            try:
+                found[name] = [{wandb_name(key): value for key, value in json.loads(line).items()} for line in whole]
+            except (ValueError, AttributeError):
+                raise ValueError(f"{file}: has a line that is no JSON object; take it out, or train into another folder") from None
     return found
 
 
@@ -132,10 +136,13 @@ def layer_log(cfg: Config, rows: Rows, metric: str, stopped_at: list[int]) -> di
     last, planned = max((int(row[STEP]) for row in rows), default=0), batch_plan(cfg, 1).steps
     if last < planned and last not in stopped_at:
         raise ValueError(f"is unfinished, at step {last} of {planned}")
-    history = {int(row[STEP]): row[metric] for row in rows if row.get(metric) is not None}  # a resumed run repeats steps
+    # A resumed run repeats steps; W&B's service gives "NaN" as a string.
+    history = {int(row[STEP]): float(row[metric]) for row in rows if row.get(metric) is not None}
     if not history:
         names = sorted({key for row in rows for key in row if "/" in key and key != STEP})
         raise ValueError(f"has no {metric} in its log, only {', '.join(names)}")
+    if wrong := {step: value for step, value in history.items() if not math.isfinite(value)}:
+        raise ValueError(f"has {metric} {wrong[min(wrong)]} at step {min(wrong)}, which has no rank")
     state = "finished" if last >= planned else "stopped by rule"
     steps = {"steps": last, "planned_steps": planned}
     return {"run": cfg.train.output_dir, "state": state, **steps, "history": sorted(history.items())}
@@ -148,7 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="default: WANDB_ENTITY, or the key's own")
     parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
                         help=f"default: WANDB_PROJECT, or {WANDB_PROJECT}")  # fmt: skip
-    parser.add_argument("--wandb_dir", type=Path, help="offline: where W&B's run folders are; default: --runs")
+    parser.add_argument("--wandb_dir", type=Path, default=os.environ.get("WANDB_DIR"),
+                        help="offline: where W&B's run folders are; default: WANDB_DIR, or --runs")  # fmt: skip
     parser.add_argument("--metric", default="eval/loss", help="eval/loss, the held-out KL (default), or train/loss")
     parser.add_argument("--stopped_at", type=int, nargs="*", default=[], help="steps at which a rule stops runs early")
     parser.add_argument("--output", type=Path, help="default: <runs>/loss_log.json")

@@ -2,6 +2,7 @@
 
     python layer_selection/select_layers.py --cfg configs/quickstart/stage2.yaml --method ga_s2 --ratio 0.25
     python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --candidate 3   # one array task of many
+    python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --slurm         # all of them, then the ranking
 
 STAGE2.yaml names teacher, data, the all-linear student (train.student_init_ckpt) and what a training run is; the layers that it
 keeps do not matter here. Methods, importance being what a layer is ranked by:
@@ -13,14 +14,16 @@ keeps do not matter here. Methods, importance being what a layer is ranked by:
     scan     -KL as of ga_s2, without training
     smart    sensitivity, KL(all-linear) - KL(with this layer restored), and placement: the most sensitive layer among the first
              and among the last L / K of L, the others nearly evenly between, at the largest sum (arXiv 2505.17272)
-    ppl      loss of the teacher with only this layer linear (high: it cannot be replaced)
-    mse      alignment error of stage 1's layer, mean squared
+    ppl      loss of the teacher with only this layer linear (high: it cannot be replaced; as arXiv 2512.20569 compares it)
+    mse      alignment error of stage 1's layer, mean squared (as arXiv 2512.20569 compares it)
     ar, ar_multihop, synthetic_retrieval, variable_tracking, common_words_extraction, frequent_words_extraction, phone_book
-             accuracy(teacher) - accuracy(teacher, this layer's attention output zeroed), see evaluate_layer_importance.py
+             accuracy(teacher) - accuracy(teacher, this layer's attention output zeroed), see evaluate_layer_importance.py;
+             ar as arXiv 2512.20569 compares it, the tasks' own sources in questions.py
     uniform  evenly spaced, one in the middle of each of K equal parts, for every ratio
     random   by --seed
 
-Written to --output_dir: ranking.json, ranking.png, and stage2.yaml with the K best. ga_s2 and gr_s2 train all hybrids side by side on
+Written to --output_dir: ranking.json, ranking.png, ranking.md, and {teacher}_{size}_{student}_hybrid_{ratio}_{method}/stage2.yaml with
+the K best, which trains in a folder of its own. ga_s2 and gr_s2 train all hybrids side by side on
 one teacher until their order has settled (side_by_side.py), or with --full_runs and --candidate in <output_dir>/layer_<N>/ with
 train.py to the end. Run again they do only what is missing, and a finished layer is never trained twice. avg_s2 uses their default
 folders.
@@ -32,6 +35,8 @@ import argparse
 import json
 import os
 import random
+import shutil
+import subprocess
 import sys
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,16 +48,16 @@ from transformers.utils.logging import disable_progress_bar
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from convert import load_teacher  # noqa: E402
+from convert import load_teacher, load_teacher_config  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
-from layer_selection.full_runs import check_start, with_layers  # noqa: E402
+from layer_selection.full_runs import HELDOUT_KL, check_start, load_stage_2, write_chosen  # noqa: E402
 from layer_selection.questions import add_options  # noqa: E402
 from layer_selection.ranking import Ranking, budget, evenly_spaced, rank_samples, rank_scores, table, write  # noqa: E402
 from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, task_ablation  # noqa: E402
 from layer_selection.side_by_side import rank_hybrids, trained_hybrids  # noqa: E402
-from pipeline.config import Config, ConfigError, dump_config, load_config  # noqa: E402
+from pipeline.config import Config, ConfigError  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
-from pipeline.files import one_line, write_whole  # noqa: E402
+from pipeline.files import one_line  # noqa: E402
 from wrapper import AttentionAlignmentModel  # noqa: E402
 
 
@@ -165,6 +170,34 @@ METHODS = {
 TRAINED = ("ga_s2", "gr_s2", "avg_s2")  # with a training run for every layer
 
 
+def submit(args: argparse.Namespace, cfg: Config, words: list[str], layers: int) -> None:
+    """Sends to Slurm this command, `words`, as an array of the layers that are missing, and once more behind it to rank them.
+
+    Raises ConfigError if there is no Slurm, or the command would not mean the same where its jobs run.
+    """
+    if args.method not in TRAINED or args.candidate is not None or args.halving:
+        raise ConfigError(f"--slurm: trains every layer to its end, with --method {' or '.join(TRAINED)}, without --candidate and --halving")
+    if shutil.which("sbatch") is None:
+        raise ConfigError("--slurm: there is no sbatch here; leave it out, or go where jobs are submitted")
+    if Path.cwd() != ROOT:
+        raise ConfigError(f"--slurm: jobs run in {ROOT}; run this command there")
+    check_start(cfg)
+    missing = [layer for layer in range(layers) if not (args.output_dir / f"layer_{layer}" / HELDOUT_KL).is_file()]
+    array = [f"--array={','.join(map(str, missing))}%{os.environ.get('PARALLEL', 8)}"]
+    job = None
+    for name, options in (("candidates", array), ("selection", []))[not missing :]:
+        after = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"] if job else []
+        done = subprocess.run(["sbatch", "--parsable", f"--job-name={name}", *options, *after, *os.environ.get("SBATCH_ARGS", "").split(),
+                               "launch_selection.sh", "--cfg", args.cfg, "--full_runs", *words],
+                              env=os.environ | {"CFG": args.cfg}, capture_output=True, text=True)  # fmt: skip
+        if done.returncode:
+            if job:
+                subprocess.run(["scancel", job])
+            raise ConfigError(f"--slurm: sbatch refused {name} ({done.stderr.strip()})")
+        job = done.stdout.strip().partition(";")[0]  # of a federation: id;cluster
+        print(f"{name:<12} {job}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, help="YAML of stage 2")
@@ -179,6 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--halving", action="store_true", help="the worse half of the layers ends after rounds 2, 4, 8 ...")
     parser.add_argument("--full_runs", action="store_true", help="each layer by train.py to its end, not side by side")
     parser.add_argument("--candidate", type=int, help=f"{', '.join(TRAINED)}: train this layer alone, and do not rank")
+    parser.add_argument("--slurm", action="store_true", help="submit each layer as a task of an array (PARALLEL at a time, 8), and the "
+                        "ranking behind it; SBATCH_ARGS: options for both")  # fmt: skip
     port = f" --master_port {os.environ['MASTER_PORT']}" if "MASTER_PORT" in os.environ else ""  # the launch scripts'
     parser.add_argument("--launcher", default=f"{Path(sys.executable).with_name('deepspeed')}{port}", help="what starts train.py")
     parser.add_argument("--sequences", type=int, default=64, help="held-out sequences to measure on")
@@ -186,36 +221,39 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of random, and of a task's questions")
     add_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="come after the file")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_intermixed_args(argv)
 
     disable_progress_bar()  # transformers' own, a line for every file read
-    cfg = load_config(args.cfg, args.overrides)
-    if cfg.stage != 2:
-        raise ConfigError(f"--cfg: {args.cfg} is of stage {cfg.stage}; name a stage-2 file")
+    cfg = load_stage_2(args.cfg, args.overrides)
     args.output_dir = args.output_dir or Path(f"{cfg.train.output_dir}_{args.method}")
-    bench = Bench(cfg, args.sequences, args.batch_size)
-    layers = bench.teacher.config.num_hidden_layers
+    layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
     args.top_k = budget(args.ratio, layers) if args.ratio is not None else args.top_k
     if not 1 <= args.top_k <= layers:
         raise ConfigError(f"--top-k: {args.top_k} must be between 1 and the teacher's {layers} layers")
     if args.candidate is not None and (args.method not in TRAINED or not 0 <= args.candidate < layers):
         raise ConfigError(f"--candidate: {args.candidate} needs --method {' or '.join(TRAINED)} and a layer in 0..{layers - 1}")
-    for name, least in (("rounds", 1), ("window", 0)):
+    for name, least in (("rounds", 1), ("window", 0), ("sequences", 2), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name}: {getattr(args, name)} must be at least {least}")
-    ranking = METHODS[args.method](bench, args)
+    if not -1 <= args.correlation <= 1:
+        raise ConfigError(f"--correlation: {args.correlation} must be between -1 and 1")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise ConfigError(f"--output_dir: {args.output_dir} is a file; name a folder")
+    if args.slurm:
+        return submit(args, cfg, [word for word in argv if word != "--slurm"], layers)
+    ranking = METHODS[args.method](Bench(cfg, args.sequences, args.batch_size), args)
     if ranking is None:
         return
     write(ranking, args.top_k, args.output_dir)
-    chosen = with_layers(cfg, ranking.keep(args.top_k), Path(cfg.train.output_dir))
-    write_whole(args.output_dir / "stage2.yaml", dump_config(chosen))
+    chosen = write_chosen(cfg, ranking, args.top_k, args.ratio, args.output_dir)
     print(table(ranking, args.top_k))
     undecided = f"; not told apart at the cut: {ranking.undecided(args.top_k)}" if ranking.undecided(args.top_k) else ""
     if "share_of_full_runs" in ranking.facts:
         facts = ranking.facts
         print(f"Trained side by side for {facts['steps']} of {facts['of_steps']} steps: {facts['share_of_full_runs']:.1%} of the FLOPs of "
               f"{layers} full runs, {facts['seconds']:.0f} s")  # fmt: skip
-    print(f"Kept: {ranking.keep(args.top_k)}{undecided}; next: deepspeed train.py --cfg {args.output_dir}/stage2.yaml")
+    print(f"Kept: {ranking.keep(args.top_k)}{undecided}; next: deepspeed train.py --cfg {chosen}")
 
 
 if __name__ == "__main__":

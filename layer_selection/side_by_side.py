@@ -169,6 +169,7 @@ class Rounds:
         self.cfg, self.plan = bench.cfg, batch_plan(bench.cfg, 1)
         self.rounds = min(args.rounds, self.plan.steps)
         self.history: list[dict] = []  # a round: step, seconds, kl of each candidate that is in it
+        self.ended = False  # whether training was over by the rules of the process that wrote the history
         order = torch.Generator().manual_seed(self.cfg.train.seed)
         rows = -(-self.plan.steps * self.plan.batch_size // len(bench.train))
         self.order = torch.cat([torch.randperm(len(bench.train), generator=order) for _ in range(rows)])
@@ -273,6 +274,11 @@ class Rounds:
         with locked(self.folder / ".lock", f"--output_dir: {self.folder}"):
             self.open_history()
             if not self.over():
+                if self.ended:
+                    raise ConfigError(
+                        f"--output_dir: {self.folder} has candidates whose training ended behind round {len(self.history)} of {self.rounds}, "
+                        f"before their order settled for --top-k {self.args.top_k}, --window {self.args.window} and --correlation "
+                        f"{self.args.correlation}; --window 1 ranks what is there, another --output_dir trains anew")  # fmt: skip
                 done = max((n for n in range(1, len(self.history) + 1) if self.saved(n).is_dir()), default=0)
                 self.history = self.history[:done]
                 self.train()
@@ -286,14 +292,18 @@ class Rounds:
 
     def open_history(self) -> None:
         """Reads what an earlier process has done. Raises ConfigError if that was another selection."""
-        file = self.folder / CONFIG
-        if file.is_file() and (other := difference(load_config(file), self.cfg)):
+        file, trained = self.folder / CONFIG, (self.folder / HISTORY).is_file()
+        if trained and (other := difference(load_config(file), self.cfg)):
             raise ConfigError(f"{self.folder} has candidates of another config ({other}); name another --output_dir or remove it")
         write_whole(file, dump_config(self.cfg))
-        if (self.folder / HISTORY).is_file():
+        if trained:
             known = json.loads((self.folder / HISTORY).read_text())
             if (known["rounds"], known["kept"]) != (self.rounds, {str(k): v for k, v in self.kept.items()}):
                 raise ConfigError(f"--output_dir: {self.folder} has other candidates or --rounds {known['rounds']}; name another")
+            there, here = (len(next(iter(known["history"][0]["kl"].values()))), sum(map(len, self.bench.batches)))
+            if there != here:
+                raise ConfigError(f"--sequences: {self.folder} was measured on {there} sequences, not {here}; say so, or name another --output_dir")
+            self.ended = known["over"]
             self.history = [entry | {"kl": {int(k): v for k, v in entry["kl"].items()}} for entry in known["history"]]
 
     def train(self) -> None:
@@ -311,7 +321,8 @@ class Rounds:
                 kls = self.train_round(alive, self.last_step(done), self.last_step(done + 1), bar)
                 seconds = round(time.perf_counter() - begin, 3)
                 self.history.append({"step": self.last_step(done + 1), "seconds": seconds, "kl": kls})
-                write_whole(self.folder / HISTORY, json.dumps({"rounds": self.rounds, "kept": self.kept, "history": self.history}))
+                known = {"rounds": self.rounds, "kept": self.kept, "over": self.over(), "history": self.history}
+                write_whole(self.folder / HISTORY, json.dumps(known))
                 scores = self.scores(self.history[-1])
                 best = sorted(scores, key=lambda layer: -scores[layer])[: self.args.top_k]
                 bar.set_postfix({"best": ",".join(map(str, sorted(best))), "training": len(alive)})

@@ -20,7 +20,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from layer_selection.ranking import budget, evenly_spaced  # noqa: E402
+from layer_selection.ranking import RATIOS, budget, evenly_spaced, hybrid_folder, ratio_of  # noqa: E402
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 STAGE_3_RATIO = 0.25
@@ -93,18 +93,13 @@ class Row:
 
     @property
     def folder(self) -> str:
-        return f"{self.start}_hybrid_{str(self.ratio).replace('.', '_')}_{self.selector}"
-
-
-def ratio_of(count: int, num_layers: int, ratios: list[float]) -> float:
-    """The ratio that keeps `count` layers: one of `ratios`, or else the share itself, rounded."""
-    return next((r for r in ratios if budget(r, num_layers) == count), round(count / num_layers, 2))
+        return hybrid_folder(self.teacher, self.student, self.ratio, self.selector)
 
 
 def rows(published: dict) -> Iterator[Row]:
     """Every published hybrid, and the evenly spaced ones of the same budgets."""
     for teacher, facts in published["teachers"].items():
-        count, ratios = facts["layers"], facts.get("ratios", published["ratios"])
+        count, ratios = facts["layers"], facts.get("ratios", RATIOS)
         chosen = {}
         for selector, ranked in facts.get("ranked", {}).items():
             chosen |= {(r, selector): sorted(ranked[: budget(r, count)]) for r in ratios if budget(r, count) <= len(ranked)}

@@ -30,7 +30,23 @@ def test_selectors_are_compared(stage2, tmp_path, monkeypatch, capsys):  # noqa:
     assert compare(stage2, tmp_path, "--methods", "scan", "random") == results
 
 
-def test_rankings_of_other_budgets_are_refused(stage2, tmp_path):  # noqa: F811
+def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):  # noqa: F811
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(stage2.read_text().replace("cache_dir: ", "cache_dir: /nowhere"))
+    with pytest.raises(ValueError, match="data.cache_dir: /nowhere"):
+        compare(wrong, tmp_path / "out", "--methods", "mse")
+    assert compare(stage2, tmp_path / "out", "--methods", "mse")["mse"]["keep"] == [2]
+
+
+def test_figures_of_another_comparison_are_refused(stage2, tmp_path):  # noqa: F811
+    """Whichever methods: what is there was ranked or trained otherwise."""
     compare(stage2, tmp_path, "--methods", "mse")
-    with pytest.raises(ValueError, match="other budgets"):
-        compare(stage2, tmp_path, "--methods", "mse", "uniform", "--ratio", "0.5")
+    written = (tmp_path / "selectors.json").read_text()
+    for options, other in ((["--ratio", "0.5"], "--ratio is 0.25 there, 0.5 here"), (["--questions", "5"], "--questions is 4 there, 5 here")):
+        with pytest.raises(ValueError, match=f"--output_dir: .* compares selectors otherwise \\({other}\\); name another folder"):
+            compare(stage2, tmp_path, "--methods", "mse", *options)
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(stage2.read_text().replace("lr: 0.0001", "lr: 0.5"))
+    with pytest.raises(ValueError, match=r"train.lr is 0.0001 there, 0.5 here"):
+        compare(changed, tmp_path, "--methods", "mse")
+    assert (tmp_path / "selectors.json").read_text() == written

@@ -216,4 +216,7 @@ def test_bad_input(teacher_dir, tmp_path):
         evaluate(teacher_dir, tmp_path, "--task", "phone_book", "--num_samples", "2")
     with pytest.raises(ValueError, match="'nowhere'"):
         evaluate("nowhere", tmp_path, "--task", "phone_book")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="--output_dir: .*file is a file; name a folder"):
+        evaluate(teacher_dir, tmp_path / "file", "--task", "phone_book")
     assert not (tmp_path / "results").exists()

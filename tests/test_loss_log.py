@@ -47,7 +47,7 @@ def write_metrics(runs, losses=LOSSES, steps=(1, 10, 20)):
     for layer, values in losses.items():
         folder = runs / f"layer_{layer}" / "run"
         folder.mkdir(exist_ok=True)
-        lines = [json.dumps({"step": step, "loss": 2 * value}) + "\n" + json.dumps({"step": step, "eval_loss": value})
+        lines = [json.dumps({"step": step, "loss": value if isinstance(value, str) else 2 * value}) + "\n" + json.dumps({"step": step, "eval_loss": value})
                  for step, value in zip(steps, values)]  # fmt: skip
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -76,7 +76,7 @@ def test_a_config_for_every_layer_of_the_teacher(runs, stage2):  # noqa: F811
         generate_layer_configs_ga_s2.main([*again, "train.max_steps=30"])
 
 
-def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2):  # noqa: F811
+def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2, monkeypatch):  # noqa: F811
     """Layer 1's run was stopped and went on in a second W&B run, which repeats step 10."""
     write_metrics(runs)
     local = retrieve(runs, "--source", "metrics")
@@ -89,10 +89,14 @@ def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2):
     ranking = rank(runs, "--ratio", "0.5", "--cfg", str(stage2))
     assert [layer["layer"] for layer in ranking["layers"]] == [1, 3, 0, 2] and ranking["keep"] == [1, 3]
     assert ranking["layers"][0]["importance"] == pytest.approx(-0.1) and ranking["facts"]["compared_at_step"] == 20
-    assert load_config(runs / "stage2.yaml").student_model.keep_full_attention_layers == [1, 3]
+    (chosen,) = runs.glob("*_gdn_v4_hybrid_0_5_ga_s2")
+    cfg = load_config(chosen / "stage2.yaml")
+    assert cfg.student_model.keep_full_attention_layers == [1, 3] and cfg.train.output_dir == str(chosen / "stage2")
     assert (runs / "ranking.png").stat().st_size > 5000
     retrieve(runs, "--source", "metrics", "--metric", "train/loss")
     assert rank(runs, "--top-k", "1")["layers"][0]["importance"] == pytest.approx(-0.2)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "wandb"))  # W&B's own variable, where its runs were told to go
+    assert retrieve(runs, "--source", "offline") == log
 
 
 def test_missing_and_unfinished_layers_are_named(runs):
@@ -105,6 +109,22 @@ def test_missing_and_unfinished_layers_are_named(runs):
     assert not (runs / "loss_log.json").exists()
 
 
+@pytest.mark.parametrize("loss", [float("nan"), "NaN", float("inf")])
+def test_a_loss_that_is_no_number_has_no_rank(runs, loss):
+    write_metrics(runs, LOSSES | {2: [0.7, 0.6, loss]})
+    with pytest.raises(ValueError, match="layer 2 has eval/loss (nan|inf) at step 20"):
+        retrieve(runs, "--source", "metrics")
+    assert not (runs / "loss_log.json").exists()
+
+
+def test_a_damaged_metrics_file_is_named(runs):
+    write_metrics(runs)
+    file = runs / "layer_3" / "run" / "metrics.jsonl"
+    file.write_text("nonsense\n" + file.read_text())
+    with pytest.raises(ValueError, match="layer_3/run/metrics.jsonl: has a line that is no JSON object; take it out"):
+        retrieve(runs, "--source", "metrics")
+
+
 def test_stopped_by_rule_is_a_state(runs):
     """Layers 2, 0 stop at step 10 and come behind 1 and 3, although layer 0 had a lower loss there than 3 in the end."""
     losses = {0: [0.9, 0.15], 1: LOSSES[1], 2: [0.7, 0.6], 3: LOSSES[3]}
@@ -115,6 +135,13 @@ def test_stopped_by_rule_is_a_state(runs):
     ranking = rank(runs, "--top-k", "2")
     assert [layer["layer"] for layer in ranking["layers"]] == [1, 3, 0, 2]
     assert ranking["facts"]["stopped_at_step"] == {"0": 10, "2": 10}
+
+
+def test_equal_losses_are_ties(runs):
+    write_metrics(runs, LOSSES | {3: LOSSES[0]})
+    retrieve(runs, "--source", "metrics")
+    assert [(layer["layer"], layer["ties"]) for layer in rank(runs, "--top-k", "2")["layers"]] == [(1, []), (0, [3]), (3, [0]), (2, [])]
+    assert json.loads((runs / "ranking.json").read_text())["undecided"] == [0, 3]
 
 
 def test_the_training_loss_is_averaged_over_the_last_tenth(runs):
@@ -160,6 +187,8 @@ def test_bad_input(runs, tmp_path, capsys):
     other.write_text((runs / "layer_0" / "stage2.yaml").read_text().replace(whole["teacher"], "Qwen/other"))
     with pytest.raises(ValueError, match="--cfg: .* is of the teacher Qwen/other, the log of "):
         rank(runs, "--top-k", "1", "--cfg", str(other))
+    with pytest.raises(ValueError, match="is of stage 1; name a stage-2 file"):
+        rank(runs, "--top-k", "1", "--cfg", "configs/qwen3_8b_gdn_v4/stage1.yaml")
     assert not (runs / "ranking.json").exists()
 
 

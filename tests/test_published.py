@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from layer_selection.ranking import budget
+from layer_selection.ranking import RATIOS, budget
 from layer_selection.write_configs import PUBLISHED, main, rows
 from pipeline.config import load_config
 
@@ -45,7 +45,7 @@ def test_the_readme_says_what_a_ratio_keeps():
     readme = (ROOT / "README.md").read_text()
     ratios = [float(ratio) for ratio in re.search(r"\| teacher \| layers \| (.*) \|", readme)[1].split(" | ")]
     lines = re.findall(r"^\| [^|]*(?:Qwen|Llama)[^|]* \| (\d+) \| ([\d |]+) \|$", readme, re.MULTILINE)
-    assert ratios == SETS["ratios"] and {int(layers) for layers, _ in lines} == {f["layers"] for f in SETS["teachers"].values()}
+    assert tuple(ratios) == RATIOS and {int(layers) for layers, _ in lines} == {f["layers"] for f in SETS["teachers"].values()}
     for layers, kept in lines:
         assert [int(count) for count in kept.split(" | ")] == [budget(ratio, int(layers)) for ratio in ratios]
 
@@ -55,7 +55,7 @@ def test_every_published_set_has_its_rows():
     for teacher, facts in SETS["teachers"].items():
         for student in facts["students"]:
             for selector, ranked in facts.get("ranked", {}).items():
-                for count in (budget(ratio, facts["layers"]) for ratio in SETS["ratios"]):
+                for count in (budget(ratio, facts["layers"]) for ratio in RATIOS):
                     assert count > len(ranked) or (teacher, student, selector, tuple(sorted(ranked[:count]))) in found
             for selector, sets in facts.get("set", {}).items():
                 assert all((teacher, student, selector, tuple(layers)) in found for layers in sets)
@@ -116,19 +116,21 @@ def test_what_is_no_row_is_refused(row):
     assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"ROW: {row} is no published row")
 
 
-def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path):
-    """launch_pipeline.sh with a row: what it would hand to Slurm. Preprocessing takes tokenizer, folder and lengths from the configs."""
+@pytest.mark.parametrize("method, stage_2_jobs", [("ga_s2", 3), ("mse", 2)])
+def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path, method, stage_2_jobs):
+    """launch_pipeline.sh with a row: what it would hand to Slurm. Preprocessing takes tokenizer, folder and lengths from the configs; a
+    method that trains nothing has no array of candidates."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\n'
                       f'echo "${{TOKENIZER:-}} ${{DATA_DIR:-}} ${{CONTEXT_LENGTHS:-}}" >>{tmp_path}/data\necho 7\n')
     sbatch.chmod(0o755)
     row = ROOT / "configs" / "qwen3_8b_gdn_v4_hybrid_0_25_uniform"
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row), "LAYERS": "36"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row), "LAYERS": "36", "METHOD": method}
     done = subprocess.run(["bash", str(ROOT / "launch_pipeline.sh")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     stage1 = ROOT / "configs" / "qwen3_8b_gdn_v4" / "stage1.yaml"
     assert (tmp_path / "configs").read_text().split() == [
-        "none", str(stage1), *[f"{row}/stage2.yaml"] * 3, f"{row}/stage3.yaml", "none"]  # fmt: skip
+        "none", str(stage1), *[f"{row}/stage2.yaml"] * stage_2_jobs, f"{row}/stage3.yaml", "none"]  # fmt: skip
     stages = [load_config(file) for file in (stage1, row / "stage2.yaml", row / "stage3.yaml")]
     teacher, folder = stages[0].teacher_model.name, Path(stages[0].data.cache_dir).parent
     lengths = [str(stage.train.train_seq_len) for stage in stages]

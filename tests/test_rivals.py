@@ -93,14 +93,14 @@ REMOVED, ADDED = [[0.3, 0.2], [0.5, 0.6], [0.1, 0.1], [0.4, 0.0]], [[0.1, 0.1], 
 
 def test_gr_s2_keeps_what_hurts_most_when_it_is_removed(stage2, tmp_path):  # noqa: F811
     measured(tmp_path, REMOVED)
-    ranking = select(stage2, tmp_path, "--method", "gr_s2", "--top-k", "2", "--launcher", "false")
+    ranking = select(stage2, tmp_path, "--method", "gr_s2", "--top-k", "2", "--launcher", "false", "--sequences", "2")
     assert [layer["layer"] for layer in ranking["layers"]] == [1, 0, 3, 2] and ranking["keep"] == [0, 1]
 
 
 def test_avg_s2_is_the_mean_of_both(stage2, tmp_path):  # noqa: F811
     measured(tmp_path / "run_ga_s2", ADDED)
     measured(tmp_path / "run_gr_s2", REMOVED)
-    ranking = select(stage2, tmp_path / "out", "--method", "avg_s2", "--top-k", "2", "--launcher", "false",
+    ranking = select(stage2, tmp_path / "out", "--method", "avg_s2", "--top-k", "2", "--launcher", "false", "--sequences", "2",
                      f"train.output_dir={tmp_path}/run")  # fmt: skip
     mean = {layer: (sum(REMOVED[layer]) - sum(ADDED[layer])) / 4 for layer in range(4)}
     assert importance(ranking) == pytest.approx(mean)
@@ -111,11 +111,11 @@ def test_a_failed_or_foreign_run_ends_in_one_line(stage2, tmp_path):  # noqa: F8
     measured(tmp_path, REMOVED)
     (tmp_path / "layer_3" / HELDOUT_KL).unlink()
     with pytest.raises(ValueError, match="layer 3: its run in .* ended with exit code 1"):
-        select(stage2, tmp_path, "--method", "gr_s2", "--top-k", "2", "--launcher", "false")
+        select(stage2, tmp_path, "--method", "gr_s2", "--top-k", "2", "--launcher", "false", "--sequences", "2")
     kept = load_config(tmp_path / "layer_3" / STAGE_2).student_model.keep_full_attention_layers
     assert kept == [0, 1, 2] and not (tmp_path / "ranking.json").exists()
     with pytest.raises(ValueError, match=r"layer_3 has a run of another config \(train.lr is 0.0001 there, 0.5 here\); name"):
-        select(stage2, tmp_path, "--method", "gr_s2", "--top-k", "2", "--launcher", "false", "train.lr=0.5")
+        select(stage2, tmp_path, "--method", "gr_s2", "--top-k", "2", "--launcher", "false", "--sequences", "2", "train.lr=0.5")
 
 
 @pytest.mark.slow
@@ -182,6 +182,9 @@ def test_all_methods_keep_the_same_number(stage2, tmp_path, monkeypatch):  # noq
     for method in ("scan", "smart", "ppl", "mse", "ga_s1", "uniform", "random"):
         ranking = select(stage2, tmp_path / method, "--method", method, "--ratio", "0.4")
         assert len(ranking["keep"]) == 2 and len(ranking["layers"]) == 4
-        assert load_config(tmp_path / method / "stage2.yaml").student_model.keep_full_attention_layers == ranking["keep"]
-        assert sorted(path.name for path in (tmp_path / method).iterdir()) == ["ranking.json", "ranking.png", "stage2.yaml"]
+        written = sorted(path for path in (tmp_path / method).iterdir() if not path.name.startswith("ranking."))
+        (chosen,) = [path for path in written if path.name.endswith(f"_gdn_v4_hybrid_0_4_{method}")]
+        assert load_config(chosen / "stage2.yaml").student_model.keep_full_attention_layers == ranking["keep"]
+        assert written == [chosen] and {path.name for path in (tmp_path / method).glob("ranking.*")} == {
+            "ranking.json", "ranking.md", "ranking.png"}  # fmt: skip
     assert select_layers.METHODS.keys() >= {"ga_s2", "gr_s2", "avg_s2", "ar", "ar_multihop", "variable_tracking", "phone_book"}

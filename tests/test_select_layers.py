@@ -1,7 +1,11 @@
 """Layer selection from a stage-2 config: every method, resuming, and bad input."""
 
+import dataclasses
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,8 @@ from conftest import LENGTH, make_chunks
 from convert import load_teacher
 from distill_model import StudentForCausalLM
 from layer_selection import select_layers
-from layer_selection.full_runs import HELDOUT_KL
+from layer_selection.full_runs import HELDOUT_KL, teacher_name
+from layer_selection.write_configs import PUBLISHED
 from pipeline.config import load_config
 
 
@@ -47,8 +52,10 @@ def test_the_layer_that_is_off_comes_first(stage2, tmp_path, method):
     ranking = select(stage2, tmp_path, "--method", method, "--ratio", "0.25")
     assert ranking["keep"] == [2] and sorted(layer["layer"] for layer in ranking["layers"]) == [0, 1, 2, 3]
     assert all(layer["low"] <= layer["importance"] <= layer["high"] for layer in ranking["layers"])
-    chosen, asked = load_config(tmp_path / "stage2.yaml"), load_config(stage2)
-    assert chosen.student_model.keep_full_attention_layers == [2] and chosen.train == asked.train
+    folder = tmp_path / f"{Path(load_config(stage2).teacher_model.name).name}_0.1m_gdn_v4_hybrid_0_25_{method}"
+    chosen, asked = load_config(folder / "stage2.yaml"), load_config(stage2)
+    assert chosen.student_model.keep_full_attention_layers == [2]
+    assert chosen.train == dataclasses.replace(asked.train, output_dir=str(folder / "stage2")), "a run folder of its own"
 
 
 def test_scan_is_the_kl_with_one_layer_restored(stage2, tmp_path, teacher_dir):
@@ -65,6 +72,19 @@ def test_scan_is_the_kl_with_one_layer_restored(stage2, tmp_path, teacher_dir):
         assert layer["importance"] == pytest.approx(-kl.item() / ids.numel(), rel=1e-4)
 
 
+def test_teachers_are_named_as_in_configs():
+    for folder, facts in yaml.safe_load(PUBLISHED.read_text())["teachers"].items():
+        assert teacher_name(facts["name"]) == folder
+    assert [teacher_name(name) for name in ("teachers/qwen2.5_1.5b", "fla-hub/transformer-1.3B-100B", "a/SmolLM2-135M")] == [
+        "qwen2.5_1.5b", "transformer_1.3b", "smollm2_135m"]  # fmt: skip
+
+
+def test_top_k_names_the_ratio_that_keeps_as_many(stage2, tmp_path):
+    select(stage2, tmp_path, "--method", "uniform", "--top-k", "3")
+    (folder,) = tmp_path.glob("*_gdn_v4_hybrid_*")
+    assert folder.name.endswith("_hybrid_0_75_uniform") and (folder / "stage2.yaml").is_file()
+
+
 def test_uniform_and_random(stage2, tmp_path):
     assert select(stage2, tmp_path / "u", "--method", "uniform", "--top-k", "2")["keep"] == [1, 3]
     first, again, other = (select(stage2, tmp_path / f"r{i}", "--method", "random", "--top-k", "2", "--seed", seed)["layers"]
@@ -72,15 +92,18 @@ def test_uniform_and_random(stage2, tmp_path):
     assert first == again != other
 
 
-def test_finished_candidates_are_not_trained_again(stage2, tmp_path, monkeypatch):
+def test_finished_candidates_are_not_trained_again(stage2, tmp_path):
     for layer, kl in enumerate((0.3, 0.1, 0.2, 0.4)):
         (tmp_path / f"layer_{layer}").mkdir()
         (tmp_path / f"layer_{layer}" / HELDOUT_KL).write_text(json.dumps([kl, kl + 0.01]))
-    assert select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "2", "--launcher", "false")["keep"] == [1, 2]
+    options = ["--method", "ga_s2", "--top-k", "2", "--launcher", "false", "--sequences", "2"]
+    assert select(stage2, tmp_path, *options)["keep"] == [1, 2]
     (tmp_path / "ranking.json").unlink()
-    (tmp_path / "layer_3" / HELDOUT_KL).unlink()
-    with pytest.raises(ValueError, match="layer 3: its run in .* exit code 1"):
-        select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "2", "--launcher", "false")
+    for incomplete in ("[0.4]", None):  # of another number of sequences, or not there
+        file = tmp_path / "layer_3" / HELDOUT_KL
+        file.write_text(incomplete) if incomplete else file.unlink()
+        with pytest.raises(ValueError, match="layer 3: its run in .* exit code 1"):
+            select(stage2, tmp_path, *options)
     assert not (tmp_path / "ranking.json").exists()
 
 
@@ -101,9 +124,81 @@ def test_ga_s2_trains_what_is_missing(stage2, tmp_path):
     (["--ratio", "0.01"], "--ratio: 0.01 of 4 layers keeps 0"),
     (["--top-k", "1", "--candidate", "4"], "--candidate: 4 needs --method ga_s2 or gr_s2 or avg_s2 and a layer in 0..3"),
     (["--top-k", "1", "--method", "mse", "--candidate", "1"], "--candidate: 1 needs --method ga_s2"),
+    (["--top-k", "1", "--rounds", "0"], "--rounds: 0 must be at least 1"),
+    (["--top-k", "1", "--sequences", "1"], "--sequences: 1 must be at least 2"),
+    (["--top-k", "1", "--batch_size", "0"], "--batch_size: 0 must be at least 1"),
+    (["--top-k", "1", "--correlation", "nan"], "--correlation: nan must be between -1 and 1"),
     (["--top-k", "1", "stage=3"], "is of stage 3; name a stage-2 file"),
 ])  # fmt: skip
 def test_bad_input(stage2, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         select(stage2, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """An sbatch that writes down what it is given."""
+    (tmp_path / "bin").mkdir()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >>{tmp_path}/submitted\nwc -l <{tmp_path}/submitted\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(select_layers.ROOT)
+    return tmp_path / "submitted"
+
+
+def test_slurm_gets_what_is_missing_as_an_array_and_the_ranking_behind_it(stage2, tmp_path, slurm, monkeypatch):
+    monkeypatch.setenv("SBATCH_ARGS", "--partition=p --mem=1G")
+    out = tmp_path / "out"
+    measured = out / "layer_1" / HELDOUT_KL
+    measured.parent.mkdir(parents=True)
+    measured.write_text("[1.0, 1.0]")
+    assert select(stage2, out, "--top-k", "2", "--slurm", "train.lr=1e-3") is None
+    same = (f"--partition=p --mem=1G launch_selection.sh --cfg {stage2} --full_runs --cfg {stage2} --output_dir {out} --sequences 6 "
+            "--batch_size 4 --top-k 2 train.lr=1e-3")  # fmt: skip
+    assert slurm.read_text().splitlines() == [
+        f"--parsable --job-name=candidates --array=0,2,3%8 {same}",
+        f"--parsable --job-name=selection --dependency=afterok:1 --kill-on-invalid-dep=yes {same}"]  # fmt: skip
+    for layer in (0, 2, 3):
+        (out / f"layer_{layer}").mkdir()
+        (out / f"layer_{layer}" / HELDOUT_KL).write_text("[1.0, 1.0]")
+    select(stage2, out, "--top-k", "2", "--slurm", "train.lr=1e-3")
+    assert slurm.read_text().splitlines()[2:] == [f"--parsable --job-name=selection {same}"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--method", "mse"], "--slurm: trains every layer to its end, with --method ga_s2 or gr_s2 or avg_s2"),
+    (["--halving"], "--slurm: trains every layer to its end"),
+    (["train.student_init_ckpt=/nowhere"], "train.student_init_ckpt: /nowhere holds no checkpoint"),
+])  # fmt: skip
+def test_nothing_wrong_is_submitted(stage2, tmp_path, slurm, monkeypatch, options, message):
+    with pytest.raises(ValueError, match=message):
+        select(stage2, tmp_path / "out", "--top-k", "2", "--slurm", *options)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--slurm: jobs run in .*; run this command there"):
+        select(stage2, tmp_path / "out", "--top-k", "2", "--slurm")
+    assert not slurm.exists()
+
+
+def test_the_launch_script_hands_a_whole_command_on(tmp_path):
+    """As --slurm submits it: nothing of its own defaults, and the task's layer behind it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path}/bin:$PATH\n")
+    (tmp_path / "bin" / "python").write_text('#!/bin/bash\necho "python $*"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path), "DEVICE": "cpu", "MASTER_PORT": "1", "SLURM_ARRAY_TASK_ID": "3"}
+    for arguments, command in (
+        ("--cfg a.yaml --top-k 2", "--cfg a.yaml --top-k 2 --candidate 3"),
+        ("train.lr=1", "--cfg c.yaml --method ga_s2 --ratio 0.25 train.lr=1 --candidate 3"),
+    ):
+        done = subprocess.run(["bash", str(select_layers.ROOT / "launch_selection.sh"), *arguments.split()], capture_output=True, text=True,
+                              env=environment | {"CFG": "c.yaml"})  # fmt: skip
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"python layer_selection/select_layers.py {command}", done
+
+
+def test_a_file_in_the_place_of_the_folder(stage2, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="--output_dir: .*out is a file; name a folder"):
+        select(stage2, tmp_path / "out", "--method", "uniform", "--top-k", "1")
+    assert (tmp_path / "out").read_text() == "mine"

@@ -23,10 +23,10 @@ def history(folder):
 
 
 def test_a_finished_selection_trains_nothing(stage2, tmp_path, monkeypatch):  # noqa: F811
-    options = ["--method", "ga_s2", "--top-k", "1", "--rounds", "4", "--window", "0", "--sequences", "1", *STEPS]
+    options = ["--method", "ga_s2", "--top-k", "1", "--rounds", "2", "--window", "0", "--sequences", "2", *STEPS]
     ranking = select(stage2, tmp_path, *options)
     assert ranking["facts"]["steps"] == 8 and not ranking["facts"]["stopped"]
-    assert [step for step, _ in history(tmp_path)] == [2, 4, 6, 8] and not (tmp_path / "side_by_side" / "states").exists()
+    assert [step for step, _ in history(tmp_path)] == [4, 8] and not (tmp_path / "side_by_side" / "states").exists()
     # The teacher's work, two parts of eight, is done once for four hybrids; the measurements come on top.
     assert 26 / 32 < ranking["facts"]["share_of_full_runs"] < 0.95
     monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
@@ -39,6 +39,21 @@ def test_it_ends_when_the_order_has_settled(stage2, tmp_path):  # noqa: F811
     best = [max(scores, key=scores.get) for scores in rounds]
     assert best[-2] in {best[-1], *ranking["undecided"]} and ranking["keep"] == [best[-1]]
     assert ranking["facts"]["steps"] == len(rounds) < 8
+
+
+def test_what_other_rules_ended_is_not_trained_again(stage2, tmp_path, monkeypatch):  # noqa: F811
+    """Its states are gone: another K ranks what is there if told to, and never starts from the first step."""
+    options = ["--method", "ga_s2", "--rounds", "8", "--correlation", "-1", *STEPS]
+    select(stage2, tmp_path, *options, "--top-k", "1", "--window", "2")
+    known = history(tmp_path)
+    assert len(known) < 8
+    monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
+    with pytest.raises(ValueError, match=f"ended behind round {len(known)} of 8, before .* --top-k 2, --window 8 .*; --window 1 ranks"):
+        select(stage2, tmp_path, *options, "--top-k", "2", "--window", "8")
+    assert history(tmp_path) == known
+    assert len(select(stage2, tmp_path, *options, "--top-k", "2", "--window", "1")["keep"]) == 2
+    with pytest.raises(ValueError, match="--sequences: .* was measured on 6 sequences, not 5"):
+        select(stage2, tmp_path, *options, "--top-k", "1", "--window", "2", "--sequences", "5")
 
 
 def test_steps_are_those_of_a_plain_loop(stage2):  # noqa: F811
@@ -119,8 +134,13 @@ def test_other_candidates_are_refused(stage2, tmp_path):  # noqa: F811
         select(stage2, tmp_path, *options, "--rounds", "4", *STEPS)
     with pytest.raises(ValueError, match="train.lr"):
         select(stage2, tmp_path, *options, "--rounds", "2", *STEPS, "train.lr=5e-3")
-    with pytest.raises(ValueError, match="--rounds: 0"):
-        select(stage2, tmp_path / "other", *options, "--rounds", "0")
+
+
+def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):  # noqa: F811
+    options = ["--method", "ga_s2", "--top-k", "1", "--window", "0", "--rounds", "2", *STEPS]
+    with pytest.raises(ValueError, match="its loss is not finite at step .*; try a lower train.lr"):
+        select(stage2, tmp_path, *options, "train.lr=1e30", "train.lr_attn=1e30")
+    assert select(stage2, tmp_path, *options)["keep"] == [2]
 
 
 def test_rules():
