@@ -32,7 +32,6 @@ folders.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil

@@ -19,7 +19,7 @@ from convert import converter, load_teacher, load_teacher_config
 from convert.command import main as convert
 from convert.converter import PUBLISHED, check_size, write_weights
 from convert.families import FAMILIES
-from convert.loader import Checkpoint, copy_sidecars, student_config
+from convert.loader import copy_sidecars, student_config
 from distill_model import StudentForCausalLM
 
 ROOT = Path(__file__).parent.parent

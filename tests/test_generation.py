@@ -5,8 +5,8 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import random_teacher, save_tokenizer
-from test_model import OPTIONS, STUDENTS, hybrid, trained
+from conftest import save_tokenizer
+from test_model import STUDENTS, hybrid, trained
 from transformers import AutoTokenizer, DynamicCache, TextIteratorStreamer
 
 from convert import load_teacher

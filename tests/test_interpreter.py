@@ -6,14 +6,12 @@ both sides draw the same inputs.
 """
 
 import importlib
-import os
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
