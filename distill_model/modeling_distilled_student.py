@@ -81,7 +81,8 @@ class StudentBlock(GradientCheckpointingLayer):
         if layer_idx in config.keep_full_attention_layers:
             self.attn = SoftmaxAttention(config, layer_idx)
         else:
-            self.attn = get_student_attention_class(config.student_name)(config, layer_idx, **config.student_options)
+            attn = get_student_attention_class(config.student_name)(config, layer_idx, **config.student_options)
+            self.attn = attn.to(torch.get_default_dtype())  # FLA makes some parameters fp32, whatever the model is loaded in
             self.attn.keep_whole()
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)

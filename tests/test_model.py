@@ -326,7 +326,7 @@ def test_save_and_load_change_nothing(teacher, tmp_path, name, dtype):
     again = StudentForCausalLM.from_pretrained(tmp_path)
     assert again.dtype == dtype and again.lm_head.weight is again.model.embeddings.weight
     for (key, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
-        assert torch.equal(a, b), key
+        assert a.dtype == b.dtype and torch.equal(a, b), key
     assert torch.equal(model.model.rotary_emb.inv_freq, again.model.rotary_emb.inv_freq)
     assert again.config.student_options == OPTIONS.get(name, {})
 
