@@ -99,8 +99,9 @@ if [[ $code == 75 || $code != 0 && -n ${stopped:-} ]]; then
 elif [[ $code != 0 ]]; then
     touch "$JOB_DIR/failed" # before srun ends the other nodes by SIGTERM for it
     first=$((${SLURM_NODEID:-0} * PROCESSES_PER_NODE))
-    echo "== $(hostname), ranks $first to $((first + PROCESSES_PER_NODE - 1)): ended with exit code $code" \
-        "(247 or 137: a rank was killed, perhaps for memory)" >&2
+    why=
+    [[ $code != 247 && $code != 137 ]] || why=": a rank was killed, perhaps for memory"
+    echo "== $(hostname), ranks $first to $((first + PROCESSES_PER_NODE - 1)): ended with exit code $code$why" >&2
 fi
 exit $code'
 
