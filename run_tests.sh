@@ -8,7 +8,7 @@ say "Tests: tiny random models, no network, no GPU; at most 10 minutes on two co
 start=$SECONDS
 status=0
 # All of them: a file at a time on each core.
-[[ $# -gt 0 ]] || set -- -n "$(nproc)" --dist loadfile
+[[ $# -gt 0 ]] || set -- -n "$(env -u OMP_NUM_THREADS nproc)" --dist loadfile
 python -m pytest -m "not slow and not slurm and not faults and not gpu" "$@" || status=$?
 say "Tests: $([[ $status == 0 ]] && echo passed || echo "failed (pytest's exit code $status)") after $((SECONDS - start)) s"
 exit "$status"

@@ -311,8 +311,8 @@ class Rounds:
         done, saved = len(self.history), time.monotonic()
         self.build(self.alive(), done)
         total = self.plan.steps * len(self.kept)
-        with (StopSignals() as stop, tqdm(total=total, desc="candidates' steps, at most", unit="step",
-                                          initial=self.last_step(done) * len(self.kept)) as bar):  # fmt: skip
+        with (StopSignals(to_the_end=False) as stop, tqdm(total=total, desc="candidates' steps, at most", unit="step",
+                                                          initial=self.last_step(done) * len(self.kept)) as bar):  # fmt: skip
             stop.saving = True
             while not self.over():
                 begin, alive, done = time.perf_counter(), self.alive(), len(self.history)

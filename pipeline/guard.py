@@ -24,13 +24,15 @@ class Diverged(RuntimeError):
 class StopSignals:
     """SIGTERM (preemption) and SIGUSR1 (a time limit is near). While `saving` is set they are remembered in `received`,
     for the training loop to save; before and after, with nothing to save, they end the process at once, with REQUEUE.
-    So does the file $STOP_FILE of the launch scripts: one came before this process listened, and was lost."""
+    So does the file $STOP_FILE of the launch scripts: one came before this process listened, and was lost.
 
-    def __init__(self):
+    As a context, until its body ends, and the process with it; or, with `to_the_end` False, until the process goes on."""
+
+    def __init__(self, to_the_end: bool = True):
         self.received: str | None = None
         self.saving = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        self.to_the_end = to_the_end
+        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
         if os.path.exists(os.environ.get("STOP_FILE", "")):
             self._handle(signal.SIGUSR1, None)
 
@@ -44,11 +46,11 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         return self
 
-    def __exit__(self, *_) -> None:
-        """From here on both are ignored: Python's own end brings back their defaults, of which a process that has done its
-        work, or has its exit code, would die."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
+    def __exit__(self, error, *_) -> None:
+        """Where the process ends both are ignored from here on: Python's own end brings back their defaults, of which a process
+        that has done its work, or has its exit code, would die."""
+        for number, before in self.before.items():
+            signal.signal(number, signal.SIG_IGN if self.to_the_end or error is not None else before)
 
 
 class Watchdog:

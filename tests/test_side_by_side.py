@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ def test_a_finished_selection_trains_nothing(stage2, tmp_path, monkeypatch):  # 
     assert 26 / 32 < ranking["facts"]["share_of_full_runs"] < 0.95
     monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
     assert select(stage2, tmp_path, *options) == ranking
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # what comes behind it in the process can be stopped again
 
 
 def test_it_ends_when_the_order_has_settled(stage2, tmp_path):  # noqa: F811
