@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from .cpu_ops import install as install_cpu_ops
 
@@ -97,6 +98,7 @@ class StudentPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["StudentBlock"]
+    _can_record_outputs = {"hidden_states": StudentBlock}
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -135,6 +137,7 @@ class StudentModel(StudentPreTrainedModel):
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         return self.rotary_emb(hidden_states, position_ids)
 
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -143,9 +146,11 @@ class StudentModel(StudentPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool = False,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T]; attention_mask [B, past + T], 0 for padding. Returns last_hidden_state [B, T, hidden_size]
-        after the final norm. Raises ValueError for a cache that has no place for the states of linear layers."""
+        after the final norm; with output_hidden_states also hidden_states, the embeddings and what each block made of them, as
+        transformers' models do. Raises ValueError for a cache that has no place for the states of linear layers."""
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if not use_cache:
@@ -248,6 +253,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         kl_weight: float = 1.0,
         ce_weight: float = 0.0,
         logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size] (the last `logits_to_keep` of them if that is not 0), or a loss without logits.
 
@@ -261,12 +267,16 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
             raise ValueError("teacher_hidden_states and teacher_head_weight go together")
         if teacher_hidden_states is not None and ce_weight and labels is None:
             raise ValueError(f"ce_weight: {ce_weight} needs labels")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if isinstance(past_key_values, StaticCache):
-            if past_key_values.get_seq_length() and input_ids is not None and input_ids.shape[1] == 1:
+            one = input_ids is not None and input_ids.shape[1] == 1 and past_key_values.get_seq_length() > 0
+            if one and not output_hidden_states:
                 logits = past_key_values.step(self, input_ids, position_ids, attention_mask)
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
             past_key_values.stop()
-        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                             output_hidden_states=output_hidden_states)  # fmt: skip
         hidden_states = outputs.last_hidden_state
 
         def cross_entropy(hidden, weight):
@@ -285,7 +295,8 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, keep])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values,
+                                      hidden_states=outputs.hidden_states)  # fmt: skip
 
     @classmethod
     @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import save_tokenizer
 from test_model import STUDENTS, hybrid, trained
-from transformers import AutoTokenizer, DynamicCache, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextIteratorStreamer
 
 from convert import load_teacher
 from distill_model.cache import StaticCache, _tensors
@@ -200,6 +200,23 @@ def test_a_static_cache_keeps_its_place(models, name):
         logits = model(ids[order, start, None], attention_mask=mask[order, : start + 1], past_key_values=cache).logits
         torch.testing.assert_close(logits[:, 0], full[order, start], atol=5e-4, rtol=1e-3)
         start += 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [None, "static"])
+def test_hidden_states(models, teacher_dir, kind):
+    """Those of Hugging Face's model, from a forward pass and from `generate`, where a hybrid has as many."""
+    ids, theirs = torch.randint(1, 96, (2, 9)), AutoModelForCausalLM.from_pretrained(teacher_dir)
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True, "pad_token_id": 0}
+    expected = theirs(ids, output_hidden_states=True).hidden_states
+    teacher = models("teacher")
+    for ours in (teacher(ids, output_hidden_states=True).hidden_states, teacher.model(ids, output_hidden_states=True).hidden_states):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
+    assert teacher(ids).hidden_states is None
+    expected = theirs.generate(ids, **options).hidden_states
+    torch.testing.assert_close(teacher.generate(ids, cache_implementation=kind, **options).hidden_states, expected, atol=1e-4, rtol=1e-3)
+    hybrid = models("gdn_v4").generate(ids, cache_implementation=kind, **options).hidden_states
+    assert [[x.shape for x in step] for step in hybrid] == [[x.shape for x in step] for step in expected]
 
 
 def test_what_a_static_cache_refuses(models, teacher):

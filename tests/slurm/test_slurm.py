@@ -302,3 +302,13 @@ def test_the_pipeline_runs(cluster, teacher_dir, tmp_path):
     assert {path.name for path in (tmp_path / "stage2_ga_s2").glob("layer_*")} == {f"layer_{layer}" for layer in range(4)}
     assert StudentForCausalLM.from_pretrained(tmp_path / "stage3" / "converted-hf").config.keep_full_attention_layers == keep
     assert "heldout_perplexity" in (tmp_path / "evaluation" / "results.md").read_text()
+    # The same selection from one command, whose jobs train only what is missing.
+    out = tmp_path / "again"
+    (out / "layer_0").mkdir(parents=True)
+    shutil.copy(tmp_path / "stage2_ga_s2" / "layer_0" / "heldout_kl.json", out / "layer_0")
+    command = ["--cfg", tmp_path / "stage2.yaml", "--ratio", "0.25", "--output_dir", out, "--slurm"]
+    shown = cluster.run("python", "layer_selection/select_layers.py", *command, environment=environment)
+    jobs = dict(re.findall(r"^(\w+) +(\d+)", shown, re.MULTILINE))
+    assert list(jobs) == ["candidates", "selection"] and "ArrayTaskId=1-3" in cluster.run("scontrol", "show", "job", "-o", jobs["candidates"])
+    assert cluster.wait(jobs["selection"]) == "COMPLETED", "".join(path.read_text() for path in tmp_path.glob("selection-*.log"))[-3000:]
+    assert json.loads((out / "ranking.json").read_text())["keep"] == keep
