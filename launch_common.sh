@@ -29,7 +29,7 @@ make_job_dir() {
     mkdir -p "$JOB_DIR"
     chmod 700 "$JOB_DIR"
     STOP_FILE=$JOB_DIR/stop
-    rm -f "$JOB_DIR/requeue" "$JOB_DIR/failed" "$STOP_FILE"
+    rm -f "$JOB_DIR/requeue" "$JOB_DIR/failed" "$JOB_DIR"/done_* "$STOP_FILE"
     trap 'rm -rf "$JOB_DIR"' EXIT
     trap 'stopped=1; touch "$STOP_FILE"' USR1 TERM # until `supervise` hands them on
     export JOB_DIR STOP_FILE
@@ -92,14 +92,16 @@ if [[ $1 == deepspeed ]]; then
     fi
     set -- deepspeed --node_rank "${SLURM_NODEID:-0}" "${@:2}"
 fi
-code=0
+code=0 why=
 "$@" || code=$?
+first=$((${SLURM_NODEID:-0} * PROCESSES_PER_NODE))
+if [[ $1 == deepspeed && $code == 0 && ! -e $JOB_DIR/done_$first ]]; then # train.py makes it; a launcher that was killed says 0
+    code=1 why=": the launcher of DeepSpeed was killed"
+fi
 if [[ $code == 75 || $code != 0 && -n ${stopped:-} ]]; then
     touch "$JOB_DIR/requeue"
 elif [[ $code != 0 ]]; then
     touch "$JOB_DIR/failed" # before srun ends the other nodes by SIGTERM for it
-    first=$((${SLURM_NODEID:-0} * PROCESSES_PER_NODE))
-    why=
     [[ $code != 247 && $code != 137 ]] || why=": a rank was killed, perhaps for memory"
     echo "== $(hostname), ranks $first to $((first + PROCESSES_PER_NODE - 1)): ended with exit code $code$why" >&2
 fi
@@ -132,6 +134,7 @@ supervise() {
     [[ -z ${stopped:-} ]] || hand_on "$target"
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap ends a wait early
     wait "$child" || code=$?
+    [[ $code == 0 || -n ${SLURM_JOB_ID:-} ]] || kill -KILL -- "$target" 2>/dev/null || true # ranks whose launcher was killed; Slurm ends its own
     if [[ $code != 0 && ! -e $JOB_DIR/failed && (-e $JOB_DIR/requeue || -n ${stopped:-}) ]]; then
         code=$REQUEUE
         # A job that was cancelled is stopped by signals too, and shall not come back.

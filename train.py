@@ -542,3 +542,5 @@ def print_plan(cfg: Config, plan: BatchPlan, say) -> None:
 
 if __name__ == "__main__":
     main()
+    if os.path.isdir(job := os.environ.get("JOB_DIR", "")):  # of the launch scripts
+        Path(job, f"done_{os.environ['RANK']}").touch()

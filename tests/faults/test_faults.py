@@ -457,22 +457,44 @@ def test_term_to_all_processes_of_a_run(make_run):
     run.must_equal_the_whole()
 
 
-def test_the_launch_script_hands_signals_on(make_run):
-    """`bash launch_stage1.sh` with two ranks, through DeepSpeed's launcher, which would lose the exit code of a SIGTERM."""
+@pytest.fixture
+def launched(make_run):
+    """`bash launch_stage1.sh` with two ranks, in the midst of training: its process, its log, its run."""
     run = make_run()
     environment = os.environ | {"CFG": str(run.file), "DEVICE": "cpu", "PROCESSES_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(ROOT / "launch_stage1.sh"), "train.max_steps=2000"]
-    with open(run.root / "launch.log", "w") as log:
+    path, command = run.root / "launch.log", ["bash", str(ROOT / "launch_stage1.sh"), "train.max_steps=2000"]
+    with path.open("w") as log:
         job = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        end = time.monotonic() + PATIENCE
-        while not (run.folder / "metrics.jsonl").exists():
-            assert job.poll() is None and time.monotonic() < end, (run.root / "launch.log").read_text()[-3000:]
-            time.sleep(0.1)
-        job.send_signal(signal.SIGTERM)
-        assert job.wait(PATIENCE) == REQUEUE, (run.root / "launch.log").read_text()[-3000:]
+    end = time.monotonic() + PATIENCE
+    while not (run.folder / "metrics.jsonl").exists():
+        assert job.poll() is None and time.monotonic() < end, path.read_text()[-3000:]
+        time.sleep(0.1)
+    yield job, path, run
+    job.kill()
+
+
+def test_the_launch_script_hands_signals_on(launched):
+    """Through DeepSpeed's launcher, which would lose the exit code of a SIGTERM."""
+    job, log, run = launched
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(PATIENCE) == REQUEUE, log.read_text()[-3000:]
     (checkpoint,) = checkpoints(run.folder)[-1:]
-    assert f"{checkpoint.name} is whole" in (run.root / "launch.log").read_text()
-    assert "ended with exit code 75" in (run.root / "launch.log").read_text()
+    assert f"{checkpoint.name} is whole" in log.read_text() and "ended with exit code 75" in log.read_text()
+
+
+def test_a_launcher_that_is_killed(launched):
+    """DeepSpeed says 0 then: the job fails all the same, and its ranks do not go on unseen."""
+    import psutil
+
+    job, log, run = launched
+    processes = psutil.Process(job.pid).children(recursive=True)
+    (launcher,) = (process for process in processes if "deepspeed.launcher.launch" in process.cmdline())
+    ranks = [process for process in launcher.children() if "train.py" in process.cmdline()]
+    assert len(ranks) == 2
+    launcher.kill()
+    assert job.wait(PATIENCE) == 1, log.read_text()[-3000:]
+    assert "ended with exit code 1: the launcher of DeepSpeed was killed" in log.read_text()
+    assert not psutil.wait_procs(ranks, timeout=PATIENCE)[1] and not (run.folder / "converted-hf").exists()
 
 
 def test_checkpoints_by_minutes(make_run):
