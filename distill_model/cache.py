@@ -209,6 +209,7 @@ class StaticCache(HybridCache):
                 self.run(model)
                 put_back()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.run(model)
+        self.graph = graph  # not before: one that failed must not be replayed
