@@ -59,7 +59,7 @@ class HybridCache(Cache):
 
     def clear_rows(self, rows: torch.Tensor) -> None:
         """Sets everything that is held of the sequences `rows`, a mask [B], to zero: the state before the first token."""
-        self._transform_states(lambda state: state.masked_fill(rows.view(-1, *[1] * (state.ndim - 1)), 0))
+        self._transform_states(lambda state: state.masked_fill(rows.to(state.device).view(-1, *[1] * (state.ndim - 1)), 0))
 
 
 # ------------------------------------------------------------------------------------------------ of a fixed size
@@ -160,9 +160,10 @@ class StaticCache(HybridCache):
         """Softmax attention of the token that is decoded, q [B, 1, heads, head_dim], to all that are held and itself, k and v
         [B, 1, kv heads, head_dim]."""
         buffers = self.layers[layer_idx].state["attn_state"]
+        first, last = self.first.to(q.device), self.last.to(q.device)  # a model may lie on several
         for buffer, new in zip(buffers, (k, v)):
-            buffer.index_copy_(1, self.last, new)
-        return decode_attention(q, *buffers, self.first, self.last)
+            buffer.index_copy_(1, last, new)
+        return decode_attention(q, *buffers, first, last)
 
     @torch.no_grad()
     def step(self, model, input_ids, position_ids=None, attention_mask=None) -> torch.Tensor:
@@ -175,7 +176,8 @@ class StaticCache(HybridCache):
         self.input_ids.copy_(input_ids)
         self.position_ids.copy_((self.last - self.first)[:, None] if position_ids is None else position_ids)
         if self.graph is None and self.capturable(model):
-            self.capture(model)
+            with torch.cuda.device(self.last.device):  # the current one may be another, whose stream would record nothing
+                self.capture(model)
         if self.graph is None:
             self.run(model)
         else:

@@ -238,6 +238,19 @@ def test_what_a_static_cache_refuses(models, teacher):
 
 
 @torch.no_grad()
+def test_a_static_cache_of_a_layer_on_another_device(teacher):
+    """Where the prompt is not, as with device_map="auto"."""
+    cache, ids = StaticCache(teacher.config, 20), torch.randint(1, 96, (2, 5))
+    teacher(ids, past_key_values=cache)
+    cache.begin(ids[:, :1], None)
+    cache.layers[0].state = cache.layers[0]._map_state(lambda x: x.to("meta"))
+    k = v = torch.empty(2, 1, *cache[0]["attn_state"][0].shape[2:], device="meta")
+    q = torch.empty(2, 1, 4, k.shape[-1], device="meta")
+    assert cache.attend(0, q, k, v).shape == q.shape
+    cache.clear_rows(torch.tensor([True, False]))
+
+
+@torch.no_grad()
 def test_a_static_cache_of_a_teacher_crops(teacher):
     ids, cache = torch.randint(1, 96, (2, 12)), StaticCache(teacher.config, 20)
     teacher(ids, past_key_values=cache)
