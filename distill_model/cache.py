@@ -119,8 +119,14 @@ class StaticCache(HybridCache):
         self.max_len, self.decoding, self.graph = max_len, False, None
 
     def _transform_states(self, function) -> None:
+        def write(place):
+            new = function(place)
+            if new.shape != place.shape:  # one row would be copied to all
+                raise ValueError(f"past_key_values: a static cache of {len(place)} sequences cannot become one of {len(new)}; make another")
+            return place.copy_(new)
+
         for layer in self.layers:
-            layer._map_state(lambda x: x.copy_(function(x)))
+            layer._map_state(write)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -168,9 +174,12 @@ class StaticCache(HybridCache):
     @torch.no_grad()
     def step(self, model, input_ids, position_ids=None, attention_mask=None) -> torch.Tensor:
         """The logits [B, 1, vocab_size] behind one more token of each sequence, input_ids [B, 1]. position_ids [B or 1, 1], or None to
-        count the tokens; attention_mask as in `begin`, read at the first step. Raises ValueError if the cache is full."""
+        count the tokens; attention_mask as in `begin`, read at the first step. Raises ValueError if the cache is full, or is of
+        another number of sequences."""
         if not self.decoding:
             self.begin(input_ids, attention_mask)
+        if len(input_ids) != len(self.input_ids):
+            raise ValueError(f"input_ids: {len(input_ids)} sequences behind a static cache of {len(self.input_ids)}")
         if self.get_seq_length() >= self.max_len:
             raise ValueError(f"past_key_values: a static cache of {self.max_len} tokens is full; make a larger one")
         self.input_ids.copy_(input_ids)

@@ -230,7 +230,15 @@ def test_what_a_static_cache_refuses(models, teacher):
     model(ids, attention_mask=mask[:, :9], past_key_values=cache)
     with pytest.raises(ValueError, match="attention_mask: a static cache takes padding on the left alone"):
         model(ids[:, :1], attention_mask=mask[:, :10], past_key_values=cache)
+    without = model(ids[:, :1], past_key_values=cache, use_cache=False).logits
+    torch.testing.assert_close(without, model(ids[:, :1]).logits)
+    assert cache.get_seq_length() == 9
     model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="input_ids: 1 sequences behind a static cache of 2"):
+        model(ids[:1, :1], past_key_values=cache)
+    for change in (lambda: cache.batch_select_indices(torch.tensor([1])), lambda: cache.batch_repeat_interleave(2)):
+        with pytest.raises(ValueError, match="past_key_values: a static cache of 2 sequences cannot become one of"):
+            change()
     with pytest.raises(ValueError, match="past_key_values: a static cache of 10 tokens is full"):
         model(ids[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values: a static cache of 10 tokens has no place for 13"):
