@@ -35,6 +35,7 @@ from pipeline.run_folder import EXPORT, INIT_REPORT, METRICS, check_run_folder, 
 
 ROOT = Path(__file__).resolve().parent
 OPTIMIZER_BYTES = {"adamw": 12, "adamw_8bit": 6}  # a parameter: an fp32 master copy, and two moments in fp32 or 8 bits
+GROUP_OF_8_BITS = 2**30  # elements; ZeRO-1 and 2 make one tensor of a group, and bitsandbytes' kernels on a GPU count in 32 bits
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -349,14 +350,27 @@ def parameter_groups(model, cfg: Config) -> list[ParameterGroup]:
 
 def get_optimizer(model, cfg: Config):
     """AdamW over the groups of `parameter_groups`, its moments in fp32 or in 8 bits, quantised by blocks (Dettmers et al.,
-    arXiv 2110.02861)."""
+    arXiv 2110.02861), whose groups are cut at GROUP_OF_8_BITS."""
+    groups = [{"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in parameter_groups(model, cfg)]
     if cfg.train.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit as AdamW
+
+        groups = [group | {"params": part} for group in groups for part in parts(group["params"], GROUP_OF_8_BITS)]
     else:
         from torch.optim import AdamW
-
-    groups = [{"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in parameter_groups(model, cfg)]
     return AdamW(groups, betas=tuple(cfg.train.betas))
+
+
+def parts(params: list, limit: int) -> list[list]:
+    """The parameters in order, in lists of at most `limit` elements, or of a larger parameter alone."""
+    cut, size = [[]], 0
+    for p in params:
+        if cut[-1] and size + p.numel() > limit:
+            cut.append([])
+            size = 0
+        cut[-1].append(p)
+        size += p.numel()
+    return cut
 
 
 def get_scheduler(optimizer, cfg: Config, plan: BatchPlan):

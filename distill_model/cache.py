@@ -59,7 +59,7 @@ class HybridCache(Cache):
 
     def clear_rows(self, rows: torch.Tensor) -> None:
         """Sets everything that is held of the sequences `rows`, a mask [B], to zero: the state before the first token."""
-        self._transform_states(lambda state: state.masked_fill(rows.view(-1, *[1] * (state.ndim - 1)), 0))
+        self._transform_states(lambda state: state.masked_fill(rows.to(state.device).view(-1, *[1] * (state.ndim - 1)), 0))
 
 
 # ------------------------------------------------------------------------------------------------ of a fixed size
@@ -119,8 +119,14 @@ class StaticCache(HybridCache):
         self.max_len, self.decoding, self.graph = max_len, False, None
 
     def _transform_states(self, function) -> None:
+        def write(place):
+            new = function(place)
+            if new.shape != place.shape:  # one row would be copied to all
+                raise ValueError(f"past_key_values: a static cache of {len(place)} sequences cannot become one of {len(new)}; make another")
+            return place.copy_(new)
+
         for layer in self.layers:
-            layer._map_state(lambda x: x.copy_(function(x)))
+            layer._map_state(write)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -160,22 +166,27 @@ class StaticCache(HybridCache):
         """Softmax attention of the token that is decoded, q [B, 1, heads, head_dim], to all that are held and itself, k and v
         [B, 1, kv heads, head_dim]."""
         buffers = self.layers[layer_idx].state["attn_state"]
+        first, last = self.first.to(q.device), self.last.to(q.device)  # a model may lie on several
         for buffer, new in zip(buffers, (k, v)):
-            buffer.index_copy_(1, self.last, new)
-        return decode_attention(q, *buffers, self.first, self.last)
+            buffer.index_copy_(1, last, new)
+        return decode_attention(q, *buffers, first, last)
 
     @torch.no_grad()
     def step(self, model, input_ids, position_ids=None, attention_mask=None) -> torch.Tensor:
         """The logits [B, 1, vocab_size] behind one more token of each sequence, input_ids [B, 1]. position_ids [B or 1, 1], or None to
-        count the tokens; attention_mask as in `begin`, read at the first step. Raises ValueError if the cache is full."""
+        count the tokens; attention_mask as in `begin`, read at the first step. Raises ValueError if the cache is full, or is of
+        another number of sequences."""
         if not self.decoding:
             self.begin(input_ids, attention_mask)
+        if len(input_ids) != len(self.input_ids):
+            raise ValueError(f"input_ids: {len(input_ids)} sequences behind a static cache of {len(self.input_ids)}")
         if self.get_seq_length() >= self.max_len:
             raise ValueError(f"past_key_values: a static cache of {self.max_len} tokens is full; make a larger one")
         self.input_ids.copy_(input_ids)
         self.position_ids.copy_((self.last - self.first)[:, None] if position_ids is None else position_ids)
         if self.graph is None and self.capturable(model):
-            self.capture(model)
+            with torch.cuda.device(self.last.device):  # the current one may be another, whose stream would record nothing
+                self.capture(model)
         if self.graph is None:
             self.run(model)
         else:
@@ -209,6 +220,7 @@ class StaticCache(HybridCache):
                 self.run(model)
                 put_back()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.run(model)
+        self.graph = graph  # not before: one that failed must not be replayed

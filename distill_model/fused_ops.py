@@ -6,6 +6,8 @@ kernels do not, and a CUDA graph must. No autotuning, for it would cost a cold s
 
 from __future__ import annotations
 
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -185,11 +187,23 @@ def _decode_attention(q, k, v, first, last) -> torch.Tensor:
     return out
 
 
+def on_its_device(function):
+    """The same on the GPU that holds the first argument. Triton starts kernels on the current one, which need not be it."""
+
+    @wraps(function)
+    def run(x, *rest):
+        with torch.cuda.device_of(x):
+            return function(x, *rest)
+
+    return run
+
+
 def fuses(x: torch.Tensor) -> bool:
     """Whether the Triton kernels serve this tensor, in place of their plain twins."""
     return x.is_cuda
 
 
+@on_its_device
 def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x times a scalar tensor in fp32, in the dtype of x. PyTorch casts every element for that, at a quarter of the speed."""
     if not fuses(x):
@@ -199,16 +213,19 @@ def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@on_its_device
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE (Su et al., arXiv 2104.09864) of x [B, T, heads, D]; cos and sin [B or 1, T, D], whose halves are equal."""
     return _Rotate.apply(x, cos, sin) if fuses(x) else apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0]
 
 
+@on_its_device
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, of equal shapes (Shazeer, arXiv 2002.05202)."""
     return _SwiGLU.apply(gate, up) if fuses(gate) else F.silu(gate) * up
 
 
+@on_its_device
 def mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """The mean of (student - teacher)^2, a scalar in fp32; the gradient flows to the student alone."""
     if fuses(student):
@@ -216,6 +233,7 @@ def mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Te
     return (student.float() - teacher.detach().float()).square().mean()
 
 
+@on_its_device
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """Softmax attention of one query a sequence, q [B, 1, heads, D], to the tokens from first [B] to last [1], both int64, in k and v
     [B, tokens, kv heads, D]; returns [B, 1, heads, D]. No gradient.

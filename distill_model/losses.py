@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .fused_ops import fuses, mean_squared_error, scaled
+from .fused_ops import fuses, mean_squared_error, on_its_device, scaled
 
 # Rows of logits held at a time: on a GPU enough for its matrix products to run at their full rate.
 CHUNK_SIZE, CHUNK_SIZE_GPU = 1024, 4096
@@ -134,6 +134,7 @@ def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += a @ b
 
 
+@on_its_device
 def linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size):
     fused = fuses(hidden)
     chunk_size = chunk_size or (CHUNK_SIZE_GPU if fused else CHUNK_SIZE)

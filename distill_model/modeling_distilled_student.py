@@ -269,7 +269,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
             raise ValueError(f"ce_weight: {ce_weight} needs labels")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if isinstance(past_key_values, StaticCache):
+        if isinstance(past_key_values, StaticCache) and use_cache is not False:
             one = input_ids is not None and input_ids.shape[1] == 1 and past_key_values.get_seq_length() > 0
             if one and not output_hidden_states:
                 logits = past_key_values.step(self, input_ids, position_ids, attention_mask)

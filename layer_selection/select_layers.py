@@ -198,7 +198,8 @@ def submit(args: argparse.Namespace, cfg: Config, words: list[str], layers: int)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # --slurm hands the words on without itself: an abbreviation of it would submit itself again from each of its jobs.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--cfg", required=True, help="YAML of stage 2")
     parser.add_argument("--method", choices=METHODS, default="ga_s2")
     size = parser.add_mutually_exclusive_group(required=True)

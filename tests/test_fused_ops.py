@@ -80,3 +80,27 @@ def test_decode_attention(length):
     k[:, :length], v[:, :length] = torch.randn(2, 3, length, 2, 20)
     out = decode_attention(q, k, v, first, last)
     torch.testing.assert_close(out.double(), attend_naively(q, k, v, first, last), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("step", [
+    lambda x: scaled(x, torch.tensor(2.0)), lambda x: swiglu(x, x), lambda x: mean_squared_error(x, x),
+    lambda x: rotate(x, *torch.ones(2, 1, 1, 4)),
+    lambda x: decode_attention(x, x, x, torch.tensor([0, 0]), torch.tensor([0])),
+])  # fmt: skip
+def test_kernels_start_where_their_tensors_are(step, monkeypatch):
+    """Not on whatever GPU is the current one, as Triton would."""
+    entered, x = [], torch.randn(2, 1, 3, 4)
+
+    class Spy:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            entered.append(self.tensor)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "device_of", Spy)
+    step(x)
+    assert len(entered) == 1 and entered[0] is x

@@ -230,11 +230,32 @@ def test_what_a_static_cache_refuses(models, teacher):
     model(ids, attention_mask=mask[:, :9], past_key_values=cache)
     with pytest.raises(ValueError, match="attention_mask: a static cache takes padding on the left alone"):
         model(ids[:, :1], attention_mask=mask[:, :10], past_key_values=cache)
+    without = model(ids[:, :1], past_key_values=cache, use_cache=False).logits
+    torch.testing.assert_close(without, model(ids[:, :1]).logits)
+    assert cache.get_seq_length() == 9
     model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="input_ids: 1 sequences behind a static cache of 2"):
+        model(ids[:1, :1], past_key_values=cache)
+    for change in (lambda: cache.batch_select_indices(torch.tensor([1])), lambda: cache.batch_repeat_interleave(2)):
+        with pytest.raises(ValueError, match="past_key_values: a static cache of 2 sequences cannot become one of"):
+            change()
     with pytest.raises(ValueError, match="past_key_values: a static cache of 10 tokens is full"):
         model(ids[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values: a static cache of 10 tokens has no place for 13"):
         model(ids[:, :3], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_static_cache_of_a_layer_on_another_device(teacher):
+    """Where the prompt is not, as with device_map="auto"."""
+    cache, ids = StaticCache(teacher.config, 20), torch.randint(1, 96, (2, 5))
+    teacher(ids, past_key_values=cache)
+    cache.begin(ids[:, :1], None)
+    cache.layers[0].state = cache.layers[0]._map_state(lambda x: x.to("meta"))
+    k = v = torch.empty(2, 1, *cache[0]["attn_state"][0].shape[2:], device="meta")
+    q = torch.empty(2, 1, 4, k.shape[-1], device="meta")
+    assert cache.attend(0, q, k, v).shape == q.shape
+    cache.clear_rows(torch.tensor([True, False]))
 
 
 @torch.no_grad()

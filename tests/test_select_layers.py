@@ -175,6 +175,8 @@ def test_slurm_gets_what_is_missing_as_an_array_and_the_ranking_behind_it(stage2
 def test_nothing_wrong_is_submitted(stage2, tmp_path, slurm, monkeypatch, options, message):
     with pytest.raises(ValueError, match=message):
         select(stage2, tmp_path / "out", "--top-k", "2", "--slurm", *options)
+    with pytest.raises(SystemExit):  # its jobs would submit themselves again
+        select(stage2, tmp_path / "out", "--top-k", "2", "--slu")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--slurm: jobs run in .*; run this command there"):
         select(stage2, tmp_path / "out", "--top-k", "2", "--slurm")

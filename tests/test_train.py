@@ -428,6 +428,19 @@ def test_parameter_groups(teacher_dir, tmp_path, data_dir, scope):
             assert settings[id(p)] == (4e-3 if fast else 2e-3, 0.1 if p.ndim > 1 else 0.0), f"{name}.{parameter_name}"
 
 
+def test_groups_of_8_bits_stay_countable(teacher_dir, tmp_path, data_dir, monkeypatch):
+    """Kernels that count in 32 bits would leave out what is beyond, or fail: ZeRO makes one tensor of a group."""
+    model, limit = load_teacher(teacher_dir), 5000
+    cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, weight_decay=0.1, optimizer="adamw_8bit"))
+    whole = train.get_optimizer(model, cfg).param_groups
+    monkeypatch.setattr(train, "GROUP_OF_8_BITS", limit)
+    cut = train.get_optimizer(model, cfg).param_groups
+    assert max(sum(p.numel() for p in group["params"]) for group in whole) > 2 * limit
+    assert all(len(group["params"]) == 1 or sum(p.numel() for p in group["params"]) <= limit for group in cut)
+    settings = [[(id(p), group["lr"], group["weight_decay"]) for group in groups for p in group["params"]] for groups in (whole, cut)]
+    assert settings[0] == settings[1]
+
+
 def test_the_schedule_reaches_its_floor(tmp_path, teacher_dir, data_dir):
     file = write_config(tmp_path, 1, teacher_dir, data_dir, max_steps=100, warmup_steps=5)
     for kind, middle, end in (("constant", 4e-3, 4e-3), ("linear", 2.5e-3, 1e-3), ("cosine", 2.5e-3, 1e-3)):

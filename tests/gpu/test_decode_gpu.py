@@ -35,3 +35,25 @@ def test_a_graph_decodes_what_single_kernels_do(name, dtype):
         options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "num_beams": num_beams, "pad_token_id": 0}
         if dtype == torch.float32:
             assert torch.equal(model.generate(ids, **options), model.generate(ids, cache_implementation="static", **options))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("split", [False, True])
+def test_a_gpu_that_is_not_the_current_one(split):
+    """The whole model, decoded by a graph; or the last layers, as device_map="auto" lays them, decoded without."""
+    config = StudentConfig(vocab_size=96, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+                           num_hidden_layers=3, initializer_range=0.1)  # fmt: skip
+    torch.manual_seed(0)
+    model = StudentForCausalLM.from_teacher(StudentForCausalLM(config), "gdn_v4", [2])[0].to("cuda:1").eval()
+    ids = torch.randint(1, 96, (2, 20), device="cuda:1")
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    expected = model.generate(ids, **options).sequences
+    if split:
+        from accelerate import dispatch_model
+
+        places = {"model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1, "model.norm": 1, "lm_head": 1}
+        model = dispatch_model(model, {"model.embeddings": 0, "model.rotary_emb": 0} | places, main_device=0)
+        ids = ids.to("cuda:0")
+    out = model.generate(ids, cache_implementation="static", **options)
+    assert torch.equal(out.sequences.cpu(), expected.cpu()) and (out.past_key_values.graph is None) == split
