@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -90,13 +91,19 @@ def test_with_a_template_it_hears_the_history(monkeypatch, capsys, chatty):
     assert out == f"{first}\n{second}\n{first}\n"
 
 
+def own_terminal():
+    """Ctrl-C goes to a terminal's own processes; those that a shell starts in the background ignore it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_in_a_terminal_the_answer_streams(folder):
     """A prompt, an answer that appears piece by piece, Ctrl-C that stops it alone, and Ctrl-D."""
     terminal, end = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "chat.py", "--model", folder, "--max_new_tokens", "100000", "--temperature", "1", "--device", "cpu"],
         cwd=ROOT, stdin=end, stdout=end, stderr=end, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C goes to a terminal's own processes
+        preexec_fn=own_terminal,
     )  # fmt: skip
     os.close(end)
     seen, limit = "", time.monotonic() + 300
