@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdin.reconfigure(errors="replace")  # what is no UTF-8 would come as surrogates, which no tokenizer takes
     try:
         main()
     except (ValueError, OSError) as error:

@@ -27,7 +27,7 @@ from pipeline.checkpoints import CheckpointError, checkpoints, damage
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.files import complete_or_absent, one_line
 from pipeline.model_card import write_card
-from pipeline.run_folder import CONFIG, EXPORT, difference
+from pipeline.run_folder import CONFIG, EXPORT, RUN, difference
 from wrapper import student_attention_state
 
 SHARD_SIZE = "5GB"
@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.cfg, args.overrides)
     folder = Path(cfg.train.output_dir)
-    theirs = folder / CONFIG
+    theirs, beside = folder / CONFIG, Path(args.cfg).parent
+    if Path(args.cfg).name == CONFIG and (beside / RUN).is_file() and beside.resolve() != folder.resolve():  # a copy, or moved
+        raise ConfigError(f"train.output_dir: {folder} is not where {args.cfg} lies; add train.output_dir={beside} for the run there")
     if theirs.is_file() and (other := difference(load_config(theirs, [f"train.output_dir={folder}"]), cfg)):
         raise ConfigError(f"--cfg: {args.cfg} is not of the run in {folder} ({other}); name {theirs}")
     found = checkpoints(folder)

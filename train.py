@@ -88,11 +88,11 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tup
         return None
     chunks = open_data(cfg, plan)
     check_models(cfg)
+    if (epochs := plan.epochs(len(chunks.train))) > 1:
+        say(f"data: {len(chunks.train):,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs")
     if args.dry_run:
         print_plan(cfg, plan, say)
         return None
-    if (epochs := plan.epochs(len(chunks.train))) > 1:
-        say(f"data: {len(chunks.train):,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs")
     return cfg, plan, chunks, report
 
 
@@ -251,7 +251,9 @@ def check_models(cfg: Config) -> None:
         return
     key = f"train.student_init_ckpt: {cfg.train.student_init_ckpt}"
     if not (Path(cfg.train.student_init_ckpt) / "config.json").is_file():
-        raise ConfigError(f"{key} holds no checkpoint; run stage {cfg.stage - 1} first")
+        exported = Path(cfg.train.student_init_ckpt) / EXPORT
+        cure = f"name {exported}" if exported.is_dir() else f"run stage {cfg.stage - 1} first"
+        raise ConfigError(f"{key} holds no checkpoint; {cure}")
     try:
         student = StudentConfig.from_pretrained(cfg.train.student_init_ckpt)
     except (OSError, ValueError) as error:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.training import stage_1  # noqa: E402
 from convert import load_teacher  # noqa: E402
+from convert.loader import KEY  # noqa: E402
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM  # noqa: E402
 from pipeline.data import open_chunks, read_metadata  # noqa: E402
 from quickstart.report import alignment, mean_loss  # noqa: E402
@@ -110,4 +111,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"student_init.py: error: {str(error).replace(KEY, '--teacher')}")

@@ -61,7 +61,7 @@ def published_config(shape: str, layers: int | None):
     families = yaml.safe_load((Path(__file__).parents[1] / "convert" / "published.yaml").read_text())
     known = {f"{FAMILIES[family]}-{size}": values for family, sizes in families.items() for size, values in sizes.items()}
     if shape not in known:
-        sys.exit(f"train_throughput.py: error: --shape: {shape} is unknown; choose one of {', '.join(known)}")
+        raise ValueError(f"--shape: {shape} is unknown; choose one of {', '.join(known)}")
     size = known[shape]
     return StudentConfig(
         vocab_size=size["vocab"], hidden_size=size["hidden"], intermediate_size=size["intermediate"],
@@ -240,4 +240,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"train_throughput.py: error: {error}")

@@ -22,6 +22,8 @@ from transformers.initialization import no_init_weights
 from distill_model import StudentConfig, StudentForCausalLM
 from distill_model.config_distilled_student import FOREIGN
 
+from pipeline.run_folder import EXPORT
+
 from .families import FAMILIES, Family, unsupported
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,6 +48,8 @@ def source_config(name_or_path: str) -> PreTrainedConfig:
             model_type = None
         if model_type in FOREIGN:
             raise ValueError(f"{KEY}: {name_or_path!r} is {FOREIGN[model_type]} (model_type {model_type!r})") from None
+        if (Path(name_or_path) / EXPORT / "config.json").is_file():
+            raise ValueError(f"{KEY}: {name_or_path!r} is a run folder; name {Path(name_or_path) / EXPORT}") from None
         if model_type is not None and model_type not in FAMILIES:
             reason = f"model_type {model_type!r}; supported are {', '.join(FAMILIES)}"
         raise ValueError(

@@ -217,9 +217,9 @@ SPELLINGS = {"associative_recall_mutihop": "associative_recall_multihop"}  # an 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of `Options`, and --num_samples."""
-    parser.add_argument("--num_samples", type=int, default=100, help="questions of a task")
+    parser.add_argument("--num_samples", type=int, default=100, help="questions of a task (%(default)s)")
     for spec in fields(Options):
-        parser.add_argument(f"--{spec.name}", type=type(spec.default), default=spec.default, help=spec.metadata["help"])
+        parser.add_argument(f"--{spec.name}", type=type(spec.default), default=spec.default, help=f"{spec.metadata['help']} (%(default)s)")
 
 
 def draw_questions(task: str, args: argparse.Namespace) -> list[Question]:

@@ -201,14 +201,14 @@ def main(argv: list[str] | None = None) -> None:
     # --slurm hands the words on without itself: an abbreviation of it would submit itself again from each of its jobs.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--cfg", required=True, help="YAML of stage 2")
-    parser.add_argument("--method", choices=METHODS, default="ga_s2")
+    parser.add_argument("--method", choices=METHODS, default="ga_s2", help="see above (%(default)s)")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--top-k", type=int, help="how many layers to keep")
     size.add_argument("--ratio", type=float, help="share of the layers to keep: floor(ratio x layers + 0.5)")
     parser.add_argument("--output_dir", type=Path, help="default: <train.output_dir>_<method>")
-    parser.add_argument("--rounds", type=int, default=20, help=f"{', '.join(TRAINED)}: measurements in a training run")
-    parser.add_argument("--window", type=int, default=3, help="rounds over which the choice must stand for training to end; 0: it goes to its end")
-    parser.add_argument("--correlation", type=float, default=0.8, help="of the order of the layers from round to round in that window")
+    parser.add_argument("--rounds", type=int, default=20, help=f"{', '.join(TRAINED)}: measurements in a training run (%(default)s)")
+    parser.add_argument("--window", type=int, default=3, help="rounds over which the choice must stand for training to end; 0: it goes to its end (%(default)s)")
+    parser.add_argument("--correlation", type=float, default=0.8, help="of the order of the layers from round to round in that window, at least (%(default)s)")
     parser.add_argument("--halving", action="store_true", help="the worse half of the layers ends after rounds 2, 4, 8 ...")
     parser.add_argument("--full_runs", action="store_true", help="each layer by train.py to its end, not side by side")
     parser.add_argument("--candidate", type=int, help=f"{', '.join(TRAINED)}: train this layer alone, and do not rank")
@@ -216,9 +216,9 @@ def main(argv: list[str] | None = None) -> None:
                         "ranking behind it; SBATCH_ARGS: options for both")  # fmt: skip
     port = f" --master_port {os.environ['MASTER_PORT']}" if "MASTER_PORT" in os.environ else ""  # the launch scripts'
     parser.add_argument("--launcher", default=f"{Path(sys.executable).with_name('deepspeed')}{port}", help="what starts train.py")
-    parser.add_argument("--sequences", type=int, default=64, help="held-out sequences to measure on")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="of random, and of a task's questions")
+    parser.add_argument("--sequences", type=int, default=64, help="held-out sequences to measure on (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences, or questions of a task, at a time (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of random, and of a task's questions (%(default)s)")
     add_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="come after the file")
     argv = sys.argv[1:] if argv is None else argv

@@ -37,7 +37,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    name: str = key(help="teacher: a Hugging Face name or folder (qwen2, qwen3, llama), or one of our checkpoints")
+    name: str = key(help="teacher: a Hugging Face name or a folder, see Teachers")
 
 
 @dataclass(frozen=True)

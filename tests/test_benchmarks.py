@@ -108,6 +108,8 @@ def test_benchmarks_of_gpus_are_skipped_without_one(command):
 
 def test_flops_of_the_matrix_products():
     """Two for each weight forward, two for each gradient: of the head, of what trains, of what lies behind it."""
+    with pytest.raises(ValueError, match="--shape: gpt2 is unknown; choose one of qwen2.5-0.5b"):
+        train_throughput.published_config("gpt2", 2)
     config = train_throughput.published_config("qwen2.5-0.5b", 2)
     assert (config.hidden_size, config.num_hidden_layers, config.attention_bias, config.qk_norm) == (896, 2, True, False)
     small = StudentConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,

@@ -147,6 +147,19 @@ def test_bad_input_ends_in_one_line(folder, options, message):
     assert message in str(error.value).replace("teacher_model.name", "--model") and "\n" not in str(error.value)
 
 
+def test_bytes_that_are_no_text_are_heard(folder):
+    done = subprocess.run([sys.executable, "chat.py", "--model", folder, "--max_new_tokens", "2"], cwd=ROOT, input=b"def \xff\xfe\n",
+                          capture_output=True, env=os.environ | {"PYTHONUTF8": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_run_folder_is_told_from_its_export(tmp_path):
+    (tmp_path / "converted-hf").mkdir()
+    (tmp_path / "converted-hf" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path}' is a run folder; name {tmp_path}/converted-hf$"):
+        chat.main(["--model", str(tmp_path)])
+
+
 def test_the_script_exits_non_zero_with_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "student"}')
     save_tokenizer(tmp_path)

@@ -167,6 +167,24 @@ def test_the_export_script_refuses_another_runs_checkpoint(stages, tmp_path):
         convert_ckpt.main(["--cfg", str(stages / "stage1.yaml"), f"train.output_dir={folder}", f"teacher_model.name={teacher}"])
 
 
+def test_a_copied_runs_config_does_not_export_into_the_original(stages, tmp_path):
+    """It names the folder that it was copied from, whose export would be replaced."""
+    folder, original = tmp_path / "copy", stages / "stage1"
+    shutil.copytree(original, folder)
+    before = (original / "converted-hf").stat().st_ino
+    with pytest.raises(ValueError, match=f"train.output_dir: {original} is not where {folder}/config.yaml lies; add train.output_dir={folder}"):
+        convert_ckpt.main(["--cfg", str(folder / "config.yaml")])
+    assert (original / "converted-hf").stat().st_ino == before
+    convert_ckpt.main(["--cfg", str(folder / "config.yaml"), f"train.output_dir={folder}"])
+
+
+def test_a_run_folder_as_the_start_is_told_from_its_export(tmp_path, teacher_dir):
+    (tmp_path / "stage1" / "converted-hf").mkdir(parents=True)
+    cfg = load_config(write_config(tmp_path, 2, teacher_dir, "no data"), [f"train.student_init_ckpt={tmp_path}/stage1"])
+    with pytest.raises(ValueError, match=f"student_init_ckpt: {tmp_path}/stage1 holds no checkpoint; name {tmp_path}/stage1/converted-hf$"):
+        train.check_models(cfg)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_export_script_gives_what_training_exported(stages, tmp_path, monkeypatch, stage):
     """From ZeRO-1, 2 and 3; an earlier checkpoint, where it is named, is another model; large ones are sharded."""
