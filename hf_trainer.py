@@ -40,7 +40,7 @@ class MetricsFile(TrainerCallback):
 
 
 class Wandb(WandbCallback):
-    """W&B's, which cannot end a run: a SIGTERM to all processes of a job ends W&B's service too, before the run has saved."""
+    """W&B's, whose logging cannot end a run: a SIGTERM to all processes of a job ends W&B's service too, before the run has saved."""
 
     def on_log(self, args, state, control, logs=None, **options):
         try:
