@@ -37,6 +37,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from layer_selection.tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document, document_accuracies
+from pipeline.checkpoints import sha256
 from pipeline.data import data_fingerprint, load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
 from pipeline.files import one_line, write_whole
 from pipeline.guard import StopSignals
@@ -171,15 +172,6 @@ def check_checkpoint(key: str, name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what is written down
-def fingerprint(checkpoint: str) -> str:
-    """Of a folder: a hash of its config and of its weights' names, sizes and times. Of a hub name: the name."""
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        return checkpoint
-    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin")]
-    return hashlib.sha256(f"{(folder / 'config.json').read_text()} {weights}".encode()).hexdigest()[:16]
-
-
 def path_parts(checkpoint: str) -> list[str]:
     parts = [part for part in Path(checkpoint).parts if part not in ("/", ".", "..")]
     return parts[:-1] if len(parts) > 1 and parts[-1] == "converted-hf" else parts
@@ -199,26 +191,49 @@ def labels(checkpoints: list[str]) -> dict[str, str]:
 
 
 class Record:
-    """A checkpoint's results.json, and the marks beside it that outlive a process: what runs, and why it died."""
+    """A checkpoint's results.json, and what outlives a process beside it: what runs, why it died, hashes of weights."""
 
     def __init__(self, args: argparse.Namespace, checkpoint: str):
         self.args, self.checkpoint = args, checkpoint
         self.folder = args.output / "__".join(path_parts(checkpoint))
-        self.file, self.running, self.died = (self.folder / name for name in ("results.json", ".running", ".died"))
+        self.file, self.running, self.died, self.hashes = (
+            self.folder / name for name in ("results.json", ".running", ".died", ".hashes.json"))  # fmt: skip
         try:
             self.results = json.loads(self.file.read_text())["tasks"] if self.file.is_file() else {}
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"OUTPUT: {self.file} holds no results of ours; remove it, or name another folder") from None
 
+    def fingerprint(self, checkpoint: str) -> str:
+        """Of a folder: a hash of its config and weights. Of a hub name: the name."""
+        folder = Path(checkpoint)
+        if not folder.is_dir():
+            return checkpoint
+        weights = [(f.name, self.sha256(f)) for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin")]
+        return hashlib.sha256(f"{(folder / 'config.json').read_text()} {weights}".encode()).hexdigest()[:16]
+
+    def sha256(self, file: Path) -> str:
+        """Of its content, which is read again only when size or time of the file have changed: it may be of many gigabytes."""
+        try:
+            known = json.loads(self.hashes.read_text())
+        except (FileNotFoundError, ValueError):
+            known = {}
+        stat, name = file.stat(), str(file.resolve())
+        *state, digest = known.get(name) or (None,)
+        if state != [stat.st_size, stat.st_mtime_ns]:
+            digest = sha256(file)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.hashes, json.dumps(known | {name: [stat.st_size, stat.st_mtime_ns, digest]}, indent=1) + "\n")
+        return digest
+
     def settings(self, unit: Unit) -> dict:
         """What a result depends on, besides its unit."""
-        settings = {"checkpoint": fingerprint(self.checkpoint), "limit": self.args.limit}
+        settings = {"checkpoint": self.fingerprint(self.checkpoint), "limit": self.args.limit}
         if unit.task in (*RECALL_TASKS, RECALL_GENERATION):
             settings["num_words"] = self.args.num_words
         if unit.task in (PERPLEXITY, KL):
             settings["data"] = data_fingerprint(read_metadata(self.args.data))
         if unit.task == KL:
-            settings["teacher"] = fingerprint(self.args.teacher)
+            settings["teacher"] = self.fingerprint(self.args.teacher)
         return settings
 
     def missing(self, units: list[Unit]) -> list[Unit]:

@@ -51,7 +51,7 @@ def read_index(checkpoint: Path) -> dict:
         raise CheckpointError(f"{checkpoint}: its {INDEX} is missing or damaged") from None
 
 
-def _digest(path: Path) -> str:
+def sha256(path: Path) -> str:
     digest, block = hashlib.sha256(), memoryview(bytearray(1 << 22))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
@@ -71,7 +71,7 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} of {size:,} bytes"
-        if _digest(path) != digest:
+        if sha256(path) != digest:
             return f"{name} is not what was written"
     return None
 
@@ -102,7 +102,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[], None], facts: dict
             name = str(path.relative_to(partial))
             if path.is_file() and (_writer(name) if _writer(name) < world_size else 0) == rank:
                 sync(path)  # by its writer: on a network file system nobody else has the data
-                ours[name] = [path.stat().st_size, _digest(path)]
+                ours[name] = [path.stat().st_size, sha256(path)]
         parts = [None] * world_size
         dist.all_gather_object(parts, ours)
         if rank == 0:

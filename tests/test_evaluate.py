@@ -17,6 +17,7 @@ from convert import load_teacher
 from distill_model import StudentForCausalLM
 from evaluate import Unit, recall_documents
 from layer_selection.tasks import answer_accuracy
+from pipeline.checkpoints import sha256
 from pipeline.data import load_tokenizer, open_chunks
 from transformers import AutoModelForCausalLM
 
@@ -78,6 +79,29 @@ def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, ca
     assert [json.loads(file.read_text()) for file in files] == before
     assert run(student_dir, *options[:-4], "--limit", 5, "--output", tmp_path) == 0, "another limit is another result"
     assert {r["samples"] for r in read(tmp_path)[Path(student_dir).parent.name].values()} == {5}
+
+
+def test_an_export_written_again_is_known_by_its_content(teacher_dir, tmp_path, capsys, monkeypatch):
+    """Its weights are read for that once, and again only when their file has changed; other weights are another checkpoint."""
+    folder, read_files = tmp_path / "run" / "converted-hf", []
+    student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", [1])[0]
+    student.save_pretrained(folder)
+    save_tokenizer(folder)
+    monkeypatch.setattr(evaluate, "sha256", lambda file: (read_files.append(file.name), sha256(file))[1])
+    options = ("--tasks", "copying", "--seq_lens", 128, "--limit", 1, "--output", tmp_path / "out")
+    assert run(folder, *options) == 0 and run(folder, *options) == 0
+    assert capsys.readouterr().out.count("Everything is there already") == 1 and read_files == ["model.safetensors"]
+    before = (folder / "model.safetensors").stat()
+    student.save_pretrained(folder)
+    assert (folder / "model.safetensors").stat().st_mtime_ns > before.st_mtime_ns
+    assert run(folder, *options) == 0 and len(read_files) == 2
+    assert "Everything is there already" in capsys.readouterr().out
+    with torch.no_grad():
+        student.model.layers[0].mlp.down_proj.weight[0, 0] += 1
+    student.save_pretrained(folder)
+    assert (folder / "model.safetensors").stat().st_size == before.st_size
+    assert run(folder, *options) == 0 and len(read_files) == 3
+    assert "Everything is there already" not in capsys.readouterr().out
 
 
 class Oracle:
