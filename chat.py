@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         import readline  # noqa: F401  (line editing in a terminal)
     logging.set_verbosity_error()
     config = load_teacher_config(args.model)
-    conversation = Conversation(load_tokenizer(args.model), args.system)
+    conversation = Conversation(load_tokenizer(args.model, "--model"), args.system)
     model = load_teacher(args.model, config.dtype or torch.float32).to(args.device)
     model.generation_config = generation_config(args, model)
     layers = f"{len(config.linear_layers)} x {config.student_name}, " if config.linear_layers else ""

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         "corpus": corpus_key(args.dataset_name),
         **{name: getattr(args, name) for name in ("dataset_config", "split", "text_field", "max_length", "max_tokens", "holdout")},
     }  # fmt: skip
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
     key["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
     if is_done(args.output_dir, key):
         print(f"{args.output_dir}: is there already, made with the same corpus, tokenizer and options")

@@ -86,8 +86,9 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tup
     if is_finished(cfg) and not args.dry_run:
         say(f"{cfg.train.output_dir}: this run is finished; its result is {cfg.train.output_dir}/{EXPORT}")
         return None
+    open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len)  # names a missing folder before a model's config is read
+    check_models(cfg)  # says more of a wrong teacher than its tokenizer can
     chunks = open_data(cfg, plan)
-    check_models(cfg)
     if (epochs := plan.epochs(len(chunks.train))) > 1:
         say(f"data: {len(chunks.train):,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs")
     if args.dry_run:
@@ -221,8 +222,7 @@ def loadable(cfg: Config, resume: Path | None, facts: dict, say) -> Path | None:
 def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     """The chunks, checked against the run. The training part is cut to whole batches, so that no step of any epoch is
     smaller than train.batch_size; the held-out part to train.eval_batches micro-batches a device."""
-    open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len)  # names a missing folder before a tokenizer is read
-    fingerprint = tokenizer_fingerprint(load_tokenizer(cfg.teacher_model.name))
+    fingerprint = tokenizer_fingerprint(load_tokenizer(cfg.teacher_model.name, "teacher_model.name"))
     chunks = open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len, fingerprint)
     whole = len(chunks.train) - len(chunks.train) % plan.batch_size
     if not whole:

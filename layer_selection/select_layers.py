@@ -67,7 +67,7 @@ class Bench:
         self.cfg, self.batch_size = cfg, batch_size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        fingerprint = tokenizer_fingerprint(load_tokenizer(cfg.teacher_model.name))
+        fingerprint = tokenizer_fingerprint(load_tokenizer(cfg.teacher_model.name, "teacher_model.name"))
         chunks = open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len, fingerprint)
         if chunks.heldout is None:
             raise ConfigError(f"data.cache_dir: {cfg.data.cache_dir} has no held-out part; preprocess with --holdout")

@@ -24,8 +24,8 @@ class DataError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
-def load_tokenizer(name_or_path: str):
-    """The tokenizer of a checkpoint or folder. Raises DataError if there is none."""
+def load_tokenizer(name_or_path: str, key: str = "tokenizer"):
+    """The tokenizer of a checkpoint or folder. Raises DataError, naming the option `key`, if there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
@@ -41,9 +41,9 @@ def load_tokenizer(name_or_path: str):
         tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"tokenizer: {name_or_path!r} has none that loads ({reason})") from None
+        raise DataError(f"{key}: {name_or_path!r} has no tokenizer that loads ({reason}); name a folder or a hub's model with one") from None
     if tokenizer.eos_token_id is None:
-        raise DataError(f"tokenizer: {name_or_path!r} has no EOS token to put between documents; set eos_token")
+        raise DataError(f"{key}: {name_or_path!r} has a tokenizer without an EOS token to put between documents; set eos_token")
     return tokenizer
 
 

@@ -153,7 +153,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, corpus, tokenizer_dir):
     for source, options, message in cases:
         with pytest.raises(DataError, match=message):
             tokenize(source, tokenizer_dir, tmp_path / "out", *options)
-    with pytest.raises(DataError, match="tokenizer: .*has none that loads"):
+    with pytest.raises(DataError, match="--tokenizer: .*has no tokenizer that loads .*; name a folder or"):
         tokenize(corpus, str(tmp_path / "empty"), tmp_path / "out")
     with pytest.raises(DataError, match="was not made by preprocess_download_tokenize.py"):
         chunk(corpus, 16, tmp_path / "data")

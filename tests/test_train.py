@@ -500,7 +500,7 @@ BAD = {
     "student_model.options={allow_neg_eigval: true}": "student_options {}, this run {'allow_neg_eigval': True}",
     "student_model.name=gdn_v3": "has student_name 'gdn_v4', this run 'gdn_v3'",
     "train.student_init_ckpt=nowhere": "train.student_init_ckpt: nowhere holds no checkpoint; run stage 1 first",
-    "teacher_model.name=no/such/folder": "tokenizer: 'no/such/folder'",
+    "teacher_model.name=no/such/folder": "teacher_model.name: 'no/such/folder' is neither a folder",
     "train.resume_from_checkpoint=nowhere": "train.resume_from_checkpoint: nowhere is no whole checkpoint",
     "stage=3": r"keep_full_attention_layers: \[1\] must be those of .*stage1/converted-hf, \[\]",
 }
@@ -566,6 +566,10 @@ def test_another_tokenizer_and_an_unsupported_teacher(tmp_path, monkeypatch, tea
     file = write_config(tmp_path, 1, str(tmp_path / "teacher"), data_dir)
     with pytest.raises(ValueError, match="which is not the teacher's"):
         prepare(file)
+    (tmp_path / "teacher" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="^teacher_model.name: '.*teacher' has no tokenizer that loads .*; name a folder or") as error:
+        prepare(file)
+    assert "\n" not in str(error.value)
     save_tokenizer(tmp_path / "teacher")
     config = json.loads((tmp_path / "teacher" / "config.json").read_text())
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
