@@ -323,7 +323,7 @@ def heldout_rows(args: argparse.Namespace, tokenizer):
     """[N, T] held-out token ids. Raises ValueError if there are none, or of another tokenizer."""
     import torch
 
-    chunks = open_chunks(args.data, read_metadata(args.data)["context_length"], tokenizer_fingerprint(tokenizer))
+    chunks = open_chunks(args.data, read_metadata(args.data)["context_length"], tokenizer_fingerprint(tokenizer), "DATA")
     if chunks.heldout is None:
         raise ValueError(f"DATA: {args.data} has no held-out part; preprocess with --holdout")
     return torch.as_tensor(chunks.heldout[: min(len(chunks.heldout), HELDOUT_CHUNKS)]["input_ids"], dtype=torch.long)
@@ -741,7 +741,7 @@ def check(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[1-9]\d*|auto", args.batch_size):
         raise ValueError(f"BATCH_SIZE: {args.batch_size!r} must be a number, or auto")
     if args.data:
-        read_metadata(args.data)
+        read_metadata(args.data, "DATA")
     labels(args.checkpoints)
     for checkpoint in args.checkpoints:
         check_checkpoint("CHECKPOINT", checkpoint)

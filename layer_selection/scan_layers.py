@@ -80,8 +80,8 @@ def main() -> None:
         raise ValueError(f"--keep: {keep} must be between 1 and the student's {layers} layers")
     if student.config.keep_full_attention_layers:
         raise ValueError(f"--student: {args.student} keeps layers already; pass stage 1's all-linear converted-hf")
-    context = read_metadata(args.data)["context_length"]
-    train = open_chunks(args.data, context, tokenizer_fingerprint(load_tokenizer(args.teacher))).train
+    context = read_metadata(args.data, "--data")["context_length"]
+    train = open_chunks(args.data, context, tokenizer_fingerprint(load_tokenizer(args.teacher, "--teacher")), "--data").train
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.chunks].tolist()
     ids = torch.as_tensor(train[rows]["input_ids"], dtype=torch.long, device=device)
     baseline, kls = scan(student, teacher, list(ids.split(args.batch_size)))

@@ -63,15 +63,15 @@ def data_fingerprint(metadata: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_metadata(folder: str | Path) -> dict:
-    """The metadata of a data folder. Raises DataError if the folder is missing or not one of ours."""
-    folder = Path(folder)
+def read_metadata(folder: str | Path, key: str | None = None) -> dict:
+    """The metadata of a data folder. Raises DataError, naming the option `key`, if the folder is missing or not one of ours."""
+    folder, option = Path(folder), f"{key}: " if key else ""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; make it with preprocess_chunk.py")
+        raise DataError(f"{option}{folder}: no such folder; make it with preprocess_chunk.py")
     try:
         return json.loads((folder / METADATA).read_text())
     except (OSError, ValueError):
-        raise DataError(f"{folder}: holds no readable {METADATA}; make the folder anew with preprocess_chunk.py") from None
+        raise DataError(f"{option}{folder}: holds no readable {METADATA}; make the folder anew with preprocess_chunk.py") from None
 
 
 def is_done(folder: Path, key: dict) -> bool:
@@ -169,20 +169,18 @@ class Chunks:
     metadata: dict
 
 
-def open_chunks(cache_dir: str, train_seq_len: int, fingerprint: str | None = None) -> Chunks:
-    """The chunks of `data.cache_dir`, memory-mapped. Raises DataError if they are missing or made for another run."""
-    try:
-        metadata = read_metadata(cache_dir)
-    except DataError as error:
-        raise DataError(f"data.cache_dir: {error}") from None
+def open_chunks(cache_dir: str, train_seq_len: int, fingerprint: str | None = None, key: str = "data.cache_dir") -> Chunks:
+    """The chunks of `cache_dir`, which the option `key` named, memory-mapped. Raises DataError if they are missing or made for
+    another run."""
+    metadata = read_metadata(cache_dir, key)
     if metadata.get("context_length") != train_seq_len:
         raise DataError(
-            f"data.cache_dir: {cache_dir} holds chunks of {metadata.get('context_length')} tokens, but "
+            f"{key}: {cache_dir} holds chunks of {metadata.get('context_length')} tokens, but "
             f"train.train_seq_len is {train_seq_len}; make others with preprocess_chunk.py --context_length {train_seq_len}"
         )
     if fingerprint not in (None, metadata["tokenizer_fingerprint"]):
         raise DataError(
-            f"data.cache_dir: {cache_dir} was made with the tokenizer {metadata['tokenizer']}, which is not the "
+            f"{key}: {cache_dir} was made with the tokenizer {metadata['tokenizer']}, which is not the "
             "teacher's; preprocess again with --tokenizer set to the teacher"
         )
     train = open_split(Path(cache_dir), "train", metadata["num_chunks"])

@@ -93,9 +93,9 @@ def main() -> None:
     disable_progress_bar()  # transformers' own, a line for every file written
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.tokenizer)
-    context = read_metadata(args.data)["context_length"]
-    chunks = open_chunks(args.data, context, tokenizer_fingerprint(tokenizer))
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
+    context = read_metadata(args.data, "--data")["context_length"]
+    chunks = open_chunks(args.data, context, tokenizer_fingerprint(tokenizer), "--data")
     heldout = token_ids(chunks.heldout, range(min(EVAL_CHUNKS, len(chunks.heldout))))
     config = Qwen3Config(
         vocab_size=len(tokenizer),
