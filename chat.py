@@ -1,6 +1,6 @@
 """Talks to a model in the terminal; the answer appears as it is made.
 
-    python chat.py --model outputs/qwen2.5_1.5b/stage3/converted-hf
+    python chat.py --model outputs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2/stage3/converted-hf
     echo "def main(" | python chat.py --model quickstart_out/stage2/converted-hf --temperature 0
 
 --model is an export or any teacher. With a chat template it hears the conversation so far; without one it goes on with the

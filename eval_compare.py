@@ -87,7 +87,7 @@ def from_files(files: list[str]) -> dict[str, dict[str, dict]]:
             content = json.loads(Path(file).read_text())
             found[file] = content["checkpoint"], content["tasks"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"CHECKPOINT: {file} is no results.json of a checkpoint; evaluate.py writes them to OUTPUT/CHECKPOINT/") from None
+            raise ValueError(f"CHECKPOINT: {file} is no results.json of a checkpoint; evaluate.py writes it to OUTPUT/PATH__OF__CHECKPOINT/results.json") from None
     names = labels([checkpoint for checkpoint, _ in found.values()])
     common = [key for key in next(iter(found.values()))[1] if all(key in tasks for _, tasks in found.values())]
     if not common:

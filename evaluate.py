@@ -1,14 +1,14 @@
 """Checkpoints through lm-evaluation-harness, and through tasks of our own that need no network.
 
-    python evaluate.py outputs/qwen2.5_1.5b/stage3/converted-hf                               # RULER at 4096
+    python evaluate.py outputs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2/stage3/converted-hf       # RULER at 4096
     python evaluate.py TEACHER STUDENT --tasks local --seq_lens 512,2048 --data CHUNKS --teacher TEACHER
 
 A checkpoint is a folder or a hub name: one of ours, or a plain Hugging Face one. --tasks takes groups (`GROUPS`), tasks of our
 own (`LOCAL`) and any name that lm-evaluation-harness knows. With several GPUs there is a process on each, and the documents of a
 task are dealt out to them.
 
-Each checkpoint has <output>/<checkpoint>/results.json, written anew after every task: run again, the command does what is
-missing, what failed, and what was measured with other settings. The tables of this call are <output>/results.md and results.json,
+Each checkpoint has OUTPUT/PATH__OF__CHECKPOINT/results.json, written anew after every task: run again, the command does what is
+missing, what failed, and what was measured with other settings. The tables of this call are OUTPUT/results.md and results.json,
 with results.png for several checkpoints. The exit code is 1 if a task failed; the others are done all the same.
 """
 

@@ -427,7 +427,7 @@ def test_comparison_of_what_cannot_be_compared(tmp_path):
     Path(tables).write_text('{"a": {"piqa": {"score": 0.8}}}')  # what one call writes of all its checkpoints
     for files, message in (((teacher, limited), "another limit"), ((teacher, other), "no task in common"),
                            ((teacher,), "one alone"), ((teacher, "folder"), "files alone, or checkpoints alone"),
-                           ((teacher, str(tmp_path / "none.json")), r"none.json is no results.json of a checkpoint; .* to OUTPUT/CHECKPOINT/"),
+                           ((teacher, str(tmp_path / "none.json")), r"none.json is no results.json .* to OUTPUT/PATH__OF__CHECKPOINT/results.json$"),
                            ((teacher, tables), "tables.json is no results.json of a checkpoint")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             eval_compare.main([*files, "--output", str(tmp_path / "out")])
