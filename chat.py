@@ -13,14 +13,15 @@ import argparse
 import contextlib
 import sys
 
+from pipeline.data import load_tokenizer  # pipeline first: it says what is not installed
+from pipeline.files import one_line
+
 import torch
 from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from convert import load_teacher, load_teacher_config
 from convert.loader import KEY
-from pipeline.data import load_tokenizer
-from pipeline.files import one_line
 
 PREFILL = 4096  # tokens of a long prompt that are read at a time
 

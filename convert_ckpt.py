@@ -15,6 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.checkpoints import CheckpointError, checkpoints, damage  # pipeline first: it says what is not installed
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.files import complete_or_absent, one_line
+from pipeline.model_card import write_card
+from pipeline.run_folder import CONFIG, EXPORT, RUN, difference
+
 import torch
 from httpx import HTTPError
 from huggingface_hub import HfApi, constants, get_token
@@ -23,11 +29,6 @@ from transformers.initialization import no_init_weights
 
 from convert import copy_sidecars, load_teacher, load_teacher_config
 from distill_model import StudentConfig, StudentForCausalLM
-from pipeline.checkpoints import CheckpointError, checkpoints, damage
-from pipeline.config import Config, ConfigError, load_config
-from pipeline.files import complete_or_absent, one_line
-from pipeline.model_card import write_card
-from pipeline.run_folder import CONFIG, EXPORT, RUN, difference
 from wrapper import student_attention_state
 
 SHARD_SIZE = "5GB"

@@ -34,13 +34,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from tqdm import tqdm
-
-from layer_selection.tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document, document_accuracies
-from pipeline.checkpoints import sha256
+from pipeline.checkpoints import sha256  # pipeline first: it says what is not installed
 from pipeline.data import data_fingerprint, load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
 from pipeline.files import one_line, write_whole
 from pipeline.guard import StopSignals
+
+from tqdm import tqdm
+
+from layer_selection.tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document, document_accuracies
 
 RULER = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
          "niah_multiquery", "niah_multivalue", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa_squad", "ruler_qa_hotpot")  # fmt: skip

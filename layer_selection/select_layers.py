@@ -40,12 +40,16 @@ import sys
 from functools import cached_property, partial
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from pipeline.config import Config, ConfigError  # noqa: E402  (pipeline first: it says what is not installed)
+from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
+from pipeline.files import one_line  # noqa: E402
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from convert import load_teacher, load_teacher_config  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
@@ -54,9 +58,6 @@ from layer_selection.questions import add_options  # noqa: E402
 from layer_selection.ranking import Ranking, budget, evenly_spaced, rank_samples, rank_scores, table, write  # noqa: E402
 from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, task_ablation  # noqa: E402
 from layer_selection.side_by_side import rank_hybrids, trained_hybrids  # noqa: E402
-from pipeline.config import Config, ConfigError  # noqa: E402
-from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
-from pipeline.files import one_line  # noqa: E402
 from wrapper import AttentionAlignmentModel  # noqa: E402
 
 

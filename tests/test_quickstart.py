@@ -6,6 +6,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_unknown_option_is_refused_before_anything_is_written(tmp_path):
     out = tmp_path / "out"
     run = quickstart(out, "--tyni")
     assert run.returncode != 0 and "--tyni" in run.stderr and not out.exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "chat.py", "evaluate.py", "eval_compare.py", "convert_ckpt.py", "preprocess_chunk.py",
+                                    "preprocess_download_tokenize.py", "layer_selection/select_layers.py"])  # fmt: skip
+def test_a_script_outside_the_environment_says_how_to_enter_it(script):
+    done = subprocess.run([sys.executable, "-S", "-E", script], cwd=ROOT, capture_output=True, text=True)  # without site-packages
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(f"{Path(script).name}: error: .* has no torch, .*datasets.*; run 'source setup.sh' first, .*\n", done.stderr)
 
 
 def test_standard_library_without_tests_and_packages(tmp_path):
