@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from layer_selection import select_layers  # noqa: E402
 from layer_selection.full_runs import check_start, load_stage_2  # noqa: E402
-from layer_selection.side_by_side import Rounds  # noqa: E402
+from layer_selection.side_by_side import Rounds, check_optimizer  # noqa: E402
 from layer_selection.tasks import answer_accuracy, associative_recall  # noqa: E402
 from pipeline.config import Config, ConfigError, dump_config, load_config  # noqa: E402
 from pipeline.data import load_tokenizer  # noqa: E402
@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--seeds: {args.seeds} must be at least 1")
     disable_progress_bar()
     cfg, sets = load_stage_2(args.cfg, args.overrides), {}
+    check_optimizer(cfg)
     claim(cfg, args)
     for method in args.methods:
         out = args.output_dir / method

@@ -47,8 +47,7 @@ def ga_s1(mse: Method, bench, args: argparse.Namespace) -> Ranking:
 
 def gr_s2(bench, args: argparse.Namespace) -> Ranking | None:
     """Greedy removal (arXiv 2512.20569): +KL(teacher || student) after stage 2 in which only this layer is linear."""
-    layers = range(bench.teacher.config.num_hidden_layers)
-    trained = trained_hybrids(bench, args, {layer: [other for other in layers if other != layer] for layer in layers}, sign=1)
+    trained = trained_hybrids(bench, args, {layer: [other for other in bench.layers if other != layer] for layer in bench.layers}, sign=1)
     return trained and rank_hybrids("gr_s2", "KL", *trained)
 
 

@@ -66,6 +66,7 @@ class Bench:
 
     def __init__(self, cfg: Config, sequences: int, batch_size: int):
         self.cfg, self.batch_size = cfg, batch_size
+        self.layers = range(load_teacher_config(cfg.teacher_model.name).num_hidden_layers)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         fingerprint = tokenizer_fingerprint(load_tokenizer(cfg.teacher_model.name, "teacher_model.name"))
@@ -135,27 +136,26 @@ def ppl(bench: Bench, args) -> Ranking:
 
 
 def mse(bench: Bench, args) -> Ranking:
-    layers, model = bench.teacher.config.num_hidden_layers, AttentionAlignmentModel(bench.teacher, bench.student)
+    model = AttentionAlignmentModel(bench.teacher, bench.student)
     with torch.no_grad():
         errors = [model(row.to(bench.device)[None])["layer_losses"].tolist() for batch in bench.batches for row in batch]
-    return rank_samples("mse", "alignment error", {i: [row[i] for row in errors] for i in range(layers)})
+    return rank_samples("mse", "alignment error", {i: [row[i] for row in errors] for i in bench.layers})
 
 
 def uniform(bench: Bench, args) -> Ranking:
-    layers = bench.teacher.config.num_hidden_layers
-    kept = evenly_spaced(args.top_k, layers)
-    return rank_scores("uniform", "kept", {layer: float(layer in kept) for layer in range(layers)})
+    kept = evenly_spaced(args.top_k, len(bench.layers))
+    return rank_scores("uniform", "kept", {layer: float(layer in kept) for layer in bench.layers})
 
 
 def randomly(bench: Bench, args) -> Ranking:
     scores, generator = {}, random.Random(args.seed)
-    for layer in range(bench.teacher.config.num_hidden_layers):
+    for layer in bench.layers:
         scores[layer] = generator.random()
     return rank_scores("random", "random number", scores, seed=args.seed)
 
 
 def ga_s2(bench: Bench, args) -> Ranking | None:
-    trained = trained_hybrids(bench, args, {layer: [layer] for layer in range(bench.teacher.config.num_hidden_layers)}, sign=-1)
+    trained = trained_hybrids(bench, args, {layer: [layer] for layer in bench.layers}, sign=-1)
     if trained is None:
         return None
     kls, facts = trained

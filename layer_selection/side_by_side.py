@@ -160,12 +160,19 @@ def survivors(scores: dict[int, float], top_k: int, done: int) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------ the rounds
+def check_optimizer(cfg: Config) -> None:
+    """Raises ConfigError unless candidates can train side by side as the config says."""
+    if cfg.train.optimizer != "adamw":
+        raise ConfigError(f"train.optimizer: {cfg.train.optimizer}: side by side, candidates train with adamw; set that, or take --full_runs")
+
+
 class Rounds:
     """The candidates of one selection. kept: layer -> the layers that its hybrid keeps. sign: of the importance, -1 for
     -KL. Its history lies in `folder`, and a stopped one goes on from its last saved round."""
 
     def __init__(self, bench, args, kept: dict[int, list[int]], sign: int, folder: Path):
         self.bench, self.args, self.kept, self.sign, self.folder = bench, args, kept, sign, folder
+        check_optimizer(bench.cfg)
         self.cfg, self.plan = bench.cfg, batch_plan(bench.cfg, 1)
         self.rounds = min(args.rounds, self.plan.steps)
         self.history: list[dict] = []  # a round: step, seconds, kl of each candidate that is in it
@@ -208,8 +215,6 @@ class Rounds:
     # ---- candidates
     def build(self, mine: list[int], done: int) -> None:
         teacher, student = self.bench.teacher, self.bench.student
-        if self.cfg.train.optimizer != "adamw":
-            raise ConfigError(f"train.optimizer: {self.cfg.train.optimizer}: side by side, candidates train with adamw; set that, or take --full_runs")
         need = BYTES_A_PARAMETER * sum(p.numel() for p in student.parameters()) * len(mine)
         on_gpu, memory = self.bench.device.type == "cuda", psutil.virtual_memory().available
         self.resident = not on_gpu or need < 0.6 * torch.cuda.mem_get_info()[0]
@@ -298,6 +303,9 @@ class Rounds:
         write_whole(file, dump_config(self.cfg))
         if trained:
             known = json.loads((self.folder / HISTORY).read_text())
+            if missing := {"rounds", "kept", "over", "history"} - set(known):
+                raise ConfigError(f"--output_dir: {self.folder / HISTORY} is of an older version, without {', '.join(sorted(missing))}; "
+                                  "remove that folder or name another --output_dir")  # fmt: skip
             if (known["rounds"], known["kept"]) != (self.rounds, {str(k): v for k, v in self.kept.items()}):
                 raise ConfigError(f"--output_dir: {self.folder} has other candidates or --rounds {known['rounds']}; name another")
             there, here = (len(next(iter(known["history"][0]["kl"].values()))), sum(map(len, self.bench.batches)))

@@ -9,7 +9,7 @@ import torch
 from benchmarks import selection_cost
 from test_select_layers import select, stage2  # noqa: F401
 
-from layer_selection import side_by_side
+from layer_selection import compare_selectors, select_layers, side_by_side
 from layer_selection.select_layers import Bench
 from layer_selection.side_by_side import Candidate, Rounds, rank_correlation, settled, survivors
 from pipeline.batch_plan import batch_plan
@@ -136,6 +136,31 @@ def test_other_candidates_are_refused(stage2, tmp_path):  # noqa: F811
         select(stage2, tmp_path, *options, "--rounds", "4", *STEPS)
     with pytest.raises(ValueError, match="train.lr"):
         select(stage2, tmp_path, *options, "--rounds", "2", *STEPS, "train.lr=5e-3")
+
+
+def test_another_optimizer_is_refused_before_a_model_is_read(stage2, tmp_path, monkeypatch):  # noqa: F811
+    for where in (select_layers, side_by_side):
+        monkeypatch.setattr(where, "StudentForCausalLM", None)
+    monkeypatch.setattr(select_layers, "load_teacher", lambda *_: pytest.fail("read the teacher"))
+    for method in ("ga_s2", "gr_s2", "avg_s2"):
+        with pytest.raises(ValueError, match="^train.optimizer: adamw_8bit: side by side, .*; set that, or take --full_runs$"):
+            select(stage2, tmp_path / "out", "--method", method, "--top-k", "1", "train.optimizer=adamw_8bit")
+    with pytest.raises(ValueError, match="^train.optimizer: adamw_8bit"):
+        compare_selectors.main(["--cfg", str(stage2), "--ratio", "0.25", "--methods", "scan", "--output_dir", str(tmp_path / "out"),
+                                "--overrides", "train.optimizer=adamw_8bit"])  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_history_of_an_older_version_is_refused(stage2, tmp_path):  # noqa: F811
+    options = ["--method", "ga_s2", "--top-k", "1", "--window", "0", "--rounds", "2", *STEPS]
+    select(stage2, tmp_path, *options)
+    file = tmp_path / "side_by_side" / "rounds.json"
+    known = json.loads(file.read_text())
+    del known["over"]
+    file.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=f"^--output_dir: {file} is of an older version, without over; remove that folder or name"):
+        select(stage2, tmp_path, *options)
+    assert json.loads(file.read_text()) == known
 
 
 def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):  # noqa: F811
