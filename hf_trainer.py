@@ -39,15 +39,25 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps(line | logs) + "\n")
 
 
-class Wandb(WandbCallback):
-    """W&B's, whose logging cannot end a run: a SIGTERM to all processes of a job ends W&B's service too, before the run has saved."""
+def guarded(event: str):
+    """W&B's callback of that name, which an error ends for good, and not the run."""
 
-    def on_log(self, args, state, control, logs=None, **options):
+    def call(self, *args, **options):
+        if self._wandb is None:
+            return
         try:
-            super().on_log(args, state, control, logs=logs, **options)
+            getattr(super(Wandb, self), event)(*args, **options)
         except Exception as error:  # of many kinds
             print(f"W&B ended ({one_line(error)}); metrics.jsonl goes on without it", flush=True)
             self._wandb = None
+
+    return call
+
+
+class Wandb(WandbCallback):
+    """W&B's, which cannot end a run: a SIGTERM to all processes of a job ends W&B's service too, before the run has saved."""
+
+    on_train_begin, on_log, on_save, on_train_end = map(guarded, ("on_train_begin", "on_log", "on_save", "on_train_end"))
 
 
 class LossBar(ProgressCallback):

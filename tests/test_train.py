@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -484,6 +485,28 @@ def test_dry_run_writes_nothing(tmp_path, teacher_dir, data_dir, capsys, monkeyp
     assert f"9 steps x 4 sequences x {LENGTH} = {9 * 4 * LENGTH:,} tokens" in out
     assert f"{total:,} in the student, {trained:,} trained" in out
     assert not (tmp_path / "stage1").exists()
+
+
+@pytest.mark.parametrize("event", ["setup", "on_train_begin", "on_log", "on_save", "on_train_end"])
+def test_wandb_does_not_end_a_run(monkeypatch, capsys, event):
+    """Whichever of its callbacks its service dies at; none of the others is called from there on."""
+    from hf_trainer import Wandb
+    from transformers.integrations import WandbCallback
+
+    def broken(self, *args, **options):
+        called.append(event)
+        raise ConnectionResetError("the service is gone")
+
+    called, events = [], ("on_train_begin", "on_log", "on_save", "on_train_end")
+    for other in set(events) - {"on_train_begin"} if event == "setup" else events:
+        monkeypatch.setattr(WandbCallback, other, lambda *args, other=other, **options: called.append(other))
+    monkeypatch.setattr(WandbCallback, event, broken)
+    callback, state = Wandb(), SimpleNamespace(is_hyper_param_search=False)
+    capsys.readouterr()  # transformers' own
+    for each in events:
+        getattr(callback, each)(None, state, None, model=None, logs={"loss": 1.0})
+    assert called == [*events[: events.index(event) if event in events else 0], event]
+    assert capsys.readouterr().out == "W&B ended (the service is gone); metrics.jsonl goes on without it\n"
 
 
 # ------------------------------------------------------------------------------------------------ bad input
