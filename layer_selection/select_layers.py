@@ -37,6 +37,7 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -46,6 +47,7 @@ sys.path.insert(0, str(ROOT))
 from pipeline.config import Config, ConfigError  # noqa: E402  (pipeline first: it says what is not installed)
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
 from pipeline.files import one_line  # noqa: E402
+from pipeline.guard import StopSignals  # noqa: E402
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -243,7 +245,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--output_dir: {args.output_dir} is a file; name a folder")
     if args.slurm:
         return submit(args, cfg, [word for word in argv if word != "--slurm"], layers)
-    ranking = METHODS[args.method](Bench(cfg, args.sequences, args.batch_size), args)
+    # Training handles signals itself; what takes minutes keeps nothing and starts anew when it is requeued.
+    with StopSignals(to_the_end=False) if args.method not in TRAINED else nullcontext():
+        ranking = METHODS[args.method](Bench(cfg, args.sequences, args.batch_size), args)
     if ranking is None:
         return
     write(ranking, args.top_k, args.output_dir)

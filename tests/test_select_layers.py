@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from layer_selection import select_layers
 from layer_selection.full_runs import HELDOUT_KL, teacher_name
 from layer_selection.write_configs import PUBLISHED
 from pipeline.config import load_config
+from pipeline.guard import REQUEUE
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,19 @@ def test_bad_input(stage2, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         select(stage2, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("method", ["scan", "ppl", "mse", "smart", "ga_s1"])
+def test_a_signal_makes_untrained_methods_exit_to_be_requeued(stage2, tmp_path, monkeypatch, method, number):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as the launch scripts hand it on
+    name = "AttentionAlignmentModel" if method in ("mse", "ga_s1") else "tqdm"  # where it begins to measure
+    monkeypatch.setattr(select_layers, name, lambda *args, **options: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as end:
+        select(stage2, tmp_path / "out", "--method", method, "--top-k", "1")
+    assert end.value.code == REQUEUE and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert select(stage2, tmp_path / "out", "--method", method, "--top-k", "1")["keep"]
 
 
 @pytest.fixture
