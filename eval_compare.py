@@ -19,7 +19,8 @@ import math
 import sys
 from pathlib import Path
 
-from evaluate import Row, add_options, cell_text, command, draw_bars, evaluate, labels, picture, rows
+from evaluate import add_options, command, evaluate, labels  # first: it says what is not installed
+from eval_tables import Row, cell_text, draw_bars, picture, rows
 from pipeline.files import write_whole
 
 

@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from evaluate import cell_text, rows as evaluation_rows
+from eval_tables import cell_text, rows as evaluation_rows
 from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint
 
 STAGES = {1: "Stage 1: attention alignment", 2: "Stage 2: logit distillation", 3: "Stage 3: longer context"}

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import eval_compare
+import eval_tables
 import evaluate
 import pytest
 import torch
@@ -166,8 +167,8 @@ def test_the_mean_over_lengths_is_of_the_same_tasks():
 
     results = {"a": scores(copying={96: 0.5, 200: 0.25}, multi_hop_recall={96: 0.9, 200: 0.7}, associative_recall={96: 1.0}),
                "b": scores(copying={96: 0.1, 200: 0.0}, multi_hop_recall={96: 0.9})}  # fmt: skip
-    assert evaluate.over_lengths(evaluate.rows(results), ["a", "b"]) == ([96, 200], {"a": [0.5, 0.25], "b": [0.1, 0.0]}, 1)
-    assert evaluate.over_lengths(evaluate.rows({"b": scores(copying={96: 0.1})}), ["b"]) == ([], {}, 0)
+    assert eval_tables.over_lengths(eval_tables.rows(results), ["a", "b"]) == ([96, 200], {"a": [0.5, 0.25], "b": [0.1, 0.0]}, 1)
+    assert eval_tables.over_lengths(eval_tables.rows({"b": scores(copying={96: 0.1})}), ["b"]) == ([], {}, 0)
 
 
 def test_a_panel_for_every_metric_where_lower_is_better(tmp_path, monkeypatch):
@@ -178,7 +179,7 @@ def test_a_panel_for_every_metric_where_lower_is_better(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: figures.append(self))
     tasks = {r["task"]: r for r in (result("piqa", 0.5, 0.1), result("heldout_perplexity", 300.0, 9.0, higher=False, metric="perplexity"),
                                     result("heldout_kl", 0.2, 0.01, higher=False, metric="nats"))}  # fmt: skip
-    evaluate.plot({"a": tasks, "b": tasks}, tmp_path / "x.png")
+    eval_tables.plot({"a": tasks, "b": tasks}, tmp_path / "x.png")
     assert [axis.get_xlabel() for axis in figures[0].axes] == ["score", "perplexity, lower is better", "nats, lower is better"]
     assert [bar.get_width() for bar in figures[0].axes[2].patches] == [0.2, 0.2]
 
