@@ -214,7 +214,7 @@ def main() -> None:
             partial.rename(folder / f"{name}-seed{seed}.json")
     wanted = [folder / f"{name}-seed{seed}.json" for name in args.students for seed in range(args.seeds)]
     runs = [json.loads(file.read_text()) for file in wanted if file.is_file()]
-    text = table(runs, args.stage1_steps)
+    text = table(runs, args.stage1_steps) if runs else ""
     if len(runs) < len(wanted):
         text += f"\n\n{len(wanted) - len(runs)} of {len(wanted)} runs are missing."
     (args.output_dir / "students.md").write_text(text + "\n")

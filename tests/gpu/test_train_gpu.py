@@ -1,4 +1,5 @@
-"""On a GPU: the three stages in bf16 through FLA's kernels, beside the same stages in fp32 on the CPU, and a run that was killed."""
+"""On a GPU: the three stages in bf16 through FLA's kernels, beside the same stages in fp32 on the CPU, a run that was killed, and
+several GPUs beside one."""
 
 import json
 import os
@@ -20,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 STEPS = 24
 
 
-def start(file, *options, gpu=True):
-    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+def start(file, *options, gpu=True, rank=0, world_size=1):
+    environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
                                 "MASTER_PORT": str(20000 + hash(str(file)) % 20000)}  # fmt: skip
     if not gpu:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -88,3 +89,44 @@ def test_killed_and_resumed(both, tmp_path, teacher_dir, data_dir, stage, end, c
     assert "resum" in file.with_suffix(".log").read_text().lower()
     lines = {line["step"]: line["loss"] for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "loss" in line}
     torch.testing.assert_close(torch.tensor([lines[step] for step in sorted(lines)]), losses(both / "gpu" / f"stage{stage}"), rtol=0.02, atol=1e-3)
+
+
+# Of the student's optimiser, and whether the teacher is sharded by ZeRO-3.
+SHARDING = {"ZeRO-1": (1, "never"), "ZeRO-2": (2, "never"), "ZeRO-2, teacher ZeRO-3": (2, "always"), "ZeRO-3": (3, "never")}
+LIMITS = {"fp32": 1e-3, "bf16": 2e-2}  # relative, of a loss
+
+
+def distil(folder, teacher_dir, data_dir, stage1, dtype, world_size, zero_stage, shard):
+    """The losses of 20 steps of stage 2 on a global batch of 4 sequences."""
+    folder.mkdir()
+    file = write_config(folder, 2, teacher_dir, data_dir, max_steps=20, save_steps=20, eval_steps=20, dtype=dtype, zero_stage=zero_stage,
+                        kd_teacher_shard=shard, student_init_ckpt=str(stage1))  # fmt: skip
+    for process in [start(file, rank=rank, world_size=world_size) for rank in range(world_size)]:
+        finish(process, file)
+    return losses(folder / "stage2")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, teacher_dir, data_dir):
+    """dtype -> a stage 1 to start from, and the losses of stage 2 on one GPU."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_F32_DEFAULT", "ieee")  # see test_students_gpu.py
+        file = write_config(folder, 1, teacher_dir, data_dir)
+        finish(start(file), file)
+        stage1 = folder / "stage1" / "converted-hf"
+        yield {dtype: (stage1, distil(folder / dtype, teacher_dir, data_dir, stage1, dtype, 1, 1, "never")) for dtype in LIMITS}
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("sharding", SHARDING)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_gpus_lose_what_one_does(alone, tmp_path, teacher_dir, data_dir, world_size, sharding, dtype):
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    stage1, expected = alone[dtype]
+    got = distil(tmp_path / "run", teacher_dir, data_dir, stage1, dtype, world_size, *SHARDING[sharding])
+    assert len(got) == len(expected) == 20
+    spread = ((got - expected).abs() / expected).max().item()
+    print(f"{world_size} GPUs, {sharding}, {dtype}: losses within {spread:.1e} of one GPU's")
+    assert spread < LIMITS[dtype], (got, expected)
