@@ -101,8 +101,13 @@ def distil(folder, teacher_dir, data_dir, stage1, dtype, world_size, zero_stage,
     folder.mkdir()
     file = write_config(folder, 2, teacher_dir, data_dir, max_steps=20, save_steps=20, eval_steps=20, dtype=dtype, zero_stage=zero_stage,
                         kd_teacher_shard=shard, student_init_ckpt=str(stage1))  # fmt: skip
-    for process in [start(file, rank=rank, world_size=world_size) for rank in range(world_size)]:
-        finish(process, file)
+    ranks = [start(file, rank=rank, world_size=world_size) for rank in range(world_size)]
+    try:
+        for process in ranks:
+            finish(process, file)
+    finally:
+        for process in ranks:  # those that wait for one that failed
+            process.kill()
     return losses(folder / "stage2")
 
 
