@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+import pipeline  # noqa: F401, I001  (first: see there)
 from distill_model import StudentForCausalLM, is_student_attention
 from layer_selection.side_by_side import MasterAdamW
 from wrapper import AttentionAlignmentModel, calibrate

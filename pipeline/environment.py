@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import importlib.util
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -33,7 +32,6 @@ def set_up_process() -> tuple[int, int]:
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     os.environ["TRITON_CACHE_DIR"] = str(cache.expanduser().absolute() / f"rank{rank}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    use_kernel_configs()
     faulthandler.enable()  # a data file that was cut while it was mapped ends a process with SIGBUS: say where
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -41,14 +39,14 @@ def set_up_process() -> tuple[int, int]:
 
 
 def use_kernel_configs() -> None:
-    """Lets FLA take the configurations of its kernels from `kernel_configs/`, where there are some for this machine's GPU,
-    instead of trying all of them for a minute or two. benchmarks/train_throughput.py --save_kernel_configs writes them; what
-    the user has set in FLA's own variables stays."""
+    """Lets FLA take the configurations of its kernels from `kernel_configs/`, where there are some for GPUs of this machine's
+    compute capability, instead of trying all of them for a minute or two. benchmarks/train_throughput.py --save_kernel_configs
+    writes them; what the user has set in FLA's own variables stays."""
     if not shutil.which("nvidia-smi") or {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & set(os.environ):
         return
-    done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
-    folder = KERNEL_CONFIGS / re.sub("[^0-9A-Za-z]+", "_", (done.stdout.splitlines() or [""])[0].strip())
-    if done.returncode == 0 and folder != KERNEL_CONFIGS and folder.is_dir():
+    done = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    capability = (done.stdout.splitlines() or [""])[0].strip().replace(".", "")
+    if done.returncode == 0 and (folder := KERNEL_CONFIGS / f"sm_{capability}").is_dir():
         # fuzzy: what was measured at one number of heads serves others; dtypes and switches must be the same.
         os.environ |= {"FLA_CACHE_MODE": "fuzzy", "FLA_CONFIG_DIR": str(folder)}
 

@@ -374,7 +374,7 @@ def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ the environment
 def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
-    """By the GPU's name; the user's own variables win."""
+    """By the GPU's compute capability; the user's own variables win."""
     from pipeline import environment
 
     (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$GPU"\n')
@@ -382,21 +382,33 @@ def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     for name in ("FLA_CACHE_MODE", "FLA_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
-    for gpu in ("NVIDIA Unheard-of 1", ""):
+    for gpu in ("1.0", ""):
         monkeypatch.setenv("GPU", gpu)
         environment.use_kernel_configs()
         assert "FLA_CONFIG_DIR" not in os.environ
-    monkeypatch.setenv("GPU", "NVIDIA H200")
+    monkeypatch.setenv("GPU", "9.0")
     monkeypatch.setenv("FLA_CACHE_MODE", "disabled")
     environment.use_kernel_configs()
     assert "FLA_CONFIG_DIR" not in os.environ
     monkeypatch.delenv("FLA_CACHE_MODE")
     environment.use_kernel_configs()
     folder = Path(os.environ.pop("FLA_CONFIG_DIR"))
-    assert os.environ.pop("FLA_CACHE_MODE") == "fuzzy" and folder == ROOT / "pipeline" / "kernel_configs" / "NVIDIA_H200"
+    assert os.environ.pop("FLA_CACHE_MODE") == "fuzzy" and folder == ROOT / "pipeline" / "kernel_configs" / "sm_90"
     for file in folder.iterdir():
         for entry in json.loads(file.read_text())["autotune_entries"].values():
             assert {"kwargs", "num_warps", "num_stages", "num_ctas"} <= entry["config"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["chat", "evaluate", "train", "quickstart.report", "layer_selection.scan_layers", "benchmarks.decode",
+                                    "benchmarks.compare_students"])  # fmt: skip
+def test_every_script_that_runs_kernels_uses_their_configs(module, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 9.0\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FLA_")} | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    code = f"import {module}; from fla.ops.utils import cache; print(cache.FLA_CACHE_MODE.value, cache.get_fla_config_dir().name)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split()[-2:] == ["fuzzy", "sm_90"], done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ its parts
