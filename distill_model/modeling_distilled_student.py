@@ -28,7 +28,7 @@ from fla.models.utils import Cache, FLAGenerationMixin  # noqa: E402
 from .attention import RotaryEmbedding, SoftmaxAttention  # noqa: E402
 from .cache import HybridCache, StaticCache  # noqa: E402
 from .config_distilled_student import StudentConfig  # noqa: E402
-from .fused_ops import swiglu  # noqa: E402
+from .fused_ops import project_swiglu  # noqa: E402
 from .losses import forward_kl, linear_cross_entropy  # noqa: E402
 from .student_layers import (  # noqa: E402
     STUDENT_ATTENTION_MAP,
@@ -60,7 +60,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(swiglu(gate, up) if self.act is None else self.act(gate) * up)
+        return project_swiglu(gate, up, self.down_proj) if self.act is None else self.down_proj(self.act(gate) * up)
 
 
 class LMHead(nn.Linear):

@@ -1,12 +1,17 @@
 """The element-wise steps against PyTorch's own, value and gradients; their kernels in test_losses.py's interpreter."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
-
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from distill_model.fused_ops import decode_attention, mean_squared_error, rotate, scaled, swiglu
+from distill_model import fused_ops
+from distill_model.fused_ops import decode_attention, mean_squared_error, project_swiglu, rotate, scaled, swiglu
 
 SHAPES = [(1,), (3, 17), (2, 5, 60)]
 
@@ -28,6 +33,32 @@ def test_swiglu(shape):
     (expected * weight).sum().backward()
     for a, b in zip(given, double):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_project_swiglu(checkpointed):
+    """With the gradients of all, and on a GPU without the product in memory, under gradient checkpointing as well."""
+    given, double = leaves((2, 5, 60), 2)
+    projection, storages = nn.Linear(60, 7), []
+
+    def project(gate, up):
+        def look(module, args):
+            storages.append(StorageWeakRef(args[0].untyped_storage()))
+
+        with projection.register_forward_pre_hook(look):
+            return project_swiglu(gate, up, projection)
+
+    out = checkpoint(project, *given, use_reentrant=False) if checkpointed else project(*given)
+    if fused_ops.fuses(out):
+        gc.collect()  # Triton's interpreter leaves a cycle
+        assert storages[0].expired()
+    expected = F.linear(F.silu(double[0]) * double[1], *(p.double() for p in projection.parameters()))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(out.shape)
+    (out * weight).sum().backward()
+    wanted = torch.autograd.grad((expected * weight).sum(), [*double, *projection.parameters()])
+    for a, b in zip([*given, *projection.parameters()], wanted):
+        torch.testing.assert_close(a.grad.double(), b.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

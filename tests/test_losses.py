@@ -121,6 +121,8 @@ if __name__ == "__main__":
     for shape in test_fused_ops.SHAPES:
         test_fused_ops.test_swiglu(shape)
         test_fused_ops.test_mean_squared_error(shape)
+    for checkpointed in (False, True):
+        test_fused_ops.test_project_swiglu(checkpointed)
     for size in (7, N):
         test_linear_cross_entropy(size, 5)
         test_forward_kl(size, 2.5)
