@@ -140,16 +140,26 @@ def rank_correlation(a: dict[int, float], b: dict[int, float]) -> float:
     return float(numpy.corrcoef(*ranks)[0, 1]) if len(keys) > 1 else 1.0
 
 
+def order_after(rounds: list[dict[int, float]]) -> dict[int, int]:
+    """-place of every layer by its score in the last of `rounds`; those that stopped come behind, the later ones first."""
+    order: list[int] = []
+    for scores in reversed(rounds):
+        order += sorted(scores.keys() - set(order), key=lambda layer: (-scores[layer], layer))
+    return {layer: -place for place, layer in enumerate(order)}
+
+
 def settled(rounds: list[dict[int, list[float]]], top_k: int, window: int, correlation: float) -> bool:
     """Whether in the last `window` rounds, importance by layer on each sequence, the best `top_k` were the same ones, up to layers
-    that the last round cannot tell apart, and each round's order had at least `correlation` with the next one's. window 0: never."""
+    that the last round cannot tell apart, and each round's order of all layers had at least `correlation` with the next one's.
+    window 0: never."""
     if not window or len(rounds) < window:
         return False
-    scores = [{layer: sum(values) / len(values) for layer, values in samples.items()} for samples in rounds[-window:]]
-    best = [set(sorted(means, key=lambda layer: (-means[layer], layer))[:top_k]) for means in scores]
+    scores = [{layer: sum(values) / len(values) for layer, values in samples.items()} for samples in rounds]
+    orders = [order_after(scores[:done]) for done in range(len(rounds) - window + 1, len(rounds) + 1)]
+    best = [{layer for layer, place in order.items() if -place < top_k} for order in orders]
     undecided = set(rank_samples("", "", rounds[-1]).undecided(top_k))
     return (all(chosen ^ best[-1] <= undecided for chosen in best)
-            and all(rank_correlation(a, b) >= correlation - 1e-9 for a, b in zip(scores, scores[1:])))  # fmt: skip
+            and all(rank_correlation(a, b) >= correlation - 1e-9 for a, b in zip(orders, orders[1:])))  # fmt: skip
 
 
 def survivors(scores: dict[int, float], top_k: int, done: int) -> list[int]:

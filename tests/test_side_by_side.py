@@ -11,7 +11,7 @@ from test_select_layers import select, stage2  # noqa: F401
 
 from layer_selection import compare_selectors, select_layers, side_by_side
 from layer_selection.select_layers import Bench
-from layer_selection.side_by_side import Candidate, Rounds, rank_correlation, settled, survivors
+from layer_selection.side_by_side import Candidate, Rounds, order_after, rank_correlation, settled, survivors
 from pipeline.batch_plan import batch_plan
 from pipeline.config import load_config
 
@@ -179,6 +179,11 @@ def test_rules():
     assert settled([c, a, a], 1, 2, 0.9) and not settled([a], 1, 2, 0.0) and not settled([a, a], 1, 0, 0.0)
     assert settled([a, b], 2, 2, 0.4) and not settled([a, b], 2, 2, 0.6) and not settled([a, b], 1, 2, 0.0)
     assert settled([a, tied], 1, 2, 0.4) and settled([b, tied], 1, 2, 0.4) and not settled([c, tied], 2, 2, -1.0)
+    # Those that stopped keep their places behind the rest: two that swap at the top of four are 0.8 of Spearman's, not -1.
+    four = {layer: [float(-layer)] for layer in range(4)}
+    halved = [four, four, {0: [0.0], 1: [0.5]}]
+    assert order_after([{k: v[0] for k, v in scores.items()} for scores in halved]) == {1: 0, 0: -1, 2: -2, 3: -3}
+    assert settled(halved, 2, 2, 0.8) and not settled(halved, 2, 2, 0.9) and not settled(halved, 1, 2, 0.0)
     eight = {layer: float(layer) for layer in range(8)}
     assert survivors(eight, 2, 1) == survivors(eight, 2, 3) == list(range(8)) and survivors(eight, 2, 2) == [4, 5, 6, 7]
     assert survivors({layer: float(layer) for layer in range(4, 8)}, 2, 4) == [5, 6, 7]
