@@ -54,9 +54,11 @@ class Recording:
         return input_ids.shape == self.input_ids.shape and self.places == self.places_of(model)
 
     def work(self, model: AttentionAlignmentModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Not by the parameters themselves: DeepSpeed holds on to their nodes in the autograd graph, which belong to another stream.
+        leaves = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
         with torch.enable_grad():
-            outputs = model.align(self.input_ids)
-            gradients = torch.autograd.grad(outputs["loss"], self.parameters)
+            outputs = torch.func.functional_call(model, leaves, (self.input_ids,), {"replay": False})
+            gradients = torch.autograd.grad(outputs["loss"], list(leaves.values()))
         return outputs["loss"].detach(), outputs["layer_losses"], torch.cat([g.flatten() for g in gradients])
 
     def replay(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -137,9 +139,10 @@ class AttentionAlignmentModel(nn.Module):
         del last.mlp, last.mlp_norm
         self.recompute, self.recording = recompute, None
 
-    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """input_ids [B, T] -> loss, the mean over layers, and layer_losses [num_hidden_layers], in fp32."""
-        if not self.records(input_ids):
+    def forward(self, input_ids: torch.Tensor, replay: bool = True) -> dict[str, torch.Tensor]:
+        """input_ids [B, T] -> loss, the mean over layers, and layer_losses [num_hidden_layers], in fp32. replay: a recording,
+        where one is of use; else kernel by kernel."""
+        if not (replay and self.records(input_ids)):
             return self.align(input_ids)
         if self.recording is None or not self.recording.serves(self, input_ids):
             self.recording = None  # frees its memory first
@@ -148,12 +151,13 @@ class AttentionAlignmentModel(nn.Module):
         return {"loss": loss, "layer_losses": layer_losses}
 
     def records(self, input_ids: torch.Tensor) -> bool:
-        """Whether a graph is of use: for training, unless ZeRO-3 gathers weights in between, or hooks of somebody want to look."""
+        """Whether a graph is of use: for training, unless ZeRO-3 gathers weights in between, RoPE looks at the positions on the
+        CPU, or somebody's hooks want to look on."""
         return (input_ids.is_cuda and self.training and torch.is_grad_enabled() and not self.recompute
+                and self.config.rope_parameters["rope_type"] not in ("dynamic", "longrope")
                 and not any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules()))  # fmt: skip
 
     def align(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`forward`, kernel by kernel."""
         with torch.no_grad():
             hidden_states = self.model.embeddings(input_ids)
             position_embeddings = self.model.position_embeddings(hidden_states)
