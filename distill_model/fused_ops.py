@@ -187,9 +187,10 @@ def _decode_attention(q, k, v, first, last) -> torch.Tensor:
     by_part = q.new_empty(batch * heads, parts, size, dtype=torch.float32)
     weight = q.new_empty(batch * heads, parts, dtype=torch.float32)
     block = max(16, triton.next_power_of_2(size))
+    at_once = min(64, max(16, 2**14 // (block * q.element_size())))  # tokens, in the shared memory of every GPU since Ampere
     _attend_part[(batch * kv_heads, parts)](
         q, k, v, first, last, by_part, weight, size**-0.5, tokens, KV_HEADS=kv_heads, GROUP=heads // kv_heads, SIZE=size, PARTS=parts,
-        GROUP_BLOCK=max(16, triton.next_power_of_2(heads // kv_heads)), SIZE_BLOCK=block, BLOCK=64 if block <= 128 else 32,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(heads // kv_heads)), SIZE_BLOCK=block, BLOCK=at_once,
     )  # fmt: skip
     _join_parts[(batch * heads,)](by_part, weight, out, SIZE=size, PARTS=parts, SIZE_BLOCK=block)
     return out
