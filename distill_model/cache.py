@@ -9,6 +9,7 @@ import torch
 from fla.models.utils import Cache, FLALayer
 
 from .config_distilled_student import StudentConfig
+from .decode_step import decode_token, join_projections, untouched
 from .fused_ops import decode_attention
 from .student_layers import get_student_attention_class
 
@@ -184,7 +185,7 @@ class StaticCache(HybridCache):
             raise ValueError(f"past_key_values: a static cache of {self.max_len} tokens is full; make a larger one")
         self.input_ids.copy_(input_ids)
         self.position_ids.copy_((self.last - self.first)[:, None] if position_ids is None else position_ids)
-        if self.graph is None and self.capturable(model):
+        if self.graph is None and self.last.is_cuda and self.on_one_device(model):
             with torch.cuda.device(self.last.device):  # the current one may be another, whose stream would record nothing
                 self.capture(model)
         if self.graph is None:
@@ -196,17 +197,26 @@ class StaticCache(HybridCache):
         return self.logits.clone()
 
     def run(self, model) -> None:
-        hidden_states = model.model(self.input_ids, position_ids=self.position_ids, past_key_values=self, use_cache=True)
-        self.logits = model.lm_head(hidden_states.last_hidden_state)
+        if self.in_one_piece(model):
+            self.logits = decode_token(model, self.input_ids, self.position_ids, self)
+        else:
+            hidden_states = model.model(self.input_ids, position_ids=self.position_ids, past_key_values=self, use_cache=True)
+            self.logits = model.lm_head(hidden_states.last_hidden_state)
         self.last += 1
 
     @staticmethod
-    def capturable(model) -> bool:
-        devices = {p.device for p in model.parameters()}
-        return len(devices) == 1 and devices.pop().type == "cuda" and not getattr(model, "is_quantized", False)
+    def on_one_device(model) -> bool:
+        return len({p.device for p in model.parameters()}) == 1 and not getattr(model, "is_quantized", False)
+
+    @classmethod
+    def in_one_piece(cls, model) -> bool:
+        """Whether `decode_token` serves: it knows nothing of hooks around all layers, nor of casts between them."""
+        return cls.on_one_device(model) and untouched(model.model) and not torch.is_autocast_enabled(model.device.type)
 
     def capture(self, model) -> None:
         """Records `run`. It is tried first, which compiles its kernels; what that changes is put back."""
+        if self.in_one_piece(model):
+            join_projections(model)
         changed = [self.last, *(x for layer in self.layers if "recurrent_state" in layer.state for x in _tensors(layer.state))]
         before, stream = [x.clone() for x in changed], torch.cuda.Stream()
 

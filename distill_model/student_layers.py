@@ -277,6 +277,12 @@ class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
                 setattr(self, name, linear(config.hidden_size, self.key_dim, config.attention_bias))
             self.o_proj = linear(self.value_dim, config.hidden_size, config.attention_output_bias)
 
+    def fast_angles(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [..., head_dim] that turn the share `rope_share` of the frequencies and leave the others."""
+        half = self.head_dim // 2  # frequencies, the fastest first, in both halves of a head
+        slow = torch.arange(self.head_dim, device=cos.device) % half >= self.rope_share * half
+        return cos.masked_fill(slow, 1), sin.masked_fill(slow, 0)
+
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False,
                 position_embeddings=None, **kwargs):  # fmt: skip
         """FLA's forward with other activations, and with what `keep_attention` keeps."""
@@ -295,9 +301,8 @@ class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
             cos, sin = (y.expand(batch_size, -1, -1) for y in position_embeddings)
             if indices is not None:
                 cos, sin = (y.flatten(0, 1)[indices][None] for y in (cos, sin))
-            half = self.head_dim // 2  # frequencies, the fastest first, in both halves of a head
-            slow = torch.arange(self.head_dim, device=x.device) % half >= self.rope_share * half
-            q, k = (rotate(y, cos.masked_fill(slow, 1), sin.masked_fill(slow, 0)) for y in (q, k))
+            angles = self.fast_angles(cos, sin)
+            q, k = (rotate(y, *angles) for y in (q, k))
         one_by_one = q_len <= 64 and not self.training and not torch.is_grad_enabled()
         # Through FLA's module, where the stand-ins of `cpu_ops` are bound.
         rule = "fused_recurrent_gated_delta_rule" if one_by_one else "chunk_gated_delta_rule"
