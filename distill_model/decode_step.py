@@ -58,16 +58,17 @@ def _place_token(q, k, v, q_row, k_row, v_row, q_norm, k_norm, cos, sin, out, ke
     cos += row * 2 * HALF
     sin += row * 2 * HALF
     place = (row * tokens + tl.load(last)) * KV_HEADS * 2 * HALF
+    at = head * 2 * HALF
     if head < HEADS:
-        at = head * 2 * HALF
         _turned(q + row * q_row + at, q_norm, cos, sin, out + row * HEADS * 2 * HALF + at, q_eps, NORM, HALF, BLOCK)
     elif head < HEADS + KV_HEADS:
-        at = (head - HEADS) * 2 * HALF
+        at -= HEADS * 2 * HALF
         _turned(k + row * k_row + at, k_norm, cos, sin, keys + place + at, k_eps, NORM, HALF, BLOCK)
     else:
-        at = (head - HEADS - KV_HEADS) * 2 * HALF + tl.arange(0, 2 * BLOCK)
-        inside = tl.arange(0, 2 * BLOCK) < 2 * HALF
-        tl.store(values + place + at, tl.load(v + row * v_row + at, mask=inside), mask=inside)
+        at -= (HEADS + KV_HEADS) * 2 * HALF
+        channel = tl.arange(0, 2 * BLOCK)
+        inside = channel < 2 * HALF
+        tl.store(values + place + at + channel, tl.load(v + row * v_row + at + channel, mask=inside), mask=inside)
 
 
 @triton.jit
@@ -96,6 +97,15 @@ def _keep_window(past, offset, at, inside, window, W: tl.constexpr, W_BLOCK: tl.
 
 
 @triton.jit
+def _state_part(state, index, SIZE: tl.constexpr, BLOCK: tl.constexpr, V_BLOCK: tl.constexpr):
+    """Where V_BLOCK rows of a head's state lie, what is a part of it, and what it holds."""
+    value, channel = index * V_BLOCK + tl.arange(0, V_BLOCK), tl.arange(0, BLOCK)
+    both = (value < SIZE)[:, None] & (channel < SIZE)[None]
+    place = state + value[:, None] * SIZE + channel[None]
+    return place, both, tl.load(place, mask=both, other=0).to(tl.float32)
+
+
+@triton.jit
 def _gated_delta_token(
     q, k, v, gate, a, b, q_row, k_row, v_row, gate_row, a_row, b_row, q_past, k_past, v_past, q_weight, k_weight, v_weight,
     q_bias, k_bias, v_bias, cos, sin, A_log, dt_bias, state, norm, out, scale, eps,
@@ -108,6 +118,8 @@ def _gated_delta_token(
     q += row * q_row
     k += row * k_row
     v += row * v_row
+    state += (row * HEADS + head) * SIZE * SIZE
+    place, both, h = _state_part(state, 0, SIZE, BLOCK, V_BLOCK)  # the longest wait: begun first
     offset = row * HEADS * SIZE * W
     channel = tl.arange(0, BLOCK)
     inside = channel < SIZE
@@ -118,7 +130,7 @@ def _gated_delta_token(
         HALF: tl.constexpr = SIZE // 2
         turned = inside & (channel % HALF < FAST)
         other = head * SIZE + (channel + HALF) % SIZE
-        c = tl.load(cos + row * SIZE + channel, mask=turned, other=1).to(tl.float32)
+        c = tl.where(turned, tl.load(cos + row * SIZE + channel, mask=turned, other=0).to(tl.float32), 1.0)
         s = tl.load(sin + row * SIZE + channel, mask=turned, other=0).to(tl.float32)
         s = tl.where(channel < HALF, -s, s)
         other_q, _ = _channels(q, q_past, q_weight, q_bias, offset, other, inside, W, BIAS, QK_SILU, W_BLOCK)
@@ -141,19 +153,17 @@ def _gated_delta_token(
     outs = tl.zeros((PARTS, V_BLOCK), tl.float32)
     for index in range(PARTS):
         value_channel = index * V_BLOCK + tl.arange(0, V_BLOCK)
-        real = value_channel < SIZE
-        both = real[:, None] & inside[None]
-        place = state + ((row * HEADS + head) * SIZE + value_channel)[:, None] * SIZE + channel[None]
-        h = tl.load(place, mask=both, other=0).to(tl.float32) * decay
-        at_v = head * SIZE + value_channel
+        real, at_v = value_channel < SIZE, head * SIZE + value_channel
         values, v_window = _channels(v, v_past, v_weight, v_bias, offset, at_v, real, W, BIAS, V_SILU, W_BLOCK)
         tl.debug_barrier()
+        h *= decay
         values = beta * (values - tl.sum(h * keys[None], 1))
         h += values[:, None] * keys[None]
         tl.store(place, h, mask=both)
         if W > 0:
             _keep_window(v_past, offset, at_v, real, v_window, W, W_BLOCK)
         outs = tl.where(part == index, tl.sum(h * queries[None], 1)[None], outs)
+        place, both, h = _state_part(state, index + 1, SIZE, BLOCK, V_BLOCK)
     at_out = part * V_BLOCK + tl.arange(0, V_BLOCK)[None]
     real_out = at_out < SIZE
     if NORM:
@@ -224,7 +234,7 @@ def gated_delta_token(q, k, v, gate, a, b, attn, state, past, cos, sin) -> torch
             *biases, cos, sin, attn.A_log, attn.dt_bias, state, attn.o_norm.weight if normed else None, out, size**-0.5,
             attn.o_norm.eps if normed else 0.0, HEADS=heads, SIZE=size, W=width, BIAS=biased, QK_SILU=qk_silu, V_SILU=v_silu, FAST=fast,
             TWICE=attn.allow_neg_eigval, NORM=normed, GATE="silu" if activation == "swish" else activation, BLOCK=block,
-            V_BLOCK=min(block, STATE_BLOCK // block), W_BLOCK=triton.next_power_of_2(width), num_warps=8 if block > 64 else 4,
+            V_BLOCK=min(block, STATE_BLOCK // block), W_BLOCK=triton.next_power_of_2(width), num_warps=16 if block > 64 else 4,
         )  # fmt: skip
         return out
     dtype, real = q.dtype, state.dtype

@@ -113,10 +113,11 @@ def test_triton_kernels_in_the_interpreter():
 
 
 if __name__ == "__main__":
+    import test_decode_step
     import test_fused_ops
-    from distill_model import fused_ops
+    from distill_model import decode_step, fused_ops
 
-    losses.fuses = fused_ops.fuses = lambda tensor: True
+    losses.fuses = fused_ops.fuses = decode_step.fuses = lambda tensor: True
     losses.BLOCK = fused_ops.BLOCK = 16  # 53 entries are three blocks and a part
     for shape in test_fused_ops.SHAPES:
         test_fused_ops.test_swiglu(shape)
@@ -131,6 +132,13 @@ if __name__ == "__main__":
     test_fused_ops.test_scaled()
     for length in (1, 300):
         test_fused_ops.test_decode_attention(length)
+    for dtype in test_decode_step.LIMITS:
+        for case in test_decode_step.GDN:
+            test_decode_step.test_gated_delta_token(*case, dtype)
+        for case in test_decode_step.PLACES:
+            test_decode_step.test_place_token(*case, dtype)
+        test_decode_step.test_swiglu_rows(1, 7, dtype)
+        test_decode_step.test_swiglu_rows(3, 1030, dtype)
     test_linear_cross_entropy(8, N)
     test_gradients_accumulate_over_micro_batches()
     test_only_the_wanted_gradients_are_made()
