@@ -72,28 +72,35 @@ def _place_token(q, k, v, q_row, k_row, v_row, q_norm, k_norm, cos, sin, out, ke
 
 
 @triton.jit
-def _channels(x, past, weight, bias, offset, at, inside, W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
-              W_BLOCK: tl.constexpr):  # fmt: skip
-    """The channels `at` of a projection, behind a convolution over W tokens (0: none) and SiLU; and the convolution's new state."""
+def _channels(x, past, weight, bias, at, inside, W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr):
+    """The channels `at` of a projection, behind a convolution over W tokens (0: none) and SiLU."""
     value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-    window = value
     if W > 0:
-        token = tl.arange(0, W_BLOCK)[None]
-        place = at[:, None] * W + token
-        window = tl.load(past + offset + place + 1, mask=inside[:, None] & (token < W - 1), other=0).to(tl.float32)
-        window = tl.where(token == W - 1, value[:, None], window)
-        value = tl.sum(window * tl.load(weight + place, mask=inside[:, None] & (token < W), other=0).to(tl.float32), 1)
+        value *= tl.load(weight + at * W + W - 1, mask=inside, other=0).to(tl.float32)
+        for token in tl.static_range(W - 1):
+            old = tl.load(past + at * W + token + 1, mask=inside, other=0).to(tl.float32)
+            value += old * tl.load(weight + at * W + token, mask=inside, other=0).to(tl.float32)
         if BIAS:
             value += tl.load(bias + at, mask=inside, other=0).to(tl.float32)
     if SILU:
         value *= tl.sigmoid(value)
-    return value, window
+    return value
 
 
 @triton.jit
-def _keep_window(past, offset, at, inside, window, W: tl.constexpr, W_BLOCK: tl.constexpr):
+def _windows(x, past, at, inside, W: tl.constexpr, W_BLOCK: tl.constexpr):
+    """The last W inputs of a convolution, which its state is to hold. Read apart from `_channels`, so that neither has to follow the
+    other's layout."""
+    at, token = at[:, None], tl.arange(0, W_BLOCK)[None]
+    old = tl.load(past + at * W + token + 1, mask=inside[:, None] & (token < W - 1), other=0)
+    new = tl.load(x + at + token - (W - 1), mask=inside[:, None] & (token == W - 1), other=0)
+    return tl.where(token == W - 1, new, old)
+
+
+@triton.jit
+def _keep_windows(past, at, inside, windows, W: tl.constexpr, W_BLOCK: tl.constexpr):
     token = tl.arange(0, W_BLOCK)[None]
-    tl.store(past + offset + at[:, None] * W + token, window, mask=inside[:, None] & (token < W))
+    tl.store(past + at[:, None] * W + token, windows, mask=inside[:, None] & (token < W))
 
 
 @triton.jit
@@ -120,12 +127,16 @@ def _gated_delta_token(
     v += row * v_row
     state += (row * HEADS + head) * SIZE * SIZE
     place, both, h = _state_part(state, 0, SIZE, BLOCK, V_BLOCK)  # the longest wait: begun first
-    offset = row * HEADS * SIZE * W
     channel = tl.arange(0, BLOCK)
     inside = channel < SIZE
     at = head * SIZE + channel
-    queries, q_window = _channels(q, q_past, q_weight, q_bias, offset, at, inside, W, BIAS, QK_SILU, W_BLOCK)
-    keys, k_window = _channels(k, k_past, k_weight, k_bias, offset, at, inside, W, BIAS, QK_SILU, W_BLOCK)
+    if W > 0:
+        q_past += row * HEADS * SIZE * W
+        k_past += row * HEADS * SIZE * W
+        v_past += row * HEADS * SIZE * W
+        q_windows, k_windows = _windows(q, q_past, at, inside, W, W_BLOCK), _windows(k, k_past, at, inside, W, W_BLOCK)
+    queries = _channels(q, q_past, q_weight, q_bias, at, inside, W, BIAS, QK_SILU)
+    keys = _channels(k, k_past, k_weight, k_bias, at, inside, W, BIAS, QK_SILU)
     if FAST > 0:
         HALF: tl.constexpr = SIZE // 2
         turned = inside & (channel % HALF < FAST)
@@ -133,15 +144,14 @@ def _gated_delta_token(
         c = tl.where(turned, tl.load(cos + row * SIZE + channel, mask=turned, other=0).to(tl.float32), 1.0)
         s = tl.load(sin + row * SIZE + channel, mask=turned, other=0).to(tl.float32)
         s = tl.where(channel < HALF, -s, s)
-        other_q, _ = _channels(q, q_past, q_weight, q_bias, offset, other, inside, W, BIAS, QK_SILU, W_BLOCK)
-        other_k, _ = _channels(k, k_past, k_weight, k_bias, offset, other, inside, W, BIAS, QK_SILU, W_BLOCK)
-        queries, keys = queries * c + other_q * s, keys * c + other_k * s
+        queries = queries * c + _channels(q, q_past, q_weight, q_bias, other, inside, W, BIAS, QK_SILU) * s
+        keys = keys * c + _channels(k, k_past, k_weight, k_bias, other, inside, W, BIAS, QK_SILU) * s
     queries *= scale / tl.sqrt(tl.sum(queries * queries, 0) + 1e-6)
     keys *= 1 / tl.sqrt(tl.sum(keys * keys, 0) + 1e-6)
     if W > 0:
         tl.debug_barrier()  # other threads of the program may read what this one is about to write
-        _keep_window(q_past, offset, at, inside, q_window, W, W_BLOCK)
-        _keep_window(k_past, offset, at, inside, k_window, W, W_BLOCK)
+        _keep_windows(q_past, at, inside, q_windows, W, W_BLOCK)
+        _keep_windows(k_past, at, inside, k_windows, W, W_BLOCK)
     step = tl.load(a + row * a_row + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
     step = tl.where(step > 20, step, tl.log(1 + tl.exp(tl.minimum(step, 20.0))))  # softplus
     decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step)
@@ -154,14 +164,16 @@ def _gated_delta_token(
     for index in range(PARTS):
         value_channel = index * V_BLOCK + tl.arange(0, V_BLOCK)
         real, at_v = value_channel < SIZE, head * SIZE + value_channel
-        values, v_window = _channels(v, v_past, v_weight, v_bias, offset, at_v, real, W, BIAS, V_SILU, W_BLOCK)
+        values = _channels(v, v_past, v_weight, v_bias, at_v, real, W, BIAS, V_SILU)
+        if W > 0:
+            v_windows = _windows(v, v_past, at_v, real, W, W_BLOCK)
         tl.debug_barrier()
         h *= decay
         values = beta * (values - tl.sum(h * keys[None], 1))
         h += values[:, None] * keys[None]
         tl.store(place, h, mask=both)
         if W > 0:
-            _keep_window(v_past, offset, at_v, real, v_window, W, W_BLOCK)
+            _keep_windows(v_past, at_v, real, v_windows, W, W_BLOCK)
         outs = tl.where(part == index, tl.sum(h * queries[None], 1)[None], outs)
         place, both, h = _state_part(state, index + 1, SIZE, BLOCK, V_BLOCK)
     at_out = part * V_BLOCK + tl.arange(0, V_BLOCK)[None]
@@ -234,7 +246,7 @@ def gated_delta_token(q, k, v, gate, a, b, attn, state, past, cos, sin) -> torch
             *biases, cos, sin, attn.A_log, attn.dt_bias, state, attn.o_norm.weight if normed else None, out, size**-0.5,
             attn.o_norm.eps if normed else 0.0, HEADS=heads, SIZE=size, W=width, BIAS=biased, QK_SILU=qk_silu, V_SILU=v_silu, FAST=fast,
             TWICE=attn.allow_neg_eigval, NORM=normed, GATE="silu" if activation == "swish" else activation, BLOCK=block,
-            V_BLOCK=min(block, STATE_BLOCK // block), W_BLOCK=triton.next_power_of_2(width), num_warps=16 if block > 64 else 4,
+            V_BLOCK=min(block, STATE_BLOCK // block), W_BLOCK=triton.next_power_of_2(width), num_warps=8 if block > 64 else 4,
         )  # fmt: skip
         return out
     dtype, real = q.dtype, state.dtype
