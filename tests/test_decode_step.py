@@ -6,10 +6,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_teacher
+from test_model import STUDENTS, hybrid, trained
 from torch import nn
 
-from distill_model import StudentConfig, get_student_attention_class
-from distill_model.decode_step import gated_delta_token, joined, place_token, swiglu_rows
+from convert import load_teacher
+from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM, decode_step, get_student_attention_class
+from distill_model.cache import StaticCache
+from distill_model.decode_step import add_product, fused, gated_delta_token, joined, place_token, project, serves, swiglu_rows
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 GDN = [
@@ -147,3 +151,244 @@ def test_swiglu_rows(batch, size, dtype, device="cpu"):
     out = swiglu_rows(gate, up)
     assert out.is_contiguous() and out.dtype == dtype
     near(out, F.silu(gate.double()) * up.double(), LIMITS[dtype])
+
+
+# ------------------------------------------------------------------------------------------------ one memory for maps of one input
+def test_joined_parameters_are_views_of_one_tensor():
+    """Of whatever rows, a bias that some lack; again where somebody has moved one; and not in a memory that is somebody else's."""
+    torch.manual_seed(0)
+    maps = [nn.Linear(5, n, bias=bias) for n, bias in ((4, False), (1, True), (7, True))]
+    for parts in ([m.weight for m in maps], [m.bias for m in maps]):
+        expected = torch.cat([torch.zeros(m.out_features) if p is None else p.detach().clone() for m, p in zip(maps, parts)])
+        whole = joined(parts, [4, 1, 7])
+        assert torch.equal(whole, expected)
+        assert joined(parts, [4, 1, 7]).data_ptr() == whole.data_ptr()
+        with torch.no_grad():
+            parts[1] += 1
+        assert torch.equal(whole[4:5], parts[1]) and not torch.equal(whole, expected)
+        parts[2].data = torch.full_like(parts[2], 3)
+        again = joined(parts, [4, 1, 7])
+        assert again.data_ptr() != whole.data_ptr() and torch.equal(again, torch.cat((whole[:5], parts[2])))
+        assert parts[1].data_ptr() == again[4:].data_ptr() and all(p.requires_grad and p.is_leaf for p in parts[1:])
+        flat = torch.randn(100)
+        parts[1].data = flat[10 : 10 + parts[1].numel()].view(parts[1].shape)
+        assert joined(parts, [4, 1, 7]) is None and parts[1].data_ptr() == flat[10:].data_ptr()
+
+
+def test_maps_that_cannot_be_one_are_run_one_by_one():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5)
+
+    class Adapter(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    def hooked(m):
+        m.register_forward_hook(lambda m, _, y: y + 1)
+
+    def overridden(m):
+        m.forward = lambda x: F.linear(x, m.weight, m.bias) + 1
+
+    maps = [nn.Linear(5, 4), nn.Linear(5, 3, bias=False)]
+    with torch.no_grad():
+        expected = maps[0](x), maps[1](x)
+        torch.testing.assert_close(project(x, maps), expected)
+        assert fused(maps) is not None
+        for change in (hooked, overridden, lambda m: setattr(m, "__class__", Adapter)):
+            changed = [copy.deepcopy(maps[0]), maps[1]]
+            change(changed[0])
+            assert fused(changed) is None
+            torch.testing.assert_close(project(x, changed), (expected[0] + 1, expected[1]))
+            hidden = torch.ones(2, 4)
+            add_product(hidden, x, changed[0])
+            torch.testing.assert_close(hidden, expected[0] + 2)
+        assert fused([maps[0], nn.Linear(5, 3).double()]) is None
+        hidden = torch.ones(2, 4)
+        add_product(hidden, x, maps[0])
+        torch.testing.assert_close(hidden, expected[0] + 1)
+
+
+# ------------------------------------------------------------------------------------------------ whole models
+STATIC = [name for name in STUDENTS if STUDENT_ATTENTION_MAP[name].func.CONSTANT_STATE]
+SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+           "rope_theta": 10000.0}  # fmt: skip
+TEACHERS = {
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "llama": {"attention_bias": True, "mlp_bias": True, "rope_parameters": SCALING},
+}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    for kind, options in TEACHERS.items():
+        random_teacher(folder / kind, kind, **options)
+    return {kind: load_teacher(str(folder / kind)) for kind in TEACHERS}
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How often a token went through `decode_token`."""
+    calls = []
+    monkeypatch.setattr("distill_model.cache.decode_token", lambda *args: (calls.append(args), decode_step.decode_token(*args))[1])
+    return calls
+
+
+def text(length=30):
+    ids, mask = torch.randint(1, 96, (3, length)), torch.ones(3, length, dtype=torch.long)
+    mask[0, :7] = 0
+    return ids, mask
+
+
+@torch.no_grad()
+def check_tokens(model, start=12, limit=5e-5):
+    """Tokens one by one, a batch padded on the left, against the full forward. Returns the last logits."""
+    torch.manual_seed(0)
+    ids, mask = text()
+    full, cache = model(ids, attention_mask=mask, use_cache=False).logits, StaticCache(model.config, ids.shape[1])
+    model(ids[:, :start], attention_mask=mask[:, :start], past_key_values=cache)
+    for at in range(start, ids.shape[1]):
+        logits = model(ids[:, at, None], attention_mask=mask[:, : at + 1], past_key_values=cache).logits
+        assert logits.shape == (3, 1, 96)
+        error = (logits[:, 0] - full[:, at]).abs().max() / full[:, at].abs().max()
+        assert error < limit, (at, error)
+    return logits
+
+
+@pytest.mark.parametrize("name", [*TEACHERS, *STATIC])
+def test_tokens_equal_the_full_forward(teachers, steps, name):
+    check_tokens(teachers[name] if name in TEACHERS else trained(hybrid(teachers["qwen3"], name)))
+    assert len(steps) == 18
+
+
+@pytest.mark.parametrize("name", ["gdn_v7", "gdn_v5", "mamba2_v1"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_tokens_of_a_hybrid_with_biases(teachers, steps, kind, name):
+    check_tokens(trained(hybrid(teachers[kind], name)))
+    assert len(steps) == 18
+
+
+def test_tokens_of_another_activation(steps):
+    torch.manual_seed(0)
+    config = StudentConfig(vocab_size=96, hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=3,
+                           num_key_value_heads=1, head_dim=10, hidden_act="gelu", initializer_range=0.2)  # fmt: skip
+    check_tokens(StudentForCausalLM(config).eval())
+    assert len(steps) == 18
+
+
+def storages(model):
+    return {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("kind, name", [("qwen3", "gdn_v4"), ("qwen2", "gdn_v7"), ("llama", "gdn_v3")])
+def test_weights_of_a_decoded_model(teachers, tmp_path, kind, name):
+    """They take no more memory than before, are saved whole, stay tied, are copied apart; joined again where they were moved."""
+    model = trained(hybrid(teachers[kind], name))
+    before, size = {key: value.clone() for key, value in model.state_dict().items()}, sum(storages(model).values())
+    logits = check_tokens(model)
+    for attn in (block.attn for block in model.model.layers):
+        assert len({m.weight.untyped_storage().data_ptr() for m in decode_step.input_maps(attn)}) == 1
+    zeros = sum(len(m.weight) for b in model.model.layers for m in decode_step.input_maps(b.attn)
+                if m.bias is None and b.attn.q_proj.bias is not None)  # fmt: skip
+    assert sum(storages(model).values()) == size + 4 * zeros
+    places = storages(model)
+    check_tokens(model)
+    assert storages(model) == places
+    model.save_pretrained(tmp_path)
+    again = StudentForCausalLM.from_pretrained(tmp_path).eval()
+    for state in (model.state_dict(), again.state_dict(), copy.deepcopy(model).state_dict()):
+        assert state.keys() == before.keys() and all(torch.equal(state[key], before[key]) for key in before)
+    for loaded in (model, again):
+        assert (loaded.lm_head.weight is loaded.model.embeddings.weight) == (kind == "qwen3")
+    torch.testing.assert_close(check_tokens(again), logits)
+    model.double().float()
+    assert len(storages(model)) == len([*model.parameters()]) > len(places)
+    torch.testing.assert_close(check_tokens(model), logits)
+    again.model.layers[0].attn.k_proj.weight.data = torch.zeros_like(again.model.layers[0].attn.k_proj.weight)
+    assert (check_tokens(again) - logits).norm() > 1e-3 * logits.norm()
+
+
+def test_training_goes_on_behind_decoding(teachers):
+    """Also behind decoding in inference mode; what is decoded then is the new model's, in the same cache too."""
+    model = trained(hybrid(teachers["qwen2"], "gdn_v7"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with torch.inference_mode():
+        before = check_tokens(model)
+    ids, mask = text()
+    cache = StaticCache(model.config, 40)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+    places = storages(model)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in model.model.layers[1].parameters())
+    optimizer.step()
+    model.eval()
+    twin = copy.deepcopy(cache)
+    step = model(ids[:, 1:2], past_key_values=cache).logits
+    with torch.no_grad():  # the same by the modules, one by one
+        twin.in_one_piece = lambda _: False
+        torch.testing.assert_close(step, model(ids[:, 1:2], past_key_values=twin).logits, atol=1e-4, rtol=1e-4)
+    assert storages(model) == places
+    assert (check_tokens(model) - before).norm() > 0.01 * before.norm()
+
+
+def test_weights_in_a_flat_buffer_stay_there(teachers, steps):
+    """As DeepSpeed keeps those that it trains: what it writes there is decoded."""
+    model = trained(hybrid(teachers["qwen3"], "gdn_v4"))
+    parameters = [*model.parameters()]
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.data = piece.view(p.shape)
+    before = check_tokens(model)
+    assert {*storages(model)} == {flat.untyped_storage().data_ptr()} and len(steps) == 18
+    flat *= 0.9
+    assert (check_tokens(model) - before).norm() > 0.01 * before.norm()
+
+
+class LowRank(nn.Module):
+    """An adapter (Hu et al., arXiv 2106.09685) around a linear map."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.a, self.b = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+@pytest.mark.parametrize("name", ["gdn_v5", "gdn_v7", "gla_v1"])
+def test_parts_that_are_not_plain(teachers, steps, name):
+    """Adapters, hooks, and a forward that somebody has replaced; a hook's tensors are its own."""
+    model, seen = trained(hybrid(teachers["qwen2"], name)), []
+    layers = model.model.layers
+    check_tokens(model)
+    layers[0].mlp.up_proj, layers[0].mlp.down_proj = LowRank(layers[0].mlp.up_proj), LowRank(layers[0].mlp.down_proj)
+    layers[1].attn.k_proj, layers[0].attn.o_proj = LowRank(layers[1].attn.k_proj), LowRank(layers[0].attn.o_proj)
+    changed = check_tokens(model)
+    layers[2].register_forward_hook(lambda *args: seen.append((args[1][0], args[1][0].clone(), args[2], args[2].clone())))
+    layers[3].mlp.act = nn.Tanh()
+    check_tokens(model)
+    layers[3].mlp.forward = lambda x: x
+    assert [serves(block) for block in layers] == [True, True, False, False]
+    assert (check_tokens(model) - changed).norm() > 0.01 * changed.norm() and len(steps) == 4 * 18
+    assert len(seen) == 2 * 20 and all(torch.equal(*pair) for given, kept, out, held in seen for pair in ((given, kept), (out, held)))
+    model.model.register_forward_hook(lambda *_: None)
+    check_tokens(model)
+    assert len(steps) == 4 * 18
+
+
+def test_recorded_hidden_states_do_not_slow_what_follows(teachers, steps):
+    model = trained(hybrid(teachers["qwen3"], "gdn_v4"))
+    model(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    check_tokens(model)
+    assert len(steps) == 18 and all(map(serves, model.model.layers))
+
+
+def test_autocast(teachers, steps):
+    """Which casts at every module."""
+    with torch.autocast("cpu", torch.bfloat16):
+        check_tokens(teachers["llama"], limit=0.1)
+    assert not steps
