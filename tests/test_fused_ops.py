@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from distill_model import fused_ops
+from distill_model.decode_step import swiglu_rows
 from distill_model.fused_ops import decode_attention, mean_squared_error, project_swiglu, rotate, scaled, swiglu
 
 SHAPES = [(1,), (3, 17), (2, 5, 60)]
@@ -114,7 +115,7 @@ def test_decode_attention(length):
 
 
 @pytest.mark.parametrize("step", [
-    lambda x: scaled(x, torch.tensor(2.0)), lambda x: swiglu(x, x), lambda x: mean_squared_error(x, x),
+    lambda x: scaled(x, torch.tensor(2.0)), lambda x: swiglu(x, x), lambda x: swiglu_rows(x, x), lambda x: mean_squared_error(x, x),
     lambda x: rotate(x, *torch.ones(2, 1, 1, 4)),
     lambda x: decode_attention(x, x, x, torch.tensor([0, 0]), torch.tensor([0])),
 ])  # fmt: skip

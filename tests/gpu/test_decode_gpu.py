@@ -1,10 +1,14 @@
-"""On a GPU: decoding by a CUDA graph, behind a static cache, gives the text of a cache that grows, for every student that it serves."""
+"""On a GPU: decoding by a CUDA graph, behind a static cache, gives the text of a cache that grows, for every student that it serves; of
+how few kernels a token is; and that the weights it brings together are held once."""
+
+import copy
 
 import pytest
 import torch
+from test_decode_step import LowRank
 
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
-from distill_model.cache import StaticCache
+from distill_model.cache import StaticCache, _tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 STATIC = [name for name, student in STUDENT_ATTENTION_MAP.items() if student.func.CONSTANT_STATE]
@@ -23,18 +27,92 @@ def test_a_graph_decodes_what_single_kernels_do(name, dtype):
     model = model.to("cuda", dtype).eval()
     ids, mask = torch.randint(1, 96, (3, 60), device="cuda"), torch.ones(3, 60, dtype=torch.long, device="cuda")
     mask[0, :17] = 0
-    growing, static = None, StaticCache(config if name == "teacher" else model.config, 60)
+    exact = copy.deepcopy(model).float()(ids, attention_mask=mask).logits
+    growing, static, errors = None, StaticCache(config if name == "teacher" else model.config, 60), []
     for first, last in ((0, 40), *((at, at + 1) for at in range(40, 60))):
         out = model(ids[:, first:last], attention_mask=mask[:, :last], past_key_values=growing, use_cache=True)
         growing = out.past_key_values
         ours = model(ids[:, first:last], attention_mask=mask[:, :last], past_key_values=static).logits
-        error = (ours[:, -1] - out.logits[:, -1]).norm() / out.logits[:, -1].norm()
-        assert error < {torch.float32: 1e-3, torch.bfloat16: 3e-2}[dtype], (last, error)
+        errors.append([((x[:, -1] - exact[:, last - 1]).norm() / exact[:, last - 1].norm()).item() for x in (ours, out.logits)])
+    ours, theirs = map(max, zip(*errors))
+    assert ours < {torch.float32: 1e-3, torch.bfloat16: 1.3 * theirs}[dtype], (ours, theirs)
     assert static.graph is not None
     for num_beams in (1, 3):
         options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "num_beams": num_beams, "pad_token_id": 0}
         if dtype == torch.float32:
             assert torch.equal(model.generate(ids, **options), model.generate(ids, cache_implementation="static", **options))
+
+
+def deep(name, layers, hidden_size=1024):
+    """A model in bf16 with the last layer kept, behind 20 tokens of two sequences, and its static cache."""
+    config = StudentConfig(vocab_size=96, hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_attention_heads=hidden_size // 128,
+                           num_key_value_heads=2, head_dim=128, num_hidden_layers=layers, attention_bias=True)  # fmt: skip
+    torch.manual_seed(0)
+    model = StudentForCausalLM(config)
+    if name != "teacher":
+        model = StudentForCausalLM.from_teacher(model, name, [layers - 1])[0]
+    model, cache = model.to("cuda", torch.bfloat16).eval(), StaticCache(model.config, 40)
+    model(torch.randint(1, 96, (2, 20), device="cuda"), past_key_values=cache)
+    return model, cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, most", [("teacher", 10), *((f"gdn_v{i}", 10 if i == 5 else 8) for i in range(1, 9))])
+def test_kernels_of_a_layer(name, most):
+    """What six layers have more than two, and three more for sums that a matrix product leaves to a kernel of its own."""
+    counts = []
+    for layers in (2, 6):
+        model, cache = deep(name, layers)
+        token = torch.ones(2, 1, dtype=torch.long, device="cuda")
+        model(token, past_key_values=cache)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            model(token, past_key_values=cache)
+            torch.cuda.synchronize()
+        counts.append(sum(event.device_type == torch.profiler.DeviceType.CUDA for event in profile.events()))
+    assert counts[0] > 10 and (counts[1] - counts[0]) / 4 <= most + 3, counts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
+def test_weights_are_held_once(name):
+    """In the memory that they had, but for what a graph and cuBLAS take. An optimiser that writes to them writes to what the graph reads."""
+    model, cache = deep(name, 8, 2048)
+    size, before = sum(p.nbytes for p in model.parameters()), torch.cuda.memory_allocated()
+    token = torch.ones(2, 1, dtype=torch.long, device="cuda")
+    model(token, past_key_values=cache)
+    assert torch.cuda.memory_allocated() - before < size / 3
+    attn = model.model.layers[0].attn
+    assert attn.q_proj.weight.untyped_storage().data_ptr() == attn.v_proj.weight.untyped_storage().data_ptr()
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    states = [x for layer in cache.layers for x in _tensors(layer.state)]
+    held = [x.clone() for x in states]
+    logits = model(token, past_key_values=cache).logits
+    for place, value in zip(states, held):
+        place.copy_(value)
+    cache.last -= 1
+    cache.run(model)  # without the graph
+    assert (logits - cache.logits).norm() < 0.01 * logits.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["teacher", "gdn_v7", "gdn_v5"])
+def test_adapters_and_hooks_are_decoded(name):
+    """What is not plain runs as its module does, in the same graph."""
+    model, _ = deep(name, 4, 256)
+    layers = model.model.layers
+    layers[0].attn.q_proj, layers[1].mlp.down_proj = (
+        LowRank(m).to("cuda", torch.bfloat16) for m in (layers[0].attn.q_proj, layers[1].mlp.down_proj)
+    )
+    layers[2].register_forward_hook(lambda *args: 2 * args[2])
+    ids, cache = torch.randint(1, 96, (2, 30), device="cuda"), StaticCache(model.config, 40)
+    exact = copy.deepcopy(model).float()(ids).logits
+    model(ids[:, :20], past_key_values=cache)
+    for at in range(20, 30):
+        logits = model(ids[:, at, None], past_key_values=cache).logits[:, 0]
+        assert (logits - exact[:, at]).norm() < 0.05 * exact[:, at].norm()
+    assert cache.graph is not None
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """On a GPU: our own Triton kernels against the naive losses and steps in float64, in fp32 and bf16."""
 
 import pytest
+import test_decode_step
 import torch
 import torch.nn.functional as F
 from test_fused_ops import attend_naively
@@ -85,3 +86,17 @@ def test_decode_attention(dtype, heads, kv_heads, size):
         last = torch.tensor([length - 1], device="cuda")
         out, expected = decode_attention(q, k, v, first, last), attend_naively(q, k, v, first, last)
         assert (out.double() - expected).norm() < LIMITS[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_kernels_of_a_decoded_token(dtype):
+    """Those of test_decode_step.py, and sizes of published teachers: of one part of the state, of many, with all that a kernel can do."""
+    options = {"conv_bias": True, "allow_neg_eigval": True}
+    published = [(name, size, options if name in ("gdn_v3", "gdn_v7") else {}) for name in ("gdn_v3", "gdn_v4", "gdn_v7")
+                 for size in (64, 80, 128, 256)]  # fmt: skip
+    for case in (*test_decode_step.GDN, *published):
+        test_decode_step.test_gated_delta_token(*case, dtype, device="cuda")
+    for case in (*test_decode_step.PLACES, (12, 2, 128, False), (32, 8, 128, True), (14, 2, 64, False)):
+        test_decode_step.test_place_token(*case, dtype, device="cuda")
+    for case in ((1, 7), (3, 1030), (16, 8960)):
+        test_decode_step.test_swiglu_rows(*case, dtype, device="cuda")
