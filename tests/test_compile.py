@@ -4,10 +4,11 @@ to see that, and the interpreter does not."""
 import pytest
 import torch
 import triton
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from distill_model import fused_ops, losses
+from distill_model import StudentConfig, decode_step, fused_ops, get_student_attention_class, losses
 
 SHARED = 99 * 1024  # bytes that a program may have on GPUs of compute capability 8.6 and 8.9
 NUMBER = {float: "fp32", int: "i32"}
@@ -41,15 +42,17 @@ class Compiled:
 def compiled(monkeypatch):
     """The kernels of the modules, which compile and compute nothing."""
     kernels = []
-    for module in (fused_ops, losses):
+    for module in (decode_step, fused_ops, losses):
         monkeypatch.setattr(module, "fuses", lambda tensor: True)
-        for name, kernel in vars(module).items():
-            if isinstance(kernel, triton.JITFunction) and kernel.__module__ == module.__name__:
+        functions = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+        for name, kernel in functions.items():
+            if not any(f" {name}(" in other.src for other in functions.values() if other is not kernel):  # a part of another
                 kernels.append(Compiled(kernel))
                 monkeypatch.setattr(module, name, kernels[-1])
     return kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_kernel_compiles(compiled, dtype):
     def random(*shape):
@@ -65,4 +68,18 @@ def test_every_kernel_compiles(compiled, dtype):
     hidden, weight = random(7, 16), random(53, 16)
     losses.linear_cross_entropy(hidden, weight, torch.randint(53, (7,)))
     losses.forward_kl(hidden, hidden, weight, weight)
+    decode_step.swiglu_rows(random(2, 70).detach(), random(2, 70).detach())
+    for size, norm in ((128, nn.RMSNorm(128, eps=1e-6)), (80, nn.Identity())):
+        q, k = random(2, 3 * size).detach(), random(2, size).detach()
+        places = torch.empty(2, 2, 5, 1, size, dtype=dtype)
+        decode_step.place_token(q, k, k, norm, norm, k, k, *places, torch.tensor([4]))
+    for name in ("gdn_v1", "gdn_v4", "gdn_v6", "gdn_v7", "gdn_v8"):
+        for size in (20, 128, 256):
+            config = StudentConfig(hidden_size=20, num_attention_heads=3, num_key_value_heads=1, head_dim=size, num_hidden_layers=1,
+                                   keep_full_attention_layers=[], student_name=name)  # fmt: skip
+            attn = get_student_attention_class(name)(config, 0)
+            x, few = random(2, 3 * size).detach(), random(2, 3).detach()
+            past = tuple(torch.empty(3, 2, 3 * size, attn.conv_size, dtype=dtype)) if attn.use_short_conv else None
+            decode_step.gated_delta_token(x, x, x, x if attn.use_gate else None, few, few, attn.to(dtype), torch.empty(2, 3, size, size), past,
+                                          *random(2, 2, size).detach())  # fmt: skip
     assert not [each.kernel.__name__ for each in compiled if not each.calls]
