@@ -103,7 +103,8 @@ class StaticLayer(FLALayer):
 class StaticCache(HybridCache):
     """A cache whose tensors keep size and place while tokens are decoded one by one. A step of all layers is then the same work
     whatever the text, and on a GPU one CUDA graph, recorded at the first step: Python, which would start its kernels one by
-    one, is out of the way. Where weights are quantised or on several devices, kernels start one by one as ever.
+    one, is out of the way. The step is `decode_token`, whose kernels are few, and which gives the weights of a layer another place
+    in memory. Where weights are quantised or on several devices, the model's own kernels start one by one as ever.
 
     max_len: tokens that it holds. `generate` makes one for cache_implementation="static". Raises ValueError for a model that it
     does not serve.

@@ -45,8 +45,9 @@ def test_a_graph_decodes_what_single_kernels_do(name, dtype):
 
 def deep(name, layers, hidden_size=1024):
     """A model in bf16 with the last layer kept, behind 20 tokens of two sequences, and its static cache."""
-    config = StudentConfig(vocab_size=96, hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_attention_heads=hidden_size // 128,
-                           num_key_value_heads=2, head_dim=128, num_hidden_layers=layers, attention_bias=True)  # fmt: skip
+    config = StudentConfig(vocab_size=96, hidden_size=hidden_size, intermediate_size=2 * hidden_size, head_dim=128,
+                           num_attention_heads=hidden_size // 128, num_key_value_heads=2, num_hidden_layers=layers,
+                           attention_bias=True)  # fmt: skip
     torch.manual_seed(0)
     model = StudentForCausalLM(config)
     if name != "teacher":
@@ -76,7 +77,7 @@ def test_kernels_of_a_layer(name, most):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
 def test_weights_are_held_once(name):
-    """In the memory that they had, but for what a graph and cuBLAS take. An optimiser that writes to them writes to what the graph reads."""
+    """In the memory that they had, but for what a graph and cuBLAS take. What an optimiser writes to them the graph reads."""
     model, cache = deep(name, 8, 2048)
     size, before = sum(p.nbytes for p in model.parameters()), torch.cuda.memory_allocated()
     token = torch.ones(2, 1, dtype=torch.long, device="cuda")
