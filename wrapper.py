@@ -28,66 +28,6 @@ class _LossAndGradients(torch.autograd.Function):
         return None, *(scaled(gradient, d_loss) for gradient in ctx.saved_tensors)
 
 
-class Recording:
-    """The losses and gradients of an `AttentionAlignmentModel` on batches of one shape, recorded as a CUDA graph: a micro-batch is
-    thousands of short kernels, which Python starts more slowly than a GPU runs them."""
-
-    def __init__(self, model: AttentionAlignmentModel, input_ids: torch.Tensor):
-        self.input_ids, self.places, self.replays = input_ids.clone(), self.places_of(model), 0
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles the kernels, and lets libraries set themselves up
-            for _ in range(2):
-                self.work(model)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()  # a graph has memory of its own
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's threads may ask for what a capture forbids
-            self.results = self.work(model)
-
-    @staticmethod
-    def places_of(model: nn.Module) -> list[int]:
-        return [p.data_ptr() for p in model.parameters()]
-
-    def serves(self, model: AttentionAlignmentModel, input_ids: torch.Tensor) -> bool:
-        return input_ids.shape == self.input_ids.shape and self.places == self.places_of(model)
-
-    def work(self, model: AttentionAlignmentModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Not by the parameters themselves: DeepSpeed holds on to their nodes in the autograd graph, which belong to another stream.
-        leaves = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
-        with torch.enable_grad():
-            outputs = torch.func.functional_call(model, leaves, (self.input_ids,), {"replay": False})
-            gradients = torch.autograd.grad(outputs["loss"], list(leaves.values()))
-        return outputs["loss"].detach(), outputs["layer_losses"], torch.cat([g.flatten() for g in gradients])
-
-    def replay(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(loss, layer_losses, gradients of all parameters one behind the other), written over by the next call."""
-        self.input_ids.copy_(input_ids)
-        self.graph.replay()
-        self.replays += 1
-        return self.results
-
-
-class _Replay(torch.autograd.Function):
-    """A Recording's losses; backward scales its gradients."""
-
-    @staticmethod
-    def forward(ctx, recording, input_ids, *parameters):
-        loss, layer_losses, ctx.gradients = recording.replay(input_ids)
-        ctx.recording, ctx.replays, ctx.shapes = recording, recording.replays, [p.shape for p in parameters]
-        loss, layer_losses = loss.clone(), layer_losses.clone()
-        ctx.mark_non_differentiable(layer_losses)
-        return loss, layer_losses
-
-    @staticmethod
-    def backward(ctx, d_loss, _):
-        if ctx.recording.replays != ctx.replays:
-            raise RuntimeError("the gradients of this loss were written over by the next micro-batch: go backward before that")
-        gradients = scaled(ctx.gradients, d_loss).split([shape.numel() for shape in ctx.shapes])
-        return None, None, *(gradient.view(shape) for gradient, shape in zip(gradients, ctx.shapes))
-
-
 class AttentionDistillationWrapper(nn.Module):
     """A teacher's attention and the student's, fed the same hidden states.
 
@@ -124,8 +64,6 @@ class AttentionAlignmentModel(nn.Module):
     one layer's graph alive: a layer's gradients are computed with its loss, or, with `recompute`, the layer is computed
     again in backward, as ZeRO-3 needs it, which gathers weights around forward and backward. Parameters are named as in
     `StudentForCausalLM`, with `attn.teacher_attn.` and `attn.student_attn.` for `attn.`.
-
-    On a GPU, training replays a `Recording`.
     """
 
     def __init__(self, teacher: StudentForCausalLM, student: StudentForCausalLM, kind="mse", recompute=False):
@@ -137,27 +75,9 @@ class AttentionAlignmentModel(nn.Module):
             block.attn = AttentionDistillationWrapper(block.attn, twin.attn.requires_grad_(True), kind, recompute)
         last = self.model.layers[-1]
         del last.mlp, last.mlp_norm
-        self.recompute, self.recording = recompute, None
 
-    def forward(self, input_ids: torch.Tensor, replay: bool = True) -> dict[str, torch.Tensor]:
-        """input_ids [B, T] -> loss, the mean over layers, and layer_losses [num_hidden_layers], in fp32. replay: a recording,
-        where one is of use; else kernel by kernel."""
-        if not (replay and self.records(input_ids)):
-            return self.align(input_ids)
-        if self.recording is None or not self.recording.serves(self, input_ids):
-            self.recording = None  # frees its memory first
-            self.recording = Recording(self, input_ids)
-        loss, layer_losses = _Replay.apply(self.recording, input_ids, *self.recording.parameters)
-        return {"loss": loss, "layer_losses": layer_losses}
-
-    def records(self, input_ids: torch.Tensor) -> bool:
-        """Whether a graph is of use: for training, unless ZeRO-3 gathers weights in between, RoPE looks at the positions on the
-        CPU, or somebody's hooks want to look on."""
-        return (input_ids.is_cuda and self.training and torch.is_grad_enabled() and not self.recompute
-                and self.config.rope_parameters["rope_type"] not in ("dynamic", "longrope")
-                and not any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules()))  # fmt: skip
-
-    def align(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """input_ids [B, T] -> loss, the mean over layers, and layer_losses [num_hidden_layers], in fp32."""
         with torch.no_grad():
             hidden_states = self.model.embeddings(input_ids)
             position_embeddings = self.model.position_embeddings(hidden_states)

@@ -27,7 +27,7 @@ from pipeline.environment import set_up_process, wandb_wanted
 from pipeline.checkpoints import checkpoints
 from pipeline.model_card import write_card, write_native_card
 from pipeline.run_folder import check_run_folder, record_run
-from wrapper import AttentionAlignmentModel, Recording, _Replay, student_attention_state
+from wrapper import AttentionAlignmentModel, student_attention_state
 
 ROOT = Path(__file__).parent.parent
 
@@ -442,35 +442,6 @@ def test_alignment_gradients_equal_direct_ones(teacher_dir, kind, recompute):
     assert student_attention_state(trainable).keys() == expected.keys()
     for name, p in student_attention_state(trainable).items():
         torch.testing.assert_close(p.grad, expected[name])
-
-
-def test_a_replay_scales_the_recorded_gradients(teacher_dir):
-    """All but the CUDA graph, which tests/gpu has."""
-
-    class Played(Recording):
-        def __init__(self, model):
-            self.model, self.replays, self.parameters = model, 0, [p for p in model.parameters() if p.requires_grad]
-
-        def replay(self, input_ids):
-            self.input_ids, self.replays = input_ids, self.replays + 1
-            return self.work(self.model)
-
-    teacher = load_teacher(teacher_dir)
-    model = AttentionAlignmentModel(teacher, StudentForCausalLM.from_teacher(teacher, "gdn_v4")[0]).train()
-    recording, ids = Played(model), torch.randint(0, teacher.config.vocab_size, (2, 2, 13))
-    for batch in ids:
-        expected = model(batch, replay=False)
-        gradients = torch.autograd.grad(expected["loss"], recording.parameters)
-        loss, layer_losses = _Replay.apply(recording, batch, *recording.parameters)
-        torch.testing.assert_close((loss, layer_losses), (expected["loss"], expected["layer_losses"]))
-        (3 * loss).backward()
-        for p, gradient in zip(recording.parameters, gradients):
-            torch.testing.assert_close(p.grad, 3 * gradient)
-            p.grad = None
-    first = _Replay.apply(recording, ids[0], *recording.parameters)[0]
-    _Replay.apply(recording, ids[1], *recording.parameters)
-    with pytest.raises(RuntimeError, match="written over by the next micro-batch"):
-        first.backward()
 
 
 @pytest.mark.parametrize("scope", ["linear", "all"])
