@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from convert import load_teacher, load_teacher_config
 from convert.loader import KEY
+from distill_model.cache import StaticCache
 
 PREFILL = 4096  # tokens of a long prompt that are read at a time
 
@@ -74,6 +75,8 @@ def generation_config(args: argparse.Namespace, model) -> GenerationConfig:
     except OSError:
         config = model.generation_config
     config.max_new_tokens, config.prefill_chunk_size = args.max_new_tokens, PREFILL
+    if model.device.type == "cuda" and StaticCache.refusal(model.config) is None:
+        config.cache_implementation = "static"  # a token is one CUDA graph
     if args.temperature is not None:
         config.do_sample, config.temperature = args.temperature > 0, args.temperature or None
     if not config.do_sample:

@@ -6,8 +6,8 @@
 Random weights of a published shape and random prompts, through `generate`, greedily. Teacher (all layers kept) and hybrid decode with
 cache_implementation="static", on a GPU a CUDA graph a token; "FLA's loop" is the same hybrid with FLA's cache and kernels called one
 by one, as FLA's own models generate, at batch size 1. Prompts are read 4096 tokens at a time, by kernels that are compiled before the
-clock starts. Times of a token are medians over --new_tokens, after the first few, which compile and record. Printed and written are a table and what the ratios come to
-(decode.md, decode.json) and a plot (decode.png).
+clock starts. Times of a token are medians over --new_tokens, after the first few, which compile and record; beside them stands what the
+model takes of that. Printed and written are a table and what the ratios come to (decode.md, decode.json) and a plot (decode.png).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.train_throughput import published_config, random_model  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
+from distill_model.cache import StaticCache  # noqa: E402
 from layer_selection.ranking import evenly_spaced  # noqa: E402
 
 PREFILL, WARM = 4096, 4  # tokens read at a time; tokens whose times do not count
@@ -50,6 +51,19 @@ class Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+@torch.no_grad()
+def model_alone(model: StudentForCausalLM, cache: StaticCache, context: int, tokens: int) -> float:
+    """Seconds a token of the graph, or where there is none of the layers, without what `generate` does between two: the first `tokens`
+    behind `context` once more."""
+    cache.last.fill_(context)
+    begin = time.perf_counter()
+    for _ in range(tokens):
+        cache.run(model) if cache.graph is None else cache.graph.replay()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / tokens
+
+
 def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: int, new_tokens: int) -> dict | None:
     """Tokens/s of reading and decoding, milliseconds a token, bytes of the cache and peak bytes; None where memory does not do."""
     device, clock = model.device, Clock(model.device)
@@ -67,20 +81,22 @@ def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: i
     except torch.OutOfMemoryError:
         return None
     token = statistics.median(b - a for a, b in zip(clock.times[WARM:], clock.times[WARM + 1 :]))
-    return {"prefill": context * batch_size / (clock.times[0] - begin), "decode": batch_size / token, "ms": token * 1e3,
+    alone = model_alone(model, out.past_key_values, context, new_tokens - 1) * 1e3 if static else None
+    return {"prefill": context * batch_size / (clock.times[0] - begin), "decode": batch_size / token, "ms": token * 1e3, "alone": alone,
             "cache": out.past_key_values.nbytes, "peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| model | context | batch | prefill tokens/s | decode tokens/s | ms a token | cache MiB | peak GiB |",
-             "|:--|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    lines = ["| model | context | batch | prefill tokens/s | decode tokens/s | ms a token | ms without generate | cache MiB | peak GiB |",
+             "|:--|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     for row in rows:
         head = f"| {row['model']} | {row['context']:,} | {row['batch_size']} | "
         if "decode" not in row:
-            lines.append(head + "out of memory | | | | |")
+            lines.append(head + "out of memory | | | | | |")
             continue
         peak = f"{row['peak'] / 2**30:.1f}" if row["peak"] else ""
-        lines.append(head + f"{row['prefill']:,.0f} | {row['decode']:,.1f} | {row['ms']:.2f} | {row['cache'] / 2**20:,.1f} | {peak} |")
+        alone = f"{row['alone']:.2f}" if row["alone"] else ""
+        lines.append(head + f"{row['prefill']:,.0f} | {row['decode']:,.1f} | {row['ms']:.2f} | {alone} | {row['cache'] / 2**20:,.1f} | {peak} |")
     return "\n".join(lines)
 
 

@@ -40,6 +40,11 @@ def compare(cfg: Config, top_k: int, args: argparse.Namespace, folder: Path) -> 
     def importance(kls: dict[int, list[float]]) -> dict[int, list[float]]:
         return {layer: [-kl for kl in values] for layer, values in kls.items()}
 
+    first = Rounds(bench, alone, {0: [0]}, -1, folder)  # compiles the kernels before anything is timed
+    first.build([0], 0)
+    for step, micro_batches in first.batches(0, 1):
+        first.candidates[0].train(step, micro_batches, bench.teacher.lm_head.weight)
+    bench.kls(first.candidates.pop(0).hybrid.eval())
     kls, full_seconds, full_share = {}, 0.0, 0.0
     for layer in layers:
         of_layer, facts = Rounds(bench, alone, {layer: [layer]}, -1, folder / f"layer_{layer}").run()

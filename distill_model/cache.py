@@ -112,13 +112,19 @@ class StaticCache(HybridCache):
 
     def __init__(self, config: StudentConfig, max_len: int):
         super().__init__(config)
-        if config.linear_layers and not get_student_attention_class(config.student_name).func.CONSTANT_STATE:
-            raise ValueError(f"cache_implementation: static has no place for what {config.student_name} holds, which changes its size; "
-                             "leave it out")  # fmt: skip
-        if config.rope_parameters["rope_type"] == "dynamic":
-            raise ValueError("cache_implementation: static cannot follow RoPE of type dynamic, which depends on the length; leave it out")
+        if refusal := self.refusal(config):
+            raise ValueError(f"cache_implementation: static {refusal}; leave it out")
         self.layer_class_to_replicate = partial(StaticLayer, max_len)
         self.max_len, self.decoding, self.graph = max_len, False, None
+
+    @staticmethod
+    def refusal(config: StudentConfig) -> str | None:
+        """Why it cannot serve a model; None if it can."""
+        if config.linear_layers and not get_student_attention_class(config.student_name).func.CONSTANT_STATE:
+            return f"has no place for what {config.student_name} holds, which changes its size"
+        if config.rope_parameters["rope_type"] == "dynamic":
+            return "cannot follow RoPE of type dynamic, which depends on the length"
+        return None
 
     def _transform_states(self, function) -> None:
         def write(place):

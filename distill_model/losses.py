@@ -167,6 +167,13 @@ def linear_cross_entropy(
     return linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size)
 
 
+def _fused_kl(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(teacher || student) of each row of logits, which their gradient is written over."""
+    loss = torch.empty(len(logits), device=logits.device)
+    _kl_rows[(len(logits),)](logits, teacher, loss, logits.shape[1], 1 / temperature, BLOCK=BLOCK, num_warps=WARPS)
+    return loss
+
+
 def forward_kl(
     student_hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
@@ -192,9 +199,30 @@ def forward_kl(
         return loss, student.exp_().sub_(target)
 
     def fused_rows(start, stop, logits):
-        teacher, loss = teacher_hidden[start:stop] @ teacher_weight.mT, torch.empty(len(logits), device=logits.device)
-        _kl_rows[(len(logits),)](logits, teacher, loss, logits.shape[1], 1 / temperature, BLOCK=BLOCK, num_warps=WARPS)
+        loss = _fused_kl(logits, teacher_hidden[start:stop] @ teacher_weight.mT, temperature)
         return loss.sum() * temperature, logits
 
     scale = student_hidden.new_full((), temperature / len(student_hidden), dtype=torch.float32)
     return linear_loss(student_hidden, student_weight, rows, fused_rows, scale, chunk_size)
+
+
+@on_its_device
+@torch.no_grad()
+def token_kl(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """KL(teacher || student) of each token, [N] in fp32, of the tensors that `forward_kl` takes. No gradient."""
+    fused, kls = fuses(student_hidden), []
+    chunk_size = chunk_size or (CHUNK_SIZE_GPU if fused else CHUNK_SIZE)
+    for student, teacher in zip(student_hidden.split(chunk_size), teacher_hidden.split(chunk_size)):
+        student, teacher = student @ student_weight.mT, teacher @ teacher_weight.mT
+        if fused:
+            kls.append(_fused_kl(student, teacher, 1.0))
+        else:
+            student, teacher = (F.log_softmax(logits.float(), -1) for logits in (student, teacher))
+            kls.append((teacher.exp() * (teacher - student)).sum(-1))
+    return torch.cat(kls)

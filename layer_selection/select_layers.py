@@ -55,6 +55,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from convert import load_teacher, load_teacher_config  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
+from distill_model.losses import linear_cross_entropy, token_kl  # noqa: E402
 from layer_selection.full_runs import HELDOUT_KL, check_start, load_stage_2, write_chosen  # noqa: E402
 from layer_selection.questions import add_options  # noqa: E402
 from layer_selection.ranking import Ranking, budget, evenly_spaced, rank_samples, rank_scores, table, write  # noqa: E402
@@ -101,19 +102,18 @@ class Bench:
         losses = []
         for ids in self.batches:
             ids = ids.to(self.device)
-            log_probs = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-            losses += (-log_probs.gather(-1, ids[:, 1:, None])[..., 0].mean(-1)).tolist()
-        return losses
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+            losses += [linear_cross_entropy(h[:-1], model.lm_head.weight, row[1:]) for h, row in zip(hidden, ids)]
+        return torch.stack(losses).tolist()
 
     @torch.no_grad()
     def kls(self, model: StudentForCausalLM) -> list[float]:
         """KL(teacher || model) of each sequence, the mean over its tokens."""
-        kls = []
-        for ids, hidden in zip(self.batches, self.teacher_hidden_states):
-            ours = model(input_ids=ids.to(self.device), use_cache=False).logits.float().log_softmax(-1)
-            theirs = self.teacher.lm_head(hidden).float().log_softmax(-1)
-            kls += (theirs.exp() * (theirs - ours)).sum(-1).mean(-1).tolist()
-        return kls
+        heads, kls = (model.lm_head.weight, self.teacher.lm_head.weight), []
+        for ids, theirs in zip(self.batches, self.teacher_hidden_states):
+            ours = model.model(ids.to(self.device), use_cache=False).last_hidden_state
+            kls.append(token_kl(ours.flatten(0, 1), theirs.flatten(0, 1), *heads).view(ids.shape).mean(1))
+        return torch.cat(kls).tolist()
 
     def swapped(self, measure, into: StudentForCausalLM, source: StudentForCausalLM) -> dict[int, list[float]]:
         """`measure` of `into` with the attention of one layer taken from `source`, for every layer."""

@@ -143,6 +143,7 @@ def test_decode(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert len(rows) == 2 * 2 * 3 + 2 and shown.count("out of memory") == 4
     by = {(row["model"], row["context"], row["batch_size"]): row for row in rows}
+    assert all((row["alone"] is None) == (row["model"] == decode.LOOP) for row in rows if "decode" in row)
     tokens = 90 + 7 - 1  # the last one is not read
     keys_and_values, state = 2 * tokens * 2 * 16 * 4, 4 * 16 * 16 * 4
     assert by["teacher", 90, 2]["cache"] == 2 * 4 * keys_and_values and by["hybrid", 90, 2]["cache"] == 2 * (keys_and_values + 3 * state)

@@ -11,14 +11,16 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import random_teacher, save_tokenizer
+from transformers import GenerationConfig
 
 import chat
 from convert import load_teacher
-from distill_model import StudentForCausalLM
+from distill_model import StudentConfig, StudentForCausalLM
 from pipeline.data import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -166,3 +168,12 @@ def test_the_script_exits_non_zero_with_one_line(tmp_path):
     done = subprocess.run([sys.executable, "chat.py", "--model", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith(f"chat.py: error: --model: '{tmp_path}' is a student of")
+
+
+@pytest.mark.parametrize("name, device, kind", [("gdn_v4", "cuda", "static"), ("gdn_v4", "cpu", None), ("swa_v1", "cuda", None)])
+def test_a_gpu_decodes_behind_a_static_cache(tmp_path, name, device, kind):
+    """Where the student can."""
+    config = StudentConfig(num_hidden_layers=2, keep_full_attention_layers=[1], student_name=name)
+    model = SimpleNamespace(device=torch.device(device), config=config, generation_config=GenerationConfig())
+    args = SimpleNamespace(model=str(tmp_path), max_new_tokens=4, temperature=None)
+    assert chat.generation_config(args, model).cache_implementation == kind

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from distill_model import losses
-from distill_model.losses import alignment_loss, forward_kl, linear_cross_entropy
+from distill_model.losses import alignment_loss, forward_kl, linear_cross_entropy, token_kl
 
 N, V, H, H_TEACHER = 37, 53, 12, 20
 
@@ -91,6 +91,17 @@ def test_bfloat16_stays_near_float64():
         assert a.grad.dtype == torch.bfloat16 and (a.grad.double() - b.grad).norm() < 0.02 * b.grad.norm()
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_token_kl(chunk_size):
+    """Its mean is forward_kl's; each of its tokens the naive one."""
+    hidden, weights = torch.randn(2, 7, 16), torch.randn(2, 53, 16)
+    theirs, ours = ((h.double() @ w.double().T).log_softmax(-1) for h, w in zip(hidden, weights))
+    got = token_kl(hidden[1], hidden[0], weights[1], weights[0], chunk_size)
+    assert got.dtype == torch.float32 and not got.requires_grad
+    torch.testing.assert_close(got.double(), (theirs.exp() * (theirs - ours)).sum(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.mean(), forward_kl(hidden[1], hidden[0], weights[1], weights[0]))
+
+
 def test_different_vocabularies_are_refused():
     with pytest.raises(ValueError, match="53 and 54"):
         forward_kl(torch.randn(3, 4), torch.randn(3, 4), torch.randn(53, 4), torch.randn(54, 4))
@@ -139,6 +150,8 @@ if __name__ == "__main__":
             test_decode_step.test_place_token(*case, dtype)
         test_decode_step.test_swiglu_rows(1, 7, dtype)
         test_decode_step.test_swiglu_rows(3, 1030, dtype)
+    test_token_kl(None)
+    test_token_kl(3)
     test_linear_cross_entropy(8, N)
     test_gradients_accumulate_over_micro_batches()
     test_only_the_wanted_gradients_are_made()
