@@ -16,6 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from wherever this is called
 
+import pipeline  # noqa: E402, F401  (first: it says what is not installed)
+
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import GenerationConfig, Qwen3_5TextConfig  # noqa: E402

@@ -21,13 +21,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pipeline  # noqa: E402, F401  (first: it says what is not installed)
+
+import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from layer_selection import select_layers  # noqa: E402
 from layer_selection.full_runs import check_start, load_stage_2  # noqa: E402

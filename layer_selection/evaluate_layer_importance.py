@@ -20,12 +20,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import pipeline  # noqa: E402, F401  (first: it says what is not installed)
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from convert import load_teacher  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402

@@ -22,16 +22,15 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.batch_plan import batch_plan  # noqa: E402
+from pipeline.batch_plan import batch_plan  # noqa: E402  (pipeline first: it says what is not installed)
 from pipeline.config import Config, load_config  # noqa: E402
 from pipeline.environment import WANDB_PROJECT  # noqa: E402
 from pipeline.files import one_line, write_whole  # noqa: E402
 from pipeline.run_folder import METRICS  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 CANDIDATES = "candidates.json"  # beside the candidates' folders: of which teacher they are, and how many
 STEP = "train/global_step"

@@ -40,7 +40,7 @@ class StopSignals:
         self.received = signal.Signals(number).name
         if not self.saving:
             # Not by print: the signal may have come while the same thread was in one, which would raise instead.
-            os.write(1, f"{self.received}: stopping; the same command goes on from here\n".encode())
+            os.write(1, f"{self.received}: stopping; run the same command again\n".encode())
             raise SystemExit(REQUEUE)
 
     def __enter__(self) -> StopSignals:

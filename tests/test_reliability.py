@@ -163,7 +163,7 @@ with StopSignals():
     print("a line", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 75 and done.stdout == "SIGTERM: stopping; the same command goes on from here\n", done
+    assert done.returncode == 75 and done.stdout == "SIGTERM: stopping; run the same command again\n", done
 
 
 def test_python_does_not_end_while_a_thread_is_in_the_store():
