@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,11 +41,11 @@ def compare(cfg: Config, top_k: int, args: argparse.Namespace, folder: Path) -> 
     def importance(kls: dict[int, list[float]]) -> dict[int, list[float]]:
         return {layer: [-kl for kl in values] for layer, values in kls.items()}
 
-    first = Rounds(bench, alone, {0: [0]}, -1, folder)  # compiles the kernels before anything is timed
-    first.build([0], 0)
-    for step, micro_batches in first.batches(0, 1):
-        first.candidates[0].train(step, micro_batches, bench.teacher.lm_head.weight)
-    bench.kls(first.candidates.pop(0).hybrid.eval())
+    if not (folder / "side_by_side").is_dir():  # something is to be timed: kernels compile before
+        first = Rounds(bench, alone, {0: [0]}, -1, folder)
+        first.build([0], 0)
+        first.train_round([0], 0, 1, tqdm(disable=True))
+        del first
     kls, full_seconds, full_share = {}, 0.0, 0.0
     for layer in layers:
         of_layer, facts = Rounds(bench, alone, {layer: [layer]}, -1, folder / f"layer_{layer}").run()

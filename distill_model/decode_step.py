@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
 from torch import nn
 
 from .attention import SoftmaxAttention
@@ -292,8 +293,8 @@ def plain(linear: nn.Module) -> bool:
 def joined(parts: list[nn.Parameter | None], rows: list[int]) -> torch.Tensor | None:
     """One tensor [sum(rows), ...] of parameters [rows[i], ...], which are views of it from then on; None is rows of zeros.
 
-    Returns None, and changes nothing, where a parameter is a part of somebody else's memory, as in DeepSpeed's flat buffers, whose
-    owner would go on to write there.
+    Returns None, and changes nothing, where a parameter is a part of somebody else's memory, as in DeepSpeed's flat buffers, or is shared
+    with other processes: they would go on to write there.
     """
     begins, total = [0, *accumulate(rows)], sum(rows)
     held = [(p, slice(begin, end)) for p, begin, end in zip(parts, begins, begins[1:]) if p is not None]
@@ -302,7 +303,8 @@ def joined(parts: list[nn.Parameter | None], rows: list[int]) -> torch.Tensor | 
     there = [p.untyped_storage().nbytes() == memory and p.storage_offset() == at.start * like[0].numel() for p, at in held]
     if all(there) and len({p.untyped_storage().data_ptr() for p, _ in held}) == 1:
         return like.data.as_strided(shape, (*like.shape[1:], 1), 0)
-    if not all(ours or p.untyped_storage().nbytes() == p.nbytes for ours, (p, _) in zip(there, held)):
+    shared = any(not p.is_cuda and p.is_shared() for p, _ in held)
+    if shared or not all(ours or p.untyped_storage().nbytes() == p.nbytes for ours, (p, _) in zip(there, held)):
         return None
     with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be trained any more
         whole = like.data.new_zeros(shape)
@@ -342,10 +344,16 @@ def add_product(hidden: torch.Tensor, x: torch.Tensor, linear: nn.Linear) -> Non
 
 # ------------------------------------------------------------------------------------------------ the layers
 def input_maps(attn: nn.Module) -> list[nn.Linear]:
-    """The maps of what an attention gets, in order: q, k, v, and of Gated DeltaNet its gate, if it has one, a and b."""
+    """The maps of what an attention gets, in order: q, k, v, and of Gated DeltaNet its gate, if it has one, a and b. None of an attention
+    that is to run as its module does: another one, or one with parts in it that are not its own, whose weights a kernel would misread."""
     if type(attn) is SoftmaxAttention:
-        return [attn.q_proj, attn.k_proj, attn.v_proj]
+        own = all(type(norm) in (nn.RMSNorm, nn.Identity) for norm in (attn.q_norm, attn.k_norm))
+        return [attn.q_proj, attn.k_proj, attn.v_proj] if own else []
     if type(attn) not in (GatedDeltaNetStudent, GatedDeltaNetPlainStudent):
+        return []
+    convolutions = (attn.q_conv1d, attn.k_conv1d, attn.v_conv1d) if attn.use_short_conv else ()
+    own = type(attn.o_norm) in (RMSNorm, FusedRMSNormGated, nn.Identity) and all(type(c) is ShortConvolution for c in convolutions)
+    if not own or attn.factored and not type(attn.k_proj) is type(attn.v_proj) is nn.Sequential:
         return []
     k, v = (attn.k_proj[0], attn.v_proj[0]) if attn.factored else (attn.k_proj, attn.v_proj)
     return [attn.q_proj, k, v, *([attn.g_proj] if attn.use_gate else []), attn.a_proj, attn.b_proj]
@@ -393,7 +401,7 @@ def decode_token(model, input_ids: torch.Tensor, position_ids: torch.Tensor, cac
     inner = model.model
     hidden = inner.embeddings(input_ids)
     angles = inner.position_embeddings(hidden, position_ids)
-    hidden, (cos, sin) = hidden[:, 0], (x[:, 0] for x in angles)
+    hidden, (cos, sin) = hidden[:, 0].clone(), (x[:, 0] for x in angles)  # which is written to, and not a hook's
     for block in inner.layers:
         if not serves(block):  # a copy, for its output is the hook's, and hidden is written to
             hidden = block(hidden[:, None].clone(), past_key_values=cache, use_cache=True, position_embeddings=angles)[:, 0].clone()

@@ -136,6 +136,8 @@ def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 @on_its_device
 def linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size):
+    if not torch.is_grad_enabled():  # or gradients would be computed for nothing
+        hidden, weight = hidden.detach(), weight.detach()
     fused = fuses(hidden)
     chunk_size = chunk_size or (CHUNK_SIZE_GPU if fused else CHUNK_SIZE)
     return _LinearLoss.apply(hidden, weight, fused_rows if fused else rows, scale, chunk_size)
@@ -167,6 +169,12 @@ def linear_cross_entropy(
     return linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size)
 
 
+def check_vocabularies(student_weight: torch.Tensor, teacher_weight: torch.Tensor) -> None:
+    """Raises ValueError if the output matrices [V, H] are of different vocabularies."""
+    if len(student_weight) != len(teacher_weight):
+        raise ValueError(f"student and teacher vocabularies differ: {len(student_weight)} and {len(teacher_weight)}")
+
+
 def _fused_kl(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """KL(teacher || student) of each row of logits, which their gradient is written over."""
     loss = torch.empty(len(logits), device=logits.device)
@@ -187,8 +195,7 @@ def forward_kl(
     student_hidden [N, H_s], teacher_hidden [N, H_t], student_weight [V, H_s], teacher_weight [V, H_t]. The gradient
     flows to the student's two tensors only. Raises ValueError if the vocabularies differ.
     """
-    if len(student_weight) != len(teacher_weight):
-        raise ValueError(f"student and teacher vocabularies differ: {len(student_weight)} and {len(teacher_weight)}")
+    check_vocabularies(student_weight, teacher_weight)
     teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
 
     def rows(start, stop, logits):
@@ -215,7 +222,9 @@ def token_kl(
     teacher_weight: torch.Tensor,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """KL(teacher || student) of each token, [N] in fp32, of the tensors that `forward_kl` takes. No gradient."""
+    """KL(teacher || student) of each token, [N] in fp32, of the tensors that `forward_kl` takes. No gradient. Raises ValueError if the
+    vocabularies differ."""
+    check_vocabularies(student_weight, teacher_weight)
     fused, kls = fuses(student_hidden), []
     chunk_size = chunk_size or (CHUNK_SIZE_GPU if fused else CHUNK_SIZE)
     for student, teacher in zip(student_hidden.split(chunk_size), teacher_hidden.split(chunk_size)):

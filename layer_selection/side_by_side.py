@@ -151,7 +151,7 @@ def order_after(rounds: list[dict[int, float]]) -> dict[int, int]:
 def settled(rounds: list[dict[int, list[float]]], top_k: int, window: int, correlation: float) -> bool:
     """Whether in the last `window` rounds, importance by layer on each sequence, the best `top_k` were the same ones, up to layers
     that the last round cannot tell apart, and each round's order of all layers had at least `correlation` with the next one's.
-    window 0: never."""
+    Of layers that halving stopped the order stays, so that behind it the choice decides. window 0: never."""
     if not window or len(rounds) < window:
         return False
     scores = [{layer: sum(values) / len(values) for layer, values in samples.items()} for samples in rounds]

@@ -40,13 +40,17 @@ def set_up_process() -> tuple[int, int]:
 
 def use_kernel_configs() -> None:
     """Lets FLA take the configurations of its kernels from `kernel_configs/`, where there are some for GPUs of this machine's
-    compute capability, instead of trying all of them for a minute or two. benchmarks/train_throughput.py --save_kernel_configs
+    compute capability, instead of trying all of them for a minute or two; not where they differ. benchmarks/train_throughput.py --save_kernel_configs
     writes them; what the user has set in FLA's own variables stays."""
     if not shutil.which("nvidia-smi") or {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & set(os.environ):
         return
-    done = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
-    capability = (done.stdout.splitlines() or [""])[0].strip().replace(".", "")
-    if done.returncode == 0 and (folder := KERNEL_CONFIGS / f"sm_{capability}").is_dir():
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except subprocess.SubprocessError:  # no driver, or a GPU that hangs
+        return
+    capabilities = {line.strip().replace(".", "") for line in done.stdout.splitlines()}
+    if len(capabilities) == 1 and (folder := KERNEL_CONFIGS / f"sm_{capabilities.pop()}").is_dir():
         # fuzzy: what was measured at one number of heads serves others; dtypes and switches must be the same.
         os.environ |= {"FLA_CACHE_MODE": "fuzzy", "FLA_CONFIG_DIR": str(folder)}
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel of the project compiles for NVIDIA GPUs from Ampere on, in the shared memory that the smallest has: no GPU is needed
+"""Every Triton kernel of the project compiles for NVIDIA's Ampere and Hopper, in the shared memory that the smallest has: no GPU is needed
 to see that, and the interpreter does not."""
 
 import pytest
@@ -77,9 +77,10 @@ def test_every_kernel_compiles(compiled, dtype):
         for size in (20, 128, 256):
             config = StudentConfig(hidden_size=20, num_attention_heads=3, num_key_value_heads=1, head_dim=size, num_hidden_layers=1,
                                    keep_full_attention_layers=[], student_name=name)  # fmt: skip
-            attn = get_student_attention_class(name)(config, 0)
+            options = {"conv_bias": True, "allow_neg_eigval": True} if name == "gdn_v7" else {}
+            attn = get_student_attention_class(name)(config, 0, **options)
             x, few = random(2, 3 * size).detach(), random(2, 3).detach()
             past = tuple(torch.empty(3, 2, 3 * size, attn.conv_size, dtype=dtype)) if attn.use_short_conv else None
-            decode_step.gated_delta_token(x, x, x, x if attn.use_gate else None, few, few, attn.to(dtype), torch.empty(2, 3, size, size), past,
-                                          *random(2, 2, size).detach())  # fmt: skip
+            gate, state, angles = x if attn.use_gate else None, torch.empty(2, 3, size, size), random(2, 2, size).detach()
+            decode_step.gated_delta_token(x, x, x, gate, few, few, attn.to(dtype), state, past, *angles)
     assert not [each.kernel.__name__ for each in compiled if not each.calls]

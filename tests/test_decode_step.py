@@ -13,7 +13,7 @@ from torch import nn
 from convert import load_teacher
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM, decode_step, get_student_attention_class
 from distill_model.cache import StaticCache
-from distill_model.decode_step import add_product, fused, gated_delta_token, joined, place_token, project, serves, swiglu_rows
+from distill_model.decode_step import add_product, fused, gated_delta_token, input_maps, joined, place_token, project, serves, swiglu_rows
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 GDN = [
@@ -378,6 +378,46 @@ def test_parts_that_are_not_plain(teachers, steps, name):
     model.model.register_forward_hook(lambda *_: None)
     check_tokens(model)
     assert len(steps) == 4 * 18
+
+
+class Half(nn.Module):
+    """Somebody's wrapper around a part, which shows its weight."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs) / 2
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "base" else getattr(super().__getattr__("base"), name)
+
+
+@pytest.mark.parametrize("name, part", [("gdn_v7", "q_norm"), ("gdn_v7", "o_norm"), ("gdn_v4", "o_norm"), ("gdn_v5", "k_proj")])
+def test_wrapped_parts_of_an_attention(teachers, steps, name, part):
+    """The kernels would read the weight and pass the wrapper by."""
+    model = trained(hybrid(teachers["qwen3"], name))
+    attn = next(block.attn for block in model.model.layers if hasattr(block.attn, part) and not isinstance(getattr(block.attn, part), nn.Identity))
+    before = check_tokens(model)
+    assert input_maps(attn)
+    setattr(attn, part, Half(getattr(attn, part)))
+    assert not input_maps(attn) and (check_tokens(model) - before).norm() > 1e-4 * before.norm() and len(steps) == 2 * 18
+
+
+def test_a_hook_of_the_embeddings_keeps_its_tensors(teachers):
+    model, seen = copy.deepcopy(teachers["llama"]), []
+    model.model.embeddings.register_forward_hook(lambda *args: seen.append((args[2], args[2].clone())))
+    check_tokens(model)
+    assert len(seen) > 18 and all(torch.equal(*pair) for pair in seen)
+
+
+def test_memory_of_several_processes_stays_where_it_is(teachers):
+    """Of which one trains while another decodes, say."""
+    model = copy.deepcopy(teachers["llama"]).share_memory()
+    places = [p.data_ptr() for p in model.parameters()]
+    check_tokens(model)
+    assert places == [p.data_ptr() for p in model.parameters()]
 
 
 def test_recorded_hidden_states_do_not_slow_what_follows(teachers, steps):

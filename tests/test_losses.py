@@ -105,6 +105,16 @@ def test_token_kl(chunk_size):
 def test_different_vocabularies_are_refused():
     with pytest.raises(ValueError, match="53 and 54"):
         forward_kl(torch.randn(3, 4), torch.randn(3, 4), torch.randn(53, 4), torch.randn(54, 4))
+    with pytest.raises(ValueError, match="53 and 54"):
+        token_kl(torch.randn(3, 4), torch.randn(3, 4), torch.randn(53, 4), torch.randn(54, 4))
+
+
+def test_without_gradients_none_are_computed(monkeypatch):
+    monkeypatch.setattr(losses, "accumulate", lambda *_: pytest.fail("a gradient"))
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(53, 4, requires_grad=True)
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, torch.arange(5)) > 0
+        assert forward_kl(hidden, hidden + 1, weight, weight) > 0
 
 
 def test_alignment_loss():

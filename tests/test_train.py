@@ -382,7 +382,7 @@ def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     for name in ("FLA_CACHE_MODE", "FLA_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
-    for gpu in ("1.0", ""):
+    for gpu in ("1.0", "", "9.0\n8.0"):
         monkeypatch.setenv("GPU", gpu)
         environment.use_kernel_configs()
         assert "FLA_CONFIG_DIR" not in os.environ
