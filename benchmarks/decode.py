@@ -7,7 +7,8 @@ Random weights of a published shape and random prompts, through `generate`, gree
 cache_implementation="static", on a GPU a CUDA graph a token; "FLA's loop" is the same hybrid with FLA's cache and kernels called one
 by one, as FLA's own models generate, at batch size 1. Prompts are read 4096 tokens at a time, by kernels that are compiled before the
 clock starts. Times of a token are medians over --new_tokens, after the first few, which compile and record; beside them stands what the
-model alone takes, a mean without waits between tokens. Printed and written are a table and what the ratios come to (decode.md, decode.json) and a plot (decode.png).
+model alone takes, a mean without waits between tokens. Printed and written are a table and what the ratios come to (decode.md,
+decode.json) and a plot (decode.png).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -55,10 +57,11 @@ class Clock(StoppingCriteria):
 def model_alone(model: StudentForCausalLM, cache: StaticCache, context: int, tokens: int) -> float:
     """Seconds a token of the graph, or where there is none of the layers, without what `generate` does between two: the first `tokens`
     behind `context` once more."""
+    token = partial(cache.run, model) if cache.graph is None else cache.graph.replay
     cache.last.fill_(context)
     begin = time.perf_counter()
     for _ in range(tokens):
-        cache.run(model) if cache.graph is None else cache.graph.replay()
+        token()
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - begin) / tokens

@@ -5,7 +5,7 @@
 For each seed, which orders the data: every layer's hybrid through all steps of STAGE2.yaml by itself, with the teacher's work done again and
 one measurement at the end; then select_layers.py's way, on the same batches. Prints and writes (cost.md, cost.json) the best layers of
 both, whether they are the same up to ties of the full runs, and the second's share of the first's FLOPs (matrix products, measurements
-included) and seconds. Run again, it does only what is missing.
+included) and seconds, which do not count the compiling of kernels. Run again, it does only what is missing.
 """
 
 from __future__ import annotations

@@ -211,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, help="default: <train.output_dir>_<method>")
     parser.add_argument("--rounds", type=int, default=20, help=f"{', '.join(TRAINED)}: measurements in a training run (%(default)s)")
     parser.add_argument("--window", type=int, default=3, help="rounds over which the choice must stand for training to end; 0: it goes to its end (%(default)s)")
-    parser.add_argument("--correlation", type=float, default=0.8, help="of the order of the layers from round to round in that window, at least (%(default)s); those that --halving stopped keep their places")
+    parser.add_argument("--correlation", type=float, default=0.8, help="of the order of the layers from round to round in that window, at least; those that "
+                        "--halving stopped keep their places (%(default)s)")  # fmt: skip
     parser.add_argument("--halving", action="store_true", help="the worse half of the layers ends after rounds 2, 4, 8 ...")
     parser.add_argument("--full_runs", action="store_true", help="each layer by train.py to its end, not side by side")
     parser.add_argument("--candidate", type=int, help=f"{', '.join(TRAINED)}: train this layer alone, and do not rank")

@@ -39,9 +39,9 @@ def set_up_process() -> tuple[int, int]:
 
 
 def use_kernel_configs() -> None:
-    """Lets FLA take the configurations of its kernels from `kernel_configs/`, where there are some for GPUs of this machine's
-    compute capability, instead of trying all of them for a minute or two; not where they differ. benchmarks/train_throughput.py --save_kernel_configs
-    writes them; what the user has set in FLA's own variables stays."""
+    """Lets FLA take the configurations of its kernels from `kernel_configs/`, where there are some for the compute capability that
+    all GPUs of this machine have, instead of trying all of them for a minute or two.
+    benchmarks/train_throughput.py --save_kernel_configs writes them; what the user has set in FLA's own variables stays."""
     if not shutil.which("nvidia-smi") or {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & set(os.environ):
         return
     try:

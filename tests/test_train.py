@@ -382,8 +382,15 @@ def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     for name in ("FLA_CACHE_MODE", "FLA_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
-    for gpu in ("1.0", "", "9.0\n8.0"):
+    for gpu in ("1.0", ""):
         monkeypatch.setenv("GPU", gpu)
+        environment.use_kernel_configs()
+        assert "FLA_CONFIG_DIR" not in os.environ
+    with monkeypatch.context() as patch:  # GPUs that differ, with configurations for either
+        for name in ("sm_80", "sm_90"):
+            (tmp_path / name).mkdir()
+        patch.setattr(environment, "KERNEL_CONFIGS", tmp_path)
+        patch.setenv("GPU", "9.0\n8.0")
         environment.use_kernel_configs()
         assert "FLA_CONFIG_DIR" not in os.environ
     monkeypatch.setenv("GPU", "9.0")
@@ -397,6 +404,30 @@ def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
     for file in folder.iterdir():
         for entry in json.loads(file.read_text())["autotune_entries"].values():
             assert {"kwargs", "num_warps", "num_stages", "num_ctas"} <= entry["config"].keys()
+
+
+def test_kernel_configs_are_not_given_to_others_of_their_name(monkeypatch):
+    """FLA looks for a kernel by its name, and then for tensors and sizes of the same number. DeltaNet's are called as Gated DeltaNet's, and
+    one of them is miscompiled for Hopper with the 4 warps that suit the other."""
+    from fla.ops.delta_rule import wy_fast as delta
+    from fla.ops.gated_delta_rule import wy_fast as gated_delta
+    from fla.ops.utils import cache
+
+    from pipeline.environment import KERNEL_CONFIGS
+
+    def key_of(kernel, dtype):
+        while not hasattr(kernel, "keys"):
+            kernel = kernel.fn
+        tensors = [name for name in kernel.arg_names[: kernel.arg_names.index("T")] if name not in ("cu_seqlens", "chunk_indices")]
+        return [False if name.startswith("IS_") else 64 for name in kernel.keys] + [dtype] * len(tensors)
+
+    monkeypatch.setattr(cache, "FLA_CACHE_MODE", cache.FlaCacheMode.FUZZY)
+    monkeypatch.setenv("FLA_CONFIG_DIR", str(KERNEL_CONFIGS / "sm_90"))
+    for name in ("prepare_wy_repr_bwd_kernel", "recompute_w_u_fwd_kernel"):
+        (entry,) = json.loads((KERNEL_CONFIGS / "sm_90" / f"{name}.json").read_text())["autotune_entries"].values()
+        ours, theirs = (key_of(getattr(module, name), "torch.bfloat16") for module in (gated_delta, delta))
+        assert len(ours) == len(entry["autotune_key"]) and cache.load_cached_config(name, cache.AutotuneKey(tuple(entry["autotune_key"])))
+        assert len(theirs) != len(ours) and cache.load_cached_config(name, cache.AutotuneKey(tuple(theirs))) is None
 
 
 @pytest.mark.slow
