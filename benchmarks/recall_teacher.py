@@ -186,7 +186,7 @@ def train(model, tokenizer, text, scale: Scale, max_steps: int, seed: int) -> li
     text_batches = shuffled(len(text), text_rows, generator)
     task_batches = iter(DataLoader(TaskRows(tokenizer, scale, seed), scale.task_rows,
                                    num_workers=8 if device.type == "cuda" else 1))
-    history, losses, cool_from, cool_to, step = [], [], round(max_steps * (1 - COOLDOWN)), max_steps, 0
+    history, losses, cool_from, cool_to, step = [], [], min(round(max_steps * (1 - COOLDOWN)), max_steps - 1), max_steps, 0
     with tqdm(total=max_steps, desc="teacher", unit="step") as bar:
         while step < cool_to:
             step += 1
