@@ -24,7 +24,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from transformers import StoppingCriteria
+from transformers import LogitsProcessor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -40,17 +40,24 @@ PREFILL, WARM = 4096, 4  # tokens read at a time; tokens whose times do not coun
 TEACHER, HYBRID, LOOP = "teacher", "hybrid", "hybrid, FLA's loop"
 
 
-class Clock(StoppingCriteria):
-    """When each token was there."""
+class Clock(LogitsProcessor):
+    """When it was called, and when the logits of each token were there. Nothing waits for it."""
 
     def __init__(self, device: torch.device):
         self.device, self.times = device, []
 
-    def __call__(self, input_ids, scores, **_):
+    def __call__(self, input_ids=None, scores=None):
+        on_gpu = self.device.type == "cuda"
+        self.times.append(torch.cuda.Event(enable_timing=True) if on_gpu else time.perf_counter())
+        if on_gpu:
+            self.times[-1].record()
+        return scores
+
+    def seconds(self) -> list[float]:
+        """From one time to the next."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            self.times[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in zip(self.times, self.times[1:])]
 
 
 @torch.no_grad()
@@ -79,13 +86,14 @@ def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: i
     options = dict(do_sample=False, pad_token_id=0, prefill_chunk_size=PREFILL, cache_implementation="static" if static else None)
     try:
         model.generate(ids[:, : 2 * PREFILL], max_new_tokens=2, **options)  # compiles the kernels that read a prompt
-        begin = time.perf_counter()
-        out = model.generate(ids, max_new_tokens=new_tokens, stopping_criteria=[clock], return_dict_in_generate=True, **options)
+        clock()
+        out = model.generate(ids, max_new_tokens=new_tokens, logits_processor=[clock], return_dict_in_generate=True, **options)
     except torch.OutOfMemoryError:
         return None
-    token = statistics.median(b - a for a, b in zip(clock.times[WARM:], clock.times[WARM + 1 :]))
+    reading, *tokens = clock.seconds()
+    token = statistics.median(tokens[WARM:])
     alone = model_alone(model, out.past_key_values, context, new_tokens - 1) * 1e3 if static else None
-    return {"prefill": context * batch_size / (clock.times[0] - begin), "decode": batch_size / token, "ms": token * 1e3, "alone": alone,
+    return {"prefill": context * batch_size / reading, "decode": batch_size / token, "ms": token * 1e3, "alone": alone,
             "cache": out.past_key_values.nbytes, "peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}  # fmt: skip
 
 

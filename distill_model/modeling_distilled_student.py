@@ -7,6 +7,7 @@ dicts with equal keys. With every layer kept the model *is* the teacher.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from fla.models.utils import Cache, FLAGenerationMixin  # noqa: E402
 from .attention import RotaryEmbedding, SoftmaxAttention  # noqa: E402
 from .cache import HybridCache, StaticCache  # noqa: E402
 from .config_distilled_student import StudentConfig  # noqa: E402
+from .decode_loop import sample, serves  # noqa: E402
 from .fused_ops import project_swiglu  # noqa: E402
 from .losses import forward_kl, linear_cross_entropy  # noqa: E402
 from .student_layers import (  # noqa: E402
@@ -230,6 +232,11 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **model_kwargs):
+        own = isinstance(model_kwargs.get("past_key_values"), StaticCache) and not synced_gpus and serves(generation_config, self.config)
+        loop = partial(sample, self) if own else partial(super()._sample, synced_gpus=synced_gpus)
+        return loop(input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs)
 
     def get_output_embeddings(self) -> LMHead:
         return self.lm_head

@@ -7,9 +7,11 @@ import pytest
 import torch
 from conftest import save_tokenizer
 from test_model import STUDENTS, hybrid, trained
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria, TextIteratorStreamer
+from transformers.generation import BaseStreamer
 
 from convert import load_teacher
+from distill_model import decode_loop, modeling_distilled_student
 from distill_model.cache import StaticCache, _tensors
 
 GROWING = {"path_v1", "path_fox_v1", "fox_v1"}  # softmax in another form
@@ -176,6 +178,70 @@ def test_a_static_cache_gives_the_same_text(models, name):
             out.append(generate(**options, cache_implementation=kind))
         assert torch.equal(out[0].sequences, out[1].sequences)
         assert out[0].past_key_values.get_seq_length() == out[1].past_key_values.get_seq_length()
+
+
+class Heard(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], 0
+
+    def put(self, tokens):
+        self.tokens += tokens.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+class Nines(StoppingCriteria):
+    """Ends a sequence that has three tokens below 9."""
+
+    def __call__(self, input_ids, scores, **_):
+        return (input_ids[:, -9:] < 9).sum(1) >= 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
+def test_its_loop_ends_where_transformers_does(models, monkeypatch, name, ahead):
+    """With tokens begun behind the last too: sequences that end one by one, one that ends at the greatest length, none that ends."""
+    model, (ids, mask) = models(name), padded(21, padding=4)
+    everything, lengths = {"attention_mask": mask, "pad_token_id": 0, "do_sample": False, "cache_implementation": "static"}, set()
+    for options in ({}, {"eos_token_id": list(range(1, 60, 2))}, {"eos_token_id": 7}, {"stopping_criteria": [Nines()]}):
+        text = model.generate(ids, max_new_tokens=14, **everything, **options)[:, 21:]
+        for most in sorted({1, 2, 14, text.shape[1], text.shape[1] + 1}):
+            wanted = {"max_new_tokens": most, **everything, **options}
+            with monkeypatch.context() as patch:
+                patch.setattr(modeling_distilled_student, "serves", lambda *_: False)
+                expected = model.generate(ids, **wanted)
+            with monkeypatch.context() as patch:
+                patch.setattr(decode_loop, "tokens_ahead", lambda *_: ahead)
+                assert torch.equal(model.generate(ids, **wanted), expected)
+            lengths.add(expected.shape[1] - 21)
+    assert lengths > {1, 2, 14} and len(lengths) > 3
+
+
+def test_its_loop_is_not_ahead_where_that_is_seen():
+    """Of a cache that somebody goes on with, and of a streamer."""
+    gpu = torch.device("cuda")
+    assert decode_loop.tokens_ahead(False, None, gpu) == 1
+    assert decode_loop.tokens_ahead(True, None, gpu) == decode_loop.tokens_ahead(False, Heard(), gpu) == 0
+
+
+@torch.no_grad()
+def test_its_loop_streams_and_leaves_a_cache_to_go_on_with(models, monkeypatch):
+    model, heard, (ids, _) = models("gdn_v7"), Heard(), padded(20, rows=1, padding=0)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": list(range(1, 60, 2))}
+    whole = model.generate(ids, max_new_tokens=12, streamer=heard, cache_implementation="static", **options)
+    assert heard.tokens == whole[0].tolist() and heard.ended == 1 and 21 < whole.shape[1] < 32
+    cache = StaticCache(model.config, 60)
+    first = model.generate(ids, past_key_values=cache, max_new_tokens=12, **options)
+    assert torch.equal(first, whole) and cache.get_seq_length() == whole.shape[1] - 1
+    longer = torch.cat((first, ids), 1)
+    options["eos_token_id"] = None
+    again = model.generate(longer, past_key_values=cache, max_new_tokens=5, return_dict_in_generate=True, **options)
+    assert torch.equal(again.sequences, model.generate(longer, max_new_tokens=5, **options)) and again.past_key_values is cache
+    monkeypatch.setattr(modeling_distilled_student, "sample", None)  # scores are transformers' to gather
+    scores = model.generate(ids, max_new_tokens=2, cache_implementation="static", return_dict_in_generate=True, output_scores=True, **options).scores
+    assert len(scores) == 2
 
 
 @torch.no_grad()

@@ -1,0 +1,77 @@
+"""The loop of `generate` behind a static cache. A token is begun before the host has seen the last one, which transformers' waits for:
+on a GPU whose steps are short that wait, and what the host does after it, would take as long as the model."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+
+def serves(generation_config, config) -> bool:
+    """Whether nothing is asked for but tokens and the cache."""
+    asked = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+    recorded = generation_config.return_dict_in_generate and any(getattr(generation_config, name) for name in asked)
+    return not (recorded or config.output_hidden_states or generation_config.is_assistant)
+
+
+def tokens_ahead(cache_is_kept: bool, streamer, device: torch.device) -> int:
+    """How many tokens may be begun behind one that may have been the last. They are dropped, but a state has taken them in for good; and
+    who streams waits for every token anyway."""
+    return 0 if cache_is_kept or streamer is not None or device.type != "cuda" else 1
+
+
+def note(flag: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A scalar on its way to the host, and what tells that it is there."""
+    if not flag.is_cuda:
+        return flag, None
+    there = torch.empty((), dtype=flag.dtype, pin_memory=True).copy_(flag, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(flag.device))
+    return there, event
+
+
+def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs):
+    """What `GenerationMixin._sample` does, greedy or by multinomial sampling, with the same arguments and results; behind the last token
+    a sampler may have drawn once more. past_key_values is a StaticCache."""
+    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    positions = model_kwargs.get("position_ids")
+    logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
+    positions = None if positions is None else positions[:, -1:].clone()
+    ids, unfinished = input_ids, torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    ends_early = any(not isinstance(criterion, MaxLengthCriteria) for criterion in stopping_criteria)
+    cache_is_kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    padded = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad, ahead = generation_config._pad_token_tensor, tokens_ahead(cache_is_kept, streamer, input_ids.device)
+    unseen: deque[tuple] = deque()  # lengths, and whether a sequence is unfinished there
+    while True:
+        scores = logits_processor(ids, logits.to(torch.float32, copy=True))
+        if generation_config.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+        else:
+            tokens = scores.argmax(-1)
+        if padded:
+            tokens = torch.where(unfinished, tokens, pad.to(tokens.device))
+        ids = torch.cat((ids, tokens[:, None]), -1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        last = stopping_criteria.max_length is not None and ids.shape[1] >= stopping_criteria.max_length
+        if ends_early:
+            unfinished = unfinished & ~stopping_criteria(ids, None)
+            unseen.append((ids.shape[1], *note(unfinished.any())))
+            while len(unseen) > (0 if last else ahead):
+                length, going_on, event = unseen.popleft()
+                if event is not None:
+                    event.synchronize()
+                if not going_on:
+                    ids, last = ids[:, :length], True
+                    break
+        if last:
+            break
+        positions = None if positions is None else positions + 1
+        logits = model(tokens[:, None], mask, positions, cache, use_cache=True).logits[:, -1]
+    if streamer is not None:
+        streamer.end()
+    return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache) if generation_config.return_dict_in_generate else ids
