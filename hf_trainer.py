@@ -90,6 +90,7 @@ class Guard(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         state.compute_steps(args, state.max_steps)  # a resumed state brings the intervals of the config that it was saved under
         self.trainer.finish_resuming()
+        norms_at_once(self.trainer.deepspeed.optimizer)
         self.last_save = time.monotonic()
         if self.stop is not None:
             self.stop.saving = True
@@ -114,6 +115,28 @@ class Guard(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         if self.stop is not None:
             self.stop.saving = False
+
+
+def norms_at_once(optimizer) -> None:
+    """Of DeepSpeed's ZeRO-1 and 2: takes the norms of all gradients by one call, and lets them tell whether all are finite, as they do
+    anyway. DeepSpeed asks each gradient before that, by fourteen kernels of a few elements, and then takes its norm by two more: in
+    stage 1 of a model of 1.5B parameters some 4,500 launches a step, for which a GPU waits."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.runtime.zero.utils import get_norm_dtype
+
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload or not optimizer.compute_grad_norm:
+        return
+    joined = optimizer.get_grad_norm_direct
+
+    def norm(gradients, params, norm_type=2):
+        gradients = [g for g in gradients if not getattr(g, "_zero_padding", False)]
+        if not gradients:
+            return joined(gradients, params, norm_type)
+        norms = torch.stack(torch._foreach_norm(gradients, norm_type, dtype=get_norm_dtype()))
+        return joined([norms], params[:1], norm_type)  # a norm of norms; and the sum over ranks
+
+    optimizer.get_grad_norm_direct = norm
+    optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 class StageTrainer(Trainer):

@@ -7,8 +7,9 @@ Random weights of a published shape and random prompts, through `generate`, gree
 cache_implementation="static", on a GPU a CUDA graph a token; "FLA's loop" is the same hybrid with FLA's cache and kernels called one
 by one, as FLA's own models generate, at batch size 1. Prompts are read 4096 tokens at a time, by kernels that are compiled before the
 clock starts. Times of a token are medians over --new_tokens, after the first few, which compile and record; beside them stands what the
-model alone takes, a mean without waits between tokens. Printed and written are a table and what the ratios come to (decode.md,
-decode.json) and a plot (decode.png).
+model alone takes, a mean without waits between tokens, and the bytes that a token cannot but move: weights, cache, and states twice.
+Their ratio is what a hybrid gains where both reach memory's rate. Printed and written are a table and what the ratios come to
+(decode.md, decode.json) and a plot (decode.png).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.train_throughput import published_config, random_model  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
-from distill_model.cache import StaticCache  # noqa: E402
+from distill_model.cache import HybridCache, StaticCache, _tensors  # noqa: E402
 from layer_selection.ranking import evenly_spaced  # noqa: E402
 
 PREFILL, WARM = 4096, 4  # tokens read at a time; tokens whose times do not count
@@ -74,6 +75,14 @@ def model_alone(model: StudentForCausalLM, cache: StaticCache, context: int, tok
     return (time.perf_counter() - begin) / tokens
 
 
+def bytes_a_token(model: StudentForCausalLM, cache: HybridCache) -> int:
+    """Those that a token cannot but move, of whatever batch: the weights and the cache, read once, and the states of linear layers,
+    written too."""
+    weights = {p for p in model.parameters() if p is not model.model.embeddings.weight} | {model.lm_head.weight}  # which may be tied
+    states = sum(x.nbytes for layer in cache.layers if "attn_state" not in layer.state for x in _tensors(layer.state))
+    return sum(p.nbytes for p in weights) + cache.nbytes + states
+
+
 def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: int, new_tokens: int) -> dict | None:
     """Tokens/s of reading and decoding, milliseconds a token, bytes of the cache and peak bytes; None where memory does not do."""
     device, clock = model.device, Clock(model.device)
@@ -92,23 +101,25 @@ def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: i
         return None
     reading, *tokens = clock.seconds()
     token = statistics.median(tokens[WARM:])
-    alone = model_alone(model, out.past_key_values, context, new_tokens - 1) * 1e3 if static else None
+    cache, peak = out.past_key_values, torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    alone = model_alone(model, cache, context, new_tokens - 1) * 1e3 if static else None
     return {"prefill": context * batch_size / reading, "decode": batch_size / token, "ms": token * 1e3, "alone": alone,
-            "cache": out.past_key_values.nbytes, "peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}  # fmt: skip
+            "cache": cache.nbytes, "bytes": bytes_a_token(model, cache), "peak": peak}  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| model | context | batch | prefill tokens/s | decode tokens/s | ms a token | ms without generate | cache MiB | peak GiB |",
-             "|:--|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    lines = ["| model | context | batch | prefill tokens/s | decode tokens/s | ms a token | ms without generate | GB a token | TB/s | cache MiB "
+             "| peak GiB |", "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     for row in rows:
         head = f"| {row['model']} | {row['context']:,} | {row['batch_size']} | "
         if "decode" not in row:
-            lines.append(head + "out of memory | | | | | |")
+            lines.append(head + "out of memory | | | | | | | |")
             continue
         peak = f"{row['peak'] / 2**30:.1f}" if row["peak"] else ""
         alone = f"{row['alone']:.2f}" if row["alone"] else ""
         speed = f"{row['prefill']:,.0f} | {row['decode']:,.1f} | {row['ms']:.2f} | {alone}"
-        lines.append(head + f"{speed} | {row['cache'] / 2**20:,.1f} | {peak} |")
+        moved = f"{row['bytes'] / 1e9:.2f} | {row['bytes'] / row['ms'] / 1e9:.2f}"
+        lines.append(head + f"{speed} | {moved} | {row['cache'] / 2**20:,.1f} | {peak} |")
     return "\n".join(lines)
 
 
@@ -120,7 +131,7 @@ def ratios(rows: list[dict]) -> list[str]:
         where, teacher, loop = f"context {context:,}, batch {batch_size}", *(found.get((m, context, batch_size)) for m in (TEACHER, LOOP))
         if model == HYBRID and teacher:
             lines.append(f"{where}: cache {row['cache'] / teacher['cache']:.1%} of the teacher's, {row['decode'] / teacher['decode']:.2f} "
-                         "times its tokens/s")  # fmt: skip
+                         f"times its tokens/s; the bytes of a token allow {teacher['bytes'] / row['bytes']:.2f}")  # fmt: skip
         if model == HYBRID and loop:
             lines.append(f"{where}: {row['decode'] / loop['decode']:.2f} times the tokens/s of FLA's loop")
     return lines

@@ -69,6 +69,7 @@ def test_every_kernel_compiles(compiled, dtype):
     losses.linear_cross_entropy(hidden, weight, torch.randint(53, (7,)))
     losses.forward_kl(hidden, hidden, weight, weight)
     decode_step.swiglu_rows(random(2, 70).detach(), random(2, 70).detach())
+    decode_step.norm_rows(random(2, 70).detach(), nn.RMSNorm(70, eps=1e-6))
     for size, norm in ((128, nn.RMSNorm(128, eps=1e-6)), (80, nn.Identity())):
         q, k = random(2, 3 * size).detach(), random(2, size).detach()
         places = torch.empty(2, 2, 5, 1, size, dtype=dtype)

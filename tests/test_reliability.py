@@ -193,6 +193,54 @@ sys.exit(75)
     assert [rank.wait(PATIENCE) for rank in ranks] == [75, 75]
 
 
+def test_norms_at_once_are_deepspeeds():
+    """On two ranks, clipped: the same weights to the bit and the same norms; a gradient that is not finite, on one rank and in one of
+    two groups, skips the step on both. And no gradient is looked at by itself."""
+    code = """
+import os, sys, torch
+os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2],
+               "DS_ACCELERATOR": "cpu"}
+import deepspeed
+import deepspeed.runtime.zero.stage_1_and_2 as zero
+from hf_trainer import norms_at_once
+rank, asked, ask = int(sys.argv[1]), [], zero.has_inf_or_nan
+zero.has_inf_or_nan = lambda x: asked.append(x) or ask(x)
+
+def trained(stage, bf16, at_once, bad):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 7), torch.nn.Linear(7, 3))
+    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[1:].parameters(), "lr": 0.01}]
+    config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}, "train_batch_size": 4, "gradient_accumulation_steps": 2,
+              "gradient_clipping": 0.5, "zero_allow_untested_optimizer": True}
+    engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups), config=config)[0]
+    if at_once:
+        norms_at_once(engine.optimizer)
+    asked.clear()
+    norms = []
+    for step in range(3):
+        for micro in range(2):
+            x = torch.randn(1, 5, generator=torch.Generator().manual_seed(10 * step + 3 * micro + rank)).to(torch.bfloat16 if bf16 else torch.float32)
+            loss = engine(x).float().square().sum() * 9
+            if bad and step == 1 and micro == 1 and rank == 1:
+                loss = loss + model[bad].weight.float().sum() * bad * float("inf" if bad == 1 else "nan")
+            engine.backward(loss)
+            engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+    return [p.detach().clone() for p in model.parameters()], norms, len(asked)
+
+for stage in (1, 2):
+    for bf16 in (False, True):
+        for bad in (0, 1, 2):
+            (theirs, norms, looks), (ours, our_norms, our_looks) = (trained(stage, bf16, x, bad) for x in (False, True))
+            assert all(map(torch.equal, theirs, ours)) and our_norms == norms, (stage, bf16, bad, norms, our_norms)
+            assert [norm < 1e9 for norm in norms] == [True, not bad, True] and norms[0] > 0.5, norms
+            assert not our_looks and (looks > 0) == bf16
+"""
+    port = free_port()
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(port)], cwd=ROOT, stdout=subprocess.DEVNULL) for rank in range(2)]
+    assert [rank.wait(PATIENCE) for rank in ranks] == [0, 0]
+
+
 def test_an_export_that_is_stopped_between_its_renames_leaves_the_one_before(tmp_path, monkeypatch):
     """Not only after a kill: an exception there, as of a signal, cleans up."""
     folder, replace = tmp_path / "converted-hf", os.replace

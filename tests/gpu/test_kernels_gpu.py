@@ -100,3 +100,4 @@ def test_kernels_of_a_decoded_token(dtype):
         test_decode_step.test_place_token(*case, dtype, device="cuda")
     for case in ((1, 7), (3, 1030), (16, 8960)):
         test_decode_step.test_swiglu_rows(*case, dtype, device="cuda")
+        test_decode_step.test_norm_rows(*case, dtype, device="cuda")
