@@ -79,7 +79,7 @@ def bytes_a_token(model: StudentForCausalLM, cache: HybridCache) -> int:
     """Those that a token cannot but move, of whatever batch: the weights and the cache, read once, and the states of linear layers,
     written too."""
     weights = {p for p in model.parameters() if p is not model.model.embeddings.weight} | {model.lm_head.weight}  # which may be tied
-    states = sum(x.nbytes for layer in cache.layers if "attn_state" not in layer.state for x in _tensors(layer.state))
+    states = sum(x.nbytes for layer in cache.layers if layer.state.get("attn_state") is None for x in _tensors(layer.state))
     return sum(p.nbytes for p in weights) + cache.nbytes + states
 
 
@@ -108,8 +108,8 @@ def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: i
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| model | context | batch | prefill tokens/s | decode tokens/s | ms a token | ms without generate | GB a token | TB/s | cache MiB "
-             "| peak GiB |", "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    lines = ["| model | context | batch | prefill tokens/s | decode tokens/s | ms a token | ms without generate | GB a token | TB/s | "
+             "cache MiB | peak GiB |", "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     for row in rows:
         head = f"| {row['model']} | {row['context']:,} | {row['batch_size']} | "
         if "decode" not in row:
