@@ -242,12 +242,14 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
 def check_models(cfg: Config) -> None:
     """Raises ValueError if teacher, student and initial checkpoint cannot go together. Reads configs, no weights."""
     from convert import load_teacher_config
-    from distill_model import StudentConfig, check_student
+    from distill_model import StudentConfig, check_calibration, check_student
 
     teacher = load_teacher_config(cfg.teacher_model.name)
     check_kept_layers(cfg, teacher.num_hidden_layers)
     check_student(cfg.student_model.name, cfg.student_model.options, teacher)
     if cfg.stage == 1:
+        if cfg.train.calibrate_init:
+            check_calibration(cfg.student_model.name)
         return
     key = f"train.student_init_ckpt: {cfg.train.student_init_ckpt}"
     if not (Path(cfg.train.student_init_ckpt) / "config.json").is_file():

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.training import stage_1, stage_2  # noqa: E402
 from convert import load_teacher  # noqa: E402
 from convert.export_native import native_export_refusal  # noqa: E402
-from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM  # noqa: E402
+from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate  # noqa: E402
 from layer_selection.ranking import budget, evenly_spaced  # noqa: E402
 from layer_selection.tasks import RECALL_TASKS, answer_accuracy  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, read_metadata  # noqa: E402
@@ -187,6 +187,8 @@ def main() -> None:
     names = [name.removesuffix(CALIBRATED) for name in args.students]
     if unknown := [name for name in names if name not in STUDENT_ATTENTION_MAP]:
         raise ValueError(f"--students: {unknown[0]} is unknown; choose of {', '.join(STUDENT_ATTENTION_MAP)}")
+    if fused := [name for name in args.students if name.endswith(CALIBRATED) and not can_calibrate(name.removesuffix(CALIBRATED))]:
+        raise ValueError(f"--students: {fused[0]}: its o_proj is fused with its norm; leave {CALIBRATED} out")
     try:
         index, count = map(int, args.shard.split("/"))
     except ValueError:

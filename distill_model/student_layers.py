@@ -793,6 +793,18 @@ def check_student(name: str, options: dict, config: StudentConfig) -> None:
                          "choose another student")  # fmt: skip
 
 
+def can_calibrate(name: str) -> bool:
+    """Whether `train.calibrate_init` can fit a student: not where its norm's kernel reads o_proj's weight, so that nobody
+    sees what o_proj gets. Raises ValueError for unknown names."""
+    return "o_proj" not in get_student_attention_class(name).func.OPENED
+
+
+def check_calibration(name: str) -> None:
+    """Raises ValueError, of one line, if a student's start cannot be calibrated: see `can_calibrate`."""
+    if not can_calibrate(name):
+        raise ValueError(f"train.calibrate_init: {name} fuses o_proj with its norm; set it to 0")
+
+
 def is_student_attention(module: nn.Module) -> bool:
     """Whether a module is one of the linear attentions of this file."""
     return isinstance(module, StudentAttention)

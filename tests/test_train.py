@@ -625,6 +625,15 @@ def test_the_script_exits_non_zero_with_one_line(tmp_path, teacher_dir, data_dir
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["gsa_v1", "hgrn2_v1"])
+def test_a_start_that_cannot_be_calibrated_is_refused_at_the_door(tmp_path, teacher_dir, name):
+    """By the name alone: the data and the weights are not there."""
+    file = write_config(tmp_path, 1, teacher_dir, "no data", calibrate_init=2)
+    with pytest.raises(ValueError, match=f"^train.calibrate_init: {name} fuses o_proj with its norm; set it to 0$"):
+        train.check_models(load_config(file, [f"student_model.name={name}"]))
+    train.check_models(load_config(file, [f"student_model.name={name}", "train.calibrate_init=0"]))
+
+
 def test_another_tokenizer_and_an_unsupported_teacher(tmp_path, monkeypatch, teacher_dir, data_dir):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     random_teacher(tmp_path / "teacher", "qwen3")
