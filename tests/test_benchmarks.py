@@ -38,8 +38,19 @@ def test_recall_teacher_is_a_plain_checkpoint_with_its_history(recall_dir, capsy
     assert (recall_dir / "teacher.png").stat().st_size > 10_000
     model = AutoModelForCausalLM.from_pretrained(recall_dir / "teacher")
     assert type(model).__name__ == "Qwen3ForCausalLM" and model.num_parameters() == result["parameters"]
-    recall_teacher.main(["--output_dir", str(recall_dir), "--tiny"])
+    with pytest.raises(SystemExit, match="--max_steps: too few, held-out recall is"):  # as the first time
+        recall_teacher.main(["--output_dir", str(recall_dir), "--tiny"])
     assert "is there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "was begun with tiny True, not False; name another"),
+    (["--tiny", "--seed", "1"], "was begun with seed 0, not 1; name another"),
+    (["--tiny", "--text", str(ROOT / "docs")], f"was begun with text None, not '{ROOT / 'docs'}'; name another"),
+])  # fmt: skip
+def test_a_folder_belongs_to_one_recall_teacher(recall_dir, options, message):
+    with pytest.raises(ValueError, match=f"--output_dir: .* {message}"):
+        recall_teacher.main(["--output_dir", str(recall_dir), *options])
 
 
 def test_task_rows_are_fresh_and_mark_answers_alone(recall_dir):
