@@ -55,11 +55,13 @@ logging.getLogger("fla.layers.mamba2").setLevel(logging.ERROR)  # of missing CUD
 
 @dataclass
 class InitReport:
-    """Where each tensor of a student attention came from, and which of the teacher's were left behind (by name)."""
+    """Where each tensor of a student attention came from, and which of the teacher's were left behind (by name). Those that were then
+    fitted to batches are in `calibrated` alone."""
 
     copied: list[str] = field(default_factory=list)
     transformed: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
+    calibrated: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
 
 

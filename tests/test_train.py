@@ -350,6 +350,20 @@ def test_every_student_goes_through_both_stages(tmp_path, teacher_dir, data_dir,
     assert torch.equal(tokens, model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False))
 
 
+@pytest.mark.parametrize("name", ["gdn_v4", "gdn_v8", "kda_v1", "mamba2_v1", "swa_v1"])
+def test_the_report_has_what_calibration_changed(tmp_path, teacher_dir, data_dir, name):
+    file = write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=2, micro_batch_size=2)
+    model = train.build_student_for_stage1(load_config(file, [f"student_model.name={name}", "student_model.options={}"]), torch.float32)
+    students = [block.attn.student_attn for block in model.model.layers]
+    before = [{n: p.detach().clone() for n, p in student.named_parameters()} for student in students]
+    train.calibrate_students(model, open_chunks(data_dir, LENGTH), 2, 2)
+    for layer, student in enumerate(students):
+        report, changed = model.init_report[layer], {n for n, p in student.named_parameters() if not torch.equal(p, before[layer][n])}
+        assert changed and set(report["calibrated"]) == changed
+        tensors = [n for kind in ("copied", "transformed", "fresh", "calibrated") for n in report[kind]]
+        assert sorted(tensors) == sorted(before[layer])
+
+
 def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir):
     cfg = load_config(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=4, micro_batch_size=2))
     said = []
