@@ -93,6 +93,10 @@ def test_comparison_is_resumable(recall_dir, tmp_path, monkeypatch, capsys):
     (["--students", "swa_v1", "gsa_v1+calibrated"], "--students: gsa_v1.calibrated: its o_proj is fused with its norm; leave .calibrated out"),
     (["--shard", "2/2"], "--shard: 2/2 must be one of 0/2 to 1/2"),
     (["--shard", "half"], "--shard: half must look like 0/4"),
+    (["--stage1_steps", "-4"], "--stage1_steps: -4 must be at least 1"),
+    (["--batch_size", "0"], "--batch_size: 0 must be at least 1"),
+    (["--ratio", "7"], "--ratio: 7.0 of 4 layers keeps 28"),
+    (["--teacher", "nowhere"], "'nowhere' is neither a folder"),
 ])  # fmt: skip
 def test_bad_input(recall_dir, tmp_path, monkeypatch, options, message):
     with pytest.raises(ValueError, match=message):
