@@ -114,7 +114,7 @@ def train_stage(
         if rank == 0:
             step = step_of(resume) if resume else 0
             record_run(cfg, ROOT, step, world_size=plan.world_size, device=device, tokens=plan.tokens)
-            if cfg.stage == 1:
+            if cfg.stage == 1 and not resume:  # a run that goes on has not calibrated again
                 write_whole(output / INIT_REPORT, json.dumps(trainer.model.init_report, indent=1))
             if resume:
                 say(f"going on from {resume}")
@@ -242,12 +242,14 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
 def check_models(cfg: Config) -> None:
     """Raises ValueError if teacher, student and initial checkpoint cannot go together. Reads configs, no weights."""
     from convert import load_teacher_config
-    from distill_model import StudentConfig, check_student
+    from distill_model import StudentConfig, check_calibration, check_student
 
     teacher = load_teacher_config(cfg.teacher_model.name)
     check_kept_layers(cfg, teacher.num_hidden_layers)
     check_student(cfg.student_model.name, cfg.student_model.options, teacher)
     if cfg.stage == 1:
+        if cfg.train.calibrate_init:
+            check_calibration(cfg.student_model.name)
         return
     key = f"train.student_init_ckpt: {cfg.train.student_init_ckpt}"
     if not (Path(cfg.train.student_init_ckpt) / "config.json").is_file():
@@ -291,7 +293,8 @@ def build_student_for_stage1(cfg: Config, dtype, say=print):
 
 
 def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, say=print) -> None:
-    """Fits decay and output projections of the students to the first training chunks, the same on every rank."""
+    """Fits decay and output projections of the students to the first training chunks, the same on every rank, and says so in
+    `model.init_report`."""
     import torch
 
     from wrapper import calibrate
@@ -301,6 +304,13 @@ def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, say
     with torch.no_grad():
         before = model(ids[:batch_size])["loss"].item()
         calibrate(model, ids.split(batch_size))
+        for layer, block in enumerate(model.model.layers):
+            student, report = block.attn.student_attn, model.init_report[layer]
+            fitted = [student.o_proj.weight, *([student.dt_bias] if student.fits_decay else []),
+                      *([student.g_proj.weight] if student.fits_gate else [])]  # fmt: skip
+            report["calibrated"] = [name for name, p in student.named_parameters() if any(p is q for q in fitted)]
+            for kind in ("copied", "transformed", "fresh"):
+                report[kind] = [name for name in report[kind] if name not in report["calibrated"]]
         say(f"calibrated on {ids.numel():,} tokens: loss {before:.4g} -> {model(ids[:batch_size])['loss'].item():.4g}")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from distill_model import StudentForCausalLM
+from distill_model import StudentForCausalLM, check_calibration
 from distill_model.attention import SoftmaxAttention
 from distill_model.fused_ops import scaled
 from distill_model.losses import alignment_loss
@@ -123,6 +123,7 @@ def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge
 
     Raises ValueError for students whose o_proj is fused with their norm, so that nobody sees what it gets.
     """
+    check_calibration(model.config.student_name)
     wrappers, heads = [block.attn for block in model.model.layers], model.config.num_attention_heads
     distances, inputs, moments, gates = {}, {}, {}, {}
 
@@ -134,8 +135,6 @@ def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge
 
     def add_moments(wrapper, args, output):
         o_proj = wrapper.student_attn.o_proj
-        if o_proj not in inputs:
-            raise ValueError(f"train.calibrate_init: {model.config.student_name} fuses o_proj with its norm; set it to 0")
         x, y = (t.flatten(0, -2).double() for t in (inputs.pop(o_proj), output[0]))
         if o_proj.bias is not None:
             y = y - o_proj.bias

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.training import stage_1, stage_2  # noqa: E402
 from convert import load_teacher  # noqa: E402
 from convert.export_native import native_export_refusal  # noqa: E402
-from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM  # noqa: E402
+from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate  # noqa: E402
 from layer_selection.ranking import budget, evenly_spaced  # noqa: E402
 from layer_selection.tasks import RECALL_TASKS, answer_accuracy  # noqa: E402
 from pipeline.data import load_tokenizer, open_chunks, read_metadata  # noqa: E402
@@ -187,6 +187,11 @@ def main() -> None:
     names = [name.removesuffix(CALIBRATED) for name in args.students]
     if unknown := [name for name in names if name not in STUDENT_ATTENTION_MAP]:
         raise ValueError(f"--students: {unknown[0]} is unknown; choose of {', '.join(STUDENT_ATTENTION_MAP)}")
+    if fused := [name for name in args.students if name.endswith(CALIBRATED) and not can_calibrate(name.removesuffix(CALIBRATED))]:
+        raise ValueError(f"--students: {fused[0]}: its o_proj is fused with its norm; leave {CALIBRATED} out")
+    for name in ("seeds", "stage1_steps", "stage2_steps", "batch_size", "eval_chunks", "num_words"):
+        if (value := getattr(args, name)) < 1:
+            raise ValueError(f"--{name}: {value} must be at least 1")
     try:
         index, count = map(int, args.shard.split("/"))
     except ValueError:
@@ -197,16 +202,16 @@ def main() -> None:
     disable_progress_bar()  # transformers' own, a line for every file read
     settings = {k: v for k, v in sorted(vars(args).items()) if k not in ("output_dir", "students", "seeds", "shard")}
     folder, kept_settings = args.output_dir / "runs", args.output_dir / "settings.json"
-    folder.mkdir(parents=True, exist_ok=True)
     if kept_settings.is_file() and (found := json.loads(kept_settings.read_text())) != settings:
         name = next(k for k in settings if settings[k] != found.get(k))
         raise ValueError(f"--output_dir: {args.output_dir} holds runs with {name} {found.get(name)!r}, not {settings[name]!r}; "
                          "name another")  # fmt: skip
-    kept_settings.write_text(json.dumps(settings, indent=1) + "\n")
     mine = [(name, seed) for name in args.students[index::count] for seed in range(args.seeds)]
     todo = [(name, seed) for name, seed in mine if not (folder / f"{name}-seed{seed}.json").is_file()]
+    bench = Bench(args) if todo else None  # before the folder is bound to settings that may be wrong
+    folder.mkdir(parents=True, exist_ok=True)
+    kept_settings.write_text(json.dumps(settings, indent=1) + "\n")
     if todo:
-        bench = Bench(args)
         for name, seed in tqdm(todo, desc="runs", unit="run"):
             figures = bench.run(name, seed)
             partial = folder / f".{name}-seed{seed}.partial"

@@ -10,7 +10,8 @@ learning rate until 95 % of every task's held-out questions are answered (or for
 down with all words counting. The exit code is 1 if held-out recall ends below 90 %.
 
 Written are tokenizer/, data/chunked_context<N> for the stages, teacher/ (a plain Hugging Face checkpoint), teacher.json and
-teacher.png, the way there. Run again, it does only what is missing.
+teacher.png, the way there. Run again, it does only what is missing, with the exit code of the first time; a folder belongs to
+one size, text and seed (settings.json).
 """
 
 from __future__ import annotations
@@ -239,6 +240,12 @@ def plot(history: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
+def demand(recall: float) -> None:
+    """Ends the program if a teacher's held-out recall is too low to compare students on."""
+    if recall < DEMANDED:
+        sys.exit(f"--max_steps: too few, held-out recall is {recall:.1%}, not {DEMANDED:.0%}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -252,9 +259,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.max_steps is not None and args.max_steps < 1:
         raise ValueError(f"--max_steps: {args.max_steps} must be at least 1")
     out, scale = args.output_dir, TINY if args.tiny else FULL
+    settings = {"tiny": args.tiny, "text": args.text and str(args.text.resolve()), "seed": args.seed}
+    kept_settings = out / "settings.json"
+    if kept_settings.is_file() and (found := json.loads(kept_settings.read_text())) != settings:
+        name = next(k for k in settings if settings[k] != found.get(k))
+        raise ValueError(f"--output_dir: {out} was begun with {name} {found.get(name)!r}, not {settings[name]!r}; name another")
     if (out / "teacher").is_dir():
         print(f"{out}/teacher: is there already")
+        demand(json.loads((out / "teacher.json").read_text())["associative_recall"])
         return
+    out.mkdir(parents=True, exist_ok=True)
+    kept_settings.write_text(json.dumps(settings) + "\n")
 
     disable_progress_bar()  # transformers' own, a line for every file written
     begin = time.monotonic()
@@ -295,8 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Teacher: {accuracies}; held-out loss on text {result['heldout_loss']:.3f}, unigram entropy "
           f"{result['unigram_entropy']:.3f}; {last['step']} steps, {tokens / seconds:,.0f} tokens/s; "
           f"the whole {time.monotonic() - begin:.0f} s")  # fmt: skip
-    if last["associative_recall"] < DEMANDED:
-        sys.exit(f"--max_steps: too few, held-out recall is {last['associative_recall']:.1%}, not {DEMANDED:.0%}")
+    demand(last["associative_recall"])
 
 
 if __name__ == "__main__":

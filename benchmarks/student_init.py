@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.training import stage_1  # noqa: E402
 from convert import load_teacher  # noqa: E402
 from convert.loader import KEY  # noqa: E402
-from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM  # noqa: E402
+from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate, check_calibration  # noqa: E402
 from pipeline.data import open_chunks, read_metadata  # noqa: E402
 from quickstart.report import alignment, mean_loss  # noqa: E402
 from quickstart.train_teacher import token_ids  # noqa: E402
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="a trained teacher")
     parser.add_argument("--data", help="chunks with a held-out part, of preprocess_chunk.py")
     parser.add_argument("--random", action="store_true", help="a random teacher on random tokens instead")
-    parser.add_argument("--students", nargs="+", default=sorted(STUDENT_ATTENTION_MAP), choices=sorted(STUDENT_ATTENTION_MAP))
+    parser.add_argument("--students", nargs="+", choices=sorted(STUDENT_ATTENTION_MAP), help="default: all, with --calibrate those that it fits")
     parser.add_argument("--steps", nargs="*", type=int, default=[50, 500], help="steps of stage 1 to measure after")
     parser.add_argument("--layer", type=int, default=0, help="the layer that is replaced alone")
     parser.add_argument("--calibrate", type=int, default=0, help="batches of a calibrated start, as train.calibrate_init")
@@ -73,6 +73,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.random == bool(args.teacher and args.data):
         parser.error("give --teacher and --data, or --random")
+    if args.calibrate:
+        for name in args.students or ():
+            check_calibration(name)
+    students = args.students or [name for name in sorted(STUDENT_ATTENTION_MAP) if not args.calibrate or can_calibrate(name)]
 
     device, last = torch.device("cuda" if torch.cuda.is_available() else "cpu"), max(args.steps, default=0)
     generator = torch.Generator().manual_seed(args.seed)
@@ -86,6 +90,8 @@ def main() -> None:
         rows = torch.randint(0, len(chunks.train), (last + args.calibrate, BATCH_SIZE), generator=generator).tolist()
         batches = [token_ids(chunks.train, row).to(device) for row in rows]
     layers = range(teacher.config.num_hidden_layers)
+    if args.layer not in layers:
+        raise ValueError(f"--layer: {args.layer} must be one of the teacher's, 0 to {layers[-1]}")
 
     def perplexity(loss: float) -> str:
         return "" if args.random else f"{math.exp(loss):.1f}"
@@ -94,7 +100,7 @@ def main() -> None:
     print(f"teacher: perplexity {perplexity(mean_loss(teacher, heldout))}; without attention {perplexity(bound)}")
     print("| student | steps | error | perplexity | one layer: error | one layer: perplexity |\n|:--|--:|--:|--:|--:|--:|")
     exploded = []
-    for name in tqdm(args.students, desc="students", unit="student"):
+    for name in tqdm(students, desc="students", unit="student"):
         torch.manual_seed(args.seed)
         student = StudentForCausalLM.from_teacher(teacher, name)[0].to(device)
         for step in stage_1(teacher, student, batches[:last], last, LEARNING_RATE, {0, *args.steps}, batches[last:]):
@@ -114,4 +120,4 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        sys.exit(f"student_init.py: error: {str(error).replace(KEY, '--teacher')}")
+        sys.exit(f"student_init.py: error: {str(error).replace(KEY, '--teacher').replace('train.calibrate_init', '--calibrate')}")

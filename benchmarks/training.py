@@ -20,7 +20,7 @@ def optimizer(groups: list[tuple[list[torch.nn.Parameter], float]], steps: int) 
     """For (parameters, learning rate), with warm-up and cosine."""
 
     def factor(i):
-        return min((i + 1) / WARMUP, FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(1, i / steps))) / 2)
+        return min((i + 1) / WARMUP, FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(1, i / max(1, steps)))) / 2)
 
     groups = [{"params": params, "lr": rate, "weight_decay": 0.0} for params, rate in groups]
     return MasterAdamW(groups, BETAS, CLIP, lambda adamw: torch.optim.lr_scheduler.LambdaLR(adamw, factor))

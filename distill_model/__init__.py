@@ -11,7 +11,7 @@ from .modeling_distilled_student import (
     forward_kl,
     get_student_attention_class,
 )
-from .student_layers import InitReport, check_student, is_student_attention
+from .student_layers import InitReport, can_calibrate, check_calibration, check_student, is_student_attention
 
 AutoConfig.register(StudentConfig.model_type, StudentConfig)
 AutoModelForCausalLM.register(StudentConfig, StudentForCausalLM)
@@ -23,6 +23,8 @@ __all__ = [
     "StudentConfig",
     "StudentForCausalLM",
     "StudentModel",
+    "can_calibrate",
+    "check_calibration",
     "check_student",
     "forward_kl",
     "get_student_attention_class",

@@ -55,11 +55,13 @@ logging.getLogger("fla.layers.mamba2").setLevel(logging.ERROR)  # of missing CUD
 
 @dataclass
 class InitReport:
-    """Where each tensor of a student attention came from, and which of the teacher's were left behind (by name)."""
+    """Where each tensor of a student attention came from, and which of the teacher's were left behind (by name). Those that were then
+    fitted to batches are in `calibrated` alone."""
 
     copied: list[str] = field(default_factory=list)
     transformed: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
+    calibrated: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
 
 
@@ -791,6 +793,18 @@ def check_student(name: str, options: dict, config: StudentConfig) -> None:
         sizes = f"{sizes[0]} to {sizes[-1]}" if isinstance(sizes, range) else ", ".join(map(str, sizes))
         raise ValueError(f"student_model.name: {name} takes heads of size {sizes}, the teacher's have {config.head_dim}; "
                          "choose another student")  # fmt: skip
+
+
+def can_calibrate(name: str) -> bool:
+    """Whether `train.calibrate_init` can fit a student: not where its norm's kernel reads o_proj's weight, so that nobody
+    sees what o_proj gets. Raises ValueError for unknown names."""
+    return "o_proj" not in get_student_attention_class(name).func.OPENED
+
+
+def check_calibration(name: str) -> None:
+    """Raises ValueError, of one line, if a student's start cannot be calibrated: see `can_calibrate`."""
+    if not can_calibrate(name):
+        raise ValueError(f"train.calibrate_init: {name} fuses o_proj with its norm; set it to 0")
 
 
 def is_student_attention(module: nn.Module) -> bool:

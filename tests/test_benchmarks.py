@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import compare_students, decode, recall_teacher, train_throughput
-from distill_model import StudentConfig, StudentForCausalLM
+from benchmarks import compare_students, decode, recall_teacher, student_init, train_throughput
+from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
 from wrapper import AttentionAlignmentModel
 
 ROOT = Path(__file__).parents[1]
@@ -36,8 +38,19 @@ def test_recall_teacher_is_a_plain_checkpoint_with_its_history(recall_dir, capsy
     assert (recall_dir / "teacher.png").stat().st_size > 10_000
     model = AutoModelForCausalLM.from_pretrained(recall_dir / "teacher")
     assert type(model).__name__ == "Qwen3ForCausalLM" and model.num_parameters() == result["parameters"]
-    recall_teacher.main(["--output_dir", str(recall_dir), "--tiny"])
+    with pytest.raises(SystemExit, match="--max_steps: too few, held-out recall is"):  # as the first time
+        recall_teacher.main(["--output_dir", str(recall_dir), "--tiny"])
     assert "is there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "was begun with tiny True, not False; name another"),
+    (["--tiny", "--seed", "1"], "was begun with seed 0, not 1; name another"),
+    (["--tiny", "--text", str(ROOT / "docs")], f"was begun with text None, not '{ROOT / 'docs'}'; name another"),
+])  # fmt: skip
+def test_a_folder_belongs_to_one_recall_teacher(recall_dir, options, message):
+    with pytest.raises(ValueError, match=f"--output_dir: .* {message}"):
+        recall_teacher.main(["--output_dir", str(recall_dir), *options])
 
 
 def test_task_rows_are_fresh_and_mark_answers_alone(recall_dir):
@@ -77,8 +90,13 @@ def test_comparison_is_resumable(recall_dir, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("options, message", [
     (["--students", "gdn_v99"], "--students: gdn_v99 is unknown"),
+    (["--students", "swa_v1", "gsa_v1+calibrated"], "--students: gsa_v1.calibrated: its o_proj is fused with its norm; leave .calibrated out"),
     (["--shard", "2/2"], "--shard: 2/2 must be one of 0/2 to 1/2"),
     (["--shard", "half"], "--shard: half must look like 0/4"),
+    (["--stage1_steps", "-4"], "--stage1_steps: -4 must be at least 1"),
+    (["--batch_size", "0"], "--batch_size: 0 must be at least 1"),
+    (["--ratio", "7"], "--ratio: 7.0 of 4 layers keeps 28"),
+    (["--teacher", "nowhere"], "'nowhere' is neither a folder"),
 ])  # fmt: skip
 def test_bad_input(recall_dir, tmp_path, monkeypatch, options, message):
     with pytest.raises(ValueError, match=message):
@@ -97,6 +115,43 @@ def test_students_whose_range_touches_the_best_are_ties():
     rows = compare_students.table(runs, 2).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| `a` *", "| `c`", "| `b` *"]
     assert "1.100 ± 0.100" in rows[0] and [row.endswith("| yes |") for row in rows] == [True, False, False]
+
+
+def test_the_readme_has_the_table_of_the_stored_runs():
+    runs = json.loads((ROOT / "docs" / "students.json").read_text())["runs"]
+    assert compare_students.table(runs, 200) in (ROOT / "README.md").read_text()
+
+
+def init_rows(monkeypatch, capsys, *options):
+    """The rows of the table, cells a row, and the first lines before it."""
+    monkeypatch.setattr(sys, "argv", ["student_init.py", *map(str, options)])
+    student_init.main()
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \w+_v\d", line)], lines
+
+
+def test_student_init_measures_every_start(recall_dir, monkeypatch, capsys):
+    data = ["--teacher", recall_dir / "teacher", "--data", recall_dir / "data" / "chunked_context128", "--chunks", 2]
+    monkeypatch.setattr(student_init, "without_attention", lambda *_: math.inf)  # of a teacher that has learnt nothing
+    rows, lines = init_rows(monkeypatch, capsys, *data, "--students", "gdn_v7", "swa_v1", "--steps", 2)
+    assert [row[:2] for row in rows] == [["gdn_v7", "0"], ["gdn_v7", "2"], ["swa_v1", "0"], ["swa_v1", "2"]]
+    assert lines[0].startswith("teacher: perplexity ") and rows[2][2] == rows[2][4] == "0.000"  # its window sees all
+    assert f"perplexity {rows[2][3]};" in lines[0] and 0 < float(rows[1][2]) < float(rows[0][2])
+    calibrated, _ = init_rows(monkeypatch, capsys, *data, "--calibrate", 1, "--steps")  # all that it fits
+    assert {row[0] for row in calibrated} == set(STUDENT_ATTENTION_MAP) - {"gsa_v1", "hgrn2_v1"}
+    assert float(dict((row[0], row[2]) for row in calibrated)["gdn_v7"]) < float(rows[0][2])
+    with pytest.raises(ValueError, match="--layer: 4 must be one of the teacher's, 0 to 3"):
+        init_rows(monkeypatch, capsys, *data, "--layer", 4)
+    monkeypatch.setattr(student_init, "load_teacher", None)  # refused before it is read
+    with pytest.raises(ValueError, match="calibrate_init: gsa_v1 fuses o_proj with its norm"):
+        init_rows(monkeypatch, capsys, *data, "--calibrate", 1, "--students", "gdn_v4", "gsa_v1")
+
+
+def test_a_start_that_explodes_fails(recall_dir, monkeypatch, capsys):
+    monkeypatch.setattr(student_init, "without_attention", lambda *_: 0.0)
+    with pytest.raises(SystemExit, match="worse than no attention at the start: swa_v1"):
+        init_rows(monkeypatch, capsys, "--teacher", recall_dir / "teacher", "--data", recall_dir / "data" / "chunked_context128",
+                  "--chunks", 2, "--students", "swa_v1", "--steps")  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -350,6 +350,20 @@ def test_every_student_goes_through_both_stages(tmp_path, teacher_dir, data_dir,
     assert torch.equal(tokens, model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False))
 
 
+@pytest.mark.parametrize("name", ["gdn_v4", "gdn_v8", "kda_v1", "mamba2_v1", "swa_v1"])
+def test_the_report_has_what_calibration_changed(tmp_path, teacher_dir, data_dir, name):
+    file = write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=2, micro_batch_size=2)
+    model = train.build_student_for_stage1(load_config(file, [f"student_model.name={name}", "student_model.options={}"]), torch.float32)
+    students = [block.attn.student_attn for block in model.model.layers]
+    before = [{n: p.detach().clone() for n, p in student.named_parameters()} for student in students]
+    train.calibrate_students(model, open_chunks(data_dir, LENGTH), 2, 2)
+    for layer, student in enumerate(students):
+        report, changed = model.init_report[layer], {n for n, p in student.named_parameters() if not torch.equal(p, before[layer][n])}
+        assert changed and set(report["calibrated"]) == changed
+        tensors = [n for kind in ("copied", "transformed", "fresh", "calibrated") for n in report[kind]]
+        assert sorted(tensors) == sorted(before[layer])
+
+
 def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir):
     cfg = load_config(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=4, micro_batch_size=2))
     said = []
@@ -623,6 +637,15 @@ def test_the_script_exits_non_zero_with_one_line(tmp_path, teacher_dir, data_dir
     done = subprocess.run([sys.executable, "train.py", "--cfg", file, "stage=4"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.strip().splitlines()[-1].startswith("train.py: error:")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["gsa_v1", "hgrn2_v1"])
+def test_a_start_that_cannot_be_calibrated_is_refused_at_the_door(tmp_path, teacher_dir, name):
+    """By the name alone: the data and the weights are not there."""
+    file = write_config(tmp_path, 1, teacher_dir, "no data", calibrate_init=2)
+    with pytest.raises(ValueError, match=f"^train.calibrate_init: {name} fuses o_proj with its norm; set it to 0$"):
+        train.check_models(load_config(file, [f"student_model.name={name}"]))
+    train.check_models(load_config(file, [f"student_model.name={name}", "train.calibrate_init=0"]))
 
 
 def test_another_tokenizer_and_an_unsupported_teacher(tmp_path, monkeypatch, teacher_dir, data_dir):
