@@ -1,5 +1,6 @@
 """Generation with every student family in a hybrid: what the cache holds, and that no way of decoding changes the text."""
 
+import copy
 from functools import partial
 from threading import Thread
 
@@ -262,7 +263,7 @@ def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name)
     expected = model.generate(ids, cache_implementation="static", **options)
     assert used.pop()
     assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), use_cache=False, **options), expected)
-    assert decode_loop.serves(model, ids, model.generation_config) and not decode_loop.serves(model, ids.to("meta"), model.generation_config)
+    assert [decode_loop.serves(model, ids.to(device), model.generation_config) for device in ("cpu", "meta")] == [True, False]
     prepare, prompt = model.prepare_inputs_for_generation, model.get_input_embeddings()(torch.randint(1, 96, (3, 5)))
 
     def with_prompt(input_ids, past_key_values=None, attention_mask=None, **kwargs):
@@ -275,8 +276,23 @@ def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name)
 
     monkeypatch.setitem(vars(model), "prepare_inputs_for_generation", with_prompt)
     tuned = model.generate(ids, **options)
-    assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), **options), tuned) and not torch.equal(tuned, expected)
-    assert not used
+    assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), **options), tuned)
+    assert not torch.equal(tuned, expected) and not used
+
+
+@torch.no_grad()
+def test_what_its_loop_hands_on(models, monkeypatch):
+    """Positions that are given; logits in fp32, of whatever model; and whether somebody goes on with the cache."""
+    model, (ids, mask), kept = models("teacher"), padded(21, padding=0), []
+    options = {"attention_mask": mask, "position_ids": 3 * torch.arange(21)[None], "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    dtypes = [lambda _, scores: dtypes.append(scores.dtype) or scores]
+    monkeypatch.setattr(decode_loop, "tokens_ahead", lambda *args: kept.append(bool(args[0])) or 0)
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), **options), expected)
+    options |= {"cache_implementation": "static", "return_dict_in_generate": True, "logits_processor": dtypes[:]}
+    copy.deepcopy(model).bfloat16().generate(ids, **options)
+    assert kept == [False, True, True] and dtypes[1:] == 6 * [torch.float32]
 
 
 @torch.no_grad()
