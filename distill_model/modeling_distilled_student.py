@@ -234,7 +234,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **model_kwargs):
-        own = isinstance(model_kwargs.get("past_key_values"), StaticCache) and not synced_gpus and serves(generation_config, self.config)
+        own = isinstance(model_kwargs.get("past_key_values"), StaticCache) and not synced_gpus and serves(self, input_ids, generation_config)
         loop = partial(sample, self) if own else partial(super()._sample, synced_gpus=synced_gpus)
         return loop(input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs)
 

@@ -1,5 +1,6 @@
 """Generation with every student family in a hybrid: what the cache holds, and that no way of decoding changes the text."""
 
+import copy
 from functools import partial
 from threading import Thread
 
@@ -8,7 +9,14 @@ import torch
 from conftest import save_tokenizer
 from test_model import STUDENTS, hybrid, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria, TextIteratorStreamer
-from transformers.generation import BaseStreamer
+from transformers.generation import (
+    BaseStreamer,
+    EosTokenCriteria,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+)
 
 from convert import load_teacher
 from distill_model import decode_loop, modeling_distilled_student
@@ -220,10 +228,71 @@ def test_its_loop_ends_where_transformers_does(models, monkeypatch, name, ahead)
 
 
 def test_its_loop_is_not_ahead_where_that_is_seen():
-    """Of a cache that somebody goes on with, and of a streamer."""
-    gpu = torch.device("cuda")
-    assert decode_loop.tokens_ahead(False, None, gpu) == 1
-    assert decode_loop.tokens_ahead(True, None, gpu) == decode_loop.tokens_ahead(False, Heard(), gpu) == 0
+    """Of a cache that somebody goes on with, of a streamer, and of what others wrote: it may not bear a token behind the last."""
+    gpu, theirs = torch.device("cuda"), (MinLengthLogitsProcessor(2, 7, device="cpu"), MaxLengthCriteria(9), EosTokenCriteria(7))
+    assert decode_loop.tokens_ahead(False, None, theirs, gpu) == 1
+    assert decode_loop.tokens_ahead(True, None, theirs, gpu) == decode_loop.tokens_ahead(False, Heard(), theirs, gpu) == 0
+    for watcher in (Nines(), LogitsProcessor(), PrefixConstrainedLogitsProcessor(lambda *_: [], 1)):
+        assert decode_loop.tokens_ahead(False, None, (*theirs, watcher), gpu) == (type(watcher) is LogitsProcessor)
+
+
+class Half(MaxLengthCriteria):
+    """Ends where half of what is left has come."""
+
+    def __call__(self, input_ids, scores, **_):
+        return input_ids.new_full((len(input_ids),), input_ids.shape[1] >= 21 + (self.max_length - 21) // 2, dtype=torch.bool)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("criteria, length", [([Half(31)], 26), ([MaxLengthCriteria(31), MaxLengthCriteria(25)], 25)])
+def test_its_loop_asks_every_criterion(models, criteria, length):
+    """A length of its own too, and the shorter of two."""
+    model, (ids, _) = models("teacher"), padded(21, padding=0)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "stopping_criteria": criteria}
+    out = model.generate(ids, cache_implementation="static", **options)
+    assert out.shape[1] == length and torch.equal(out, model.generate(ids, **options))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
+def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name):
+    """A cache that is not to be used; an adapter that comes before the text, as PEFT's prompt tuning; ids on another device."""
+    model, (ids, mask), used = models(name), padded(21, padding=0), []
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    monkeypatch.setattr(modeling_distilled_student, "sample", lambda *args, **kwargs: used.append(1) or decode_loop.sample(*args, **kwargs))
+    expected = model.generate(ids, cache_implementation="static", **options)
+    assert used.pop()
+    assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), use_cache=False, **options), expected)
+    assert [decode_loop.serves(model, ids.to(device), model.generation_config) for device in ("cpu", "meta")] == [True, False]
+    prepare, prompt = model.prepare_inputs_for_generation, model.get_input_embeddings()(torch.randint(1, 96, (3, 5)))
+
+    def with_prompt(input_ids, past_key_values=None, attention_mask=None, **kwargs):
+        attention_mask = torch.cat((attention_mask.new_ones(3, 5), attention_mask), 1)
+        first = past_key_values.get_seq_length() == 0
+        inputs = prepare(input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs) | {"position_ids": None}
+        if first:
+            inputs |= {"inputs_embeds": torch.cat((prompt, model.get_input_embeddings()(inputs.pop("input_ids"))), 1)}
+        return inputs
+
+    monkeypatch.setitem(vars(model), "prepare_inputs_for_generation", with_prompt)
+    tuned = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), **options), tuned)
+    assert not torch.equal(tuned, expected) and not used
+
+
+@torch.no_grad()
+def test_what_its_loop_hands_on(models, monkeypatch):
+    """Positions that are given; logits in fp32, of whatever model; and whether somebody goes on with the cache."""
+    model, (ids, mask), kept = models("teacher"), padded(21, padding=0), []
+    options = {"attention_mask": mask, "position_ids": 3 * torch.arange(21)[None], "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    dtypes = [lambda _, scores: dtypes.append(scores.dtype) or scores]
+    monkeypatch.setattr(decode_loop, "tokens_ahead", lambda *args: kept.append(bool(args[0])) or 0)
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), **options), expected)
+    options |= {"cache_implementation": "static", "return_dict_in_generate": True, "logits_processor": dtypes[:]}
+    copy.deepcopy(model).bfloat16().generate(ids, **options)
+    assert kept == [False, True, True] and dtypes[1:] == 6 * [torch.float32]
 
 
 @torch.no_grad()

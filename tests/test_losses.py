@@ -158,8 +158,9 @@ if __name__ == "__main__":
             test_decode_step.test_gated_delta_token(*case, dtype)
         for case in test_decode_step.PLACES:
             test_decode_step.test_place_token(*case, dtype)
-        test_decode_step.test_swiglu_rows(1, 7, dtype)
-        test_decode_step.test_swiglu_rows(3, 1030, dtype)
+        for case in ((1, 7), (3, 1030)):
+            test_decode_step.test_swiglu_rows(*case, dtype)
+            test_decode_step.test_norm_rows(*case, dtype)
     test_token_kl(None)
     test_token_kl(3)
     test_linear_cross_entropy(8, N)
