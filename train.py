@@ -228,6 +228,9 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     if not whole:
         raise DataError(f"data.cache_dir: {cfg.data.cache_dir} has {len(chunks.train)} chunks, fewer than "
                         f"train.batch_size ({plan.batch_size}); preprocess more text or lower it")  # fmt: skip
+    if cfg.train.calibrate_init * plan.micro_batch_size > whole:
+        raise DataError(f"train.calibrate_init: {cfg.train.calibrate_init} batches of {plan.micro_batch_size} are more than the {whole} chunks "
+                        f"of {cfg.data.cache_dir}; lower it")  # fmt: skip
     heldout = chunks.heldout
     if heldout is not None:
         per_pass = plan.micro_batch_size * plan.world_size
@@ -242,7 +245,7 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
 def check_models(cfg: Config) -> None:
     """Raises ValueError if teacher, student and initial checkpoint cannot go together. Reads configs, no weights."""
     from convert import load_teacher_config
-    from distill_model import StudentConfig, check_calibration, check_student
+    from distill_model import StudentConfig, check_calibration, check_student, same_options
 
     teacher = load_teacher_config(cfg.teacher_model.name)
     check_kept_layers(cfg, teacher.num_hidden_layers)
@@ -262,10 +265,11 @@ def check_models(cfg: Config) -> None:
         raise ConfigError(f"{key} has a config.json that cannot be read: {' '.join(str(error).split())}") from None
     shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
              "intermediate_size", "vocab_size")  # fmt: skip
-    for name, ours in (("student_name", cfg.student_model.name), ("student_options", cfg.student_model.options),
-                       *((name, getattr(teacher, name)) for name in shape)):  # fmt: skip
+    for name, ours in (("student_name", cfg.student_model.name), *((name, getattr(teacher, name)) for name in shape)):
         if getattr(student, name) != ours:
             raise ConfigError(f"{key} has {name} {getattr(student, name)!r}, this run {ours!r}; use one of its own kind")
+    if not same_options(cfg.student_model.name, student.student_options, cfg.student_model.options):
+        raise ConfigError(f"{key} has student_options {student.student_options!r}, this run {cfg.student_model.options!r}; use one of its own kind")
     kept, wanted = set(student.keep_full_attention_layers), set(cfg.student_model.keep_full_attention_layers)
     if cfg.stage == 2 and not kept <= wanted:
         raise ConfigError(f"{key} keeps full attention in {sorted(kept)}, of which this run drops {sorted(kept - wanted)}")
@@ -299,7 +303,7 @@ def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, say
 
     from wrapper import calibrate
 
-    rows = range(min(batches * batch_size, len(chunks.train)))
+    rows = range(batches * batch_size)
     ids = torch.as_tensor(chunks.train[rows]["input_ids"], device=next(model.parameters()).device, dtype=torch.long)
     with torch.no_grad():
         before = model(ids[:batch_size])["loss"].item()

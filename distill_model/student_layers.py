@@ -773,6 +773,13 @@ def default_of(layer: type, option: str):
     return next(p[option].default for p in parameters if option in p)
 
 
+def same_options(name: str, one: dict, other: dict) -> bool:
+    """Whether two sets of a student's options make the same layer: one may leave out what the other sets to its default."""
+    layer = get_student_attention_class(name).func
+    defaults = {key: default_of(layer, key) for key in layer.OPTIONS}
+    return defaults | one == defaults | other
+
+
 def check_student(name: str, options: dict, config: StudentConfig) -> None:
     """Raises ValueError, of one line that names key, value and cure, if there is no such student, it does not take these
     options, or its kernels do not take a teacher of this `config`."""

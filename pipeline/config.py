@@ -169,6 +169,8 @@ def _check(cfg: Config) -> None:
         raise ConfigError(f"student_model.keep_full_attention_layers: {kept} must be [] in stage 1, which trains all")
     if cfg.stage > 1 and not train.student_init_ckpt:
         raise ConfigError(f"train.student_init_ckpt: missing; stage {cfg.stage} starts from stage {cfg.stage - 1}'s converted-hf")
+    if cfg.stage > 1 and train.calibrate_init:
+        raise ConfigError(f"train.calibrate_init: {train.calibrate_init} is for stage 1, whose students start from the teacher; remove it")
     if cfg.stage == 1 and train.student_init_ckpt:
         raise ConfigError("train.student_init_ckpt: stage 1 starts from the teacher; remove it")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
