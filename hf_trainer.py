@@ -129,9 +129,6 @@ def norms_at_once(optimizer) -> None:
     joined = optimizer.get_grad_norm_direct
 
     def norm(gradients, params, norm_type=2):
-        gradients = [g for g in gradients if not getattr(g, "_zero_padding", False)]
-        if not gradients:
-            return joined(gradients, params, norm_type)
         norms = torch.stack(torch._foreach_norm(gradients, norm_type, dtype=get_norm_dtype()))
         return joined([norms], params[:1], norm_type)  # a norm of norms; and the sum over ranks
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import save_tokenizer
 from test_model import STUDENTS, hybrid, trained
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StoppingCriteria, TextIteratorStreamer
 from transformers.generation import (
     BaseStreamer,
     EosTokenCriteria,
@@ -264,6 +264,17 @@ def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name)
     assert used.pop()
     assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), use_cache=False, **options), expected)
     assert [decode_loop.serves(model, ids.to(device), model.generation_config) for device in ("cpu", "meta")] == [True, False]
+    for asked in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        config = GenerationConfig(use_cache=True, **{asked: True})
+        assert decode_loop.serves(model, ids, config)  # without return_dict_in_generate nobody gets them
+        config.return_dict_in_generate = True
+        assert not decode_loop.serves(model, ids, config)
+    config = GenerationConfig(use_cache=True)
+    config.is_assistant = True
+    assert not decode_loop.serves(model, ids, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config, "output_hidden_states", True)
+        assert not decode_loop.serves(model, ids, model.generation_config)
     prepare, prompt = model.prepare_inputs_for_generation, model.get_input_embeddings()(torch.randint(1, 96, (3, 5)))
 
     def with_prompt(input_ids, past_key_values=None, attention_mask=None, **kwargs):

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from processes import PATIENCE, free_port
 
+import hf_trainer
 from pipeline import files
 from pipeline.files import Busy, complete_or_absent, locked
 
@@ -239,6 +241,15 @@ for stage in (1, 2):
     port = free_port()
     ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(port)], cwd=ROOT, stdout=subprocess.DEVNULL) for rank in range(2)]
     assert [rank.wait(PATIENCE) for rank in ranks] == [0, 0]
+
+
+def test_training_takes_norms_at_once(monkeypatch):
+    optimizer, given = object(), []
+    monkeypatch.setattr(hf_trainer, "norms_at_once", given.append)
+    trainer = SimpleNamespace(finish_resuming=lambda: None, deepspeed=SimpleNamespace(optimizer=optimizer))
+    state = SimpleNamespace(compute_steps=lambda *_: None, max_steps=1)
+    hf_trainer.Guard(trainer, None, None).on_train_begin(None, state, None)
+    assert given == [optimizer]
 
 
 def test_an_export_that_is_stopped_between_its_renames_leaves_the_one_before(tmp_path, monkeypatch):
