@@ -119,8 +119,8 @@ class Guard(TrainerCallback):
 
 def norms_at_once(optimizer) -> None:
     """Of DeepSpeed's ZeRO-1 and 2: takes the norms of all gradients by one call, and lets them tell whether all are finite, as they do
-    anyway. DeepSpeed asks each gradient before that, by fourteen kernels of a few elements, and then takes its norm by two more: in
-    stage 1 of a model of 1.5B parameters some 4,500 launches a step, for which a GPU waits."""
+    anyway. DeepSpeed asks each bf16 gradient before that, by thirteen operations, and then takes its norm by two more: of the 280
+    gradients of stage 1 at Qwen2.5-1.5B's shape 4,200 a step, whose starting a GPU waits for."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.runtime.zero.utils import get_norm_dtype
 

@@ -307,12 +307,10 @@ def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, say
     ids = torch.as_tensor(chunks.train[rows]["input_ids"], device=next(model.parameters()).device, dtype=torch.long)
     with torch.no_grad():
         before = model(ids[:batch_size])["loss"].item()
-        calibrate(model, ids.split(batch_size))
+        fitted = set(calibrate(model, ids.split(batch_size)))
         for layer, block in enumerate(model.model.layers):
-            student, report = block.attn.student_attn, model.init_report[layer]
-            fitted = [student.o_proj.weight, *([student.dt_bias] if student.fits_decay else []),
-                      *([student.g_proj.weight] if student.fits_gate else [])]  # fmt: skip
-            report["calibrated"] = [name for name, p in student.named_parameters() if any(p is q for q in fitted)]
+            report = model.init_report[layer]
+            report["calibrated"] = [name for name, p in block.attn.student_attn.named_parameters() if p in fitted]
             for kind in ("copied", "transformed", "fresh"):
                 report[kind] = [name for name in report[kind] if name not in report["calibrated"]]
         say(f"calibrated on {ids.numel():,} tokens: loss {before:.4g} -> {model(ids[:batch_size])['loss'].item():.4g}")

@@ -111,7 +111,7 @@ def mean_distances(attn: SoftmaxAttention, hidden_states: torch.Tensor, position
 
 
 @torch.no_grad()
-def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge: float = 2.0) -> None:
+def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge: float = 2.0) -> list[nn.Parameter]:
     """Fits what of a student has a closed form, before the first step, on batches of token ids [B, T].
 
     Decay, where the student has one a head: an exponential kernel whose mean distance d is that of the teacher's softmax
@@ -121,7 +121,7 @@ def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge
     squares, and around that W = argmin |X W' - Y|^2 + ridge mean(diag X'X) |W - W_scaled|^2. The ridge keeps W near the
     teacher's: what fits best before training is not the best to train from.
 
-    Raises ValueError for students whose o_proj is fused with their norm, so that nobody sees what it gets.
+    Returns the parameters that it fitted. Raises ValueError for students whose o_proj is fused with their norm, so that nobody sees what it gets.
     """
     check_calibration(model.config.student_name)
     wrappers, heads = [block.attn for block in model.model.layers], model.config.num_attention_heads
@@ -173,6 +173,8 @@ def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge
         scaled = (by_head * scales[:, None]).flatten(1)
         pull = penalty(xx, ridge)
         o_proj.weight.copy_(torch.linalg.solve(xx + pull, xy + pull @ scaled.mT).mT)
+    return [*(wrapper.student_attn.dt_bias for wrapper in distances), *(wrapper.student_attn.g_proj.weight for wrapper in gates),
+            *(o_proj.weight for o_proj in moments)]  # fmt: skip
 
 
 def student_attention_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 
-def serves(model, input_ids: torch.Tensor, generation_config) -> bool:
+def can_sample(model, input_ids: torch.Tensor, generation_config) -> bool:
     """Whether nothing is asked for but tokens and the cache, and a step needs nothing but the last token: transformers' loop moves ids of
     another device, reads the text again where the cache is not to be used, and asks an adapter that comes before the text, as PEFT's
     prompt tuning, for its inputs."""

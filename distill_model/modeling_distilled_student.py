@@ -29,7 +29,7 @@ from fla.models.utils import Cache, FLAGenerationMixin  # noqa: E402
 from .attention import RotaryEmbedding, SoftmaxAttention  # noqa: E402
 from .cache import HybridCache, StaticCache  # noqa: E402
 from .config_distilled_student import StudentConfig  # noqa: E402
-from .decode_loop import sample, serves  # noqa: E402
+from .decode_loop import can_sample, sample  # noqa: E402
 from .fused_ops import project_swiglu  # noqa: E402
 from .losses import forward_kl, linear_cross_entropy  # noqa: E402
 from .student_layers import (  # noqa: E402
@@ -234,7 +234,8 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **model_kwargs):
-        own = isinstance(model_kwargs.get("past_key_values"), StaticCache) and not synced_gpus and serves(self, input_ids, generation_config)
+        static = isinstance(model_kwargs.get("past_key_values"), StaticCache)
+        own = static and not synced_gpus and can_sample(self, input_ids, generation_config)
         loop = partial(sample, self) if own else partial(super()._sample, synced_gpus=synced_gpus)
         return loop(input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs)
 

@@ -218,7 +218,7 @@ def test_its_loop_ends_where_transformers_does(models, monkeypatch, name, ahead)
         for most in sorted({1, 2, 14, text.shape[1], text.shape[1] + 1}):
             wanted = {"max_new_tokens": most, **everything, **options}
             with monkeypatch.context() as patch:
-                patch.setattr(modeling_distilled_student, "serves", lambda *_: False)
+                patch.setattr(modeling_distilled_student, "can_sample", lambda *_: False)
                 expected = model.generate(ids, **wanted)
             with monkeypatch.context() as patch:
                 patch.setattr(decode_loop, "tokens_ahead", lambda *_: ahead)
@@ -263,18 +263,18 @@ def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name)
     expected = model.generate(ids, cache_implementation="static", **options)
     assert used.pop()
     assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), use_cache=False, **options), expected)
-    assert [decode_loop.serves(model, ids.to(device), model.generation_config) for device in ("cpu", "meta")] == [True, False]
+    assert [decode_loop.can_sample(model, ids.to(device), model.generation_config) for device in ("cpu", "meta")] == [True, False]
     for asked in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         config = GenerationConfig(use_cache=True, **{asked: True})
-        assert decode_loop.serves(model, ids, config)  # without return_dict_in_generate nobody gets them
+        assert decode_loop.can_sample(model, ids, config)  # without return_dict_in_generate nobody gets them
         config.return_dict_in_generate = True
-        assert not decode_loop.serves(model, ids, config)
+        assert not decode_loop.can_sample(model, ids, config)
     config = GenerationConfig(use_cache=True)
     config.is_assistant = True
-    assert not decode_loop.serves(model, ids, config)
+    assert not decode_loop.can_sample(model, ids, config)
     with monkeypatch.context() as patch:
         patch.setattr(model.config, "output_hidden_states", True)
-        assert not decode_loop.serves(model, ids, model.generation_config)
+        assert not decode_loop.can_sample(model, ids, model.generation_config)
     prepare, prompt = model.prepare_inputs_for_generation, model.get_input_embeddings()(torch.randint(1, 96, (3, 5)))
 
     def with_prompt(input_ids, past_key_values=None, attention_mask=None, **kwargs):
