@@ -102,7 +102,9 @@ def train_stage(
 ) -> None:
     """Trains from `resume`, a checkpoint, or from the start. After a signal it exits with REQUEUE, its checkpoint saved."""
     rank, output = int(os.environ["RANK"]), Path(cfg.train.output_dir)
-    zero = cfg.train.zero_stage or cfg.stage
+    zero = zero_stage(cfg, plan.world_size, resume)
+    if zero != zero_stage(cfg, plan.world_size):
+        say(f"ZeRO-{zero}, for {resume} was saved so")
     facts = {"world_size": plan.world_size, "zero_stage": zero, "data": data_fingerprint(chunks.metadata)}
     source = loadable(cfg, resume, facts, say)
     with Watchdog(60 * cfg.train.hang_minutes) as watchdog:
@@ -171,10 +173,11 @@ def memory_advice(cfg: Config, plan: BatchPlan):
         knobs = {
             f"train.micro_batch_size below {train.micro_batch_size}, which changes no result": train.micro_batch_size > 1,
             "train.optimizer=adamw_8bit": train.optimizer == "adamw",
-            "train.gradient_checkpointing=true": cfg.stage > 1 and not train.gradient_checkpointing,
+            "train.gradient_checkpointing=mlp": cfg.stage > 1 and not train.gradient_checkpointing,
+            "train.gradient_checkpointing=true": cfg.stage > 1 and train.gradient_checkpointing is not True,
             "train.kd_teacher_shard=always": cfg.stage == 2 and train.kd_teacher_shard != "always" and plan.world_size > 1,
             "train.kd_teacher_offload=cpu": cfg.stage == 2 and train.kd_teacher_offload == "none",
-            "train.zero_stage=3": cfg.stage > 1 and (train.zero_stage or cfg.stage) < 3 and plan.world_size > 1,
+            "train.zero_stage=3": cfg.stage > 1 and zero_stage(cfg, plan.world_size) < 3 and plan.world_size > 1,
             "more GPUs": True,
         }  # fmt: skip
         free = "; ".join(knob for knob, helps in knobs.items() if helps)
@@ -362,6 +365,14 @@ def parameter_groups(model, cfg: Config) -> list[ParameterGroup]:
             for (name, matrix), params in groups.items()]  # fmt: skip
 
 
+def checkpoint_activations(model, what: bool | str) -> None:
+    """Makes a hybrid compute again in the backward pass what `train.gradient_checkpointing` says: nothing, "mlp" or all (True)."""
+    if what is True:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in model.model.layers:
+        block.mlp.checkpointed = what == "mlp"
+
+
 def get_optimizer(model, cfg: Config):
     """AdamW over the groups of `parameter_groups`, its moments in fp32 or in 8 bits, quantised by blocks (Dettmers et al.,
     arXiv 2110.02861), whose groups are cut at GROUP_OF_8_BITS."""
@@ -412,6 +423,14 @@ def get_scheduler(optimizer, cfg: Config, plan: BatchPlan):
 
 
 # ------------------------------------------------------------------------------------------------ the trainer
+def zero_stage(cfg: Config, world_size: int, resume: Path | None = None) -> int:
+    """ZeRO's, for a run that goes on its checkpoint's: DeepSpeed loads none of ZeRO-3 into ZeRO-1. One process has nothing to share
+    with others, and ZeRO-1 copies its gradients once a step instead of once a micro-batch."""
+    if resume is not None:
+        return read_index(resume)["zero_stage"]
+    return cfg.train.zero_stage or (1 if world_size == 1 else cfg.stage)
+
+
 def deepspeed_config(name: str) -> dict:
     return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
 
@@ -468,6 +487,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     else:
         teacher = load_teacher(cfg.teacher_model.name, dtype) if cfg.stage == 2 else None
         model = build_student_for_stage2_and_3(cfg, dtype, say, teacher)
+        checkpoint_activations(model, train.gradient_checkpointing)
     for group in parameter_groups(model, cfg):
         say(f"optimiser: {group.numel:,} parameters of {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
     if report:
@@ -477,7 +497,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         output_dir=str(output),
         run_name=str(output),
         report_to="none",  # but for the callback below
-        deepspeed=deepspeed_config(f"stage_{train.zero_stage or cfg.stage}")
+        deepspeed=deepspeed_config(f"stage_{guards['facts']['zero_stage']}")
         | ({"checkpoint": {"load_universal": True}} if resume and resume.parent.name == UNIVERSAL else {}),
         use_cpu=device == "cpu",
         bf16=bf16,
@@ -486,8 +506,6 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         per_device_train_batch_size=plan.micro_batch_size,
         per_device_eval_batch_size=plan.micro_batch_size,
         gradient_accumulation_steps=plan.grad_accum,
-        gradient_checkpointing=train.gradient_checkpointing and cfg.stage > 1,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         max_grad_norm=train.max_grad_norm,
         logging_steps=min(train.logging_steps, plan.every(None)),
         logging_first_step=True,
@@ -552,7 +570,7 @@ def print_plan(cfg: Config, plan: BatchPlan, say) -> None:
     trainable, total = sum(g.numel for g in groups), sum(p.numel() for p in model.parameters())
     frozen = sum(p.numel() for p in teacher.parameters()) if cfg.stage < 3 else 0
     half = cfg.train.dtype == "bf16" or cfg.train.dtype == "auto" and torch.cuda.is_available()
-    width, zero, n = 2 if half else 4, cfg.train.zero_stage or cfg.stage, plan.world_size
+    width, zero, n = 2 if half else 4, zero_stage(cfg, plan.world_size), plan.world_size
     memory = {
         "weights": trainable * width / (n if zero == 3 else 1),
         "teacher": frozen * width / (n if cfg.train.kd_teacher_shard == "always" else 1),

@@ -211,7 +211,7 @@ def main() -> None:
             if self.profile:
                 self.profile.stop()
 
-    guards = {"stop": None, "save_minutes": None, "watchdog": None, "facts": {}}
+    guards = {"stop": None, "save_minutes": None, "watchdog": None, "facts": {"zero_stage": train.zero_stage(cfg, world_size)}}
     Path(cfg.train.output_dir).mkdir()
     trainer = train.build_trainer(cfg, plan, chunks, device, False, None, guards, lambda *_: None)
     trainer.args.save_strategy = "no"

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,7 +31,7 @@ from .attention import RotaryEmbedding, SoftmaxAttention  # noqa: E402
 from .cache import HybridCache, StaticCache  # noqa: E402
 from .config_distilled_student import StudentConfig  # noqa: E402
 from .decode_loop import can_sample, sample  # noqa: E402
-from .fused_ops import project_swiglu  # noqa: E402
+from .fused_ops import project_swiglu, swiglu  # noqa: E402
 from .losses import forward_kl, linear_cross_entropy  # noqa: E402
 from .student_layers import (  # noqa: E402
     STUDENT_ATTENTION_MAP,
@@ -51,7 +52,10 @@ __all__ = [
 
 
 class SwiGLU(nn.Module):
-    """down(act(gate(x)) * up(x)), Shazeer, arXiv 2002.05202."""
+    """down(act(gate(x)) * up(x)), Shazeer, arXiv 2002.05202.
+
+    checkpointed: of x and what is made of it, keep x alone for the backward pass, which computes gate and up again.
+    """
 
     def __init__(self, config: StudentConfig):
         super().__init__()
@@ -59,10 +63,18 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act = None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
+        self.checkpointed = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(self.project, x, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+        return self.project(x)
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return project_swiglu(gate, up, self.down_proj) if self.act is None else self.down_proj(self.act(gate) * up)
+        if self.act is not None:
+            return self.down_proj(self.act(gate) * up)
+        return self.down_proj(swiglu(gate, up)) if self.checkpointed else project_swiglu(gate, up, self.down_proj)
 
 
 class LMHead(nn.Linear):

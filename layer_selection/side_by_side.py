@@ -35,7 +35,7 @@ from pipeline.config import Config, ConfigError, dump_config, load_config
 from pipeline.files import complete_or_absent, locked, write_whole
 from pipeline.guard import REQUEUE, StopSignals
 from pipeline.run_folder import difference
-from train import get_scheduler, parameter_groups
+from train import checkpoint_activations, get_scheduler, parameter_groups
 
 HISTORY, CONFIG, STATES = "rounds.json", "candidates.yaml", "states"
 CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at a time
@@ -105,8 +105,7 @@ class Candidate:
 
     def __init__(self, name: str, hybrid: StudentForCausalLM, cfg: Config, plan: BatchPlan):
         self.name, self.cfg, self.plan, self.hybrid = name, cfg, plan, hybrid.train()
-        if cfg.train.gradient_checkpointing:
-            hybrid.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(hybrid, cfg.train.gradient_checkpointing)
         groups = [{"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in parameter_groups(hybrid, cfg)]
         self.optimizer = MasterAdamW(groups, tuple(cfg.train.betas), cfg.train.max_grad_norm,
                                      lambda optimizer: get_scheduler(optimizer, cfg, plan))  # fmt: skip

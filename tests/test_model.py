@@ -12,6 +12,7 @@ from conftest import random_teacher
 from convert import load_teacher
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM, check_student, cpu_ops
 from distill_model.student_layers import default_of, expand_kv_heads
+from train import checkpoint_activations
 
 ROOT = Path(__file__).parent.parent
 STUDENTS = sorted(STUDENT_ATTENTION_MAP)
@@ -275,12 +276,28 @@ def test_gradient_checkpointing_gives_the_same_gradients(teacher, name):
 
     plain = gradients()
     assert all(g.isfinite().all() and g.abs().sum() > 0 for g in plain.values())
+    checkpoint_activations(model, "mlp")
+    assert all(torch.equal(gradient, plain[key]) for key, gradient in gradients().items())
+    checkpoint_activations(model, False)
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
         for key, gradient in gradients().items():
             torch.testing.assert_close(gradient, plain[key], atol=1e-6, rtol=1e-5, msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("what, forward_passes", [(False, 1), ("mlp", 2), (True, 2)])
+def test_gradient_checkpointing_computes_again_what_it_says(teacher, what, forward_passes):
+    model, ids, calls = hybrid(teacher).train(), torch.randint(0, 96, (1, 8)), {"gate": 0, "attention": 0}
+    for name, module in ("gate", model.model.layers[1].mlp.gate_proj), ("attention", model.model.layers[1].attn):
+        module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    checkpoint_activations(model, what)
+    model(ids, labels=ids).loss.backward()
+    assert calls == {"gate": forward_passes, "attention": 2 if what is True else 1}
+    with torch.no_grad():
+        model(ids)
+    assert calls["gate"] == forward_passes + 1
 
 
 def test_restoring_all_layers_gives_the_teacher(teacher):

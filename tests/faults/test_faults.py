@@ -20,7 +20,7 @@ from conftest import write_config
 
 import preprocess_chunk
 import preprocess_download_tokenize
-from pipeline.checkpoints import INDEX, checkpoints
+from pipeline.checkpoints import INDEX, checkpoints, read_index
 from pipeline.data import data_fingerprint, read_metadata
 from pipeline.guard import HUNG, REQUEUE
 
@@ -802,6 +802,7 @@ def test_another_number_of_processes(make_run, stage, before, after):
     assert run.start(hook=on_rank(0, kill), ranks=before).wait() == -signal.SIGKILL
     output = run.to_the_end(ranks=after)
     assert f"{before} processes saved checkpoint-6, {after} go on from it" in output
+    assert read_index(checkpoints(run.folder)[-1])["zero_stage"] == (1 if before == 1 else stage)
     ours, theirs = metrics(run.folder), metrics(run.whole)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for name in ("loss", "grad_norm", "learning_rate"):
