@@ -13,19 +13,23 @@ from distill_model.losses import alignment_loss
 
 
 class _LossAndGradients(torch.autograd.Function):
-    """loss(), with its gradients computed at once, so that its graph does not outlive the call; backward scales them."""
+    """loss(), with its gradients computed at once, so that its graph does not outlive the call; backward scales them. They lie one
+    behind the other, for a host needs as long to start the scaling of one as of all."""
 
     @staticmethod
     def forward(ctx, loss, *parameters):
         with torch.enable_grad():
             value = loss()
             gradients = torch.autograd.grad(value, parameters)
-        ctx.save_for_backward(*gradients)
+        ctx.shapes = [gradient.shape for gradient in gradients]
+        ctx.save_for_backward(torch.cat([gradient.flatten() for gradient in gradients]))
         return value.detach()
 
     @staticmethod
     def backward(ctx, d_loss):
-        return None, *(scaled(gradient, d_loss) for gradient in ctx.saved_tensors)
+        (gradients,) = ctx.saved_tensors
+        parts = scaled(gradients, d_loss).split([shape.numel() for shape in ctx.shapes])
+        return None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes))
 
 
 class AttentionDistillationWrapper(nn.Module):
@@ -54,7 +58,9 @@ class AttentionDistillationWrapper(nn.Module):
             return target, loss()
         if self.recompute:
             return target, checkpoint(loss, use_reentrant=False)
-        return target, _LossAndGradients.apply(loss, *(p for p in self.student_attn.parameters() if p.requires_grad))
+        parameters = [p for p in self.student_attn.parameters() if p.requires_grad]
+        parameters.sort(key=torch.numel, reverse=True)  # those of a few elements last: all but them stay aligned
+        return target, _LossAndGradients.apply(loss, *parameters)
 
 
 class AttentionAlignmentModel(nn.Module):
