@@ -46,12 +46,17 @@ def configs(folder, teacher_dir, data_dir, stage, **changes):
     return write_config(folder, stage, teacher_dir, data_dir, max_steps=STEPS, eval_steps=STEPS, save_steps=6, **changes)
 
 
+def start_of(folder, stage):
+    return {"student_init_ckpt": str(folder / "cpu" / f"stage{stage - 1}" / "converted-hf")} if stage > 1 else {}
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, teacher_dir, data_dir):
-    """Folders with the three stages: of the GPU in bf16, and of the CPU in fp32."""
+    """Folders with the three stages: of the GPU in bf16, and of the CPU in fp32. The GPU's start where the CPU's do: bf16's error of
+    three stages in a row is up to 9 % of a loss on a CPU too, that of one stage 5 %."""
     folder = tmp_path_factory.mktemp("both")
     for stage in (1, 2, 3):
-        files = [configs(folder / name, teacher_dir, data_dir, stage) for name in ("gpu", "cpu")]
+        files = [configs(folder / name, teacher_dir, data_dir, stage, **start_of(folder, stage)) for name in ("gpu", "cpu")]
         runs = [start(files[0]), start(files[1], gpu=False)]
         for process, file in zip(runs, files):
             finish(process, file)
@@ -77,8 +82,7 @@ def term_all(process):
 @pytest.mark.parametrize("stage, end, code", [(1, subprocess.Popen.kill, -signal.SIGKILL), (2, subprocess.Popen.kill, -signal.SIGKILL),
                                               (1, term_all, REQUEUE)])  # fmt: skip
 def test_killed_and_resumed(both, tmp_path, teacher_dir, data_dir, stage, end, code):
-    initial = {"student_init_ckpt": str(both / "gpu" / "stage1" / "converted-hf")} if stage == 2 else {}
-    file = configs(tmp_path / "run", teacher_dir, data_dir, stage, **initial)
+    file = configs(tmp_path / "run", teacher_dir, data_dir, stage, **start_of(both, stage))
     output = tmp_path / "run" / f"stage{stage}"
     process, limit = start(file), time.monotonic() + 300
     while not list(output.glob("checkpoint-1*")):
