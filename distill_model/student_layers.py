@@ -103,14 +103,16 @@ class HeadNorm(nn.RMSNorm):
 
 @dataclass(frozen=True)
 class Option:
-    """What a hyper-parameter takes: its type, for a number the least, and the switch without which it does nothing."""
+    """What a hyper-parameter takes: its type, for a number the least and the most (which no GPU has room for, and typing errors
+    pass), and the switch without which it does nothing."""
 
     kind: type = int
     minimum: int = 1
+    maximum: int = 2**20
     needs: str | None = None
 
     def __str__(self) -> str:
-        return "true or false" if self.kind is bool else f"an integer of at least {self.minimum}"
+        return "true or false" if self.kind is bool else f"an integer from {self.minimum} to {self.maximum}"
 
 
 BIASES = {name: name for name in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")}
@@ -791,7 +793,7 @@ def check_student(name: str, options: dict, config: StudentConfig) -> None:
         path, option = f"student_model.options.{key}", takes.get(key)
         if option is None:
             raise ValueError(f"{path}: unknown; {known}")
-        if type(value) is not option.kind or option.kind is int and value < option.minimum:
+        if type(value) is not option.kind or option.kind is int and not option.minimum <= value <= option.maximum:
             raise ValueError(f"{path}: {value!r} must be {option}; {known}")
         if option.needs in takes and not options.get(option.needs, default_of(layer, option.needs)):
             raise ValueError(f"{path}: {value!r} does nothing without {option.needs}: true; set that, or leave {key} out")
