@@ -493,12 +493,16 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     if report:
         os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
         os.environ.setdefault("WANDB_DIR", str(output))  # offline runs lie in the run folder
+    engine_config = deepspeed_config(f"stage_{guards['facts']['zero_stage']}")
+    if cfg.stage == 1:  # it calls the parts of its blocks one by one, so that ZeRO-3 cannot gather a block when it is called
+        engine_config["zero_optimization"].pop("leaf_module", None)
+    if resume and resume.parent.name == UNIVERSAL:
+        engine_config["checkpoint"] = {"load_universal": True}
     args = TrainingArguments(
         output_dir=str(output),
         run_name=str(output),
         report_to="none",  # but for the callback below
-        deepspeed=deepspeed_config(f"stage_{guards['facts']['zero_stage']}")
-        | ({"checkpoint": {"load_universal": True}} if resume and resume.parent.name == UNIVERSAL else {}),
+        deepspeed=engine_config,
         use_cpu=device == "cpu",
         bf16=bf16,
         seed=train.seed,
@@ -530,8 +534,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         3: (FinetuneTrainer, {}),
     }[cfg.stage]
     if cfg.stage == 2:
-        engine_config = teacher_engine_config(cfg, teacher, device, plan.world_size, say)
-        options["teacher"] = FrozenTeacher(teacher, args.device, engine_config)
+        options["teacher"] = FrozenTeacher(teacher, args.device, teacher_engine_config(cfg, teacher, device, plan.world_size, say))
         if train.kd_teacher_use_cache:
             say("train.kd_teacher_use_cache: has no effect, for the teacher reads each sequence once, as a whole")
     return stage(
