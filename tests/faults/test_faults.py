@@ -794,7 +794,8 @@ def test_going_on_from_a_named_checkpoint(make_run):
 
 @pytest.mark.parametrize("stage, before, after", [(1, 1, 2), (1, 2, 1), (2, 2, 1), (2, 1, 2), (3, 2, 1), (3, 1, 2)])
 def test_another_number_of_processes(make_run, stage, before, after):
-    """The losses of the whole run, within what another order of summation does: optimiser states arrive."""
+    """The losses of the whole run, within what another order of summation does, which Adam's first steps magnify: optimiser states
+    arrive."""
     import hf_trainer
 
     run = make_run(stage)
@@ -807,7 +808,7 @@ def test_another_number_of_processes(make_run, stage, before, after):
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for name in ("loss", "grad_norm", "learning_rate"):
         values = [[line[name] for line in lines if name in line] for lines in (ours, theirs)]
-        assert values[0] == pytest.approx(values[1], rel=2e-3), name
+        assert values[0] == pytest.approx(values[1], rel=5e-3), name
     assert not (run.folder / ".universal").exists()
 
 
