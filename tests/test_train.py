@@ -487,6 +487,29 @@ def test_alignment_gradients_equal_direct_ones(teacher_dir, kind, recompute):
     assert student_attention_state(trainable).keys() == expected.keys()
     for name, p in student_attention_state(trainable).items():
         torch.testing.assert_close(p.grad, expected[name])
+    if not recompute:  # a layer's are scaled at once
+        assert len({p.grad.untyped_storage().data_ptr() for p in trainable.values()}) == len(teacher.model.layers)
+
+
+def test_a_sharded_teacher_is_gathered_by_blocks(tmp_path, teacher_dir, data_dir):
+    file = write_config(tmp_path, 2, teacher_dir, data_dir, student_init_ckpt="none", kd_teacher_shard="always")
+    code = f"""
+import sys
+from pipeline.environment import join_ranks, set_up_device, set_up_process
+set_up_process(), join_ranks(set_up_device(), 5)
+import torch
+from deepspeed.utils import z3_leaf_module
+import hf_trainer, train
+from convert import load_teacher
+from pipeline.config import load_config
+cfg, plain, sharded = load_config({str(file)!r}), *(load_teacher({teacher_dir!r}) for _ in range(2))
+sharded = hf_trainer.FrozenTeacher(sharded, "cpu", train.teacher_engine_config(cfg, sharded, "cpu", 1, print))
+assert sharded.model.model.layers[0].mlp.up_proj.weight.numel() == 0  # its values are elsewhere
+assert all(map(z3_leaf_module, sharded.model.model.layers)) and not z3_leaf_module(sharded.model.lm_head)
+ids = torch.randint(0, 80, (2, 19))
+assert torch.equal(sharded.hidden_states(ids), hf_trainer.FrozenTeacher(plain, "cpu").hidden_states(ids))
+"""
+    run(sys.executable, "-c", code)
 
 
 @pytest.mark.parametrize("scope", ["linear", "all"])
