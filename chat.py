@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 
 from pipeline.data import load_tokenizer  # pipeline first: it says what is not installed
@@ -24,6 +25,7 @@ from convert import load_teacher, load_teacher_config
 from convert.loader import KEY
 from distill_model.cache import StaticCache
 
+COMMANDS = ("/reset", "/exit")
 PREFILL = 4096  # tokens of a long prompt that are read at a time
 
 
@@ -74,7 +76,7 @@ def generation_config(args: argparse.Namespace, model) -> GenerationConfig:
         config = GenerationConfig.from_pretrained(args.model)
     except OSError:
         config = model.generation_config
-    config.max_new_tokens, config.prefill_chunk_size = args.max_new_tokens, PREFILL
+    config.max_new_tokens, config.prefill_chunk_size = args.max_new_tokens, None if model.config.rope_depends_on_length else PREFILL
     if model.device.type == "cuda" and StaticCache.refusal(model.config) is None:
         config.cache_implementation = "static"  # a token is one CUDA graph
     if args.temperature is not None:
@@ -86,13 +88,20 @@ def generation_config(args: argparse.Namespace, model) -> GenerationConfig:
     return config
 
 
+def finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor that ends an answer of nothing: a model that diverged is silent, or samples from what is no distribution."""
+    if scores.isnan().any():
+        raise ValueError("--model: its logits are not finite")
+    return scores
+
+
 def lines():
     """What the user types, without the empty lines."""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input("> " if sys.stdin.isatty() else "")
             if line.strip():
-                yield line
+                yield line.strip() if line.strip() in COMMANDS else line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,8 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, help="0: the likeliest token; default: as the model's generation config says")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1 or (args.temperature or 0) < 0:
-        raise ValueError("--max_new_tokens must be at least 1 and --temperature at least 0")
+    if args.max_new_tokens < 1 or not 0 <= (args.temperature or 0) < math.inf:
+        raise ValueError("--max_new_tokens must be at least 1 and --temperature a number of at least 0")
     if args.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"--device: {args.device} is not there; leave it out")
     with contextlib.suppress(ImportError):
@@ -125,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         answer = Answer(conversation.tokenizer)
         try:
-            model.generate(**conversation.say(line).to(args.device), streamer=answer)
+            model.generate(**conversation.say(line).to(args.device), streamer=answer, logits_processor=[finite])
         except KeyboardInterrupt:
             answer.end()
         conversation.hear(answer.text)

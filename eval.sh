@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# lm-evaluation-harness, and tasks of our own, on one or several checkpoints: folders (from here) or hub names.
+# lm-evaluation-harness, and tasks of our own, on one or several checkpoints: folders (from the project's) or hub names.
 #
 #   sbatch [--gpus-per-node=8] eval.sh CHECKPOINT...     or, on this machine:  bash eval.sh CHECKPOINT...
 #

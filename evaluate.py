@@ -33,7 +33,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline.checkpoints import sha256  # pipeline first: it says what is not installed
+from pipeline.checkpoints import fingerprint, sha256  # pipeline first: it says what is not installed
 from pipeline.data import data_fingerprint, load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
 from pipeline.files import one_line, write_whole
 from pipeline.guard import StopSignals
@@ -181,11 +181,7 @@ class Record:
 
     def fingerprint(self, checkpoint: str) -> str:
         """Of a folder: a hash of its config and weights. Of a hub name: the name."""
-        folder = Path(checkpoint)
-        if not folder.is_dir():
-            return checkpoint
-        weights = [(f.name, self.sha256(f)) for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin")]
-        return hashlib.sha256(f"{(folder / 'config.json').read_text()} {weights}".encode()).hexdigest()[:16]
+        return fingerprint(Path(checkpoint), self.sha256) if Path(checkpoint).is_dir() else checkpoint
 
     def sha256(self, file: Path) -> str:
         """Of its content, which is read again only when size or time of the file have changed: it may be of many gigabytes."""
@@ -321,6 +317,8 @@ def chunk_values(unit: Unit, args: argparse.Namespace, lm, ids, teacher) -> list
         if ours.shape != theirs.shape:
             raise ValueError(f"TEACHER: {args.teacher} has a vocabulary of {theirs.shape[-1]} entries, the checkpoint of {ours.shape[-1]}")
         values += (theirs.exp() * (theirs - ours)).sum(-1).mean(-1).tolist()
+    if not all(map(math.isfinite, values)):
+        raise ValueError("the logits are not finite")
     return values
 
 
@@ -363,8 +361,9 @@ def load_model(checkpoint: str):
         model = load_teacher(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", trust_remote_code=False)
-    student = getattr(model.config, "student_name", None)
-    if get_student_attention_class(student).func.READS_ON if student else model.config.model_type in {*FAMILIES, StudentConfig.model_type}:
+    student, rope = getattr(model.config, "student_name", None), getattr(model.config, "rope_parameters", None) or {}
+    reads_on = get_student_attention_class(student).func.READS_ON if student else model.config.model_type in {*FAMILIES, StudentConfig.model_type}
+    if reads_on and rope.get("rope_type") != "dynamic":  # which depends on the length
         model.generation_config.prefill_chunk_size = PREFILL
     return model.to(device).eval()
 
@@ -582,6 +581,8 @@ def check(args: argparse.Namespace) -> None:
     for name, values in (("SEQ_LENS", args.seq_lens), ("LIMIT", [args.limit]), ("NUM_GPUS", [args.num_gpus]), ("NUM_WORDS", [args.num_words])):
         if wrong := [value for value in values if value is not None and value < 1]:
             raise ValueError(f"{name}: {wrong[0]} must be at least 1")
+    if args.num_words > len(WORDS):
+        raise ValueError(f"NUM_WORDS: {args.num_words} must be at most {len(WORDS)}, the words that there are")
     if not re.fullmatch(r"[1-9]\d*|auto", args.batch_size):
         raise ValueError(f"BATCH_SIZE: {args.batch_size!r} must be a number, or auto")
     if args.data:

@@ -122,7 +122,7 @@ class StaticCache(HybridCache):
         """Why it cannot serve a model; None if it can."""
         if config.linear_layers and not get_student_attention_class(config.student_name).func.CONSTANT_STATE:
             return f"has no place for what {config.student_name} holds, which changes its size"
-        if config.rope_parameters["rope_type"] == "dynamic":
+        if config.rope_depends_on_length:
             return "cannot follow RoPE of type dynamic, which depends on the length"
         return None
 

@@ -76,6 +76,11 @@ class StudentConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @property
+    def rope_depends_on_length(self) -> bool:
+        """Whether all angles change when the text outgrows the context, so that a cache of keys cannot follow."""
+        return self.rope_parameters["rope_type"] == "dynamic"
+
+    @property
     def linear_layers(self) -> list[int]:
         """Indices of the layers with linear attention, in order."""
         return [i for i in range(self.num_hidden_layers) if i not in set(self.keep_full_attention_layers)]

@@ -229,10 +229,20 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
             cache = StaticCache(self.config, max_cache_length) if kind == "static" else HybridCache(self.config)
             model_kwargs["past_key_values"] = cache
 
+    def prepare_inputs_for_generation(self, input_ids, *args, tokenizer=None, assistant_tokenizer=None, **kwargs):
+        """As transformers does, which hands on the tokenizers of stop strings and of an assistant; `forward` has no use for them."""
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """Reads a prompt in pieces of `prefill_chunk_size` tokens, if that is set; the last piece as transformers does."""
         size, cache = generation_config.prefill_chunk_size, model_kwargs.get("past_key_values")
+        if generation_config.output_attentions:
+            raise ValueError("output_attentions: neither softmax attention's kernels nor a linear attention have weights to give; leave it out")
         if size is not None:
+            if size < 1:
+                raise ValueError(f"prefill_chunk_size: {size} must be at least 1")
+            if self.config.rope_depends_on_length:
+                raise ValueError(f"prefill_chunk_size: {size} cannot follow RoPE of type dynamic, which depends on the length; leave it out")
             if cache is None or model_kwargs.get("inputs_embeds") is not None:
                 raise ValueError(f"prefill_chunk_size: {size} needs use_cache=True, and token ids; leave it out")
             mask, read = model_kwargs.get("attention_mask"), cache.get_seq_length()

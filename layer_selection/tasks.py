@@ -116,7 +116,9 @@ def document_accuracies(model, tokenizer, documents: list[Document], batch_size:
         rows = encode(documents[start : start + batch_size], tokenizer)
         # Padding is on the right, where no real token sees it: no mask is needed.
         ids = pad_sequence([torch.tensor(tokens) for tokens, _ in rows], batch_first=True)
-        guesses = model(input_ids=ids.to(model.device), use_cache=False).logits.argmax(-1).cpu()
+        best, guesses = (x.cpu() for x in model(input_ids=ids.to(model.device), use_cache=False).logits.max(-1))
+        if not best.isfinite().all():
+            raise ValueError("the model's logits are not finite")
         hit = torch.zeros_like(ids, dtype=torch.bool)
         hit[:, 1:] = guesses[:, :-1] == ids[:, 1:]
         shares += [sum(bool(row[span].all()) for span in answers) / len(answers) for row, (_, answers) in zip(hit, rows)]

@@ -51,6 +51,12 @@ def read_index(checkpoint: Path) -> dict:
         raise CheckpointError(f"{checkpoint}: its {INDEX} is missing or damaged") from None
 
 
+def fingerprint(export: Path, digest=None) -> str:
+    """A hash of an export's config and weights. digest: of a file's content, `sha256` unless given."""
+    weights = [(f.name, (digest or sha256)(f)) for f in sorted(export.iterdir()) if f.suffix in (".safetensors", ".bin")]
+    return hashlib.sha256(f"{(export / 'config.json').read_text()} {weights}".encode()).hexdigest()[:16]
+
+
 def sha256(path: Path) -> str:
     digest, block = hashlib.sha256(), memoryview(bytearray(1 << 22))
     with path.open("rb", buffering=0) as file:

@@ -6,13 +6,14 @@ The record of a stage is made from its run folder; those of the stages before co
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from .checkpoints import step_of
+from .checkpoints import fingerprint, step_of
 from .config import Config
 from .run_folder import EXPORT, RUN, metrics_until
 
@@ -48,9 +49,10 @@ def stage_record(cfg: Config, checkpoint: Path) -> dict:
     run, data = _json(folder / RUN), _json(Path(cfg.data.cache_dir) / "metadata.json")
     lines = [json.loads(line) for line in metrics_until(folder, step)]
 
-    def first_and_last(name: str) -> list[float] | None:
+    def first_and_last(name: str) -> list[float | None] | None:
+        steps = [line["step"] for line in lines if name in line]
         values = [line[name] for line in lines if name in line]
-        return [values[0], values[-1]] if values else None
+        return [values[0], values[-1] if any(steps) else None] if values else None  # step 0 is before training
 
     local = str(data.get("corpus", "")).startswith("local-")
     return {
@@ -85,11 +87,12 @@ def teacher_record(cfg: Config, folder: Path) -> dict:
     return {"name": public_name(name), "on_hub": not Path(name).exists()} | {key: metadata.get(key) for key in LICENCE}
 
 
-def evaluation(folder: Path) -> list[dict]:
-    """Results of the run's export that lie in its folder: task, seq_len, metric, score, stderr and limit (to so many documents; None:
+def evaluation(folder: Path, export: Path) -> list[dict]:
+    """Results of a run's export that lie in its `folder`: task, seq_len, metric, score, stderr and limit (to so many documents; None:
     all), in the order of their names.
-    evaluate.py's and lm-evaluation-harness' own files are read; of two results for the same, the newer one is taken."""
-    found = {}
+    evaluate.py's and lm-evaluation-harness' own files are read; of two results for the same, the newer one is taken. evaluate.py's
+    say of which weights they are, and those of others than `export` has are left out: the run may have gone on since."""
+    found, ours = {}, cache(lambda: fingerprint(export))
     for file in sorted(folder.glob("**/results*.json"), key=lambda path: path.stat().st_mtime):
         try:
             record = _json(file)
@@ -98,8 +101,8 @@ def evaluation(folder: Path) -> list[dict]:
         checkpoint = record.get("checkpoint", record.get("model_name"))
         if checkpoint is not None and Path(checkpoint).resolve() != (folder / EXPORT).resolve():
             continue  # the teacher's, for comparison
-        results = [result | {"limit": result.get("settings", {}).get("limit")}
-                   for result in record.get("tasks", {}).values() if "score" in result]  # fmt: skip
+        results = [result | {"limit": result["settings"]["limit"]}
+                   for result in record.get("tasks", {}).values() if "score" in result and result["settings"]["checkpoint"] == ours()]  # fmt: skip
         for task, values in record.get("results", {}).items():
             scores = {key: value for key, value in values.items() if isinstance(value, (int, float)) and "," in key}
             for key, score in scores.items():
@@ -125,7 +128,7 @@ def write_card(cfg: Config, checkpoint: Path, folder: Path, config) -> None:
         "student": {"name": config.student_name, "options": config.student_options, "layers": config.num_hidden_layers,
                     "keep_full_attention_layers": config.keep_full_attention_layers},
         "stages": [*before.get("stages", []), stage_record(cfg, checkpoint)],
-        "evaluation": evaluation(Path(cfg.train.output_dir)),
+        "evaluation": evaluation(Path(cfg.train.output_dir), folder),
     }  # fmt: skip
     (folder / HISTORY).write_text(json.dumps(history, indent=1))
     (folder / CARD).write_text(card(history))
@@ -146,7 +149,9 @@ def _table(header: tuple, rows: list[tuple]) -> str:
 
 
 def _change(values: list[float] | None) -> str:
-    return "not recorded" if values is None else f"{values[0]:.4g} → {values[1]:.4g}"
+    if values is None:
+        return "not recorded"
+    return " → ".join("not measured" if value is None else f"{value:.4g}" for value in values)
 
 
 def _rate(peak: float, stage: dict) -> str:
@@ -185,6 +190,7 @@ def card(history: dict, architecture: str | None = None) -> str:
     losses = [
         (stage["stage"], stage["objective"], _change(stage["loss"]), _change(stage["heldout_loss"])) for stage in stages
     ]
+    flag = "" if architecture else ", trust_remote_code=True"  # the tokenizer too: it reads the config
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {teacher['name'].rpartition('/')[2]}, {'hybrid' if kept else 'all-linear'} with {student['name']}",
@@ -193,8 +199,8 @@ def card(history: dict, architecture: str | None = None) -> str:
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "folder = ...  # this one, or its name on the hub\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        f"model = AutoModelForCausalLM.from_pretrained(folder{'' if architecture else ', trust_remote_code=True'})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{flag})\n"
+        f"model = AutoModelForCausalLM.from_pretrained(folder{flag})\n"
         'inputs = tokenizer("def main(", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
         "```",

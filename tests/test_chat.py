@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def talk(monkeypatch, capsys, folder, *said, options=()):
 def test_without_a_template_it_goes_on_with_the_text(monkeypatch, capsys, folder):
     first = greedy(folder, "def f(x):", 7)
     second = greedy(folder, f"def f(x):{first}\n    return", 7)
-    out = talk(monkeypatch, capsys, folder, "def f(x):", "", "    return", "/reset", "def f(x):", "/exit", "never read")
+    out = talk(monkeypatch, capsys, folder, "def f(x):", "", "    return", " /reset", "def f(x):", "/exit ", "never read")
     assert out == f"{first}\n{second}\n{first}\n" and first.strip()
 
 
@@ -134,13 +135,25 @@ def test_in_a_terminal_the_answer_streams(folder):
         os.close(terminal)
 
 
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_a_model_that_diverged(monkeypatch, capsys, folder, tmp_path, temperature):
+    shutil.copytree(folder, tmp_path / "nan")
+    model = StudentForCausalLM.from_pretrained(tmp_path / "nan")
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(ValueError, match="--model: its logits are not finite"):
+        talk(monkeypatch, capsys, tmp_path / "nan", "def f(x):", options=("--temperature", temperature))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--model", "no/such/folder"], "--model: 'no/such/folder' is neither a folder"),
         (["--system", "Be brief."], "--system: the model has no chat template; leave it out"),
         (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
-        (["--temperature", "-1"], "--temperature at least 0"),
+        (["--temperature", "-1"], "--temperature a number of at least 0"),
+        (["--temperature", "nan"], "--temperature a number of at least 0"),
+        (["--temperature", "inf"], "--temperature a number of at least 0"),
     ],
 )
 def test_bad_input_ends_in_one_line(folder, options, message):

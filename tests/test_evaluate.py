@@ -229,6 +229,16 @@ def test_a_failing_task_does_not_take_the_others_with_it(teacher_dir, tmp_path, 
     assert "score" in again["copying@128"] and again["associative_recall@128"] == results["associative_recall@128"]
 
 
+def test_a_model_that_diverged_has_no_score(teacher_dir, data_dir, tmp_path):
+    model = load_teacher(teacher_dir)
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    save_tokenizer(tmp_path / "nan")
+    assert run(tmp_path / "nan", "--tasks", "copying,heldout_perplexity", "--seq_lens", 128, "--data", data_dir, "--output", tmp_path / "out") == 1
+    (results,) = read(tmp_path / "out").values()
+    assert len(results) == 2 and all("not finite" in result["error"] for result in results.values())
+
+
 def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path):
     broken = tmp_path / "broken"
     random_teacher(broken)
@@ -249,6 +259,7 @@ def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path
     (["--teacher", "/nowhere"], "TEACHER: '/nowhere' is neither a folder"),
     (["--seq_lens", "4k"], "SEQ_LENS: '4k' must be numbers"),
     (["--limit", "0"], "LIMIT: 0 must be at least 1"),
+    (["--num_words", "100000"], "NUM_WORDS: 100000 must be at most [0-9]+, the words that there are"),
     (["--batch_size", "many"], "BATCH_SIZE: 'many' must be a number, or auto"),
     (["--tasks", " , "], "TASKS: names no task"),
     (["TEACHER"], "is named twice"),

@@ -21,6 +21,7 @@ from transformers.generation import (
 from convert import load_teacher
 from distill_model import decode_loop, modeling_distilled_student
 from distill_model.cache import StaticCache, _tensors
+from pipeline.data import load_tokenizer
 
 GROWING = {"path_v1", "path_fox_v1", "fox_v1"}  # softmax in another form
 WINDOWED = {"swa_v1", "lolcats_v1"}
@@ -167,8 +168,25 @@ def test_caches_that_cannot_be_are_refused(models, teacher):
         model.generate(ids, cache_implementation="static", past_key_values=StaticCache(model.config, 9), max_new_tokens=2)
     with pytest.raises(ValueError, match="prefill_chunk_size: 4 needs use_cache=True"):
         model.generate(ids, prefill_chunk_size=4, use_cache=False, max_new_tokens=2)
+    with pytest.raises(ValueError, match="prefill_chunk_size: 0 must be at least 1"):
+        model.generate(ids, prefill_chunk_size=0, max_new_tokens=2)
+    with pytest.raises(ValueError, match="output_attentions: .* leave it out"):
+        model.generate(ids, output_attentions=True, return_dict_in_generate=True, max_new_tokens=2)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="prefill_chunk_size: 4 cannot follow RoPE of type dynamic"):
+        patch.setitem(model.config.rope_parameters, "rope_type", "dynamic")
+        model.generate(ids, prefill_chunk_size=4, max_new_tokens=2)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=9)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+def test_strings_that_stop(models, teacher_dir, options):
+    model, tokenizer, ids = models("gdn_v4"), load_tokenizer(teacher_dir), torch.randint(1, 80, (1, 9))
+    options |= {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+    text = tokenizer.decode(model.generate(ids, **options)[0, 9:])
+    stop = text.strip()[:2]
+    stopped = tokenizer.decode(model.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **options)[0, 9:])
+    assert len(stopped) < len(text) and stop in stopped and (options.get("num_beams") or text.startswith(stopped))
 
 
 # ------------------------------------------------------------------------------------------------ a cache of a fixed size

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,8 @@ from pipeline.batch_plan import batch_plan
 from pipeline.config import load_config
 from pipeline.data import collate, open_chunks
 from pipeline.environment import set_up_process, wandb_wanted
-from pipeline.checkpoints import checkpoints
-from pipeline.model_card import write_card, write_native_card
+from pipeline.checkpoints import checkpoints, fingerprint
+from pipeline.model_card import stage_record, write_card, write_native_card
 from pipeline.run_folder import check_run_folder, record_run
 from wrapper import AttentionAlignmentModel, student_attention_state
 
@@ -206,7 +207,7 @@ def test_the_export_script_gives_what_training_exported(stages, tmp_path, monkey
     assert any(moved) and json.loads((folder / "converted-hf/training.json").read_text())["stages"][-1]["steps"] == 2
 
 
-def test_the_card_tells_the_story_of_all_stages(stages, teacher_dir):
+def test_the_card_tells_the_story_of_all_stages(stages, teacher_dir, tmp_path):
     folder = stages / "stage3" / "converted-hf"
     history = json.loads((folder / "training.json").read_text())
     assert [stage["stage"] for stage in history["stages"]] == [1, 2, 3]
@@ -221,8 +222,18 @@ def test_the_card_tells_the_story_of_all_stages(stages, teacher_dir):
         assert f"| {record['objective']} | {losses[0]:.4g} → {losses[-1]:.4g} | {heldout[0]:.4g} → {heldout[-1]:.4g} |" in body
         assert f"| {4 * 4 * LENGTH} | {LENGTH} | 4 | 0.004 → 0.001 | {'frozen' if number == 1 else '0.002 → 0.001'} | cosine |" in body
     assert "## Evaluation" not in body
+    snippet = re.search("```python\n(.*?)```", body, re.DOTALL)[1].replace("folder = ...", f"folder = {str(folder)!r}").replace("50)", "2)")
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("def main(") and "[y/N]" not in done.stdout + done.stderr, done.stderr
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE", "modeling_distilled_student.py"):
         assert (folder / name).is_file(), name
+
+
+def test_the_record_of_a_checkpoint_before_the_first_evaluation(stages):
+    """Held out there is only what was measured before training."""
+    record = stage_record(load_config(stages / "stage2.yaml"), stages / "stage2" / "checkpoint-2")
+    before = logged(stages / "stage2", "eval_loss")[0]
+    assert record["steps"] == 2 and record["heldout_loss"] == [before, None] and all(record["loss"])
 
 
 def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
@@ -230,14 +241,16 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
     cfg = load_config(write_config(tmp_path, 2, "owner/teacher", data_dir, kl_weight=0.5, ce_weight=0.25))
     folder, config = tmp_path / "stage2" / "converted-hf", load_teacher_config(teacher_dir)
     config.student_name, config.keep_full_attention_layers = "gdn_v4", [1]
-    folder.mkdir(parents=True)
+    load_teacher(teacher_dir).save_pretrained(folder)
+    measured = {"checkpoint": fingerprint(folder), "limit": None}
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\n---\n# T\n")
     arc = {"task": "arc_easy", "seq_len": None, "metric": "acc", "score": 0.5, "stderr": 0.01}
     records = {
         "eval/hybrid": {"checkpoint": str(folder), "tasks": {
-            "a": arc | {"settings": {"limit": None}}, "b": {"task": "mmlu", "seq_len": None, "error": "x"},
-            "c": arc | {"task": "boolq", "settings": {"limit": 5}}}},
-        "eval/teacher": {"checkpoint": "owner/teacher", "tasks": {"a": arc | {"task": "piqa"}}},
+            "a": arc | {"settings": measured}, "b": {"task": "mmlu", "seq_len": None, "error": "x"},
+            "c": arc | {"task": "boolq", "settings": measured | {"limit": 5}},
+            "d": arc | {"task": "winogrande", "settings": measured | {"checkpoint": "of weights that were there before"}}}},
+        "eval/teacher": {"checkpoint": "owner/teacher", "tasks": {"a": arc | {"task": "piqa", "settings": measured}}},
         "harness": {"model_name": str(folder), "results": {"ruler_vt": {"alias": "x", "4096,none": 0.25, "8192,none": -1,
                                                                         "4096_stderr,none": "N/A"}}},
     }  # fmt: skip
@@ -252,7 +265,7 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
                  "| boolq |  | acc | 0.5000 ± 0.0100, with a limit of 5 documents |", "| ruler_vt | 4096 | match | 0.2500 |", "Of stage 1 there is no record", "not recorded",
                  "0.5 x KL to the teacher (temperature 1) + 0.25 x cross-entropy"):  # fmt: skip
         assert line in body, line
-    assert not any(word in body for word in ("8192", "mmlu", "piqa")) and "trust_remote_code=True" in body
+    assert not any(word in body for word in ("8192", "mmlu", "piqa", "winogrande")) and "trust_remote_code=True" in body
     (tmp_path / "native").mkdir()
     write_native_card(folder, tmp_path / "native", "Qwen3_5ForCausalLM")
     native = (tmp_path / "native" / "README.md").read_text()
