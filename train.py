@@ -102,10 +102,7 @@ def train_stage(
 ) -> None:
     """Trains from `resume`, a checkpoint, or from the start. After a signal it exits with REQUEUE, its checkpoint saved."""
     rank, output = int(os.environ["RANK"]), Path(cfg.train.output_dir)
-    zero = zero_stage(cfg, plan.world_size, resume)
-    if zero != zero_stage(cfg, plan.world_size):
-        say(f"ZeRO-{zero}, for {resume} was saved so")
-    facts = {"world_size": plan.world_size, "zero_stage": zero, "data": data_fingerprint(chunks.metadata)}
+    facts = {"world_size": plan.world_size, "zero_stage": zero_stage(cfg, plan.world_size), "data": data_fingerprint(chunks.metadata)}
     source = loadable(cfg, resume, facts, say)
     with Watchdog(60 * cfg.train.hang_minutes) as watchdog:
         guards = {"stop": stop, "save_minutes": cfg.train.save_minutes, "watchdog": watchdog, "facts": facts}
@@ -170,14 +167,15 @@ def memory_advice(cfg: Config, plan: BatchPlan):
         yield
     except torch.OutOfMemoryError as error:
         train = cfg.train
+        fresh = not checkpoints(Path(train.output_dir))  # a run that goes on keeps its optimiser's states
         knobs = {
             f"train.micro_batch_size below {train.micro_batch_size}, which changes no result": train.micro_batch_size > 1,
-            "train.optimizer=adamw_8bit": train.optimizer == "adamw",
+            "train.optimizer=adamw_8bit": train.optimizer == "adamw" and fresh,
             "train.gradient_checkpointing=mlp": cfg.stage > 1 and not train.gradient_checkpointing,
             "train.gradient_checkpointing=true": cfg.stage > 1 and train.gradient_checkpointing is not True,
             "train.kd_teacher_shard=always": cfg.stage == 2 and train.kd_teacher_shard != "always" and plan.world_size > 1,
             "train.kd_teacher_offload=cpu": cfg.stage == 2 and train.kd_teacher_offload == "none",
-            "train.zero_stage=3": cfg.stage > 1 and zero_stage(cfg, plan.world_size) < 3 and plan.world_size > 1,
+            "train.zero_stage=3": cfg.stage > 1 and zero_stage(cfg, plan.world_size) < 3 and plan.world_size > 1 and fresh,
             "more GPUs": True,
         }  # fmt: skip
         free = "; ".join(knob for knob, helps in knobs.items() if helps)
@@ -369,6 +367,8 @@ def checkpoint_activations(model, what: bool | str) -> None:
     """Makes a hybrid compute again in the backward pass what `train.gradient_checkpointing` says: nothing, "mlp" or all (True)."""
     if what is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
     for block in model.model.layers:
         block.mlp.checkpointed = what == "mlp"
 
@@ -423,11 +423,11 @@ def get_scheduler(optimizer, cfg: Config, plan: BatchPlan):
 
 
 # ------------------------------------------------------------------------------------------------ the trainer
-def zero_stage(cfg: Config, world_size: int, resume: Path | None = None) -> int:
-    """ZeRO's, for a run that goes on its checkpoint's: DeepSpeed loads none of ZeRO-3 into ZeRO-1. One process has nothing to share
+def zero_stage(cfg: Config, world_size: int) -> int:
+    """ZeRO's, for a run that goes on its checkpoints': DeepSpeed loads none of ZeRO-3 into ZeRO-1. One process has nothing to share
     with others, and ZeRO-1 copies its gradients once a step instead of once a micro-batch."""
-    if resume is not None:
-        return read_index(resume)["zero_stage"]
+    if saved := checkpoints(Path(cfg.train.output_dir)):
+        return read_index(saved[-1])["zero_stage"]
     return cfg.train.zero_stage or (1 if world_size == 1 else cfg.stage)
 
 

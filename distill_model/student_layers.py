@@ -103,8 +103,8 @@ class HeadNorm(nn.RMSNorm):
 
 @dataclass(frozen=True)
 class Option:
-    """What a hyper-parameter takes: its type, for a number the least and the most (which no GPU has room for, and typing errors
-    pass), and the switch without which it does nothing."""
+    """What a hyper-parameter takes: its type, for a number the least and the most, which only a slip of the keyboard exceeds, and the
+    switch without which it does nothing."""
 
     kind: type = int
     minimum: int = 1

@@ -397,7 +397,7 @@ def test_every_option_works(teacher, tmp_path, name, key):
 @pytest.mark.parametrize("name, key", ALL_OPTIONS)
 def test_every_option_is_checked(teacher, name, key):
     option = options_of(name)[key]
-    wrong = [1, "true"] if option.kind is bool else [option.minimum - 1, -3, True, "4", 4.5, [4]]
+    wrong = [1, "true"] if option.kind is bool else [option.minimum - 1, option.maximum + 1, -3, True, "4", 4.5, [4]]
     for value in (*wrong, None):
         with pytest.raises(ValueError, match=f"student_model.options.{key}: .* must be .*; {name} takes .*{key}: ") as error:
             check_student(name, {key: value}, teacher.config)

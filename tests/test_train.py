@@ -21,6 +21,7 @@ from convert import load_teacher, load_teacher_config
 from convert_ckpt import export_checkpoint
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, is_student_attention
 from distill_model.losses import alignment_loss
+from distill_model.modeling_distilled_student import StudentBlock
 from pipeline.batch_plan import batch_plan
 from pipeline.config import load_config
 from pipeline.data import collate, open_chunks
@@ -61,9 +62,12 @@ def logged(folder, name):
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory, teacher_dir, data_dir):
-    """A folder with stage1 (ZeRO-1), stage2 (ZeRO-2, the teacher sharded by ZeRO-3) and stage3 (ZeRO-3), two processes."""
+    """A folder with stage1 (ZeRO-1), stage2 (ZeRO-2, the teacher sharded by ZeRO-3) and stage3 (ZeRO-3), two processes, which compute
+    activations again."""
     folder = tmp_path_factory.mktemp("stages")
-    for stage, changes in ((1, {}), (2, {"kd_teacher_shard": "always"}), (3, {})):
+    for stage, changes in (
+        (1, {}), (2, {"kd_teacher_shard": "always", "gradient_checkpointing": "mlp"}), (3, {"gradient_checkpointing": True}),
+    ):  # fmt: skip
         launch(write_config(folder, stage, teacher_dir, data_dir, **changes))
     return folder
 
@@ -523,6 +527,12 @@ ids = torch.randint(0, 80, (2, 19))
 assert torch.equal(sharded.hidden_states(ids), hf_trainer.FrozenTeacher(plain, "cpu").hidden_states(ids))
 """
     run(sys.executable, "-c", code)
+
+
+def test_zero_3_names_a_block_as_we_do():
+    """DeepSpeed only warns of a class that is not there, and then gathers module by module."""
+    for name in ("stage_3", "stage_2_teacher"):
+        assert train.deepspeed_config(name)["zero_optimization"]["leaf_module"] == {"classes": [StudentBlock.__name__]}
 
 
 @pytest.mark.parametrize("scope", ["linear", "all"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from conftest import write_config
+from distill_model import StudentForCausalLM
 from pipeline.guard import REQUEUE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -71,6 +72,8 @@ def test_losses_fall_and_follow_the_cpu(both, stage):
     torch.testing.assert_close(gpu, cpu, rtol=0.1, atol=1e-3)
     before, after = losses(both / "gpu" / f"stage{stage}", "eval_loss")[[0, -1]]
     assert after < before
+    model = StudentForCausalLM.from_pretrained(both / "gpu" / f"stage{stage}" / "converted-hf")
+    assert all(weight.isfinite().all() for weight in model.parameters())
 
 
 def term_all(process):
