@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import math
 import sys
+from pathlib import Path
 
 from pipeline.data import load_tokenizer  # pipeline first: it says what is not installed
 from pipeline.files import one_line
@@ -70,12 +71,16 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": answer})
 
 
-def generation_config(args: argparse.Namespace, model) -> GenerationConfig:
-    """The model's own, if it has one, with what the arguments say."""
+def generation_config(args: argparse.Namespace, model, eos_token_id: int | None) -> GenerationConfig:
+    """The model's own, if it has one, with what the arguments say. Raises OSError if a folder's cannot be read."""
     try:
         config = GenerationConfig.from_pretrained(args.model)
     except OSError:
+        if (Path(args.model) / "generation_config.json").is_file():
+            raise
         config = model.generation_config
+    if config.eos_token_id is None:
+        config.eos_token_id = eos_token_id
     config.max_new_tokens, config.prefill_chunk_size = args.max_new_tokens, None if model.config.rope_depends_on_length else PREFILL
     if model.device.type == "cuda" and StaticCache.refusal(model.config) is None:
         config.cache_implementation = "static"  # a token is one CUDA graph
@@ -122,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_teacher_config(args.model)
     conversation = Conversation(load_tokenizer(args.model, "--model"), args.system)
     model = load_teacher(args.model, config.dtype or torch.float32).to(args.device)
-    model.generation_config = generation_config(args, model)
+    model.generation_config = generation_config(args, model, conversation.tokenizer.eos_token_id)
     layers = f"{len(config.linear_layers)} x {config.student_name}, " if config.linear_layers else ""
     how = "chat" if conversation.tokenizer.chat_template else "no chat template: it goes on with the text"
     print(f"{args.model}: {layers}full attention in {config.keep_full_attention_layers}; {how}; /reset, /exit", file=sys.stderr)

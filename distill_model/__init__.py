@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .config_distilled_student import StudentConfig
+from .config_distilled_student import FOREIGN, StudentConfig
 from .modeling_distilled_student import (
     STUDENT_ATTENTION_MAP,
     StudentBlock,
@@ -15,6 +15,8 @@ from .student_layers import InitReport, can_calibrate, check_calibration, check_
 
 AutoConfig.register(StudentConfig.model_type, StudentConfig)
 AutoModelForCausalLM.register(StudentConfig, StudentForCausalLM)
+for _kind in FOREIGN:  # so that transformers' own loaders give the reason too
+    AutoConfig.register(_kind, type("ForeignConfig", (StudentConfig,), {"model_type": _kind}))
 
 __all__ = [
     "STUDENT_ATTENTION_MAP",

@@ -71,7 +71,8 @@ class StudentConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """Raises ValueError for the config of another kind of model, which transformers would only warn of."""
-        if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type or kind in FOREIGN:
             raise ValueError(f"model_type: {kind!r} is {FOREIGN.get(kind, f'not {cls.model_type}')}")
         return super().from_dict(config_dict, **kwargs)
 

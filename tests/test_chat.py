@@ -189,4 +189,10 @@ def test_a_gpu_decodes_behind_a_static_cache(tmp_path, name, device, kind):
     config = StudentConfig(num_hidden_layers=2, keep_full_attention_layers=[1], student_name=name)
     model = SimpleNamespace(device=torch.device(device), config=config, generation_config=GenerationConfig())
     args = SimpleNamespace(model=str(tmp_path), max_new_tokens=4, temperature=None)
-    assert chat.generation_config(args, model).cache_implementation == kind
+    made = chat.generation_config(args, model, 5)
+    assert (made.cache_implementation, made.eos_token_id) == (kind, 5)  # the tokenizer's, where the model names none
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert chat.generation_config(args, model, 5).eos_token_id == 7
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(OSError, match="generation_config.json"):
+        chat.generation_config(args, model, 5)

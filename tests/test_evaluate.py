@@ -276,6 +276,8 @@ def test_bad_input_ends_at_the_door(teacher_dir, data_dir, tmp_path, options, me
 def test_a_checkpoint_of_the_predecessor_is_refused_by_name(teacher_dir, tmp_path):
     """Wherever it is named, with the reason; its K and V would be in another order."""
     (tmp_path / "config.json").write_text('{"model_type": "student"}')
+    with pytest.raises(ValueError, match="model_type: 'student' is a student of the KL-guided .* orders K and V"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     for argv in ([tmp_path, "--tasks", "copying"], [teacher_dir, "--tasks", "copying", "--teacher", tmp_path]):
         with pytest.raises(ValueError, match=f": '{tmp_path}' is a student of the KL-guided .* orders K and V"):
             run(*argv, "--output", tmp_path / "out")
