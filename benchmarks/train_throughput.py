@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.25, help="share of the layers that stay full in stages 2 and 3")
     parser.add_argument("--steps", type=int, default=6, help="timed steps, after two that are not")
     parser.add_argument("--save_kernel_configs", type=Path, metavar="FOLDER", help="add what FLA's autotuner chose to a FLA_CONFIG_DIR")
-    parser.add_argument("--kernels", action="store_true", help="print the longest kernels too")
+    parser.add_argument("--kernels", action="store_true", help="print the longest kernels too, and between which of them the GPU waits longest")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     return parser.parse_intermixed_args()
@@ -109,24 +110,27 @@ def matmul_rate(device) -> float:
     return 2 * 8192**3 / median_ms(lambda: a @ b) * 1e3
 
 
-def breakdown(profile, steps: int) -> list[tuple[str, float]]:
-    """Milliseconds a step by kind of kernel, the largest first, and of a GPU without work."""
+def breakdown(profile, steps: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """Milliseconds a step by kind of kernel and of a GPU without work, the largest first; and the latter by the kernels before and
+    behind it."""
     from torch.autograd import DeviceType
 
     kernels = [e for e in profile.events() if e.device_type == DeviceType.CUDA and e.time_range.elapsed_us() > 0
                and not e.is_user_annotation]  # fmt: skip
-    totals: dict[str, float] = {}
+    totals, waits = Counter(), Counter()
     for kernel in kernels:
         name = kernel.name.lower()
         kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "element-wise and the rest")
-        totals[kind] = totals.get(kind, 0) + kernel.time_range.elapsed_us()
-    intervals = sorted((k.time_range.start, k.time_range.end) for k in kernels)
-    busy, end = 0.0, intervals[0][0]
-    for start, stop in intervals:
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    totals["no work (host)"] = end - intervals[0][0] - busy
-    return [(kind, us / 1e3 / steps) for kind, us in sorted(totals.items(), key=lambda item: -item[1])]
+        totals[kind] += kernel.time_range.elapsed_us()
+    first, *rest = sorted(kernels, key=lambda kernel: kernel.time_range.start)
+    end, last = first.time_range.end, first.name
+    for kernel in rest:
+        if (wait := kernel.time_range.start - end) > 0:
+            waits[f"{last[:70]} -> {kernel.name[:70]}"] += wait
+        if kernel.time_range.end > end:
+            end, last = kernel.time_range.end, kernel.name
+    totals["no work (host)"] = waits.total()
+    return tuple([(what, us / 1e3 / steps) for what, us in counter.most_common()] for counter in (totals, waits))
 
 
 def save_kernel_configs(folder: Path) -> None:
@@ -230,11 +234,12 @@ def main() -> None:
         f"{clock.times[0] - clock.begin:.1f} | {setup:.1f} |\n")
     if rank == 0:
         say("| time of a micro-batch | ms |\n|:--|--:|")
-        for kind, ms in breakdown(clock.profile, profiled * plan.grad_accum):
-            say(f"| {kind} | {ms:.1f} |")
+        kinds, waits = breakdown(clock.profile, profiled * plan.grad_accum)
+        say("\n".join(f"| {kind} | {ms:.1f} |" for kind, ms in kinds))
     if args.save_kernel_configs and rank == 0:
         save_kernel_configs(args.save_kernel_configs)
     if args.kernels and rank == 0:
+        print("\nNo work between\n" + "\n".join(f"{ms:8.2f} ms  {between}" for between, ms in waits[:20]))
         print(clock.profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90))
     torch.distributed.destroy_process_group()
 

@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM
 
 from benchmarks import compare_students, decode, recall_teacher, student_init, train_throughput
@@ -159,6 +161,19 @@ def test_a_start_that_explodes_fails(recall_dir, monkeypatch, capsys):
 def test_benchmarks_of_gpus_are_skipped_without_one(command):
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / command[0], *command[1:]], capture_output=True, text=True)
     assert done.returncode == 1 and f"{command[0]}: skipped: " in done.stderr
+
+
+def test_the_time_of_kernels_and_between_them():
+    def event(name, start, end, device=DeviceType.CUDA):
+        span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return SimpleNamespace(name=name, time_range=span, device_type=device, is_user_annotation=False)
+
+    events = [event("nvjet_b", 3000, 4000), event("nvjet_a", 0, 2000), event("a copy", 1500, 2500), event("_kl_rows", 4000, 4500),
+              event("nvjet_a", 9500, 9600), event("a copy", 9900, 9950), event("aten::mm", 0, 9999, DeviceType.CPU)]  # fmt: skip
+    kinds, waits = train_throughput.breakdown(SimpleNamespace(events=lambda: events), 2)
+    assert dict(kinds) == {"matrix products": 1.55, "element-wise and the rest": 0.525, "losses": 0.25, "no work (host)": 2.9}
+    assert waits == [("_kl_rows -> nvjet_a", 2.5), ("a copy -> nvjet_b", 0.25), ("nvjet_a -> a copy", 0.15)]
+    assert sum(ms for _, ms in kinds) - 0.25 == pytest.approx(9950 / 2 / 1e3)  # two overlap for 0.5 ms
 
 
 def test_flops_of_the_matrix_products():
