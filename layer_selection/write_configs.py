@@ -60,7 +60,7 @@ STAGES = {
   lr_scheduler_type: cosine
   final_lr: 1e-5
   max_grad_norm: 1.0
-  gradient_checkpointing: true
+  gradient_checkpointing: mlp
 """),
     3: (16384, "Stage 3: 100M tokens at context 16384, cross-entropy, no teacher.", """\
   student_init_ckpt: outputs/{folder}/stage2/converted-hf
