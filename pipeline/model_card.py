@@ -101,8 +101,8 @@ def evaluation(folder: Path, export: Path) -> list[dict]:
         checkpoint = record.get("checkpoint", record.get("model_name"))
         if checkpoint is not None and Path(checkpoint).resolve() != (folder / EXPORT).resolve():
             continue  # the teacher's, for comparison
-        results = [result | {"limit": result["settings"]["limit"]}
-                   for result in record.get("tasks", {}).values() if "score" in result and result["settings"]["checkpoint"] == ours()]  # fmt: skip
+        results = [result | {"limit": result["settings"].get("limit")} for result in record.get("tasks", {}).values()
+                   if "score" in result and result.get("settings", {}).get("checkpoint") == ours()]  # fmt: skip
         for task, values in record.get("results", {}).items():
             scores = {key: value for key, value in values.items() if isinstance(value, (int, float)) and "," in key}
             for key, score in scores.items():
@@ -148,7 +148,7 @@ def _table(header: tuple, rows: list[tuple]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _change(values: list[float] | None) -> str:
+def _change(values: list[float | None] | None) -> str:
     if values is None:
         return "not recorded"
     return " → ".join("not measured" if value is None else f"{value:.4g}" for value in values)

@@ -197,6 +197,9 @@ def test_a_gpu_decodes_behind_a_static_cache(tmp_path, name, device, kind):
     args = SimpleNamespace(model=str(tmp_path), max_new_tokens=4, temperature=None)
     made = chat.generation_config(args, model, 5)
     assert (made.cache_implementation, made.eos_token_id) == (kind, 5)  # the tokenizer's, where the model names none
+    assert made.prefill_chunk_size == chat.PREFILL
+    config.rope_parameters["rope_type"] = "dynamic"
+    assert chat.generation_config(args, model, 5).prefill_chunk_size is None
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert chat.generation_config(args, model, 5).eos_token_id == 7
     (tmp_path / "generation_config.json").write_text("{")

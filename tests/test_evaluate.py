@@ -160,6 +160,14 @@ def test_long_prompts_are_read_in_pieces(teacher_dir, tmp_path, monkeypatch, nam
     assert sum(first) > 128 and (first[:-1] == [64] * (len(first) - 1) and first[-1] <= 64 if name != "fox_v1" else len(first) == 1)
 
 
+def test_prompts_under_dynamic_rope_are_read_as_a_whole(teacher_dir, tmp_path):
+    model = load_teacher(teacher_dir)
+    model.config.rope_parameters |= {"rope_type": "dynamic", "factor": 2.0}
+    model.save_pretrained(tmp_path)
+    prefill = [evaluate.load_model(str(folder)).generation_config.prefill_chunk_size for folder in (teacher_dir, tmp_path)]
+    assert prefill == [evaluate.PREFILL, None]
+
+
 def test_the_mean_over_lengths_is_of_the_same_tasks():
     """A task that a length or a checkpoint lacks would move it."""
     def scores(**tasks):

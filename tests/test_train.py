@@ -253,7 +253,8 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
         "eval/hybrid": {"checkpoint": str(folder), "tasks": {
             "a": arc | {"settings": measured}, "b": {"task": "mmlu", "seq_len": None, "error": "x"},
             "c": arc | {"task": "boolq", "settings": measured | {"limit": 5}},
-            "d": arc | {"task": "winogrande", "settings": measured | {"checkpoint": "of weights that were there before"}}}},
+            "d": arc | {"task": "winogrande", "settings": measured | {"checkpoint": "of weights that were there before"}},
+            "e": arc | {"task": "openbookqa"}}},
         "eval/teacher": {"checkpoint": "owner/teacher", "tasks": {"a": arc | {"task": "piqa", "settings": measured}}},
         "harness": {"model_name": str(folder), "results": {"ruler_vt": {"alias": "x", "4096,none": 0.25, "8192,none": -1,
                                                                         "4096_stderr,none": "N/A"}}},
@@ -269,7 +270,7 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
                  "| boolq |  | acc | 0.5000 ± 0.0100, with a limit of 5 documents |", "| ruler_vt | 4096 | match | 0.2500 |", "Of stage 1 there is no record", "not recorded",
                  "0.5 x KL to the teacher (temperature 1) + 0.25 x cross-entropy"):  # fmt: skip
         assert line in body, line
-    assert not any(word in body for word in ("8192", "mmlu", "piqa", "winogrande")) and "trust_remote_code=True" in body
+    assert not any(word in body for word in ("8192", "mmlu", "piqa", "winogrande", "openbookqa")) and "trust_remote_code=True" in body
     (tmp_path / "native").mkdir()
     write_native_card(folder, tmp_path / "native", "Qwen3_5ForCausalLM")
     native = (tmp_path / "native" / "README.md").read_text()
@@ -511,7 +512,6 @@ def test_alignment_gradients_equal_direct_ones(teacher_dir, kind, recompute):
 def test_a_sharded_teacher_is_gathered_by_blocks(tmp_path, teacher_dir, data_dir):
     file = write_config(tmp_path, 2, teacher_dir, data_dir, student_init_ckpt="none", kd_teacher_shard="always")
     code = f"""
-import sys
 from pipeline.environment import join_ranks, set_up_device, set_up_process
 set_up_process(), join_ranks(set_up_device(), 5)
 import torch

@@ -53,8 +53,8 @@ def start_of(folder, stage):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, teacher_dir, data_dir):
-    """Folders with the three stages: of the GPU in bf16, and of the CPU in fp32. The GPU's start where the CPU's do: bf16's error of
-    three stages in a row is up to 9 % of a loss on a CPU too, that of one stage 5 %."""
+    """Folders with the three stages: of the GPU in bf16, and of the CPU in fp32. The GPU's start where the CPU's do, so that
+    bf16's errors of three stages do not add up."""
     folder = tmp_path_factory.mktemp("both")
     for stage in (1, 2, 3):
         files = [configs(folder / name, teacher_dir, data_dir, stage, **start_of(folder, stage)) for name in ("gpu", "cpu")]
