@@ -72,7 +72,8 @@ plan_nodes() {
         MASTER_ADDR=${MASTER_ADDR:-${NODES[0]}} MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))} # below those of outgoing connections
     else
         MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
-        MASTER_PORT=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+        MASTER_PORT=${MASTER_PORT:-$(python -c 'import random, socket
+print(next(port for port in random.sample(range(12000, 32000), 99) if socket.socket().connect_ex(("127.0.0.1", port))))')}
     fi
     printf "%s slots=$PROCESSES_PER_NODE\n" "${NODES[@]}" >"$JOB_DIR/hostfile"
     export DEVICE PROCESSES_PER_NODE MASTER_ADDR MASTER_PORT

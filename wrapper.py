@@ -95,8 +95,8 @@ class AttentionAlignmentModel(nn.Module):
             losses.append(loss)
             if block is not self.model.layers[-1]:
                 with torch.no_grad():
-                    hidden_states = hidden_states + output
-                    hidden_states = hidden_states + block.mlp(block.mlp_norm(hidden_states))
+                    normed, hidden_states = block.mlp_norm(hidden_states, output)
+                    hidden_states = hidden_states + block.mlp(normed)
         losses = torch.stack(losses)
         return {"loss": losses.mean(), "layer_losses": losses.detach()}
 

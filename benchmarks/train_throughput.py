@@ -90,12 +90,13 @@ def flops_per_token(teacher, model, stage: int) -> float:
     from distill_model.modeling_distilled_student import LMHead
 
     def products(module, *, head=True):
-        return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear) and (head or not isinstance(m, LMHead)))
+        weights = (m.weight for m in module.modules() if isinstance(m, nn.Linear) and (head or not isinstance(m, LMHead)))
+        return sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)  # ZeRO-3 leaves an empty tensor
 
     if stage == 1:
         students = [m for m in model.modules() if is_student_attention(m)]
         inner = sum(products(m) for m in students)
-        back_through = sum(m.o_proj.weight.numel() for m in students)  # the inputs need no gradient
+        back_through = sum(products(m.o_proj) for m in students)  # the inputs need no gradient
         return 2 * (products(model) - inner) + 4 * inner + 2 * back_through
     return (2 * products(teacher) if stage == 2 else 0) + 6 * products(model)
 

@@ -35,15 +35,6 @@ def _swiglu_rows(gate, up, out, gate_row, up_row, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _norm_rows(x, weight, out, eps, size, BLOCK: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = at < size
-    value = tl.load(x + row * size + at, mask=inside, other=0).to(tl.float32)
-    value *= 1 / tl.sqrt(tl.sum(value * value, 0) / size + eps)
-    tl.store(out + row * size + at, value * tl.load(weight + at, mask=inside, other=0).to(tl.float32), mask=inside)
-
-
-@triton.jit
 def _turned(x, norm, cos, sin, out, eps, NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """RMSNorm, if NORM, and RoPE of one head."""
     channel = tl.arange(0, BLOCK)
@@ -207,17 +198,6 @@ def swiglu_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return F.silu(gate) * up
     (batch, size), out = gate.shape, torch.empty_like(gate, memory_format=torch.contiguous_format)
     _swiglu_rows[(batch, triton.cdiv(size, 1024))](gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=1024)
-    return out
-
-
-@on_its_device
-def norm_rows(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    """norm(x) of x [B, size] and an nn.RMSNorm with a weight, in half of the time that PyTorch's kernel takes for few rows. No gradient.
-    Other modules run as they are."""
-    if not fuses(x) or type(norm) is not nn.RMSNorm or not untouched(norm):
-        return norm(x)
-    x, out, block = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format), triton.next_power_of_2(x.shape[1])
-    _norm_rows[(len(x),)](x, norm.weight, out, norm.eps, x.shape[1], BLOCK=block, num_warps=min(16, max(1, block // 256)))
     return out
 
 
@@ -426,8 +406,8 @@ def decode_token(model, input_ids: torch.Tensor, position_ids: torch.Tensor, cac
         if not serves(block):  # a copy, for its output is the hook's, and hidden is written to
             hidden = block(hidden[:, None].clone(), past_key_values=cache, use_cache=True, position_embeddings=angles)[:, 0].clone()
             continue
-        add_attention(block.attn, norm_rows(hidden, block.attn_norm), hidden, cache, cos, sin)
-        mlp, x = block.mlp, norm_rows(hidden, block.mlp_norm)
+        add_attention(block.attn, block.attn_norm(hidden), hidden, cache, cos, sin)
+        mlp, x = block.mlp, block.mlp_norm(hidden)
         gate, up = project(x, [mlp.gate_proj, mlp.up_proj])
         add_product(hidden, swiglu_rows(gate, up) if mlp.act is None else mlp.act(gate) * up, mlp.down_proj)
-    return model.lm_head(norm_rows(hidden, inner.norm))[:, None]
+    return model.lm_head(inner.norm(hidden))[:, None]

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 BLOCK, WARPS = 2048, 8  # elements of a program; 16-byte loads
+NORM_PROGRAMS = 1024  # some eight for each processor of an H200
 
 
 @triton.jit
@@ -69,6 +70,43 @@ def _rotate(x, cos, sin, out, sign, rows, HEADS: tl.constexpr, HALF: tl.constexp
     b = tl.load(x + first + HALF, mask=both).to(tl.float32)
     tl.store(out + first, a * c - b * s, mask=both)
     tl.store(out + first + HALF, b * c + a * s, mask=both)
+
+
+@triton.jit
+def _rms_norm_forward(x, branch, weight, out, total, scales, eps, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside, at = channel < size, row * size + channel
+    values = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    if ADD:  # what is kept is rounded, and normed as it is kept
+        values = (values + tl.load(branch + at, mask=inside, other=0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + at, values, mask=inside)
+        values = values.to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(values * values, 0) / size + eps)
+    tl.store(scales + row, scale)
+    tl.store(out + at, values * scale * tl.load(weight + channel, mask=inside, other=0).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _rms_norm_backward(total, weight, scales, d_out, d_total, d_x, d_weight, rows, size, ADD: tl.constexpr, TRAINS: tl.constexpr,
+                       BLOCK: tl.constexpr):  # fmt: skip
+    """Every so many rows, as many as there are programs, each with its part of the weight's gradient."""
+    program, programs, channel = tl.program_id(0), tl.num_programs(0), tl.arange(0, BLOCK)
+    inside, at = channel < size, program.to(tl.int64) * size + channel
+    w = tl.load(weight + channel, mask=inside, other=0).to(tl.float32)
+    part = tl.zeros((BLOCK,), tl.float32)
+    for row in range(program, rows, programs):
+        scale = tl.load(scales + row)
+        normed = tl.load(total + at, mask=inside, other=0).to(tl.float32) * scale
+        d = tl.load(d_out + at, mask=inside, other=0).to(tl.float32)
+        part += d * normed
+        d *= w
+        d = (d - normed * (tl.sum(d * normed, 0) / size)) * scale
+        if ADD:
+            d += tl.load(d_total + at, mask=inside, other=0).to(tl.float32)
+        tl.store(d_x + at, d, mask=inside)
+        at += programs.to(tl.int64) * size
+    if TRAINS:
+        tl.store(d_weight + program.to(tl.int64) * size + channel, part, mask=inside)
 
 
 @triton.jit
@@ -179,6 +217,31 @@ class _Rotate(torch.autograd.Function):
         return _Rotate.forward(ctx, d_out, *ctx.saved_tensors, sign=-1.0), None, None, None
 
 
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, branch, weight, eps):
+        x, size = x.contiguous(), x.shape[-1]
+        out, rows = torch.empty_like(x), x.numel() // size
+        total, branch = (x, x) if branch is None else (torch.empty_like(x), branch.contiguous())
+        ctx.added, block = branch is not x, triton.next_power_of_2(size)
+        ctx.launch = dict(ADD=ctx.added, BLOCK=block, num_warps=min(16, max(1, block // 256)))
+        scales = torch.empty(rows, device=x.device)
+        _rms_norm_forward[(rows,)](x, branch, weight, out, total, scales, eps, size, **ctx.launch)
+        ctx.save_for_backward(total, weight, scales)
+        return (out, total) if ctx.added else out
+
+    @staticmethod
+    def backward(ctx, d_out, d_total=None):
+        (total, weight, scales), trains = ctx.saved_tensors, ctx.needs_input_grad[2]
+        rows, size = len(scales), len(weight)
+        programs = min(rows, NORM_PROGRAMS)
+        d_x, d_weight = torch.empty_like(total), torch.empty(programs if trains else 0, size, device=total.device)
+        d_out = d_out.contiguous()
+        d_total = d_total.contiguous() if ctx.added else d_out
+        _rms_norm_backward[(programs,)](total, weight, scales, d_out, d_total, d_x, d_weight, rows, size, TRAINS=trains, **ctx.launch)
+        return d_x, d_x if ctx.added else None, d_weight.sum(0).to(weight.dtype) if trains else None, None
+
+
 def _decode_attention(q, k, v, first, last) -> torch.Tensor:
     (batch, _, heads, size), (_, tokens, kv_heads, _) = q.shape, k.shape
     # Some two programs for each processor of an H200; more than 64 parts would be slow to join.
@@ -232,6 +295,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, of equal shapes (Shazeer, arXiv 2002.05202)."""
     return _SwiGLU.apply(gate, up) if fuses(gate) else F.silu(gate) * up
+
+
+@on_its_device
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, branch: torch.Tensor | None = None):
+    """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of x [..., D]; with a branch of x's shape a pair, that of x + branch, and x + branch."""
+    if fuses(x) and x.dtype == weight.dtype and (branch is None or branch.dtype == x.dtype):
+        return _RMSNorm.apply(x, branch, weight, eps)
+    total = x if branch is None else x + branch
+    out = F.rms_norm(total, weight.shape, weight, eps)
+    return out if branch is None else (out, total)
 
 
 def project_swiglu(gate: torch.Tensor, up: torch.Tensor, projection: nn.Module) -> torch.Tensor:

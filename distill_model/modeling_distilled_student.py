@@ -31,7 +31,7 @@ from .attention import RotaryEmbedding, SoftmaxAttention  # noqa: E402
 from .cache import HybridCache, StaticCache  # noqa: E402
 from .config_distilled_student import StudentConfig  # noqa: E402
 from .decode_loop import can_sample, sample  # noqa: E402
-from .fused_ops import project_swiglu, swiglu  # noqa: E402
+from .fused_ops import project_swiglu, rms_norm, swiglu  # noqa: E402
 from .losses import forward_kl, linear_cross_entropy  # noqa: E402
 from .student_layers import (  # noqa: E402
     STUDENT_ATTENTION_MAP,
@@ -49,6 +49,13 @@ __all__ = [
     "forward_kl",
     "get_student_attention_class",
 ]
+
+
+class RMSNorm(nn.RMSNorm):
+    """norm(x), and with the branch that x is the residual of, norm(x + branch) and x + branch."""
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor | None = None):
+        return rms_norm(x, self.weight, self.eps, branch)
 
 
 class SwiGLU(nn.Module):
@@ -92,19 +99,19 @@ class StudentBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: StudentConfig, layer_idx: int):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if layer_idx in config.keep_full_attention_layers:
             self.attn = SoftmaxAttention(config, layer_idx)
         else:
             attn = get_student_attention_class(config.student_name)(config, layer_idx, **config.student_options)
             self.attn = attn.to(torch.get_default_dtype())  # FLA makes some parameters fp32, whatever the model is loaded in
             self.attn.keep_whole()
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        normed, hidden_states = self.mlp_norm(hidden_states, self.attn(self.attn_norm(hidden_states), **kwargs)[0])
+        return hidden_states + self.mlp(normed)
 
 
 class StudentPreTrainedModel(PreTrainedModel):
@@ -129,7 +136,7 @@ class StudentModel(StudentPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(StudentBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()

@@ -6,7 +6,6 @@ import faulthandler
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import warnings
 from pathlib import Path
@@ -18,15 +17,10 @@ WANDB_PROJECT = "hybrid-distillation"  # where runs are logged unless the enviro
 def set_up_process() -> tuple[int, int]:
     """Sets what DeepSpeed, Triton and PyTorch read from the environment; returns (rank, world size).
 
-    Call it before they are imported. A process that no launcher started becomes rank 0 of 1. Runs of one process do not get
-    into each other's way on a machine; others need a --master_port each.
+    Call it before they are imported. A process that no launcher started becomes rank 0 of 1.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # a port of its own: DeepSpeed's launcher gives every run the same
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"), "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"), "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # Ranks that share a cache folder, perhaps over a network, race for its files.
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
@@ -71,14 +65,22 @@ def set_up_device() -> str:
 
 
 def join_ranks(device: str, hang_minutes: float) -> None:
-    """Initialises torch.distributed through DeepSpeed; call it after `set_up_device`. PyTorch's own time-outs come after
-    the watchdog's, whose message is clearer."""
+    """Initialises torch.distributed and DeepSpeed; call it after `set_up_device`. PyTorch's own time-outs come after
+    the watchdog's, whose message is clearer.
+
+    One process needs no port, so that runs of one do not get into each other's way on a machine; others need a --master_port each.
+    """
     from datetime import timedelta
 
     import deepspeed
+    import torch
 
-    timeout = timedelta(minutes=1.5 * hang_minutes + 5)
-    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", timeout=timeout, verbose=False)
+    backend, timeout = "nccl" if device == "cuda" else "gloo", timedelta(minutes=1.5 * hang_minutes + 5)
+    if os.environ["WORLD_SIZE"] == "1":
+        device_id = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=store, device_id=device_id)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 def wandb_wanted(report_to: str) -> bool:

@@ -60,6 +60,9 @@ def test_every_kernel_compiles(compiled, dtype):
 
     fused_ops.swiglu(random(3, 70), random(3, 70)).sum().backward()
     fused_ops.mean_squared_error(random(3, 70), random(3, 70)).backward()
+    for size in (70, 1536, 16384):
+        fused_ops.rms_norm(random(2, size), random(size), 1e-6).sum().backward()
+        sum(fused_ops.rms_norm(random(2, size), random(size).detach(), 1e-6, random(2, size))).sum().backward()
     cos, sin = random(2, 5, 128).detach(), random(2, 5, 128).detach()
     fused_ops.rotate(random(2, 5, 3, 128), cos, sin).sum().backward()
     for heads, kv_heads, size in ((12, 2, 128), (32, 8, 64), (4, 4, 256), (3, 1, 20)):
@@ -69,7 +72,6 @@ def test_every_kernel_compiles(compiled, dtype):
     losses.linear_cross_entropy(hidden, weight, torch.randint(53, (7,)))
     losses.forward_kl(hidden, hidden, weight, weight)
     decode_step.swiglu_rows(random(2, 70).detach(), random(2, 70).detach())
-    decode_step.norm_rows(random(2, 70).detach(), nn.RMSNorm(70, eps=1e-6))
     for size, norm in ((128, nn.RMSNorm(128, eps=1e-6)), (80, nn.Identity())):
         q, k = random(2, 3 * size).detach(), random(2, size).detach()
         places = torch.empty(2, 2, 5, 1, size, dtype=dtype)

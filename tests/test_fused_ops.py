@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from distill_model import fused_ops
 from distill_model.decode_step import swiglu_rows
-from distill_model.fused_ops import decode_attention, mean_squared_error, project_swiglu, rotate, scaled, swiglu
+from distill_model.fused_ops import decode_attention, mean_squared_error, project_swiglu, rms_norm, rotate, scaled, swiglu
 
 SHAPES = [(1,), (3, 17), (2, 5, 60)]
 
@@ -73,6 +73,31 @@ def test_mean_squared_error(shape):
     assert teacher.grad is None
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm(shape):
+    """Alone and behind a sum; with the weight's gradient and without, where it is not wanted."""
+    weight, eps = torch.rand(shape[-1], requires_grad=True), 1e-2
+    for branches, trains in ((0, True), (1, True), (1, False)):
+        given, double = leaves(shape, 1 + branches)
+        wanted = [*given, *([weight] if trains else [])]
+        outs = rms_norm(given[0], weight if trains else weight.detach(), eps, *given[1:])
+        outs = outs if branches else (outs,)
+        total, w = sum(double), weight.detach().double().requires_grad_()
+        expected = (w * total / (total.square().mean(-1, keepdim=True) + eps).sqrt(), total)[: len(outs)]
+        directions = [torch.randn(shape) for _ in outs]
+        grads = torch.autograd.grad([(a * b).sum() for a, b in zip(outs, directions)], wanted)
+        references = torch.autograd.grad([(a * b).sum() for a, b in zip(expected, directions)], [*double, w])
+        for a, b in zip((*outs, *grads), (*expected, *references)):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_rms_norm_of_what_is_kept():
+    """The sum is rounded first, so that the norm is of what the next block gets."""
+    x, branch, weight = *torch.randn(2, 5, 40).bfloat16(), torch.rand(40).bfloat16()
+    out, total = rms_norm(x, weight, 1e-6, branch)
+    assert torch.equal(total, x + branch) and torch.equal(out, F.rms_norm(total, (40,), weight, 1e-6))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_rotate(batch):
     """Positions of one row for all, and a row each."""
@@ -115,7 +140,7 @@ def test_decode_attention(length):
 
 
 @pytest.mark.parametrize("step", [
-    lambda x: scaled(x, torch.tensor(2.0)), lambda x: swiglu(x, x), lambda x: swiglu_rows(x, x), lambda x: mean_squared_error(x, x),
+    lambda x: scaled(x, torch.tensor(2.0)), lambda x: swiglu(x, x), lambda x: swiglu_rows(x, x), lambda x: rms_norm(x, x[0, 0, 0], 1e-6), lambda x: mean_squared_error(x, x),
     lambda x: rotate(x, *torch.ones(2, 1, 1, 4)),
     lambda x: decode_attention(x, x, x, torch.tensor([0, 0]), torch.tensor([0])),
 ])  # fmt: skip

@@ -151,6 +151,9 @@ if __name__ == "__main__":
     test_fused_ops.test_rotate(1)
     test_fused_ops.test_rotate(2)
     test_fused_ops.test_scaled()
+    fused_ops.NORM_PROGRAMS = 3  # of which each has several of the 10 rows, and not equally many
+    for shape in test_fused_ops.SHAPES:
+        test_fused_ops.test_rms_norm(shape)
     for length in (1, 300):
         test_fused_ops.test_decode_attention(length)
     for dtype in test_decode_step.LIMITS:
@@ -160,7 +163,6 @@ if __name__ == "__main__":
             test_decode_step.test_place_token(*case, dtype)
         for case in ((1, 7), (3, 1030)):
             test_decode_step.test_swiglu_rows(*case, dtype)
-            test_decode_step.test_norm_rows(*case, dtype)
     test_token_kl(None)
     test_token_kl(3)
     test_linear_cross_entropy(8, N)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -331,15 +332,28 @@ def test_an_optimiser_that_is_not_installed(tmp_path, teacher_dir, data_dir, mon
         prepare(file)
 
 
+def test_one_process_needs_no_port():
+    """DeepSpeed's launcher gives every run the same, and one that is free may be taken before it is used."""
+    code = """
+from pipeline.environment import join_ranks, set_up_device, set_up_process
+set_up_process(), join_ranks(set_up_device(), 5)
+import deepspeed, torch
+ones = torch.ones(1)
+deepspeed.comm.all_reduce(ones)
+assert deepspeed.comm.get_world_size() == ones.item() == 1
+"""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_process_environment(tmp_path, monkeypatch):
-    """Triton's cache is a rank's own, and a single process's port; W&B reports when it is set up or asked for."""
-    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TRITON_CACHE_DIR": str(tmp_path)}
-    for launched in ({}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}):
-        monkeypatch.setattr(os, "environ", ranks | launched)
-        assert set_up_process() == (0, 1) and os.environ["MASTER_PORT"] != "29500"
-    monkeypatch.setattr(os, "environ", {**ranks, "RANK": "3", "WORLD_SIZE": "8"})
-    assert set_up_process() == (3, 8) and os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "rank3")
-    assert os.environ["MASTER_PORT"] == "29500"
+    """Triton's cache is a rank's own; W&B reports when it is set up or asked for."""
+    for launched, expected in (({}, (0, 1)), ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+                               ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8))):  # fmt: skip
+        monkeypatch.setattr(os, "environ", {"TRITON_CACHE_DIR": str(tmp_path)} | launched)
+        assert set_up_process() == expected and os.environ["TRITON_CACHE_DIR"] == str(tmp_path / f"rank{expected[0]}")
     assert not wandb_wanted("auto") and wandb_wanted("wandb")
     os.environ["WANDB_MODE"] = "offline"
     assert wandb_wanted("auto") and not wandb_wanted("none")

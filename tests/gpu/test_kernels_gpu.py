@@ -8,7 +8,7 @@ from test_fused_ops import attend_naively
 
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from distill_model.fused_ops import decode_attention, mean_squared_error, rotate, swiglu
+from distill_model.fused_ops import decode_attention, mean_squared_error, rms_norm, rotate, swiglu
 from distill_model.losses import forward_kl, linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -77,6 +77,21 @@ def test_element_wise_steps(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("shape", [(1, 7), (3, 1031, 1536), (2, 5, 8192), (16, 3584)])
+def test_rms_norm(dtype, shape):
+    given, (x, branch, weight) = tensors(dtype, shape, shape, shape[-1:])
+    for total in (x, x + branch):
+        expected = weight * total / (total.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        if total is x:
+            check_step(rms_norm(given[0], given[2], 1e-6), expected, given[::2], (x, weight), LIMITS[dtype] / 2)
+        else:
+            out, kept = rms_norm(given[0], given[2], 1e-6, given[1])
+            check_step(torch.stack((out, kept)), torch.stack((expected, total)), given, (x, branch, weight), LIMITS[dtype] / 2)
+        for tensor in (*given, x, branch, weight):
+            tensor.grad = None
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("heads, kv_heads, size", [(12, 2, 128), (14, 2, 64), (32, 8, 80), (4, 4, 256)])
 def test_decode_attention(dtype, heads, kv_heads, size):
     for batch, length in ((1, 1), (1, 20_000), (5, 777)):
@@ -100,4 +115,3 @@ def test_kernels_of_a_decoded_token(dtype):
         test_decode_step.test_place_token(*case, dtype, device="cuda")
     for case in ((1, 7), (3, 1030), (16, 8960)):
         test_decode_step.test_swiglu_rows(*case, dtype, device="cuda")
-        test_decode_step.test_norm_rows(*case, dtype, device="cuda")

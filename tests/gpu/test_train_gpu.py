@@ -25,7 +25,7 @@ STEPS = 24
 
 def start(file, *options, gpu=True, rank=0, world_size=1):
     environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                                "MASTER_PORT": str(20000 + hash(str(file)) % 20000)}  # fmt: skip
+                                "MASTER_PORT": str(12000 + hash(str(file)) % 20000)}  # fmt: skip
     if not gpu:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     log = Path(file).with_suffix(".log").open("a")
