@@ -6,7 +6,7 @@
 Settings after the options override the benchmark's, as train.py takes them. It prints tokens a second a device; their matrix
 products' share of the rate that large products reach in the same run (attention and linear attention are not counted);
 peak memory; seconds from the trainer's first move to the end of the first step, which compiles or loads kernels; and
-where the GPU's time goes, from a profile of further steps.
+where the GPU's time goes: by what it works at in the timed steps, and by kinds of kernels, from a profile of further ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -111,6 +112,52 @@ def matmul_rate(device) -> float:
     return 2 * 8192**3 / median_ms(lambda: a @ b) * 1e3
 
 
+class Parts:
+    """The GPU's time by what it works at. A mark says what the kernels that are queued behind it belong to."""
+
+    def __init__(self):
+        self.marks = []
+
+    def mark(self, part: str) -> None:
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append((part, event))
+
+    def split(self, function, inside: str, behind: str):
+        """The same function, with a mark before it and one behind it."""
+
+        def marked(*args, **kwargs):
+            self.mark(inside)
+            result = function(*args, **kwargs)
+            self.mark(behind)
+            return result
+
+        return marked
+
+    def follow(self, trainer, stage: int) -> None:
+        """Marks what a stage's trainer does from here on."""
+        engine, model = trainer.deepspeed, trainer.model
+        engine.optimizer.step = self.split(engine.optimizer.step, "optimiser", "student")
+        if stage == 1:
+            model.forward = self.split(model.forward, "teacher", "student")
+            for block in model.model.layers:
+                block.attn.teacher_attn.forward = self.split(block.attn.teacher_attn.forward, "teacher", "student")
+                block.attn.forward = self.split(block.attn.forward, "teacher", "teacher")
+            return
+        model.lm_head.forward = self.split(model.lm_head.forward, "head", "student")
+        if stage == 2:
+            trainer.teacher.hidden_states = self.split(trainer.teacher.hidden_states, "teacher", "student")
+
+    def totals(self, steps: int) -> list[tuple[str, float]]:
+        """Milliseconds a step of each part, the longest first."""
+        totals = Counter()
+        for (part, start), (_, end) in pairwise(self.marks):
+            totals[part] += start.elapsed_time(end)
+        return [(part, ms / steps) for part, ms in totals.most_common()]
+
+
 def breakdown(profile, steps: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
     """Milliseconds a step by kind of kernel and of a GPU without work, the largest first; and the latter by the kernels before and
     behind it."""
@@ -201,13 +248,21 @@ def main() -> None:
 
     class Clock(TrainerCallback):
         def __init__(self):
-            self.times, self.profile, self.begin = [], None, time.perf_counter()
+            self.times, self.profile, self.begin, self.parts = [], None, time.perf_counter(), Parts()
+
+        def on_train_begin(self, *_, **__):
+            self.parts.follow(trainer, args.stage)
 
         def on_step_end(self, args_, state, control, **_):
+            self.parts.mark("student")
             torch.cuda.synchronize()
             self.times.append(time.perf_counter())
             if state.global_step == 1:
                 torch.cuda.reset_peak_memory_stats()
+            if state.global_step == 2:
+                self.parts.marks = self.parts.marks[-1:]
+            if state.global_step == 2 + args.steps:
+                self.totals = self.parts.totals(args.steps * plan.grad_accum)
             if state.global_step == 2 + args.steps and rank == 0:
                 self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
                 self.profile.start()
@@ -234,9 +289,9 @@ def main() -> None:
     say(f"| {tokens:,.0f} | {flops * tokens / rate:.0%} of {rate / 1e12:.0f} TFLOP/s | {peak:.1f} | "
         f"{clock.times[0] - clock.begin:.1f} | {setup:.1f} |\n")
     if rank == 0:
-        say("| time of a micro-batch | ms |\n|:--|--:|")
         kinds, waits = breakdown(clock.profile, profiled * plan.grad_accum)
-        say("\n".join(f"| {kind} | {ms:.1f} |" for kind, ms in kinds))
+        for what, rows in (("part", clock.totals), ("kind of kernels", kinds)):
+            say(f"| time of a micro-batch by {what} | ms |\n|:--|--:|\n" + "".join(f"| {row} | {ms:.1f} |\n" for row, ms in rows))
     if args.save_kernel_configs and rank == 0:
         save_kernel_configs(args.save_kernel_configs)
     if args.kernels and rank == 0:

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import compare_students, decode, recall_teacher, student_init, train_throughput
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
+from hf_trainer import FrozenTeacher
 from wrapper import AttentionAlignmentModel
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +176,44 @@ def test_the_time_of_kernels_and_between_them():
     assert dict(kinds) == {"matrix products": 1.55, "element-wise and the rest": 0.525, "losses": 0.25, "no work (host)": 2.9}
     assert waits == [("_kl_rows -> nvjet_a", 2.5), ("a copy -> nvjet_b", 0.25), ("nvjet_a -> a copy", 0.15)]
     assert sum(ms for _, ms in kinds) - 0.25 == pytest.approx(9950 / 2 / 1e3)  # two overlap for 0.5 ms
+
+
+@pytest.mark.parametrize("stage, expected", [
+    (1, "teacher 0 teacher 1 teacher 2 student 3 teacher 4 student 5 optimiser 6 student 7"),
+    (2, "teacher 0 student 1 head 2 student 3 optimiser 4 student 5"), (3, "head 0 student 1 optimiser 2 student 3"),
+])  # fmt: skip
+def test_the_time_of_parts(stage, expected, monkeypatch):
+    """With a clock that ticks at every mark, and no GPU: what comes when in a step, and how long it takes."""
+    ticks = count()
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.time = next(ticks)
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    small = StudentConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                          head_dim=16)  # fmt: skip
+    teacher, ids = StudentForCausalLM(small), torch.randint(100, (1, 5))
+    model = StudentForCausalLM.from_teacher(teacher, "gdn_v2")[0]
+    if stage == 1:
+        model = AttentionAlignmentModel(teacher, model)
+    trainer = SimpleNamespace(model=model, deepspeed=SimpleNamespace(optimizer=torch.optim.SGD(model.parameters())),
+                              teacher=FrozenTeacher(StudentForCausalLM(small), "cpu"))  # fmt: skip
+    parts = train_throughput.Parts()
+    parts.follow(trainer, stage)
+    if stage == 2:
+        trainer.teacher.hidden_states(ids)
+    model(ids)
+    trainer.deepspeed.optimizer.step()
+    assert " ".join(f"{part} {event.time}" for part, event in parts.marks) == expected
+    names = expected.split()[:-2:2]
+    assert dict(parts.totals(2)) == {name: names.count(name) / 2 for name in names}
 
 
 def test_flops_of_the_matrix_products():
