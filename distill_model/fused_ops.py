@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 BLOCK, WARPS = 2048, 8  # elements of a program; 16-byte loads
-NORM_PROGRAMS = 1024  # some eight for each processor of an H200
+NORM_WARPS = 3168  # of RMSNorm's backward pass, 24 for each processor of an H200: all run at once
 
 
 @triton.jit
@@ -224,7 +224,7 @@ class _RMSNorm(torch.autograd.Function):
         out, rows = torch.empty_like(x), x.numel() // size
         total, branch = (x, x) if branch is None else (torch.empty_like(x), branch.contiguous())
         ctx.added, block = branch is not x, triton.next_power_of_2(size)
-        ctx.launch = dict(ADD=ctx.added, BLOCK=block, num_warps=min(16, max(1, block // 256)))
+        ctx.launch = dict(ADD=ctx.added, BLOCK=block, num_warps=min(16, max(1, block // 512)))
         scales = torch.empty(rows, device=x.device)
         _rms_norm_forward[(rows,)](x, branch, weight, out, total, scales, eps, size, **ctx.launch)
         ctx.save_for_backward(total, weight, scales)
@@ -234,7 +234,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, d_out, d_total=None):
         (total, weight, scales), trains = ctx.saved_tensors, ctx.needs_input_grad[2]
         rows, size = len(scales), len(weight)
-        programs = min(rows, NORM_PROGRAMS)
+        programs = min(rows, NORM_WARPS // ctx.launch["num_warps"])
         d_x, d_weight = torch.empty_like(total), torch.empty(programs if trains else 0, size, device=total.device)
         d_out = d_out.contiguous()
         d_total = d_total.contiguous() if ctx.added else d_out

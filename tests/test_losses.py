@@ -151,7 +151,7 @@ if __name__ == "__main__":
     test_fused_ops.test_rotate(1)
     test_fused_ops.test_rotate(2)
     test_fused_ops.test_scaled()
-    fused_ops.NORM_PROGRAMS = 3  # of which each has several of the 10 rows, and not equally many
+    fused_ops.NORM_WARPS = 3  # as many programs, of which each has several of the 10 rows, and not equally many
     for shape in test_fused_ops.SHAPES:
         test_fused_ops.test_rms_norm(shape)
     for length in (1, 300):
