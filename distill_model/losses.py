@@ -111,6 +111,7 @@ class _LinearLoss(torch.autograd.Function):
                 d_hidden[start : start + len(chunk)] = gradient @ weight
             if need_weight:
                 accumulate(d_weight, gradient.mT, chunk)
+            del gradient  # before the next chunk's logits are made
         ctx.save_for_backward(d_hidden, d_weight, scale)
         ctx.weight_dtype = weight.dtype
         return total * scale

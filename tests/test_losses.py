@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from distill_model import losses
 from distill_model.losses import alignment_loss, forward_kl, linear_cross_entropy, token_kl
@@ -64,6 +65,23 @@ def test_gradients_accumulate_over_micro_batches():
     for part in (slice(0, 18), slice(18, 36)):
         (forward_kl(hidden[part], teacher_hidden[part], weight, teacher_weight, chunk_size=7) / 2).backward()
     torch.testing.assert_close(weight.grad, whole)
+
+
+def test_two_chunks_of_logits_are_held(monkeypatch):
+    """The teacher's and the student's, over which its gradient is written."""
+    held = []
+
+    def fused_kl(logits, teacher, temperature):
+        held.extend(StorageWeakRef(x.untyped_storage()) for x in (logits, teacher))
+        assert sum(not reference.expired() for reference in held) == 2
+        return logits.sum(-1)
+
+    monkeypatch.setattr(losses, "fuses", lambda tensor: True)
+    monkeypatch.setattr(losses, "_fused_kl", fused_kl)
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
+    forward_kl(hidden, teacher_hidden, weight, teacher_weight, chunk_size=7)
+    token_kl(hidden, teacher_hidden, weight, teacher_weight, 7)
+    assert len(held) == 2 * 2 * 6
 
 
 def test_only_the_wanted_gradients_are_made():
