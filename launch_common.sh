@@ -68,12 +68,17 @@ plan_nodes() {
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
     export TQDM_MININTERVAL=${TQDM_MININTERVAL:-$([[ -t 2 ]] && echo 1 || echo 30)} # seconds between lines of a progress bar
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+    # A port below those of outgoing connections, of which one might take it before the ranks meet.
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        MASTER_ADDR=${MASTER_ADDR:-${NODES[0]}} MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))} # below those of outgoing connections
+        MASTER_ADDR=${MASTER_ADDR:-${NODES[0]}} MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))}
     else
         MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
         MASTER_PORT=${MASTER_PORT:-$(python -c 'import random, socket
-print(next(port for port in random.sample(range(12000, 32000), 99) if socket.socket().connect_ex(("127.0.0.1", port))))')}
+for port in random.sample(range(12000, 32000), 99):
+    try: socket.create_server(("", port)).close()
+    except OSError: continue
+    break
+print(port)')}
     fi
     printf "%s slots=$PROCESSES_PER_NODE\n" "${NODES[@]}" >"$JOB_DIR/hostfile"
     export DEVICE PROCESSES_PER_NODE MASTER_ADDR MASTER_PORT

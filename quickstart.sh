@@ -89,11 +89,6 @@ step() {
     printf '   %s s\n' "$((SECONDS - start))"
 }
 
-# A port of its own: another training may run on this machine.
-deepspeed() {
-    command deepspeed --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')" "$@"
-}
-
 train_stage() {
     local overrides
     overrides=$(stage_overrides "$1")

@@ -113,7 +113,7 @@ def matmul_rate(device) -> float:
 
 
 class Parts:
-    """The GPU's time by what it works at. A mark says what the kernels that are queued behind it belong to."""
+    """The GPU's time by what it works at, and waits in between. A mark says what the kernels that are queued behind it belong to."""
 
     def __init__(self):
         self.marks = []
@@ -248,7 +248,7 @@ def main() -> None:
 
     class Clock(TrainerCallback):
         def __init__(self):
-            self.times, self.profile, self.begin, self.parts = [], None, time.perf_counter(), Parts()
+            self.times, self.profile, self.begin, self.parts, self.totals = [], None, time.perf_counter(), Parts(), []
 
         def on_train_begin(self, *_, **__):
             self.parts.follow(trainer, args.stage)

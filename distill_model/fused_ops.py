@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 BLOCK, WARPS = 2048, 8  # elements of a program; 16-byte loads
-NORM_WARPS = 3168  # of RMSNorm's backward pass, 24 for each processor of an H200: all run at once
+PROCESSORS, NORM_WARPS = 132, 24  # of an H200, and of a processor in RMSNorm's backward pass: all run at once
 
 
 @triton.jit
@@ -189,7 +189,7 @@ class _MeanSquaredError(torch.autograd.Function):
     def forward(ctx, student, teacher):
         student, teacher = student.contiguous(), teacher.contiguous()
         difference, (programs,) = torch.empty_like(student), _grid(student)
-        sums = torch.empty(programs, device=student.device)
+        sums = torch.empty(programs, dtype=torch.float32, device=student.device)
         _squared_difference[(programs,)](student, teacher, difference, sums, student.numel(), BLOCK=BLOCK, num_warps=WARPS)
         ctx.save_for_backward(difference)
         return sums.sum() / student.numel()
@@ -220,12 +220,11 @@ class _Rotate(torch.autograd.Function):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, weight, eps):
-        x, size = x.contiguous(), x.shape[-1]
-        out, rows = torch.empty_like(x), x.numel() // size
-        total, branch = (x, x) if branch is None else (torch.empty_like(x), branch.contiguous())
-        ctx.added, block = branch is not x, triton.next_power_of_2(size)
+        ctx.added, x, size = branch is not None, x.contiguous(), x.shape[-1]
+        out, rows, block = torch.empty_like(x), x.numel() // size, triton.next_power_of_2(size)
+        total, branch = (torch.empty_like(x), branch.contiguous()) if ctx.added else (x, x)
         ctx.launch = dict(ADD=ctx.added, BLOCK=block, num_warps=min(16, max(1, block // 512)))
-        scales = torch.empty(rows, device=x.device)
+        scales = torch.empty(rows, dtype=torch.float32, device=x.device)
         _rms_norm_forward[(rows,)](x, branch, weight, out, total, scales, eps, size, **ctx.launch)
         ctx.save_for_backward(total, weight, scales)
         return (out, total) if ctx.added else out
@@ -234,8 +233,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, d_out, d_total=None):
         (total, weight, scales), trains = ctx.saved_tensors, ctx.needs_input_grad[2]
         rows, size = len(scales), len(weight)
-        programs = min(rows, NORM_WARPS // ctx.launch["num_warps"])
-        d_x, d_weight = torch.empty_like(total), torch.empty(programs if trains else 0, size, device=total.device)
+        programs = min(rows, PROCESSORS * (NORM_WARPS // ctx.launch["num_warps"]))
+        d_x, d_weight = torch.empty_like(total), scales.new_empty(programs if trains else 0, size)
         d_out = d_out.contiguous()
         d_total = d_total.contiguous() if ctx.added else d_out
         _rms_norm_backward[(programs,)](total, weight, scales, d_out, d_total, d_x, d_weight, rows, size, TRAINS=trains, **ctx.launch)

@@ -162,7 +162,7 @@ def linear_cross_entropy(
         return loss, gradient.mul_(keep)
 
     def fused_rows(start, stop, logits):
-        loss = torch.empty(len(logits), device=logits.device)
+        loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         _cross_entropy_rows[(len(logits),)](logits, labels[start:stop], loss, logits.shape[1], BLOCK=BLOCK, num_warps=WARPS)
         return loss.sum(), logits
 
@@ -178,7 +178,7 @@ def check_vocabularies(student_weight: torch.Tensor, teacher_weight: torch.Tenso
 
 def _fused_kl(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """KL(teacher || student) of each row of logits, which their gradient is written over."""
-    loss = torch.empty(len(logits), device=logits.device)
+    loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _kl_rows[(len(logits),)](logits, teacher, loss, logits.shape[1], 1 / temperature, BLOCK=BLOCK, num_warps=WARPS)
     return loss
 

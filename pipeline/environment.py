@@ -77,9 +77,7 @@ def join_ranks(device: str, hang_minutes: float) -> None:
 
     backend, timeout = "nccl" if device == "cuda" else "gloo", timedelta(minutes=1.5 * hang_minutes + 5)
     if os.environ["WORLD_SIZE"] == "1":
-        device_id = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=store, device_id=device_id)
+        torch.distributed.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=torch.distributed.HashStore())
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 

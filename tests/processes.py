@@ -4,8 +4,10 @@ A child is what `python train.py ...` is in all that matters: its own process, r
 runs a thread of PyTorch's, which a fork would lose.
 """
 
+import contextlib
 import io
 import os
+import random
 import re
 import signal
 import socket
@@ -113,9 +115,10 @@ class Job:
 
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Below those of outgoing connections, of which one might take it before it is used."""
+    for port in random.SystemRandom().sample(range(12000, 32000), 99):
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def start(file, *options, log, ranks=1, hook=None, environment=None):

@@ -61,8 +61,9 @@ def test_every_kernel_compiles(compiled, dtype):
     fused_ops.swiglu(random(3, 70), random(3, 70)).sum().backward()
     fused_ops.mean_squared_error(random(3, 70), random(3, 70)).backward()
     for size in (70, 1536, 16384):
-        fused_ops.rms_norm(random(2, size), random(size), 1e-6).sum().backward()
-        sum(fused_ops.rms_norm(random(2, size), random(size).detach(), 1e-6, random(2, size))).sum().backward()
+        for weight in (random(size), random(size).detach()):
+            fused_ops.rms_norm(random(2, size), weight, 1e-6).sum().backward()
+            sum(fused_ops.rms_norm(random(2, size), weight, 1e-6, random(2, size))).sum().backward()
     cos, sin = random(2, 5, 128).detach(), random(2, 5, 128).detach()
     fused_ops.rotate(random(2, 5, 3, 128), cos, sin).sum().backward()
     for heads, kv_heads, size in ((12, 2, 128), (32, 8, 64), (4, 4, 256), (3, 1, 20)):

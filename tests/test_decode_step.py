@@ -405,6 +405,14 @@ def test_wrapped_parts_of_an_attention(teachers, steps, name, part):
     assert not input_maps(attn) and (check_tokens(model) - before).norm() > 1e-4 * before.norm() and len(steps) == 2 * 18
 
 
+@pytest.mark.parametrize("part", ["attn_norm", "norm"])
+def test_a_wrapped_norm(teachers, steps, part):
+    model = copy.deepcopy(teachers["llama"])
+    before, owner = check_tokens(model), model.model.layers[0] if part == "attn_norm" else model.model
+    setattr(owner, part, Half(getattr(owner, part)))
+    assert (check_tokens(model) - before).norm() > 0.01 * before.norm() and len(steps) == 2 * 18
+
+
 def test_a_hook_of_the_embeddings_keeps_its_tensors(teachers):
     model, seen = copy.deepcopy(teachers["llama"]), []
     model.model.embeddings.register_forward_hook(lambda *args: seen.append((args[2], args[2].clone())))

@@ -492,15 +492,15 @@ def test_the_script_says_what_is_wrong(tmp_path):
 
 
 def same_scores(one, two, rel):
-    """Of two results of a checkpoint, and which tasks failed."""
+    """Of two results of a checkpoint, and which tasks failed. rel: of a score; a standard error may be off ten times as far."""
     assert one.keys() == two.keys()
     for key, result in one.items():
         if "error" in result:
             assert result["error"] == two[key]["error"]
             continue
         assert result["samples"] == two[key]["samples"]
-        for figure in ("score", "stderr"):
-            assert two[key][figure] == pytest.approx(result[figure], rel=rel, abs=1e-6), (key, figure)
+        assert two[key]["score"] == pytest.approx(result["score"], rel=rel, abs=1e-6), key
+        assert two[key]["stderr"] == pytest.approx(result["stderr"], rel=10 * rel, abs=1e-6), key
 
 
 @pytest.mark.slow
@@ -517,7 +517,7 @@ def test_two_processes_score_as_one(teacher_dir, student_dir, data_dir, tmp_path
         assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
         found.append(read(tmp_path / count)[Path(student_dir).parent.name])
     one, two = found
-    same_scores(one, two, 1e-4)
+    same_scores(one, two, 1e-5)
     assert len(one) == 5 and all(result["samples"] == (7 if "@" in key else min(7, result["samples"]))
                                  for key, result in one.items() if "error" not in result)  # fmt: skip
     assert [key for key in one if "error" in one[key]] == ["heldout_kl", "ruler_cwe@96"]

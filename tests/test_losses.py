@@ -169,9 +169,10 @@ if __name__ == "__main__":
     test_fused_ops.test_rotate(1)
     test_fused_ops.test_rotate(2)
     test_fused_ops.test_scaled()
-    fused_ops.NORM_WARPS = 3  # as many programs, of which each has several of the 10 rows, and not equally many
+    fused_ops.PROCESSORS, fused_ops.NORM_WARPS = 3, 1  # three programs, of which each has several of the 10 rows, and not equally many
     for shape in test_fused_ops.SHAPES:
         test_fused_ops.test_rms_norm(shape)
+    test_fused_ops.test_rms_norm_of_what_is_kept()
     for length in (1, 300):
         test_fused_ops.test_decode_attention(length)
     for dtype in test_decode_step.LIMITS:

@@ -30,6 +30,7 @@ from pipeline.environment import set_up_process, wandb_wanted
 from pipeline.checkpoints import checkpoints, fingerprint
 from pipeline.model_card import stage_record, write_card, write_native_card
 from pipeline.run_folder import check_run_folder, record_run
+from processes import free_port
 from wrapper import AttentionAlignmentModel, student_attention_state
 
 ROOT = Path(__file__).parent.parent
@@ -44,9 +45,8 @@ def run(*command):
 
 
 def launch(file, *options, processes=2):
-    port = 20000 + os.getpid() % 20000
     launcher = Path(sys.executable).with_name("deepspeed")
-    return run(launcher, "--num_gpus", processes, "--master_port", port, "train.py", "--cfg", file, *options)
+    return run(launcher, "--num_gpus", processes, "--master_port", free_port(), "train.py", "--cfg", file, *options)
 
 
 def prepare(file, *options):
@@ -336,16 +336,19 @@ def test_one_process_needs_no_port():
     """DeepSpeed's launcher gives every run the same, and one that is free may be taken before it is used."""
     code = """
 from pipeline.environment import join_ranks, set_up_device, set_up_process
-set_up_process(), join_ranks(set_up_device(), 5)
+set_up_process()
+device = set_up_device()
+join_ranks(device, 5)
 import deepspeed, torch
-ones = torch.ones(1)
+ones = torch.ones(1, device=device)
 deepspeed.comm.all_reduce(ones)
 assert deepspeed.comm.get_world_size() == ones.item() == 1
 """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        for port in ({}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}):
+            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | port, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
 
 
 def test_the_process_environment(tmp_path, monkeypatch):
