@@ -53,7 +53,7 @@ def heads() -> dict:
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-        found["Liger"] = lambda s, t, w, tw: LigerFusedLinearJSD(jsd_beta=0.0)(s, w, t, tw)
+        found["Liger"] = lambda s, t, w, tw: LigerFusedLinearJSD(jsd_beta=0.0)(s, w, t, tw, None)
     return found
 
 
