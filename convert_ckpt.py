@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     theirs, beside = folder / CONFIG, Path(args.cfg).parent
     if Path(args.cfg).name == CONFIG and (beside / RUN).is_file() and beside.resolve() != folder.resolve():  # a copy, or moved
         raise ConfigError(f"train.output_dir: {folder} is not where {args.cfg} lies; add train.output_dir={beside} for the run there")
-    if theirs.is_file() and (other := difference(load_config(theirs, [f"train.output_dir={folder}"]), cfg)):
+    if theirs.is_file() and (other := difference(load_config(theirs), cfg)):
         raise ConfigError(f"--cfg: {args.cfg} is not of the run in {folder} ({other}); name {theirs}")
     found = checkpoints(folder)
     if args.checkpoint:  # unpickled: it must be this run's own

@@ -30,6 +30,10 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path, tokens_per_step: int):
         self.path, self.tokens_per_step, self.start = path, tokens_per_step, time.perf_counter()
 
+    def on_train_begin(self, args, state, control, **_):
+        if state.is_world_process_zero and self.path.is_file() and (lines := self.path.read_text().splitlines()):
+            self.start -= json.loads(lines[-1])["seconds"]  # a run that goes on: its parts' times together
+
     def on_log(self, args, state, control, logs=None, **_):
         # The summary of the Trainer's end comes at every end, also of a run that goes on later.
         if state.is_world_process_zero and logs and not ("train_runtime" in logs and state.global_step < state.max_steps):

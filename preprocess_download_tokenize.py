@@ -3,7 +3,8 @@
     python preprocess_download_tokenize.py --dataset_name robbiegwaldd/dclm-10B --tokenizer Qwen/Qwen2.5-1.5B-Instruct \
         --output_dir data/tokenized
 
-Documents end with the tokenizer's EOS. Every k-th document is held out, so that it is never trained on. The result is
+Documents end with the tokenizer's EOS, and begin with its BOS if it puts one before every text. Every k-th document is held out,
+so that it is never trained on; of a lone text file it is the end. The result is
 keyed by corpus, tokenizer and options: a second call does nothing, a different one into the same folder is refused.
 """
 
@@ -54,6 +55,12 @@ def held_out(index: int, share: float) -> bool:
     return math.floor(index * share) != math.floor((index - 1) * share)
 
 
+def beginning(tokenizer) -> list[int]:
+    """The BOS with which the tokenizer begins every text, in chat and evaluation too, as Llama 3's does; [] for the others."""
+    ids = tokenizer("")["input_ids"][:1]
+    return ids if ids == [tokenizer.bos_token_id] != [tokenizer.eos_token_id] else []
+
+
 def tokenize(args: argparse.Namespace, tokenizer, folder: Path) -> dict:
     """Writes train.arrow and heldout.arrow to `folder`; returns {split: {documents, tokens}}."""
     from datasets import Features, Sequence, Value
@@ -63,22 +70,26 @@ def tokenize(args: argparse.Namespace, tokenizer, folder: Path) -> dict:
     features = Features({"input_ids": Sequence(Value("int32"))})
     writers = {split: ArrowWriter(features=features, path=str(folder / f"{split}.arrow")) for split in SPLITS}
     counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
-    stream = documents(args.dataset_name, args.dataset_config, args.split, args.text_field, args.remove_columns)
+    stream = documents(args.dataset_name, args.dataset_config, args.split, args.text_field, args.remove_columns, args.holdout)
     index, total, cut = 0, 0, {"truncation": True, "max_length": args.max_length} if args.max_length else {}
+    bos, length = beginning(tokenizer), 0  # length: how much of the document there is
     with tqdm(desc="tokenising", unit=" tokens", unit_scale=True, total=args.max_tokens) as progress:
         while batch := list(itertools.islice(stream, args.batch_size)):
             encoded = tokenizer([text for text, _ in batch], add_special_tokens=False, **cut)["input_ids"]
             rows = {split: [] for split in SPLITS}
             for ids, (_, ends) in zip(encoded, batch):
+                split = SPLITS[held_out(index, args.holdout)]
+                ids = (ids if length else bos + ids)[: args.max_length and args.max_length - length]
+                length = 0 if ends else length + len(ids)
                 if ends:
                     ids.append(tokenizer.eos_token_id)
-                split = SPLITS[held_out(index, args.holdout)]
-                rows[split].append(ids)
-                counts[split]["documents"] += 1
+                    index += 1
+                if ids:  # of a document that is not cut off already
+                    rows[split].append(ids)
+                    counts[split]["documents"] += 1  # large ones in parts
                 counts[split]["tokens"] += len(ids)
                 total += len(ids)
                 progress.update(len(ids))
-                index += 1
                 if args.max_tokens and total >= args.max_tokens:
                     break
             for split in SPLITS:
@@ -103,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
     key["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
+    if bos := beginning(tokenizer):
+        key["bos_token_id"] = bos[0]
     if is_done(args.output_dir, key):
         print(f"{args.output_dir}: is there already, made with the same corpus, tokenizer and options")
         return

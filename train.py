@@ -83,7 +83,7 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tup
     report = wandb_wanted(cfg.train.report_to)
     if cfg.train.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; install it or say adamw")
-    if is_finished(cfg) and not args.dry_run:
+    if is_finished(cfg, plan.steps) and not args.dry_run:
         say(f"{cfg.train.output_dir}: this run is finished; its result is {cfg.train.output_dir}/{EXPORT}")
         return None
     open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len)  # names a missing folder before a model's config is read
@@ -345,18 +345,22 @@ class ParameterGroup:
 def parameter_groups(model, cfg: Config) -> list[ParameterGroup]:
     """The trainable parameters by module: linear attentions (with lr_attn_scope all, every attention) take lr_attn, all
     else lr; only matrices decay."""
+    from torch import nn
+
     from distill_model import is_student_attention
     from distill_model.attention import SoftmaxAttention
 
     train = cfg.train
     wide = train.lr_attn_scope == "all"
+    filters = {id(p) for m in model.modules() if isinstance(m, nn.Conv1d) for p in m.parameters()}  # one a channel
+    vectors = {id(p) for name, p in model.named_parameters() if name.endswith(".r_k") or p.squeeze().ndim < 2}  # r_k: RWKV-7's, one a head
     attention = {id(p) for m in model.modules() if is_student_attention(m) or wide and isinstance(m, SoftmaxAttention)
                  for p in m.parameters()}  # fmt: skip
     groups: dict[tuple[str, bool], list] = {}
     for p in model.parameters():
         if p.requires_grad:
             name = "attention" if wide else "linear attention"
-            groups.setdefault((name if id(p) in attention else "the rest", p.ndim > 1), []).append(p)
+            groups.setdefault((name if id(p) in attention else "the rest", id(p) not in filters | vectors), []).append(p)
     return [ParameterGroup(f"{name}, {'matrices' if matrix else 'vectors'}", params,
                            train.lr if name == "the rest" or train.lr_attn is None else train.lr_attn,
                            train.weight_decay if matrix else 0.0)
@@ -435,6 +439,13 @@ def deepspeed_config(name: str) -> dict:
     return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
 
 
+def compute_dtype(cfg: Config, device: str):
+    """The torch.dtype of models and activations, as train.dtype says."""
+    import torch
+
+    return torch.bfloat16 if cfg.train.dtype == "bf16" or cfg.train.dtype == "auto" and device == "cuda" else torch.float32
+
+
 def teacher_engine_config(cfg: Config, teacher, device: str, world_size: int, say) -> dict | None:
     """DeepSpeed's config of a sharded teacher, or None where every device holds a replica. Decided by free memory."""
     import torch
@@ -447,7 +458,9 @@ def teacher_engine_config(cfg: Config, teacher, device: str, world_size: int, sa
         elif world_size == 1:
             why = "there is one process"
         elif device == "cuda":
-            free = torch.cuda.mem_get_info()[0]
+            least = torch.tensor(torch.cuda.mem_get_info()[0], device="cuda")
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)  # all ranks shall decide alike
+            free = least.item()
             # A student of its size brings weights and gradients in the same dtype and its share of the optimiser's states.
             need = 3 * size + size // 2 * OPTIMIZER_BYTES[cfg.train.optimizer] // world_size
             shard, why = need > 0.7 * free, f"student and teacher take {need / 2**30:.1f} of {free / 2**30:.1f} GiB free"
@@ -474,8 +487,8 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     from hf_trainer import DistillTrainer, FinetuneTrainer, FrozenTeacher, KDTrainer, Wandb
 
     train, output = cfg.train, Path(cfg.train.output_dir)
-    bf16 = train.dtype == "bf16" or train.dtype == "auto" and device == "cuda"
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = compute_dtype(cfg, device)
+    bf16 = dtype == torch.bfloat16
     set_seed(train.seed)
     # Models come before TrainingArguments: after them, a ZeRO-3 config would shard every model while it is being built.
     if cfg.stage == 1:
@@ -572,8 +585,8 @@ def print_plan(cfg: Config, plan: BatchPlan, say) -> None:
     groups = parameter_groups(model, cfg)
     trainable, total = sum(g.numel for g in groups), sum(p.numel() for p in model.parameters())
     frozen = sum(p.numel() for p in teacher.parameters()) if cfg.stage < 3 else 0
-    half = cfg.train.dtype == "bf16" or cfg.train.dtype == "auto" and torch.cuda.is_available()
-    width, zero, n = 2 if half else 4, zero_stage(cfg, plan.world_size), plan.world_size
+    dtype = compute_dtype(cfg, "cuda" if torch.cuda.is_available() else "cpu")
+    width, zero, n = dtype.itemsize, zero_stage(cfg, plan.world_size), plan.world_size
     memory = {
         "weights": trainable * width / (n if zero == 3 else 1),
         "teacher": frozen * width / (n if cfg.train.kd_teacher_shard == "always" else 1),

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -362,7 +363,9 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         """A copy of this model in which `layers` hold the teacher's softmax attention again."""
         config = copy.deepcopy(self.config)
         config.keep_full_attention_layers = sorted({*config.keep_full_attention_layers, *layers})
-        hybrid = type(self)(config).to(self.dtype)
+        with no_init_weights():  # all are loaded
+            hybrid = type(self)._from_config(config, dtype=self.dtype)
+        hybrid.tie_weights()
         prefixes = tuple(f"model.layers.{i}.attn." for i in layers)
         state = {k: v for k, v in self.state_dict().items() if not k.startswith(prefixes)}
         state |= {k: v for k, v in teacher.state_dict().items() if k.startswith(prefixes)}

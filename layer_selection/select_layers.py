@@ -71,7 +71,7 @@ class Bench:
         self.cfg, self.batch_size = cfg, batch_size
         self.layers = range(load_teacher_config(cfg.teacher_model.name).num_hidden_layers)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = compute_dtype(cfg, self.device.type)
         fingerprint = tokenizer_fingerprint(load_tokenizer(cfg.teacher_model.name, "teacher_model.name"))
         chunks = open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len, fingerprint)
         if chunks.heldout is None:

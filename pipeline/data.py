@@ -8,7 +8,9 @@ complete: one that exists is whole.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ from pathlib import Path
 SPLITS = ("train", "heldout")
 METADATA = "metadata.json"
 TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-PIECE = 1 << 20  # characters of a text file read at a time
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # of tables
+PIECE, LINE = 1 << 20, 1 << 12  # characters of a text file read at a time, and the most of a line
 
 
 class DataError(ValueError):
@@ -112,18 +115,51 @@ def corpus_key(name: str) -> str:
     return f"local-{hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]}"
 
 
-def _pieces(file: Path) -> Iterator[tuple[str, bool]]:
-    """A text file as pieces of about PIECE characters, cut at line ends, with whether each ends the document."""
-    with file.open(encoding="utf-8") as lines:
-        piece, size = [], 0
-        for line in lines:
-            if size >= PIECE:
-                yield "".join(piece), False
-                piece, size = [], 0
-            piece.append(line)
-            size += len(line)
-        if size:
-            yield "".join(piece), True
+def _kind(file: Path) -> str | None:
+    """What reads a table, None for a file of another kind."""
+    return TABLES.get(Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix)
+
+
+def _is_text(file: Path) -> bool:
+    """Whether all of it is UTF-8."""
+    try:
+        with file.open(encoding="utf-8") as text:
+            while text.read(PIECE):
+                pass
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _lines(text) -> Iterator[str]:
+    """What an open text file has left, long lines in parts."""
+    return iter(lambda: text.readline(LINE), "")
+
+
+def _pieces(lines: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """A document as pieces of about PIECE characters, cut at line ends, with whether each ends it."""
+    piece, size = [], 0
+    for line in lines:
+        if size >= PIECE:
+            yield "".join(piece), False
+            piece, size = [], 0
+        piece.append(line)
+        size += len(line)
+    if size:
+        yield "".join(piece), True
+
+
+def _two_documents(file: Path, holdout: float) -> Iterator[tuple[str, bool]]:
+    """A text that is all of a corpus, as its end, of the share `holdout`, and what comes before: the first document is held out."""
+    with file.open(encoding="utf-8") as text:
+        wanted = (1 - holdout) * sum(map(len, _lines(text)))
+        text.seek(0)
+        size = lines = 0
+        while size < wanted:
+            size, lines = size + len(text.readline(LINE)), lines + 1
+        yield from _pieces(_lines(text))
+        text.seek(0)
+        yield from _pieces(itertools.islice(_lines(text), lines))
 
 
 def _rows(table, text_field: str, source: str) -> Iterator[tuple[str, bool]]:
@@ -134,10 +170,13 @@ def _rows(table, text_field: str, source: str) -> Iterator[tuple[str, bool]]:
             yield row[text_field], True
 
 
-def documents(name: str, config: str | None, split: str, text_field: str, remove_columns: list[str]) -> Iterator[tuple[str, bool]]:
-    """Streams (text, ends_a_document) from a hub dataset or local text, json, jsonl or parquet files.
+def documents(
+    name: str, config: str | None, split: str, text_field: str, remove_columns: list[str], holdout: float = 0.0
+) -> Iterator[tuple[str, bool]]:
+    """Streams (text, ends_a_document) from a hub dataset or local text, json, jsonl or parquet files, which may be compressed.
 
-    Text files of any other suffix are a document each; those that are not UTF-8 are skipped.
+    Text files of any other suffix are a document each; those that are not UTF-8 are skipped, and counted at the end. A lone one
+    is two, the first of them its end, of the share `holdout`.
     """
     from datasets import load_dataset
 
@@ -148,15 +187,20 @@ def documents(name: str, config: str | None, split: str, text_field: str, remove
             raise DataError(f"--dataset_name: {name!r} is no local path and the hub did not give it ({str(error).splitlines()[0]})") from None
         yield from _rows(table.remove_columns(remove_columns) if remove_columns else table, text_field, name)
         return
-    for file in _text_files(Path(name).expanduser()):
-        if kind := TABLES.get(file.suffix):
+    files, skipped = _text_files(Path(name).expanduser()), []
+    for file in files:
+        if kind := _kind(file):
             table = load_dataset(kind, data_files=str(file), split="train", streaming=True)
             yield from _rows(table.remove_columns(remove_columns) if remove_columns else table, text_field, str(file))
+        elif not _is_text(file):
+            skipped.append(file)
+        elif len(files) == 1 and holdout:
+            yield from _two_documents(file, holdout)
         else:
-            try:
-                yield from _pieces(file)
-            except UnicodeDecodeError:
-                continue
+            with file.open(encoding="utf-8") as text:
+                yield from _pieces(_lines(text))
+    if skipped:
+        print(f"{name}: {len(skipped)} of {len(files)} files are not UTF-8 and were left out, the first {skipped[0]}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------ chunks

@@ -15,9 +15,9 @@ from huggingface_hub.repocard import metadata_load
 
 from .checkpoints import fingerprint, step_of
 from .config import Config
-from .run_folder import EXPORT, RUN, metrics_until
+from .run_folder import EXPORT, HISTORY, RUN, metrics_until, read_json
 
-HISTORY, CARD = "training.json", "README.md"
+CARD = "README.md"
 LICENCE = ("license", "license_name", "license_link")
 STAGES = {1: "attention output alignment", 2: "logit distillation", 3: "long-context finetuning"}
 MADE_WITH = ("torch", "transformers", "flash-linear-attention", "triton")
@@ -26,10 +26,6 @@ MADE_WITH = ("torch", "transformers", "flash-linear-attention", "triton")
 def public_name(name: str) -> str:
     """A hub name as it is, a local folder without the folders above it, which are nobody else's business."""
     return Path(name).resolve().name if Path(name).exists() else name
-
-
-def _json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def objective(cfg: Config) -> str:
@@ -46,7 +42,7 @@ def objective(cfg: Config) -> str:
 def stage_record(cfg: Config, checkpoint: Path) -> dict:
     """What led to `checkpoint`: settings, data, losses, versions; the parts that its run folder does not hold are None."""
     train, step, folder = cfg.train, step_of(checkpoint), Path(cfg.train.output_dir)
-    run, data = _json(folder / RUN), _json(Path(cfg.data.cache_dir) / "metadata.json")
+    run, data = read_json(folder / RUN), read_json(Path(cfg.data.cache_dir) / "metadata.json")
     lines = [json.loads(line) for line in metrics_until(folder, step)]
 
     def first_and_last(name: str) -> list[float | None] | None:
@@ -95,7 +91,7 @@ def evaluation(folder: Path, export: Path) -> list[dict]:
     found, ours = {}, cache(lambda: fingerprint(export))
     for file in sorted(folder.glob("**/results*.json"), key=lambda path: path.stat().st_mtime):
         try:
-            record = _json(file)
+            record = read_json(file)
         except ValueError:
             continue  # half-written
         checkpoint = record.get("checkpoint", record.get("model_name"))
@@ -122,7 +118,7 @@ def write_card(cfg: Config, checkpoint: Path, folder: Path, config) -> None:
 
     config: the StudentConfig of the export.
     """
-    before = _json(Path(cfg.train.student_init_ckpt) / HISTORY) if cfg.train.student_init_ckpt else {}
+    before = read_json(Path(cfg.train.student_init_ckpt) / HISTORY) if cfg.train.student_init_ckpt else {}
     history = {
         "teacher": teacher_record(cfg, folder),
         "student": {"name": config.student_name, "options": config.student_options, "layers": config.num_hidden_layers,
@@ -138,7 +134,7 @@ def write_native_card(source: Path, folder: Path, architecture: str) -> None:
     """The same for the export `folder` of `source` in an architecture that transformers knows; without a record only the
     card of `source`, which tells how to load that, is taken away."""
     (folder / CARD).unlink(missing_ok=True)
-    if history := _json(source / HISTORY):
+    if history := read_json(source / HISTORY):
         (folder / HISTORY).write_text(json.dumps(history, indent=1))
         (folder / CARD).write_text(card(history, architecture))
 

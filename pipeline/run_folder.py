@@ -17,18 +17,24 @@ from .config import Config, ConfigError, dump_config, load_config, to_dict
 from .files import write_whole
 
 CONFIG, RUN, METRICS, EXPORT = "config.yaml", "run.json", "metrics.jsonl", "converted-hf"
+HISTORY = "training.json"  # in an export: the stages that it went through
 INIT_REPORT = "init_report.json"  # stage 1: where each tensor of the students came from
 # These may change between the parts of one run: how often something is written, and how the work is spread.
 FREE_KEYS = {
     "logging_steps", "save_steps", "save_minutes", "save_total_limit", "hang_minutes", "eval_steps", "eval_batches", "report_to", "resume_from_checkpoint",
     "micro_batch_size", "gradient_checkpointing", "kd_teacher_shard", "kd_teacher_offload", "kd_teacher_use_cache",
-    "max_length", "add_eos_token",
+    "max_length", "add_eos_token", "output_dir",
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "flash-linear-attention", "deepspeed", "triton", "accelerate", "datasets")
 
 
+def _place(value):
+    """One spelling for a folder, whatever a config calls it."""
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).is_dir() else value
+
+
 def _identity(cfg: Config) -> dict:
-    flat = {f"{section}.{key}": value for section, values in to_dict(cfg).items() if isinstance(values, dict)
+    flat = {f"{section}.{key}": _place(value) for section, values in to_dict(cfg).items() if isinstance(values, dict)
             for key, value in values.items() if key not in FREE_KEYS}  # fmt: skip
     return flat | {"stage": cfg.stage}
 
@@ -37,6 +43,19 @@ def difference(theirs: Config, ours: Config) -> str | None:
     """What first makes two configs different runs, as a few words, or None."""
     theirs, ours = _identity(theirs), _identity(ours)
     return next((f"{name} is {theirs.get(name)!r} there, {ours[name]!r} here" for name in ours if ours[name] != theirs.get(name)), None)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _goes_on(cfg: Config) -> bool:
+    """Whether the newest checkpoint is meant: by `auto`, or by the name of one that the run has set out from already, for the same
+    command goes on with what it has begun."""
+    resume = cfg.train.resume_from_checkpoint
+    if resume in ("auto", True, None, False):
+        return resume in ("auto", True)
+    return read_json(Path(cfg.train.output_dir) / RUN).get("set_out_from") == Path(resume).name
 
 
 def check_run_folder(cfg: Config) -> None:
@@ -56,7 +75,7 @@ def check_run_folder(cfg: Config) -> None:
                 f"train.resume_from_checkpoint: {resume}, but {folder} holds this run with {len(checkpoints(folder))} checkpoints; "
                 "say auto to go on from the newest, name one of them to go on from that, or remove the folder to start anew"
             )
-    if resume not in ("auto", True, None, False):
+    if resume not in (None, False) and not _goes_on(cfg):
         named = Path(resume)
         if named.absolute() not in [path.absolute() for path in checkpoints(folder)]:
             raise ConfigError(
@@ -73,7 +92,7 @@ def resume_point(cfg: Config, say=print) -> Path | None:
     import torch.distributed as dist
 
     folder, resume = Path(cfg.train.output_dir), cfg.train.resume_from_checkpoint
-    if resume in ("auto", True, None, False):
+    if resume in (None, False) or _goes_on(cfg):
         return newest_good(folder, say)
     named, rank = folder / Path(resume).name, dist.get_rank()
     parts = [None] * dist.get_world_size()
@@ -88,10 +107,10 @@ def resume_point(cfg: Config, say=print) -> Path | None:
     return named
 
 
-def is_finished(cfg: Config) -> bool:
-    """Whether the run has exported its result already. Never when a checkpoint to resume from was named."""
-    automatic = cfg.train.resume_from_checkpoint in ("auto", True)
-    return automatic and (Path(cfg.train.output_dir) / EXPORT / "config.json").is_file()
+def is_finished(cfg: Config, steps: int) -> bool:
+    """Whether the run has exported its last step already. Never when it is to set out from a checkpoint that was named."""
+    stages = read_json(Path(cfg.train.output_dir) / EXPORT / HISTORY).get("stages")
+    return _goes_on(cfg) and bool(stages) and stages[-1]["steps"] == steps
 
 
 def _version(package: str) -> str | None:
@@ -114,6 +133,7 @@ def record_run(cfg: Config, root: Path, resume_step: int, **facts) -> None:
         "python": sys.version.split()[0],
         "versions": {package: _version(package) for package in PACKAGES},
         "resumed_from_step": resume_step,
+        "set_out_from": None if cfg.train.resume_from_checkpoint in ("auto", True, None, False) else Path(cfg.train.resume_from_checkpoint).name,
         **facts,
     }
     write_whole(folder / RUN, json.dumps(run, indent=2))

@@ -307,7 +307,9 @@ def test_restoring_all_layers_gives_the_teacher(teacher):
     restored, ids = student.restore_full_attention(teacher, range(4)).eval(), torch.randint(0, 96, (1, 11))
     with torch.no_grad():
         assert torch.equal(restored(ids).logits, teacher(ids).logits)
+    random = torch.get_rng_state()
     one = student.restore_full_attention(teacher, [2])
+    assert torch.equal(random, torch.get_rng_state())  # nothing is drawn that would be thrown away
     assert one.config.keep_full_attention_layers == [2] and student.config.keep_full_attention_layers == []
 
 

@@ -1,10 +1,12 @@
 """Preprocessing: every token is there once, in order; caches are keyed; bad input is named and leaves nothing behind."""
 
+import gzip
 import json
 
 import numpy
 import pytest
 from conftest import save_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import preprocess_chunk
 import preprocess_download_tokenize as tokenize_script
@@ -86,6 +88,67 @@ def test_large_text_files_are_read_in_pieces(tmp_path, tokenizer_dir, monkeypatc
     ids = ids_of(out, "train")
     assert ids.count(tokenizer.eos_token_id) == 1 and tokenizer.decode(ids[:-1]) == "".join(DOCUMENTS)
     assert open_chunks(str(chunk(out, 16, tmp_path)), 16).heldout is None
+
+
+def test_a_large_document_is_trained_on_or_held_out(tmp_path, tokenizer_dir, monkeypatch):
+    """And not half of each; it is cut where --max_length says, not in every piece."""
+    monkeypatch.setattr("pipeline.data.PIECE", 100)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    texts = ["".join(DOCUMENTS[i::4]) for i in range(4)]
+    for i, text in enumerate(texts):
+        (corpus / f"{i}.txt").write_text(text)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    out = tokenize(corpus, tokenizer_dir, tmp_path / "tokenized", "--holdout", "0.5")
+    found = {split: tokenizer.decode(ids_of(out, split)).split(tokenizer.eos_token) for split in ("train", "heldout")}
+    assert found == {"heldout": [texts[0], texts[2], ""], "train": [texts[1], texts[3], ""]}
+    cut = tokenize(corpus, tokenizer_dir, tmp_path / "cut", "--holdout", "0", "--max_length", "60")
+    ids = ids_of(cut, "train")
+    assert len(ids) == 4 * 61 and ids[60::61] == 4 * [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_the_end_of_a_lone_text_is_held_out(tmp_path, tokenizer_dir, monkeypatch, lines):
+    monkeypatch.setattr("pipeline.data.PIECE", 100)
+    monkeypatch.setattr("pipeline.data.LINE", 50)
+    file, text = tmp_path / "book.txt", "".join(DOCUMENTS) if lines else "".join(DOCUMENTS).replace("\n", " ")
+    file.write_text(text)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    out = tokenize(file, tokenizer_dir, tmp_path / "tokenized", "--holdout", "0.2")
+    train, heldout = (tokenizer.decode(ids_of(out, split)) for split in ("train", "heldout"))
+    assert train.replace(tokenizer.eos_token, "") + heldout.replace(tokenizer.eos_token, "") == text
+    assert train.endswith(tokenizer.eos_token) and heldout.endswith(tokenizer.eos_token)
+    assert 0.2 * len(text) - 100 < len(heldout) <= 0.2 * len(text) + len(tokenizer.eos_token)
+
+
+def test_files_that_are_not_text_are_counted(tmp_path, tokenizer_dir, monkeypatch, capsys):
+    """Wherever the byte is that is not UTF-8; tables may be compressed."""
+    monkeypatch.setattr("pipeline.data.PIECE", 100)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text(DOCUMENTS[0])
+    (corpus / "b.txt").write_bytes("".join(DOCUMENTS).encode() + b"caf\xe9\n")
+    (corpus / "c.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": DOCUMENTS[1]}).encode()))
+    out = tokenize(corpus, tokenizer_dir, tmp_path / "tokenized", "--holdout", "0")
+    tokenizer = load_tokenizer(tokenizer_dir)
+    assert tokenizer.decode(ids_of(out, "train")).split(tokenizer.eos_token) == [DOCUMENTS[0], DOCUMENTS[1], ""]
+    assert f"1 of 3 files are not UTF-8 and were left out, the first {corpus}/b.txt" in capsys.readouterr().err
+
+
+def test_documents_begin_as_the_tokenizer_lets_texts_begin(tmp_path, corpus, tokenizer_dir, monkeypatch):
+    """With a BOS before each, as Llama 3's does; a folder that was made without is refused."""
+    without = tokenize(corpus, tokenizer_dir, tmp_path / "without", "--holdout", "0")
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr("pipeline.data.PIECE", 100)
+    with_bos = tokenize(corpus, str(tmp_path / "tokenizer"), tmp_path / "with", "--holdout", "0")
+    eos = [tokenizer.eos_token_id]
+    assert ids_of(with_bos, "train") == [i for text in DOCUMENTS for i in tokenizer(text)["input_ids"] + eos]
+    assert ids_of(with_bos, "train").count(tokenizer.bos_token_id) == len(DOCUMENTS)
+    assert json.loads((with_bos / "metadata.json").read_text())["bos_token_id"] == tokenizer.bos_token_id
+    assert "bos_token_id" not in json.loads((without / "metadata.json").read_text())
 
 
 def test_options(tmp_path, corpus, tokenizer_dir):

@@ -567,6 +567,20 @@ def test_parameter_groups(teacher_dir, tmp_path, data_dir, scope):
             assert settings[id(p)] == (4e-3 if fast else 2e-3, 0.1 if p.ndim > 1 else 0.0), f"{name}.{parameter_name}"
 
 
+@pytest.mark.parametrize("name, vectors", [
+    ("gdn_v7", {"A_log", "dt_bias", "q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight", "o_norm.weight"}),
+    ("rwkv7_v1", {"x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "r_k"}),
+])  # fmt: skip
+def test_only_matrices_decay(teacher_dir, tmp_path, data_dir, name, vectors):
+    """Not a filter of a channel, nor a vector with dimensions of 1 around it."""
+    cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, weight_decay=0.1))
+    model = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), name)[0]
+    decay = {id(p): group.weight_decay for group in train.parameter_groups(model, cfg) for p in group.params}
+    found = dict(model.model.layers[0].attn.named_parameters())
+    assert vectors <= found.keys() and all(decay[id(found[parameter])] == 0 for parameter in vectors)
+    assert all(decay[id(parameter)] == 0.1 for parameter in found.values() if sum(size > 8 for size in parameter.shape) > 1)
+
+
 def test_groups_of_8_bits_stay_countable(teacher_dir, tmp_path, data_dir, monkeypatch):
     """Kernels that count in 32 bits would leave out what is beyond, or fail: ZeRO makes one tensor of a group."""
     model, limit = load_teacher(teacher_dir), 5000
@@ -753,6 +767,10 @@ def test_a_folder_belongs_to_one_run(tmp_path, teacher_dir, data_dir):
     (found / "index.json").write_text("{}")
     assert checkpoints(found.parent) == [found]
     check_run_folder(load_config(file, [f"train.resume_from_checkpoint={found}"]))
+    (tmp_path / "link").symlink_to(tmp_path)
+    for spelling in (f"train.output_dir={tmp_path}/stage1/", f"train.output_dir={tmp_path}/link/stage1", f"data.cache_dir={data_dir}/",
+                     f"teacher_model.name={teacher_dir}/."):  # fmt: skip
+        check_run_folder(load_config(file, [spelling]))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="other is not empty and holds no run"):

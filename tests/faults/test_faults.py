@@ -784,12 +784,38 @@ def test_null_with_a_run_in_the_folder(make_run):
 
 
 def test_going_on_from_a_named_checkpoint(make_run):
-    """Later ones are set aside, so that auto follows this choice."""
+    """Later ones are set aside, so that auto follows this choice. The same command, as a scheduler gives it after a time limit, goes on
+    with what it has begun, where the one that was named may be gone, and is done at last."""
     run = make_run()
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
-    output = run.to_the_end(f"train.resume_from_checkpoint={run.folder}/checkpoint-3")
-    assert "checkpoint-6 comes after checkpoint-3; set aside" in output
+    named = f"train.resume_from_checkpoint={run.folder}/checkpoint-3"
+    assert run.start(named, hook=on_rank(0, usr1_in_a_step)).wait() == REQUEUE
+    assert "checkpoint-6 comes after checkpoint-3; set aside" in run.job.output()
+    stopped = checkpoints(run.folder)[-1].name
+    assert run.start(named, hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
+    assert f"going on from {run.folder}/{stopped}" in run.job.output() and not (run.folder / "checkpoint-3").exists()
+    run.to_the_end(named)
     run.must_equal_the_whole()
+    assert "this run is finished" in run.to_the_end(named)
+
+
+def test_an_export_in_mid_run_does_not_end_it(make_run):
+    import sys
+
+    import convert_ckpt
+
+    def export():
+        sys.argv = ["convert_ckpt.py", "--cfg", str(run.file)]
+        convert_ckpt.main()
+
+    run = make_run()
+    assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
+    assert Child(export, run.root / "export", {}).wait() == 0 and (run.folder / "converted-hf").is_dir()
+    run.to_the_end()
+    run.must_equal_the_whole()
+    assert "this run is finished" in run.to_the_end()
+    seconds = [json.loads(line)["seconds"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds)  # of both parts together
 
 
 @pytest.mark.parametrize("stage, before, after, zero", [
