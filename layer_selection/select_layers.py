@@ -61,6 +61,7 @@ from layer_selection.questions import add_options  # noqa: E402
 from layer_selection.ranking import Ranking, budget, evenly_spaced, rank_samples, rank_scores, table, write  # noqa: E402
 from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, task_ablation  # noqa: E402
 from layer_selection.side_by_side import rank_hybrids, trained_hybrids  # noqa: E402
+from train import compute_dtype  # noqa: E402
 from wrapper import AttentionAlignmentModel  # noqa: E402
 
 

@@ -300,16 +300,15 @@ def test_gradient_checkpointing_computes_again_what_it_says(teacher, what, forwa
     assert calls["gate"] == forward_passes + 1
 
 
-def test_restoring_all_layers_gives_the_teacher(teacher):
+def test_restoring_all_layers_gives_the_teacher(teacher, monkeypatch):
     student = hybrid(teacher, kept=())
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight.copy_(teacher.model.layers[0].mlp.up_proj.weight)
     restored, ids = student.restore_full_attention(teacher, range(4)).eval(), torch.randint(0, 96, (1, 11))
     with torch.no_grad():
         assert torch.equal(restored(ids).logits, teacher(ids).logits)
-    random = torch.get_rng_state()
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", None)  # no linear map is drawn, to be thrown away
     one = student.restore_full_attention(teacher, [2])
-    assert torch.equal(random, torch.get_rng_state())  # nothing is drawn that would be thrown away
     assert one.config.keep_full_attention_layers == [2] and student.config.keep_full_attention_layers == []
 
 

@@ -62,6 +62,7 @@ def test_steps_are_those_of_a_plain_loop(stage2):  # noqa: F811
     cfg = load_config(stage2, ["train.max_steps=5", "train.lr=1e-3", "train.lr_attn=3e-3", "train.weight_decay=0.1",
                                "train.micro_batch_size=1", "train.ce_weight=0.5", "train.lr_scheduler_type=constant", "train.warmup_steps=0"])  # fmt: skip
     bench, plan = Bench(cfg, 4, 2), batch_plan(cfg, 1)
+    assert bench.dtype == torch.float32 and Bench(load_config(stage2, ["train.dtype=bf16"]), 4, 2).dtype == torch.bfloat16
     torch.manual_seed(0)
     ids = torch.randint(0, 90, (5, 2, 32))
     hybrid = bench.student.restore_full_attention(bench.teacher, [1])
