@@ -1,10 +1,10 @@
-"""Tokenises a corpus, from the Hugging Face hub or local files, in one pass and constant memory.
+"""Tokenises a corpus, from the Hugging Face hub or local files, in constant memory.
 
     python preprocess_download_tokenize.py --dataset_name robbiegwaldd/dclm-10B --tokenizer Qwen/Qwen2.5-1.5B-Instruct \
         --output_dir data/tokenized
 
 Documents end with the tokenizer's EOS, and begin with its BOS if it puts one before every text. Every k-th document is held out,
-so that it is never trained on; of a lone text file it is the end. The result is
+so that it is never trained on; of a text file that is large, or the only one, it is the end. The result is
 keyed by corpus, tokenizer and options: a second call does nothing, a different one into the same folder is refused.
 """
 
@@ -75,15 +75,17 @@ def tokenize(args: argparse.Namespace, tokenizer, folder: Path) -> dict:
     bos, length = beginning(tokenizer), 0  # length: how much of the document there is
     with tqdm(desc="tokenising", unit=" tokens", unit_scale=True, total=args.max_tokens) as progress:
         while batch := list(itertools.islice(stream, args.batch_size)):
-            encoded = tokenizer([text for text, _ in batch], add_special_tokens=False, **cut)["input_ids"]
+            encoded = tokenizer([document.text for document in batch], add_special_tokens=False, **cut)["input_ids"]
             rows = {split: [] for split in SPLITS}
-            for ids, (_, ends) in zip(encoded, batch):
-                split = SPLITS[held_out(index, args.holdout)]
+            for ids, (_, ends, held) in zip(encoded, batch):
+                split = SPLITS[held_out(index, args.holdout) if held is None else held]
                 ids = (ids if length else bos + ids)[: args.max_length and args.max_length - length]
-                length = 0 if ends else length + len(ids)
+                if held and args.max_tokens and counts[split]["tokens"] >= args.holdout * args.max_tokens:
+                    ids = []  # the end of a large file may be more than its share of what is asked for
+                length += len(ids)
                 if ends:
-                    ids.append(tokenizer.eos_token_id)
-                    index += 1
+                    ids += [tokenizer.eos_token_id] if length else []
+                    index, length = index + (held is None), 0
                 if ids:  # of a document that is not cut off already
                     rows[split].append(ids)
                     counts[split]["documents"] += 1  # large ones in parts
@@ -101,6 +103,10 @@ def tokenize(args: argparse.Namespace, tokenizer, folder: Path) -> dict:
         if not counts[split]["documents"] and (split == "train" or args.holdout):
             raise DataError(f"--dataset_name: {args.dataset_name} gave no text for the {split} part")
         writers[split].finalize()
+    held = counts["heldout"]["tokens"] / sum(counts[split]["tokens"] for split in SPLITS)
+    if held > 0.5 > args.holdout:
+        raise DataError(f"--holdout: {args.holdout} would hold out {held:.0%} of {args.dataset_name}, whose first document is most of it; "
+                        "cut that into several, or say --holdout 0")  # fmt: skip
     return counts
 
 

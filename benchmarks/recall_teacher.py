@@ -131,7 +131,7 @@ def prepare(out: Path, scale: Scale, text: Path | None, seed: int) -> None:
     make_corpus(out / "corpus", scale, text, seed)
     if not (out / "tokenizer").is_dir():
         tasks = "".join(d.text for row in zip(*task_documents(scale, seed + 1, 1000).values()) for d in row)
-        texts = (text for text, _ in documents(str(out / "corpus" / "text"), None, "train", "text", []))
+        texts = (document.text for document in documents(str(out / "corpus" / "text"), None, "train", "text", []))
         with complete_or_absent(out / "tokenizer") as folder:
             train_tokenizer(itertools.chain([tasks], limited(texts, len(tasks))), scale.vocab_size).save_pretrained(folder)
     make_chunks(out / "corpus", out / "tokenizer", out / "data", scale.context_length)

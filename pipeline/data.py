@@ -11,14 +11,18 @@ import hashlib
 import itertools
 import json
 import sys
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 SPLITS = ("train", "heldout")
 METADATA = "metadata.json"
 TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # of tables
+COMPRESSED = (".gz", ".bz2", ".xz")  # json and jsonl
 PIECE, LINE = 1 << 20, 1 << 12  # characters of a text file read at a time, and the most of a line
 
 
@@ -89,6 +93,14 @@ def is_done(folder: Path, key: dict) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ corpora
+class Document(NamedTuple):
+    """A document of a corpus, or a piece of a large one: whether it ends it, and whether that is held out; None: as its turn comes."""
+
+    text: str
+    ends: bool = True
+    heldout: bool | None = None
+
+
 def _text_files(path: Path) -> list[Path]:
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name[0] != ".")
     if not files:
@@ -117,18 +129,17 @@ def corpus_key(name: str) -> str:
 
 def _kind(file: Path) -> str | None:
     """What reads a table, None for a file of another kind."""
-    return TABLES.get(Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix)
+    inner = Path(file.stem).suffix
+    return TABLES.get(inner if file.suffix in COMPRESSED and inner != ".parquet" else file.suffix)
 
 
-def _is_text(file: Path) -> bool:
-    """Whether all of it is UTF-8."""
+def _characters(file: Path) -> int | None:
+    """How many a text file has, None for one that is not UTF-8."""
     try:
         with file.open(encoding="utf-8") as text:
-            while text.read(PIECE):
-                pass
+            return sum(map(len, iter(lambda: text.read(PIECE), "")))
     except UnicodeDecodeError:
-        return False
-    return True
+        return None
 
 
 def _lines(text) -> Iterator[str]:
@@ -136,47 +147,49 @@ def _lines(text) -> Iterator[str]:
     return iter(lambda: text.readline(LINE), "")
 
 
-def _pieces(lines: Iterator[str]) -> Iterator[tuple[str, bool]]:
-    """A document as pieces of about PIECE characters, cut at line ends, with whether each ends it."""
+def _pieces(lines: Iterator[str], heldout: bool | None = None) -> Iterator[Document]:
+    """A document of these lines as pieces of about PIECE characters."""
     piece, size = [], 0
     for line in lines:
         if size >= PIECE:
-            yield "".join(piece), False
+            yield Document("".join(piece), False, heldout)
             piece, size = [], 0
         piece.append(line)
         size += len(line)
     if size:
-        yield "".join(piece), True
+        yield Document("".join(piece), True, heldout)
 
 
-def _two_documents(file: Path, holdout: float) -> Iterator[tuple[str, bool]]:
-    """A text that is all of a corpus, as its end, of the share `holdout`, and what comes before: the first document is held out."""
+def _end_and_beginning(file: Path, beginning: float) -> Iterator[Document]:
+    """A text file as two documents: what comes behind so many characters, held out, and what before, not; never nothing in either."""
     with file.open(encoding="utf-8") as text:
-        wanted = (1 - holdout) * sum(map(len, _lines(text)))
-        text.seek(0)
         size = lines = 0
-        while size < wanted:
-            size, lines = size + len(text.readline(LINE)), lines + 1
-        yield from _pieces(_lines(text))
+        for line, _ in pairwise(_lines(text)):  # all but the last
+            size, lines = size + len(line), lines + 1
+            if size >= beginning:
+                break
         text.seek(0)
-        yield from _pieces(itertools.islice(_lines(text), lines))
+        deque(itertools.islice(_lines(text), lines), maxlen=0)
+        yield from _pieces(_lines(text), True)
+        text.seek(0)
+        yield from _pieces(itertools.islice(_lines(text), lines), False)
 
 
-def _rows(table, text_field: str, source: str) -> Iterator[tuple[str, bool]]:
+def _rows(table, text_field: str, source: str) -> Iterator[Document]:
     for row in table:
         if text_field not in row:
             raise DataError(f"--text_field: {text_field!r} is no column of {source}; its columns are {', '.join(row)}")
         if row[text_field]:
-            yield row[text_field], True
+            yield Document(row[text_field])
 
 
 def documents(
     name: str, config: str | None, split: str, text_field: str, remove_columns: list[str], holdout: float = 0.0
-) -> Iterator[tuple[str, bool]]:
-    """Streams (text, ends_a_document) from a hub dataset or local text, json, jsonl or parquet files, which may be compressed.
+) -> Iterator[Document]:
+    """Streams a hub dataset or local text, parquet, json or jsonl files, the latter two also compressed (.gz, .bz2, .xz).
 
-    Text files of any other suffix are a document each; those that are not UTF-8 are skipped, and counted at the end. A lone one
-    is two, the first of them its end, of the share `holdout`.
+    Text files of any other suffix are a document each; those that are not UTF-8 are skipped, and counted at the end. Of one that is
+    large, or the only one, the end is held out, of the share `holdout`.
     """
     from datasets import load_dataset
 
@@ -187,15 +200,16 @@ def documents(
             raise DataError(f"--dataset_name: {name!r} is no local path and the hub did not give it ({str(error).splitlines()[0]})") from None
         yield from _rows(table.remove_columns(remove_columns) if remove_columns else table, text_field, name)
         return
-    files, skipped = _text_files(Path(name).expanduser()), []
+    files, skipped, characters = _text_files(Path(name).expanduser()), [], cache(_characters)
+    alone = len(list(itertools.islice((file for file in files if _kind(file) or characters(file)), 2))) == 1
     for file in files:
         if kind := _kind(file):
             table = load_dataset(kind, data_files=str(file), split="train", streaming=True)
             yield from _rows(table.remove_columns(remove_columns) if remove_columns else table, text_field, str(file))
-        elif not _is_text(file):
+        elif (size := characters(file)) is None:
             skipped.append(file)
-        elif len(files) == 1 and holdout:
-            yield from _two_documents(file, holdout)
+        elif holdout and (alone or size > PIECE):
+            yield from _end_and_beginning(file, (1 - holdout) * size)
         else:
             with file.open(encoding="utf-8") as text:
                 yield from _pieces(_lines(text))

@@ -55,7 +55,8 @@ def _goes_on(cfg: Config) -> bool:
     resume = cfg.train.resume_from_checkpoint
     if resume in ("auto", True, None, False):
         return resume in ("auto", True)
-    return read_json(Path(cfg.train.output_dir) / RUN).get("set_out_from") == Path(resume).name
+    folder, named = Path(cfg.train.output_dir).resolve(), Path(resume).resolve()
+    return named.parent == folder and read_json(folder / RUN).get("set_out_from") == named.name
 
 
 def check_run_folder(cfg: Config) -> None:
@@ -108,9 +109,11 @@ def resume_point(cfg: Config, say=print) -> Path | None:
 
 
 def is_finished(cfg: Config, steps: int) -> bool:
-    """Whether the run has exported its last step already. Never when it is to set out from a checkpoint that was named."""
-    stages = read_json(Path(cfg.train.output_dir) / EXPORT / HISTORY).get("stages")
-    return _goes_on(cfg) and bool(stages) and stages[-1]["steps"] == steps
+    """Whether the run has exported its last step already, and not set out again since. Never when it is to set out from a checkpoint
+    that was named."""
+    folder = Path(cfg.train.output_dir)
+    stages, left = read_json(folder / EXPORT / HISTORY).get("stages"), checkpoints(folder)
+    return _goes_on(cfg) and bool(stages) and stages[-1]["steps"] == steps and (not left or step_of(left[-1]) == steps)
 
 
 def _version(package: str) -> str | None:

@@ -105,7 +105,7 @@ def main() -> None:
     if corpus is None:
         corpus = str(args.stdlib_dir)
         print(f"Corpus: {copy_stdlib(args.stdlib_dir, args.max_files)} files of Python's standard library in {corpus}")
-    texts = (text for text, _ in documents(corpus, None, "train", args.text_field, []))
+    texts = (document.text for document in documents(corpus, None, "train", args.text_field, []))
     tokenizer = train_tokenizer(limited(texts, args.max_chars), args.vocab_size)
     tokenizer.save_pretrained(args.output_dir)
     print(f"Tokenizer: {len(tokenizer)} entries in {args.output_dir}, {time.monotonic() - start:.0f} s")

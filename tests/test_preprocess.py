@@ -91,7 +91,7 @@ def test_large_text_files_are_read_in_pieces(tmp_path, tokenizer_dir, monkeypatc
 
 
 def test_a_large_document_is_trained_on_or_held_out(tmp_path, tokenizer_dir, monkeypatch):
-    """And not half of each; it is cut where --max_length says, not in every piece."""
+    """And not half of each, but its end; it is cut where --max_length says, not in every piece."""
     monkeypatch.setattr("pipeline.data.PIECE", 100)
     corpus = tmp_path / "corpus"
     corpus.mkdir()
@@ -99,9 +99,15 @@ def test_a_large_document_is_trained_on_or_held_out(tmp_path, tokenizer_dir, mon
     for i, text in enumerate(texts):
         (corpus / f"{i}.txt").write_text(text)
     tokenizer = load_tokenizer(tokenizer_dir)
-    out = tokenize(corpus, tokenizer_dir, tmp_path / "tokenized", "--holdout", "0.5")
-    found = {split: tokenizer.decode(ids_of(out, split)).split(tokenizer.eos_token) for split in ("train", "heldout")}
-    assert found == {"heldout": [texts[0], texts[2], ""], "train": [texts[1], texts[3], ""]}
+    (corpus / "4.txt").write_text("short\n")
+    out = tokenize(corpus, tokenizer_dir, tmp_path / "tokenized", "--holdout", "0.25")
+    train, heldout = (tokenizer.decode(ids_of(out, split)).split(tokenizer.eos_token) for split in ("train", "heldout"))
+    assert train[4:] == [""] and heldout[4:] == ["short\n", ""]
+    assert [a + b for a, b in zip(train[:4], heldout)] == texts
+    assert all(0 < len(b) <= 0.25 * len(text) for b, text in zip(heldout, texts))
+    few = tokenize(corpus, tokenizer_dir, tmp_path / "few", "--holdout", "0.25", "--max_tokens", "400")
+    assert 100 <= len(ids_of(few, "heldout")) < 100 + 100 and len(ids_of(few, "train")) > 150
+    (corpus / "4.txt").unlink()
     cut = tokenize(corpus, tokenizer_dir, tmp_path / "cut", "--holdout", "0", "--max_length", "60")
     ids = ids_of(cut, "train")
     assert len(ids) == 4 * 61 and ids[60::61] == 4 * [tokenizer.eos_token_id]
@@ -109,12 +115,14 @@ def test_a_large_document_is_trained_on_or_held_out(tmp_path, tokenizer_dir, mon
 
 @pytest.mark.parametrize("lines", [True, False])
 def test_the_end_of_a_lone_text_is_held_out(tmp_path, tokenizer_dir, monkeypatch, lines):
-    monkeypatch.setattr("pipeline.data.PIECE", 100)
     monkeypatch.setattr("pipeline.data.LINE", 50)
-    file, text = tmp_path / "book.txt", "".join(DOCUMENTS) if lines else "".join(DOCUMENTS).replace("\n", " ")
-    file.write_text(text)
+    corpus, text = tmp_path / "corpus", "".join(DOCUMENTS) if lines else "".join(DOCUMENTS).replace("\n", " ")
+    corpus.mkdir()
+    (corpus / "book.txt").write_text(text)
+    (corpus / "a cover.jpg").write_bytes(b"\xff\xd8\xff")
+    (corpus / "an empty one.txt").touch()
     tokenizer = load_tokenizer(tokenizer_dir)
-    out = tokenize(file, tokenizer_dir, tmp_path / "tokenized", "--holdout", "0.2")
+    out = tokenize(corpus, tokenizer_dir, tmp_path / "tokenized", "--holdout", "0.2")
     train, heldout = (tokenizer.decode(ids_of(out, split)) for split in ("train", "heldout"))
     assert train.replace(tokenizer.eos_token, "") + heldout.replace(tokenizer.eos_token, "") == text
     assert train.endswith(tokenizer.eos_token) and heldout.endswith(tokenizer.eos_token)
@@ -148,7 +156,20 @@ def test_documents_begin_as_the_tokenizer_lets_texts_begin(tmp_path, corpus, tok
     assert ids_of(with_bos, "train") == [i for text in DOCUMENTS for i in tokenizer(text)["input_ids"] + eos]
     assert ids_of(with_bos, "train").count(tokenizer.bos_token_id) == len(DOCUMENTS)
     assert json.loads((with_bos / "metadata.json").read_text())["bos_token_id"] == tokenizer.bos_token_id
-    assert "bos_token_id" not in json.loads((without / "metadata.json").read_text())
+    metadata = json.loads((without / "metadata.json").read_text())
+    assert "bos_token_id" not in metadata
+    metadata["tokenizer_fingerprint"] = json.loads((with_bos / "metadata.json").read_text())["tokenizer_fingerprint"]
+    (without / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(DataError, match=f"without: was made with bos_token_id None, not {tokenizer.bos_token_id}"):
+        tokenize(corpus, str(tmp_path / "tokenizer"), without, "--holdout", "0")
+
+
+def test_a_first_document_that_is_most_of_a_corpus(tmp_path, tokenizer_dir):
+    table = tmp_path / "table.jsonl"
+    table.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("".join(DOCUMENTS), *DOCUMENTS[:3])))
+    with pytest.raises(DataError, match="--holdout: 0.01 would hold out 9.% of .*table.jsonl, whose first document is most of it"):
+        tokenize(table, tokenizer_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_options(tmp_path, corpus, tokenizer_dir):

@@ -381,6 +381,12 @@ def send(number):
     return lambda: os.kill(os.getpid(), number)
 
 
+def in_the_next_step():
+    import hf_trainer
+
+    on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=3)
+
+
 def usr1_in_a_step():
     import hf_trainer
 
@@ -797,6 +803,17 @@ def test_going_on_from_a_named_checkpoint(make_run):
     run.to_the_end(named)
     run.must_equal_the_whole()
     assert "this run is finished" in run.to_the_end(named)
+
+
+def test_setting_out_again_from_a_checkpoint_of_a_finished_run(make_run):
+    """It has an export of the last step, and is not finished all the same."""
+    run = make_run()
+    run.to_the_end()
+    named = f"train.resume_from_checkpoint={checkpoints(run.folder)[0]}"
+    assert run.start(named, hook=on_rank(0, in_the_next_step)).wait() == -signal.SIGKILL
+    output = run.to_the_end(named)
+    assert "going on from" in output and "this run is finished" not in output
+    run.must_equal_the_whole()
 
 
 def test_an_export_in_mid_run_does_not_end_it(make_run):
