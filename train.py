@@ -352,15 +352,15 @@ def parameter_groups(model, cfg: Config) -> list[ParameterGroup]:
 
     train = cfg.train
     wide = train.lr_attn_scope == "all"
-    filters = {id(p) for m in model.modules() if isinstance(m, nn.Conv1d) for p in m.parameters()}  # one a channel
-    vectors = {id(p) for name, p in model.named_parameters() if name.endswith(".r_k") or p.squeeze().ndim < 2}  # r_k: RWKV-7's, one a head
+    vectors = {id(p) for m in model.modules() if isinstance(m, nn.Conv1d) for p in m.parameters()}  # a filter a channel
+    vectors |= {id(p) for name, p in model.named_parameters() if name.endswith(".r_k") or p.squeeze().ndim < 2}  # r_k: RWKV-7's, one a head
     attention = {id(p) for m in model.modules() if is_student_attention(m) or wide and isinstance(m, SoftmaxAttention)
                  for p in m.parameters()}  # fmt: skip
     groups: dict[tuple[str, bool], list] = {}
     for p in model.parameters():
         if p.requires_grad:
             name = "attention" if wide else "linear attention"
-            groups.setdefault((name if id(p) in attention else "the rest", id(p) not in filters | vectors), []).append(p)
+            groups.setdefault((name if id(p) in attention else "the rest", id(p) not in vectors), []).append(p)
     return [ParameterGroup(f"{name}, {'matrices' if matrix else 'vectors'}", params,
                            train.lr if name == "the rest" or train.lr_attn is None else train.lr_attn,
                            train.weight_decay if matrix else 0.0)

@@ -261,9 +261,8 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
             if state.global_step == 2:
                 self.parts.marks = self.parts.marks[-1:]
-            if state.global_step == 2 + args.steps:
-                self.totals = self.parts.totals(args.steps * plan.grad_accum)
             if state.global_step == 2 + args.steps and rank == 0:
+                self.totals = self.parts.totals(args.steps * plan.grad_accum)
                 self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
                 self.profile.start()
 

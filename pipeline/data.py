@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,7 +163,7 @@ def _end_and_beginning(file: Path, beginning: float) -> Iterator[Document]:
     """A text file as two documents: what comes behind so many characters, held out, and what before, not; never nothing in either."""
     with file.open(encoding="utf-8") as text:
         size = lines = 0
-        for line, _ in pairwise(_lines(text)):  # all but the last
+        for line, _ in itertools.pairwise(_lines(text)):  # all but the last
             size, lines = size + len(line), lines + 1
             if size >= beginning:
                 break

@@ -49,13 +49,18 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def _named(cfg: Config) -> Path | None:
+    """The checkpoint that the config names to go on from, if it names one."""
+    resume = cfg.train.resume_from_checkpoint
+    return None if resume in ("auto", True, None, False) else Path(resume)
+
+
 def _goes_on(cfg: Config) -> bool:
     """Whether the newest checkpoint is meant: by `auto`, or by the name of one that the run has set out from already, for the same
     command goes on with what it has begun."""
-    resume = cfg.train.resume_from_checkpoint
-    if resume in ("auto", True, None, False):
-        return resume in ("auto", True)
-    folder, named = Path(cfg.train.output_dir).resolve(), Path(resume).resolve()
+    if (named := _named(cfg)) is None:
+        return cfg.train.resume_from_checkpoint in ("auto", True)
+    folder, named = Path(cfg.train.output_dir).resolve(), named.resolve()
     return named.parent == folder and read_json(folder / RUN).get("set_out_from") == named.name
 
 
@@ -76,8 +81,7 @@ def check_run_folder(cfg: Config) -> None:
                 f"train.resume_from_checkpoint: {resume}, but {folder} holds this run with {len(checkpoints(folder))} checkpoints; "
                 "say auto to go on from the newest, name one of them to go on from that, or remove the folder to start anew"
             )
-    if resume not in (None, False) and not _goes_on(cfg):
-        named = Path(resume)
+    if (named := _named(cfg)) and not _goes_on(cfg):
         if named.absolute() not in [path.absolute() for path in checkpoints(folder)]:
             raise ConfigError(
                 f"train.resume_from_checkpoint: {resume} is no whole checkpoint of {folder}; say auto or name a "
@@ -93,9 +97,9 @@ def resume_point(cfg: Config, say=print) -> Path | None:
     import torch.distributed as dist
 
     folder, resume = Path(cfg.train.output_dir), cfg.train.resume_from_checkpoint
-    if resume in (None, False) or _goes_on(cfg):
+    if (named := _named(cfg)) is None or _goes_on(cfg):
         return newest_good(folder, say)
-    named, rank = folder / Path(resume).name, dist.get_rank()
+    named, rank = folder / named.name, dist.get_rank()
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, damage(named, rank, len(parts)))
     if wrong := next((part for part in parts if part), None):
@@ -136,7 +140,7 @@ def record_run(cfg: Config, root: Path, resume_step: int, **facts) -> None:
         "python": sys.version.split()[0],
         "versions": {package: _version(package) for package in PACKAGES},
         "resumed_from_step": resume_step,
-        "set_out_from": None if cfg.train.resume_from_checkpoint in ("auto", True, None, False) else Path(cfg.train.resume_from_checkpoint).name,
+        "set_out_from": named.name if (named := _named(cfg)) else None,
         **facts,
     }
     write_whole(folder / RUN, json.dumps(run, indent=2))

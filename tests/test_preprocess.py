@@ -90,8 +90,8 @@ def test_large_text_files_are_read_in_pieces(tmp_path, tokenizer_dir, monkeypatc
     assert open_chunks(str(chunk(out, 16, tmp_path)), 16).heldout is None
 
 
-def test_a_large_document_is_trained_on_or_held_out(tmp_path, tokenizer_dir, monkeypatch):
-    """And not half of each, but its end; it is cut where --max_length says, not in every piece."""
+def test_the_end_of_a_large_text_is_held_out(tmp_path, tokenizer_dir, monkeypatch):
+    """In one part, and no more of it than the share of --max_tokens; --max_length cuts the text, and not every piece."""
     monkeypatch.setattr("pipeline.data.PIECE", 100)
     corpus = tmp_path / "corpus"
     corpus.mkdir()
