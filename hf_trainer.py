@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from cuda_graphs import GraphedForward
 from distill_model import StudentForCausalLM
 from pipeline.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
 from pipeline.data import collate
@@ -145,13 +146,15 @@ class StageTrainer(Trainer):
 
     make_optimizer(model) and make_scheduler(optimizer) build them when the Trainer asks: with DeepSpeed it forgets those
     that it was given and would train with its own defaults. facts: what a checkpoint's index says of its run. stop,
-    save_minutes: see Guard. watchdog: told of every move, if given.
+    save_minutes: see Guard. watchdog: told of every move, if given. cuda_graphs: replay the passes of a training step as CUDA graphs.
     """
 
     def __init__(self, *args, make_optimizer, make_scheduler, metrics_path: Path, tokens_per_step: int, facts: dict,
                  stop: StopSignals | None = None, save_minutes: float | None = None, watchdog: Watchdog | None = None,
-                 **kwargs):  # fmt: skip
+                 cuda_graphs: bool = False, **kwargs):  # fmt: skip
         super().__init__(*args, data_collator=collate, **kwargs)
+        if cuda_graphs:
+            self.model.forward = GraphedForward(self.model)
         self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
         self.facts, self.watchdog = facts, watchdog
         self._micro_batches: list[tuple[dict, torch.Tensor]] = []  # inputs and loss, of this step
@@ -209,6 +212,8 @@ class StageTrainer(Trainer):
         bad, found = [None] * n, [None] * n
         dist.all_gather_object(bad, not all(math.isfinite(loss.item()) for _, loss in self._micro_batches))
         of_gradients = not any(bad)
+        if isinstance(self.model.forward, GraphedForward):
+            self.model.forward.enabled = False  # the search hooks every module's forward pass
 
         def backward(loss):
             model.set_gradient_accumulation_boundary(False)
@@ -322,10 +327,10 @@ class DistillTrainer(StageTrainer):
 class FrozenTeacher:
     """A teacher for its hidden states: replicated on every device, or sharded by ZeRO-3 where `engine_config` is given.
 
-    engine_config: a DeepSpeed config with ZeRO stage 3, or None.
+    engine_config: a DeepSpeed config with ZeRO stage 3, or None. cuda_graphs: replay the forward pass of a replica as a CUDA graph.
     """
 
-    def __init__(self, model: StudentForCausalLM, device: torch.device, engine_config: dict | None = None):
+    def __init__(self, model: StudentForCausalLM, device: torch.device, engine_config: dict | None = None, cuda_graphs: bool = False):
         self.model, self.sharded = model.eval().requires_grad_(False), engine_config is not None
         if self.sharded:
             import deepspeed
@@ -333,11 +338,12 @@ class FrozenTeacher:
             self.engine = deepspeed.initialize(model=self.model, config=engine_config)[0].eval()
         else:
             self.model.to(device)
+        self.forward = GraphedForward(self.model.model) if cuda_graphs and not self.sharded else self.model.model
 
     @torch.no_grad()
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """After the final norm, [B, T, hidden_size]."""
-        return self.model.model(input_ids, use_cache=False).last_hidden_state
+        return self.forward(input_ids=input_ids, use_cache=False)["last_hidden_state"]
 
     def gathered_head(self):
         """A context in which `head_weight` is whole."""
@@ -370,11 +376,11 @@ class KDTrainer(StageTrainer):
                 teacher_head_weight=self.teacher.head_weight,
                 use_cache=False,
                 **self.loss_options,
-            ).loss
+            )["loss"]
 
 
 class FinetuneTrainer(StageTrainer):
     """Stage 3: next-token cross-entropy on long sequences."""
 
     def forward_loss(self, model, inputs):
-        return model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+        return model(**inputs, labels=inputs["input_ids"], use_cache=False)["loss"]

@@ -170,6 +170,7 @@ def memory_advice(cfg: Config, plan: BatchPlan):
         fresh = not checkpoints(Path(train.output_dir))  # a run that goes on keeps its optimiser's states
         knobs = {
             f"train.micro_batch_size below {train.micro_batch_size}, which changes no result": train.micro_batch_size > 1,
+            "train.cuda_graphs=false": train.cuda_graphs,
             "train.optimizer=adamw_8bit": train.optimizer == "adamw" and fresh,
             "train.gradient_checkpointing=mlp": cfg.stage > 1 and not train.gradient_checkpointing,
             "train.gradient_checkpointing=true": cfg.stage > 1 and train.gradient_checkpointing is not True,
@@ -370,7 +371,7 @@ def parameter_groups(model, cfg: Config) -> list[ParameterGroup]:
 def checkpoint_activations(model, what: bool | str) -> None:
     """Makes a hybrid compute again in the backward pass what `train.gradient_checkpointing` says: nothing, "mlp" or all (True)."""
     if what is True:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})  # nothing in it is random
     else:
         model.gradient_checkpointing_disable()
     for block in model.model.layers:
@@ -433,6 +434,20 @@ def zero_stage(cfg: Config, world_size: int) -> int:
     if saved := checkpoints(Path(cfg.train.output_dir)):
         return read_index(saved[-1])["zero_stage"]
     return cfg.train.zero_stage or (1 if world_size == 1 else cfg.stage)
+
+
+def use_cuda_graphs(cfg: Config, device: str, zero_stage: int, model_config, say=print) -> bool:
+    """Whether the passes of a training step run as CUDA graphs. Says why not where `train.cuda_graphs` cannot have its way on a GPU."""
+    if not cfg.train.cuda_graphs or device != "cuda":
+        return False
+    reasons = {
+        "ZeRO-3 gathers weights during a pass": zero_stage == 3,
+        "RoPE of this type reads lengths on the host": model_config.rope_parameters["rope_type"] in ("dynamic", "longrope"),
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason:
+        say(f"train.cuda_graphs: not used, for {reason}")
+    return reason is None
 
 
 def deepspeed_config(name: str) -> dict:
@@ -541,13 +556,15 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         label_names=[],
         disable_tqdm=False,
     )
+    graphs = use_cuda_graphs(cfg, device, guards["facts"]["zero_stage"], model.config, say)
     stage, options = {
         1: (DistillTrainer, {}),
         2: (KDTrainer, {name: getattr(train, name) for name in ("kl_temperature", "kl_weight", "ce_weight")}),
         3: (FinetuneTrainer, {}),
     }[cfg.stage]
     if cfg.stage == 2:
-        options["teacher"] = FrozenTeacher(teacher, args.device, teacher_engine_config(cfg, teacher, device, plan.world_size, say))
+        teacher_config = teacher_engine_config(cfg, teacher, device, plan.world_size, say)
+        options["teacher"] = FrozenTeacher(teacher, args.device, teacher_config, graphs)
         if train.kd_teacher_use_cache:
             say("train.kd_teacher_use_cache: has no effect, for the teacher reads each sequence once, as a whole")
     return stage(
@@ -560,6 +577,7 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         callbacks=[Wandb()] if report else None,
         metrics_path=output / METRICS,
         tokens_per_step=plan.tokens_per_step,
+        cuda_graphs=graphs,
         **guards,
         **options,
     )

@@ -25,9 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.environment import join_ranks, set_up_device, set_up_process  # noqa: E402
 
+from cuda_graphs import EAGER_CALLS, GraphedForward  # noqa: E402
+
 # micro-batch, sequence length, sequences a step and device
 BATCHES = {1: (48, 512, 96), 2: (4, 4096, 16), 3: (1, 32768, 2)}
 FAMILIES = {"qwen2": "qwen2.5", "qwen3": "qwen3", "llama": "llama"}  # of published.yaml, as people call them
+IDLE = "no work (host)"
 KINDS = {  # of kernels, by what their names hold; the first that fits
     "softmax attention": ("flash", "sdpa", "fmha"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
@@ -41,12 +44,12 @@ KINDS = {  # of kernels, by what their names hold; the first that fits
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen2.5-1.5b", help="a published size of convert/published.yaml")
+    parser.add_argument("--shape", default="qwen2.5-1.5b", help="a published size of convert/published.yaml, or a checkpoint's folder, of which config.json is read")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--stage", type=int, choices=BATCHES, required=True)
     parser.add_argument("--student", default="gdn_v4")
     parser.add_argument("--ratio", type=float, default=0.25, help="share of the layers that stay full in stages 2 and 3")
-    parser.add_argument("--steps", type=int, default=6, help="timed steps, after two that are not")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps, after some that are not")
     parser.add_argument("--save_kernel_configs", type=Path, metavar="FOLDER", help="add what FLA's autotuner chose to a FLA_CONFIG_DIR")
     parser.add_argument("--kernels", action="store_true", help="print the longest kernels too, and between which of them the GPU waits longest")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
@@ -55,11 +58,16 @@ def arguments() -> argparse.Namespace:
 
 
 def published_config(shape: str, layers: int | None):
-    """The teacher's config of a shape such as qwen2.5-1.5b, with other `layers` if they are given."""
+    """The teacher's config of a shape such as qwen2.5-1.5b or of a checkpoint's folder, with other `layers` if they are given."""
     import yaml
 
+    from convert import load_teacher_config
     from distill_model import StudentConfig
 
+    if Path(shape).is_dir():
+        config = load_teacher_config(shape)
+        count = layers or config.num_hidden_layers
+        return StudentConfig(**config.to_dict() | {"num_hidden_layers": count, "keep_full_attention_layers": list(range(count))})
     families = yaml.safe_load((Path(__file__).parents[1] / "convert" / "published.yaml").read_text())
     known = {f"{FAMILIES[family]}-{size}": values for family, sizes in families.items() for size, values in sizes.items()}
     if shape not in known:
@@ -140,6 +148,10 @@ class Parts:
         """Marks what a stage's trainer does from here on."""
         engine, model = trainer.deepspeed, trainer.model
         engine.optimizer.step = self.split(engine.optimizer.step, "optimiser", "student")
+        if isinstance(model.forward, GraphedForward):  # within a graph there is nothing to mark
+            if stage == 2:
+                trainer.teacher.hidden_states = self.split(trainer.teacher.hidden_states, "teacher", "student")
+            return
         if stage == 1:
             model.forward = self.split(model.forward, "teacher", "student")
             for block in model.model.layers:
@@ -177,7 +189,7 @@ def breakdown(profile, steps: int) -> tuple[list[tuple[str, float]], list[tuple[
             waits[f"{last[:70]} -> {kernel.name[:70]}"] += wait
         if kernel.time_range.end > end:
             end, last = kernel.time_range.end, kernel.name
-    totals["no work (host)"] = waits.total()
+    totals[IDLE] = waits.total()
     return tuple([(what, us / 1e3 / steps) for what, us in counter.most_common()] for counter in (totals, waits))
 
 
@@ -218,14 +230,14 @@ def main() -> None:
     from pipeline.data import Chunks
 
     micro, length, batch = BATCHES[args.stage]
-    profiled, folder = 2, tempfile.TemporaryDirectory()
+    warm, profiled, folder = EAGER_CALLS + 2, 2, tempfile.TemporaryDirectory()  # with one micro-batch a step, graphs run from there on
     config = published_config(args.shape, args.layers)
     kept = evenly_spaced(budget(args.ratio, config.num_hidden_layers), config.num_hidden_layers) if args.stage > 1 else []
     file = Path(folder.name) / "stage.yaml"
     file.write_text(f"stage: {args.stage}\ndata: {{cache_dir: none}}\nteacher_model: {{name: none}}\nstudent_model: {{name: {args.student}, "
                     f"keep_full_attention_layers: {kept}}}\n"
                     f"train: {{output_dir: {folder.name}/run, micro_batch_size: {micro}, batch_size: {batch * world_size}, train_seq_len: {length}, "
-                    f"lr: 1e-5, max_steps: {2 + args.steps + profiled}, logging_steps: 1000, student_init_ckpt: {'none' if kept else 'null'}}}\n")  # fmt: skip
+                    f"lr: 1e-5, max_steps: {warm + args.steps + profiled}, logging_steps: 1000, student_init_ckpt: {'none' if kept else 'null'}}}\n")  # fmt: skip
     cfg = load_config(str(file), args.overrides)
     plan = batch_plan(cfg, world_size)
     say = print if rank == 0 else lambda *_: None
@@ -259,9 +271,9 @@ def main() -> None:
             self.times.append(time.perf_counter())
             if state.global_step == 1:
                 torch.cuda.reset_peak_memory_stats()
-            if state.global_step == 2:
+            if state.global_step == warm:
                 self.parts.marks = self.parts.marks[-1:]
-            if state.global_step == 2 + args.steps and rank == 0:
+            if state.global_step == warm + args.steps and rank == 0:
                 self.totals = self.parts.totals(args.steps * plan.grad_accum)
                 self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
                 self.profile.start()
@@ -279,16 +291,18 @@ def main() -> None:
     trainer.add_callback(clock)
     setup = time.perf_counter() - begin
     trainer.train()
-    seconds = (clock.times[1 + args.steps] - clock.times[1]) / args.steps
+    seconds = (clock.times[warm - 1 + args.steps] - clock.times[warm - 1]) / args.steps
     tokens = plan.tokens_per_step / world_size / seconds
     say(f"\n{torch.cuda.get_device_name()} x {world_size}, torch {torch.__version__}; {args.shape}, {config.num_hidden_layers} layers, stage "
         f"{args.stage}, {args.student}, {len(kept)} kept; {plan.grad_accum} x {plan.micro_batch_size} x {plan.seq_len} tokens a step and device")
     say("| tokens/s a device | share of the matmul rate | peak GiB | first step s | set-up s |\n|--:|--:|--:|--:|--:|")
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    peak = torch.cuda.max_memory_reserved() / 2**30  # a graph's own memory counts as allocated while it is recorded only
     say(f"| {tokens:,.0f} | {flops * tokens / rate:.0%} of {rate / 1e12:.0f} TFLOP/s | {peak:.1f} | "
         f"{clock.times[0] - clock.begin:.1f} | {setup:.1f} |\n")
     if rank == 0:
         kinds, waits = breakdown(clock.profile, profiled * plan.grad_accum)
+        idle = dict(kinds).get(IDLE, 0) / sum(ms for _, ms in kinds)
+        print(f"The GPU is busy {1 - idle:.0%} of the time.\n")
         for what, rows in (("part", clock.totals), ("kind of kernels", kinds)):
             say(f"| time of a micro-batch by {what} | ms |\n|:--|--:|\n" + "".join(f"| {row} | {ms:.1f} |\n" for row, ms in rows))
     if args.save_kernel_configs and rank == 0:

@@ -40,7 +40,7 @@ from transformers import initialization as init
 
 from .attention import SoftmaxAttention
 from .config_distilled_student import StudentConfig
-from .fused_ops import rotate
+from .fused_ops import fuses, rotate
 
 # Norm weight of students whose memory is not addressed by the teacher's keys: at the start they hold little more than
 # running means, which RMSNorm would blow up to the size of an attention that knows what it looks for.
@@ -91,7 +91,18 @@ def expanded_sizes(config: StudentConfig, layer_idx: int) -> dict:
 
 
 class WholeLinear(nn.Linear):
-    """A linear map that keeps its dtype: bitsandbytes replaces nn.Linear, and no subclass of it."""
+    """A projection that keeps its dtype: bitsandbytes replaces nn.Linear, and no subclass of it.
+
+    On a GPU its output features are padded to a multiple of 8 where they are no multiple of 4: of 9 heads' gates cuBLAS would read
+    element by element.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not fuses(x) or self.out_features % 4 == 0:
+            return super().forward(x)
+        missing = -self.out_features % 8
+        bias = self.bias if self.bias is None else F.pad(self.bias, (0, missing))
+        return F.linear(x, F.pad(self.weight, (0, 0, 0, missing)), bias)[..., : self.out_features]
 
 
 class HeadNorm(nn.RMSNorm):

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from cuda_graphs import GraphedForward
 from distill_model import StudentForCausalLM
 from layer_selection.full_runs import train_hybrid
 from layer_selection.ranking import Layer, Ranking, rank_samples
@@ -35,7 +36,7 @@ from pipeline.config import Config, ConfigError, dump_config, load_config
 from pipeline.files import complete_or_absent, locked, write_whole
 from pipeline.guard import REQUEUE, StopSignals
 from pipeline.run_folder import difference
-from train import checkpoint_activations, get_scheduler, parameter_groups
+from train import checkpoint_activations, get_scheduler, parameter_groups, use_cuda_graphs
 
 HISTORY, CONFIG, STATES = "rounds.json", "candidates.yaml", "states"
 CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at a time
@@ -56,19 +57,24 @@ class MasterAdamW:
         self.adamw = torch.optim.AdamW([group | {"params": m} for group, m in zip(groups, copies)], betas=betas)
         self.scheduler = make_scheduler(self.adamw)
 
+        copied = [(param, master) for param, master in zip(self.params, self.masters) if param is not master]
+        self.copied, self.copies = [param for param, _ in copied], [master for _, master in copied]
+
     @torch.no_grad()
     def step(self) -> None:
-        for param, master in zip(self.params, self.masters):
-            if param is not master:
-                master.grad, param.grad = param.grad.float(), None
+        if self.copies:
+            gradients = [torch.empty_like(master) for master in self.copies]
+            torch._foreach_copy_(gradients, [param.grad for param in self.copied])
+            for param, master, gradient in zip(self.copied, self.copies, gradients):
+                param.grad = None
+                master.grad = gradient
         if self.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
         self.adamw.step()
         self.adamw.zero_grad()
         self.scheduler.step()
-        for param, master in zip(self.params, self.masters):
-            if param is not master:
-                param.copy_(master)
+        if self.copies:
+            torch._foreach_copy_(self.copied, self.copies)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything but the schedule's step, by name; after at least one step."""
@@ -101,10 +107,12 @@ class MasterAdamW:
 
 
 class Candidate:
-    """A hybrid in the middle of its stage 2."""
+    """A hybrid in the middle of its stage 2. cuda_graphs: replay its passes as CUDA graphs; it must stay on its GPU then."""
 
-    def __init__(self, name: str, hybrid: StudentForCausalLM, cfg: Config, plan: BatchPlan):
+    def __init__(self, name: str, hybrid: StudentForCausalLM, cfg: Config, plan: BatchPlan, cuda_graphs: bool = False):
         self.name, self.cfg, self.plan, self.hybrid = name, cfg, plan, hybrid.train()
+        self.forward = GraphedForward(hybrid) if cuda_graphs else hybrid
+        self.losses: dict[int, torch.Tensor] = {}  # of the steps since they were last checked
         checkpoint_activations(hybrid, cfg.train.gradient_checkpointing)
         groups = [{"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in parameter_groups(hybrid, cfg)]
         self.optimizer = MasterAdamW(groups, tuple(cfg.train.betas), cfg.train.max_grad_norm,
@@ -116,19 +124,27 @@ class Candidate:
             self.optimizer.to(device)
 
     def train(self, step: int, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], head_weight: torch.Tensor) -> None:
-        """One step on micro-batches of token ids and the teacher's hidden states."""
+        """One step on micro-batches of token ids and the teacher's hidden states. `check_losses` tells whether it went well: to
+        ask after every step would make the GPU wait."""
         train, device = self.cfg.train, self.hybrid.device
         for ids, hidden in micro_batches:
             ids = ids.to(device)
-            loss = self.hybrid(
+            loss = self.forward(
                 input_ids=ids, labels=ids if train.ce_weight else None, teacher_hidden_states=hidden.to(device),
                 teacher_head_weight=head_weight, use_cache=False, kl_temperature=train.kl_temperature,
                 kl_weight=train.kl_weight, ce_weight=train.ce_weight,
-            ).loss  # fmt: skip
+            )["loss"]  # fmt: skip
             (loss / len(micro_batches)).backward()
+        self.losses[step] = loss.detach()
         self.optimizer.step()
-        if not math.isfinite(loss.item()):
+
+    def check_losses(self) -> None:
+        """Raises ConfigError if a loss since the last check was not finite."""
+        finite = torch.stack([*self.losses.values()]).isfinite().tolist()
+        if not all(finite):
+            step = list(self.losses)[finite.index(False)]
             raise ConfigError(f"{self.name}: its loss is not finite at step {step}; try a lower train.lr or train.lr_attn")
+        self.losses.clear()
 
 
 # ------------------------------------------------------------------------------------------------ when to stop
@@ -214,12 +230,12 @@ class Rounds:
         size, micro = self.plan.batch_size, self.plan.micro_batch_size
         for step in range(first, last):
             rows = self.order[step * size : (step + 1) * size].tolist()
-            ids = torch.as_tensor(self.bench.train[rows]["input_ids"], dtype=torch.long)
+            ids = torch.as_tensor(self.bench.train[rows]["input_ids"], dtype=torch.long, device=self.bench.device)
             yield step + 1, [(part, self.hidden_states(part)) for part in ids.split(micro)]
 
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.bench.teacher.model(ids.to(self.bench.device), use_cache=False).last_hidden_state
+        return self.read(input_ids=ids, use_cache=False)["last_hidden_state"]
 
     # ---- candidates
     def build(self, mine: list[int], done: int) -> None:
@@ -230,10 +246,12 @@ class Rounds:
         if need > 0.9 * memory and not (on_gpu and self.resident):
             raise ConfigError(f"--method: {len(mine)} candidates side by side need {need / 2**30:.0f} GiB of memory, of which "
                               f"{memory / 2**30:.0f} are free; take a larger machine, or --full_runs")  # fmt: skip
+        graphs = self.resident and use_cuda_graphs(self.cfg, self.bench.device.type, 1, teacher.config)
+        self.read = GraphedForward(teacher.model) if graphs else teacher.model
         for layer in mine:
             torch.manual_seed(self.cfg.train.seed)
             hybrid = student.restore_full_attention(teacher, self.kept[layer])
-            self.candidates[layer] = candidate = Candidate(f"layer {layer}", hybrid, self.cfg, self.plan)
+            self.candidates[layer] = candidate = Candidate(f"layer {layer}", hybrid, self.cfg, self.plan, graphs)
             if done:
                 candidate.optimizer.load(load_file(self.saved(done) / f"{layer}.safetensors"), self.last_step(done))
             candidate.to(self.bench.device if self.resident else torch.device("cpu"))
@@ -258,7 +276,7 @@ class Rounds:
         segment = 1 if self.resident else max(1, CACHE_BYTES // tokens)
         for start in range(first, last, segment):
             stop = min(last, start + segment)
-            cached = None if self.resident else [(n, [(i, h.cpu()) for i, h in parts]) for n, parts in self.batches(start, stop)]
+            cached = None if self.resident else [(n, [(i.cpu(), h.cpu()) for i, h in parts]) for n, parts in self.batches(start, stop)]
             if self.resident:
                 for step, parts in self.batches(start, stop):
                     for layer in mine:
@@ -275,6 +293,7 @@ class Rounds:
         kls = {}
         for layer in mine:
             candidate = self.candidates[layer]
+            candidate.check_losses()
             candidate.to(device)
             kls[layer] = self.bench.kls(candidate.hybrid.eval())
             candidate.hybrid.train()

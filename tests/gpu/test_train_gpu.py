@@ -76,6 +76,16 @@ def test_losses_fall_and_follow_the_cpu(both, stage):
     assert all(weight.isfinite().all() for weight in model.parameters())
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_cuda_graphs_change_no_loss_and_no_weight(both, tmp_path, teacher_dir, data_dir, stage):
+    file = configs(tmp_path / "launched", teacher_dir, data_dir, stage, cuda_graphs=False, **start_of(both, stage))
+    finish(start(file), file)
+    folders = [folder / f"stage{stage}" for folder in (both / "gpu", tmp_path / "launched")]
+    assert torch.equal(*map(losses, folders))
+    replayed, launched = (StudentForCausalLM.from_pretrained(folder / "converted-hf").state_dict() for folder in folders)
+    assert all(torch.equal(weight, launched[name]) for name, weight in replayed.items())
+
+
 def term_all(process):
     """As Slurm and DeepSpeed's launcher do it."""
     for each in (*psutil.Process(process.pid).children(recursive=True), process):

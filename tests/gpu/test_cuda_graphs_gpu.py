@@ -1,0 +1,95 @@
+"""On a GPU: training passes replayed as CUDA graphs, beside the same passes launched kernel by kernel."""
+
+import copy
+
+import pytest
+import torch
+from test_students_gpu import OPTIONS, one_config  # noqa: F401
+
+from cuda_graphs import EAGER_CALLS, GraphedForward
+from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
+from wrapper import AttentionAlignmentModel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+CALLS, ACCUMULATED, BATCH, LENGTH = EAGER_CALLS + 5, 2, 2, 131
+CONFIG = StudentConfig(hidden_size=128, intermediate_size=192, vocab_size=509, num_attention_heads=2, num_key_value_heads=1, head_dim=64,
+                       num_hidden_layers=3, keep_full_attention_layers=[0, 1, 2], tie_word_embeddings=True)  # fmt: skip
+
+
+def models(name, stage):
+    """(what trains, its teacher)."""
+    torch.manual_seed(0)
+    teacher = StudentForCausalLM(CONFIG).to("cuda", torch.bfloat16).eval()
+    student = StudentForCausalLM.from_teacher(teacher, name, [1] if stage > 1 else [], OPTIONS.get(name))[0].to("cuda", torch.bfloat16)
+    if stage == 1:
+        return AttentionAlignmentModel(copy.deepcopy(teacher), student).train(), teacher
+    return student.train(), teacher
+
+
+def train(name, stage, graphed):
+    """Losses and weights of CALLS micro-batches, with an optimiser's step after every ACCUMULATED ones."""
+    model, teacher = models(name, stage)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    forward, read = model, teacher.model
+    if graphed:
+        forward, read = GraphedForward(model), GraphedForward(teacher.model)
+    sgd = torch.optim.SGD(parameters, 0.05)
+    generator, losses = torch.Generator().manual_seed(1), []
+    for call in range(CALLS):
+        ids = torch.randint(CONFIG.vocab_size, (BATCH, LENGTH), generator=generator).cuda()
+        inputs = {"input_ids": ids}
+        if stage > 1:
+            inputs |= {"use_cache": False, "labels": ids}
+        if stage == 2:
+            with torch.no_grad():
+                hidden = read(input_ids=ids, use_cache=False)["last_hidden_state"]
+            inputs |= {"teacher_hidden_states": hidden, "teacher_head_weight": teacher.lm_head.weight, "ce_weight": 0.5}
+        loss = forward(**inputs)["loss"]
+        (loss / 3).backward()  # no power of two: where the scale enters shows in the last bit
+        losses.append(loss.detach())
+        if call % ACCUMULATED:
+            sgd.step()
+            sgd.zero_grad()
+    return torch.stack(losses), parameters
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("name", STUDENT_ATTENTION_MAP)
+def test_graphs_equal_launches_to_the_bit(name, stage):
+    losses, weights = train(name, stage, graphed=False)
+    graphed_losses, graphed_weights = train(name, stage, graphed=True)
+    assert losses.isfinite().all() and losses.unique().numel() > CALLS // 2
+    assert torch.equal(losses, graphed_losses), losses - graphed_losses
+    assert all(map(torch.equal, weights, graphed_weights))
+
+
+def graph_of_stage_3():
+    model, _ = models("gdn_v4", 3)
+    forward, ids = GraphedForward(model), torch.ones(BATCH, LENGTH, dtype=torch.long, device="cuda")
+    for _ in range(EAGER_CALLS + 1):
+        forward(input_ids=ids, labels=ids, use_cache=False)["loss"].backward()
+    return model, forward, ids
+
+
+def test_another_call_than_the_recorded_one_is_refused():
+    model, forward, ids = graph_of_stage_3()
+    with pytest.raises(RuntimeError, match="recorded with input_ids"):
+        forward(input_ids=ids[:1], labels=ids[:1], use_cache=False)  # would be broadcast
+    with pytest.raises(RuntimeError, match="use_cache"):
+        forward(input_ids=ids, labels=ids, use_cache=True)
+    model.to("cpu").to("cuda")
+    with pytest.raises(RuntimeError, match="lie elsewhere"):
+        forward(input_ids=ids, labels=ids, use_cache=False)
+
+
+def test_without_gradients_and_when_switched_off_hooks_see_every_call():
+    model, forward, ids = graph_of_stage_3()
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    forward(input_ids=ids, labels=ids, use_cache=False)
+    assert not seen
+    with torch.no_grad():
+        forward(input_ids=ids[:1], labels=ids[:1], use_cache=False)
+    forward.enabled = False
+    forward(input_ids=ids[:1], labels=ids[:1], use_cache=False)
+    assert len(seen) == 2
