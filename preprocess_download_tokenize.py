@@ -144,9 +144,8 @@ def tokenize(args: argparse.Namespace, tokenizer, corpus: Corpus, folder: Path) 
                     counts[split]["tokens"] += len(ids)
                     room[split] -= len(ids)
                     progress.update(len(ids))
-            for split in SPLITS:
-                if rows[split]:
-                    writers[split].write_batch({"input_ids": rows[split]})
+            for written in filter(rows.get, SPLITS):  # split goes on with the document
+                writers[written].write_batch({"input_ids": rows[written]})
     for split in SPLITS:
         if not counts[split]["documents"] and (split == "train" or args.holdout):
             raise DataError(f"--dataset_name: {args.dataset_name} gave no text for the {split} part; {corpus.left_out()}".removesuffix("; "))
