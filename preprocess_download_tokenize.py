@@ -91,10 +91,12 @@ def text_encoder(tokenizer, allow_special_tokens: bool):
 
 
 def quotas(max_tokens: int | None, holdout: float) -> dict[str, float]:
-    """How many tokens each split takes at most."""
+    """How many tokens each split takes at most. Raises DataError if none are left to train on."""
     if max_tokens is None:
         return dict.fromkeys(SPLITS, math.inf)
     heldout = max(1, round(max_tokens * holdout)) if holdout else 0
+    if heldout >= max_tokens:
+        raise DataError(f"--max_tokens: {max_tokens} leaves nothing to train on beside --holdout {holdout}; raise it")
     return {"train": max_tokens - heldout, "heldout": heldout}
 
 
@@ -135,10 +137,9 @@ def tokenize(args: argparse.Namespace, tokenizer, corpus: Corpus, folder: Path) 
                 if ends:
                     ids += [tokenizer.eos_token_id] if length else []
                     index += held is None
-                if 0 < room[split] < len(ids):
+                if room[split] and (len(ids) > room[split] or len(ids) == room[split] and not ends):
                     cut.append(split)
-                    ids = ids[: room[split]]
-                if ids and room[split]:
+                if ids := ids[: min(room[split], len(ids))]:
                     rows[split].append(ids)
                     counts[split]["documents"] += 1  # large ones in parts
                     counts[split]["tokens"] += len(ids)

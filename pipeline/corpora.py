@@ -423,13 +423,18 @@ class Corpus:
         """The documents of a table's rows, up to the first that is bad."""
         row = 0
         columns: dict = {}
+        blank: list[int] = []  # rows without text, until the column is known to exist
         try:
             for row, value in enumerate(rows, 1):
                 text = None if value is None else self._text(row, value, columns)
                 if text:
                     yield Document(text)
                 elif value is not None:
-                    self._leave_out("rows without text", f"row {row} of {source}")
+                    blank.append(row)
+                if blank and self.text_field in columns:
+                    for number in blank:
+                        self._leave_out("rows without text", f"row {number} of {source}")
+                    blank = []
             if columns and self.text_field not in columns:
                 raise _no_column(self.text_field, columns)
         except DataError as error:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.corpora import Corpus
+from pipeline.files import one_line
 
 EOS = "<|endoftext|>"
 # encodings/ is tables of characters: a sixth of the bytes, next to nothing to learn, and noise in every loss curve.
@@ -106,8 +107,11 @@ def main() -> None:
     if corpus is None:
         corpus = str(args.stdlib_dir)
         print(f"Corpus: {copy_stdlib(args.stdlib_dir, args.max_files)} files of Python's standard library in {corpus}")
-    texts = (document.text for document in Corpus(corpus, args.text_field, skip_bad_files=args.skip_bad_files).documents())
-    tokenizer = train_tokenizer(limited(texts, args.max_chars), args.vocab_size)
+    source = Corpus(corpus, args.text_field, skip_bad_files=args.skip_bad_files)
+    print(source.selection())
+    tokenizer = train_tokenizer(limited((document.text for document in source.documents()), args.max_chars), args.vocab_size)
+    if left_out := source.left_out():
+        print(left_out)
     tokenizer.save_pretrained(args.output_dir)
     print(f"Tokenizer: {len(tokenizer)} entries in {args.output_dir}, {time.monotonic() - start:.0f} s")
 
@@ -115,5 +119,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_tokenizer.py: error: {one_line(error)}")

@@ -124,6 +124,8 @@ def test_columns_that_change_from_row_to_row(tmp_path):
         file = write(tmp_path / "none", {name: content}) / name
         assert f"{file}: has no column 'text', only content, n; name the one that holds the text by --text_field" in refusal(file)
         assert texts_of(file, text_field="content") == ["x"]
+    texts, line = said(write(tmp_path / "none", {"b.jsonl": jsonl(ROWS)}), skip_bad_files=True)
+    assert texts == TEXTS and "3 bad files" in line and "rows without text" not in line
     endless = write(tmp_path, {"endless.jsonl": jsonl([{"content": "x"}] * 5000) + "no JSON"}) / "endless.jsonl"
     assert "has no column 'text', only content" in refusal(endless)
 

@@ -355,6 +355,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, corpus, tokenizer_dir):
         (tmp_path / "empty", [], "empty holds no files"),
         (corpus, ["--holdout", "1.5"], "--holdout: 1.5"),
         (corpus, ["--max_tokens", "0"], "--max_tokens: 0"),
+        (corpus, ["--max_tokens", "1"], "--max_tokens: 1 leaves nothing to train on beside --holdout 0.01"),
     ]
     for source, options, message in cases:
         with pytest.raises(DataError, match=message):
