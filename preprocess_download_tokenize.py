@@ -3,10 +3,11 @@
     python preprocess_download_tokenize.py --dataset_name robbiegwaldd/dclm-10B --tokenizer Qwen/Qwen2.5-1.5B-Instruct \
         --output_dir data/tokenized
 
-Documents end with the tokenizer's EOS, and begin with its BOS if it puts one before every text. Every k-th document is held out,
-so that it is never trained on; of a text file that is large, or the only one, it is the end. Control tokens that stand in a text
-(`<|im_end|>` in a web page) are text, unless --allow_special_tokens is given. The result is
-keyed by corpus, tokenizer and options: a second call does nothing, a different one into the same folder is refused.
+Documents end with the tokenizer's EOS, and begin with its BOS if it puts one before every text. Every k-th document is
+held out, so that it is never trained on; of a text file that is large, or the only one, it is the end. The name of a
+control token in a text (`<|im_end|>` in a web page) is encoded as text, unless --allow_special_tokens is given. The
+result is keyed by corpus, tokenizer and options: a second call does nothing, a different one into the same folder is
+refused.
 """
 
 from __future__ import annotations
@@ -27,10 +28,17 @@ from pipeline.files import complete_or_absent, one_line
 
 TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # the look of added tokens that structure a text: <tool_call>, [INST]
 
+# The options that decide the content of the data folder.
+KEY_OPTIONS = (
+    "dataset_config", "split", "text_field", "max_length", "max_tokens", "holdout", "skip_bad_files",
+    "allow_special_tokens",
+)  # fmt: skip
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset_name", required=True, help="hub name, or a file or folder of text or tables (json, jsonl, ndjson, csv, tsv, parquet)")
+    parser.add_argument("--dataset_name", required=True,
+                        help="hub name, or a file or folder of text or tables (.jsonl, .csv, .parquet ...)")  # fmt: skip
     parser.add_argument("--tokenizer", required=True, help="hub name or folder of the teacher's tokenizer")
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--dataset_config", help="configuration of a hub dataset")
@@ -39,13 +47,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, help="cut documents after this many tokens")
     parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="tokenizer threads")
     parser.add_argument("--batch_size", type=int, default=256, help="documents tokenised at a time")
-    parser.add_argument("--remove_columns", nargs="*", default=[], help="columns of a hub dataset not to be read at all")
+    parser.add_argument("--remove_columns", nargs="*", default=[], help="columns of a hub dataset not to be read")
     parser.add_argument("--max_tokens", type=int, help="stop at exactly this many tokens, within a document")
-    parser.add_argument("--holdout", type=float, default=0.01, help="share of documents, and of --max_tokens, held out; 0 for none")
+    parser.add_argument("--holdout", type=float, default=0.01,
+                        help="share of documents, and of --max_tokens, held out; 0 for none")  # fmt: skip
     parser.add_argument("--skip_bad_files", action="store_true",
-                        help="leave out and count local files that cannot be read; rows before a fault are kept")  # fmt: skip
+                        help="leave out local files that cannot be read; rows before a fault are kept")  # fmt: skip
     parser.add_argument("--allow_special_tokens", action="store_true",
-                        help="encode control tokens that stand in a text as such, for text that was written with a chat template")  # fmt: skip
+                        help="encode the name of a control token as that token, for chat-templated text")  # fmt: skip
     args = parser.parse_args(argv)
     for name in ("max_length", "num_proc", "batch_size", "max_tokens"):
         value = getattr(args, name)
@@ -68,10 +77,11 @@ def beginning(tokenizer) -> list[int]:
 
 
 def text_encoder(tokenizer, allow_special_tokens: bool):
-    """A tokenizers.Tokenizer with the tokenizer's ids for texts of any length.
+    """A tokenizers.Tokenizer that encodes texts of any length as the tokenizer does.
 
-    Without allow_special_tokens, the names of control tokens are encoded as the characters they are: those of special tokens, and of
-    added tokens that look like a tag. Raises DataError if the tokenizer has no other encoding for one.
+    Without allow_special_tokens, a control token's name in a text is encoded as its characters. Control tokens are the
+    special tokens, and added tokens that look like a tag. Raises DataError if the tokenizer can encode a name only as
+    the control token.
     """
     from tokenizers import Tokenizer
 
@@ -86,7 +96,9 @@ def text_encoder(tokenizer, allow_special_tokens: bool):
     for token in control if not allow_special_tokens else ():
         name = token["content"]
         if name != tokenizer.unk_token and token["id"] in encoder.encode(name, add_special_tokens=False).ids:
-            raise DataError(f"--tokenizer: has no encoding of the text {name!r} but the control token; say --allow_special_tokens")
+            raise DataError(
+                f"--tokenizer: has no encoding of the text {name!r} but the control token; say --allow_special_tokens"
+            )
     return encoder
 
 
@@ -149,7 +161,8 @@ def tokenize(args: argparse.Namespace, tokenizer, corpus: Corpus, folder: Path) 
                 writers[written].write_batch({"input_ids": rows[written]})
     for split in SPLITS:
         if not counts[split]["documents"] and (split == "train" or args.holdout):
-            raise DataError(f"--dataset_name: {args.dataset_name} gave no text for the {split} part; {corpus.left_out()}".removesuffix("; "))
+            left_out = corpus.left_out() or "it is too small"
+            raise DataError(f"--dataset_name: {args.dataset_name} gave no text for the {split} part; {left_out}")
         writers[split].finalize()
     total = sum(counts[split]["tokens"] for split in SPLITS)
     held = counts["heldout"]["tokens"] / total
@@ -166,9 +179,10 @@ def tokenize(args: argparse.Namespace, tokenizer, corpus: Corpus, folder: Path) 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = str(args.num_proc), "true"
-    corpus = Corpus(args.dataset_name, args.text_field, args.dataset_config, args.split, args.remove_columns, args.skip_bad_files)
-    options = ("dataset_config", "split", "text_field", "max_length", "max_tokens", "holdout", "skip_bad_files", "allow_special_tokens")
-    key = {"kind": "tokenized", "corpus": corpus.key, **{name: getattr(args, name) for name in options}}
+    corpus = Corpus(
+        args.dataset_name, args.text_field, args.dataset_config, args.split, args.remove_columns, args.skip_bad_files
+    )
+    key = {"kind": "tokenized", "corpus": corpus.key, **{name: getattr(args, name) for name in KEY_OPTIONS}}
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
     key["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
     if bos := beginning(tokenizer):

@@ -1,12 +1,13 @@
 """Reads a corpus document by document: a dataset of the Hugging Face hub, or local text files and tables.
 
-A folder is read with its subfolders, symlinked ones included. Files by their suffix, in any case of the letters:
+A folder is read with its subfolders, symlinked ones included. The suffix, in any case of the letters, says how a file
+is read:
 
-- tables (TABLES, all but parquet also compressed): a document a row, from the column `text_field`;
-- all others that are UTF-8: a document each.
+- tables (TABLES, all but parquet also compressed) give a document a row, from the column `text_field`;
+- every other file that is UTF-8 is a document.
 
-What is not a document is never read as one: hidden files, documentation beside tables and files that are not text are left
-out and counted; archives, and tables whose suffix does not say so, are refused by name.
+Hidden files, documentation beside tables, and files that are not text are left out and counted. Archives, and tables
+whose suffix does not say that they are tables, are refused by name.
 """
 
 from __future__ import annotations
@@ -38,24 +39,41 @@ SPARSE = 1000  # rows of JSON without the text column after which it counts as m
 
 # Text files of these names describe the tables beside them.
 DOCUMENTATION = re.compile(
-    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|code_of_conduct|dataset_?card)([._-].*)?", re.IGNORECASE
+    "(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|code_of_conduct|dataset_card)([._-].*)?",
+    re.IGNORECASE,
 )
 DATASET_INFO = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # which the datasets library writes
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CONTAINERS = {
-    b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "compressed with gzip", b"BZh9": "compressed with bzip2", b"\xfd7zXZ\0": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd", b"\x04\x22\x4d\x18": "compressed with lz4", b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!\x1a\x07": "a rar archive", b"%PDF-": "a PDF", b"{\\rtf": "an RTF document", b"PAR1\x15": "a parquet table",
-    b"ARROW1\0\0": "an Arrow table", b"\x93NUMPY": "a NumPy array", b"SQLite format 3\0": "a SQLite database",
-    b"\x89HDF": "an HDF5 file", b"Obj\x01": "an Avro table", b"WARC/1.": "a WARC archive", b"\xd0\xcf\x11\xe0": "an Office document",
-}  # fmt: skip
-# Those that the first bytes do not tell, or not always.
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh9": "compressed with bzip2",
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a rar archive",
+    b"%PDF-": "a PDF",
+    b"{\\rtf": "an RTF document",
+    b"\xd0\xcf\x11\xe0": "an Office document",
+    b"PAR1\x15": "a parquet table",
+    b"ARROW1\0\0": "an Arrow table",
+    b"Obj\x01": "an Avro table",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3\0": "a SQLite database",
+    b"WARC/1.": "a WARC archive",
+}
+# Suffixes of containers that their first bytes do not identify, or not always.
 CONTAINER_SUFFIXES = (".arrow", ".bin", ".br", ".lzma", ".npy", ".orc", ".pickle", ".pkl", ".tar", ".tfrecord", ".zip")
 
 
 class Document(NamedTuple):
-    """A document of a corpus, or a piece of a large one: whether it ends it, and whether that is held out; None: as its turn comes."""
+    """A document of a corpus, or a part of a large one.
+
+    ends: whether the document ends with this part. heldout: whether it is held out; None where the caller chooses.
+    """
 
     text: str
     ends: bool = True
@@ -69,7 +87,8 @@ def _zstd(file: Path) -> io.BufferedReader:
     return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
 
 
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}  # suffix: what opens it for reading bytes
+# What opens a compressed file for reading bytes.
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
 
 
 def _open(file: Path):
@@ -79,11 +98,12 @@ def _open(file: Path):
 
 
 def _no_column(column: str, columns) -> DataError:
-    return DataError(f"has no column {column!r}, only {', '.join(columns)}; name the one that holds the text by --text_field")
+    names = ", ".join(columns)
+    return DataError(f"has no column {column!r}, only {names}; name the one that holds the text by --text_field")
 
 
 def _json_rows(file: Path, text_field: str) -> Iterator[dict | None]:
-    """The values of JSON Lines, None for a blank line; or those of one JSON array; or one object that is spread over lines."""
+    """The values of JSON Lines, None for a blank line. An array, or an object over several lines, is read as a whole."""
     with _open(file) as lines:
         for number, line in enumerate(lines):
             text = line.decode("utf-8-sig" if number == 0 else "utf-8")
@@ -124,7 +144,7 @@ TABLES = {
     ".json": _json_rows, ".jsonl": _json_rows, ".ndjson": _json_rows, ".parquet": _parquet_rows,
     ".csv": partial(_csv_rows, delimiter=","), ".tsv": partial(_csv_rows, delimiter="\t"),
 }  # fmt: skip
-# What the readers raise for a file that is damaged; pyarrow's errors are of the builtin kinds, as are those of JSON and UTF-8.
+# What the readers raise for a damaged file. The errors of pyarrow, of JSON and of UTF-8 are subclasses of these.
 FAULTS = (OSError, EOFError, ValueError, RuntimeError, csv.Error, zlib.error, lzma.LZMAError)
 
 
@@ -153,10 +173,16 @@ def _reason(error: Exception) -> str:
 def _type_and_cure(value) -> tuple[str, str]:
     """What a value is that should be text, and what to do about it."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "a conversation (a list of messages)", (
-            "write it with the tokenizer's apply_chat_template(..., tokenize=False) to a column of strings, and say --allow_special_tokens")  # fmt: skip
-    cures = {list: "join its parts to one string", bytes: "decode it to a string",
-             dict: "write the part of it that is the text to a column of strings"}  # fmt: skip
+        cure = (
+            "write it with the tokenizer's apply_chat_template(..., tokenize=False) to a column of strings, "
+            "and say --allow_special_tokens"
+        )
+        return "a conversation (a list of messages)", cure
+    cures = {
+        list: "join its parts to one string",
+        bytes: "decode it to a string",
+        dict: "write the part of it that is the text to a column of strings",
+    }
     return f"of type {type(value).__name__}", cures.get(type(value), "name a column of strings")
 
 
@@ -203,7 +229,10 @@ def _pieces(lines: Iterator[str], heldout: bool | None = None) -> Iterator[Docum
 
 
 def _end_and_beginning(file: Path, beginning: float) -> Iterator[Document]:
-    """A text file as two documents: what comes behind so many characters, held out, and what before, not; never nothing in either."""
+    """A text file as two documents, cut after about `beginning` characters: the end, held out, and then the beginning.
+
+    Neither is empty.
+    """
     with file.open(encoding="utf-8-sig") as text:
         size = lines = 0
         for line, _ in itertools.pairwise(_lines(text)):  # all but the last
@@ -219,7 +248,10 @@ def _end_and_beginning(file: Path, beginning: float) -> Iterator[Document]:
 
 # ------------------------------------------------------------------------------------------------ what a file is
 def _begins_as_json(head: str, whole: bool) -> bool:
-    """Whether a text is JSON objects, or an array of them, as far as its head tells; prose may stand behind an object."""
+    """Whether a text consists of JSON objects, or an array of them, as far as its head tells.
+
+    It does not if prose follows an object.
+    """
     start = re.match(r'\s*(\[?)\s*(?=\{\s*["}])', head)
     if start is None:
         return False
@@ -250,8 +282,10 @@ def _begins_as_csv(head: str, whole: bool, text_field: str) -> bool:
 
 
 def _is_text(file: Path, text_field: str) -> bool:
-    """Whether a file that is no table by its suffix begins as text. Raises DataError for what must not be read as text: a container,
-    or a table under another suffix."""
+    """Whether a file without a table's suffix begins as text.
+
+    Raises DataError for what must not be read as text: a container, or a table under another suffix.
+    """
     with file.open("rb") as stream:
         head = stream.read(HEAD)
     whole = len(head) < HEAD
@@ -261,7 +295,7 @@ def _is_text(file: Path, text_field: str) -> bool:
     elif container is None and file.suffix.lower() in (*COMPRESSED, *CONTAINER_SUFFIXES):
         container = f"a {_suffix(file)} file"
     if container:
-        raise DataError(f"{file}: is {container}, which is not read; unpack or convert it to text, {', '.join(TABLES)}")
+        raise DataError(f"{file}: is {container}, which is not read; unpack it, or convert it to text or .jsonl")
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head, final=whole)
     except UnicodeDecodeError:
@@ -269,7 +303,8 @@ def _is_text(file: Path, text_field: str) -> bool:
     if "\0" in text:
         return False
     if _begins_as_json(text, whole):
-        raise DataError(f"{file}: holds JSON under a suffix of text; rename it to .jsonl (an object a line) or .json (an array)")
+        cure = "rename it to .jsonl (an object a line) or .json (an array)"
+        raise DataError(f"{file}: holds JSON under a suffix of text; {cure}")
     if _begins_as_csv(text, whole, text_field):
         raise DataError(f"{file}: holds a table under a suffix of text; rename it to .csv or .tsv")
     return True
@@ -281,7 +316,8 @@ def _is_local(name: str) -> bool:
     if path.exists():
         return True
     # Hub names are `name` or `owner/name`; anything else can only have meant a path.
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix.lower() in (".txt", *TABLES, *COMPRESSED):
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if is_path or path.suffix.lower() in (".txt", *TABLES, *COMPRESSED):
         raise DataError(f"--dataset_name: {name} does not exist")
     return False
 
@@ -289,15 +325,29 @@ def _is_local(name: str) -> bool:
 class Corpus:
     """A hub dataset, or the local files that are read and what is left out of them.
 
-    skip_bad_files: local files that cannot be read are left out and counted; of one that breaks off, the rows before are kept.
+    name: a file, a folder or a hub dataset. text_field: the column of a table that holds the text. config, split and
+    remove_columns: of a hub dataset. skip_bad_files: local files that cannot be read are left out and counted; of one
+    that breaks off, the rows before the fault are kept.
+
     `key` identifies the corpus: the hub name, or a hash of the names, sizes and times of the files that are read.
-    Raises DataError, of one line, for files that must not be read, while it is made and while `documents` runs.
+    Raises DataError, of one line: here for files that must not be read, in `documents` for what turns out when reading.
     """
 
-    def __init__(self, name: str, text_field: str = "text", config: str | None = None, split: str = "train",
-                 remove_columns: list[str] | None = None, skip_bad_files: bool = False):  # fmt: skip
-        self.name, self.text_field, self.config, self.split = name, text_field, config, split
-        self.remove_columns, self.skip_bad_files = remove_columns, skip_bad_files
+    def __init__(
+        self,
+        name: str,
+        text_field: str = "text",
+        config: str | None = None,
+        split: str = "train",
+        remove_columns: list[str] | None = None,
+        skip_bad_files: bool = False,
+    ):
+        self.name = name
+        self.text_field = text_field
+        self.config = config
+        self.split = split
+        self.remove_columns = remove_columns
+        self.skip_bad_files = skip_bad_files
         self.files: list[Path] = []
         self._left_out: dict[str, list] = {}  # why: [how many, the first]
         self.key = name
@@ -387,7 +437,9 @@ class Corpus:
 
     def _list_left_out(self, prefix: str) -> str:
         """All that was left out since the last call, by kind: how many, and the first; empty if there is nothing."""
-        kinds = [f"{count:,} {why} ({'' if count == 1 else 'the first: '}{first})" for why, (count, first) in self._left_out.items()]
+        kinds = []
+        for why, (count, first) in self._left_out.items():
+            kinds.append(f"{count:,} {why} ({'' if count == 1 else 'the first: '}{first})")
         self._left_out = {}
         return prefix + "; ".join(kinds) if kinds else ""
 
@@ -409,10 +461,12 @@ class Corpus:
     def _text(self, row: int, value, columns: dict) -> str | None:
         """The text of a row; None where it has none. Adds its columns to the keys of `columns`. Raises DataError."""
         if not isinstance(value, dict):
-            raise DataError(f"row {row}: is of type {type(value).__name__}, not an object with columns; write one with {self.text_field!r}")
-        columns.update(dict.fromkeys(value))
-        if self.text_field not in columns and row >= SPARSE:
-            raise _no_column(self.text_field, columns)
+            cure = f"write one with the column {self.text_field!r}"
+            raise DataError(f"row {row}: is of type {type(value).__name__}, not an object with columns; {cure}")
+        if self.text_field not in columns:
+            columns.update(dict.fromkeys(value))
+            if self.text_field not in columns and row >= SPARSE:
+                raise _no_column(self.text_field, columns)
         text = value.get(self.text_field)
         if text is None or isinstance(text, str):
             return text and _well_formed(text)
@@ -458,7 +512,10 @@ class Corpus:
             raise DataError(f"the hub's split {self.split} broke off ({one_line(error)}); start again") from None
 
     def documents(self, holdout: float = 0.0) -> Iterator[Document]:
-        """Streams the documents. Of a text file that is large, or the only one, the end is held out, of the share `holdout`."""
+        """Streams the documents.
+
+        holdout: the share at the end of a large text file, or of the only one, that is held out.
+        """
         if not self.files:
             yield from self._table(self._hub_rows(), f"--dataset_name: {self.name}")
             return

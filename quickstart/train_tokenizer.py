@@ -109,7 +109,8 @@ def main() -> None:
         print(f"Corpus: {copy_stdlib(args.stdlib_dir, args.max_files)} files of Python's standard library in {corpus}")
     source = Corpus(corpus, args.text_field, skip_bad_files=args.skip_bad_files)
     print(source.selection())
-    tokenizer = train_tokenizer(limited((document.text for document in source.documents()), args.max_chars), args.vocab_size)
+    texts = (document.text for document in source.documents())
+    tokenizer = train_tokenizer(limited(texts, args.max_chars), args.vocab_size)
     if left_out := source.left_out():
         print(left_out)
     tokenizer.save_pretrained(args.output_dir)

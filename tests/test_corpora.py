@@ -116,13 +116,26 @@ def test_zstd_of_several_frames(tmp_path):
 
 def test_columns_that_change_from_row_to_row(tmp_path):
     """Rows without the text column are counted; a file without it is refused with the columns that it has."""
-    rows = [{"other": 1}, {"text": None}, {"text": "a", "other": "of another type"}, {"text": ""}, {"text": "b", "other": [1]}]
+    rows = [
+        {"other": 1},
+        {"text": None},
+        {"text": "a", "other": "of another type"},
+        {"text": ""},
+        {"text": "b", "other": [1]},
+    ]
     texts, line = said(write(tmp_path / "some", {"a.jsonl": jsonl(rows)}))
     assert texts == ["a", "b"] and f"left out 3 rows without text (the first: row 1 of {tmp_path}/some/a.jsonl)" in line
-    none = {"a.jsonl": jsonl([{"content": "x", "n": 1}]), "a.csv": "content,n\nx,1\n", "a.parquet": parquet([{"content": "x", "n": 1}])}
+    none = {
+        "a.jsonl": jsonl([{"content": "x", "n": 1}]),
+        "a.csv": "content,n\nx,1\n",
+        "a.parquet": parquet([{"content": "x", "n": 1}]),
+    }
     for name, content in none.items():
         file = write(tmp_path / "none", {name: content}) / name
-        assert f"{file}: has no column 'text', only content, n; name the one that holds the text by --text_field" in refusal(file)
+        assert (
+            f"{file}: has no column 'text', only content, n; name the one that holds the text by --text_field"
+            in refusal(file)
+        )
         assert texts_of(file, text_field="content") == ["x"]
     texts, line = said(write(tmp_path / "none", {"b.jsonl": jsonl(ROWS)}), skip_bad_files=True)
     assert texts == TEXTS and "3 bad files" in line and "rows without text" not in line
@@ -132,7 +145,10 @@ def test_columns_that_change_from_row_to_row(tmp_path):
 
 CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 NO_TEXT = {
-    "conversation": (CONVERSATION, r"a conversation \(a list of messages\), not text; .*apply_chat_template.*--allow_special_tokens"),
+    "conversation": (
+        CONVERSATION,
+        r"a conversation \(a list of messages\), not text; .*apply_chat_template.*--allow_special_tokens",
+    ),
     "strings": (["a", "b"], "of type list, not text; join its parts"),
     "object": ({"content": "a"}, "of type dict, not text; write the part"),
     "number": (3, "of type int, not text; name a column of strings"),
@@ -154,7 +170,9 @@ def test_text_that_is_no_string(tmp_path, kind, suffix):
 def test_rows_that_are_no_objects(tmp_path):
     for name, content in {"a.json": '["one", "two"]', "b.jsonl": '{"text": "x"}\n"two"\n'}.items():
         row = 2 if name == "b.jsonl" else 1
-        assert f"{name}: row {row}: is of type str, not an object with columns" in refusal(write(tmp_path, {name: content}) / name)
+        assert f"{name}: row {row}: is of type str, not an object with columns" in refusal(
+            write(tmp_path, {name: content}) / name
+        )
 
 
 def test_halves_of_surrogate_pairs_are_replaced(tmp_path):
@@ -175,14 +193,16 @@ BROKEN = {
     "ragged.csv": (b"id,text\n0,one\n1,two\n2,three, and more\n", 3, "has 3 fields, but the header has 2"),
     "cut.csv": (b'id,text\n0,one\n1,"two', 2, "cannot be read (unexpected end of data"),
     "cut.parquet": (parquet(ROWS)[:-20], 1, "cannot be read (Parquet magic bytes not found"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_named_with_its_row_and_may_be_skipped(tmp_path, name):
     """The rows before the fault are kept, once; the files beside it are read to their ends."""
     content, row, reason = BROKEN[name]
-    corpus = write(tmp_path, {"a.jsonl": jsonl([{"text": "before"}]), f"b/{name}": content, "c.jsonl": jsonl([{"text": "behind"}])})
+    corpus = write(
+        tmp_path, {"a.jsonl": jsonl([{"text": "before"}]), f"b/{name}": content, "c.jsonl": jsonl([{"text": "behind"}])}
+    )
     line = refusal(corpus)
     assert reason in line and "--skip_bad_files" in line
     assert re.match(f"{re.escape(str(corpus / 'b' / name))}: row {row or '[0-9]+'}: ", line)
@@ -195,7 +215,9 @@ def test_a_broken_file_is_named_with_its_row_and_may_be_skipped(tmp_path, name):
 
 
 def test_many_bad_files_are_counted(tmp_path):
-    corpus = write(tmp_path, {f"{i}.jsonl": b"\xff" if i else jsonl(ROWS) for i in range(4)} | {"data.zip": b"PK\x03\x04"})
+    corpus = write(
+        tmp_path, {f"{i}.jsonl": b"\xff" if i else jsonl(ROWS) for i in range(4)} | {"data.zip": b"PK\x03\x04"}
+    )
     texts, line = said(corpus, skip_bad_files=True)
     assert texts == TEXTS
     assert f"leaves out 1 bad files ({corpus}/data.zip: is a zip archive" in line
@@ -203,23 +225,41 @@ def test_many_bad_files_are_counted(tmp_path):
 
 
 def test_empty_files_are_counted(tmp_path):
-    empty = {"a.jsonl": "", "b.jsonl": "\n\n", "c.parquet": parquet(ROWS[:0]), "d.csv": "id,text\n", "e.json": "[]", "f.txt": "",
-             "g.parquet": "", "h.jsonl.gz": gzip.compress(b""), "i.jsonl.zst": zstd(b"")}  # fmt: skip
+    empty = {
+        "a.jsonl": "",
+        "b.jsonl": "\n\n",
+        "c.parquet": parquet(ROWS[:0]),
+        "d.csv": "id,text\n",
+        "e.json": "[]",
+        "f.txt": "",
+        "g.parquet": "",
+        "h.jsonl.gz": gzip.compress(b""),
+        "i.jsonl.zst": zstd(b""),
+    }
     texts, line = said(write(tmp_path, empty | {"z.jsonl": jsonl(ROWS)}))
     assert texts == TEXTS
     assert sum(int(count) for count in re.findall(r"(\d+) empty \(", line)) == len(empty)
 
 
 def test_a_folder_of_empty_files_is_no_corpus(tmp_path):
-    assert "holds no files to read: left out 2 empty (the first: " in refusal(write(tmp_path, {"a.txt": "", "b.jsonl": ""}))
+    assert "holds no files to read: left out 2 empty (the first: " in refusal(
+        write(tmp_path, {"a.txt": "", "b.jsonl": ""})
+    )
 
 
 # ------------------------------------------------------------------------------------------------ which files are read
 def test_hidden_files_and_folders_are_left_out(tmp_path):
-    corpus = write(tmp_path / ".corpus", {
-        "a.txt": "text", "sub/b.py": "x = 1\n", ".git/config": "[user]\n email = a@example.org\n", ".env": "KEY=secret", "sub/.cache/x/c.txt": "no",
-        "sub/.DS_Store": "no",
-    })  # fmt: skip
+    corpus = write(
+        tmp_path / ".corpus",
+        {
+            "a.txt": "text",
+            "sub/b.py": "x = 1\n",
+            ".git/config": "[user]\n email = a@example.org\n",
+            ".env": "KEY=secret",
+            "sub/.cache/x/c.txt": "no",
+            "sub/.DS_Store": "no",
+        },
+    )
     texts, line = said(corpus)
     assert texts == ["text", "x = 1\n"]
     assert line.strip() == f"corpus: reads 1 .txt, 1 .py; leaves out 4 hidden (the first: {corpus}/.env)"
@@ -248,12 +288,24 @@ def test_symlinks_are_followed_once(tmp_path):
 
 def test_documentation_beside_tables_is_no_corpus(tmp_path):
     """In the tables' folder or above it; where there are no tables, a README is text like any other."""
-    card = {"README.md": "---\nlicense: mit\n---\n", "LICENSE": "MIT", "dataset_infos.json": "{}", ".gitattributes": "*.zst filter=lfs\n"}
-    corpus = write(tmp_path / "a", card | {"data/0.jsonl.zst": zstd(jsonl(ROWS).encode()), "code/README.md": "of code", "notes.txt": "notes"})
+    card = {
+        "README.md": "---\nlicense: mit\n---\n",
+        "LICENSE": "MIT",
+        "dataset_infos.json": "{}",
+        ".gitattributes": "*.zst filter=lfs\n",
+    }
+    corpus = write(
+        tmp_path / "a",
+        card | {"data/0.jsonl.zst": zstd(jsonl(ROWS).encode()), "code/README.md": "of code", "notes.txt": "notes"},
+    )
     texts, line = said(corpus)
     assert texts == ["of code", *TEXTS, "notes"]
     assert "3 documentation beside tables (the first: " in line and "1 hidden" in line and "1 .jsonl.zst" in line
-    assert texts_of(write(tmp_path / "b", {"README.md": "hello", "LICENSE": "MIT", "a.py": "x\n"})) == ["MIT", "hello", "x\n"]
+    assert texts_of(write(tmp_path / "b", {"README.md": "hello", "LICENSE": "MIT", "a.py": "x\n"})) == [
+        "MIT",
+        "hello",
+        "x\n",
+    ]
     assert texts_of(corpus / "README.md") == [card["README.md"]]
 
 
@@ -277,25 +329,44 @@ def arrays() -> bytes:
 
 
 CONTAINERS = {
-    "a.zip": archive_of("zip"), "a.docx": archive_of("zip"), "book.epub": archive_of("zip"), "no suffix": archive_of("zip"),
-    "a.tar": archive_of("tar"), "a.tar.gz": gzip.compress(archive_of("tar")), "a.tar.zst": zstd(archive_of("tar")), "misnamed.txt": archive_of("tar"),
-    "a.txt.gz": gzip.compress(b"text"), "a.gz": gzip.compress(b"{}"), "a.7z": b"7z\xbc\xaf\x27\x1c", "a.rar": b"Rar!\x1a\x07\x01\0",
-    "a.pdf": b"%PDF-1.7\nall of it ASCII\n", "ids.bin": bytes(64), "ids.npy": arrays(), "data-0.arrow": b"ARROW1\0\0", "part-0": parquet(ROWS),
-    "a.parquet.gz": gzip.compress(parquet(ROWS)), "A.ZIP": b"PK\x03\x04",
-}  # fmt: skip
+    "a.zip": archive_of("zip"),
+    "a.docx": archive_of("zip"),
+    "book.epub": archive_of("zip"),
+    "no suffix": archive_of("zip"),
+    "a.tar": archive_of("tar"),
+    "a.tar.gz": gzip.compress(archive_of("tar")),
+    "a.tar.zst": zstd(archive_of("tar")),
+    "misnamed.txt": archive_of("tar"),
+    "a.txt.gz": gzip.compress(b"text"),
+    "a.gz": gzip.compress(b"{}"),
+    "a.7z": b"7z\xbc\xaf\x27\x1c",
+    "a.rar": b"Rar!\x1a\x07\x01\0",
+    "a.pdf": b"%PDF-1.7\nall of it ASCII\n",
+    "ids.bin": bytes(64),
+    "ids.npy": arrays(),
+    "data-0.arrow": b"ARROW1\0\0",
+    "part-0": parquet(ROWS),
+    "a.parquet.gz": gzip.compress(parquet(ROWS)),
+    "A.ZIP": b"PK\x03\x04",
+}
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_containers_are_refused_by_name(tmp_path, name):
     corpus = write(tmp_path, {"a.txt.old": "text", name: CONTAINERS[name]})
-    assert re.match(rf"{re.escape(str(corpus / name))}: is .*, which is not read; unpack or convert it to text, .json, .*--skip_bad_files$", refusal(corpus))
+    assert re.match(
+        rf"{re.escape(str(corpus / name))}: is .*, which is not read; unpack it, or convert it to text .*--skip_bad_files$",
+        refusal(corpus),
+    )
     assert texts_of(corpus, skip_bad_files=True) == ["text"]
 
 
 def test_a_pointer_of_git_lfs_is_not_the_file(tmp_path):
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
     for name in ("a.parquet", "b.txt", "c.jsonl.zst"):
-        assert f"{name}: is a pointer of Git LFS and not the file itself; run git lfs pull" in refusal(write(tmp_path, {name: pointer}) / name)
+        assert f"{name}: is a pointer of Git LFS and not the file itself; run git lfs pull" in refusal(
+            write(tmp_path, {name: pointer}) / name
+        )
 
 
 LONG = "word " * 30_000  # more than is read to tell what a file is
@@ -341,17 +412,30 @@ def test_text_that_looks_a_little_like_a_table_is_text(tmp_path, kind):
 
 def test_files_that_are_not_text_are_left_out(tmp_path):
     """Wherever the byte is: NUL and Latin-1 beyond the beginning, UTF-16; a byte order mark is no part of a text."""
-    corpus = write(tmp_path, {"a.txt": "\ufefftext", "b.jpg": b"\xff\xd8\xff\xe0", "c.o": b"ELF\0\0", "d.txt": "text".encode("utf-16"),
-                              "e.txt": b"x" * 70_000 + b"\0", "f.txt": b"x" * 70_000 + b"\xe9 "})  # fmt: skip
+    corpus = write(
+        tmp_path,
+        {
+            "a.txt": "\ufefftext",
+            "b.jpg": b"\xff\xd8\xff\xe0",
+            "c.o": b"ELF\0\0",
+            "d.txt": "text".encode("utf-16"),
+            "e.txt": b"x" * 70_000 + b"\0",
+            "f.txt": b"x" * 70_000 + b"\xe9 ",
+        },
+    )
     texts, line = said(corpus)
     assert texts == ["text"]
-    assert f"3 not text (UTF-8) (the first: {corpus}/b.jpg)" in line and f"2 not text (UTF-8) (the first: {corpus}/e.txt)" in line
+    assert (
+        f"3 not text (UTF-8) (the first: {corpus}/b.jpg)" in line
+        and f"2 not text (UTF-8) (the first: {corpus}/e.txt)" in line
+    )
 
 
 def test_what_is_read_is_said_by_kind_and_number(tmp_path):
     corpus = write(tmp_path, {f"{i}.s{i}": "x" for i in range(8)} | {"a.TXT": "x", "b.txt": "x", "Makefile": "x"})
     assert Corpus(str(corpus)).selection() == (
-        "corpus: reads 2 .txt, 1 .s0, 1 .s1, 1 .s2, 1 .s3, 1 .s4, 4 of 4 other kinds")  # fmt: skip
+        "corpus: reads 2 .txt, 1 .s0, 1 .s1, 1 .s2, 1 .s3, 1 .s4, 4 of 4 other kinds"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
