@@ -38,7 +38,7 @@ KEY_OPTIONS = (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", required=True,
-                        help="hub name, or a file or folder of text or tables (.jsonl, .csv, .parquet ...)")  # fmt: skip
+                        help="hub name, or file or folder of text or tables (.jsonl, .csv, .parquet ...)")  # fmt: skip
     parser.add_argument("--tokenizer", required=True, help="hub name or folder of the teacher's tokenizer")
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--dataset_config", help="configuration of a hub dataset")

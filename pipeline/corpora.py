@@ -103,7 +103,7 @@ def _no_column(column: str, columns) -> DataError:
 
 
 def _json_rows(file: Path, text_field: str) -> Iterator[dict | None]:
-    """The values of JSON Lines, None for a blank line. An array, or an object over several lines, is read as a whole."""
+    """The values of JSON Lines, None for a blank line. An array, or an object over several lines, is read whole."""
     with _open(file) as lines:
         for number, line in enumerate(lines):
             text = line.decode("utf-8-sig" if number == 0 else "utf-8")

@@ -156,13 +156,13 @@ NO_TEXT = {
 }
 
 
-@pytest.mark.parametrize("kind", NO_TEXT)
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    "kind, suffix",
+    [(kind, suffix) for kind in NO_TEXT for suffix in (".jsonl", ".parquet") if (kind, suffix) != ("bytes", ".jsonl")],
+)
 def test_text_that_is_no_string(tmp_path, kind, suffix):
     value, message = NO_TEXT[kind]
     rows = [{"body": None}, {"body": value}, {"body": value}]
-    if suffix == ".jsonl" and isinstance(value, bytes):
-        pytest.skip("JSON has no bytes")
     file = write(tmp_path, {f"a{suffix}": parquet(rows) if suffix == ".parquet" else jsonl(rows)}) / f"a{suffix}"
     assert re.match(f"{re.escape(str(file))}: row 2, column 'body': is {message}", refusal(file, text_field="body"))
 
@@ -354,10 +354,9 @@ CONTAINERS = {
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_containers_are_refused_by_name(tmp_path, name):
     corpus = write(tmp_path, {"a.txt.old": "text", name: CONTAINERS[name]})
-    assert re.match(
-        rf"{re.escape(str(corpus / name))}: is .*, which is not read; unpack it, or convert it to text .*--skip_bad_files$",
-        refusal(corpus),
-    )
+    line = refusal(corpus)
+    assert line.startswith(f"{corpus / name}: is ") and line.endswith("--skip_bad_files")
+    assert ", which is not read; unpack it, or convert it to text" in line
     assert texts_of(corpus, skip_bad_files=True) == ["text"]
 
 
