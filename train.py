@@ -227,12 +227,15 @@ def notes_on_data(cfg: Config, plan: BatchPlan, num_chunks: int) -> list[str]:
     epochs = plan.epochs(num_chunks)
     line = f"data: {num_chunks:,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs"
     if epochs > MANY_EPOCHS:
-        notes.append(f"warning: {line}; repeated more than {MANY_EPOCHS} times, text adds little; preprocess more of it or lower the steps")
+        cure = "preprocess more of it or lower the steps"
+        notes.append(f"warning: {line}; repeated more than {MANY_EPOCHS} times, text adds little; {cure}")
     elif epochs > 1:
         notes.append(line)
     if cfg.train.add_eos_token is False:
-        notes.append(f"warning: train.add_eos_token: false has no effect; documents end with EOS in {cfg.data.cache_dir}, as "
-                     "preprocessing always puts it there; remove the key")  # fmt: skip
+        notes.append(
+            f"warning: train.add_eos_token: false has no effect; documents end with EOS in {cfg.data.cache_dir}, "
+            "as preprocessing always puts it there; remove the key"
+        )
     return notes
 
 
@@ -240,7 +243,9 @@ def options_without_effect(cfg: Config) -> list[str]:
     """A line for each option that is set and that this stage has no use for."""
     lines = []
     if cfg.stage == 1 and cfg.train.gradient_checkpointing:
-        lines.append("train.gradient_checkpointing: has no effect in stage 1, which never stores more than one layer's activations")
+        lines.append(
+            "train.gradient_checkpointing: has no effect in stage 1, which never stores more than one layer's activations"
+        )
     if cfg.stage == 2 and cfg.train.kd_teacher_use_cache:
         lines.append("train.kd_teacher_use_cache: has no effect, for the teacher reads each sequence once, as a whole")
     return lines

@@ -362,29 +362,29 @@ class Corpus:
         """The files that are not hidden, each once."""
         if self.root.is_file():
             return [self.root]
-        found, folders_seen = [], set()
+        found: list[Path] = []
+        folders_seen: set[str] = set()
 
         def refuse(error: OSError):
             raise error
 
         for folder, folders, names in os.walk(self.root, followlinks=True, onerror=refuse):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in folders_seen:
+            real = os.path.realpath(folder)
+            if real in folders_seen:
                 self._leave_out("linked twice", folder)
                 folders.clear()
                 continue
-            folders_seen.add((status.st_dev, status.st_ino))
+            folders_seen.add(real)
             for hidden in sorted(name for name in (*folders, *names) if name.startswith(".")):
                 self._leave_out("hidden", os.path.join(folder, hidden))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             found += [Path(folder, name) for name in names if not name.startswith(".")]
-        files = {}
-        for file in sorted(found, key=lambda file: (_reader(file) is None, file)):  # the name that says most
+        files: dict[str, Path] = {}
+        # Names of tables come first: a link may say that its target is one, as in the hub's cache.
+        for file in sorted(found, key=lambda file: (_reader(file) is None, file)):
             if not file.is_file():
                 self._leave_out("broken links or no regular files", file)
-                continue
-            status = file.stat()
-            if files.setdefault((status.st_dev, status.st_ino), file) is not file:
+            elif files.setdefault(os.path.realpath(file), file) is not file:
                 self._leave_out("linked twice", file)
         return sorted(files.values())
 
