@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # From a softmax teacher to a hybrid, end to end on real text: teacher, data, three training stages, report.
 #
-#   bash quickstart.sh [--tiny] [CORPUS]
+#   bash quickstart.sh [--tiny] [--skip_bad_files] [CORPUS]
 #
-# CORPUS: a hub dataset's name, a text file or a folder of text files; the standard library's sources without one.
+# CORPUS: a hub dataset's name, a file or folder of text or tables; the standard library's sources without one.
+# --skip_bad_files: leave out and count files of CORPUS that cannot be read.
 # --tiny (or QUICKSTART_TINY=1): every step in seconds, to see that it runs; nothing is learnt.
 # QUICKSTART_OUT: the folder for all results (quickstart_out). Run again, it goes on behind the last finished step.
 set -euo pipefail
 
 TINY=${QUICKSTART_TINY:-}
 [[ $TINY == 0 ]] && TINY=
-CORPUS=
+CORPUS= BAD_FILES=()
 for argument in "$@"; do
     case $argument in
         --tiny) TINY=1 ;;
-        -*) echo "$argument: unknown option; usage: bash quickstart.sh [--tiny] [CORPUS]" >&2; exit 2 ;;
+        --skip_bad_files) BAD_FILES=(--skip_bad_files) ;;
+        -*) echo "$argument: unknown option; usage: bash quickstart.sh [--tiny] [--skip_bad_files] [CORPUS]" >&2; exit 2 ;;
         *) [[ -z $CORPUS ]] || { echo "$argument: a second corpus; give one at most" >&2; exit 2; }; CORPUS=$argument ;;
     esac
 done
@@ -107,10 +109,10 @@ else
 fi
 say "Quickstart: results in $OUT, $([[ $TINY ]] && echo 'tiny, 3 minutes' || echo 'at most 10 minutes on two cores')"
 step tokenizer "$OUT/tokenizer/tokenizer.json" "Corpus and BPE tokenizer, 10 s" \
-    python -m quickstart.train_tokenizer --output_dir "$OUT/tokenizer" "${SOURCE[@]}" ${TOKENIZER[@]+"${TOKENIZER[@]}"}
+    python -m quickstart.train_tokenizer --output_dir "$OUT/tokenizer" "${SOURCE[@]}" ${TOKENIZER[@]+"${TOKENIZER[@]}"} ${BAD_FILES[@]+"${BAD_FILES[@]}"}
 step tokens "$OUT/data/tokenized" "Corpus to tokens, 20 s" \
     python preprocess_download_tokenize.py --dataset_name "$DATASET" --tokenizer "$OUT/tokenizer" \
-    --output_dir "$OUT/data/tokenized" ${TOKENS[@]+"${TOKENS[@]}"}
+    --output_dir "$OUT/data/tokenized" ${TOKENS[@]+"${TOKENS[@]}"} ${BAD_FILES[@]+"${BAD_FILES[@]}"}
 step chunks "$SHORT_DATA/metadata.json" "Chunks of $CONTEXT tokens, for stages 1 and 2, 10 s" \
     python preprocess_chunk.py --tokenized_dataset_path "$OUT/data/tokenized" --context_length "$CONTEXT" --output_dir "$OUT/data"
 step long_chunks "$LONG_DATA/metadata.json" "Chunks of $LONG tokens, for stage 3, 10 s" \

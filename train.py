@@ -35,6 +35,7 @@ from pipeline.run_folder import EXPORT, INIT_REPORT, METRICS, check_run_folder, 
 
 ROOT = Path(__file__).resolve().parent
 OPTIMIZER_BYTES = {"adamw": 12, "adamw_8bit": 6}  # a parameter: an fp32 master copy, and two moments in fp32 or 8 bits
+MANY_EPOCHS = 4  # beyond which repeated text teaches much less than new text (Muennighoff et al., arXiv 2305.16264)
 GROUP_OF_8_BITS = 2**30  # elements; ZeRO-1 and 2 make one tensor of a group, and bitsandbytes' kernels on a GPU count in 32 bits
 
 
@@ -89,8 +90,8 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tup
     open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len)  # names a missing folder before a model's config is read
     check_models(cfg)  # says more of a wrong teacher than its tokenizer can
     chunks = open_data(cfg, plan)
-    if (epochs := plan.epochs(len(chunks.train))) > 1:
-        say(f"data: {len(chunks.train):,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs")
+    for line in notes_on_data(cfg, plan, len(chunks.train)) + options_without_effect(cfg):
+        say(line)
     if args.dry_run:
         print_plan(cfg, plan, say)
         return None
@@ -221,6 +222,36 @@ def loadable(cfg: Config, resume: Path | None, facts: dict, say) -> Path | None:
 
 
 # ------------------------------------------------------------------------------------------------ before a model is built
+def notes_on_data(cfg: Config, plan: BatchPlan, num_chunks: int) -> list[str]:
+    """What a user should know of the data before the run: how often it is repeated, and EOS that was not wanted."""
+    notes = []
+    epochs = plan.epochs(num_chunks)
+    line = f"data: {num_chunks:,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs"
+    if epochs > MANY_EPOCHS:
+        cure = "preprocess more of it or lower the steps"
+        notes.append(f"warning: {line}; repeated more than {MANY_EPOCHS} times, text adds little; {cure}")
+    elif epochs > 1:
+        notes.append(line)
+    if cfg.train.add_eos_token is False:
+        notes.append(
+            f"warning: train.add_eos_token: false has no effect; documents end with EOS in {cfg.data.cache_dir}, "
+            "as preprocessing always puts it there; remove the key"
+        )
+    return notes
+
+
+def options_without_effect(cfg: Config) -> list[str]:
+    """A line for each option that is set and that this stage has no use for."""
+    lines = []
+    if cfg.stage == 1 and cfg.train.gradient_checkpointing:
+        lines.append(
+            "train.gradient_checkpointing: has no effect in stage 1, which never stores more than one layer's activations"
+        )
+    if cfg.stage == 2 and cfg.train.kd_teacher_use_cache:
+        lines.append("train.kd_teacher_use_cache: has no effect, for the teacher reads each sequence once, as a whole")
+    return lines
+
+
 def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     """The chunks, checked against the run. The training part is cut to whole batches, so that no step of any epoch is
     smaller than train.batch_size; the held-out part to train.eval_batches micro-batches a device."""
@@ -507,8 +538,6 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     set_seed(train.seed)
     # Models come before TrainingArguments: after them, a ZeRO-3 config would shard every model while it is being built.
     if cfg.stage == 1:
-        if train.gradient_checkpointing:
-            say("train.gradient_checkpointing: has no effect in stage 1, which never stores more than one layer's activations")
         model = build_student_for_stage1(cfg, dtype, say)
         if train.calibrate_init and resume is None:
             calibrate_students(model.to(device), chunks, train.calibrate_init, train.micro_batch_size, say)
@@ -565,8 +594,6 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     if cfg.stage == 2:
         teacher_config = teacher_engine_config(cfg, teacher, device, plan.world_size, say)
         options["teacher"] = FrozenTeacher(teacher, args.device, teacher_config, graphs)
-        if train.kd_teacher_use_cache:
-            say("train.kd_teacher_use_cache: has no effect, for the teacher reads each sequence once, as a whole")
     return stage(
         model=model,
         args=args,

@@ -45,7 +45,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import preprocess_chunk  # noqa: E402
 import preprocess_download_tokenize  # noqa: E402
 from layer_selection.tasks import RECALL_TASKS, Document, answer_accuracy, encode  # noqa: E402
-from pipeline.data import documents, load_tokenizer, open_chunks  # noqa: E402
+from pipeline.corpora import Corpus  # noqa: E402
+from pipeline.data import load_tokenizer, open_chunks  # noqa: E402
 from pipeline.files import complete_or_absent  # noqa: E402
 from quickstart.train_teacher import heldout_loss, token_ids, unigram_entropy  # noqa: E402
 from quickstart.train_tokenizer import copy_stdlib, limited, train_tokenizer  # noqa: E402
@@ -131,7 +132,7 @@ def prepare(out: Path, scale: Scale, text: Path | None, seed: int) -> None:
     make_corpus(out / "corpus", scale, text, seed)
     if not (out / "tokenizer").is_dir():
         tasks = "".join(d.text for row in zip(*task_documents(scale, seed + 1, 1000).values()) for d in row)
-        texts = (document.text for document in documents(str(out / "corpus" / "text"), None, "train", "text", []))
+        texts = (document.text for document in Corpus(str(out / "corpus" / "text")).documents())
         with complete_or_absent(out / "tokenizer") as folder:
             train_tokenizer(itertools.chain([tasks], limited(texts, len(tasks))), scale.vocab_size).save_pretrained(folder)
     make_chunks(out / "corpus", out / "tokenizer", out / "data", scale.context_length)

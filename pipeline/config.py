@@ -67,7 +67,7 @@ class TrainConfig:
     max_grad_norm: float = key(1.0, help="gradient norm at which gradients are clipped; 0: never", minimum=0)
     student_init_ckpt: str | None = key(None, help="start of stage 2 (stage 1's converted-hf) and stage 3 (stage 2's)")
     max_length: int | None = key(None, help="accepted; must equal train_seq_len")
-    add_eos_token: bool | None = key(None, help="accepted; preprocessing always puts EOS between documents")
+    add_eos_token: bool | None = key(None, help="accepted; preprocessing always puts EOS between documents, so that false is a warning")
     resume_from_checkpoint: str | bool | None = key("auto", help="auto or true: go on from the newest undamaged checkpoint in output_dir, if any; null: refuse if output_dir holds a run; a checkpoint-N folder of output_dir: from that one, once; given again, from the newest")
     gradient_checkpointing: bool | str = key(False, help="stages 2 and 3: what backward computes again instead of storing it: mlp, what is inside the MLPs, or true, all of a layer but its input; stage 1 never stores more than a layer's", choices=(False, True, "mlp"))
     alignment_loss: str = key("mse", help="stage 1: mse, or l2 (norm over sqrt(D), RADLADS)", choices=("mse", "l2"))

@@ -1,4 +1,4 @@
-"""Corpora, tokenised documents and fixed-length chunks on disk, with metadata that says what made them.
+"""Tokenizers, tokenised documents and fixed-length chunks on disk, with metadata that says what made them.
 
 Every data folder holds `train.arrow`, `heldout.arrow` and `metadata.json`; the arrow files are memory-mapped, so
 neither writing nor reading needs memory for the corpus. Folders are written under a temporary name and renamed when
@@ -8,21 +8,14 @@ complete: one that exists is whole.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import sys
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 SPLITS = ("train", "heldout")
 METADATA = "metadata.json"
-TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".bz2", ".xz")  # json and jsonl
-PIECE, LINE = 1 << 20, 1 << 12  # characters of a text file read at a time, and the most of a line
+# The values of options that a folder's metadata does not mention: it was made before they existed.
+FORMERLY = {"allow_special_tokens": True, "skip_bad_files": False}
 
 
 class DataError(ValueError):
@@ -84,136 +77,11 @@ def is_done(folder: Path, key: dict) -> bool:
     """Whether `folder` already holds what `key` describes. Raises DataError if it holds something else."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
-    found = read_metadata(folder)
+    found = FORMERLY | read_metadata(folder)
     for name, value in key.items():
         if found.get(name) != value:
             raise DataError(f"{folder}: was made with {name} {found.get(name)!r}, not {value!r}; choose another --output_dir or remove it")
     return True
-
-
-# ------------------------------------------------------------------------------------------------ corpora
-class Document(NamedTuple):
-    """A document of a corpus, or a piece of a large one: whether it ends it, and whether that is held out; None: as its turn comes."""
-
-    text: str
-    ends: bool = True
-    heldout: bool | None = None
-
-
-def _text_files(path: Path) -> list[Path]:
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name[0] != ".")
-    if not files:
-        raise DataError(f"--dataset_name: {path} holds no files")
-    return files
-
-
-def _is_local(name: str) -> bool:
-    path = Path(name).expanduser()
-    if path.exists():
-        return True
-    # Hub names are `name` or `owner/name`; anything else can only have meant a path.
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in (".txt", *TABLES):
-        raise DataError(f"--dataset_name: {name} does not exist")
-    return False
-
-
-def corpus_key(name: str) -> str:
-    """What identifies a corpus: a hub name, or a hash of the names, sizes and times of local files."""
-    if not _is_local(name):
-        return name
-    root = Path(name).expanduser()
-    stats = [(str(f.relative_to(root)), (s := f.stat()).st_size, s.st_mtime_ns) for f in _text_files(root)]
-    return f"local-{hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]}"
-
-
-def _kind(file: Path) -> str | None:
-    """What reads a table, None for a file of another kind."""
-    inner = Path(file.stem).suffix
-    return TABLES.get(inner if file.suffix in COMPRESSED and inner != ".parquet" else file.suffix)
-
-
-def _characters(file: Path) -> int | None:
-    """How many a text file has, None for one that is not UTF-8."""
-    try:
-        with file.open(encoding="utf-8") as text:
-            return sum(map(len, iter(lambda: text.read(PIECE), "")))
-    except UnicodeDecodeError:
-        return None
-
-
-def _lines(text) -> Iterator[str]:
-    """What an open text file has left, long lines in parts."""
-    return iter(lambda: text.readline(LINE), "")
-
-
-def _pieces(lines: Iterator[str], heldout: bool | None = None) -> Iterator[Document]:
-    """A document of these lines as pieces of about PIECE characters."""
-    piece, size = [], 0
-    for line in lines:
-        if size >= PIECE:
-            yield Document("".join(piece), False, heldout)
-            piece, size = [], 0
-        piece.append(line)
-        size += len(line)
-    if size:
-        yield Document("".join(piece), True, heldout)
-
-
-def _end_and_beginning(file: Path, beginning: float) -> Iterator[Document]:
-    """A text file as two documents: what comes behind so many characters, held out, and what before, not; never nothing in either."""
-    with file.open(encoding="utf-8") as text:
-        size = lines = 0
-        for line, _ in itertools.pairwise(_lines(text)):  # all but the last
-            size, lines = size + len(line), lines + 1
-            if size >= beginning:
-                break
-        text.seek(0)
-        deque(itertools.islice(_lines(text), lines), maxlen=0)
-        yield from _pieces(_lines(text), True)
-        text.seek(0)
-        yield from _pieces(itertools.islice(_lines(text), lines), False)
-
-
-def _rows(table, text_field: str, source: str) -> Iterator[Document]:
-    for row in table:
-        if text_field not in row:
-            raise DataError(f"--text_field: {text_field!r} is no column of {source}; its columns are {', '.join(row)}")
-        if row[text_field]:
-            yield Document(row[text_field])
-
-
-def documents(
-    name: str, config: str | None, split: str, text_field: str, remove_columns: list[str], holdout: float = 0.0
-) -> Iterator[Document]:
-    """Streams a hub dataset or local text, parquet, json or jsonl files, the latter two also compressed (.gz, .bz2, .xz).
-
-    Text files of any other suffix are a document each; those that are not UTF-8 are skipped, and counted at the end. Of one that is
-    large, or the only one, the end is held out, of the share `holdout`.
-    """
-    from datasets import load_dataset
-
-    if not _is_local(name):
-        try:
-            table = load_dataset(name, config, split=split, streaming=True)
-        except Exception as error:  # the hub's clients raise a dozen kinds for a name, a network, a token
-            raise DataError(f"--dataset_name: {name!r} is no local path and the hub did not give it ({str(error).splitlines()[0]})") from None
-        yield from _rows(table.remove_columns(remove_columns) if remove_columns else table, text_field, name)
-        return
-    files, skipped, characters = _text_files(Path(name).expanduser()), [], cache(_characters)
-    alone = len(list(itertools.islice((file for file in files if _kind(file) or characters(file)), 2))) == 1
-    for file in files:
-        if kind := _kind(file):
-            table = load_dataset(kind, data_files=str(file), split="train", streaming=True)
-            yield from _rows(table.remove_columns(remove_columns) if remove_columns else table, text_field, str(file))
-        elif (size := characters(file)) is None:
-            skipped.append(file)
-        elif holdout and (alone or size > PIECE):
-            yield from _end_and_beginning(file, (1 - holdout) * size)
-        else:
-            with file.open(encoding="utf-8") as text:
-                yield from _pieces(_lines(text))
-    if skipped:
-        print(f"{name}: {len(skipped)} of {len(files)} files are not UTF-8 and were left out, the first {skipped[0]}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------ chunks

@@ -18,7 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.data import documents
+from pipeline.corpora import Corpus
+from pipeline.files import one_line
 
 EOS = "<|endoftext|>"
 # encodings/ is tables of characters: a sixth of the bytes, next to nothing to learn, and noise in every loss curve.
@@ -91,9 +92,10 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--corpus", help="a text file, a folder of text files, or a hub dataset's name")
+    parser.add_argument("--corpus", help="a file or folder of text or tables, or a hub dataset's name")
     parser.add_argument("--stdlib_dir", type=Path, help="where the standard library goes when --corpus is absent")
-    parser.add_argument("--text_field", default="text", help="the column of a hub dataset")
+    parser.add_argument("--text_field", default="text", help="the column of a table that holds the text")
+    parser.add_argument("--skip_bad_files", action="store_true", help="leave out files that cannot be read")
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--max_files", type=int, help="take only about so many files of the standard library")
     parser.add_argument("--max_chars", type=int, default=20_000_000, help="how much text the tokenizer learns from")
@@ -105,8 +107,12 @@ def main() -> None:
     if corpus is None:
         corpus = str(args.stdlib_dir)
         print(f"Corpus: {copy_stdlib(args.stdlib_dir, args.max_files)} files of Python's standard library in {corpus}")
-    texts = (document.text for document in documents(corpus, None, "train", args.text_field, []))
+    source = Corpus(corpus, args.text_field, skip_bad_files=args.skip_bad_files)
+    print(source.selection())
+    texts = (document.text for document in source.documents())
     tokenizer = train_tokenizer(limited(texts, args.max_chars), args.vocab_size)
+    if left_out := source.left_out():
+        print(left_out)
     tokenizer.save_pretrained(args.output_dir)
     print(f"Tokenizer: {len(tokenizer)} entries in {args.output_dir}, {time.monotonic() - start:.0f} s")
 
@@ -114,5 +120,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_tokenizer.py: error: {one_line(error)}")

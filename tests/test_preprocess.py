@@ -6,7 +6,10 @@ import json
 import numpy
 import pytest
 from conftest import save_tokenizer
+from datasets import Dataset
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, tokenization_utils_base
 
 import preprocess_chunk
 import preprocess_download_tokenize as tokenize_script
@@ -52,8 +55,6 @@ def test_every_document_once_with_eos(tmp_path, corpus, tokenizer_dir, kind):
         corpus = tmp_path / "corpus.jsonl"
         corpus.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in DOCUMENTS))
     elif kind == "parquet":
-        from datasets import Dataset
-
         corpus = tmp_path / "corpus.parquet"
         Dataset.from_dict({"text": DOCUMENTS, "id": list(range(40))}).to_parquet(str(corpus))
     out = tokenize(corpus, tokenizer_dir, tmp_path / "tokenized", "--holdout", "0.1", "--batch_size", "7")
@@ -80,7 +81,7 @@ def test_chunks_are_the_documents_end_to_end(tmp_path, corpus, tokenizer_dir):
 
 
 def test_large_text_files_are_read_in_pieces(tmp_path, tokenizer_dir, monkeypatch):
-    monkeypatch.setattr("pipeline.data.PIECE", 100)
+    monkeypatch.setattr("pipeline.corpora.PIECE", 100)
     file = tmp_path / "book.txt"
     file.write_text("".join(DOCUMENTS))
     out = tokenize(file, tokenizer_dir, tmp_path / "tokenized", "--holdout", "0")
@@ -92,7 +93,7 @@ def test_large_text_files_are_read_in_pieces(tmp_path, tokenizer_dir, monkeypatc
 
 def test_the_end_of_a_large_text_is_held_out(tmp_path, tokenizer_dir, monkeypatch):
     """In one part, and no more of it than the share of --max_tokens; --max_length cuts the text, and not every piece."""
-    monkeypatch.setattr("pipeline.data.PIECE", 100)
+    monkeypatch.setattr("pipeline.corpora.PIECE", 100)
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     texts = ["".join(DOCUMENTS[i::4]) for i in range(4)]
@@ -106,7 +107,7 @@ def test_the_end_of_a_large_text_is_held_out(tmp_path, tokenizer_dir, monkeypatc
     assert [a + b for a, b in zip(train[:4], heldout)] == texts
     assert all(0 < len(b) <= 0.25 * len(text) for b, text in zip(heldout, texts))
     few = tokenize(corpus, tokenizer_dir, tmp_path / "few", "--holdout", "0.25", "--max_tokens", "400")
-    assert 100 <= len(ids_of(few, "heldout")) < 100 + 100 and len(ids_of(few, "train")) > 150
+    assert (len(ids_of(few, "heldout")), len(ids_of(few, "train"))) == (100, 300)
     (corpus / "4.txt").unlink()
     cut = tokenize(corpus, tokenizer_dir, tmp_path / "cut", "--holdout", "0", "--max_length", "60")
     ids = ids_of(cut, "train")
@@ -115,7 +116,7 @@ def test_the_end_of_a_large_text_is_held_out(tmp_path, tokenizer_dir, monkeypatc
 
 @pytest.mark.parametrize("lines", [True, False])
 def test_the_end_of_a_lone_text_is_held_out(tmp_path, tokenizer_dir, monkeypatch, lines):
-    monkeypatch.setattr("pipeline.data.LINE", 50)
+    monkeypatch.setattr("pipeline.corpora.LINE", 50)
     corpus, text = tmp_path / "corpus", "".join(DOCUMENTS) if lines else "".join(DOCUMENTS).replace("\n", " ")
     corpus.mkdir()
     (corpus / "book.txt").write_text(text)
@@ -131,7 +132,7 @@ def test_the_end_of_a_lone_text_is_held_out(tmp_path, tokenizer_dir, monkeypatch
 
 def test_files_that_are_not_text_are_counted(tmp_path, tokenizer_dir, monkeypatch, capsys):
     """Wherever the byte is that is not UTF-8; tables may be compressed."""
-    monkeypatch.setattr("pipeline.data.PIECE", 100)
+    monkeypatch.setattr("pipeline.corpora.PIECE", 100)
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "a.txt").write_text(DOCUMENTS[0])
@@ -140,7 +141,8 @@ def test_files_that_are_not_text_are_counted(tmp_path, tokenizer_dir, monkeypatc
     out = tokenize(corpus, tokenizer_dir, tmp_path / "tokenized", "--holdout", "0")
     tokenizer = load_tokenizer(tokenizer_dir)
     assert tokenizer.decode(ids_of(out, "train")).split(tokenizer.eos_token) == [DOCUMENTS[0], DOCUMENTS[1], ""]
-    assert f"1 of 3 files are not UTF-8 and were left out, the first {corpus}/b.txt" in capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "corpus: reads 1 .txt, 1 .jsonl.gz; leaves out" in said and f"1 not text (UTF-8) ({corpus}/b.txt)" in said
 
 
 def test_documents_begin_as_the_tokenizer_lets_texts_begin(tmp_path, corpus, tokenizer_dir, monkeypatch):
@@ -150,7 +152,7 @@ def test_documents_begin_as_the_tokenizer_lets_texts_begin(tmp_path, corpus, tok
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    monkeypatch.setattr("pipeline.data.PIECE", 100)
+    monkeypatch.setattr("pipeline.corpora.PIECE", 100)
     with_bos = tokenize(corpus, str(tmp_path / "tokenizer"), tmp_path / "with", "--holdout", "0")
     eos = [tokenizer.eos_token_id]
     assert ids_of(with_bos, "train") == [i for text in DOCUMENTS for i in tokenizer(text)["input_ids"] + eos]
@@ -162,6 +164,127 @@ def test_documents_begin_as_the_tokenizer_lets_texts_begin(tmp_path, corpus, tok
     (without / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(DataError, match=f"without: was made with bos_token_id None, not {tokenizer.bos_token_id}"):
         tokenize(corpus, str(tmp_path / "tokenizer"), without, "--holdout", "0")
+
+
+CONTROL, ORDINARY = ("<|im_end|>", "<tool_call>", "[INST]"), ("        ", "lambda")
+
+
+@pytest.fixture
+def control_tokenizer(tmp_path, tokenizer_dir):
+    """With control tokens, special and not, and with ordinary tokens that were added; it declares a length of 8 tokens."""
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.add_tokens(list(ORDINARY))
+    tokenizer.add_tokens([AddedToken(CONTROL[0], special=True), *CONTROL[1:]])
+    tokenizer.model_max_length = 8
+    tokenizer.save_pretrained(tmp_path / "control_tokenizer")
+    return str(tmp_path / "control_tokenizer")
+
+
+def test_control_tokens_in_a_text_are_text(tmp_path, control_tokenizer):
+    """Against the tokenizer's file without its control tokens; other added tokens stay, and no length of the tokenizer's cuts."""
+    texts = [f"lambda x:\n        return '{name}<eos>'  # {name}\n" * 3 for name in CONTROL]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    file = tmp_path / "control_tokenizer" / "tokenizer.json"
+    state = json.loads(file.read_text())
+    bare = state | {"added_tokens": [token for token in state["added_tokens"] if token["content"] in ORDINARY]}
+    cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(state | {"truncation": cut}))
+    eos = [load_tokenizer(control_tokenizer).eos_token_id]
+    for name, reference, options in (("text", bare, []), ("control", state, ["--allow_special_tokens"])):
+        out = tokenize(corpus, control_tokenizer, tmp_path / name, "--holdout", "0", *options)
+        reference = Tokenizer.from_str(json.dumps(reference))
+        assert [row["input_ids"] for row in open_split(out, "train")] == [reference.encode(text).ids + eos for text in texts]
+    ids = {token["id"] for token in state["added_tokens"] if token["content"] in CONTROL}
+    assert len(ids) == 3 and not ids & set(ids_of(tmp_path / "text", "train")) and ids < set(ids_of(tmp_path / "control", "train"))
+
+
+def test_a_folder_from_before_control_tokens_were_text(tmp_path, corpus, tokenizer_dir):
+    """Is one with --allow_special_tokens: known as such, refused as another, and still good for training."""
+    out = tokenize(corpus, tokenizer_dir, tmp_path / "tokenized", "--allow_special_tokens")
+    metadata = json.loads((out / "metadata.json").read_text())
+    for option in ("allow_special_tokens", "skip_bad_files"):
+        del metadata[option]
+    (out / "metadata.json").write_text(json.dumps(metadata))
+    before = (out / "train.arrow").stat().st_mtime_ns
+    tokenize(corpus, tokenizer_dir, out, "--allow_special_tokens")
+    assert (out / "train.arrow").stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="was made with allow_special_tokens True, not False; choose another --output_dir"):
+        tokenize(corpus, tokenizer_dir, out)
+    assert open_chunks(str(chunk(out, 16, tmp_path)), 16, tokenizer_fingerprint(load_tokenizer(tokenizer_dir))).train
+
+
+def test_a_tokenizer_that_has_no_other_encoding_of_a_control_token(tmp_path, corpus):
+    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "x": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="?").save_pretrained(tmp_path / "words")
+    with pytest.raises(DataError, match="--tokenizer: has no encoding of the text '<eos>' but the control token; say --allow_special_tokens"):
+        tokenize(corpus, str(tmp_path / "words"), tmp_path / "out")
+    tokenize(corpus, str(tmp_path / "words"), tmp_path / "out", "--allow_special_tokens")
+
+
+def test_long_documents_give_no_warning(tmp_path, corpus, control_tokenizer, monkeypatch):
+    said = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", said.append)
+    out = tokenize(corpus, control_tokenizer, tmp_path / "out", "--holdout", "0")
+    assert len(ids_of(out, "train")) > 1000 and not said
+
+
+@pytest.mark.parametrize("kind", ["files", "table", "one large file", "large files"])
+@pytest.mark.parametrize("max_tokens, holdout", [(700, 0.1), (1001, 0.01), (333, 0.25), (64, 0.0)])
+def test_max_tokens_is_exact(tmp_path, corpus, tokenizer_dir, monkeypatch, capsys, kind, max_tokens, holdout):
+    """In both parts; all but the last document of a part are whole, none is in both, and a cut one is said."""
+    if kind == "table":
+        corpus = tmp_path / "corpus.jsonl"
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    elif "large" in kind:
+        monkeypatch.setattr("pipeline.corpora.PIECE", 100)
+        corpus = tmp_path / "large"
+        corpus.mkdir()
+        for i in range(1 if "one" in kind else 4):
+            (corpus / f"{i}.txt").write_text("".join(DOCUMENTS) if "one" in kind else "".join(DOCUMENTS[i::4]))
+    results = []
+    for batch_size in ("3", "256"):
+        options = ["--holdout", str(holdout), "--max_tokens", str(max_tokens), "--batch_size", batch_size]
+        out = tokenize(corpus, tokenizer_dir, tmp_path / batch_size, *options)
+        results.append([ids_of(out, split) for split in ("train", "heldout")] if holdout else [ids_of(out, "train"), []])
+    assert results[0] == results[1]
+    train, heldout = results[0]
+    assert (len(train), len(heldout)) == (max_tokens - round(max_tokens * holdout), round(max_tokens * holdout))
+    tokenizer = load_tokenizer(tokenizer_dir)
+    said = capsys.readouterr().out
+    *whole, last = tokenizer.decode(train).split(tokenizer.eos_token)
+    assert bool(last) == ("--max_tokens: the last document of the train part is cut, its rest is dropped" in said)
+    if "large" not in kind:
+        *held, last_held = tokenizer.decode(heldout).split(tokenizer.eos_token)
+        assert whole and not set(whole) & set(held) and set(whole + held) <= set(DOCUMENTS)
+        assert any(text.startswith(last) for text in DOCUMENTS) and any(text.startswith(last_held) for text in DOCUMENTS)
+
+
+def test_a_corpus_smaller_than_max_tokens(tmp_path, corpus, tokenizer_dir, capsys):
+    out = tokenize(corpus, tokenizer_dir, tmp_path / "out", "--max_tokens", "1_000_000")
+    total = len(ids_of(out, "train")) + len(ids_of(out, "heldout"))
+    assert f"--max_tokens: the corpus has no more than {total:,} of 1,000,000 tokens" in capsys.readouterr().out
+
+
+def test_a_hub_dataset_is_checked_as_local_tables_are(tmp_path, tokenizer_dir, monkeypatch, capsys):
+    rows = [{"text": None if i == 3 else text, "id": i} for i, text in enumerate(DOCUMENTS)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: Dataset.from_list(rows).to_iterable_dataset())
+    out = tokenize("owner/name", tokenizer_dir, tmp_path / "out", "--holdout", "0", "--remove_columns", "id")
+    tokenizer = load_tokenizer(tokenizer_dir)
+    assert tokenizer.decode(ids_of(out, "train")).split(tokenizer.eos_token) == DOCUMENTS[:3] + DOCUMENTS[4:] + [""]
+    assert "corpus: left out 1 rows without text (row 4 of --dataset_name: owner/name)" in capsys.readouterr().out
+    with pytest.raises(DataError, match="--dataset_name: owner/name: row 1, column 'id': is of type int, not text"):
+        tokenize("owner/name", tokenizer_dir, tmp_path / "other", "--text_field", "id", "--skip_bad_files")
+
+    def broken():
+        yield from rows[:5]
+        raise ConnectionResetError("the hub is gone")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: broken())
+    with pytest.raises(DataError, match=r"--dataset_name: owner/name: the hub's split train broke off \(the hub is gone\)"):
+        tokenize("owner/name", tokenizer_dir, tmp_path / "broken", "--skip_bad_files")
+    assert not (tmp_path / "broken").exists()
 
 
 def test_a_first_document_that_is_most_of_a_corpus(tmp_path, tokenizer_dir):
@@ -176,8 +299,7 @@ def test_options(tmp_path, corpus, tokenizer_dir):
     cut = tokenize(corpus, tokenizer_dir, tmp_path / "cut", "--max_length", "5")
     assert max(len(row["input_ids"]) for row in open_split(cut, "train")) == 6  # 5 and EOS
     few = tokenize(corpus, tokenizer_dir, tmp_path / "few", "--max_tokens", "200")
-    total = len(ids_of(few, "train")) + len(ids_of(few, "heldout"))
-    assert 200 <= total < 200 + 100
+    assert (len(ids_of(few, "train")), len(ids_of(few, "heldout"))) == (198, 2)
     wide = chunk(cut, 16, tmp_path, "--dtype", "int64")
     assert open_split(wide, "train").features["input_ids"].feature.dtype == "int64"
 
@@ -229,10 +351,11 @@ def test_bad_input_leaves_nothing_behind(tmp_path, corpus, tokenizer_dir):
     table.write_text('{"content": "x"}\n')
     (tmp_path / "empty").mkdir()
     cases = [
-        (table, [], "--text_field: 'text' is no column of .*content"),
+        (table, [], "table.jsonl: has no column 'text', only content; name the one that holds the text by --text_field"),
         (tmp_path / "empty", [], "empty holds no files"),
         (corpus, ["--holdout", "1.5"], "--holdout: 1.5"),
         (corpus, ["--max_tokens", "0"], "--max_tokens: 0"),
+        (corpus, ["--max_tokens", "1"], "--max_tokens: 1 leaves nothing to train on beside --holdout 0.01"),
     ]
     for source, options, message in cases:
         with pytest.raises(DataError, match=message):

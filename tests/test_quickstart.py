@@ -95,6 +95,24 @@ def test_tokenizer_is_lossless_after_saving(tmp_path):
     assert tokenizer.eos_token == EOS and tokenizer.convert_tokens_to_ids(EOS) == tokenizer.eos_token_id
 
 
+def test_the_tokenizer_learns_from_what_is_trained_on(tmp_path):
+    """Not from hidden files; a bad file ends it with one line, or is left out."""
+    corpus = tmp_path / "corpus"
+    (corpus / ".git").mkdir(parents=True)
+    (corpus / ".git" / "config").write_text("qqqqqqqq " * 500)
+    (corpus / "a.jsonl").write_text(json.dumps({"text": "zzzzzzzz " * 500}) + "\n")
+    (corpus / "b.jsonl").write_text('{"text": "cut sho')
+    command = [sys.executable, "-m", "quickstart.train_tokenizer", "--corpus", corpus, "--output_dir", tmp_path / "tokenizer"]
+    options = {"cwd": ROOT, "capture_output": True, "text": True}
+    bad = subprocess.run([*command, "--vocab_size", "300"], **options)
+    assert bad.returncode == 1 and not (tmp_path / "tokenizer").exists()
+    assert re.fullmatch(f"train_tokenizer.py: error: {corpus}/b.jsonl: row 1: is not JSON, .*--skip_bad_files\n", bad.stderr)
+    done = subprocess.run([*command, "--vocab_size", "300", "--skip_bad_files"], **options)
+    assert done.returncode == 0 and "leaves out 1 hidden" in done.stdout and "left out 1 bad files" in done.stdout
+    tokens = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert any("zz" in token for token in tokens) and not any("qq" in token for token in tokens)
+
+
 def test_unigram_entropy():
     from quickstart.train_teacher import unigram_entropy
 

@@ -621,6 +621,23 @@ def test_dry_run_writes_nothing(tmp_path, teacher_dir, data_dir, capsys, monkeyp
     assert not (tmp_path / "stage1").exists()
 
 
+def test_a_dry_run_warns_of_data_that_is_not_as_wanted(tmp_path, teacher_dir, data_dir, capsys, monkeypatch):
+    """Too many epochs, EOS that the config does not want, and options that the stage has no use for; silent otherwise."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    chunks = len(open_chunks(data_dir, LENGTH).train)
+    chunks -= chunks % 4  # whole batches
+    config = write_config(tmp_path, 1, teacher_dir, data_dir)
+    few, many = chunks, chunks + 1  # steps of 4 sequences
+    prepare(config, "--dry-run", f"train.max_steps={few}", "train.add_eos_token=true")
+    out = capsys.readouterr().out
+    assert f"data: {chunks} chunks for {4 * few:,} sequences: 4.0 epochs" in out and "warning" not in out and "has no effect" not in out
+    prepare(config, "--dry-run", f"train.max_steps={many}", "train.add_eos_token=false", "train.gradient_checkpointing=true")
+    out = capsys.readouterr().out
+    assert f"warning: data: {chunks} chunks for {4 * many:,} sequences: 4.0 epochs; repeated more than 4 times, text adds little; preprocess" in out
+    assert f"warning: train.add_eos_token: false has no effect; documents end with EOS in {data_dir}" in out
+    assert "train.gradient_checkpointing: has no effect in stage 1" in out
+
+
 @pytest.mark.parametrize("event", ["setup", "on_train_begin", "on_log", "on_save", "on_train_end"])
 def test_wandb_does_not_end_a_run(monkeypatch, capsys, event):
     """Whichever of its callbacks its service dies at; none of the others is called from there on."""

@@ -1,0 +1,536 @@
+"""Reads a corpus document by document: a dataset of the Hugging Face hub, or local text files and tables.
+
+A folder is read with its subfolders, symlinked ones included. The suffix, in any case of the letters, says how a file
+is read:
+
+- tables (TABLES, all but parquet also compressed) give a document a row, from the column `text_field`;
+- every other file that is UTF-8 is a document.
+
+Hidden files, documentation beside tables, and files that are not text are left out and counted. Archives, and tables
+whose suffix does not say that they are tables, are refused by name.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.data import DataError
+from pipeline.files import one_line
+
+PIECE, LINE = 1 << 20, 1 << 12  # characters of a text file read at a time, and the most of a line
+HEAD = 1 << 16  # bytes at the beginning of a file that tell what it is
+SPARSE = 1000  # rows of JSON without the text column after which it counts as missing
+
+# Text files of these names describe the tables beside them.
+DOCUMENTATION = re.compile(
+    "(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|code_of_conduct|dataset_card)([._-].*)?",
+    re.IGNORECASE,
+)
+DATASET_INFO = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # which the datasets library writes
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+CONTAINERS = {
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh9": "compressed with bzip2",
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a rar archive",
+    b"%PDF-": "a PDF",
+    b"{\\rtf": "an RTF document",
+    b"\xd0\xcf\x11\xe0": "an Office document",
+    b"PAR1\x15": "a parquet table",
+    b"ARROW1\0\0": "an Arrow table",
+    b"Obj\x01": "an Avro table",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3\0": "a SQLite database",
+    b"WARC/1.": "a WARC archive",
+}
+# Suffixes of containers that their first bytes do not identify, or not always.
+CONTAINER_SUFFIXES = (".arrow", ".bin", ".br", ".lzma", ".npy", ".orc", ".pickle", ".pkl", ".tar", ".tfrecord", ".zip")
+
+
+class Document(NamedTuple):
+    """A document of a corpus, or a part of a large one.
+
+    ends: whether the document ends with this part. heldout: whether it is held out; None where the caller chooses.
+    """
+
+    text: str
+    ends: bool = True
+    heldout: bool | None = None
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def _zstd(file: Path) -> io.BufferedReader:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+
+
+# What opens a compressed file for reading bytes.
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+
+
+def _open(file: Path):
+    """The bytes of a file, decompressed."""
+    opener = COMPRESSED.get(file.suffix.lower())
+    return opener(file) if opener else file.open("rb")
+
+
+def _no_column(column: str, columns) -> DataError:
+    names = ", ".join(columns)
+    return DataError(f"has no column {column!r}, only {names}; name the one that holds the text by --text_field")
+
+
+def _json_rows(file: Path, text_field: str) -> Iterator[dict | None]:
+    """The values of JSON Lines, None for a blank line. An array, or an object over several lines, is read whole."""
+    with _open(file) as lines:
+        for number, line in enumerate(lines):
+            text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+            if number == 0 and (text.lstrip()[:1] == "[" or text.strip() == "{"):
+                value = json.loads(text + lines.read().decode("utf-8"))
+                yield from value if isinstance(value, list) else [value]
+            else:
+                yield json.loads(text) if text.strip() else None
+
+
+def _csv_rows(file: Path, text_field: str, delimiter: str) -> Iterator[dict | None]:
+    csv.field_size_limit(2**31 - 1)
+    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        header = next(reader, [text_field])
+        if text_field not in header:
+            raise _no_column(text_field, header)
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise csv.Error(f"has {len(cells)} fields, but the header has {len(header)}")
+            yield dict(zip(header, cells)) if cells else None
+
+
+def _parquet_rows(file: Path, text_field: str) -> Iterator[dict]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file) as table:
+        if not table.metadata.num_rows:
+            return
+        if text_field not in table.schema_arrow.names:
+            raise _no_column(text_field, table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=128, columns=[text_field]):
+            for value in batch.column(0):
+                yield {text_field: value.as_py()}
+
+
+TABLES = {
+    ".json": _json_rows, ".jsonl": _json_rows, ".ndjson": _json_rows, ".parquet": _parquet_rows,
+    ".csv": partial(_csv_rows, delimiter=","), ".tsv": partial(_csv_rows, delimiter="\t"),
+}  # fmt: skip
+# What the readers raise for a damaged file. The errors of pyarrow, of JSON and of UTF-8 are subclasses of these.
+FAULTS = (OSError, EOFError, ValueError, RuntimeError, csv.Error, zlib.error, lzma.LZMAError)
+
+
+def _suffix(file: Path) -> str:
+    """In lower case, that of a compressed file with the one before: `.jsonl.zst`."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() + suffix if suffix in COMPRESSED else suffix
+
+
+def _reader(file: Path):
+    """What yields the rows of a table, None for a file of another kind."""
+    suffix = _suffix(file)
+    inner = suffix.removesuffix(file.suffix.lower()) if file.suffix.lower() in COMPRESSED else suffix
+    return None if inner == ".parquet" != suffix else TABLES.get(inner)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a row, in a few words."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON, or was cut short ({error.msg}); mend or remove the file"
+    return f"cannot be read ({one_line(error)}); mend or remove the file"
+
+
+def _type_and_cure(value) -> tuple[str, str]:
+    """What a value is that should be text, and what to do about it."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        cure = (
+            "write it with the tokenizer's apply_chat_template(..., tokenize=False) to a column of strings, "
+            "and say --allow_special_tokens"
+        )
+        return "a conversation (a list of messages)", cure
+    cures = {
+        list: "join its parts to one string",
+        bytes: "decode it to a string",
+        dict: "write the part of it that is the text to a column of strings",
+    }
+    return f"of type {type(value).__name__}", cures.get(type(value), "name a column of strings")
+
+
+def _well_formed(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------ text files
+def _characters(file: Path) -> int | None:
+    """How many a text file has, None for one that is not text: no UTF-8, or with NUL characters."""
+    size = 0
+    try:
+        with file.open(encoding="utf-8-sig") as text:
+            for piece in iter(lambda: text.read(PIECE), ""):
+                if "\0" in piece:
+                    return None
+                size += len(piece)
+    except UnicodeDecodeError:
+        return None
+    return size
+
+
+def _lines(text) -> Iterator[str]:
+    """What an open text file has left, long lines in parts."""
+    return iter(lambda: text.readline(LINE), "")
+
+
+def _pieces(lines: Iterator[str], heldout: bool | None = None) -> Iterator[Document]:
+    """A document of these lines as pieces of about PIECE characters."""
+    piece, size = [], 0
+    for line in lines:
+        if size >= PIECE:
+            yield Document("".join(piece), False, heldout)
+            piece, size = [], 0
+        piece.append(line)
+        size += len(line)
+    if size:
+        yield Document("".join(piece), True, heldout)
+
+
+def _end_and_beginning(file: Path, beginning: float) -> Iterator[Document]:
+    """A text file as two documents, cut after about `beginning` characters: the end, held out, and then the beginning.
+
+    Neither is empty.
+    """
+    with file.open(encoding="utf-8-sig") as text:
+        size = lines = 0
+        for line, _ in itertools.pairwise(_lines(text)):  # all but the last
+            size, lines = size + len(line), lines + 1
+            if size >= beginning:
+                break
+        text.seek(0)
+        deque(itertools.islice(_lines(text), lines), maxlen=0)
+        yield from _pieces(_lines(text), True)
+        text.seek(0)
+        yield from _pieces(itertools.islice(_lines(text), lines), False)
+
+
+# ------------------------------------------------------------------------------------------------ what a file is
+def _begins_as_json(head: str, whole: bool) -> bool:
+    """Whether a text consists of JSON objects, or an array of them, as far as its head tells.
+
+    It does not if prose follows an object.
+    """
+    start = re.match(r'\s*(\[?)\s*(?=\{\s*["}])', head)
+    if start is None:
+        return False
+    try:
+        end = json.JSONDecoder().raw_decode(head, start.end())[1]
+    except json.JSONDecodeError as error:
+        cut = error.msg.startswith("Unterminated string") or error.pos > len(head) - 16
+        return cut and not whole
+    except RecursionError:
+        return True
+    return head[end:].lstrip()[:1] in ({"", ",", "]"} if start[1] else {"", "{"})
+
+
+def _begins_as_csv(head: str, whole: bool, text_field: str) -> bool:
+    """Whether a text has a header of plain names, and rows of as many cells."""
+    header = head.lstrip().partition("\n")[0].rstrip("\r")
+    for delimiter in ",\t;|":
+        names = [name.strip('"') for name in header.split(delimiter)]
+        if len(names) < 2 or not all(re.fullmatch(r"[A-Za-z_][\w.-]*", name) for name in names):
+            continue
+        rows = [row for row in csv.reader(io.StringIO(head.lstrip(), newline=""), delimiter=delimiter) if row]
+        if not whole:
+            rows.pop()
+        enough = 2 if text_field in names else 3
+        if len(rows) >= enough and all(len(row) == len(names) for row in rows):
+            return True
+    return False
+
+
+def _is_text(file: Path, text_field: str) -> bool:
+    """Whether a file without a table's suffix begins as text.
+
+    Raises DataError for what must not be read as text: a container, or a table under another suffix.
+    """
+    with file.open("rb") as stream:
+        head = stream.read(HEAD)
+    whole = len(head) < HEAD
+    container = next((what for magic, what in CONTAINERS.items() if head.startswith(magic)), None)
+    if head[257:262] == b"ustar":
+        container = "a tar archive"
+    elif container is None and file.suffix.lower() in (*COMPRESSED, *CONTAINER_SUFFIXES):
+        container = f"a {_suffix(file)} file"
+    if container:
+        raise DataError(f"{file}: is {container}, which is not read; unpack it, or convert it to text or .jsonl")
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head, final=whole)
+    except UnicodeDecodeError:
+        return False
+    if "\0" in text:
+        return False
+    if _begins_as_json(text, whole):
+        cure = "rename it to .jsonl (an object a line) or .json (an array)"
+        raise DataError(f"{file}: holds JSON under a suffix of text; {cure}")
+    if _begins_as_csv(text, whole, text_field):
+        raise DataError(f"{file}: holds a table under a suffix of text; rename it to .csv or .tsv")
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ corpora
+def _is_local(name: str) -> bool:
+    path = Path(name).expanduser()
+    if path.exists():
+        return True
+    # Hub names are `name` or `owner/name`; anything else can only have meant a path.
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if is_path or path.suffix.lower() in (".txt", *TABLES, *COMPRESSED):
+        raise DataError(f"--dataset_name: {name} does not exist")
+    return False
+
+
+class Corpus:
+    """A hub dataset, or the local files that are read and what is left out of them.
+
+    name: a file, a folder or a hub dataset. text_field: the column of a table that holds the text. config, split and
+    remove_columns: of a hub dataset. skip_bad_files: local files that cannot be read are left out and counted; of one
+    that breaks off, the rows before the fault are kept.
+
+    `key` identifies the corpus: the hub name, or a hash of the names, sizes and times of the files that are read.
+    Raises DataError, of one line: here for files that must not be read, in `documents` for what turns out when reading.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        text_field: str = "text",
+        config: str | None = None,
+        split: str = "train",
+        remove_columns: list[str] | None = None,
+        skip_bad_files: bool = False,
+    ):
+        self.name = name
+        self.text_field = text_field
+        self.config = config
+        self.split = split
+        self.remove_columns = remove_columns
+        self.skip_bad_files = skip_bad_files
+        self.files: list[Path] = []
+        self._left_out: dict[str, list] = {}  # why: [how many, the first]
+        self.key = name
+        if _is_local(name):
+            self.root = Path(name).expanduser()
+            self.files = self._select(self._candidates())
+            stats = [(str(f.relative_to(self.root)), (s := f.stat()).st_size, s.st_mtime_ns) for f in self.files]
+            self.key = f"local-{hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]}"
+
+    # -------------------------------------------------------------------------------------------- which files
+    def _candidates(self) -> list[Path]:
+        """The files that are not hidden, each once."""
+        if self.root.is_file():
+            return [self.root]
+        found: list[Path] = []
+        folders_seen: set[str] = set()
+
+        def refuse(error: OSError):
+            raise error
+
+        for folder, folders, names in os.walk(self.root, followlinks=True, onerror=refuse):
+            real = os.path.realpath(folder)
+            if real in folders_seen:
+                self._leave_out("linked twice", folder)
+                folders.clear()
+                continue
+            folders_seen.add(real)
+            for hidden in sorted(name for name in (*folders, *names) if name.startswith(".")):
+                self._leave_out("hidden", os.path.join(folder, hidden))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
+        files: dict[str, Path] = {}
+        # Names of tables come first: a link may say that its target is one, as in the hub's cache.
+        for file in sorted(found, key=lambda file: (_reader(file) is None, file)):
+            if not file.is_file():
+                self._leave_out("broken links or no regular files", file)
+            elif files.setdefault(os.path.realpath(file), file) is not file:
+                self._leave_out("linked twice", file)
+        return sorted(files.values())
+
+    def _select(self, files: list[Path]) -> list[Path]:
+        """Those of the files that are read."""
+        tables = [file for file in files if _reader(file) and file.name.lower() not in DATASET_INFO]
+        described = {folder for file in tables for folder in file.parents}
+        selected, bad = [], []
+        for file in files:
+            documentation = file.name.lower() in DATASET_INFO if _reader(file) else DOCUMENTATION.fullmatch(file.name)
+            if documentation and file.parent in described and file != self.root:
+                self._leave_out("documentation beside tables", file)
+                continue
+            try:
+                if file.stat().st_size == 0:
+                    self._leave_out("empty", file)
+                elif self._is_read(file):
+                    selected.append(file)
+                else:
+                    self._leave_out("not text (UTF-8)", file)
+            except (DataError, OSError) as error:
+                bad.append(one_line(error))
+        if bad and not self.skip_bad_files:
+            more = f" (and {len(bad) - 1} more files that are not read)" if len(bad) > 1 else ""
+            raise DataError(f"{bad[0]}{more}, or leave such files out with --skip_bad_files")
+        for message in bad:
+            self._leave_out("bad files", message)
+        if not selected:
+            raise DataError(f"--dataset_name: {self.root} holds no files to read{self._list_left_out(': left out ')}")
+        return selected
+
+    def _is_read(self, file: Path) -> bool:
+        """Whether a file is a table or text. Raises DataError or OSError for a bad one."""
+        with file.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise DataError(f"{file}: is a pointer of Git LFS and not the file itself; run git lfs pull")
+        return _reader(file) is not None or _is_text(file, self.text_field)
+
+    # -------------------------------------------------------------------------------------------- what was left out
+    def _leave_out(self, why: str, what: str | Path) -> None:
+        self._left_out.setdefault(why, [0, str(what)])[0] += 1
+
+    def _bad(self, source: str | Path, reason: str) -> None:
+        """Leaves out the rest of a file, or raises DataError."""
+        if not self.files:
+            raise DataError(f"{source}: {reason}")
+        if not self.skip_bad_files:
+            raise DataError(f"{source}: {reason}, or leave out the rest of the file with --skip_bad_files")
+        self._leave_out("bad files", f"{source}: {reason}")
+
+    def _list_left_out(self, prefix: str) -> str:
+        """All that was left out since the last call, by kind: how many, and the first; empty if there is nothing."""
+        kinds = []
+        for why, (count, first) in self._left_out.items():
+            kinds.append(f"{count:,} {why} ({'' if count == 1 else 'the first: '}{first})")
+        self._left_out = {}
+        return prefix + "; ".join(kinds) if kinds else ""
+
+    def selection(self) -> str:
+        """Which files are read, and which are not, by kind and number; what reading finds, `left_out` says."""
+        if not self.files:
+            return f"corpus: {self.name} of the hub, split {self.split}"
+        kinds = Counter(_suffix(file) or "without suffix" for file in self.files).most_common()
+        named = [f"{count:,} {kind}" for kind, count in kinds[:6]]
+        if len(kinds) > 6:
+            named.append(f"{sum(count for _, count in kinds[6:]):,} of {len(kinds) - 6} other kinds")
+        return f"corpus: reads {', '.join(named)}{self._list_left_out('; leaves out ')}"
+
+    def left_out(self) -> str:
+        """What reading has left out so far, one line; empty if there is nothing."""
+        return self._list_left_out("corpus: left out ")
+
+    # -------------------------------------------------------------------------------------------- reading
+    def _text(self, row: int, value, columns: dict) -> str | None:
+        """The text of a row; None where it has none. Adds its columns to the keys of `columns`. Raises DataError."""
+        if not isinstance(value, dict):
+            cure = f"write one with the column {self.text_field!r}"
+            raise DataError(f"row {row}: is of type {type(value).__name__}, not an object with columns; {cure}")
+        if self.text_field not in columns:
+            columns.update(dict.fromkeys(value))
+            if self.text_field not in columns and row >= SPARSE:
+                raise _no_column(self.text_field, columns)
+        text = value.get(self.text_field)
+        if text is None or isinstance(text, str):
+            return text and _well_formed(text)
+        kind, cure = _type_and_cure(text)
+        raise DataError(f"row {row}, column {self.text_field!r}: is {kind}, not text; {cure}")
+
+    def _table(self, rows: Iterator, source: str | Path) -> Iterator[Document]:
+        """The documents of a table's rows, up to the first that is bad."""
+        row = 0
+        columns: dict = {}
+        blank: list[int] = []  # rows without text, until the column is known to exist
+        try:
+            for row, value in enumerate(rows, 1):
+                text = None if value is None else self._text(row, value, columns)
+                if text:
+                    yield Document(text)
+                elif value is not None:
+                    blank.append(row)
+                if blank and self.text_field in columns:
+                    for number in blank:
+                        self._leave_out("rows without text", f"row {number} of {source}")
+                    blank = []
+            if columns and self.text_field not in columns:
+                raise _no_column(self.text_field, columns)
+        except DataError as error:
+            self._bad(source, str(error))
+        except FAULTS as error:
+            self._bad(source, f"row {row + 1}: {_reason(error)}")
+        else:
+            if not columns:
+                self._leave_out("empty", source)
+
+    def _hub_rows(self) -> Iterator[dict]:
+        from datasets import load_dataset
+
+        try:
+            table = load_dataset(self.name, self.config, split=self.split, streaming=True)
+        except Exception as error:  # the hub's clients raise a dozen kinds for a name, a network, a token
+            raise DataError(f"is no local path and the hub did not give it ({one_line(error)})") from None
+        try:
+            yield from table.remove_columns(self.remove_columns) if self.remove_columns else table
+        except Exception as error:
+            raise DataError(f"the hub's split {self.split} broke off ({one_line(error)}); start again") from None
+
+    def documents(self, holdout: float = 0.0) -> Iterator[Document]:
+        """Streams the documents.
+
+        holdout: the share at the end of a large text file, or of the only one, that is held out.
+        """
+        if not self.files:
+            yield from self._table(self._hub_rows(), f"--dataset_name: {self.name}")
+            return
+        characters = cache(_characters)
+        with_text = (file for file in self.files if _reader(file) or characters(file))
+        alone = len(list(itertools.islice(with_text, 2))) == 1
+        for file in self.files:
+            if reader := _reader(file):
+                yield from self._table(reader(file, self.text_field), file)
+            elif (size := characters(file)) is None:
+                self._leave_out("not text (UTF-8)", file)
+            elif size == 0:
+                self._leave_out("empty", file)
+            elif holdout and (alone or size > PIECE):
+                yield from _end_and_beginning(file, (1 - holdout) * size)
+            else:
+                with file.open(encoding="utf-8-sig") as text:
+                    yield from _pieces(_lines(text))
