@@ -27,7 +27,7 @@ from pipeline.files import complete_or_absent, one_line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dataset_name", required=True, help="hub name, or a file or folder of text, json, jsonl or parquet")
     parser.add_argument("--tokenizer", required=True, help="hub name or folder of the teacher's tokenizer")
     parser.add_argument("--output_dir", required=True, type=Path)
