@@ -19,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.adopt import AGAIN, HELDOUT_SPLITS, check_rows, check_tokenizer, open_saved
+from pipeline.adopt import AGAIN, HELDOUT_SPLITS, check_rows, check_tokenizer, open_saved, source_key
 from pipeline.data import (
-    METADATA, SPLITS, DataError, corpus_key, is_done, is_saved_dataset, load_tokenizer, open_split, read_metadata,
+    METADATA, SPLITS, DataError, is_done, is_saved_dataset, load_tokenizer, open_split, read_metadata,
     tokenizer_fingerprint,
 )  # fmt: skip
 from pipeline.files import complete_or_absent, one_line
@@ -154,7 +154,7 @@ def adopt(args: argparse.Namespace) -> None:
     holdout = HOLDOUT if args.holdout is None else args.holdout
     key = {
         "kind": "chunks",
-        "corpus": corpus_key(str(source)),
+        "corpus": source_key(source),
         "holdout": saved.heldout_name or holdout,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "vocab_size": vocab_size,
@@ -182,7 +182,7 @@ def adopt(args: argparse.Namespace) -> None:
         warnings.append(f"{source}: not taken over: {', '.join(saved.left_out)}")
     for warning in filter(None, warnings):
         print(f"warning: {warning}", file=sys.stderr)
-    key |= {"dataset_name": str(source), "tokenizer": args.tokenizer}
+    key |= {"eos_tokens": eos, "dataset_name": str(source), "tokenizer": args.tokenizer}
     write_chunks(output, key, rows)
 
 

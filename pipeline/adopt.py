@@ -5,6 +5,8 @@ Such a folder holds rows of `input_ids`, and nothing that says which tokenizer m
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -36,6 +38,13 @@ class Saved(NamedTuple):
     heldout: object | None  # None where the folder has no such split
     heldout_name: str
     left_out: list[str]
+
+
+def source_key(folder: Path) -> str:
+    """What identifies a folder's content: a hash of the names, sizes and times of its files."""
+    stats = {str(file.relative_to(folder)): file.stat() for file in sorted(folder.rglob("*")) if file.is_file()}
+    known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+    return f"adopted-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
 
 
 def open_saved(folder: Path) -> Saved:

@@ -84,12 +84,16 @@ def test_chunks_are_taken_over_one_to_one(tmp_path, tokenizers, capsys, dtype):
     chunks = open_chunks(folder, LENGTH, tokenizer_fingerprint(tokenizer))
     assert all_rows(chunks) == rows.tolist()
     assert len(chunks.heldout) == round(0.1 * len(rows))
-    assert chunks.metadata["vocab_size"] == len(tokenizer) and chunks.metadata["eos_token_id"] == tokenizer.eos_token_id
+    assert chunks.metadata["vocab_size"] == len(tokenizer) and chunks.metadata["eos_tokens"] == 0
+    assert chunks.metadata["eos_token_id"] == tokenizer.eos_token_id
     assert "holds no EOS (<eos>): nothing says where a document ends" in capsys.readouterr().err
     adopt(source, tokenizers["code"], tmp_path / "data", "--holdout", "0.1")
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(DataError, match="was made with holdout 0.1, not 0.2"):
         adopt(source, tokenizers["code"], tmp_path / "data", "--holdout", "0.2")
+    save_as_hybrid_distillation(source, rows[1:], dtype)
+    with pytest.raises(DataError, match="was made with corpus 'adopted-.*', not 'adopted-"):
+        adopt(source, tokenizers["code"], tmp_path / "data", "--holdout", "0.1")
 
 
 def test_what_older_versions_of_datasets_wrote_is_read(tmp_path, tokenizers):
