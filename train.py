@@ -26,7 +26,7 @@ from pathlib import Path
 
 from pipeline.batch_plan import BatchPlan, batch_plan
 from pipeline.checkpoints import PARTIAL, UNIVERSAL, CheckpointError, checkpoints, read_index, step_of, universal_checkpoint
-from pipeline.config import Config, ConfigError, check_kept_layers, load_config
+from pipeline.config import Config, ConfigError, check_kept_layers, keys_of_other_stages, load_config
 from pipeline.data import Chunks, DataError, data_fingerprint, load_tokenizer, open_chunks, tokenizer_fingerprint
 from pipeline.environment import WANDB_PROJECT, join_ranks, set_up_device, set_up_process, wandb_wanted
 from pipeline.files import Busy, locked, one_line, write_whole
@@ -91,6 +91,8 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tup
     chunks = open_data(cfg, plan)
     if (epochs := plan.epochs(len(chunks.train))) > 1:
         say(f"data: {len(chunks.train):,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs")
+    for name in keys_of_other_stages(cfg):
+        say(f"{name}: has no effect in stage {cfg.stage}")
     if args.dry_run:
         print_plan(cfg, plan, say)
         return None
