@@ -177,6 +177,8 @@ def _check(cfg: Config) -> None:
         raise ConfigError("train.student_init_ckpt: stage 1 starts from the teacher; remove it")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise ConfigError(f"train.betas: {train.betas} must be two numbers in [0, 1)")
+    if cfg.stage == 2 and train.kd_teacher_offload == "cpu" and train.kd_teacher_shard == "never":
+        raise ConfigError("train.kd_teacher_offload: cpu is for a sharded teacher, and train.kd_teacher_shard is never; say auto")
     if cfg.stage == 2 and train.kl_weight == train.ce_weight == 0:
         raise ConfigError("train.kl_weight: 0 with train.ce_weight 0 leaves no loss; give one of them a weight")
 

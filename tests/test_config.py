@@ -118,6 +118,12 @@ def test_bad_input(tmp_path, override):
     assert "\n" not in str(error.value)
 
 
+def test_an_offloaded_teacher_is_a_sharded_one(tmp_path):
+    load(tmp_path, "train.kd_teacher_offload=cpu")
+    with pytest.raises(ConfigError, match="train.kd_teacher_offload: cpu is for a sharded teacher, .* never; say auto"):
+        load(tmp_path, "train.kd_teacher_offload=cpu", "train.kd_teacher_shard=never")
+
+
 def test_stage_1_with_kept_layers(tmp_path):
     with pytest.raises(ConfigError, match=r"keep_full_attention_layers: \[0, 4\] must be \[\] in stage 1"):
         load(tmp_path, "stage=1", "train.student_init_ckpt=null")

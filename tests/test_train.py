@@ -546,6 +546,16 @@ assert torch.equal(sharded.hidden_states(ids), hf_trainer.FrozenTeacher(plain, "
     run(sys.executable, "-c", code)
 
 
+@pytest.mark.parametrize("shard, offload, expected", [
+    ("auto", "none", None), ("never", "none", None), ("always", "none", "none"), ("auto", "cpu", "cpu"), ("always", "cpu", "cpu"),
+])  # fmt: skip
+def test_where_a_teachers_weights_are(tmp_path, teacher_dir, data_dir, shard, offload, expected):
+    """In DeepSpeed's config, for one process; None: whole on each device."""
+    cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, kd_teacher_shard=shard, kd_teacher_offload=offload))
+    engine = train.teacher_engine_config(cfg, load_teacher(teacher_dir), "cpu", 1, print)
+    assert (engine and engine["zero_optimization"].get("offload_param", {"device": "none"})["device"]) == expected
+
+
 def test_zero_3_names_a_block_as_we_do():
     """DeepSpeed only warns of a class that is not there, and then gathers module by module."""
     for name in ("stage_3", "stage_2_teacher"):
