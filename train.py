@@ -88,11 +88,11 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tup
         return None
     open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len)  # names a missing folder before a model's config is read
     check_models(cfg)  # says more of a wrong teacher than its tokenizer can
+    for name in keys_of_other_stages(cfg):
+        say(f"{name}: has no effect in stage {cfg.stage}")
     chunks = open_data(cfg, plan)
     if (epochs := plan.epochs(len(chunks.train))) > 1:
         say(f"data: {len(chunks.train):,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs")
-    for name in keys_of_other_stages(cfg):
-        say(f"{name}: has no effect in stage {cfg.stage}")
     if args.dry_run:
         print_plan(cfg, plan, say)
         return None

@@ -1,6 +1,7 @@
-"""What docs/migration.md promises users of hybrid-distillation (arXiv 2512.20569): held against the scripts themselves."""
+"""What docs/migration.md promises users of hybrid-distillation (arXiv 2512.20569), held against the scripts."""
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -13,7 +14,8 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import write_config
+from conftest import save_tokenizer, write_config
+from tokenizers import Tokenizer
 
 import convert.command
 import convert_ckpt
@@ -27,6 +29,7 @@ from layer_selection import evaluate_layer_importance, generate_layer_configs_ga
 from layer_selection.questions import TASKS, draw_questions
 from pipeline.batch_plan import batch_plan
 from pipeline.config import TrainConfig, load_config
+from pipeline.data import open_chunks
 from pipeline.old_flags import REPLACEMENTS
 
 ROOT = Path(__file__).parents[1]
@@ -42,17 +45,27 @@ MAINS = {
 }
 # All flags that hybrid-distillation's scripts have.
 FLAGS = {
-    "preprocess_download_tokenize.py": "--dataset_name --dataset_config --split --text_field --tokenizer --output_dir --max_length "
-                                       "--num_proc --batch_size --remove_columns",
+    "preprocess_download_tokenize.py": """
+        --dataset_name --dataset_config --split --text_field --tokenizer --output_dir --max_length --num_proc
+        --batch_size --remove_columns""",
     "preprocess_chunk.py": "--tokenized_dataset_path --context_length --output_dir --dtype --npy_cache_path",
-    "evaluate_layer_importance.py": "--task --model_name --output_dir --batch_size --num_samples --num_pairs --num_chains --num_hops "
-                                    "--noise_ratio --freq_cw --freq_ucw --num_cw --num_ucw --zeta_alpha --vocab_size --num_words --K "
-                                    "--pb_min_len --pb_max_len --pb_few_shots --ar_max_hops",
-    "generate_layer_configs_ga_s2.py": "--num-layers --config-root --teacher --student --cache-stage1 --cache-stage2 --outputs-prefix",
+    "evaluate_layer_importance.py": """
+        --task --model_name --output_dir --batch_size --num_samples --num_pairs --num_chains --num_hops --noise_ratio
+        --freq_cw --freq_ucw --num_cw --num_ucw --zeta_alpha --vocab_size --num_words --K --pb_min_len --pb_max_len
+        --pb_few_shots --ar_max_hops""",
+    "generate_layer_configs_ga_s2.py": """
+        --num-layers --config-root --teacher --student --cache-stage1 --cache-stage2 --outputs-prefix""",
     "convert_from_*.py": "--model --config --output --precision",
     "train.py": "--cfg --local_rank",
     "convert_ckpt.py": "--cfg",
-}  # fmt: skip
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return str(folder)
 
 
 class Seen(Exception):
@@ -92,28 +105,32 @@ def test_every_old_flag_is_taken_or_replaced(script, monkeypatch):
     replaced = REPLACEMENTS.get(script, {})
     assert set(FLAGS[script].split()) <= ours | set(replaced)
     assert not set(replaced) & ours and set(replaced) <= set(FLAGS[script].split())
-    # An abbreviation that was one flag there could be another one here. What train.py and convert_ckpt.py have there, they have here.
+    # Where flags differ, an abbreviation of one there could be another one here.
     assert not parser.allow_abbrev or script in ("train.py", "convert_ckpt.py")
 
 
 def test_the_page_lists_the_flags_that_are_replaced():
-    assert rows("Flags that are replaced") == [[script, *pair] for script, flags in REPLACEMENTS.items() for pair in flags.items()]
+    replaced = [[script, *pair] for script, flags in REPLACEMENTS.items() for pair in flags.items()]
+    assert rows("Flags that are replaced") == replaced
 
 
 COMMANDS = {
     "generate_layer_configs_ga_s2.py": (
         "--num-layers 28 --config-root config/qwen --teacher fla-hub/Qwen2.5-7B-Instruct --student=gdn_v4 "
         "--cache-stage2 data_cache/chunked_context4096 --outputs-prefix checkpoints/qwen_{index}",
-        "--num-layers: leave it out: the teacher's config says how many layers there are; --config-root: say --output_dir "
-        "config/qwen; --teacher: say teacher_model.name=fla-hub/Qwen2.5-7B-Instruct; --student: say "
-        "student_model.name=gdn_v4; --cache-stage2: say data.cache_dir=data_cache/chunked_context4096; --outputs-prefix: "
-        "leave it out: the runs write to <output_dir>/layer_<N>/run; besides: --cfg, a YAML of stage 2"),
+        "--num-layers: leave it out: the teacher's config says how many layers there are; --config-root: say "
+        "--output_dir config/qwen; --teacher: say teacher_model.name=fla-hub/Qwen2.5-7B-Instruct; --student: say "
+        "student_model.name=gdn_v4; --cache-stage2: say data.cache_dir=data_cache/chunked_context4096; "
+        "--outputs-prefix: leave it out: the runs write to <output_dir>/layer_<N>/run; besides: --cfg, a YAML of stage 2 "
+        "with student_init_ckpt and all else (docs/migration.md)"),
     "preprocess_chunk.py": (
         "--tokenized_dataset_path data_cache/tokenized --output_dir data_cache --npy_cache_path data_cache/all.npy",
-        "--npy_cache_path: leave it out: tokens are read from --tokenized_dataset_path as they are needed (docs/migration.md)"),
+        "--npy_cache_path: leave it out: tokens are read from --tokenized_dataset_path as they are needed "
+        "(docs/migration.md)"),
     "evaluate_layer_importance.py": (
         "--task phone_book --model_name x --output_dir y --pb_few_shots 5",
-        "--pb_few_shots: 5 must be 3: phone_book shows two answered questions before the one that counts; leave it out"),
+        "--pb_few_shots: 5 must be 3: phone_book shows two answered questions before the one that counts; leave it "
+        "out"),
 }  # fmt: skip
 
 
@@ -184,11 +201,11 @@ def test_the_table_has_every_default_that_differs(monkeypatch):
     there = {
         "preprocess_download_tokenize.py": "--split train --text_field text --num_proc 8 --batch_size 1024",
         "preprocess_chunk.py": "--context_length 16384 --output_dir data_cache --dtype uint32",
-        "evaluate_layer_importance.py":
-            "--output_dir experiment_results --batch_size 8 --num_samples 500 --num_pairs 50 --num_chains 2 --num_hops 2 --noise_ratio 1.0 "
-            "--freq_cw 2 --freq_ucw 1 --num_cw 10 --num_ucw 100 --zeta_alpha 2.0 --vocab_size 200 --num_words 400 --K 3 --pb_min_len 8 "
-            "--pb_max_len 30 --pb_few_shots 3 --ar_max_hops 2",
-    }  # fmt: skip
+        "evaluate_layer_importance.py": """
+            --output_dir experiment_results --batch_size 8 --num_samples 500 --num_pairs 50 --num_chains 2 --num_hops 2
+            --noise_ratio 1.0 --freq_cw 2 --freq_ucw 1 --num_cw 10 --num_ucw 100 --zeta_alpha 2.0 --vocab_size 200
+            --num_words 400 --K 3 --pb_min_len 8 --pb_max_len 30 --pb_few_shots 3 --ar_max_hops 2""",
+    }
     for script, flags in there.items():
         parser = parser_of(script, monkeypatch)
         listed = {setting for where, setting, *_ in DEFAULTS if where == script}
@@ -207,8 +224,8 @@ def test_every_task_can_be_drawn_at_the_old_defaults(monkeypatch):
         args = parser.parse_args(["--task", task, "--model_name", "x", *words])
         args.num_samples = 5
         assert len(draw_questions(task, args)) == 5
-    shown = "--task variable_tracking --model_name fla-hub/Qwen2.5-3B-Instruct --output_dir layer_selection_baselines --num_samples 500 " \
-            "--batch_size 8 --num_chains 2 --num_hops 2 --noise_ratio 1.0"  # fmt: skip
+    shown = """--task variable_tracking --model_name fla-hub/Qwen2.5-3B-Instruct --output_dir layer_selection_baselines
+        --num_samples 500 --batch_size 8 --num_chains 2 --num_hops 2 --noise_ratio 1.0"""
     assert len(draw_questions("variable_tracking", parser.parse_args(shlex.split(shown)))) == 500
 
 
@@ -238,6 +255,30 @@ def test_the_old_lines_train_as_there(tmp_path, teacher_dir, data_dir):
     teacher, student = torch.randn(2, 3, 5, 48).unbind()
     loss = torch.linalg.vector_norm(teacher - student, dim=-1).mean() / 48**0.5
     torch.testing.assert_close(alignment_loss(student, teacher, cfg.train.alignment_loss), loss)
+
+
+def test_the_old_lines_preprocess_as_there(tmp_path, tokenizer_dir):
+    """But for EOS behind each document: the tokens of all documents, joined end to end."""
+    texts = [f"def f{i}(x):\n    return {i} * x\n" * (i % 4 + 1) for i in range(30)]
+    lines = [json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)]
+    (tmp_path / "corpus.jsonl").write_text("".join(lines))
+    words = [*shlex.split(" ".join(old_lines("preprocess_download_tokenize.py"))), "--remove_columns"]
+    where = ["--dataset_name", str(tmp_path / "corpus.jsonl"), "--output_dir", str(tmp_path / "tokenized")]
+    preprocess_download_tokenize.main([*where, "--tokenizer", tokenizer_dir, *words])
+    words = shlex.split(" ".join(old_lines("preprocess_chunk.py")))
+    where = ["--output_dir", str(tmp_path / "data"), "--context_length", "16"]  # after those of the table
+    preprocess_chunk.main([*words, "--tokenized_dataset_path", str(tmp_path / "tokenized"), *where])
+    chunks = open_chunks(str(tmp_path / "data" / "chunked_context16"), 16)
+    raw = Tokenizer.from_file(str(Path(tokenizer_dir) / "tokenizer.json"))
+    joined = [i for text in texts for i in [*raw.encode(text).ids, raw.token_to_id("<eos>")]]
+    assert chunks.heldout is None and chunks.train.features["input_ids"].feature.dtype == "uint32"
+    assert [i for row in chunks.train for i in row["input_ids"]] == joined[: len(joined) // 16 * 16]
+
+
+def test_the_command_that_adopts_is_taken():
+    command, = re.findall(r"^python preprocess_chunk.py (.* --adopt .*|--adopt .*)$", PAGE, re.MULTILINE)  # fmt: skip
+    args = preprocess_chunk.parse_args(shlex.split(command))
+    assert args.adopt == Path("data_cache/chunked_context512") and args.tokenizer and args.output_dir == Path("data")
 
 
 def test_the_readme_names_the_page():

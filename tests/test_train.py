@@ -546,6 +546,26 @@ assert torch.equal(sharded.hidden_states(ids), hf_trainer.FrozenTeacher(plain, "
     run(sys.executable, "-c", code)
 
 
+def test_keys_of_another_stage_are_said_to_have_no_effect(tmp_path, teacher_dir, data_dir, capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    config = write_config(tmp_path, 1, teacher_dir, data_dir)
+    prepare(config, "--dry-run", "train.kd_teacher_offload=cpu", "train.kl_weight=0.5", "train.alignment_loss=l2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line]
+    assert lines == [f"train.{name}: has no effect in stage 1" for name in ("kl_weight", "kd_teacher_offload")]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("norm", [0.25, 0.0])
+def test_max_grad_norm_is_what_deepspeed_clips_at(tmp_path, stage, norm):
+    """0 is its value for no clipping."""
+    from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    config = HfTrainerDeepSpeedConfig(train.deepspeed_config(f"stage_{stage}"))
+    config.trainer_config_process(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_grad_norm=norm))
+    assert config.config["gradient_clipping"] == norm
+
+
 @pytest.mark.parametrize("shard, offload, expected", [
     ("auto", "none", None), ("never", "none", None), ("always", "none", "none"), ("auto", "cpu", "cpu"), ("always", "cpu", "cpu"),
 ])  # fmt: skip
@@ -629,26 +649,6 @@ def test_dry_run_writes_nothing(tmp_path, teacher_dir, data_dir, capsys, monkeyp
     assert f"9 steps x 4 sequences x {LENGTH} = {9 * 4 * LENGTH:,} tokens" in out
     assert f"{total:,} in the student, {trained:,} trained" in out
     assert not (tmp_path / "stage1").exists()
-
-
-def test_keys_of_another_stage_are_said_to_have_no_effect(tmp_path, teacher_dir, data_dir, capsys, monkeypatch):
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    config = write_config(tmp_path, 1, teacher_dir, data_dir)
-    prepare(config, "--dry-run", "train.kd_teacher_offload=cpu", "train.kl_weight=0.5", "train.alignment_loss=l2")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line]
-    assert lines == [f"train.{name}: has no effect in stage 1" for name in ("kl_weight", "kd_teacher_offload")]
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("norm", [0.25, 0.0])
-def test_max_grad_norm_is_what_deepspeed_clips_at(tmp_path, stage, norm):
-    """0 is its value for no clipping."""
-    from transformers import TrainingArguments
-    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
-
-    config = HfTrainerDeepSpeedConfig(train.deepspeed_config(f"stage_{stage}"))
-    config.trainer_config_process(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_grad_norm=norm))
-    assert config.config["gradient_clipping"] == norm
 
 
 @pytest.mark.parametrize("event", ["setup", "on_train_begin", "on_log", "on_save", "on_train_end"])
