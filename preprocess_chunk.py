@@ -41,7 +41,7 @@ def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> int
     writer = ArrowWriter(features=Features({"input_ids": Sequence(Value(dtype), length=length)}), path=str(path))
     rest, count = numpy.empty(0, dtype), 0
     with tqdm(total=len(dataset), desc=description, unit=" documents", unit_scale=True) as progress:
-        for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=256):
+        for batch in dataset.with_format("arrow").iter(batch_size=256):
             ids = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(dtype)
             ids = numpy.concatenate((rest, ids))
             full = len(ids) // length
