@@ -155,7 +155,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=4, help="questions read at a time, each with a row a layer")
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
     add_options(parser)
+    for name, (value, why) in FIXED.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"always {value}: {why}")
     args = parser.parse_args(argv)
+    for name, (value, why) in FIXED.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"--{name}: {getattr(args, name)} must be {value}: {why}; leave it out")
     if args.batch_size < 1:
         raise ValueError(f"--batch_size: {args.batch_size} must be at least 1")
     if args.output_dir.exists() and not args.output_dir.is_dir():

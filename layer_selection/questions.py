@@ -22,7 +22,7 @@ FILLER = [
 EXAMPLES = 2  # answered questions before the one that counts
 FREQUENT = 3  # words that frequent_words_extraction asks for
 MOST_NOISE = 1000  # a limit that no useful text reaches, and that infinity does not pass
-FIXED = {  # flag -> (its only value, why); scripts of others give them
+FIXED = {  # flag of evaluate_layer_importance.py -> (its only value, why)
     "K": (FREQUENT, "frequent_words_extraction asks for so many words"),
     "pb_few_shots": (EXAMPLES + 1, "phone_book shows two answered questions before the one that counts"),
 }
@@ -222,20 +222,15 @@ SPELLINGS = {"associative_recall_mutihop": "associative_recall_multihop"}  # an 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of `Options`, --num_samples, and those that take one value alone."""
+    """A flag for every field of `Options`, and --num_samples."""
     parser.add_argument("--num_samples", type=int, default=100, help="questions of a task (%(default)s)")
     for spec in fields(Options):
         parser.add_argument(f"--{spec.name}", type=type(spec.default), default=spec.default, help=f"{spec.metadata['help']} (%(default)s)")
-    for name, (value, why) in FIXED.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"always {value}: {why}")
 
 
 def draw_questions(task: str, args: argparse.Namespace) -> list[Question]:
     """num_samples questions of a task, the same for the same seed and options; more samples begin with the fewer."""
     if args.num_samples < 1:
         raise ValueError(f"--num_samples: {args.num_samples} must be at least 1")
-    for name, (value, why) in FIXED.items():
-        if getattr(args, name) != value:
-            raise ValueError(f"--{name}: {getattr(args, name)} must be {value}: {why}; leave it out")
     options, rng = Options(**{spec.name: getattr(args, spec.name) for spec in fields(Options)}), random.Random(args.seed)
     return [TASKS[SPELLINGS.get(task, task)](rng, options) for _ in range(args.num_samples)]

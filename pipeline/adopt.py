@@ -23,6 +23,7 @@ from pipeline.files import one_line
 READ = ("input_ids", "attention_mask")  # columns; the latter only to refuse padding
 HELDOUT_SPLITS = ("heldout", "validation", "test")  # of a folder with several splits, the first of these is held out
 AGAIN = "make the chunks anew with preprocess_download_tokenize.py and preprocess_chunk.py"
+TOKENS_AT_A_TIME = 1 << 21  # that are checked
 SAMPLED_ROWS = 32
 SAMPLED_TOKENS = 512  # the first ones of a sampled row
 # The right tokenizer gives back 99.4 % and more of a row of 512 tokens: not some at ends of rows and documents, which
@@ -105,7 +106,7 @@ def check_rows(folder: Path, split: str, dataset, length: int, vocab_size: int, 
             raise DataError(f"--adopt: {folder}: {message.format(row=row, value=values[place])}")
 
     with tqdm(total=len(dataset), desc=f"checking {split}", unit=" chunks", unit_scale=True) as progress:
-        for batch in dataset.with_format("arrow").iter(batch_size=1024):
+        for batch in dataset.with_format("arrow").iter(batch_size=max(1, TOKENS_AT_A_TIME // length)):
             columns = {}
             for name in batch.column_names:
                 lengths = pyarrow.compute.fill_null(pyarrow.compute.list_value_length(batch[name]), 0).to_numpy()
