@@ -38,8 +38,7 @@ KINDS = {  # of kernels, by what their names hold; the first that fits
     "optimiser": ("multi_tensor", "adam"),
     "communication": ("nccl",),
 }  # fmt: skip
-NO_PROFILE = ("The profile of kernels is missing: CUPTI is not to be had here (PyTorch without it, or the driver forbids profiling). "
-              "The figures above do not need it.")  # fmt: skip
+NO_PROFILE = "The profile of kernels is missing: PyTorch has no CUPTI here, or may not use it. The figures above do not need it."
 
 
 def arguments() -> argparse.Namespace:
@@ -198,12 +197,16 @@ def start_profile():
 
 
 def where_time_goes(parts: list[tuple[str, float]], profile, steps: int, kernels: bool) -> str:
-    """Tables of milliseconds a step: by part, and from `profile` (None if there is none) by kind of kernels. kernels: the longest too."""
+    """Tables of milliseconds a step: by part, and by kind of kernels from `profile`, which may be None.
+
+    kernels: the longest kernels too, and the longest waits between two.
+    """
     kinds, waits = breakdown(profile, steps) if profile else ([], [])
     text = ""
     for what, rows in (("part", parts), ("kind of kernels", kinds)):
         if rows:
-            text += f"| time of a micro-batch by {what} | ms |\n|:--|--:|\n" + "".join(f"| {row} | {ms:.1f} |\n" for row, ms in rows) + "\n"
+            text += f"| time of a micro-batch by {what} | ms |\n|:--|--:|\n"
+            text += "".join(f"| {row} | {ms:.1f} |\n" for row, ms in rows) + "\n"
     if not kinds:
         return text + NO_PROFILE
     if kernels:

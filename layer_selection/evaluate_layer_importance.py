@@ -148,7 +148,9 @@ def plot(ranking: Ranking, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--task", required=True, choices=[*TASKS, *SPELLINGS])
     parser.add_argument("--model_name", required=True, help="hub name or folder of a teacher, or one of our checkpoints")
     parser.add_argument("--output_dir", type=Path, required=True)

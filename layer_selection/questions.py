@@ -62,7 +62,7 @@ class Options:
     num_pairs: int = option(16, "synthetic_retrieval, associative_recall, multi-hop: pairs of key and value")
     num_chains: int = option(4, "variable_tracking: chains of assignments")
     num_hops: int = option(4, "variable_tracking: assignments after a chain's first")
-    noise_ratio: float = option(1.0, "synthetic_retrieval, variable_tracking: sentences that say nothing, for each that says something")
+    noise_ratio: float = option(1.0, "synthetic_retrieval, variable_tracking: sentences that say nothing, for each other")
     freq_cw: int = option(30, "common_words_extraction: times that a common word comes")
     freq_ucw: int = option(3, "common_words_extraction: times that another word comes")
     num_cw: int = option(10, "common_words_extraction: common words")

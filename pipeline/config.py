@@ -178,7 +178,7 @@ def _check(cfg: Config) -> None:
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise ConfigError(f"train.betas: {train.betas} must be two numbers in [0, 1)")
     if cfg.stage == 2 and train.kd_teacher_offload == "cpu" and train.kd_teacher_shard == "never":
-        raise ConfigError("train.kd_teacher_offload: cpu is for a sharded teacher, and train.kd_teacher_shard is never; say auto")
+        raise ConfigError("train.kd_teacher_offload: cpu is for a sharded teacher, but train.kd_teacher_shard is never; say auto")
     if cfg.stage == 2 and train.kl_weight == train.ce_weight == 0:
         raise ConfigError("train.kl_weight: 0 with train.ce_weight 0 leaves no loss; give one of them a weight")
 
