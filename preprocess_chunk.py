@@ -4,6 +4,11 @@
 
 writes data/chunked_context512/. Documents are joined end to end (EOS stands between them); the held-out part stays
 apart; the last, incomplete chunk of each part is dropped.
+
+    python preprocess_chunk.py --adopt data_cache/chunked_context512 --tokenizer TEACHER --output_dir data
+
+takes over chunks that `datasets` saved: a folder of rows of input_ids, as hybrid-distillation makes it. They are
+checked against the tokenizer and copied; the folder itself is left as it is.
 """
 
 from __future__ import annotations
@@ -14,10 +19,16 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.data import METADATA, SPLITS, DataError, is_done, open_split, read_metadata
+from pipeline.adopt import AGAIN, HELDOUT_SPLITS, check_rows, check_tokenizer, open_saved, source_key
+from pipeline.data import (
+    METADATA, SPLITS, DataError, is_done, is_saved_dataset, load_tokenizer, open_split, read_metadata,
+    tokenizer_fingerprint,
+)  # fmt: skip
 from pipeline.files import complete_or_absent, one_line
+from pipeline.old_flags import refuse_old_flags
 
-DTYPES = ("uint16", "int32", "int64")
+DTYPES = ("uint16", "uint32", "int32", "int64")
+HOLDOUT = 0.01  # share of the chunks of --adopt
 
 
 def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> int:
@@ -42,44 +53,158 @@ def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> int
     return count
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenized_dataset_path", required=True, type=Path, help="folder of preprocess_download_tokenize.py")
-    parser.add_argument("--context_length", required=True, type=int, help="tokens per chunk; train.train_seq_len")
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    refuse_old_flags("preprocess_chunk.py", argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--tokenized_dataset_path", type=Path, help="folder of preprocess_download_tokenize.py")
+    source.add_argument("--adopt", type=Path, help="folder of chunks that datasets' save_to_disk wrote")
+    parser.add_argument("--context_length", type=int, help="tokens per chunk, train.train_seq_len; --adopt: the rows'")
     parser.add_argument("--output_dir", required=True, type=Path, help="chunked_context<N> is made in here")
-    parser.add_argument("--dtype", choices=DTYPES, help="integer type on disk; default: the smallest that holds the vocabulary")
+    parser.add_argument("--dtype", choices=DTYPES, help="integer type on disk; default: one that holds the vocabulary")
+    parser.add_argument("--tokenizer", help="--adopt: hub name or folder of the tokenizer that made the chunks")
+    parser.add_argument("--holdout", type=float, help="--adopt: share of the chunks held out, the last ones; 0: none; "
+                        f"default: {HOLDOUT}, or the folder's own split ({', '.join(HELDOUT_SPLITS)})")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.context_length < 2:
+    if args.adopt and not args.tokenizer:
+        raise DataError("--adopt: needs --tokenizer, the one that made the chunks")
+    if args.tokenized_dataset_path and args.context_length is None:
+        raise DataError("--context_length: missing; give the tokens per chunk, train.train_seq_len")
+    if args.tokenized_dataset_path and (args.tokenizer or args.holdout is not None):
+        raise DataError("--tokenizer, --holdout: are for --adopt; give them to preprocess_download_tokenize.py")
+    if args.context_length is not None and args.context_length < 2:
         raise DataError(f"--context_length: {args.context_length} must be at least 2")
+    if args.holdout is not None and not 0 <= args.holdout < 1:
+        raise DataError(f"--holdout: {args.holdout} must be a share of the chunks, from 0 to below 1")
+    return args
+
+
+def storage_dtype(wanted: str | None, vocab_size: int) -> str:
+    """The integer type on disk: `wanted`, or one that holds the vocabulary. Raises DataError if `wanted` does not."""
+    if wanted == "uint16" and vocab_size > 1 << 16:
+        raise DataError(f"--dtype: uint16 cannot hold a vocabulary of {vocab_size}; take int32")
+    return wanted or ("uint16" if vocab_size <= 1 << 16 else "int32")
+
+
+def write_chunks(output: Path, key: dict, datasets: dict) -> None:
+    """Writes the chunk folder `output`, complete or not at all.
+
+    key: its metadata but for the counts. datasets: {split: dataset, or None if the split has no rows}.
+    """
+    start = time.perf_counter()
+    length = key["context_length"]
+    with complete_or_absent(output) as folder:
+        counts = dict.fromkeys(SPLITS, 0)
+        for split in SPLITS:
+            if datasets[split] is not None:
+                file = folder / f"{split}.arrow"
+                counts[split] = chunk(datasets[split], length, key["dtype"], file, f"chunking {split}")
+        if not counts["train"]:
+            raise DataError(f"--context_length: {length} is more than the {key['train']['tokens']} training tokens")
+        metadata = {**key, "num_chunks": counts["train"], "heldout_chunks": counts["heldout"]}
+        (folder / METADATA).write_text(json.dumps(metadata, indent=2))
+    seconds = time.perf_counter() - start
+    tokens = sum(counts.values()) * length
+    print(f"{output}: {counts['train']:,} chunks of {length} tokens ({counts['heldout']:,} held out) "
+          f"in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s")  # fmt: skip
+
+
+def cut(args: argparse.Namespace) -> None:
+    """Chunks of the tokens of preprocess_download_tokenize.py."""
     try:
         source = read_metadata(args.tokenized_dataset_path)
     except DataError:
         source = {}
     if source.get("kind") != "tokenized":
-        raise DataError(f"--tokenized_dataset_path: {args.tokenized_dataset_path} was not made by preprocess_download_tokenize.py")
-    dtype = args.dtype or ("uint16" if source["vocab_size"] <= 1 << 16 else "int32")
-    if dtype == "uint16" and source["vocab_size"] > 1 << 16:
-        raise DataError(f"--dtype: uint16 cannot hold a vocabulary of {source['vocab_size']}; take int32")
+        folder = args.tokenized_dataset_path
+        cure = f"; it has no EOS between documents: {AGAIN}" if is_saved_dataset(folder) else ""
+        raise DataError(f"--tokenized_dataset_path: {folder} was not made by preprocess_download_tokenize.py{cure}")
+    dtype = storage_dtype(args.dtype, source["vocab_size"])
     key = {**source, "kind": "chunks", "context_length": args.context_length, "dtype": dtype}
     output = args.output_dir / f"chunked_context{args.context_length}"
     if is_done(output, key):
         print(f"{output}: is there already, made from the same tokens")
         return
-    start = time.perf_counter()
-    with complete_or_absent(output) as folder:
-        counts = dict.fromkeys(SPLITS, 0)
-        for split in SPLITS:
-            if source[split]["documents"]:
-                rows, file = source[split]["documents"], folder / f"{split}.arrow"
-                dataset = open_split(args.tokenized_dataset_path, split, rows)
-                counts[split] = chunk(dataset, args.context_length, dtype, file, f"chunking {split}")
-        if not counts["train"]:
-            raise DataError(f"--context_length: {args.context_length} is more than the {source['train']['tokens']} training tokens")
-        metadata = {**key, "num_chunks": counts["train"], "heldout_chunks": counts["heldout"]}
-        (folder / METADATA).write_text(json.dumps(metadata, indent=2))
-    seconds, tokens = time.perf_counter() - start, sum(counts.values()) * args.context_length
-    print(f"{output}: {counts['train']:,} chunks of {args.context_length} tokens ({counts['heldout']:,} held out) "
-          f"in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s")  # fmt: skip
+    datasets = dict.fromkeys(SPLITS)
+    for split in SPLITS:
+        if rows := source[split]["documents"]:
+            datasets[split] = open_split(args.tokenized_dataset_path, split, rows)
+    write_chunks(output, key, datasets)
+
+
+def adopt(args: argparse.Namespace) -> None:
+    """Chunks that `datasets` saved, checked against --tokenizer."""
+    source = args.adopt
+    saved = open_saved(source)
+    if saved.heldout_name and args.holdout is not None:
+        raise DataError(f"--holdout: {source} has its own split to hold out, {saved.heldout_name}; leave --holdout out")
+    length = len(saved.train[0]["input_ids"] or [])
+    if length < 2:
+        raise DataError(f"--adopt: {source}: row 0 of train has {length} tokens, and must have at least 2; {AGAIN}")
+    if args.context_length not in (None, length):
+        raise DataError(f"--context_length: {args.context_length}, but {source} has rows of {length}; leave it out")
+    output = args.output_dir / f"chunked_context{length}"
+    if source.resolve() in (output.resolve(), *output.resolve().parents):
+        raise DataError(f"--output_dir: {output} is, or is in, the folder to be adopted; name another")
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
+    vocab_size = 1 + max(tokenizer.get_vocab().values())
+    holdout = HOLDOUT if args.holdout is None else args.holdout
+    key = {
+        "kind": "chunks",
+        "corpus": source_key(source),
+        "holdout": saved.heldout_name or holdout,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "vocab_size": vocab_size,
+        "eos_token_id": tokenizer.eos_token_id,
+        "context_length": length,
+        "dtype": storage_dtype(args.dtype, vocab_size),
+    }
+    if is_done(output, key):
+        print(f"{output}: is there already, adopted from the same chunks")
+        return
+    splits = {"train": saved.train}
+    rows = {"train": saved.train, "heldout": saved.heldout}
+    if saved.heldout_name:
+        splits[saved.heldout_name] = saved.heldout
+    else:
+        rows = hold_out_end(saved.train, holdout)
+    eos = 0
+    for name, split in splits.items():
+        eos += check_rows(source, name, split, length, vocab_size, tokenizer.eos_token_id)
+    warnings = [check_tokenizer(source, saved.train, tokenizer, args.tokenizer)]
+    if not eos:
+        warnings.append(f"{source} holds no EOS ({tokenizer.eos_token}): nothing says where a document ends, and the "
+                        f"model learns to write on from one into the next; to separate them, {AGAIN}")  # fmt: skip
+    if saved.left_out:
+        warnings.append(f"{source}: not taken over: {', '.join(saved.left_out)}")
+    for warning in filter(None, warnings):
+        print(f"warning: {warning}", file=sys.stderr)
+    key |= {"eos_tokens": eos, "dataset_name": str(source), "tokenizer": args.tokenizer}
+    write_chunks(output, key, rows)
+
+
+def hold_out_end(dataset, share: float) -> dict:
+    """The last `share` of the chunks as heldout (None for 0), the others as train.
+
+    So only one document that was cut into several chunks can be in both. Raises DataError if no chunk is left to train.
+    """
+    held = max(1, round(share * len(dataset))) if share else 0
+    first = len(dataset) - held
+    if not first:
+        raise DataError(f"--holdout: {share} of {len(dataset)} chunks leaves none to train on; say --holdout 0")
+    heldout = dataset.select(range(first, len(dataset))) if held else None
+    return {"train": dataset.select(range(first)), "heldout": heldout}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.adopt:
+        adopt(args)
+    else:
+        cut(args)
 
 
 if __name__ == "__main__":

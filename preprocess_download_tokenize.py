@@ -36,7 +36,7 @@ KEY_OPTIONS = (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dataset_name", required=True,
                         help="hub name, or file or folder of text or tables (.jsonl, .csv, .parquet ...)")  # fmt: skip
     parser.add_argument("--tokenizer", required=True, help="hub name or folder of the teacher's tokenizer")

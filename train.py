@@ -26,7 +26,7 @@ from pathlib import Path
 
 from pipeline.batch_plan import BatchPlan, batch_plan
 from pipeline.checkpoints import PARTIAL, UNIVERSAL, CheckpointError, checkpoints, read_index, step_of, universal_checkpoint
-from pipeline.config import Config, ConfigError, check_kept_layers, load_config
+from pipeline.config import Config, ConfigError, check_kept_layers, keys_of_other_stages, load_config
 from pipeline.data import Chunks, DataError, data_fingerprint, load_tokenizer, open_chunks, tokenizer_fingerprint
 from pipeline.environment import WANDB_PROJECT, join_ranks, set_up_device, set_up_process, wandb_wanted
 from pipeline.files import Busy, locked, one_line, write_whole
@@ -89,8 +89,10 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tup
         return None
     open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len)  # names a missing folder before a model's config is read
     check_models(cfg)  # says more of a wrong teacher than its tokenizer can
+    for name in keys_of_other_stages(cfg):
+        say(f"{name}: has no effect in stage {cfg.stage}")
     chunks = open_data(cfg, plan)
-    for line in notes_on_data(cfg, plan, len(chunks.train)) + options_without_effect(cfg):
+    for line in notes_on_data(cfg, plan, chunks) + options_without_effect(cfg):
         say(line)
     if args.dry_run:
         print_plan(cfg, plan, say)
@@ -222,9 +224,10 @@ def loadable(cfg: Config, resume: Path | None, facts: dict, say) -> Path | None:
 
 
 # ------------------------------------------------------------------------------------------------ before a model is built
-def notes_on_data(cfg: Config, plan: BatchPlan, num_chunks: int) -> list[str]:
+def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
     """What a user should know of the data before the run: how often it is repeated, and EOS that was not wanted."""
     notes = []
+    num_chunks = len(chunks.train)
     epochs = plan.epochs(num_chunks)
     line = f"data: {num_chunks:,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs"
     if epochs > MANY_EPOCHS:
@@ -232,7 +235,8 @@ def notes_on_data(cfg: Config, plan: BatchPlan, num_chunks: int) -> list[str]:
         notes.append(f"warning: {line}; repeated more than {MANY_EPOCHS} times, text adds little; {cure}")
     elif epochs > 1:
         notes.append(line)
-    if cfg.train.add_eos_token is False:
+    adopted_without_eos = chunks.metadata.get("eos_tokens") == 0
+    if cfg.train.add_eos_token is False and not adopted_without_eos:
         notes.append(
             f"warning: train.add_eos_token: false has no effect; documents end with EOS in {cfg.data.cache_dir}, "
             "as preprocessing always puts it there; remove the key"

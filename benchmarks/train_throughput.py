@@ -7,6 +7,7 @@ Settings after the options override the benchmark's, as train.py takes them. It 
 products' share of the rate that large products reach in the same run (attention and linear attention are not counted);
 peak memory; seconds from the trainer's first move to the end of the first step, which compiles or loads kernels; and
 where the GPU's time goes: by what it works at in the timed steps, and by kinds of kernels, from a profile of further ones.
+Where CUPTI is missing or not permitted there is no profile, and the rest is printed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ KINDS = {  # of kernels, by what their names hold; the first that fits
     "optimiser": ("multi_tensor", "adam"),
     "communication": ("nccl",),
 }  # fmt: skip
+NO_PROFILE = "The profile of kernels is missing: PyTorch has no CUPTI here, or may not use it. The figures above do not need it."
 
 
 def arguments() -> argparse.Namespace:
@@ -172,11 +174,13 @@ class Parts:
 
 def breakdown(profile, steps: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
     """Milliseconds a step by kind of kernel and of a GPU without work, the largest first; and the latter by the kernels before and
-    behind it."""
+    behind it. Both are empty if the profile holds no kernel."""
     from torch.autograd import DeviceType
 
     kernels = [e for e in profile.events() if e.device_type == DeviceType.CUDA and e.time_range.elapsed_us() > 0
                and not e.is_user_annotation]  # fmt: skip
+    if not kernels:
+        return [], []
     totals, waits = Counter(), Counter()
     for kernel in kernels:
         name = kernel.name.lower()
@@ -191,6 +195,37 @@ def breakdown(profile, steps: int) -> tuple[list[tuple[str, float]], list[tuple[
             end, last = kernel.time_range.end, kernel.name
     totals[IDLE] = waits.total()
     return tuple([(what, us / 1e3 / steps) for what, us in counter.most_common()] for counter in (totals, waits))
+
+
+def start_profile():
+    """A profile of the GPU's kernels that has started; None if this PyTorch was built without CUPTI."""
+    from torch.profiler import ProfilerActivity, profile, supported_activities
+
+    if ProfilerActivity.CUDA not in supported_activities():
+        return None
+    started = profile(activities=[ProfilerActivity.CUDA])
+    started.start()
+    return started
+
+
+def where_time_goes(parts: list[tuple[str, float]], profile, steps: int, kernels: bool) -> str:
+    """Tables of milliseconds a step: by part, and by kind of kernels from `profile`, which may be None.
+
+    kernels: the longest kernels too, and the longest waits between two.
+    """
+    kinds, waits = breakdown(profile, steps) if profile else ([], [])
+    text = ""
+    for what, rows in (("part", parts), ("kind of kernels", kinds)):
+        if rows:
+            text += f"| time of a micro-batch by {what} | ms |\n|:--|--:|\n"
+            text += "".join(f"| {row} | {ms:.1f} |\n" for row, ms in rows) + "\n"
+    if not kinds:
+        return text + NO_PROFILE
+    text += f"The GPU is busy {1 - dict(kinds)[IDLE] / sum(ms for _, ms in kinds):.0%} of the time.\n"
+    if kernels:
+        text += "No work between\n" + "".join(f"{ms:8.2f} ms  {between}\n" for between, ms in waits[:20])
+        text += profile.key_averages().table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=90)
+    return text
 
 
 def save_kernel_configs(folder: Path) -> None:
@@ -275,8 +310,7 @@ def main() -> None:
                 self.parts.marks = self.parts.marks[-1:]
             if state.global_step == warm + args.steps and rank == 0:
                 self.totals = self.parts.totals(args.steps * plan.grad_accum)
-                self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-                self.profile.start()
+                self.profile = start_profile()
 
         def on_train_end(self, *_, **__):
             if self.profile:
@@ -300,16 +334,9 @@ def main() -> None:
     say(f"| {tokens:,.0f} | {flops * tokens / rate:.0%} of {rate / 1e12:.0f} TFLOP/s | {peak:.1f} | "
         f"{clock.times[0] - clock.begin:.1f} | {setup:.1f} |\n")
     if rank == 0:
-        kinds, waits = breakdown(clock.profile, profiled * plan.grad_accum)
-        idle = dict(kinds).get(IDLE, 0) / sum(ms for _, ms in kinds)
-        print(f"The GPU is busy {1 - idle:.0%} of the time.\n")
-        for what, rows in (("part", clock.totals), ("kind of kernels", kinds)):
-            say(f"| time of a micro-batch by {what} | ms |\n|:--|--:|\n" + "".join(f"| {row} | {ms:.1f} |\n" for row, ms in rows))
+        print(where_time_goes(clock.totals, clock.profile, profiled * plan.grad_accum, args.kernels))
     if args.save_kernel_configs and rank == 0:
         save_kernel_configs(args.save_kernel_configs)
-    if args.kernels and rank == 0:
-        print("\nNo work between\n" + "\n".join(f"{ms:8.2f} ms  {between}" for between, ms in waits[:20]))
-        print(clock.profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90))
     torch.distributed.destroy_process_group()
 
 

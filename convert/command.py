@@ -13,7 +13,9 @@ from .converter import PRECISIONS, convert_checkpoint
 
 def main(description: str, *families: str, argv: list[str] | None = None) -> None:
     """Converts a checkpoint of one of `families`; what is wrong ends in one line and a non-zero exit code."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", required=True, help="hub name or folder; FLA's and our own checkpoints are taken too")
     parser.add_argument("--output", required=True, type=Path, help="folder to be made")
     parser.add_argument("--precision", choices=PRECISIONS, help="dtype of the result; default: that of every tensor")

@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from convert import load_teacher  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
 from fla.models.utils import Cache  # noqa: E402
-from layer_selection.questions import SPELLINGS, TASKS, Question, add_options, draw_questions  # noqa: E402
+from layer_selection.questions import FIXED, SPELLINGS, TASKS, Question, add_options, draw_questions  # noqa: E402
 from layer_selection.ranking import Ranking, rank_samples  # noqa: E402
 from pipeline.data import load_tokenizer  # noqa: E402
 from pipeline.files import one_line, write_whole  # noqa: E402
@@ -148,19 +148,26 @@ def plot(ranking: Ranking, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--task", required=True, choices=[*TASKS, *SPELLINGS])
     parser.add_argument("--model_name", required=True, help="hub name or folder of a teacher, or one of our checkpoints")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--batch_size", type=int, default=4, help="questions read at a time, each with a row a layer")
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
     add_options(parser)
+    for name, (value, why) in FIXED.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"always {value}: {why}")
     args = parser.parse_args(argv)
+    for name, (value, why) in FIXED.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"--{name}: {getattr(args, name)} must be {value}: {why}; leave it out")
     if args.batch_size < 1:
         raise ValueError(f"--batch_size: {args.batch_size} must be at least 1")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise ValueError(f"--output_dir: {args.output_dir} is a file; name a folder")
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "batch_size")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "batch_size", *FIXED)}
     results, plots = args.output_dir / "results", args.output_dir / "plots"
     baseline_file, table, picture = (results / f"baseline_{args.task}.json", results / f"ablation_{args.task}.csv",
                                      plots / f"ablation_{args.task}.png")  # fmt: skip

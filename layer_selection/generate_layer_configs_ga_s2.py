@@ -24,14 +24,20 @@ from layer_selection.full_runs import STAGE_2, load_stage_2, with_layers  # noqa
 from layer_selection.retrieve_loss_log_from_wandb import CANDIDATES  # noqa: E402
 from pipeline.config import ConfigError, dump_config, load_config  # noqa: E402
 from pipeline.files import one_line, write_whole  # noqa: E402
+from pipeline.old_flags import refuse_old_flags  # noqa: E402
 from pipeline.run_folder import difference  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--cfg", required=True, help="YAML of stage 2; the layers that it keeps do not matter")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="come after the file")
+    argv = sys.argv[1:] if argv is None else argv
+    needed = "besides: --cfg, a YAML of stage 2 with student_init_ckpt and all else"
+    refuse_old_flags("generate_layer_configs_ga_s2.py", argv, needed)
     args = parser.parse_intermixed_args(argv)
 
     cfg = load_stage_2(args.cfg, args.overrides)

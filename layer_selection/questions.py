@@ -20,6 +20,12 @@ FILLER = [
     "The shop around the corner sells bread.", "A letter lay on the table, unread.", "Two birds sat on the old fence.",
 ]  # fmt: skip
 EXAMPLES = 2  # answered questions before the one that counts
+FREQUENT = 3  # words that frequent_words_extraction asks for
+MOST_NOISE = 1000  # a limit that no useful text reaches, and that infinity does not pass
+FIXED = {  # flag of evaluate_layer_importance.py -> (its only value, why)
+    "K": (FREQUENT, "frequent_words_extraction asks for so many words"),
+    "pb_few_shots": (EXAMPLES + 1, "phone_book shows two answered questions before the one that counts"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Options:
     num_pairs: int = option(16, "synthetic_retrieval, associative_recall, multi-hop: pairs of key and value")
     num_chains: int = option(4, "variable_tracking: chains of assignments")
     num_hops: int = option(4, "variable_tracking: assignments after a chain's first")
-    noise_ratio: float = option(0.5, "synthetic_retrieval, variable_tracking: share of the sentences that say nothing")
+    noise_ratio: float = option(1.0, "synthetic_retrieval, variable_tracking: sentences that say nothing, for each other")
     freq_cw: int = option(30, "common_words_extraction: times that a common word comes")
     freq_ucw: int = option(3, "common_words_extraction: times that another word comes")
     num_cw: int = option(10, "common_words_extraction: common words")
@@ -73,8 +79,8 @@ class Options:
             value = getattr(self, spec.name)
             if type(spec.default) is int and value < 1:
                 raise ValueError(f"--{spec.name}: {value} must be at least 1")
-        if not 0 <= self.noise_ratio < 1:
-            raise ValueError(f"--noise_ratio: {self.noise_ratio} must be a share, from 0 to below 1")
+        if not 0 <= self.noise_ratio <= MOST_NOISE:
+            raise ValueError(f"--noise_ratio: {self.noise_ratio} must be from 0 to {MOST_NOISE}")
         if self.zeta_alpha <= 0:
             raise ValueError(f"--zeta_alpha: {self.zeta_alpha} must be more than 0")
         if self.freq_cw <= self.freq_ucw:
@@ -95,8 +101,8 @@ def words_of(options: Options, needed: int, flag: str) -> list[str]:
 
 
 def with_noise(rng: random.Random, lines: list[str], ratio: float) -> str:
-    """The lines in their order, with noise between them until it is `ratio` of all."""
-    places = [*range(len(lines)), *[-1] * round(len(lines) * ratio / (1 - ratio))]
+    """The lines in their order, with `ratio` sentences of noise for each between them."""
+    places = [*range(len(lines)), *[-1] * round(len(lines) * ratio)]
     rng.shuffle(places)
     kept = iter(lines)
     return " ".join(rng.choice(FILLER) if place < 0 else next(kept) for place in places)
@@ -172,7 +178,7 @@ def common_words_extraction(rng: random.Random, options: Options) -> Question:
     return Question(f"{example} {', '.join(shown)}\n{text(common, options.freq_cw, others[:-5], options.freq_ucw)}", tuple(common))
 
 
-def frequent_words_extraction(rng: random.Random, options: Options, asked: int = 3) -> Question:
+def frequent_words_extraction(rng: random.Random, options: Options, asked: int = FREQUENT) -> Question:
     """Words as often as a zeta distribution says; which come most often?"""
 
     def text(words: list[str], length: int, alpha: float) -> str:

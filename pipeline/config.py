@@ -22,9 +22,11 @@ class ConfigError(ValueError):
     """A config that cannot be run; its message is one line naming key, value and cure."""
 
 
-def key(default: Any = MISSING, help: str = "", choices: tuple = (), minimum: float | None = None) -> Any:
-    """A config field: what it means (for the README), and what values it takes."""
-    metadata = {"help": help, "choices": choices, "minimum": minimum}
+def key(
+    default: Any = MISSING, help: str = "", choices: tuple = (), minimum: float | None = None, stages: tuple = (1, 2, 3)
+) -> Any:
+    """A config field: what it means (for the README), what values it takes, and the stages that read it."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "stages": stages}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -70,14 +72,14 @@ class TrainConfig:
     add_eos_token: bool | None = key(None, help="accepted; preprocessing always puts EOS between documents, so that false is a warning")
     resume_from_checkpoint: str | bool | None = key("auto", help="auto or true: go on from the newest undamaged checkpoint in output_dir, if any; null: refuse if output_dir holds a run; a checkpoint-N folder of output_dir: from that one, once; given again, from the newest")
     gradient_checkpointing: bool | str = key(False, help="stages 2 and 3: what backward computes again instead of storing it: mlp, what is inside the MLPs, or true, all of a layer but its input; stage 1 never stores more than a layer's", choices=(False, True, "mlp"))
-    alignment_loss: str = key("mse", help="stage 1: mse, or l2 (norm over sqrt(D), RADLADS)", choices=("mse", "l2"))
+    alignment_loss: str = key("mse", help="stage 1: mse, or l2 (norm over sqrt(D), RADLADS)", choices=("mse", "l2"), stages=(1,))
     calibrate_init: int = key(0, help="stage 1: fit decay and output projections to so many batches of micro_batch_size sequences before the first step; 0: none", minimum=0)
-    kl_temperature: float = key(1.0, help="stage 2: temperature tau; the loss is tau^2 KL", minimum=1e-3)
-    kl_weight: float = key(1.0, help="stage 2: weight of the KL", minimum=0)
-    ce_weight: float = key(0.0, help="stage 2: weight of the next-token cross-entropy", minimum=0)
-    kd_teacher_shard: str = key("auto", help="stage 2: shard the teacher with ZeRO-3; auto: replicate it where it fits", choices=("auto", "always", "never"))
-    kd_teacher_offload: str = key("none", help="stage 2: keep a sharded teacher's weights in CPU memory", choices=("none", "cpu"))
-    kd_teacher_use_cache: bool = key(False, help="accepted; the teacher's forward pass has no use for a KV cache")
+    kl_temperature: float = key(1.0, help="stage 2: temperature tau; the loss is tau^2 KL", minimum=1e-3, stages=(2,))
+    kl_weight: float = key(1.0, help="stage 2: weight of the KL", minimum=0, stages=(2,))
+    ce_weight: float = key(0.0, help="stage 2: weight of the next-token cross-entropy", minimum=0, stages=(2,))
+    kd_teacher_shard: str = key("auto", help="stage 2: shard the teacher with ZeRO-3; auto: replicate it where it fits", choices=("auto", "always", "never"), stages=(2,))
+    kd_teacher_offload: str = key("none", help="stage 2: keep a sharded teacher's weights in CPU memory", choices=("none", "cpu"), stages=(2,))
+    kd_teacher_use_cache: bool = key(False, help="accepted; the teacher's forward pass has no use for a KV cache", stages=(2,))
     zero_stage: int | None = key(None, help="DeepSpeed ZeRO stage; null: the training stage's own number, but 1 for one process, where there is nothing to shard; a run that goes on keeps its own, so say 3 if more GPUs shall go on with it", choices=(None, 1, 2, 3))
     cuda_graphs: bool = key(True, help="on a GPU: replay a step's forward and backward passes as CUDA graphs, so that the GPU does not wait for Python; not under ZeRO-3")
     dtype: str = key("auto", help="compute dtype; auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32"))
@@ -176,6 +178,8 @@ def _check(cfg: Config) -> None:
         raise ConfigError("train.student_init_ckpt: stage 1 starts from the teacher; remove it")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise ConfigError(f"train.betas: {train.betas} must be two numbers in [0, 1)")
+    if cfg.stage == 2 and train.kd_teacher_offload == "cpu" and train.kd_teacher_shard == "never":
+        raise ConfigError("train.kd_teacher_offload: cpu is for a sharded teacher, but train.kd_teacher_shard is never; say auto")
     if cfg.stage == 2 and train.kl_weight == train.ce_weight == 0:
         raise ConfigError("train.kl_weight: 0 with train.ce_weight 0 leaves no loss; give one of them a weight")
 
@@ -213,6 +217,12 @@ def load_config(path: str | Path, overrides: typing.Iterable[str] = ()) -> Confi
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return cfg
+
+
+def keys_of_other_stages(cfg: Config) -> list[str]:
+    """The keys of `train` that are set to something and that the config's stage does not read."""
+    unread = [spec for spec in fields(TrainConfig) if cfg.stage not in spec.metadata["stages"]]
+    return [f"train.{spec.name}" for spec in unread if getattr(cfg.train, spec.name) != spec.default]
 
 
 def check_kept_layers(cfg: Config, num_layers: int) -> None:

@@ -62,6 +62,11 @@ def data_fingerprint(metadata: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether this is a folder of `datasets.save_to_disk`."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
 def read_metadata(folder: str | Path, key: str | None = None) -> dict:
     """The metadata of a data folder. Raises DataError, naming the option `key`, if the folder is missing or not one of ours."""
     folder, option = Path(folder), f"{key}: " if key else ""
@@ -70,7 +75,10 @@ def read_metadata(folder: str | Path, key: str | None = None) -> dict:
     try:
         return json.loads((folder / METADATA).read_text())
     except (OSError, ValueError):
-        raise DataError(f"{option}{folder}: holds no readable {METADATA}; make the folder anew with preprocess_chunk.py") from None
+        cure = "make the folder anew with preprocess_chunk.py"
+        if is_saved_dataset(folder):
+            cure = f"if it holds chunks: python preprocess_chunk.py --adopt {folder} --tokenizer TEACHER --output_dir DIR"
+        raise DataError(f"{option}{folder}: holds no readable {METADATA}; {cure}") from None
 
 
 def is_done(folder: Path, key: dict) -> bool:

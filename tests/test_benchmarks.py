@@ -178,6 +178,32 @@ def test_the_time_of_kernels_and_between_them():
     assert sum(ms for _, ms in kinds) - 0.25 == pytest.approx(9950 / 2 / 1e3)  # two overlap for 0.5 ms
 
 
+def test_a_profile_without_kernels_is_said_to_be_missing():
+    """What PyTorch's profiler gives where CUPTI may not be used: events of the CPU, or none."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    parts = [("student", 12.3), ("optimiser", 4.0)]
+    empty = SimpleNamespace(events=list)
+    for without in (profile, empty, None):
+        shown = train_throughput.where_time_goes(parts, without, 2, kernels=True)
+        assert "| student | 12.3 |\n| optimiser | 4.0 |" in shown and "kind of kernels" not in shown
+        assert shown.endswith(train_throughput.NO_PROFILE)
+
+
+def test_a_profile_with_kernels_is_not_said_to_be_missing(monkeypatch):
+    monkeypatch.setattr(train_throughput, "breakdown", lambda *_: ([("losses", 1.5), ("no work (host)", 0.5)], [("a -> b", 0.25)]))
+    table = SimpleNamespace(table=lambda **_: "the longest")
+    profile = SimpleNamespace(key_averages=lambda: table)
+    shown = train_throughput.where_time_goes([("student", 2.0)], profile, 2, kernels=True)
+    assert "| losses | 1.5 |" in shown and "busy 75% of" in shown and "    0.25 ms  a -> b\nthe longest" in shown and train_throughput.NO_PROFILE not in shown
+    assert "the longest" not in train_throughput.where_time_goes([("student", 2.0)], profile, 2, kernels=False)
+
+
+@pytest.mark.skipif(torch.profiler.ProfilerActivity.CUDA in torch.profiler.supported_activities(), reason="this PyTorch has CUPTI")
+def test_no_profile_is_started_by_a_pytorch_without_cupti():
+    assert train_throughput.start_profile() is None
+
+
 @pytest.mark.parametrize("stage, expected", [
     (1, "teacher 0 teacher 1 teacher 2 student 3 teacher 4 student 5 optimiser 6 student 7"),
     (2, "teacher 0 student 1 head 2 student 3 optimiser 4 student 5"), (3, "head 0 student 1 optimiser 2 student 3"),

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pipeline.batch_plan import batch_plan
-from pipeline.config import ConfigError, check_kept_layers, dump_config, load_config, reference
+from pipeline.config import ConfigError, check_kept_layers, dump_config, keys_of_other_stages, load_config, reference
 
 ROOT = Path(__file__).parent.parent
 GOOD = {
@@ -118,9 +118,30 @@ def test_bad_input(tmp_path, override):
     assert "\n" not in str(error.value)
 
 
+def test_an_offloaded_teacher_is_a_sharded_one(tmp_path):
+    load(tmp_path, "train.kd_teacher_offload=cpu")
+    with pytest.raises(ConfigError, match="train.kd_teacher_offload: cpu is for a sharded teacher, .* never; say auto"):
+        load(tmp_path, "train.kd_teacher_offload=cpu", "train.kd_teacher_shard=never")
+
+
 def test_stage_1_with_kept_layers(tmp_path):
     with pytest.raises(ConfigError, match=r"keep_full_attention_layers: \[0, 4\] must be \[\] in stage 1"):
         load(tmp_path, "stage=1", "train.student_init_ckpt=null")
+
+
+@pytest.mark.parametrize("stage, set_to, unread", [
+    (1, {"kd_teacher_offload": "cpu", "kd_teacher_shard": "never", "kd_teacher_use_cache": True, "kl_temperature": 2.0, "alignment_loss": "l2"},
+     ["kl_temperature", "kd_teacher_shard", "kd_teacher_offload", "kd_teacher_use_cache"]),
+    (2, {"kd_teacher_offload": "cpu", "kl_weight": 0.5, "ce_weight": 0.5, "alignment_loss": "l2"}, ["alignment_loss"]),
+    (3, {"kd_teacher_use_cache": True, "kl_weight": 0.5, "ce_weight": 0.5}, ["kl_weight", "ce_weight", "kd_teacher_use_cache"]),
+    (1, {"kd_teacher_offload": "none", "kl_weight": 1.0}, []),
+])  # fmt: skip
+def test_keys_that_a_stage_does_not_read_are_known(tmp_path, stage, set_to, unread):
+    values = {**GOOD, "stage": stage, "train": GOOD["train"] | set_to}
+    if stage == 1:
+        values["student_model"] = {"name": "gdn_v4"}
+        del values["train"]["student_init_ckpt"]
+    assert keys_of_other_stages(load(tmp_path, values=values)) == [f"train.{name}" for name in unread]
 
 
 def test_unreadable_files(tmp_path):

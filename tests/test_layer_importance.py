@@ -82,6 +82,18 @@ def test_the_text_holds_the_answers():
             assert task[0] == "f" or (words.count(most[0]), len(words)) == (30, 10 * 30 + 50 * 3)
 
 
+@pytest.mark.parametrize("ratio", [0, 0.5, 1, 2.5])
+def test_noise_is_counted_for_each_sentence_that_says_something(ratio):
+    retrieval, *_ = draw("synthetic_retrieval", "--noise_ratio", str(ratio), "--num_pairs", "20")
+    sentences = retrieval.prompt.split("\n")[0].removesuffix(".").split(". ")
+    signal = sum("number of" in sentence for sentence in sentences)
+    assert (signal, len(sentences) - signal) == (20, 20 * ratio)
+    tracking, *_ = draw("variable_tracking", "--noise_ratio", str(ratio), "--num_chains", "2", "--num_hops", "4")
+    sentences = tracking.prompt.split("\n")[-2].removesuffix(".").split(". ")
+    signal = sum(sentence.startswith("VAR ") for sentence in sentences)
+    assert (signal, len(sentences) - signal) == (10, 10 * ratio)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_examples_show_the_format(task):
     """Before the question stand others of its kind, each with an answer of as many items."""
@@ -98,7 +110,8 @@ def test_examples_show_the_format(task):
 
 BAD = {
     "--num_pairs 0": "--num_pairs: 0 must be at least 1",
-    "--noise_ratio 1.0": "--noise_ratio: 1.0",
+    "--noise_ratio -0.5": "--noise_ratio: -0.5 must be from 0 to 1000",
+    "--noise_ratio nan": "--noise_ratio: nan must be from 0 to 1000",
     "--freq_cw 3": "--freq_cw: 3 must be more than --freq_ucw, 3",
     "--pb_min_len 50": "--pb_min_len: 50 must be at most --pb_max_len, 40",
     "--ar_max_hops 1": "--ar_max_hops: 1 must be at least 2",
@@ -205,7 +218,7 @@ def test_done_work_is_kept_and_other_settings_are_refused(long_teacher, tmp_path
     evaluate(long_teacher, tmp_path, "--task", "phone_book", "--num_samples", "2")
     file = tmp_path / "results" / "baseline_phone_book.json"
     written = file.stat().st_mtime_ns
-    evaluate(long_teacher, tmp_path, "--task", "phone_book", "--num_samples", "2")
+    evaluate(long_teacher, tmp_path, "--task", "phone_book", "--num_samples", "2", "--K", "3", "--pb_few_shots", "3")
     assert "is there already" in capsys.readouterr().out and file.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="has this task with num_samples 2, not 3; name another folder"):
         evaluate(long_teacher, tmp_path, "--task", "phone_book", "--num_samples", "3")
@@ -214,6 +227,10 @@ def test_done_work_is_kept_and_other_settings_are_refused(long_teacher, tmp_path
 def test_bad_input(teacher_dir, tmp_path):
     with pytest.raises(ValueError, match="a prompt has .* tokens, but the model reads 64; make the task smaller"):
         evaluate(teacher_dir, tmp_path, "--task", "phone_book", "--num_samples", "2")
+    for flag, message in (("--K", "--K: 4 must be 3: frequent_words_extraction asks for so many words; leave it out"),
+                          ("--pb_few_shots", "--pb_few_shots: 4 must be 3: phone_book shows two answered questions")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            evaluate(teacher_dir, tmp_path, "--task", "phone_book", flag, "4")
     with pytest.raises(ValueError, match="'nowhere'"):
         evaluate("nowhere", tmp_path, "--task", "phone_book")
     (tmp_path / "file").write_text("mine")

@@ -546,6 +546,36 @@ assert torch.equal(sharded.hidden_states(ids), hf_trainer.FrozenTeacher(plain, "
     run(sys.executable, "-c", code)
 
 
+def test_keys_of_another_stage_are_said_to_have_no_effect(tmp_path, teacher_dir, data_dir, capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    config = write_config(tmp_path, 1, teacher_dir, data_dir)
+    prepare(config, "--dry-run", "train.kd_teacher_offload=cpu", "train.kl_weight=0.5", "train.alignment_loss=l2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line]
+    assert lines == [f"train.{name}: has no effect in stage 1" for name in ("kl_weight", "kd_teacher_offload")]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("norm", [0.25, 0.0])
+def test_max_grad_norm_is_what_deepspeed_clips_at(tmp_path, stage, norm):
+    """0 is its value for no clipping."""
+    from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    config = HfTrainerDeepSpeedConfig(train.deepspeed_config(f"stage_{stage}"))
+    config.trainer_config_process(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_grad_norm=norm))
+    assert config.config["gradient_clipping"] == norm
+
+
+@pytest.mark.parametrize("shard, offload, expected", [
+    ("auto", "none", None), ("never", "none", None), ("always", "none", "none"), ("auto", "cpu", "cpu"), ("always", "cpu", "cpu"),
+])  # fmt: skip
+def test_where_a_teachers_weights_are(tmp_path, teacher_dir, data_dir, shard, offload, expected):
+    """In DeepSpeed's config, for one process; None: whole on each device."""
+    cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, kd_teacher_shard=shard, kd_teacher_offload=offload))
+    engine = train.teacher_engine_config(cfg, load_teacher(teacher_dir), "cpu", 1, print)
+    assert (engine and engine["zero_optimization"].get("offload_param", {"device": "none"})["device"]) == expected
+
+
 def test_zero_3_names_a_block_as_we_do():
     """DeepSpeed only warns of a class that is not there, and then gathers module by module."""
     for name in ("stage_3", "stage_2_teacher"):
