@@ -1,5 +1,6 @@
 """The three stages through the real launcher and DeepSpeed, on two CPU processes, and what they hand to each other."""
 
+import dataclasses
 import json
 import os
 import re
@@ -666,6 +667,9 @@ def test_a_dry_run_warns_of_data_that_is_not_as_wanted(tmp_path, teacher_dir, da
     assert f"warning: data: {chunks} chunks for {4 * many:,} sequences: 4.0 epochs; repeated more than 4 times, text adds little; preprocess" in out
     assert f"warning: train.add_eos_token: false has no effect; documents end with EOS in {data_dir}" in out
     assert "train.gradient_checkpointing: has no effect in stage 1" in out
+    cfg, chunks = load_config(str(config), ["train.add_eos_token=false"]), open_chunks(data_dir, LENGTH)
+    adopted = dataclasses.replace(chunks, metadata=chunks.metadata | {"eos_tokens": 0})
+    assert not train.notes_on_data(cfg, batch_plan(cfg, 1), adopted)  # there is no EOS in them
 
 
 @pytest.mark.parametrize("event", ["setup", "on_train_begin", "on_log", "on_save", "on_train_end"])
