@@ -64,6 +64,7 @@ plan_nodes() {
         PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus | wc -l)}}
     fi
     local cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
+    export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} # as in setup.sh
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > PROCESSES_PER_NODE ? cores / PROCESSES_PER_NODE : 1))}
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
     export TQDM_MININTERVAL=${TQDM_MININTERVAL:-$([[ -t 2 ]] && echo 1 || echo 30)} # seconds between lines of a progress bar
