@@ -1,17 +1,21 @@
-"""Compares a checkpoint with its conversion, one layer of each in memory at a time."""
+"""Compares a conversion with its source as transformers itself reads that, one layer of each in memory at a time."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
+from logging import ERROR, NOTSET, getLogger
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from distill_model import StudentForCausalLM
 from distill_model.attention import RotaryEmbedding
 
-from .loader import OURS, Checkpoint, source_config
+from .families import HUGGING_FACE_NAMES
+from .loader import Checkpoint, source_config
 
 TOLERANCE = 1e-3
 TOKENS = 256
@@ -19,39 +23,25 @@ HEAD_ROWS = 8192  # of the vocabulary, held in fp32 at a time
 
 
 class _LayerByLayer:
-    """A model whose layers come into memory one after the other, in fp32.
+    """Our reading of a conversion: a model whose layers come into memory one after the other, in fp32."""
 
-    Hugging Face's own class where it has one for the checkpoint, else ours. round_to: a dtype that weights pass through.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, theirs: bool, round_to: torch.dtype | None):
-        self.checkpoint, self.theirs, self.round_to = checkpoint, theirs, round_to
-        if theirs:
-            config = source_config(str(checkpoint.folder))
-            with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-            self.rotary = type(self.model.model.rotary_emb)(config)
-        else:
-            with torch.device("meta"):
-                self.model = StudentForCausalLM(checkpoint.config).eval()
-            self.rotary = RotaryEmbedding(checkpoint.config)
-
-    def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
-        return (tensor if self.round_to is None else tensor.to(self.round_to)).float()
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        with torch.device("meta"):
+            self.model = StudentForCausalLM(checkpoint.config).eval()
+        self.rotary = RotaryEmbedding(checkpoint.config)
 
     def _loaded(self, module, prefix: str):
-        state = {k: self._rounded(v) for k, v in self.checkpoint.state(prefix, self.theirs).items()}
-        module.load_state_dict(state, assign=True)
+        module.load_state_dict(self.checkpoint.state(prefix), assign=True)
         return module
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._rounded(self.checkpoint.rows("model.embeddings.weight", ids))
+        return self.checkpoint.rows("model.embeddings.weight", ids).float()
 
     def layer(self, index: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """hidden [1, T, hidden_size] through layer `index`, at positions [1, T]."""
         layer = self._loaded(copy.deepcopy(self.model.model.layers[index]), f"model.layers.{index}.")
-        out = layer(hidden, position_embeddings=self.rotary(hidden, positions), **({"attention_mask": None} if self.theirs else {}))
-        return out[0] if isinstance(out, tuple) else out
+        return layer(hidden, position_embeddings=self.rotary(hidden, positions))
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._loaded(copy.deepcopy(self.model.model.norm), "model.norm.")(hidden)
@@ -59,7 +49,56 @@ class _LayerByLayer:
     def logits(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
         tied = self.checkpoint.config.tie_word_embeddings
         name = "model.embeddings.weight" if tied else "lm_head.weight"
-        return hidden @ self._rounded(self.checkpoint.rows(name, rows)).mT
+        return hidden @ self.checkpoint.rows(name, rows).float().mT
+
+
+class _Rounded(Mapping):
+    """Weights of a model, by name, rounded to a dtype on their way."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype):
+        self.weights, self.dtype = weights, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.weights[name].to(self.dtype).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def read_by_transformers(source: Checkpoint, round_to: torch.dtype | None) -> PreTrainedModel:
+    """The source as `AutoModelForCausalLM` reads its folder, in fp32: transformers decides on names, tying and what it leaves out.
+
+    Layers of transformers' own classes stay on disk until each is run. Models of FLA's class and ours are held in memory,
+    for their kernels would read weights that are not there. Raises ValueError if FLA's class cannot be built here.
+    """
+    options = {}
+    if source.family.weights is HUGGING_FACE_NAMES:
+        # A tied pair must be in memory, for transformers to compare the two if the file holds both.
+        ends = "cpu" if source_config(str(source.folder)).tie_word_embeddings else "disk"
+        options["device_map"] = {"model.embed_tokens": ends, "lm_head": ends, "model.layers": "disk",
+                                 "model.norm": "cpu", "model.rotary_emb": "cpu"}  # fmt: skip
+    level, offloading = logging.get_verbosity(), getLogger("accelerate.big_modeling")
+    logging.set_verbosity_error()  # of what it says the loader has said what matters
+    offloading.setLevel(ERROR)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=False, **options)
+    except ImportError as error:
+        raise ValueError(f"--verify: the source's class cannot be built ({error}); install that, or say --no-verify") from None
+    finally:
+        logging.set_verbosity(level)
+        offloading.setLevel(NOTSET)
+    if round_to is not None:
+        for parameter in model.parameters():
+            if parameter.device.type != "meta":
+                parameter.data = parameter.data.to(round_to).float()
+        for module in model.modules():
+            hook = getattr(module, "_hf_hook", None)
+            if getattr(hook, "weights_map", None) is not None:
+                hook.weights_map = _Rounded(hook.weights_map, round_to)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -67,27 +106,38 @@ def largest_difference(source: Checkpoint, result: Checkpoint, round_to: torch.d
     """The largest difference of the two in fp32, over random tokens at positions from 0 and from beyond the original
     context length: of any logit, and of any layer's output relative to its largest number.
 
-    The source runs in Hugging Face's class, unless it is a checkpoint of FLA's or ours. round_to: the precision that
-    the source was converted to.
+    The source runs as transformers reads it, the result as we do. FLA's class takes no positions: it starts from 0 alone.
+    round_to: the precision that the source was converted to.
     """
     config = source.config
     rope = config.rope_parameters or {}
     beyond = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    starts = (0,) if source.model_type == "transformer" else (0, beyond)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, TOKENS), generator=generator)
-    models = (_LayerByLayer(source, source.family is not OURS, round_to), _LayerByLayer(result, False, None))
-    differences = []
-    with tqdm(total=2 * config.num_hidden_layers, desc="verifying", unit="layer") as progress:
-        for first in (0, beyond):
-            positions = torch.arange(first, first + TOKENS)[None]
-            theirs, ours = (model.embed(ids) for model in models)
-            for i in range(config.num_hidden_layers):
-                theirs, ours = (m.layer(i, h, positions) for m, h in zip(models, (theirs, ours)))
-                differences.append((theirs - ours).abs().max() / theirs.abs().max().clamp(min=1))
-                progress.update()
-            theirs, ours = (m.norm(h) for m, h in zip(models, (theirs, ours)))
-            for start in range(0, config.vocab_size, HEAD_ROWS):
-                rows = slice(start, min(start + HEAD_ROWS, config.vocab_size))
-                a, b = (m.logits(h, rows) for m, h in zip(models, (theirs, ours)))
-                differences.append((a - b).abs().max())
+    theirs, ours = read_by_transformers(source, round_to), _LayerByLayer(result)
+    differences, run = [], {}
+
+    def compare(index):
+        def hook(layer, args, output):
+            out = output[0] if isinstance(output, tuple) else output
+            run["hidden"] = ours.layer(index, run["hidden"], run["positions"])
+            differences.append((out - run["hidden"]).abs().max() / out.abs().max().clamp(min=1))
+            progress.update()
+
+        return hook
+
+    hooks = [layer.register_forward_hook(compare(i)) for i, layer in enumerate(theirs.model.layers)]
+    with tqdm(total=len(starts) * config.num_hidden_layers, desc="verifying", unit="layer") as progress:
+        for start in starts:
+            run["positions"] = torch.arange(start, start + TOKENS)[None]
+            run["hidden"] = ours.embed(ids)
+            positions = {"position_ids": run["positions"]} if len(starts) > 1 else {}
+            logits = theirs(ids, use_cache=False, **positions).logits
+            hidden = ours.norm(run["hidden"])
+            for first in range(0, config.vocab_size, HEAD_ROWS):
+                rows = slice(first, min(first + HEAD_ROWS, config.vocab_size))
+                differences.append((logits[..., rows] - ours.logits(hidden, rows)).abs().max())
+    for hook in hooks:
+        hook.remove()
     return torch.stack(differences).max().item()  # NaN where there is one

@@ -128,6 +128,138 @@ def test_fla_loads_what_we_write_and_we_what_it_saves(tmp_path, name):
     assert model.config.eos_token_id == theirs.config.eos_token_id and model.config.bos_token_id == theirs.config.bos_token_id
 
 
+def edited(folder, change, **config):
+    """Saves what `change` makes of a checkpoint's tensors, by name, and these fields of its config."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | config))
+
+
+def add_head(tensors):
+    embeddings = tensors.get("model.embed_tokens.weight", tensors.get("model.embeddings.weight"))
+    tensors["lm_head.weight"] = torch.randn_like(embeddings)
+
+
+def copy_embeddings(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def rename_embeddings(tensors):
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
+def add_frequencies(factor):
+    def change(tensors):
+        half = tensors["model.layers.1.self_attn.q_proj.weight"].shape[0] // 4 // 2
+        tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = factor * (1e4 ** -(torch.arange(half) / half)).bfloat16()
+
+    return change
+
+
+def add_index(folder):
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+ODD_FILES = {
+    "a head of its own, tied by the config": (add_head, "read as not tied"),
+    "a head equal to the embeddings": (copy_embeddings, None),
+    "the head alone": (rename_embeddings, None),
+    "the config's frequencies": (add_frequencies(1), None),
+    "other frequencies": (add_frequencies(0.25), "inv_freq differs from config.json"),
+    "an index of other files": (None, "not the files of model.safetensors.index.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD_FILES)
+@pytest.mark.parametrize("head_dim", [12, 16])  # the first is converted to FLA's format, the second to ours
+def test_odd_files_are_read_as_transformers_reads_them(tmp_path, recwarn, case, head_dim):
+    change, warning = ODD_FILES[case]
+    source = tmp_path / "source"
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    random_teacher(source, "llama", tie_word_embeddings=True, head_dim=head_dim, rope_parameters=rope)
+    edited(source, change) if change else add_index(source)
+    ids = torch.randint(0, 96, (2, 37))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()(ids).logits
+        convert("", "llama", argv=["--model", str(source), "--output", str(tmp_path / "out")])
+        for folder in (source, tmp_path / "out"):
+            torch.testing.assert_close(load_teacher(str(folder))(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert load_teacher_config(str(source)).tie_word_embeddings == (case != "a head of its own, tied by the config")
+    said = [str(w.message) for w in recwarn if str(source) in str(w.message)]
+    assert all(warning in line and "\n" not in line for line in said) if warning else not said, said
+    assert bool(said) == bool(warning)
+
+
+def test_flas_head_of_its_own_is_not_tied_either(tmp_path):
+    random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True, head_dim=12)
+    convert("", "llama", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "fla")])
+    edited(tmp_path / "fla", add_head)
+    convert("", "llama", argv=["--model", str(tmp_path / "fla"), "--output", str(tmp_path / "out")])
+    ids = torch.randint(0, 96, (2, 37))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "fla", dtype=torch.float32).eval()(ids).logits
+        torch.testing.assert_close(load_teacher(str(tmp_path / "out"))(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_proof_does_not_share_our_reading(tmp_path, monkeypatch):
+    """If we tied what transformers does not tie, the comparison would see it, and nothing would be written."""
+    random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True)
+    edited(tmp_path / "source", add_head)
+    monkeypatch.setattr("convert.loader.has_own_head", lambda *_: False)
+    for precision in ([], ["--precision", "bfloat16"]):
+        with pytest.raises(SystemExit, match="and its conversion differ by"):
+            convert("", "llama", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out"), *precision])
+        assert not (tmp_path / "out").exists()
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def pad_head(tensors):
+    tensors["lm_head.weight"] = torch.cat((tensors["lm_head.weight"], torch.zeros(32, 48)))
+
+
+def add_layer(tensors):
+    layer = {name: x for name, x in tensors.items() if "layers.3" in name}
+    tensors.update({name.replace("layers.3", "layers.4"): x.clone() for name, x in layer.items()})
+
+
+def add_scale(tensors):
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(80, 1)
+
+
+def quantise(tensors):
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+
+
+def add_twice(tensors):
+    tensors["model.embeddings.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (drop("lm_head.weight"), "the first is lm_head.weight; .* set tie_word_embeddings to true"),
+        (drop("model.embed_tokens.weight"), "the first is model.embeddings.weight"),
+        (pad_head, r"lm_head.weight is \(128, 48\), config.json implies the shape \(96, 48\)"),
+        (add_layer, r"model.layers.4.input_layernorm.weight is \(48,\), config.json implies no such tensor"),
+        (add_scale, "up_proj.weight_scale is .* implies no such tensor"),
+        (quantise, "up_proj.weight is of dtype F8_E4M3, of quantised weights"),
+        (add_twice, "model.embeddings.weight is there twice"),
+    ],
+)
+def test_no_tensor_is_made_up_or_dropped(tmp_path, change, message):
+    random_teacher(tmp_path / "source", "llama", tie_word_embeddings=False)
+    edited(tmp_path / "source", change)
+    with pytest.raises(ValueError, match=message) as error:
+        load_teacher(str(tmp_path / "source"))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "kind, overrides, reason",
     [
@@ -304,7 +436,8 @@ def damage_index(folder):
 
 
 def damage_shard(folder):
-    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+    weight_map = dict.fromkeys(load_file(folder / "model-00002-of-00002.safetensors"), "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
