@@ -245,6 +245,8 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
 
 def check_models(cfg: Config) -> None:
     """Raises ValueError if teacher, student and initial checkpoint cannot go together. Reads configs, no weights."""
+    from huggingface_hub.errors import StrictDataclassError
+
     from convert import load_teacher_config
     from distill_model import StudentConfig, check_calibration, check_student, same_options
 
@@ -262,7 +264,7 @@ def check_models(cfg: Config) -> None:
         raise ConfigError(f"{key} holds no checkpoint; {cure}")
     try:
         student = StudentConfig.from_pretrained(cfg.train.student_init_ckpt)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"{key} has a config.json that cannot be read: {' '.join(str(error).split())}") from None
     shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
              "intermediate_size", "vocab_size")  # fmt: skip

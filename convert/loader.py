@@ -16,24 +16,27 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from distill_model import StudentConfig, StudentForCausalLM
 from distill_model.attention import RotaryEmbedding
 from distill_model.config_distilled_student import FOREIGN
 
+from pipeline.config import ConfigError, convert_value
 from pipeline.run_folder import EXPORT
 
-from .families import FAMILIES, Family, unsupported
+from .families import FAMILIES, FIELDS, ROPE_FIELDS, SIZES, Family, unsupported
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KEY = "teacher_model.name"
 OURS = Family(weights={})
 LLAMA_3_VOCABULARY = 128256
 EMBEDDINGS, HEAD = "model.embeddings.weight", "lm_head.weight"
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes that a weight may have
+# safetensors' names of the dtypes that a weight may have.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COMPARED_ROWS = 8192  # of embeddings and head, in memory at a time
 # What belongs to a checkpoint beside config and weights: tokenizer, chat template, generation config, card and licence.
 SIDECARS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
@@ -42,15 +45,20 @@ SIDECARS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab
 
 def source_config(name_or_path: str) -> PreTrainedConfig:
     """The checkpoint's own config. Raises ValueError, naming the checkpoint, if there is none that we know."""
+    values, model_type = {}, None
     try:
+        values = PreTrainedConfig.get_config_dict(name_or_path)[0]
+        model_type = values.get("model_type")
+        if model_type in FAMILIES:
+            return built_config(name_or_path, values)
         # trust_remote_code unsaid would ask at a terminal, and run it for a y.
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except ConfigError:
+        raise
+    except StrictDataclassError as error:  # of our own type
+        raise ConfigError(f"{KEY}: {name_or_path!r}: config.json: {' '.join(str(error).split())}") from None
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        try:
-            model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
-        except (OSError, ValueError):
-            model_type = None
         if model_type in FOREIGN:
             raise ValueError(f"{KEY}: {name_or_path!r} is {FOREIGN[model_type]} (model_type {model_type!r})") from None
         if (Path(name_or_path) / EXPORT / "config.json").is_file():
@@ -63,15 +71,70 @@ def source_config(name_or_path: str) -> PreTrainedConfig:
         ) from None
 
 
+def built_config(name_or_path: str, values: dict) -> PreTrainedConfig:
+    """A family's config from what config.json holds, where numbers may be written as text.
+
+    Raises ConfigError, of one line, for a value of another type, and for values that do not go together.
+    """
+    where = f"{KEY}: {name_or_path!r}: config.json:"
+    values = dict(values)
+    for name in values.keys() & FIELDS.keys():
+        values[name] = convert_value(f"{where} {name}", values[name], FIELDS[name])
+    for name in values.keys() & {"rope_parameters", "rope_scaling"}:
+        if values[name] is not None and not isinstance(values[name], dict):
+            raise ConfigError(f"{where} {name}: {values[name]!r} must be a mapping, such as {{'rope_type': 'default'}}, or null")
+        values[name] = values[name] and {
+            field: convert_value(f"{where} {name}.{field}", value, ROPE_FIELDS[field]) if field in ROPE_FIELDS else value
+            for field, value in values[name].items()
+        }
+    try:
+        check_sizes(values)
+        config = CONFIG_MAPPING[values["model_type"]].from_dict(values, name_or_path=name_or_path)
+        check_values(config)
+    except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"{where} {' '.join(reason.split())}") from None
+    return config
+
+
+def check_sizes(values: dict) -> None:
+    """Raises ValueError if a size is below 1, or the dtype is none, in what config.json holds."""
+    for name in SIZES:
+        if values.get(name) is not None and values[name] < 1:
+            raise ValueError(f"{name}: {values[name]} must be at least 1")
+    for name in ("dtype", "torch_dtype"):
+        if values.get(name) is not None and not isinstance(getattr(torch, str(values[name]), None), torch.dtype):
+            raise ValueError(f"{name}: {values[name]!r} must be bfloat16, float16 or float32, or left out")
+
+
+def check_values(config: PreTrainedConfig) -> None:
+    """Raises an error if values of a family's config do not go together."""
+    ours = student_config(config)
+    if ours.num_attention_heads % ours.num_key_value_heads:
+        raise ValueError(f"num_key_value_heads: {ours.num_key_value_heads} must divide the {ours.num_attention_heads} attention heads")
+    if ours.head_dim % 2:
+        raise ValueError(f"head_dim: {ours.head_dim} must be even, for the rotary embedding turns pairs")
+    if ours.pad_token_id is not None and not -ours.vocab_size <= ours.pad_token_id < ours.vocab_size:
+        raise ValueError(f"pad_token_id: {ours.pad_token_id} is outside the vocabulary of {ours.vocab_size} ids; "
+                         "name one of them, or null")  # fmt: skip
+    for name in ("rope_theta", "factor"):
+        value = (ours.rope_parameters or {}).get(name, 1.0)
+        if config.model_type != "transformer" and not (value or 0) > 0:  # in FLA's, no theta means no rotary embedding
+            raise ValueError(f"{name}: {value} of the rotary embedding must be above 0")
+
+
 def load_teacher_config(name_or_path: str) -> StudentConfig:
     """The teacher's architecture as a `StudentConfig`, from its config. As in transformers, a head that the config ties,
-    but whose weights in the files differ from the embeddings, is not tied; no other weight is read.
+    but whose weights in the files differ from the embeddings, is not tied; a dtype that the config lacks is that of the
+    first weight. Where the weights are not on this machine, the config alone counts.
 
     Raises ValueError if the checkpoint is not there or cannot be expressed exactly.
     """
     config = config_alone(name_or_path)
-    folder = local_folder(name_or_path) if config.tie_word_embeddings else None
-    if folder and has_own_head(folder, FAMILIES.get(source_config(name_or_path).model_type, OURS)):
+    folder = local_folder(name_or_path)
+    if config.dtype is None and folder:
+        config.dtype = stored_dtype(folder)
+    if config.tie_word_embeddings and folder and has_own_head(folder, FAMILIES.get(source_config(name_or_path).model_type, OURS)):
         warnings.warn(
             f"{name_or_path}: config.json ties the head to the embeddings (tie_word_embeddings), but the file's {HEAD} "
             "differs from them: it is read as not tied, as transformers does",
@@ -139,6 +202,16 @@ def open_weights(file: Path):
         return safe_open(file, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: damaged or truncated ({error}); fetch the checkpoint again") from None
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of a checkpoint's first floating-point weight."""
+    for file in filter(Path.is_file, weight_files(folder)):
+        with open_weights(file) as tensors:
+            dtypes = (tensors.get_slice(name).get_dtype() for name in tensors.keys())
+            if found := next((FLOATS[dtype] for dtype in dtypes if dtype in FLOATS), None):
+                return found
+    return None
 
 
 def has_own_head(folder: Path, family: Family) -> bool:

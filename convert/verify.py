@@ -74,10 +74,10 @@ def read_by_transformers(source: Checkpoint, round_to: torch.dtype | None) -> Pr
     Layers of transformers' own classes stay on disk until each is run. Models of FLA's class and ours are held in memory,
     for their kernels would read weights that are not there. Raises ValueError if FLA's class cannot be built here.
     """
-    options = {}
+    options = {"config": source_config(str(source.folder))}
     if source.family.weights is HUGGING_FACE_NAMES:
         # A tied pair must be in memory, for transformers to compare the two if the file holds both.
-        ends = "cpu" if source_config(str(source.folder)).tie_word_embeddings else "disk"
+        ends = "cpu" if options["config"].tie_word_embeddings else "disk"
         options["device_map"] = {"model.embed_tokens": ends, "lm_head": ends, "model.layers": "disk",
                                  "model.norm": "cpu", "model.rotary_emb": "cpu"}  # fmt: skip
     level, offloading = logging.get_verbosity(), getLogger("accelerate.big_modeling")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import random_teacher, save_tokenizer
+from conftest import random_teacher, save_tokenizer, write_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +20,9 @@ from convert.command import main as convert
 from convert.converter import PUBLISHED, check_size, write_weights
 from convert.families import FAMILIES
 from convert.loader import copy_sidecars, student_config
+from convert_ckpt import student_config as trained_config
 from distill_model import StudentForCausalLM
+from pipeline.config import load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -373,6 +375,95 @@ def test_what_we_cannot_express_is_refused_by_name(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ValueError, match=message):
         load_teacher_config(str(tmp_path))
+
+
+def test_all_that_we_cannot_express_is_named_at_once(tmp_path):
+    random_teacher(tmp_path, "mistral", sliding_window=16, hidden_act="gelu")
+    with pytest.raises(ValueError, match="sliding-window attention over 16 tokens; hidden_act 'gelu'; supported is silu$"):
+        load_teacher_config(str(tmp_path))
+
+
+def set_config(folder, **changes):
+    """Writes config.json with these fields; ... leaves a field out."""
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    "written, meant",
+    [
+        ({"rms_norm_eps": "1e-3"}, {"rms_norm_eps": 1e-3}),
+        ({"rms_norm_eps": 0}, {"rms_norm_eps": 0.0}),
+        ({"hidden_size": "48", "num_hidden_layers": 4.0, "head_dim": "16", "vocab_size": "96"}, {}),
+        ({"max_position_embeddings": "64", "initializer_range": "0.2", "pad_token_id": "0"}, {"pad_token_id": 0}),
+        ({"eos_token_id": ["1", 2]}, {"eos_token_id": [1, 2]}),
+        ({"rope_parameters": ..., "rope_theta": "5e4"}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
+        ({"rope_parameters": ..., "rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": "2.0"}},
+         {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}}),
+        ({"rope_parameters": {**{name: str(value) for name, value in LLAMA3.items()}}}, {"rope_parameters": LLAMA3}),
+    ],
+)  # fmt: skip
+def test_numbers_written_as_text_are_read(tmp_path, written, meant):
+    """The logits are those of Hugging Face's model, whose config has numbers."""
+    random_teacher(tmp_path / "source", "qwen3")
+    set_config(tmp_path / "source", **meant)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32).eval()
+    set_config(tmp_path / "source", **written)
+    convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    ids = torch.randint(0, 96, (2, 91))
+    with torch.no_grad():
+        torch.testing.assert_close(load_teacher(str(tmp_path / "out"))(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    assert load_teacher_config(str(tmp_path / "out")).eos_token_id == theirs.config.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' is of type str; it must be float"),
+        ({"num_hidden_layers": None}, "num_hidden_layers: None is of type NoneType; it must be int"),
+        ({"num_attention_heads": 0}, "num_attention_heads: 0 must be at least 1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 must divide the 4 attention heads"),
+        ({"head_dim": 15}, "head_dim: 15 must be even"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: 'false' is of type str; it must be bool"),
+        ({"pad_token_id": 96}, "pad_token_id: 96 is outside the vocabulary of 96 ids; name one of them, or null"),
+        ({"bos_token_id": [1]}, r"bos_token_id: \[1\] is of type list; it must be int or null"),
+        ({"layer_types": ["full_attention"] * 3}, r"`num_hidden_layers` \(4\) must be equal to the number of `layer_types` \(3\)"),
+        ({"layer_types": "full_attention"}, "Field 'layer_types' with value 'full_attention'"),
+        ({"hidden_act": None}, "Field 'hidden_act' expected str"),
+        ({"dtype": "bf16"}, "dtype: 'bf16' must be bfloat16"),
+        ({"rope_parameters": "linear"}, "rope_parameters: 'linear' must be a mapping"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "many"}}, "rope_parameters.rope_theta: 'many' is of type str"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, "factor: 0.0 of the rotary embedding"),
+        ({"rope_parameters": ..., "rope_scaling": [2.0]}, r"rope_scaling: \[2.0\] must be a mapping"),
+        ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, "Missing required keys .*'factor'"),
+        ({"rope_parameters": ..., "rope_theta": None}, "rope_theta: None of the rotary embedding must be above 0"),
+    ],
+)  # fmt: skip
+def test_a_config_that_no_model_can_have_is_refused_in_one_line(tmp_path, change, message):
+    random_teacher(tmp_path, "qwen3")
+    set_config(tmp_path, **change)
+    with pytest.raises(ValueError, match=f"^teacher_model.name: .*config.json: .*{message}") as error:
+        load_teacher_config(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_without_a_dtype_has_that_of_its_weights(tmp_path):
+    random_teacher(tmp_path / "source", "qwen3").bfloat16().save_pretrained(tmp_path / "source")
+    set_config(tmp_path / "source", dtype=...)
+    assert load_teacher_config(str(tmp_path / "source")).dtype == torch.bfloat16
+    convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    cfg = load_config(write_config(tmp_path, 1, str(tmp_path / "source"), "data"))
+    assert trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).dtype in (torch.bfloat16, "bfloat16")
+
+
+def test_what_is_trained_is_tied_as_its_teacher_is(tmp_path):
+    """An export that tied what the teacher does not would write the embeddings in the head's place."""
+    random_teacher(tmp_path / "source", "qwen3", tie_word_embeddings=True)
+    cfg = load_config(write_config(tmp_path, 1, str(tmp_path / "source"), "data"))
+    assert trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).tie_word_embeddings
+    edited(tmp_path / "source", add_head)
+    assert not trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).tie_word_embeddings
 
 
 def test_the_code_of_a_teacher_is_not_asked_for(tmp_path, monkeypatch):
