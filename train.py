@@ -91,6 +91,8 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tup
     chunks = open_data(cfg, plan)
     if (epochs := plan.epochs(len(chunks.train))) > 1:
         say(f"data: {len(chunks.train):,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs")
+    if warning := calibration_warning(cfg):
+        say(warning)
     if args.dry_run:
         print_plan(cfg, plan, say)
         return None
@@ -123,6 +125,8 @@ def train_stage(
         why = trainer.guard.stopped
         say(f"{why}: stopped at step {step} of {plan.steps}; checkpoint-{step} is whole; the same command goes on")
         sys.exit(REQUEUE)
+    if cfg.stage == 1 and trainer.layer_errors:
+        say(trainer.worst_layers())
 
 
 def export(cfg: Config) -> None:
@@ -301,22 +305,51 @@ def build_student_for_stage1(cfg: Config, dtype, say=print):
 
 def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, say=print) -> None:
     """Fits decay and output projections of the students to the first training chunks, the same on every rank, and says so in
-    `model.init_report`."""
+    `model.init_report`. Reports the alignment loss before and after, on as many held-out chunks."""
     import torch
+    from tqdm import tqdm
 
     from wrapper import calibrate
 
-    rows = range(batches * batch_size)
-    ids = torch.as_tensor(chunks.train[rows]["input_ids"], device=next(model.parameters()).device, dtype=torch.long)
+    show = os.environ.get("RANK", "0") == "0"
+    device = next(model.parameters()).device
+
+    def rows(split, count):
+        return torch.as_tensor(split[: min(count, len(split))]["input_ids"], device=device, dtype=torch.long)
+
+    def loss(ids, when):
+        parts = tqdm(ids.split(batch_size), desc=f"alignment loss {when}", unit="batch", disable=not show)
+        return sum(model(part)["loss"].item() * len(part) for part in parts) / len(ids)
+
+    ids = rows(chunks.train, batches * batch_size)
+    test = ids if chunks.heldout is None else rows(chunks.heldout, len(ids))
     with torch.no_grad():
-        before = model(ids[:batch_size])["loss"].item()
-        fitted = set(calibrate(model, ids.split(batch_size)))
-        for layer, block in enumerate(model.model.layers):
-            report = model.init_report[layer]
-            report["calibrated"] = [name for name, p in block.attn.student_attn.named_parameters() if p in fitted]
-            for kind in ("copied", "transformed", "fresh"):
-                report[kind] = [name for name in report[kind] if name not in report["calibrated"]]
-        say(f"calibrated on {ids.numel():,} tokens: loss {before:.4g} -> {model(ids[:batch_size])['loss'].item():.4g}")
+        before = loss(test, "before")
+        fitted = set(calibrate(model, ids.split(batch_size), show=show))
+        after = loss(test, "after")
+    for layer, block in enumerate(model.model.layers):
+        report = model.init_report[layer]
+        report["calibrated"] = [name for name, p in block.attn.student_attn.named_parameters() if p in fitted]
+        for kind in ("copied", "transformed", "fresh"):
+            report[kind] = [name for name in report[kind] if name not in report["calibrated"]]
+    where = "the same tokens, for there are no held-out chunks" if chunks.heldout is None else f"{test.numel():,} held-out tokens"
+    say(f"calibrated on {ids.numel():,} tokens: alignment loss {before:.4g} -> {after:.4g} on {where}")
+
+
+def calibration_warning(cfg: Config) -> str | None:
+    """What is wrong with a calibration on fewer tokens than inputs to fit; None if nothing is."""
+    from convert import load_teacher_config
+
+    if not cfg.train.calibrate_init:
+        return None
+    teacher = load_teacher_config(cfg.teacher_model.name)
+    inputs = max(teacher.num_attention_heads * teacher.head_dim, teacher.hidden_size)
+    batch = cfg.train.micro_batch_size * cfg.train.train_seq_len
+    tokens = cfg.train.calibrate_init * batch
+    if tokens >= inputs:
+        return None
+    return (f"warning: train.calibrate_init: {cfg.train.calibrate_init} batches are {tokens:,} tokens, fewer than the {inputs:,} inputs "
+            f"that are fitted, so that the fit will hold for those alone; set it to {-(-inputs // batch)} or more")  # fmt: skip
 
 
 def build_student_for_stage2_and_3(cfg: Config, dtype, say=print, teacher=None):
