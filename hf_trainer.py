@@ -287,10 +287,11 @@ class StageTrainer(Trainer):
 
 
 class DistillTrainer(StageTrainer):
-    """Stage 1: aligns attention outputs; logs of every layer the loss as layer_loss/00 ..., and as layer_error/00 ... that loss over the
-    variance of the teacher's output (`AttentionAlignmentModel.relative_errors`), which compares between layers.
+    """Stage 1: aligns attention outputs; logs the loss of every layer as layer_loss/00 ..., and as layer_error/00 ...
+    that loss over the variance of the teacher's output, which compares between layers: see `relative_errors` in
+    wrapper.py.
 
-    layer_errors: the last logged of held-out text, or of training where there is none; empty before the first log.
+    layer_errors: the last that were logged, of held-out text, or of training where there is none; empty before.
     """
 
     def __init__(self, *args, **kwargs):

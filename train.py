@@ -332,12 +332,15 @@ def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, say
         report["calibrated"] = [name for name, p in block.attn.student_attn.named_parameters() if p in fitted]
         for kind in ("copied", "transformed", "fresh"):
             report[kind] = [name for name in report[kind] if name not in report["calibrated"]]
-    where = "the same tokens, for there are no held-out chunks" if chunks.heldout is None else f"{test.numel():,} held-out tokens"
+    where = f"{test.numel():,} held-out tokens"
+    if chunks.heldout is None:
+        where = "the same tokens, for there are no held-out chunks"
     say(f"calibrated on {ids.numel():,} tokens: alignment loss {before:.4g} -> {after:.4g} on {where}")
 
 
 def calibration_warning(cfg: Config) -> str | None:
-    """What is wrong with a calibration on fewer tokens than inputs to fit; None if nothing is."""
+    """A warning if calibration has fewer tokens than inputs to fit, or None. A layer's inputs are its heads x head_dim, for the
+    output projection, and hidden_size, for a gate."""
     from convert import load_teacher_config
 
     if not cfg.train.calibrate_init:
@@ -348,8 +351,9 @@ def calibration_warning(cfg: Config) -> str | None:
     tokens = cfg.train.calibrate_init * batch
     if tokens >= inputs:
         return None
-    return (f"warning: train.calibrate_init: {cfg.train.calibrate_init} batches are {tokens:,} tokens, fewer than the {inputs:,} inputs "
-            f"that are fitted, so that the fit will hold for those alone; set it to {-(-inputs // batch)} or more")  # fmt: skip
+    enough = -(-inputs // batch)
+    return (f"warning: train.calibrate_init: {cfg.train.calibrate_init} is {tokens:,} tokens, fewer than the {inputs:,} "
+            f"inputs to fit, and the fit will hold for those alone; set it to {enough} or more")  # fmt: skip
 
 
 def build_student_for_stage2_and_3(cfg: Config, dtype, say=print, teacher=None):

@@ -84,10 +84,10 @@ class AttentionAlignmentModel(nn.Module):
         del last.mlp, last.mlp_norm
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """input_ids [B, T] -> loss, the mean over layers, layer_losses and layer_variances, each [num_hidden_layers], in fp32.
+        """input_ids [B, T] -> loss, a mean over layers, layer_losses and layer_variances [num_hidden_layers], in fp32.
 
-        A layer's variance is that of its teacher's attention output y [B T, hidden_size]: the mean over tokens and features
-        of (y - the feature's mean over the tokens)^2. See `relative_errors`."""
+        A layer's variance is that of its teacher's attention output y [B T, hidden_size]: the mean over tokens and
+        features of (y - the feature's mean over the tokens)^2. See `relative_errors`."""
         with torch.no_grad():
             hidden_states = self.model.embeddings(input_ids)
             position_embeddings = self.model.position_embeddings(hidden_states)
@@ -97,7 +97,7 @@ class AttentionAlignmentModel(nn.Module):
                 normed = block.attn_norm(hidden_states)
             output, loss = block.attn(normed, position_embeddings)
             losses.append(loss)
-            variances.append(output.flatten(0, 1).var(0, correction=0))  # one reduction; the means of all layers come at once
+            variances.append(output.flatten(0, 1).var(0, correction=0))  # one reduction; all layers' means come below
             if block is not self.model.layers[-1]:
                 with torch.no_grad():
                     normed, hidden_states = block.mlp_norm(hidden_states, output)
@@ -131,7 +131,9 @@ def mean_distances(attn: SoftmaxAttention, hidden_states: torch.Tensor, position
 
 
 @torch.no_grad()
-def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge: float = 2.0, show: bool = False) -> list[nn.Parameter]:
+def calibrate(
+    model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge: float = 2.0, show: bool = False
+) -> list[nn.Parameter]:
     """Fits what of a student has a closed form, before the first step, on batches of token ids [B, T].
 
     Decay, where the student has one a head: an exponential kernel whose mean distance d is that of the teacher's softmax
@@ -141,7 +143,8 @@ def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge
     squares, and around that W = argmin |X W' - Y|^2 + ridge mean(diag X'X) |W - W_scaled|^2. The ridge keeps W near the
     teacher's: what fits best before training is not the best to train from.
 
-    show: a progress bar. Returns the parameters that it fitted. Raises ValueError for students whose o_proj is fused with their norm, so that nobody sees what it gets.
+    show: a progress bar. Returns the parameters that it fitted. Raises ValueError for students whose o_proj is fused
+    with their norm, so that nobody sees what it gets.
     """
     check_calibration(model.config.student_name)
     wrappers, heads = [block.attn for block in model.model.layers], model.config.num_attention_heads

@@ -63,9 +63,11 @@ NATIVE_STUDENTS = [name for name, student in STUDENT_ATTENTION_MAP.items() if no
 
 
 def native_export_refusals(config: StudentConfig) -> list[str]:
-    """Every reason why a model cannot be written as `Qwen3_5ForCausalLM`, a phrase each with what would mend it. First those that lie
-    in the teacher, which no training of its students mends, then those that stage 1 decides, then stage 2. Empty if it can."""
-    lacks = student_lacks(STUDENT_ATTENTION_MAP[config.student_name], config.student_options) if config.linear_layers else []
+    """Every reason why a model cannot be written as `Qwen3_5ForCausalLM`, each with its cure; empty if it can.
+
+    First those of the teacher, which no training of its students mends, then those of stage 1, then of stage 2."""
+    student = STUDENT_ATTENTION_MAP[config.student_name] if config.linear_layers else None
+    lacks = student_lacks(student, config.student_options) if student else []
     eps = config.rms_norm_eps
     qk_norm_eps = eps if config.qk_norm_eps is None else config.qk_norm_eps
     qwen3 = "distil a Qwen3 teacher"

@@ -21,8 +21,9 @@ SAME = {
     )
 }  # fmt: skip
 # What the fields of a family's config.json, and those of its RoPE parameters, take.
-GIVEN = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_heads", "max_position_embeddings")
-DERIVED = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim", "hidden_ratio")  # from others, if null
+GIVEN = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_heads",
+         "max_position_embeddings")  # fmt: skip
+DERIVED = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim", "hidden_ratio")  # of others, if null
 SIZES = GIVEN + DERIVED
 FIELDS = {
     **dict.fromkeys(GIVEN, int),
@@ -117,9 +118,10 @@ def unsupported(config: PreTrainedConfig) -> str | None:
         return f"model_type {config.model_type!r}; supported are {', '.join(FAMILIES)}"
     reasons = [reason(getattr(config, name)) for name, reason in FAMILIES[config.model_type].refused.items()]
     rope = getattr(config, "rope_parameters", None) or {}
+    layer_types = getattr(config, "layer_types", None) or []
     rope_type, turned = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
     others = {
-        "sliding-window attention": any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []),
+        "sliding-window attention": any(kind != "full_attention" for kind in layer_types),
         f"hidden_act {config.hidden_act!r}; supported is silu": config.hidden_act not in ACTIVATIONS,
         f"rope_type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}": rope_type not in ROPE_TYPES,
         f"partial rotary embedding ({turned})": turned != 1.0,

@@ -82,11 +82,12 @@ def built_config(name_or_path: str, values: dict) -> PreTrainedConfig:
         values[name] = convert_value(f"{where} {name}", values[name], FIELDS[name])
     for name in values.keys() & {"rope_parameters", "rope_scaling"}:
         if values[name] is not None and not isinstance(values[name], dict):
-            raise ConfigError(f"{where} {name}: {values[name]!r} must be a mapping, such as {{'rope_type': 'default'}}, or null")
-        values[name] = values[name] and {
-            field: convert_value(f"{where} {name}.{field}", value, ROPE_FIELDS[field]) if field in ROPE_FIELDS else value
-            for field, value in values[name].items()
-        }
+            raise ConfigError(f"{where} {name}: {values[name]!r} must be a mapping like {{'rope_type': 'default'}}, "
+                              "or null")  # fmt: skip
+        rope = dict(values[name] or {})
+        for field in rope.keys() & ROPE_FIELDS.keys():
+            rope[field] = convert_value(f"{where} {name}.{field}", rope[field], ROPE_FIELDS[field])
+        values[name] = rope or None
     try:
         check_sizes(values)
         config = CONFIG_MAPPING[values["model_type"]].from_dict(values, name_or_path=name_or_path)
@@ -111,7 +112,8 @@ def check_values(config: PreTrainedConfig) -> None:
     """Raises an error if values of a family's config do not go together."""
     ours = student_config(config)
     if ours.num_attention_heads % ours.num_key_value_heads:
-        raise ValueError(f"num_key_value_heads: {ours.num_key_value_heads} must divide the {ours.num_attention_heads} attention heads")
+        raise ValueError(f"num_key_value_heads: {ours.num_key_value_heads} must divide the {ours.num_attention_heads} "
+                         "attention heads")  # fmt: skip
     if ours.head_dim % 2:
         raise ValueError(f"head_dim: {ours.head_dim} must be even, for the rotary embedding turns pairs")
     if ours.pad_token_id is not None and not -ours.vocab_size <= ours.pad_token_id < ours.vocab_size:
@@ -124,17 +126,20 @@ def check_values(config: PreTrainedConfig) -> None:
 
 
 def load_teacher_config(name_or_path: str) -> StudentConfig:
-    """The teacher's architecture as a `StudentConfig`, from its config. As in transformers, a head that the config ties,
-    but whose weights in the files differ from the embeddings, is not tied; a dtype that the config lacks is that of the
-    first weight. Where the weights are not on this machine, the config alone counts.
+    """The teacher's architecture as a `StudentConfig`, from its config.
+
+    As in transformers, a head that the config ties, but whose weights in the files differ from the embeddings, is not
+    tied, and a dtype that the config lacks is that of the first weight. Where the weights are not on this machine, the
+    config alone counts.
 
     Raises ValueError if the checkpoint is not there or cannot be expressed exactly.
     """
     config = config_alone(name_or_path)
     folder = local_folder(name_or_path)
+    family = FAMILIES.get(source_config(name_or_path).model_type, OURS)
     if config.dtype is None and folder:
         config.dtype = stored_dtype(folder)
-    if config.tie_word_embeddings and folder and has_own_head(folder, FAMILIES.get(source_config(name_or_path).model_type, OURS)):
+    if config.tie_word_embeddings and folder and has_own_head(folder, family):
         warnings.warn(
             f"{name_or_path}: config.json ties the head to the embeddings (tie_word_embeddings), but the file's {HEAD} "
             "differs from them: it is read as not tied, as transformers does",
@@ -204,6 +209,12 @@ def open_weights(file: Path):
         raise ValueError(f"{file}: damaged or truncated ({error}); fetch the checkpoint again") from None
 
 
+def rows_of(file: Path, name: str, index: slice | torch.Tensor) -> torch.Tensor:
+    """Rows of a file's tensor."""
+    with open_weights(file) as tensors:
+        return tensors.get_slice(name)[index] if isinstance(index, slice) else tensors.get_tensor(name)[index]
+
+
 def stored_dtype(folder: Path) -> torch.dtype | None:
     """The dtype of a checkpoint's first floating-point weight."""
     for file in filter(Path.is_file, weight_files(folder)):
@@ -219,7 +230,8 @@ def has_own_head(folder: Path, family: Family) -> bool:
     found = {}
     for file in filter(Path.is_file, weight_files(folder)):
         with open_weights(file) as tensors:
-            found |= {family.rename(name): (file, name) for name in tensors.keys() if family.rename(name) in (EMBEDDINGS, HEAD)}
+            found |= {family.rename(name): (file, name) for name in tensors.keys()}
+    found = {name: place for name, place in found.items() if name in (EMBEDDINGS, HEAD)}
     if len(found) < 2:
         return False
     with ExitStack() as stack:
@@ -241,10 +253,10 @@ def copy_sidecars(name_or_path: str, folder: Path) -> None:
 class Checkpoint:
     """The safetensors files of a checkpoint, under our parameter names.
 
-    config: the model's StudentConfig. model_type: of the checkpoint. folder: where it lies. shapes: our name -> shape, for
-    every tensor. Every tensor of the files is used, equal to one that is, or named in a warning. Raises ValueError, naming
-    file, tensor and cure, if a file is missing or damaged, the index and the files disagree, a tensor is there twice or
-    quantised, or the tensors are not those that the config implies.
+    config: the model's StudentConfig. model_type: of the checkpoint. folder: where it lies. shapes: our name -> shape,
+    for every tensor. Every tensor of the files is used, equal to one that is, or named in a warning. Raises ValueError,
+    naming file, tensor and cure, if a file is missing or damaged, the index and the files disagree, a tensor is there
+    twice or quantised, or the tensors are not those that the config implies.
     """
 
     def __init__(self, name_or_path: str):
@@ -271,7 +283,7 @@ class Checkpoint:
                     view, ours = tensors.get_slice(name), self.family.rename(name)
                     if name in held or ours in self._where:
                         first = self._where[ours][1] if ours in self._where else f"{held[name]}'s"
-                        raise ValueError(f"{file}: {name} is there twice, here and as {first}; fetch the checkpoint again")
+                        raise ValueError(f"{file}: {name} is there twice, also as {first}; fetch the checkpoint again")
                     held[name] = file.name
                     if name.endswith("rotary_emb.inv_freq"):  # of old checkpoints
                         frequencies[name] = tensors.get_tensor(name)
@@ -283,7 +295,7 @@ class Checkpoint:
                     self._where[ours] = file, name
         index = index_of(self.folder)
         if (self.folder / INDEX).is_file() and not index:
-            warnings.warn(f"{self.folder}: {SINGLE} is read, and not the files of {INDEX} beside it, as in transformers",
+            warnings.warn(f"{self.folder}: as in transformers, {SINGLE} is read, not the files of {INDEX} beside it",
                           stacklevel=3)  # fmt: skip
         for name, file in index.items():
             if held.get(name) != file:
@@ -295,11 +307,11 @@ class Checkpoint:
             self._where.setdefault(EMBEDDINGS, where)
 
     def _check_frequencies(self, frequencies: dict[str, torch.Tensor]) -> None:
-        """Warns if the RoPE frequencies that a file holds are not those of the config. The config's are taken, as in transformers."""
+        """Warns if the RoPE frequencies that a file holds are not the config's, which are taken, as in transformers."""
         expected = RotaryEmbedding(self.config).inv_freq
         for name, tensor in frequencies.items():
             if tensor.shape != expected.shape or not torch.allclose(tensor.float(), expected, rtol=1e-2, atol=0):
-                warnings.warn(f"{self.folder}: {name} differs from config.json's rotary embedding; the latter is taken, "
+                warnings.warn(f"{self.folder}: {name} differs from config.json's rotary embedding, which is taken, "
                               "as in transformers", stacklevel=3)  # fmt: skip
                 return
 
@@ -337,9 +349,7 @@ class Checkpoint:
 
     def rows(self, name: str, index: slice | torch.Tensor) -> torch.Tensor:
         """Rows of our tensor `name`."""
-        file, theirs = self._where[name]
-        with open_weights(file) as tensors:
-            return tensors.get_slice(theirs)[index] if isinstance(index, slice) else tensors.get_tensor(theirs)[index]
+        return rows_of(*self._where[name], index)
 
     def state(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors under our `prefix` in fp32, named from there on."""

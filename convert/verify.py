@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from logging import ERROR, NOTSET, getLogger
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from distill_model import StudentForCausalLM
 from distill_model.attention import RotaryEmbedding
 
 from .families import HUGGING_FACE_NAMES
-from .loader import Checkpoint, source_config
+from .loader import Checkpoint, rows_of, source_config
 
 TOLERANCE = 1e-3
 TOKENS = 256
@@ -68,37 +69,66 @@ class _Rounded(Mapping):
         return len(self.weights)
 
 
-def read_by_transformers(source: Checkpoint, round_to: torch.dtype | None) -> PreTrainedModel:
-    """The source as `AutoModelForCausalLM` reads its folder, in fp32: transformers decides on names, tying and what it leaves out.
+class _AsTransformersReads:
+    """A source as `AutoModelForCausalLM` reads its folder, in fp32: it chooses names, tying, and what to leave out.
 
-    Layers of transformers' own classes stay on disk until each is run. Models of FLA's class and ours are held in memory,
-    for their kernels would read weights that are not there. Raises ValueError if FLA's class cannot be built here.
+    Weights of transformers' own classes stay on disk until they are needed. Models of FLA's class and ours are held in
+    memory, for their kernels would read weights that are not there. round_to: a dtype that weights pass through. Raises
+    ValueError if FLA's class cannot be built here.
     """
-    options = {"config": source_config(str(source.folder))}
-    if source.family.weights is HUGGING_FACE_NAMES:
-        # A tied pair must be in memory, for transformers to compare the two if the file holds both.
-        ends = "cpu" if options["config"].tie_word_embeddings else "disk"
-        options["device_map"] = {"model.embed_tokens": ends, "lm_head": ends, "model.layers": "disk",
-                                 "model.norm": "cpu", "model.rotary_emb": "cpu"}  # fmt: skip
-    level, offloading = logging.get_verbosity(), getLogger("accelerate.big_modeling")
-    logging.set_verbosity_error()  # of what it says the loader has said what matters
-    offloading.setLevel(ERROR)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, trust_remote_code=False, **options)
-    except ImportError as error:
-        raise ValueError(f"--verify: the source's class cannot be built ({error}); install that, or say --no-verify") from None
-    finally:
-        logging.set_verbosity(level)
-        offloading.setLevel(NOTSET)
-    if round_to is not None:
-        for parameter in model.parameters():
-            if parameter.device.type != "meta":
-                parameter.data = parameter.data.to(round_to).float()
-        for module in model.modules():
+
+    def __init__(self, source: Checkpoint, round_to: torch.dtype | None):
+        self.round_to = round_to
+        config = source_config(str(source.folder))
+        places = None
+        if source.family.weights is HUGGING_FACE_NAMES:
+            # A tied pair must be in memory, for transformers to compare the two if the file holds both.
+            ends = "cpu" if config.tie_word_embeddings else "disk"
+            places = {"model.embed_tokens": ends, "lm_head": ends, "model.layers": "disk",
+                      "model.norm": "cpu", "model.rotary_emb": "cpu"}  # fmt: skip
+        level, offloading = logging.get_verbosity(), getLogger("accelerate.big_modeling")
+        logging.set_verbosity_error()  # of what it says the loader has said what matters
+        offloading.setLevel(ERROR)
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(
+                source.folder, config=config, dtype=torch.float32, device_map=places, trust_remote_code=False
+            ).eval()
+        except ImportError as error:
+            reason = f"--verify: {source.folder}: its class cannot be built ({error}); say --no-verify"
+            raise ValueError(reason) from None
+        finally:
+            logging.set_verbosity(level)
+            offloading.setLevel(NOTSET)
+        self.layers = self.model.model.layers
+        if round_to is not None:
+            self._round()
+
+    def _round(self) -> None:
+        for module in self.model.model.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.device.type != "meta":
+                    parameter.data = parameter.data.to(self.round_to).float()
             hook = getattr(module, "_hf_hook", None)
-            if getattr(hook, "weights_map", None) is not None:
-                hook.weights_map = _Rounded(hook.weights_map, round_to)
-    return model.eval()
+            if getattr(hook, "weights_map", None) is not None and module is not self.model.get_input_embeddings():
+                hook.weights_map = _Rounded(hook.weights_map, self.round_to)
+
+    def _rows(self, module: torch.nn.Module, index: slice | torch.Tensor) -> torch.Tensor:
+        """Rows of a module's weight, from memory or where transformers says that it lies."""
+        if module.weight.device.type != "meta":
+            rows = module.weight[index]
+        else:
+            weights = module._hf_hook.weights_map
+            place = weights.dataset.index[f"{weights.prefix}weight"]
+            rows = rows_of(Path(place["safetensors_file"]), place["weight_name"], index)
+        return (rows if self.round_to is None else rows.to(self.round_to)).float()
+
+    def hidden(self, ids: torch.Tensor, **positions) -> torch.Tensor:
+        """After the final norm, [1, T, hidden_size]."""
+        embeddings = self._rows(self.model.get_input_embeddings(), ids)
+        return self.model.model(inputs_embeds=embeddings, use_cache=False, **positions).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+        return hidden @ self._rows(self.model.get_output_embeddings(), rows).mT
 
 
 @torch.no_grad()
@@ -106,7 +136,7 @@ def largest_difference(source: Checkpoint, result: Checkpoint, round_to: torch.d
     """The largest difference of the two in fp32, over random tokens at positions from 0 and from beyond the original
     context length: of any logit, and of any layer's output relative to its largest number.
 
-    The source runs as transformers reads it, the result as we do. FLA's class takes no positions: it starts from 0 alone.
+    The source runs as transformers reads it, the result as we do. FLA's class takes no positions: it starts from 0.
     round_to: the precision that the source was converted to.
     """
     config = source.config
@@ -115,7 +145,7 @@ def largest_difference(source: Checkpoint, result: Checkpoint, round_to: torch.d
     starts = (0,) if source.model_type == "transformer" else (0, beyond)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, TOKENS), generator=generator)
-    theirs, ours = read_by_transformers(source, round_to), _LayerByLayer(result)
+    theirs, ours = _AsTransformersReads(source, round_to), _LayerByLayer(result)
     differences, run = [], {}
 
     def compare(index):
@@ -127,17 +157,17 @@ def largest_difference(source: Checkpoint, result: Checkpoint, round_to: torch.d
 
         return hook
 
-    hooks = [layer.register_forward_hook(compare(i)) for i, layer in enumerate(theirs.model.layers)]
+    hooks = [layer.register_forward_hook(compare(i)) for i, layer in enumerate(theirs.layers)]
     with tqdm(total=len(starts) * config.num_hidden_layers, desc="verifying", unit="layer") as progress:
         for start in starts:
             run["positions"] = torch.arange(start, start + TOKENS)[None]
             run["hidden"] = ours.embed(ids)
             positions = {"position_ids": run["positions"]} if len(starts) > 1 else {}
-            logits = theirs(ids, use_cache=False, **positions).logits
-            hidden = ours.norm(run["hidden"])
+            their_hidden = theirs.hidden(ids, **positions)
+            our_hidden = ours.norm(run["hidden"])
             for first in range(0, config.vocab_size, HEAD_ROWS):
                 rows = slice(first, min(first + HEAD_ROWS, config.vocab_size))
-                differences.append((logits[..., rows] - ours.logits(hidden, rows)).abs().max())
+                differences.append((theirs.logits(their_hidden, rows) - ours.logits(our_hidden, rows)).abs().max())
     for hook in hooks:
         hook.remove()
     return torch.stack(differences).max().item()  # NaN where there is one

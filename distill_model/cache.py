@@ -179,9 +179,11 @@ class StaticCache(HybridCache):
 
     @torch.no_grad()
     def step(self, model, input_ids, position_ids=None, attention_mask=None) -> torch.Tensor:
-        """The logits [B, 1, vocab_size] behind one more token of each sequence, input_ids [B, 1]. position_ids [B or 1, 1], or None to
-        count the tokens; attention_mask as in `begin`: the first step reads all of it, later ones the column of their token, if
-        it has one. Raises ValueError for padding that is not on the left, and if the cache is full or of another batch size."""
+        """The logits [B, 1, vocab_size] behind one more token of each sequence, input_ids [B, 1].
+
+        position_ids: [B or 1, 1], or None to count the tokens. attention_mask: as in `begin`; the first step reads all
+        of it, later ones the column of their token, if it has one. Raises ValueError for padding that is not on the
+        left, and if the cache is full or of another batch size."""
         if not self.decoding:
             self.begin(input_ids, attention_mask)
         has_column = attention_mask is not None and attention_mask.shape[1] > self.get_seq_length()

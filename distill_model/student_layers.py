@@ -635,8 +635,8 @@ class _MaskedCacheStudent(StudentAttention):
     def one_by_one(self, hidden_states, attention_mask, past_key_values) -> torch.Tensor:
         """The outputs [B, T, hidden_size] of T tokens that follow those of the cache.
 
-        A step reads a token of every row. Where that is padding, the row gets back what it held before: the convolution's
-        state and PaTH's keys have changed."""
+        A step reads a token of every row. Where that is padding, the row gets back what it held before: the state of
+        the convolution and PaTH's keys have changed."""
         outputs, layer = [], past_key_values.layers[self.layer_idx]
         first = attention_mask.shape[1] - hidden_states.shape[1]
         padded = not attention_mask[:, first:].all()

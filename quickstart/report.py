@@ -71,9 +71,9 @@ def mean_loss(model: StudentForCausalLM, ids: torch.Tensor) -> float:
 
 @torch.no_grad()
 def alignment(student: StudentForCausalLM, teacher: StudentForCausalLM, ids: torch.Tensor) -> list[float]:
-    """Per layer: the mean squared error of the student's attention, fed the teacher's hidden states, over the variance of
-    the teacher's attention output: its mean squared deviation from each feature's mean over the tokens. 0 is perfect, 1 as
-    good as a constant. Stage 1 logs the same as layer_error/00 ..."""
+    """Per layer: the mean squared error of the student's attention, fed the teacher's hidden states, over the variance
+    of the teacher's attention output, its mean squared deviation from each feature's mean over the tokens. 0 is
+    perfect, 1 as good as a constant. Stage 1 logs the same as layer_error/00 ..."""
     errors = []
 
     def compare(index):
@@ -124,7 +124,8 @@ def read_losses(run_folder: Path) -> tuple[list[tuple[int, float]], list[tuple[i
 
 
 def read_layer_errors(run_folder: Path) -> tuple[list[int], list[list[float]]]:
-    """(steps, for each of them the relative error of every layer) from stage 1's metrics.jsonl; held-out text if it has that."""
+    """(steps, for each of them the relative error of every layer) from stage 1's metrics.jsonl, of held-out text if it
+    has that."""
     found = {}
     for line in (run_folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -208,7 +209,9 @@ def loss_curves(curves: dict[int, tuple[list, list]], teacher_losses: list[float
     return picture(figure)
 
 
-def alignment_figure(before: list[float], after: list[float], kept: list[int], steps: list[int], errors: list[list[float]]) -> str:
+def alignment_figure(
+    before: list[float], after: list[float], kept: list[int], steps: list[int], errors: list[list[float]]
+) -> str:
     """Per layer, the relative error of the linear attention before and after stage 1, and during it. errors: see
     `read_layer_errors`."""
     from matplotlib import colormaps
@@ -342,7 +345,8 @@ def main() -> int:
     taught = json.loads((out / "teacher.json").read_text())
     checks = measures(results, {stage: train for stage, (train, _) in curves.items()}, taught)
     evaluation = json.loads((out / "evaluation" / "results.json").read_text())
-    pictures = loss_curves(curves, taught["losses"]), alignment_figure(*aligned, kept, *read_layer_errors(out / "stage1"))
+    during = read_layer_errors(out / "stage1")
+    pictures = loss_curves(curves, taught["losses"]), alignment_figure(*aligned, kept, *during)
     text = page(results, checks, tokenizer.decode(prompt[0]), pictures, scan, kept, evaluation, args.long_context)
     (out / "report.html").write_text(text, encoding="utf-8")
     (out / "report.json").write_text(

@@ -155,7 +155,8 @@ def rename_embeddings(tensors):
 def add_frequencies(factor):
     def change(tensors):
         half = tensors["model.layers.1.self_attn.q_proj.weight"].shape[0] // 4 // 2
-        tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = factor * (1e4 ** -(torch.arange(half) / half)).bfloat16()
+        frequencies = (1e4 ** -(torch.arange(half) / half)).bfloat16()
+        tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = factor * frequencies
 
     return change
 
@@ -211,9 +212,10 @@ def test_the_proof_does_not_share_our_reading(tmp_path, monkeypatch):
     random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True)
     edited(tmp_path / "source", add_head)
     monkeypatch.setattr("convert.loader.has_own_head", lambda *_: False)
+    arguments = ["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
     for precision in ([], ["--precision", "bfloat16"]):
         with pytest.raises(SystemExit, match="and its conversion differ by"):
-            convert("", "llama", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out"), *precision])
+            convert("", "llama", argv=[*arguments, *precision])
         assert not (tmp_path / "out").exists()
 
 
@@ -379,7 +381,7 @@ def test_what_we_cannot_express_is_refused_by_name(tmp_path, change, message):
 
 def test_all_that_we_cannot_express_is_named_at_once(tmp_path):
     random_teacher(tmp_path, "mistral", sliding_window=16, hidden_act="gelu")
-    with pytest.raises(ValueError, match="sliding-window attention over 16 tokens; hidden_act 'gelu'; supported is silu$"):
+    with pytest.raises(ValueError, match="attention over 16 tokens; hidden_act 'gelu'; supported is silu$"):
         load_teacher_config(str(tmp_path))
 
 
@@ -397,7 +399,8 @@ def set_config(folder, **changes):
         ({"hidden_size": "48", "num_hidden_layers": 4.0, "head_dim": "16", "vocab_size": "96"}, {}),
         ({"max_position_embeddings": "64", "initializer_range": "0.2", "pad_token_id": "0"}, {"pad_token_id": 0}),
         ({"eos_token_id": ["1", 2]}, {"eos_token_id": [1, 2]}),
-        ({"rope_parameters": ..., "rope_theta": "5e4"}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
+        ({"rope_parameters": ..., "rope_theta": "5e4"},
+         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
         ({"rope_parameters": ..., "rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": "2.0"}},
          {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}}),
         ({"rope_parameters": {**{name: str(value) for name, value in LLAMA3.items()}}}, {"rope_parameters": LLAMA3}),
@@ -412,7 +415,8 @@ def test_numbers_written_as_text_are_read(tmp_path, written, meant):
     convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
     ids = torch.randint(0, 96, (2, 91))
     with torch.no_grad():
-        torch.testing.assert_close(load_teacher(str(tmp_path / "out"))(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+        ours = load_teacher(str(tmp_path / "out"))
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
     assert load_teacher_config(str(tmp_path / "out")).eos_token_id == theirs.config.eos_token_id
 
 
@@ -427,13 +431,13 @@ def test_numbers_written_as_text_are_read(tmp_path, written, meant):
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings: 'false' is of type str; it must be bool"),
         ({"pad_token_id": 96}, "pad_token_id: 96 is outside the vocabulary of 96 ids; name one of them, or null"),
         ({"bos_token_id": [1]}, r"bos_token_id: \[1\] is of type list; it must be int or null"),
-        ({"layer_types": ["full_attention"] * 3}, r"`num_hidden_layers` \(4\) must be equal to the number of `layer_types` \(3\)"),
+        ({"layer_types": ["full_attention"] * 3}, r"`num_hidden_layers` \(4\) must be .* of `layer_types` \(3\)"),
         ({"layer_types": "full_attention"}, "Field 'layer_types' with value 'full_attention'"),
         ({"hidden_act": None}, "Field 'hidden_act' expected str"),
         ({"dtype": "bf16"}, "dtype: 'bf16' must be bfloat16"),
         ({"rope_parameters": "linear"}, "rope_parameters: 'linear' must be a mapping"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": "many"}}, "rope_parameters.rope_theta: 'many' is of type str"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, "factor: 0.0 of the rotary embedding"),
+        ({"rope_parameters": {"rope_theta": "many"}}, "rope_parameters.rope_theta: 'many' is of type str"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor: 0.0 of the rotary embedding"),
         ({"rope_parameters": ..., "rope_scaling": [2.0]}, r"rope_scaling: \[2.0\] must be a mapping"),
         ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, "Missing required keys .*'factor'"),
         ({"rope_parameters": ..., "rope_theta": None}, "rope_theta: None of the rotary embedding must be above 0"),
@@ -528,7 +532,8 @@ def damage_index(folder):
 
 def damage_shard(folder):
     (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
-    weight_map = dict.fromkeys(load_file(folder / "model-00002-of-00002.safetensors"), "model-00001-of-00002.safetensors")
+    names = load_file(folder / "model-00002-of-00002.safetensors")
+    weight_map = dict.fromkeys(names, "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 

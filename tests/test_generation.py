@@ -111,7 +111,7 @@ PADDED = [[1] * 20 + [0] * 4,
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["teacher", *STUDENTS])
 def test_padding_anywhere_leaves_the_text_as_it_is(models, name):
-    """At once, in training mode, in turns behind a warm cache, token by token: a row has the logits of its text alone."""
+    """At once, in training mode, in turns behind a warm cache, token by token: as each row's text alone."""
     model, mask = models(name), torch.tensor(PADDED)
     ids = padded(mask.shape[1], rows=len(mask))[0]
     texts = torch.cat([model(row[real][None], use_cache=False).logits[0] for row, real in zip(ids, mask.bool())])

@@ -122,7 +122,7 @@ def test_stage_1_logs_every_layer_and_the_export_has_that_loss(stages, teacher_d
 
 
 def test_stage_1_logs_and_names_relative_errors(stages, teacher_dir, data_dir):
-    """Each layer's loss over the variance of the teacher's output, by Hugging Face's model; the worst are named at the end."""
+    """Each layer's loss over the variance of Hugging Face's attention output; the worst are named at the end."""
     outputs = []
     theirs = AutoModelForCausalLM.from_pretrained(teacher_dir).eval()
     for layer in theirs.model.layers:
@@ -139,7 +139,8 @@ def test_stage_1_logs_and_names_relative_errors(stages, teacher_dir, data_dir):
         assert all(0 < error < 10 for error in errors)
     (said,) = [line for line in (stages / "stage1.out").read_text().splitlines() if "worst aligned layers" in line]
     worst = sorted(range(len(errors)), key=errors.__getitem__)[::-1][:3]
-    assert said.startswith("worst aligned layers on held-out text") and ", ".join(f"{i} ({errors[i]:.3g})" for i in worst) in said
+    assert said.startswith("worst aligned layers on held-out text")
+    assert ", ".join(f"{i} ({errors[i]:.3g})" for i in worst) in said
     assert f"median {statistics.median(errors):.3g}" in said
 
 
@@ -447,9 +448,10 @@ def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir, capfd):
     losses = [model(test)["loss"].item()]
     train.calibrate_students(model, chunks, cfg.train.calibrate_init, cfg.train.micro_batch_size, said.append)
     losses.append(model(test)["loss"].item())
-    said = re.fullmatch(r"calibrated on 256 tokens: alignment loss (\S+) -> (\S+) on ([\d,]+) held-out tokens", said[-1])
-    assert [float(x) for x in said.groups()[:2]] == pytest.approx(losses, rel=1e-3)
-    assert int(said[3].replace(",", "")) == test.numel() and losses[1] < 0.9 * losses[0]
+    pattern = r"calibrated on 256 tokens: alignment loss (\S+) -> (\S+) on ([\d,]+) held-out tokens"
+    *reported, tokens = re.fullmatch(pattern, said[-1]).groups()
+    assert [float(x) for x in reported] == pytest.approx(losses, rel=1e-3) and losses[1] < 0.9 * losses[0]
+    assert int(tokens.replace(",", "")) == test.numel()
     assert "calibrating: 100%" in capfd.readouterr().err
 
 
@@ -464,9 +466,9 @@ def test_calibration_on_fewer_tokens_than_inputs_is_warned_of(tmp_path, teacher_
     """The teacher's heads are 4 x 16 wide, which is more than its hidden_size; a batch has 32 tokens."""
     for batches, warned in ((1, True), (2, False)):
         prepare(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=batches), "--dry-run")
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: train.calibrate_init")]
-        assert bool(lines) == warned
-        assert not warned or "1 batches are 32 tokens, fewer than the 64 inputs" in lines[0] and lines[0].endswith("set it to 2 or more")
+        out = capsys.readouterr().out
+        said = "warning: train.calibrate_init: 1 is 32 tokens, fewer than the 64 inputs to fit"
+        assert (said in out and "set it to 2 or more\n" in out) == warned and ("warning" in out) == warned
 
 
 def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
