@@ -339,8 +339,8 @@ def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, say
 
 
 def calibration_warning(cfg: Config) -> str | None:
-    """A warning if calibration has fewer tokens than inputs to fit, or None. A layer's inputs are its heads x head_dim, for the
-    output projection, and hidden_size, for a gate."""
+    """A warning if calibration has fewer tokens than inputs to fit, or None. These are heads x head_dim, for the output
+    projection, and hidden_size, for a gate."""
     from convert import load_teacher_config
 
     if not cfg.train.calibrate_init:
@@ -352,8 +352,8 @@ def calibration_warning(cfg: Config) -> str | None:
     if tokens >= inputs:
         return None
     enough = -(-inputs // batch)
-    return (f"warning: train.calibrate_init: {cfg.train.calibrate_init} is {tokens:,} tokens, fewer than the {inputs:,} "
-            f"inputs to fit, and the fit will hold for those alone; set it to {enough} or more")  # fmt: skip
+    return (f"warning: train.calibrate_init: {cfg.train.calibrate_init} is {tokens:,} tokens, fewer than the {inputs:,}"
+            f" inputs to fit, and the fit will hold for those alone; set it to {enough} or more")  # fmt: skip
 
 
 def build_student_for_stage2_and_3(cfg: Config, dtype, say=print, teacher=None):

@@ -134,16 +134,23 @@ def load_teacher_config(name_or_path: str) -> StudentConfig:
 
     Raises ValueError if the checkpoint is not there or cannot be expressed exactly.
     """
-    config = config_alone(name_or_path)
-    folder = local_folder(name_or_path)
-    family = FAMILIES.get(source_config(name_or_path).model_type, OURS)
-    if config.dtype is None and folder:
+    config, folder = config_alone(name_or_path), local_folder(name_or_path)
+    return config if folder is None else as_stored(config, folder, family_of(name_or_path))
+
+
+def family_of(name_or_path: str) -> Family:
+    return FAMILIES.get(source_config(name_or_path).model_type, OURS)
+
+
+def as_stored(config: StudentConfig, folder: Path, family: Family) -> StudentConfig:
+    """The config with the dtype that it lacks, and not tied where the files in `folder` hold a head of its own."""
+    if config.dtype is None:
         config.dtype = stored_dtype(folder)
-    if config.tie_word_embeddings and folder and has_own_head(folder, family):
+    if config.tie_word_embeddings and has_own_head(folder, family):
         warnings.warn(
-            f"{name_or_path}: config.json ties the head to the embeddings (tie_word_embeddings), but the file's {HEAD} "
+            f"{folder}: config.json ties the head to the embeddings (tie_word_embeddings), but the file's {HEAD} "
             "differs from them: it is read as not tied, as transformers does",
-            stacklevel=2,
+            stacklevel=3,
         )
         config.tie_word_embeddings = False
     return config
@@ -260,10 +267,10 @@ class Checkpoint:
     """
 
     def __init__(self, name_or_path: str):
-        self.config = load_teacher_config(name_or_path)
-        self.model_type = source_config(name_or_path).model_type
-        self.family = FAMILIES.get(self.model_type, OURS)
+        config = config_alone(name_or_path)  # refuses before weights are fetched
+        self.model_type, self.family = source_config(name_or_path).model_type, family_of(name_or_path)
         self.folder = checkpoint_folder(name_or_path, "model*.safetensors", "*.json", *SIDECARS)
+        self.config = as_stored(config, self.folder, self.family)
         self.files = weight_files(self.folder)
         for file in self.files:
             if not file.is_file():

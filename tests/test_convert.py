@@ -19,7 +19,7 @@ from convert import converter, load_teacher, load_teacher_config
 from convert.command import main as convert
 from convert.converter import PUBLISHED, check_size, write_weights
 from convert.families import FAMILIES
-from convert.loader import copy_sidecars, student_config
+from convert.loader import Checkpoint, copy_sidecars, student_config
 from convert_ckpt import student_config as trained_config
 from distill_model import StudentForCausalLM
 from pipeline.config import load_config
@@ -194,6 +194,17 @@ def test_odd_files_are_read_as_transformers_reads_them(tmp_path, recwarn, case, 
     said = [str(w.message) for w in recwarn if str(source) in str(w.message)]
     assert all(warning in line and "\n" not in line for line in said) if warning else not said, said
     assert bool(said) == bool(warning)
+
+
+def test_a_checkpoint_that_must_be_fetched_first_is_read_alike(tmp_path, monkeypatch):
+    """Its config is read before its weights are on this machine."""
+    model = random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True)
+    model.bfloat16().save_pretrained(tmp_path / "source")
+    edited(tmp_path / "source", add_head, dtype=None)
+    monkeypatch.setattr("convert.loader.local_folder", lambda name: None)
+    assert load_teacher_config(str(tmp_path / "source")).tie_word_embeddings
+    config = load_teacher(str(tmp_path / "source")).config
+    assert not config.tie_word_embeddings and Checkpoint(str(tmp_path / "source")).config.dtype == torch.bfloat16
 
 
 def test_flas_head_of_its_own_is_not_tied_either(tmp_path):
