@@ -350,17 +350,19 @@ def measure_own(unit: Unit, args: argparse.Namespace, documents, lm, teacher) ->
 def load_model(checkpoint: str):
     """A checkpoint in its own dtype, on this process's device. It reads long prompts in pieces, unless that takes it longer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from convert import load_teacher
     from convert.families import FAMILIES
+    from convert.loader import source_config
     from distill_model import StudentConfig, get_student_attention_class
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).model_type == "transformer":  # FLA's own class needs flash-attn
+    config = source_config(checkpoint)
+    if config.model_type == "transformer":  # FLA's own class needs flash-attn
         model = load_teacher(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
     else:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, dtype="auto", trust_remote_code=False)
     student, rope = getattr(model.config, "student_name", None), getattr(model.config, "rope_parameters", None) or {}
     reads_on = get_student_attention_class(student).func.READS_ON if student else model.config.model_type in {*FAMILIES, StudentConfig.model_type}
     if reads_on and rope.get("rope_type") != "dynamic":  # which depends on the length

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import socket
+import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -291,37 +292,58 @@ class StageTrainer(Trainer):
 
 
 class DistillTrainer(StageTrainer):
-    """Stage 1: aligns attention outputs; logs the loss of every layer as layer_loss/00 ..."""
+    """Stage 1: aligns attention outputs; logs the loss of every layer as layer_loss/00 ..., and as layer_error/00 ...
+    that loss over the variance of the teacher's output, which compares between layers: see `relative_errors` in
+    wrapper.py.
+
+    layer_errors: the last that were logged, of held-out text, or of training where there is none; empty before.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._layer_losses = {True: [], False: []}  # [sum, count] of training and of evaluation, since they were last logged
+        # [sum of (losses, variances) [2, layers], count] of training and of evaluation, since they were last logged
+        self._layers = {True: [], False: []}
+        self.layer_errors: list[float] = []
 
     def forward_loss(self, model, inputs):
         outputs = model(**inputs)
-        total, count = self._layer_losses[model.training] or (0, 0)
-        self._layer_losses[model.training] = [total + outputs["layer_losses"], count + 1]
+        total, count = self._layers[model.training] or (0, 0)
+        new = torch.stack((outputs["layer_losses"], outputs["layer_variances"]))
+        self._layers[model.training] = [total + new, count + 1]
         return outputs["loss"]
 
     def log(self, logs, *args, **kwargs):
         training = "loss" in logs
-        if (training or "eval_loss" in logs) and self._layer_losses[training]:
-            total, count = self._layer_losses[training]
-            mean = self.accelerator.reduce(total / count, reduction="mean").tolist()
-            prefix = "layer_loss" if training else "eval_layer_loss"
-            logs = logs | {f"{prefix}/{i:02}": value for i, value in enumerate(mean)}
-            self._layer_losses[training] = []
+        if (training or "eval_loss" in logs) and self._layers[training]:
+            total, count = self._layers[training]
+            losses, variances = self.accelerator.reduce(total / count, reduction="mean")
+            errors = self.model.relative_errors(losses, variances)
+            figures = {"layer_loss": losses, "layer_error": errors}
+            for name, values in zip(figures, torch.stack(tuple(figures.values())).tolist()):
+                prefix = name if training else f"eval_{name}"
+                logs = logs | {f"{prefix}/{i:02}": value for i, value in enumerate(values)}
+            if not training or self.eval_dataset is None:
+                self.layer_errors = errors.tolist()
+            self._layers[training] = []
         super().log(logs, *args, **kwargs)
 
+    def worst_layers(self, count: int = 3) -> str:
+        """The layers with the largest relative error, in one line."""
+        order = sorted(range(len(self.layer_errors)), key=self.layer_errors.__getitem__, reverse=True)
+        worst = ", ".join(f"{i} ({self.layer_errors[i]:.3g})" for i in order[:count])
+        text = "training" if self.eval_dataset is None else "held-out"
+        return (f"worst aligned layers on {text} text, by error over the variance of the teacher's output: {worst}; "
+                f"median {statistics.median(self.layer_errors):.3g}")  # fmt: skip
+
     def logging_state(self):
-        layers = self._layer_losses[True]
+        layers = self._layers[True]
         return super().logging_state() | {"layers": layers and [layers[0].tolist(), layers[1]]}
 
     def load_logging_state(self, states):
         super().load_logging_state(states)
-        if states[0]["layers"]:
+        if states[0]["layers"] and isinstance(states[0]["layers"][0][0], list):  # older checkpoints have no variances
             totals = torch.tensor([state["layers"][0] for state in states], device=self.args.device)
-            self._layer_losses[True] = [totals.mean(0), states[0]["layers"][1]]
+            self._layers[True] = [totals.mean(0), states[0]["layers"][1]]
 
 
 class FrozenTeacher:

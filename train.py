@@ -89,11 +89,13 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tup
         return None
     open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len)  # names a missing folder before a model's config is read
     check_models(cfg)  # says more of a wrong teacher than its tokenizer can
-    for name in keys_of_other_stages(cfg):
-        say(f"{name}: has no effect in stage {cfg.stage}")
-    chunks = open_data(cfg, plan)
-    for line in notes_on_data(cfg, plan, chunks) + options_without_effect(cfg):
+    for line in options_without_effect(cfg):
         say(line)
+    chunks = open_data(cfg, plan)
+    for line in notes_on_data(cfg, plan, chunks):
+        say(line)
+    if warning := calibration_warning(cfg):
+        say(warning)
     if args.dry_run:
         print_plan(cfg, plan, say)
         return None
@@ -126,6 +128,8 @@ def train_stage(
         why = trainer.guard.stopped
         say(f"{why}: stopped at step {step} of {plan.steps}; checkpoint-{step} is whole; the same command goes on")
         sys.exit(REQUEUE)
+    if cfg.stage == 1 and trainer.layer_errors:
+        say(trainer.worst_layers())
 
 
 def export(cfg: Config) -> None:
@@ -246,7 +250,7 @@ def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
 
 def options_without_effect(cfg: Config) -> list[str]:
     """A line for each option that is set and that this stage has no use for."""
-    lines = []
+    lines = [f"{name}: has no effect in stage {cfg.stage}" for name in keys_of_other_stages(cfg)]
     if cfg.stage == 1 and cfg.train.gradient_checkpointing:
         lines.append(
             "train.gradient_checkpointing: has no effect in stage 1, which never stores more than one layer's activations"
@@ -281,6 +285,8 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
 
 def check_models(cfg: Config) -> None:
     """Raises ValueError if teacher, student and initial checkpoint cannot go together. Reads configs, no weights."""
+    from huggingface_hub.errors import StrictDataclassError
+
     from convert import load_teacher_config
     from distill_model import StudentConfig, check_calibration, check_student, same_options
 
@@ -298,7 +304,7 @@ def check_models(cfg: Config) -> None:
         raise ConfigError(f"{key} holds no checkpoint; {cure}")
     try:
         student = StudentConfig.from_pretrained(cfg.train.student_init_ckpt)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"{key} has a config.json that cannot be read: {' '.join(str(error).split())}") from None
     shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
              "intermediate_size", "vocab_size")  # fmt: skip
@@ -335,22 +341,55 @@ def build_student_for_stage1(cfg: Config, dtype, say=print):
 
 def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, say=print) -> None:
     """Fits decay and output projections of the students to the first training chunks, the same on every rank, and says so in
-    `model.init_report`."""
+    `model.init_report`. Reports the alignment loss before and after, on as many held-out chunks."""
     import torch
+    from tqdm import tqdm
 
     from wrapper import calibrate
 
-    rows = range(batches * batch_size)
-    ids = torch.as_tensor(chunks.train[rows]["input_ids"], device=next(model.parameters()).device, dtype=torch.long)
+    show = os.environ.get("RANK", "0") == "0"
+    device = next(model.parameters()).device
+
+    def rows(split, count):
+        return torch.as_tensor(split[: min(count, len(split))]["input_ids"], device=device, dtype=torch.long)
+
+    def loss(ids, when):
+        parts = tqdm(ids.split(batch_size), desc=f"alignment loss {when}", unit="batch", disable=not show)
+        return sum(model(part)["loss"].item() * len(part) for part in parts) / len(ids)
+
+    ids = rows(chunks.train, batches * batch_size)
+    test = ids if chunks.heldout is None else rows(chunks.heldout, len(ids))
     with torch.no_grad():
-        before = model(ids[:batch_size])["loss"].item()
-        fitted = set(calibrate(model, ids.split(batch_size)))
-        for layer, block in enumerate(model.model.layers):
-            report = model.init_report[layer]
-            report["calibrated"] = [name for name, p in block.attn.student_attn.named_parameters() if p in fitted]
-            for kind in ("copied", "transformed", "fresh"):
-                report[kind] = [name for name in report[kind] if name not in report["calibrated"]]
-        say(f"calibrated on {ids.numel():,} tokens: loss {before:.4g} -> {model(ids[:batch_size])['loss'].item():.4g}")
+        before = loss(test, "before")
+        fitted = set(calibrate(model, ids.split(batch_size), show=show))
+        after = loss(test, "after")
+    for layer, block in enumerate(model.model.layers):
+        report = model.init_report[layer]
+        report["calibrated"] = [name for name, p in block.attn.student_attn.named_parameters() if p in fitted]
+        for kind in ("copied", "transformed", "fresh"):
+            report[kind] = [name for name in report[kind] if name not in report["calibrated"]]
+    where = f"{test.numel():,} held-out tokens"
+    if chunks.heldout is None:
+        where = "the same tokens, for there are no held-out chunks"
+    say(f"calibrated on {ids.numel():,} tokens: alignment loss {before:.4g} -> {after:.4g} on {where}")
+
+
+def calibration_warning(cfg: Config) -> str | None:
+    """A warning if calibration has fewer tokens than inputs to fit, or None. These are heads x head_dim, for the output
+    projection, and hidden_size, for a gate."""
+    from convert import load_teacher_config
+
+    if not cfg.train.calibrate_init:
+        return None
+    teacher = load_teacher_config(cfg.teacher_model.name)
+    inputs = max(teacher.num_attention_heads * teacher.head_dim, teacher.hidden_size)
+    batch = cfg.train.micro_batch_size * cfg.train.train_seq_len
+    tokens = cfg.train.calibrate_init * batch
+    if tokens >= inputs:
+        return None
+    enough = -(-inputs // batch)
+    return (f"warning: train.calibrate_init: {cfg.train.calibrate_init} is {tokens:,} tokens, fewer than the {inputs:,}"
+            f" inputs to fit, and the fit will hold for those alone; set it to {enough} or more")  # fmt: skip
 
 
 def build_student_for_stage2_and_3(cfg: Config, dtype, say=print, teacher=None):

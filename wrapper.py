@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from distill_model import StudentForCausalLM, check_calibration
 from distill_model.attention import SoftmaxAttention
@@ -74,7 +75,7 @@ class AttentionAlignmentModel(nn.Module):
 
     def __init__(self, teacher: StudentForCausalLM, student: StudentForCausalLM, kind="mse", recompute=False):
         super().__init__()
-        self.config = student.config
+        self.config, self.kind = student.config, kind
         self.model = teacher.model.requires_grad_(False)
         del self.model.norm
         for block, twin in zip(self.model.layers, student.model.layers, strict=True):
@@ -83,22 +84,35 @@ class AttentionAlignmentModel(nn.Module):
         del last.mlp, last.mlp_norm
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """input_ids [B, T] -> loss, the mean over layers, and layer_losses [num_hidden_layers], in fp32."""
+        """input_ids [B, T] -> loss, a mean over layers, layer_losses and layer_variances [num_hidden_layers], in fp32.
+
+        A layer's variance is that of its teacher's attention output y [B T, hidden_size]: the mean over tokens and
+        features of (y - the feature's mean over the tokens)^2. See `relative_errors`."""
         with torch.no_grad():
             hidden_states = self.model.embeddings(input_ids)
             position_embeddings = self.model.position_embeddings(hidden_states)
-        losses = []
+        losses, variances = [], []
         for block in self.model.layers:
             with torch.no_grad():
                 normed = block.attn_norm(hidden_states)
             output, loss = block.attn(normed, position_embeddings)
             losses.append(loss)
+            variances.append(output.flatten(0, 1).var(0, correction=0))  # one reduction; all layers' means come below
             if block is not self.model.layers[-1]:
                 with torch.no_grad():
                     normed, hidden_states = block.mlp_norm(hidden_states, output)
                     hidden_states = hidden_states + block.mlp(normed)
         losses = torch.stack(losses)
-        return {"loss": losses.mean(), "layer_losses": losses.detach()}
+        return {"loss": losses.mean(), "layer_losses": losses.detach(),
+                "layer_variances": torch.stack(variances).float().mean(1)}  # fmt: skip
+
+    def relative_errors(self, losses: torch.Tensor, variances: torch.Tensor) -> torch.Tensor:
+        """layer_losses in units that compare between layers: 0 is the teacher's output, 1 as good as its mean.
+
+        mse: mean squared difference / variance. l2, the mean of norms: loss / standard deviation.
+        """
+        scale = variances if self.kind == "mse" else variances.sqrt()
+        return losses / scale.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @torch.no_grad()
@@ -117,7 +131,9 @@ def mean_distances(attn: SoftmaxAttention, hidden_states: torch.Tensor, position
 
 
 @torch.no_grad()
-def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge: float = 2.0) -> list[nn.Parameter]:
+def calibrate(
+    model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge: float = 2.0, show: bool = False
+) -> list[nn.Parameter]:
     """Fits what of a student has a closed form, before the first step, on batches of token ids [B, T].
 
     Decay, where the student has one a head: an exponential kernel whose mean distance d is that of the teacher's softmax
@@ -127,7 +143,8 @@ def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge
     squares, and around that W = argmin |X W' - Y|^2 + ridge mean(diag X'X) |W - W_scaled|^2. The ridge keeps W near the
     teacher's: what fits best before training is not the best to train from.
 
-    Returns the parameters that it fitted. Raises ValueError for students whose o_proj is fused with their norm, so that nobody sees what it gets.
+    show: a progress bar. Returns the parameters that it fitted. Raises ValueError for students whose o_proj is fused
+    with their norm, so that nobody sees what it gets.
     """
     check_calibration(model.config.student_name)
     wrappers, heads = [block.attn for block in model.model.layers], model.config.num_attention_heads
@@ -155,12 +172,18 @@ def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge
     def penalty(xx, strength):
         return strength * xx.diagonal().mean().clamp(min=1e-12) * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
 
+    def count(wrapper, args, output):
+        progress.update()
+
     def run(hooks):
+        hooks += [wrapper.register_forward_hook(count) for wrapper in wrappers]
         for ids in batches:
             model(ids)
         for hook in hooks:
             hook.remove()
 
+    passes = 2 if any(wrapper.student_attn.fits_decay or wrapper.student_attn.fits_gate for wrapper in wrappers) else 1
+    progress = tqdm(total=passes * len(batches) * len(wrappers), desc="calibrating", unit="layer", disable=not show)
     hooks = [wrapper.register_forward_pre_hook(look) for wrapper in wrappers if wrapper.student_attn.fits_decay]
     hooks += [wrapper.register_forward_pre_hook(add_gate_moments) for wrapper in wrappers if wrapper.student_attn.fits_gate]
     if hooks:
@@ -179,6 +202,7 @@ def calibrate(model: AttentionAlignmentModel, batches: list[torch.Tensor], ridge
         scaled = (by_head * scales[:, None]).flatten(1)
         pull = penalty(xx, ridge)
         o_proj.weight.copy_(torch.linalg.solve(xx + pull, xy + pull @ scaled.mT).mT)
+    progress.close()
     return [*(wrapper.student_attn.dt_bias for wrapper in distances), *(wrapper.student_attn.g_proj.weight for wrapper in gates),
             *(o_proj.weight for o_proj in moments)]  # fmt: skip
 

@@ -40,10 +40,10 @@ LINEAR = {"g_proj.weight": "in_proj_z.weight", "b_proj.weight": "in_proj_b.weigh
           "A_log": "A_log", "dt_bias": "dt_bias", "o_norm.weight": "norm.weight", "o_proj.weight": "out_proj.weight"}  # fmt: skip
 
 
-def student_lacks(student: partial, options: dict) -> str | None:
-    """What keeps a linear attention, an entry of STUDENT_ATTENTION_MAP with options, from being Qwen3.5's; None if nothing."""
+def student_lacks(student: partial, options: dict) -> list[str]:
+    """What keeps a linear attention, an entry of STUDENT_ATTENTION_MAP with options, from being Qwen3.5's."""
     if student.func is not GatedDeltaNetStudent:
-        return "another layer than its gated delta net"
+        return ["another layer than its gated delta net"]
 
     def setting(name):
         return (student.keywords | options).get(name, default_of(student.func, name))
@@ -56,26 +56,38 @@ def student_lacks(student: partial, options: dict) -> str | None:
         "conv_bias": setting("conv_bias"),
         "allow_neg_eigval": setting("allow_neg_eigval"),
     }
-    return ", ".join(reason for reason, lacking in reasons.items() if lacking) or None
+    return [reason for reason, lacking in reasons.items() if lacking]
 
 
-NATIVE_STUDENTS = [name for name, student in STUDENT_ATTENTION_MAP.items() if student_lacks(student, {}) is None]
+NATIVE_STUDENTS = [name for name, student in STUDENT_ATTENTION_MAP.items() if not student_lacks(student, {})]
+
+
+def native_export_refusals(config: StudentConfig) -> list[str]:
+    """Every reason why a model cannot be written as `Qwen3_5ForCausalLM`, each with its cure; empty if it can.
+
+    First those of the teacher, which no training of its students mends, then those of stage 1, then of stage 2."""
+    student = STUDENT_ATTENTION_MAP[config.student_name] if config.linear_layers else None
+    lacks = student_lacks(student, config.student_options) if student else []
+    eps = config.rms_norm_eps
+    qk_norm_eps = eps if config.qk_norm_eps is None else config.qk_norm_eps
+    qwen3 = "distil a Qwen3 teacher"
+    reasons = {
+        f"the full attention has no q/k norms, and no norm does nothing; {qwen3}": not config.qk_norm,
+        f"the q/k norms have eps {qk_norm_eps:g}, the others {eps:g}; {qwen3}": config.qk_norm and qk_norm_eps != eps,
+        f"the MLP has biases; {qwen3}": config.mlp_bias,
+        f"the MLP's activation is {config.hidden_act}, not SiLU; {qwen3}": config.hidden_act not in ACTIVATIONS,
+        f"{config.student_name} has {', '.join(lacks)}; train {' or '.join(NATIVE_STUDENTS)} with none of that": lacks,
+        "no layer is full, and transformers counts its cache's tokens there; keep one full": not config.keep_full_attention_layers,
+    }
+    return [reason for reason, lacking in reasons.items() if lacking]
 
 
 def native_export_refusal(config: StudentConfig) -> str | None:
-    """Why a model cannot be written as `Qwen3_5ForCausalLM`, and what could, in one line; None if it can."""
-    lacks = student_lacks(STUDENT_ATTENTION_MAP[config.student_name], config.student_options) if config.linear_layers else None
-    eps, qk_norm_eps = config.rms_norm_eps, config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
-    qwen3 = "distil a Qwen3 teacher"
-    reasons = {
-        f"{config.student_name} has {lacks}; train {' or '.join(NATIVE_STUDENTS)} with none of that": lacks,
-        f"the full attention has no q/k norms, and no norm does nothing; {qwen3}": not config.qk_norm,
-        f"the q/k norms have eps {qk_norm_eps:g}, the others {eps:g}; {qwen3}": qk_norm_eps != eps,
-        f"the MLP has biases; {qwen3}": config.mlp_bias,
-        f"the MLP's activation is {config.hidden_act}, not SiLU; {qwen3}": config.hidden_act not in ACTIVATIONS,
-        "no layer is full, and transformers counts its cache's tokens there; keep one full": not config.keep_full_attention_layers,
-    }
-    return next((f"{ARCHITECTURE} cannot express it: {reason}" for reason, lacking in reasons.items() if lacking), None)
+    """`native_export_refusals` in one line, numbered if there are several; None if there are none."""
+    reasons = native_export_refusals(config)
+    if len(reasons) > 1:
+        reasons = [f"({i}) {reason}" for i, reason in enumerate(reasons, 1)]
+    return f"{ARCHITECTURE} cannot express it: {'; '.join(reasons)}" if reasons else None
 
 
 def native_config(config: StudentConfig) -> Qwen3_5TextConfig:

@@ -20,6 +20,26 @@ SAME = {
         "initializer_range", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "dtype",
     )
 }  # fmt: skip
+# What the fields of a family's config.json, and those of its RoPE parameters, take.
+GIVEN = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_heads",
+         "max_position_embeddings")  # fmt: skip
+DERIVED = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim", "hidden_ratio")  # of others, if null
+SIZES = GIVEN + DERIVED
+FIELDS = {
+    **dict.fromkeys(GIVEN, int),
+    **dict.fromkeys(DERIVED, int | None),
+    **dict.fromkeys(("sliding_window", "window_size", "max_window_layers", "pad_token_id", "bos_token_id"), int | None),
+    "eos_token_id": int | list[int] | None,
+    **dict.fromkeys(("rms_norm_eps", "norm_eps", "initializer_range", "attention_dropout"), float),
+    "rope_theta": float | None,
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "qk_norm", "use_cache",
+                     "use_sliding_window"), bool),
+}  # fmt: skip
+ROPE_FIELDS = {
+    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast",
+                     "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor"), float | None),
+    "original_max_position_embeddings": int | None,
+}  # fmt: skip
 # Parts of Hugging Face's parameter names -> ours, which are FLA's.
 HUGGING_FACE_NAMES = {
     "embed_tokens": "embeddings",
@@ -93,21 +113,19 @@ ACTIVATIONS = ("silu", "swish")
 
 
 def unsupported(config: PreTrainedConfig) -> str | None:
-    """Why a teacher cannot be expressed exactly, or None if it can."""
+    """Every reason why a teacher cannot be expressed exactly, in one line, or None if it can."""
     if config.model_type not in FAMILIES:
         return f"model_type {config.model_type!r}; supported are {', '.join(FAMILIES)}"
-    for name, reason in FAMILIES[config.model_type].refused.items():
-        if why := reason(getattr(config, name)):
-            return why
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
-        return "sliding-window attention"
-    if config.hidden_act not in ACTIVATIONS:
-        return f"hidden_act {config.hidden_act!r}; supported is silu"
+    reasons = [reason(getattr(config, name)) for name, reason in FAMILIES[config.model_type].refused.items()]
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") not in ROPE_TYPES:
-        return f"rope_type {rope['rope_type']!r}; supported are {', '.join(ROPE_TYPES)}"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return f"partial rotary embedding ({rope['partial_rotary_factor']})"
-    if getattr(config, "quantization_config", None):
-        return "quantized weights; name the original checkpoint instead"
-    return None
+    layer_types = getattr(config, "layer_types", None) or []
+    rope_type, turned = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
+    others = {
+        "sliding-window attention": any(kind != "full_attention" for kind in layer_types),
+        f"hidden_act {config.hidden_act!r}; supported is silu": config.hidden_act not in ACTIVATIONS,
+        f"rope_type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}": rope_type not in ROPE_TYPES,
+        f"partial rotary embedding ({turned})": turned != 1.0,
+        "quantized weights; name the original checkpoint instead": bool(getattr(config, "quantization_config", None)),
+    }
+    reasons += [reason for reason, lacking in others.items() if lacking]
+    return "; ".join(filter(None, reasons)) or None

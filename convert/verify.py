@@ -1,17 +1,22 @@
-"""Compares a checkpoint with its conversion, one layer of each in memory at a time."""
+"""Compares a conversion with its source as transformers itself reads that, one layer of each in memory at a time."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
+from logging import ERROR, NOTSET, getLogger
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from distill_model import StudentForCausalLM
 from distill_model.attention import RotaryEmbedding
 
-from .loader import OURS, Checkpoint, source_config
+from .families import HUGGING_FACE_NAMES
+from .loader import Checkpoint, rows_of, source_config
 
 TOLERANCE = 1e-3
 TOKENS = 256
@@ -19,39 +24,25 @@ HEAD_ROWS = 8192  # of the vocabulary, held in fp32 at a time
 
 
 class _LayerByLayer:
-    """A model whose layers come into memory one after the other, in fp32.
+    """Our reading of a conversion: a model whose layers come into memory one after the other, in fp32."""
 
-    Hugging Face's own class where it has one for the checkpoint, else ours. round_to: a dtype that weights pass through.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, theirs: bool, round_to: torch.dtype | None):
-        self.checkpoint, self.theirs, self.round_to = checkpoint, theirs, round_to
-        if theirs:
-            config = source_config(str(checkpoint.folder))
-            with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
-            self.rotary = type(self.model.model.rotary_emb)(config)
-        else:
-            with torch.device("meta"):
-                self.model = StudentForCausalLM(checkpoint.config).eval()
-            self.rotary = RotaryEmbedding(checkpoint.config)
-
-    def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
-        return (tensor if self.round_to is None else tensor.to(self.round_to)).float()
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        with torch.device("meta"):
+            self.model = StudentForCausalLM(checkpoint.config).eval()
+        self.rotary = RotaryEmbedding(checkpoint.config)
 
     def _loaded(self, module, prefix: str):
-        state = {k: self._rounded(v) for k, v in self.checkpoint.state(prefix, self.theirs).items()}
-        module.load_state_dict(state, assign=True)
+        module.load_state_dict(self.checkpoint.state(prefix), assign=True)
         return module
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._rounded(self.checkpoint.rows("model.embeddings.weight", ids))
+        return self.checkpoint.rows("model.embeddings.weight", ids).float()
 
     def layer(self, index: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """hidden [1, T, hidden_size] through layer `index`, at positions [1, T]."""
         layer = self._loaded(copy.deepcopy(self.model.model.layers[index]), f"model.layers.{index}.")
-        out = layer(hidden, position_embeddings=self.rotary(hidden, positions), **({"attention_mask": None} if self.theirs else {}))
-        return out[0] if isinstance(out, tuple) else out
+        return layer(hidden, position_embeddings=self.rotary(hidden, positions))
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._loaded(copy.deepcopy(self.model.model.norm), "model.norm.")(hidden)
@@ -59,7 +50,85 @@ class _LayerByLayer:
     def logits(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
         tied = self.checkpoint.config.tie_word_embeddings
         name = "model.embeddings.weight" if tied else "lm_head.weight"
-        return hidden @ self._rounded(self.checkpoint.rows(name, rows)).mT
+        return hidden @ self.checkpoint.rows(name, rows).float().mT
+
+
+class _Rounded(Mapping):
+    """Weights of a model, by name, rounded to a dtype on their way."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype):
+        self.weights, self.dtype = weights, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.weights[name].to(self.dtype).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+class _AsTransformersReads:
+    """A source as `AutoModelForCausalLM` reads its folder, in fp32: it chooses names, tying, and what to leave out.
+
+    Weights of transformers' own classes stay on disk until they are needed. Models of FLA's class and ours are held in
+    memory, for their kernels would read weights that are not there. round_to: a dtype that weights pass through. Raises
+    ValueError if FLA's class cannot be built here.
+    """
+
+    def __init__(self, source: Checkpoint, round_to: torch.dtype | None):
+        self.round_to = round_to
+        config = source_config(str(source.folder))
+        places = None
+        if source.family.weights is HUGGING_FACE_NAMES:
+            # A tied pair must be in memory, for transformers to compare the two if the file holds both.
+            ends = "cpu" if config.tie_word_embeddings else "disk"
+            places = {"model.embed_tokens": ends, "lm_head": ends, "model.layers": "disk",
+                      "model.norm": "cpu", "model.rotary_emb": "cpu"}  # fmt: skip
+        level, offloading = logging.get_verbosity(), getLogger("accelerate.big_modeling")
+        logging.set_verbosity_error()  # of what it says the loader has said what matters
+        offloading.setLevel(ERROR)
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(
+                source.folder, config=config, dtype=torch.float32, device_map=places, trust_remote_code=False
+            ).eval()
+        except ImportError as error:
+            reason = f"--verify: {source.folder}: its class cannot be built ({error}); say --no-verify"
+            raise ValueError(reason) from None
+        finally:
+            logging.set_verbosity(level)
+            offloading.setLevel(NOTSET)
+        self.layers = self.model.model.layers
+        if round_to is not None:
+            self._round()
+
+    def _round(self) -> None:
+        for module in self.model.model.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.device.type != "meta":
+                    parameter.data = parameter.data.to(self.round_to).float()
+            hook = getattr(module, "_hf_hook", None)
+            if getattr(hook, "weights_map", None) is not None and module is not self.model.get_input_embeddings():
+                hook.weights_map = _Rounded(hook.weights_map, self.round_to)
+
+    def _rows(self, module: torch.nn.Module, index: slice | torch.Tensor) -> torch.Tensor:
+        """Rows of a module's weight, from memory or where transformers says that it lies."""
+        if module.weight.device.type != "meta":
+            rows = module.weight[index]
+        else:
+            weights = module._hf_hook.weights_map
+            place = weights.dataset.index[f"{weights.prefix}weight"]
+            rows = rows_of(Path(place["safetensors_file"]), place["weight_name"], index)
+        return (rows if self.round_to is None else rows.to(self.round_to)).float()
+
+    def hidden(self, ids: torch.Tensor, **positions) -> torch.Tensor:
+        """After the final norm, [1, T, hidden_size]."""
+        embeddings = self._rows(self.model.get_input_embeddings(), ids)
+        return self.model.model(inputs_embeds=embeddings, use_cache=False, **positions).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+        return hidden @ self._rows(self.model.get_output_embeddings(), rows).mT
 
 
 @torch.no_grad()
@@ -67,27 +136,38 @@ def largest_difference(source: Checkpoint, result: Checkpoint, round_to: torch.d
     """The largest difference of the two in fp32, over random tokens at positions from 0 and from beyond the original
     context length: of any logit, and of any layer's output relative to its largest number.
 
-    The source runs in Hugging Face's class, unless it is a checkpoint of FLA's or ours. round_to: the precision that
-    the source was converted to.
+    The source runs as transformers reads it, the result as we do. FLA's class takes no positions: it starts from 0.
+    round_to: the precision that the source was converted to.
     """
     config = source.config
     rope = config.rope_parameters or {}
     beyond = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    starts = (0,) if source.model_type == "transformer" else (0, beyond)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, TOKENS), generator=generator)
-    models = (_LayerByLayer(source, source.family is not OURS, round_to), _LayerByLayer(result, False, None))
-    differences = []
-    with tqdm(total=2 * config.num_hidden_layers, desc="verifying", unit="layer") as progress:
-        for first in (0, beyond):
-            positions = torch.arange(first, first + TOKENS)[None]
-            theirs, ours = (model.embed(ids) for model in models)
-            for i in range(config.num_hidden_layers):
-                theirs, ours = (m.layer(i, h, positions) for m, h in zip(models, (theirs, ours)))
-                differences.append((theirs - ours).abs().max() / theirs.abs().max().clamp(min=1))
-                progress.update()
-            theirs, ours = (m.norm(h) for m, h in zip(models, (theirs, ours)))
-            for start in range(0, config.vocab_size, HEAD_ROWS):
-                rows = slice(start, min(start + HEAD_ROWS, config.vocab_size))
-                a, b = (m.logits(h, rows) for m, h in zip(models, (theirs, ours)))
-                differences.append((a - b).abs().max())
+    theirs, ours = _AsTransformersReads(source, round_to), _LayerByLayer(result)
+    differences, run = [], {}
+
+    def compare(index):
+        def hook(layer, args, output):
+            out = output[0] if isinstance(output, tuple) else output
+            run["hidden"] = ours.layer(index, run["hidden"], run["positions"])
+            differences.append((out - run["hidden"]).abs().max() / out.abs().max().clamp(min=1))
+            progress.update()
+
+        return hook
+
+    hooks = [layer.register_forward_hook(compare(i)) for i, layer in enumerate(theirs.layers)]
+    with tqdm(total=len(starts) * config.num_hidden_layers, desc="verifying", unit="layer") as progress:
+        for start in starts:
+            run["positions"] = torch.arange(start, start + TOKENS)[None]
+            run["hidden"] = ours.embed(ids)
+            positions = {"position_ids": run["positions"]} if len(starts) > 1 else {}
+            their_hidden = theirs.hidden(ids, **positions)
+            our_hidden = ours.norm(run["hidden"])
+            for first in range(0, config.vocab_size, HEAD_ROWS):
+                rows = slice(first, min(first + HEAD_ROWS, config.vocab_size))
+                differences.append((theirs.logits(their_hidden, rows) - ours.logits(our_hidden, rows)).abs().max())
+    for hook in hooks:
+        hook.remove()
     return torch.stack(differences).max().item()  # NaN where there is one

@@ -53,6 +53,20 @@ def sdpa_mask(
     return mask
 
 
+def right_aligned(real: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Moves the real entries of each row to its end, in order, and its padding to the front.
+
+    real: [B, T], True for real entries. tensors: each [B, T, ...].
+    """
+    order = real.long().argsort(dim=1, stable=True)
+    return [x.take_along_dim(order.view(*order.shape, *[1] * (x.ndim - 2)), 1) for x in tensors]
+
+
+def left_padding(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """The mask [B, length] of rows that end with so many tokens, `tokens` [B], or are full of them."""
+    return torch.arange(length, device=tokens.device) >= length - tokens[:, None]
+
+
 class SoftmaxAttention(nn.Module):
     """Grouped-query softmax attention with RoPE, optional biases and per-head q/k RMSNorm (Qwen2, Qwen3, Llama).
 
@@ -86,15 +100,37 @@ class SoftmaxAttention(nn.Module):
         v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         return rotate(q, *position_embeddings), rotate(k, *position_embeddings), v
 
-    def with_past(self, k: torch.Tensor, v: torch.Tensor, past_key_values) -> tuple[torch.Tensor, torch.Tensor]:
-        """k and v behind those of the cache, which then holds the new ones too."""
-        if past_key_values is None:
-            return k, v
-        new, window = (k, v), {"window_size": self.window_size}
-        if self.window_size is not None and past_key_values.get_seq_length(self.layer_idx):  # of which the cache drops some
-            k, v = (torch.cat(pair, 1) for pair in zip(past_key_values[self.layer_idx]["attn_state"], new))
-        held = past_key_values.update(attn_state=new, layer_idx=self.layer_idx, offset=len(new[0][0]), cache_kwargs=window)
-        return (k, v) if self.window_size is not None else held["attn_state"]
+    def with_past(
+        self, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """k and v behind those of the cache, which then holds the new ones too, and the mask of these positions."""
+        if past_key_values is not None:
+            new, q_len = (k, v), k.shape[1]
+            if self.window_size is not None and past_key_values.get_seq_length(self.layer_idx):
+                # Before the update, which drops what the next token will not see.
+                k, v = (torch.cat(pair, 1) for pair in zip(past_key_values[self.layer_idx]["attn_state"], new))
+            held = past_key_values.update(attn_state=new, layer_idx=self.layer_idx, offset=q_len,
+                                          cache_kwargs={"window_size": self.window_size})  # fmt: skip
+            if self.window_size is None:
+                k, v = held["attn_state"]
+            elif attention_mask is not None:
+                k, v, attention_mask = self.without_gaps(k, v, attention_mask, q_len)
+                held["attn_state"] = tuple(x[:, -self.window_size :].contiguous() for x in (k, v))
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -k.shape[1] :]
+        return k, v, attention_mask
+
+    @staticmethod
+    def without_gaps(k, v, attention_mask, q_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Right-aligns each row's keys and values of a window, so that it counts tokens of the text alone.
+
+        k, v: [B, held + q_len, ...], the held ones right-aligned already. attention_mask: [B, past + q_len].
+        Returns k, v, and their mask [B, held + q_len].
+        """
+        past, new = attention_mask.bool().split([attention_mask.shape[1] - q_len, q_len], 1)
+        held = left_padding(past.sum(1), k.shape[1] - q_len)
+        real = torch.cat((held, new), 1)
+        return *right_aligned(real, k, v), left_padding(real.sum(1), k.shape[1])
 
     def forward(
         self,
@@ -111,9 +147,7 @@ class SoftmaxAttention(nn.Module):
         q, k, v = self.project(hidden_states, position_embeddings)
         if getattr(past_key_values, "decoding", False):  # a StaticCache
             return self.o_proj(past_key_values.attend(self.layer_idx, q, k, v).flatten(2)), None, past_key_values
-        k, v = self.with_past(k, v, past_key_values)
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, -k.shape[1] :]
+        k, v, attention_mask = self.with_past(k, v, attention_mask, past_key_values)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask = sdpa_mask(attention_mask, q_len, k.shape[2], q.device, self.window_size)
         out = F.scaled_dot_product_attention(

@@ -58,10 +58,6 @@ class HybridCache(Cache):
             )
         super().crop(keep)
 
-    def clear_rows(self, rows: torch.Tensor) -> None:
-        """Sets everything that is held of the sequences `rows`, a mask [B], to zero: the state before the first token."""
-        self._transform_states(lambda state: state.masked_fill(rows.to(state.device).view(-1, *[1] * (state.ndim - 1)), 0))
-
 
 # ------------------------------------------------------------------------------------------------ of a fixed size
 class StaticLayer(FLALayer):
@@ -109,6 +105,8 @@ class StaticCache(HybridCache):
     max_len: tokens that it holds. `generate` makes one for cache_implementation="static". Raises ValueError for a model that it
     does not serve.
     """
+
+    PADDING = "attention_mask: a static cache takes padding on the left alone; leave cache_implementation out"
 
     def __init__(self, config: StudentConfig, max_len: int):
         super().__init__(config)
@@ -163,7 +161,7 @@ class StaticCache(HybridCache):
             real = attention_mask[:, :past].bool()
             self.first = real.long().argmax(1)
             if not torch.equal(real.sum(1), past - self.first):
-                raise ValueError("attention_mask: a static cache takes padding on the left alone; leave cache_implementation out")
+                raise ValueError(self.PADDING)
         self.last = input_ids.new_full((1,), past)
         self.input_ids, self.position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
         for layer in self.layers:
@@ -181,11 +179,16 @@ class StaticCache(HybridCache):
 
     @torch.no_grad()
     def step(self, model, input_ids, position_ids=None, attention_mask=None) -> torch.Tensor:
-        """The logits [B, 1, vocab_size] behind one more token of each sequence, input_ids [B, 1]. position_ids [B or 1, 1], or None to
-        count the tokens; attention_mask as in `begin`, read at the first step. Raises ValueError if the cache is full, or is of
-        another number of sequences."""
+        """The logits [B, 1, vocab_size] behind one more token of each sequence, input_ids [B, 1].
+
+        position_ids: [B or 1, 1], or None to count the tokens. attention_mask: as in `begin`; the first step reads all
+        of it, later ones the column of their token, if it has one. Raises ValueError for padding that is not on the
+        left, and if the cache is full or of another batch size."""
         if not self.decoding:
             self.begin(input_ids, attention_mask)
+        has_column = attention_mask is not None and attention_mask.shape[1] > self.get_seq_length()
+        if has_column and not attention_mask[:, -1].all():
+            raise ValueError(self.PADDING)
         if len(input_ids) != len(self.input_ids):
             raise ValueError(f"input_ids: {len(input_ids)} sequences behind a static cache of {len(self.input_ids)}")
         if self.get_seq_length() >= self.max_len:

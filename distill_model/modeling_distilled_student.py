@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from .cpu_ops import install as install_cpu_ops
 # layers are imported, and only where there is no GPU for FLA's own kernels.
 install_cpu_ops()
 
-from fla.models.utils import Cache, FLAGenerationMixin  # noqa: E402
+from fla.models.utils import Cache, FLAGenerationMixin, FLALayer  # noqa: E402
 
 from .attention import RotaryEmbedding, SoftmaxAttention  # noqa: E402
 from .cache import HybridCache, StaticCache  # noqa: E402
@@ -38,8 +39,10 @@ from .student_layers import (  # noqa: E402
     STUDENT_ATTENTION_MAP,
     InitReport,
     check_student,
+    copy_rows,
     get_student_attention_class,
     is_student_attention,
+    restore_rows,
 )
 
 __all__ = [
@@ -148,6 +151,15 @@ class StudentModel(StudentPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings = value
 
+    @property
+    def needs_a_token_a_row(self) -> bool:
+        """Whether a linear layer does not take a row without a token of text."""
+        return any(is_student_attention(block.attn) and not block.attn.TAKES_EMPTY_ROWS for block in self.layers)
+
+    def linear_states(self, cache: Cache | None) -> list[FLALayer]:
+        """What a cache holds of the linear layers; nothing before the first token."""
+        return [] if cache is None else [cache.layers[i] for i in self.config.linear_layers if i < len(cache.layers)]
+
     def position_embeddings(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,6 +195,10 @@ class StudentModel(StudentPreTrainedModel):
             raise ValueError(f"past_key_values: a {type(past_key_values).__name__} has no place for the states of linear layers; "
                              "leave it out, and hand over what the model returns")  # fmt: skip
         q_len, past = hidden_states.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
+        shape = len(hidden_states), past + q_len
+        if attention_mask is not None and attention_mask.shape != shape:
+            raise ValueError(f"attention_mask: its shape {tuple(attention_mask.shape)} must be {shape}, a column for "
+                             "each token in the cache and in the input")  # fmt: skip
         if attention_mask is not None and attention_mask.all():
             attention_mask = None  # nothing is padded: spares the linear layers their unpadding
         if position_ids is None:
@@ -191,12 +207,14 @@ class StudentModel(StudentPreTrainedModel):
             else:
                 position_ids = torch.arange(past, past + q_len, device=hidden_states.device)[None]
         position_embeddings = self.position_embeddings(hidden_states, position_ids)
-        waiting = None
-        if attention_mask is not None and use_cache and not (begun := attention_mask.any(1)).all():
-            # Of these rows the text has not begun. Kernels differ in what they make of an empty sequence: give them a token of
-            # padding, and then forget it.
-            waiting, attention_mask = ~begun, attention_mask.clone()
-            attention_mask[waiting, -1] = 1
+        idle = None
+        empty = None if attention_mask is None else ~attention_mask[:, -q_len:].any(1)
+        if empty is not None and self.needs_a_token_a_row and empty.any():
+            # Kernels differ in what they make of an empty sequence: such a row reads a token of padding and forgets it.
+            idle = empty
+            attention_mask = attention_mask.clone()
+            attention_mask[idle, -1] = 1
+            before = [copy_rows(layer, idle) for layer in self.linear_states(past_key_values)]
         for block in self.layers:
             hidden_states = block(
                 hidden_states,
@@ -205,8 +223,9 @@ class StudentModel(StudentPreTrainedModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
             )
-        if waiting is not None:
-            past_key_values.clear_rows(waiting)
+        if idle is not None:
+            for layer, copies in zip_longest(self.linear_states(past_key_values), before, fillvalue=()):
+                restore_rows(layer, idle, copies)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 

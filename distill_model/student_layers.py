@@ -12,9 +12,10 @@ import inspect
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,12 @@ from fla.layers import (
 )
 from fla.layers import gla as gated_linear
 from fla.layers.utils import get_layer_cache, repad_hidden_states, unpad_hidden_states, update_layer_cache
-from fla.models.utils import Cache
+from fla.models.utils import FLALayer
 from fla.modules import RMSNorm
 from torch import nn
 from transformers import initialization as init
 
-from .attention import SoftmaxAttention
+from .attention import SoftmaxAttention, left_padding, right_aligned
 from .config_distilled_student import StudentConfig
 from .fused_ops import fuses, rotate
 
@@ -146,6 +147,7 @@ class StudentAttention:
     CROPS: whether its cache holds tokens one by one, so that the last can be forgotten.
     CONSTANT_STATE: whether what it holds keeps its shape from the first token on.
     READS_ON: whether it takes several tokens behind a cache at once.
+    TAKES_EMPTY_ROWS: whether it takes a batch in which a row has no token of text, only padding.
     OPENED: the linear maps whose weight a kernel reads itself.
     """
 
@@ -155,6 +157,7 @@ class StudentAttention:
     CROPS = False
     CONSTANT_STATE = True
     READS_ON = True
+    TAKES_EMPTY_ROWS = False
     OPENED = ()
     rope_share = 0.0
     fits_decay = False
@@ -220,6 +223,53 @@ class StudentAttention:
         if self.rope_share < 1:
             report.dropped.append("the slow rope frequencies" if self.rope_share else "rope")
         return report
+
+
+def any_padding(forward):
+    """Makes the forward of a layer that takes padding on the left alone take it anywhere: it right-aligns each row's
+    tokens, and moves their outputs back to where the tokens were."""
+
+    @wraps(forward)
+    def aligned(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False,
+                position_embeddings=None, **kwargs):  # fmt: skip
+        length = hidden_states.shape[1]
+        if attention_mask is None or length == 1:
+            return forward(self, hidden_states, attention_mask, past_key_values, use_cache, position_embeddings)
+        real = attention_mask[:, -length:].bool()
+        (hidden_states,) = right_aligned(real, hidden_states)
+        if position_embeddings is not None:
+            position_embeddings = right_aligned(real, *(x.expand(len(real), -1, -1) for x in position_embeddings))
+        attention_mask = torch.cat((attention_mask[:, :-length].bool(), left_padding(real.sum(1), length)), 1)
+        out, *rest = forward(self, hidden_states, attention_mask, past_key_values, use_cache, position_embeddings)
+        back = real.long().argsort(dim=1, stable=True).argsort(1)
+        return out.take_along_dim(back[..., None], 1), *rest
+
+    return aligned
+
+
+def copy_rows(layer: FLALayer, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Copies of what a layer of a cache holds of the sequences `rows`, a mask [B]; none before the first token."""
+    copies = []
+    if layer.state is not None:
+        layer._map_state(lambda x: copies.append(x[rows.to(x.device)]))
+    return copies
+
+
+def restore_rows(layer: FLALayer, rows: torch.Tensor, copies: Sequence[torch.Tensor]) -> None:
+    """Sets what a layer of a cache holds of the sequences `rows` back to `copies`, which `copy_rows` made; without
+    copies to zero. Keys and values that were added since then stay; the attention mask hides them."""
+    old = iter(copies)
+
+    def restore(state):
+        state = state.clone()
+        if copies:
+            before = next(old)
+            state[rows.to(state.device), : before.shape[1]] = before
+        else:
+            state[rows.to(state.device)] = 0
+        return state
+
+    layer.state = layer._map_state(restore)
 
 
 class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
@@ -471,30 +521,42 @@ class Mamba2Student(StudentAttention, Mamba2):
         report.transformed.append("in_proj.weight")
         return report
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
+    @any_padding
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, *args):
         state, length = get_layer_cache(self, past_key_values), hidden_states.shape[1]
-        if state is None or length == 1:
-            return super().forward(hidden_states, attention_mask, past_key_values, use_cache)
+        if length == 1 or state is None and attention_mask is None:
+            return super().forward(hidden_states, None, past_key_values, use_cache)
         return self.go_on(hidden_states, attention_mask, state, past_key_values), None, past_key_values
 
     def go_on(self, hidden_states, attention_mask, state, past_key_values) -> torch.Tensor:
-        """The outputs [B, T, hidden_size] of T tokens behind those of the cache, of which FLA's layer takes one at a time.
+        """The outputs [B, T, hidden_size] of T tokens, padded on the left. FLA's layer takes one token at a time behind
+        a cache, and lets padding decay its state. state: what the cache holds, or None.
 
-        A group a head, so that the scan is gated linear attention with q = C, k = B and v = x times its time steps."""
-        length, width = hidden_states.shape[1], self.intermediate_size
-        valid = 1 if attention_mask is None else attention_mask[:, -length:, None].to(hidden_states.dtype)
+        A group a head, so that the scan is gated linear attention with q = C, k = B and v = x times its time steps.
+        Padding has time steps of 0: it neither writes nor decays."""
+        batch, length, _ = hidden_states.shape
+        width, before = self.intermediate_size, self.conv_kernel_size - 1
         gate, xbc, steps = self.in_proj(hidden_states).split([width, self.conv_dim, self.num_heads], -1)
-        xbc = torch.cat((state["conv_state"][..., 1:], (xbc * valid).mT), -1)
-        conv_state = xbc[..., -self.conv_kernel_size :]
-        xbc = self.act(F.conv1d(xbc, self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT) * valid
-        x, b, c = (y.unflatten(-1, (self.num_heads, -1)) for y in xbc.split(width, -1))
+        if state is None:
+            past, recurrent_state = xbc.new_zeros(batch, before, self.conv_dim), None
+        else:
+            past, recurrent_state = state["conv_state"][..., 1:].mT, state["recurrent_state"].float()
+        xbc = torch.cat((past, xbc), 1)
         steps = F.softplus(steps.float() + self.dt_bias.float()).clamp(*self.dt_limit)[..., None]
+        if attention_mask is not None:
+            real = attention_mask[:, -length:].bool()
+            (xbc,) = right_aligned(F.pad(real, (before, 0), value=True), xbc)
+            steps = steps * real[..., None, None]
+        xbc = xbc.mT
+        conv_state = xbc[..., -self.conv_kernel_size :]
+        xbc = self.act(F.conv1d(xbc, self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT)
+        x, b, c = (y.unflatten(-1, (self.num_heads, -1)) for y in xbc.split(width, -1))
         decay = -steps * self.A_log.float().exp()[:, None]
         y, recurrent_state = gated_linear.chunk_gla(
-            q=c, k=b, v=(x * steps).to(c), g=decay.expand(b.shape), scale=1.0, output_final_state=True, state_v_first=True,
-            initial_state=state["recurrent_state"].float(),
+            q=c, k=b, v=(x * steps).to(c), g=decay.expand(b.shape), scale=1.0, state_v_first=True,
+            initial_state=recurrent_state, output_final_state=past_key_values is not None,
         )  # fmt: skip
-        past_key_values.update(recurrent_state=recurrent_state, conv_state=conv_state, layer_idx=self.layer_idx, offset=length)
+        update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=length)
         y = y + x * self.D[:, None]
         return self.out_proj(self.norm(y.flatten(2).to(hidden_states.dtype), gate))
 
@@ -546,40 +608,58 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
         init.constant_(self.g_lora.lora[2].weight, 2 / self.g_lora.low_rank_dim)  # the sum of sigmoid(0) becomes 1
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
-        no_residual = hidden_states.new_zeros(*hidden_states.shape[:2], self.value_dim)
-        return super().forward(hidden_states, attention_mask, past_key_values, use_cache, v_first=no_residual)[:3]
+        """FLA's forward over the real tokens, packed: with a mask it would shift and decay over padding."""
+        batch, length, _ = hidden_states.shape
+        if length == 1:
+            attention_mask = None  # every row has a token of text, see TAKES_EMPTY_ROWS
+        x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, length)
+        no_residual = x.new_zeros(*x.shape[:2], self.value_dim)
+        out = super().forward(x, None, past_key_values, use_cache, v_first=no_residual, cu_seqlens=cu_seqlens)[0]
+        if past_key_values is not None:
+            # FLA has counted the tokens of all rows; the cache counts the columns, padding included.
+            past_key_values.layers[self.layer_idx]._seen_tokens += length - x.shape[1]
+        return repad_hidden_states(out, indices, batch, length), None, past_key_values
 
 
 class _MaskedCacheStudent(StudentAttention):
-    """A softmax-like layer of FLA that takes a cache only with a mask, a mask only with a cache, and behind cached tokens one
-    token at a time: a long text in pieces costs it time."""
+    """A softmax-like layer of FLA that takes a cache only with a mask, a mask only in evaluation, and behind cached
+    tokens one token at a time: a long text in pieces costs it time."""
 
     CONSTANT_STATE = False
     READS_ON = False
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
-        length = hidden_states.shape[1]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
-        if past_key_values is not None and attention_mask is None:
-            attention_mask = hidden_states.new_ones(len(hidden_states), past + length, dtype=torch.long)
+        batch, length, _ = hidden_states.shape
+        if past_key_values is None:
+            x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, length)
+            out = super().forward(x, cu_seqlens=cu_seqlens)[0]
+            return repad_hidden_states(out, indices, batch, length), None, None
+        past = past_key_values.get_seq_length(self.layer_idx)
+        if attention_mask is None:
+            attention_mask = hidden_states.new_ones(batch, past + length, dtype=torch.long)
         if past and length > 1:
             return self.one_by_one(hidden_states, attention_mask, past_key_values), None, past_key_values
-        own = Cache() if past_key_values is None and attention_mask is not None else past_key_values
         # FLA compiles a helper of one decoding step, for longer than a CPU takes to run it.
         with torch.compiler.set_stance("force_eager" if hidden_states.device.type == "cpu" else "default"):
-            out = super().forward(
-                hidden_states, attention_mask=attention_mask, past_key_values=own, use_cache=bool(use_cache)
-            )[0]
-        return out, None, past_key_values
+            return super().forward(hidden_states, attention_mask, past_key_values, use_cache=True)
 
     def one_by_one(self, hidden_states, attention_mask, past_key_values) -> torch.Tensor:
-        """The outputs [B, T, hidden_size] of T tokens that follow those of the cache."""
-        outputs, first = [], attention_mask.shape[1] - hidden_states.shape[1]
+        """The outputs [B, T, hidden_size] of T tokens that follow those of the cache.
+
+        A step reads a token of every row. Where that is padding, the row gets back what it held before: the state of
+        the convolution and PaTH's keys have changed."""
+        outputs, layer = [], past_key_values.layers[self.layer_idx]
+        first = attention_mask.shape[1] - hidden_states.shape[1]
+        padded = not attention_mask[:, first:].all()
         for t, token in enumerate(hidden_states.split(1, 1), first):
-            outputs.append(self.forward(token, attention_mask[:, : t + 1], past_key_values, use_cache=True)[0])
-            state = past_key_values[self.layer_idx]["conv_state"]
-            if state is not None:  # the convolution reads padding too; what precedes a text is zeros
-                state.masked_fill_(attention_mask[:, t, None, None] == 0, 0)
+            mask = attention_mask[:, : t + 1]
+            if padded:
+                idle = mask[:, -1] == 0
+                mask = F.pad(mask[:, :-1], (0, 1), value=1)
+                before = copy_rows(layer, idle)
+            outputs.append(self.forward(token, mask, past_key_values, use_cache=True)[0])
+            if padded:
+                restore_rows(layer, idle, before)
         return torch.cat(outputs, 1)
 
 
@@ -650,6 +730,7 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
     2004.05150)."""
 
     CONSTANT_STATE = False
+    TAKES_EMPTY_ROWS = True
     OPTIONS = {"window_size": Option()}
     HEAD_DIMS = None
     SOURCES = StudentAttention.SOURCES | BIASES | NORMS
@@ -657,6 +738,8 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
 
     def __init__(self, config: StudentConfig, layer_idx: int, *, window_size: int = 512):
         super().__init__(config, layer_idx, window_size=window_size)
+
+    forward = any_padding(SoftmaxAttention.forward)
 
 
 def window_sums(q, k, v, valid, window_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -699,6 +782,7 @@ class LoLCATsStudent(StudentAttention, SoftmaxAttention):
     learned feature maps over all that is older, under one normaliser."""
 
     CONSTANT_STATE = False
+    TAKES_EMPTY_ROWS = True
     OPTIONS = {"window_size": Option(), "feature_dim": Option(minimum=2)}  # softmax over one feature is 1
     SOURCES = StudentAttention.SOURCES | BIASES | NORMS
     rope_share = 1.0
@@ -717,17 +801,17 @@ class LoLCATsStudent(StudentAttention, SoftmaxAttention):
             init.copy_(feature_map.weight, identity.expand_as(feature_map.weight))
         init.zeros_(self.window_log_weight)
 
+    @any_padding
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False,
                 position_embeddings=None, **kwargs):  # fmt: skip
         length, window = hidden_states.shape[1], self.window_size
         last_state = get_layer_cache(self, past_key_values)
         state, normalizer = last_state["recurrent_state"] if last_state is not None else (None, 0)
         q, k, v = self.project(hidden_states, position_embeddings)
-        k, v = self.with_past(k, v, past_key_values)
+        k, v, attention_mask = self.with_past(k, v, attention_mask, past_key_values)
         k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 2) for x in (k, v))
-        valid = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
-        if attention_mask is not None:
-            valid = attention_mask[:, -k.shape[1] :].bool()
+        valid = k.new_ones(k.shape[:2]) if attention_mask is None else attention_mask
+        valid = valid.bool()
         near, near_weight = window_sums(q, k, v, valid, window)
         # What a query's window has just left behind joins the linear part: keys and values `window` positions later.
         features = self.k_map(k) * valid[..., None, None]

@@ -103,7 +103,7 @@ class Config:
     train: TrainConfig = key()
 
 
-def _convert(path: str, value: Any, kind: Any) -> Any:
+def convert_value(path: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`, or ConfigError. Numbers that YAML 1.1 leaves as text (1e-4, 600_000_000) become numbers."""
     if value == "None":
         value = None
@@ -126,7 +126,7 @@ def _convert(path: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"{path}: {value!r} is of type {type(value).__name__}; it must be {wanted}")
     for option in options:
         if typing.get_origin(option) is list and isinstance(value, list):
-            return [_convert(f"{path}[{i}]", item, typing.get_args(option)[0]) for i, item in enumerate(value)]
+            return [convert_value(f"{path}[{i}]", item, typing.get_args(option)[0]) for i, item in enumerate(value)]
     return value
 
 
@@ -146,7 +146,7 @@ def _build(cls: type, values: Any, path: str = "") -> Any:
         if is_dataclass(hints[name]):
             built[name] = _build(hints[name], values.get(name, {}), full)
         elif name in values:
-            value = built[name] = _convert(full, values[name], hints[name])
+            value = built[name] = convert_value(full, values[name], hints[name])
             choices, minimum = spec.metadata["choices"], spec.metadata["minimum"]
             if choices and value not in choices:
                 raise ConfigError(f"{full}: {value!r} must be one of {', '.join(map(str, choices))}")

@@ -71,14 +71,16 @@ def mean_loss(model: StudentForCausalLM, ids: torch.Tensor) -> float:
 
 @torch.no_grad()
 def alignment(student: StudentForCausalLM, teacher: StudentForCausalLM, ids: torch.Tensor) -> list[float]:
-    """Per layer: the squared error of the student's attention, fed the teacher's hidden states, over the mean square
-    of the teacher's attention output. 0 is perfect, 1 is as good as no attention at all."""
+    """Per layer: the mean squared error of the student's attention, fed the teacher's hidden states, over the variance
+    of the teacher's attention output, its mean squared deviation from each feature's mean over the tokens. 0 is
+    perfect, 1 as good as a constant. Stage 1 logs the same as layer_error/00 ..."""
     errors = []
 
     def compare(index):
         def hook(module, args, kwargs, output):
             ours = student.model.layers[index].attn(*args, **kwargs)[0]
-            errors.append(((ours - output[0]).square().mean() / output[0].square().mean()).item())
+            theirs = output[0].flatten(0, 1)
+            errors.append(((ours.flatten(0, 1) - theirs).square().mean() / theirs.var(0, correction=0).mean()).item())
 
         return hook
 
@@ -119,6 +121,20 @@ def read_losses(run_folder: Path) -> tuple[list[tuple[int, float]], list[tuple[i
         if "eval_loss" in record:
             heldout[int(record["step"])] = float(record["eval_loss"])
     return sorted(train.items()), sorted(heldout.items())
+
+
+def read_layer_errors(run_folder: Path) -> tuple[list[int], list[list[float]]]:
+    """(steps, for each of them the relative error of every layer) from stage 1's metrics.jsonl, of held-out text if it
+    has that."""
+    found = {}
+    for line in (run_folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for prefix in ("layer_error/", "eval_layer_error/"):
+            if errors := [record[name] for name in sorted(record) if name.startswith(prefix)]:
+                found.setdefault(prefix, {})[int(record["step"])] = errors
+    curves = found.get("eval_layer_error/") or found.get("layer_error/") or {}
+    steps = sorted(curves)
+    return steps, [curves[step] for step in steps]
 
 
 def per_step(curve: list[tuple[int, float]]) -> list[float]:
@@ -193,21 +209,34 @@ def loss_curves(curves: dict[int, tuple[list, list]], teacher_losses: list[float
     return picture(figure)
 
 
-def alignment_bars(before: list[float], after: list[float], kept: list[int]) -> str:
-    """Per layer, the error of the linear attention before and after stage 1."""
+def alignment_figure(
+    before: list[float], after: list[float], kept: list[int], steps: list[int], errors: list[list[float]]
+) -> str:
+    """Per layer, the relative error of the linear attention before and after stage 1, and during it. errors: see
+    `read_layer_errors`."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3))
-    axis = figure.subplots()
+    figure = Figure(figsize=(13, 3.2))
+    bars, curves = figure.subplots(1, 2, width_ratios=(3, 2))
     layers = range(len(before))
-    axis.bar([i - 0.2 for i in layers], before, 0.38, color="#d9b382", label="before stage 1")
-    axis.bar([i + 0.2 for i in layers], after, 0.38, color="#4a6fa5", label="after stage 1")
-    axis.set_xticks(list(layers), [f"{i}\nkept" if i in kept else str(i) for i in layers])
-    axis.set_yscale("log")
-    axis.set_xlabel("layer", fontsize=9)
-    axis.set_ylabel("relative squared error", fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
+    bars.bar([i - 0.2 for i in layers], before, 0.38, color="#d9b382", label="before stage 1")
+    bars.bar([i + 0.2 for i in layers], after, 0.38, color="#4a6fa5", label="after stage 1")
+    bars.set_xticks(list(layers), [f"{i}\nkept" if i in kept else str(i) for i in layers])
+    bars.set_xlabel("layer", fontsize=9)
+    bars.set_ylabel("error / variance of the teacher's output", fontsize=8)
+    bars.legend(fontsize=8, frameon=False)
+    for i in layers:
+        color = colormaps["viridis"](i / max(1, len(before) - 1) * 0.9)
+        curves.plot(steps, [error[i] for error in errors], "o-", ms=2.5, lw=1, color=color, label=f"layer {i}")
+    curves.set_title("During stage 1", fontsize=10)
+    curves.set_xlabel("step", fontsize=9)
+    curves.legend(fontsize=7, frameon=False, ncols=-(-len(before) // 12), loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in (bars, curves):
+        axis.set_yscale("log")
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
     return picture(figure)
 
 
@@ -248,7 +277,7 @@ def page(results, checks, prompt, pictures, scan, kept, evaluation, long_context
 <h2>What must be seen</h2><ul>{verdicts}</ul>
 <h2>Training</h2>{pictures[0]}
 <h2>Alignment of each layer's attention</h2>{pictures[1]}
-<p class="note">Squared error of the linear attention over the mean square of the teacher's output, held-out text.</p>
+<p class="note">Squared error of the linear attention over the variance of the teacher's output, held-out text.</p>
 <h2>Which layers keep full attention</h2>
 <p>KL to the teacher on training chunks with only that layer restored, without training; none restored:
 {scan["all_linear_kl"]:.4f}.</p>
@@ -316,7 +345,8 @@ def main() -> int:
     taught = json.loads((out / "teacher.json").read_text())
     checks = measures(results, {stage: train for stage, (train, _) in curves.items()}, taught)
     evaluation = json.loads((out / "evaluation" / "results.json").read_text())
-    pictures = loss_curves(curves, taught["losses"]), alignment_bars(*aligned, kept)
+    during = read_layer_errors(out / "stage1")
+    pictures = loss_curves(curves, taught["losses"]), alignment_figure(*aligned, kept, *during)
     text = page(results, checks, tokenizer.decode(prompt[0]), pictures, scan, kept, evaluation, args.long_context)
     (out / "report.html").write_text(text, encoding="utf-8")
     (out / "report.json").write_text(

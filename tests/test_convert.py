@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import random_teacher, save_tokenizer
+from conftest import random_teacher, save_tokenizer, write_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -19,8 +19,10 @@ from convert import converter, load_teacher, load_teacher_config
 from convert.command import main as convert
 from convert.converter import PUBLISHED, check_size, write_weights
 from convert.families import FAMILIES
-from convert.loader import copy_sidecars, student_config
+from convert.loader import Checkpoint, copy_sidecars, student_config
+from convert_ckpt import student_config as trained_config
 from distill_model import StudentForCausalLM
+from pipeline.config import load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,6 +128,151 @@ def test_fla_loads_what_we_write_and_we_what_it_saves(tmp_path, name):
         model.save_pretrained(tmp_path / "saved by fla")
         torch.testing.assert_close(load_teacher(str(tmp_path / "saved by fla"))(ids).logits, expected, atol=1e-4, rtol=1e-4)
     assert model.config.eos_token_id == theirs.config.eos_token_id and model.config.bos_token_id == theirs.config.bos_token_id
+
+
+def edited(folder, change, **config):
+    """Saves what `change` makes of a checkpoint's tensors, by name, and these fields of its config."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | config))
+
+
+def add_head(tensors):
+    embeddings = tensors.get("model.embed_tokens.weight", tensors.get("model.embeddings.weight"))
+    tensors["lm_head.weight"] = torch.randn_like(embeddings)
+
+
+def copy_embeddings(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def rename_embeddings(tensors):
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
+def add_frequencies(factor):
+    def change(tensors):
+        half = tensors["model.layers.1.self_attn.q_proj.weight"].shape[0] // 4 // 2
+        frequencies = (1e4 ** -(torch.arange(half) / half)).bfloat16()
+        tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = factor * frequencies
+
+    return change
+
+
+def add_index(folder):
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+ODD_FILES = {
+    "a head of its own, tied by the config": (add_head, "read as not tied"),
+    "a head equal to the embeddings": (copy_embeddings, None),
+    "the head alone": (rename_embeddings, None),
+    "the config's frequencies": (add_frequencies(1), None),
+    "other frequencies": (add_frequencies(0.25), "inv_freq differs from config.json"),
+    "an index of other files": (None, "not the files of model.safetensors.index.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD_FILES)
+@pytest.mark.parametrize("head_dim", [12, 16])  # the first is converted to FLA's format, the second to ours
+def test_odd_files_are_read_as_transformers_reads_them(tmp_path, recwarn, case, head_dim):
+    change, warning = ODD_FILES[case]
+    source = tmp_path / "source"
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    random_teacher(source, "llama", tie_word_embeddings=True, head_dim=head_dim, rope_parameters=rope)
+    edited(source, change) if change else add_index(source)
+    ids = torch.randint(0, 96, (2, 37))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()(ids).logits
+        convert("", "llama", argv=["--model", str(source), "--output", str(tmp_path / "out")])
+        for folder in (source, tmp_path / "out"):
+            torch.testing.assert_close(load_teacher(str(folder))(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert load_teacher_config(str(source)).tie_word_embeddings == (case != "a head of its own, tied by the config")
+    said = [str(w.message) for w in recwarn if str(source) in str(w.message)]
+    assert all(warning in line and "\n" not in line for line in said) if warning else not said, said
+    assert bool(said) == bool(warning)
+
+
+def test_a_checkpoint_that_must_be_fetched_first_is_read_alike(tmp_path, monkeypatch):
+    """Its config is read before its weights are on this machine."""
+    model = random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True)
+    model.bfloat16().save_pretrained(tmp_path / "source")
+    edited(tmp_path / "source", add_head, dtype=None)
+    monkeypatch.setattr("convert.loader.local_folder", lambda name: None)
+    assert load_teacher_config(str(tmp_path / "source")).tie_word_embeddings
+    config = load_teacher(str(tmp_path / "source")).config
+    assert not config.tie_word_embeddings and Checkpoint(str(tmp_path / "source")).config.dtype == torch.bfloat16
+
+
+def test_flas_head_of_its_own_is_not_tied_either(tmp_path):
+    random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True, head_dim=12)
+    convert("", "llama", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "fla")])
+    edited(tmp_path / "fla", add_head)
+    convert("", "llama", argv=["--model", str(tmp_path / "fla"), "--output", str(tmp_path / "out")])
+    ids = torch.randint(0, 96, (2, 37))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "fla", dtype=torch.float32).eval()(ids).logits
+        torch.testing.assert_close(load_teacher(str(tmp_path / "out"))(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_proof_does_not_share_our_reading(tmp_path, monkeypatch):
+    """If we tied what transformers does not tie, the comparison would see it, and nothing would be written."""
+    random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True)
+    edited(tmp_path / "source", add_head)
+    monkeypatch.setattr("convert.loader.has_own_head", lambda *_: False)
+    arguments = ["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
+    for precision in ([], ["--precision", "bfloat16"]):
+        with pytest.raises(SystemExit, match="and its conversion differ by"):
+            convert("", "llama", argv=[*arguments, *precision])
+        assert not (tmp_path / "out").exists()
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def pad_head(tensors):
+    tensors["lm_head.weight"] = torch.cat((tensors["lm_head.weight"], torch.zeros(32, 48)))
+
+
+def add_layer(tensors):
+    layer = {name: x for name, x in tensors.items() if "layers.3" in name}
+    tensors.update({name.replace("layers.3", "layers.4"): x.clone() for name, x in layer.items()})
+
+
+def add_scale(tensors):
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(80, 1)
+
+
+def quantise(tensors):
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+
+
+def add_twice(tensors):
+    tensors["model.embeddings.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (drop("lm_head.weight"), "the first is lm_head.weight; .* set tie_word_embeddings to true"),
+        (drop("model.embed_tokens.weight"), "the first is model.embeddings.weight"),
+        (pad_head, r"lm_head.weight is \(128, 48\), config.json implies the shape \(96, 48\)"),
+        (add_layer, r"model.layers.4.input_layernorm.weight is \(48,\), config.json implies no such tensor"),
+        (add_scale, "up_proj.weight_scale is .* implies no such tensor"),
+        (quantise, "up_proj.weight is of dtype F8_E4M3, of quantised weights"),
+        (add_twice, "model.embeddings.weight is there twice"),
+    ],
+)
+def test_no_tensor_is_made_up_or_dropped(tmp_path, change, message):
+    random_teacher(tmp_path / "source", "llama", tie_word_embeddings=False)
+    edited(tmp_path / "source", change)
+    with pytest.raises(ValueError, match=message) as error:
+        load_teacher(str(tmp_path / "source"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +390,97 @@ def test_what_we_cannot_express_is_refused_by_name(tmp_path, change, message):
         load_teacher_config(str(tmp_path))
 
 
+def test_all_that_we_cannot_express_is_named_at_once(tmp_path):
+    random_teacher(tmp_path, "mistral", sliding_window=16, hidden_act="gelu")
+    with pytest.raises(ValueError, match="attention over 16 tokens; hidden_act 'gelu'; supported is silu$"):
+        load_teacher_config(str(tmp_path))
+
+
+def set_config(folder, **changes):
+    """Writes config.json with these fields; ... leaves a field out."""
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    "written, meant",
+    [
+        ({"rms_norm_eps": "1e-3"}, {"rms_norm_eps": 1e-3}),
+        ({"rms_norm_eps": 0}, {"rms_norm_eps": 0.0}),
+        ({"hidden_size": "48", "num_hidden_layers": 4.0, "head_dim": "16", "vocab_size": "96"}, {}),
+        ({"max_position_embeddings": "64", "initializer_range": "0.2", "pad_token_id": "0"}, {"pad_token_id": 0}),
+        ({"eos_token_id": ["1", 2]}, {"eos_token_id": [1, 2]}),
+        ({"rope_parameters": ..., "rope_theta": "5e4"},
+         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
+        ({"rope_parameters": ..., "rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": "2.0"}},
+         {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}}),
+        ({"rope_parameters": {**{name: str(value) for name, value in LLAMA3.items()}}}, {"rope_parameters": LLAMA3}),
+    ],
+)  # fmt: skip
+def test_numbers_written_as_text_are_read(tmp_path, written, meant):
+    """The logits are those of Hugging Face's model, whose config has numbers."""
+    random_teacher(tmp_path / "source", "qwen3")
+    set_config(tmp_path / "source", **meant)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32).eval()
+    set_config(tmp_path / "source", **written)
+    convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    ids = torch.randint(0, 96, (2, 91))
+    with torch.no_grad():
+        ours = load_teacher(str(tmp_path / "out"))
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    assert load_teacher_config(str(tmp_path / "out")).eos_token_id == theirs.config.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' is of type str; it must be float"),
+        ({"num_hidden_layers": None}, "num_hidden_layers: None is of type NoneType; it must be int"),
+        ({"num_attention_heads": 0}, "num_attention_heads: 0 must be at least 1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 must divide the 4 attention heads"),
+        ({"head_dim": 15}, "head_dim: 15 must be even"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: 'false' is of type str; it must be bool"),
+        ({"pad_token_id": 96}, "pad_token_id: 96 is outside the vocabulary of 96 ids; name one of them, or null"),
+        ({"bos_token_id": [1]}, r"bos_token_id: \[1\] is of type list; it must be int or null"),
+        ({"layer_types": ["full_attention"] * 3}, r"`num_hidden_layers` \(4\) must be .* of `layer_types` \(3\)"),
+        ({"layer_types": "full_attention"}, "Field 'layer_types' with value 'full_attention'"),
+        ({"hidden_act": None}, "Field 'hidden_act' expected str"),
+        ({"dtype": "bf16"}, "dtype: 'bf16' must be bfloat16"),
+        ({"rope_parameters": "linear"}, "rope_parameters: 'linear' must be a mapping"),
+        ({"rope_parameters": {"rope_theta": "many"}}, "rope_parameters.rope_theta: 'many' is of type str"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor: 0.0 of the rotary embedding"),
+        ({"rope_parameters": ..., "rope_scaling": [2.0]}, r"rope_scaling: \[2.0\] must be a mapping"),
+        ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, "Missing required keys .*'factor'"),
+        ({"rope_parameters": ..., "rope_theta": None}, "rope_theta: None of the rotary embedding must be above 0"),
+    ],
+)  # fmt: skip
+def test_a_config_that_no_model_can_have_is_refused_in_one_line(tmp_path, change, message):
+    random_teacher(tmp_path, "qwen3")
+    set_config(tmp_path, **change)
+    with pytest.raises(ValueError, match=f"^teacher_model.name: .*config.json: .*{message}") as error:
+        load_teacher_config(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_without_a_dtype_has_that_of_its_weights(tmp_path):
+    random_teacher(tmp_path / "source", "qwen3").bfloat16().save_pretrained(tmp_path / "source")
+    set_config(tmp_path / "source", dtype=...)
+    assert load_teacher_config(str(tmp_path / "source")).dtype == torch.bfloat16
+    convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    cfg = load_config(write_config(tmp_path, 1, str(tmp_path / "source"), "data"))
+    assert trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).dtype in (torch.bfloat16, "bfloat16")
+
+
+def test_what_is_trained_is_tied_as_its_teacher_is(tmp_path):
+    """An export that tied what the teacher does not would write the embeddings in the head's place."""
+    random_teacher(tmp_path / "source", "qwen3", tie_word_embeddings=True)
+    cfg = load_config(write_config(tmp_path, 1, str(tmp_path / "source"), "data"))
+    assert trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).tie_word_embeddings
+    edited(tmp_path / "source", add_head)
+    assert not trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).tie_word_embeddings
+
+
 def test_the_code_of_a_teacher_is_not_asked_for(tmp_path, monkeypatch):
     """Nor run for a yes at a terminal."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
@@ -304,7 +542,9 @@ def damage_index(folder):
 
 
 def damage_shard(folder):
-    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+    names = load_file(folder / "model-00002-of-00002.safetensors")
+    weight_map = dict.fromkeys(names, "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 

@@ -198,6 +198,18 @@ def test_what_cannot_be_expressed_is_refused(config, reason):
     assert reason in native_export_refusal(config)
 
 
+def test_all_reasons_are_given_at_once_the_teachers_first():
+    """In one line: who retrains for the student's reason alone would meet the teacher's afterwards."""
+    config = config_of("gdn_v5", qk_norm=False, mlp_bias=True, hidden_act="gelu", keep_full_attention_layers=[])
+    refusal = native_export_refusal(config)
+    parts = ["(1) the full attention has no q/k norms", "(2) the MLP has biases", "(3) the MLP's activation is gelu",
+             "(4) gdn_v5 has no short convolution, a sigmoid in its gate, factored K and V; train gdn_v8",
+             "(5) no layer is full"]  # fmt: skip
+    places = [refusal.index(part) for part in parts]
+    assert places == sorted(places) and "\n" not in refusal and "(6)" not in refusal
+    assert "(1)" not in native_export_refusal(config_of("gdn_v3"))  # one reason needs no number
+
+
 def test_options_that_are_set_to_what_they_are_anyway_are_taken():
     assert native_export_refusal(config_of(options={"conv_bias": False, "conv_size": 3})) is None
     assert native_config(config_of(options={"conv_size": 3})).linear_conv_kernel_dim == 3

@@ -21,6 +21,7 @@ from transformers.generation import (
 from convert import load_teacher
 from distill_model import decode_loop, modeling_distilled_student
 from distill_model.cache import StaticCache, _tensors
+from distill_model.student_layers import restore_rows
 from pipeline.data import load_tokenizer
 
 GROWING = {"path_v1", "path_fox_v1", "fox_v1"}  # softmax in another form
@@ -47,8 +48,9 @@ def models(teacher):
 
 
 def padded(length=12, rows=3, padding=5):
-    """ids and mask [rows, length], the first row padded on the left."""
-    ids, mask = torch.randint(1, 96, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+    """ids and mask [rows, length], the first row padded on the left; the same whatever ran before."""
+    generator = torch.Generator().manual_seed(length)
+    ids, mask = torch.randint(1, 96, (rows, length), generator=generator), torch.ones(rows, length, dtype=torch.long)
     mask[0, :padding] = 0
     return ids, mask
 
@@ -95,6 +97,54 @@ def test_a_text_in_pieces_equals_the_full_forward(models, name):
     for sizes in ((4, 1, 5, 70, 3), (66, 17), (7, 76)):
         logits = read(models(name), ids, mask, *sizes)[0]
         torch.testing.assert_close(logits[mask.bool()], full[mask.bool()], atol=5e-4, rtol=1e-3)
+
+
+# Rows of one batch, 0 for padding: on the right; on the left and inside; a whole piece; a late start; an early end.
+PADDED = [[1] * 20 + [0] * 4,
+          [0] * 3 + [1] * 5 + [0] * 5 + [1] * 4 + [0] * 2 + [1] * 5,
+          [1] * 10 + [0] * 9 + [1] * 5,
+          [0] * 16 + [1] * 8,
+          [1] * 7 + [0] * 17,
+          [1] * 24]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["teacher", *STUDENTS])
+def test_padding_anywhere_leaves_the_text_as_it_is(models, name):
+    """At once, in training mode, in turns behind a warm cache, token by token: as each row's text alone."""
+    model, mask = models(name), torch.tensor(PADDED)
+    ids = padded(mask.shape[1], rows=len(mask))[0]
+    texts = torch.cat([model(row[real][None], use_cache=False).logits[0] for row, real in zip(ids, mask.bool())])
+    model.train()
+    results = {"training mode": model(ids, attention_mask=mask).logits}
+    model.eval()
+    results["at once"] = model(ids, attention_mask=mask, use_cache=False).logits
+    for sizes in ((24,), (8, 8, 8), (9, 1, 7, 7), (1,) * 24):
+        results[f"pieces of {sizes}"] = read(model, ids, mask, *sizes)[0]
+    for way, logits in results.items():
+        difference = (logits[mask.bool()] - texts).abs().max()
+        assert difference < 1e-3, f"{way}: {difference:.1e}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", STATIC)
+def test_a_static_cache_refuses_padding_that_is_not_on_the_left(models, name):
+    """Whether the prompt was padded on the right, or a sequence ends while others go on."""
+    model, (ids, mask) = models(name), padded(12)
+    right = mask.flip(1)
+    for prompt, step in ((right, torch.ones(3, 1, dtype=torch.long)), (mask, torch.tensor([[1], [0], [1]]))):
+        cache = StaticCache(model.config, 20)
+        model(ids, attention_mask=prompt, past_key_values=cache)
+        with pytest.raises(ValueError, match="attention_mask: a static cache takes padding on the left alone"):
+            model(ids[:, :1], attention_mask=torch.cat((prompt, step), 1), past_key_values=cache)
+
+
+def test_a_mask_of_another_length_is_refused(models):
+    model, (ids, mask) = models("gdn_v4"), padded(12)
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    for wrong in (mask, mask[:, None, None], torch.ones(3, 12)):
+        with pytest.raises(ValueError, match=r"attention_mask: its shape .* must be \(3, 17\)"):
+            model(ids[:, :5], attention_mask=wrong, past_key_values=cache)
 
 
 @torch.no_grad()
@@ -420,7 +470,7 @@ def test_a_static_cache_of_a_layer_on_another_device(teacher):
     k = v = torch.empty(2, 1, *cache[0]["attn_state"][0].shape[2:], device="meta")
     q = torch.empty(2, 1, 4, k.shape[-1], device="meta")
     assert cache.attend(0, q, k, v).shape == q.shape
-    cache.clear_rows(torch.tensor([True, False]))
+    restore_rows(cache.layers[0], torch.tensor([True, False]), [])
 
 
 @torch.no_grad()

@@ -57,6 +57,24 @@ def test_smoke(tmp_path):
     assert other.returncode != 0 and "holds the results of another quickstart" in other.stderr
 
 
+def test_relative_errors_of_stage_1_are_read_and_drawn(tmp_path):
+    """Of held-out text where there is some; of a step that an interrupted run logged twice, the last."""
+    from quickstart.report import alignment_figure, read_layer_errors
+
+    def write(*lines):
+        (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        return read_layer_errors(tmp_path)
+
+    train = {"step": 1, "loss": 3.0, "layer_loss/00": 9.0, "layer_error/00": 0.5, "layer_error/01": 0.25}
+    assert write(train) == ([1], [[0.5, 0.25]])
+    pairs = ((4, 9), (0, 8), (4, 1))
+    heldout = [{"step": step, "eval_layer_error/01": 2 * error, "eval_layer_error/00": error} for step, error in pairs]
+    steps, errors = write(train, *heldout)
+    assert (steps, errors) == ([0, 4], [[8, 16], [1, 2]])
+    figure = alignment_figure(errors[0], errors[-1], [1], steps, errors)
+    assert figure.startswith('<img alt="" src="data:image/png;base64,')
+
+
 def test_unknown_option_is_refused_before_anything_is_written(tmp_path):
     out = tmp_path / "out"
     run = quickstart(out, "--tyni")

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from httpx import HTTPError
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
 
 import convert_ckpt
 import train
@@ -70,7 +72,7 @@ def stages(tmp_path_factory, teacher_dir, data_dir):
     for stage, changes in (
         (1, {}), (2, {"kd_teacher_shard": "always", "gradient_checkpointing": "mlp"}), (3, {"gradient_checkpointing": True}),
     ):  # fmt: skip
-        launch(write_config(folder, stage, teacher_dir, data_dir, **changes))
+        (folder / f"stage{stage}.out").write_text(launch(write_config(folder, stage, teacher_dir, data_dir, **changes)))
     return folder
 
 
@@ -117,6 +119,43 @@ def test_stage_1_logs_every_layer_and_the_export_has_that_loss(stages, teacher_d
     model = AttentionAlignmentModel(load_teacher(teacher_dir), student)
     with torch.no_grad():
         assert model(heldout(data_dir))["layer_losses"].tolist() == pytest.approx(layers, rel=1e-4)
+
+
+def test_stage_1_logs_and_names_relative_errors(stages, teacher_dir, data_dir):
+    """Each layer's loss over the variance of Hugging Face's attention output; the worst are named at the end."""
+    outputs = []
+    theirs = AutoModelForCausalLM.from_pretrained(teacher_dir).eval()
+    for layer in theirs.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, output: outputs.append(output[0].double()))
+    with torch.no_grad():
+        theirs(heldout(data_dir))
+    variances = [((y - y.mean(1, keepdim=True)) ** 2).mean().item() for y in outputs]  # about each sequence's own means
+    for prefix in ("", "eval_"):
+        line = [line for line in metrics(stages / "stage1") if f"{prefix}layer_loss/00" in line][-1]
+        errors = [line[f"{prefix}layer_error/{i:02}"] for i in range(len(variances))]
+        if prefix:
+            expected = [line[f"eval_layer_loss/{i:02}"] / variance for i, variance in enumerate(variances)]
+            assert errors == pytest.approx(expected, rel=1e-4)
+        assert all(0 < error < 10 for error in errors)
+    (said,) = [line for line in (stages / "stage1.out").read_text().splitlines() if "worst aligned layers" in line]
+    worst = sorted(range(len(errors)), key=errors.__getitem__)[::-1][:3]
+    assert said.startswith("worst aligned layers on held-out text")
+    assert ", ".join(f"{i} ({errors[i]:.3g})" for i in worst) in said
+    assert f"median {statistics.median(errors):.3g}" in said
+
+
+@pytest.mark.parametrize("kind", ["mse", "l2"])
+def test_relative_errors_of_a_student_that_gives_the_mean_are_1(teacher_dir, kind):
+    """Of outputs whose distance from the mean is the same for all tokens, in any scale."""
+    teacher = load_teacher(teacher_dir)
+    model = AttentionAlignmentModel(teacher, StudentForCausalLM.from_teacher(teacher, "gdn_v4")[0], kind)
+    y = torch.randn(2, 8, 48).sign() * torch.tensor([1e-3, 1e3])[:, None, None]
+    for output in y:
+        output -= output.mean(0)
+        output /= output.norm(dim=-1, keepdim=True) / output.norm(dim=-1).mean()
+        mean = output.mean(0, keepdim=True).expand_as(output)
+        error = model.relative_errors(alignment_loss(mean, output, kind), output.var(0, correction=0).mean())
+        assert error.item() == pytest.approx(1, rel=0.05)
 
 
 def test_stage_1_trains_attention_alone(stages, teacher_dir):
@@ -400,16 +439,36 @@ def test_the_report_has_what_calibration_changed(tmp_path, teacher_dir, data_dir
         assert sorted(tensors) == sorted(before[layer])
 
 
-def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir):
+def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir, capfd):
     cfg = load_config(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=4, micro_batch_size=2))
     said = []
     model = train.build_student_for_stage1(cfg, torch.float32, said.append)
     chunks = open_chunks(data_dir, LENGTH)
+    test = torch.as_tensor(chunks.heldout[:8]["input_ids"])
+    losses = [model(test)["loss"].item()]
     train.calibrate_students(model, chunks, cfg.train.calibrate_init, cfg.train.micro_batch_size, said.append)
-    before, after = map(float, said[-1].rpartition("loss ")[2].split(" -> "))
-    assert after < 0.8 * before and f"{4 * 2 * LENGTH:,} tokens" in said[-1]
-    ids = torch.as_tensor(chunks.train[range(2)]["input_ids"])
-    assert model(ids)["loss"].item() == pytest.approx(after, rel=1e-3)
+    losses.append(model(test)["loss"].item())
+    pattern = r"calibrated on 256 tokens: alignment loss (\S+) -> (\S+) on ([\d,]+) held-out tokens"
+    *reported, tokens = re.fullmatch(pattern, said[-1]).groups()
+    assert [float(x) for x in reported] == pytest.approx(losses, rel=1e-3) and losses[1] < 0.9 * losses[0]
+    assert int(tokens.replace(",", "")) == test.numel()
+    assert "calibrating: 100%" in capfd.readouterr().err
+
+
+def test_calibration_without_held_out_chunks_says_so(tmp_path, teacher_dir, data_dir):
+    cfg = load_config(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=2))
+    said, chunks = [], dataclasses.replace(open_chunks(data_dir, LENGTH), heldout=None)
+    train.calibrate_students(train.build_student_for_stage1(cfg, torch.float32, said.append), chunks, 2, 1, said.append)
+    assert said[-1].endswith("on the same tokens, for there are no held-out chunks")
+
+
+def test_calibration_on_fewer_tokens_than_inputs_is_warned_of(tmp_path, teacher_dir, data_dir, capsys):
+    """The teacher's heads are 4 x 16 wide, which is more than its hidden_size; a batch has 32 tokens."""
+    for batches, warned in ((1, True), (2, False)):
+        prepare(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=batches), "--dry-run")
+        out = capsys.readouterr().out
+        said = "warning: train.calibrate_init: 1 is 32 tokens, fewer than the 64 inputs to fit"
+        assert (said in out and "set it to 2 or more\n" in out) == warned and ("warning" in out) == warned
 
 
 def test_a_failed_export_leaves_the_old_one(stages, tmp_path):

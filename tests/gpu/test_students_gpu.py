@@ -86,12 +86,15 @@ def train(layer, length):
 
 @torch.no_grad()
 def decode(layer, pieces):
-    """Outputs of a prompt that is read in `pieces` of these lengths, the first sequence padded on the left, and of single steps."""
+    """Outputs of a prompt that is read in `pieces` of these lengths, the first sequence padded on the left, the second
+    inside its second piece, and of single steps."""
     layer.eval()
     sizes = (*pieces, *[1] * STEPS)
     x = random(BATCH, sum(sizes), CONFIG.hidden_size, like=layer.o_proj.weight)
     mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
     mask[0, :PADDING] = 0
+    if len(pieces) > 1:
+        mask[1, pieces[0] + 2 : pieces[0] + 2 + PADDING] = 0
     cos, sin = positions(x, (mask.cumsum(-1) - 1).clamp(min=0))
     cache, outputs, start = Cache(), {}, 0
     for size in sizes:
