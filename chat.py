@@ -15,11 +15,12 @@ import math
 import sys
 from pathlib import Path
 
-from pipeline.data import load_tokenizer  # pipeline first: it says what is not installed
+from pipeline.data import encode_beginnings, load_tokenizer  # pipeline first: it says what is not installed
 from pipeline.files import one_line
+from pipeline.generation import greedy
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import BatchEncoding, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from convert import load_teacher, load_teacher_config
@@ -59,7 +60,8 @@ class Conversation:
         """Adds what the user says; returns input_ids and attention_mask [1, T] of all so far."""
         if not self.tokenizer.chat_template:
             self.text += ("\n" if self.text else "") + line
-            return self.tokenizer(self.text, return_tensors="pt", return_token_type_ids=False)
+            ids = torch.tensor(encode_beginnings(self.tokenizer, [self.text]), dtype=torch.long)
+            return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         self.messages.append({"role": "user", "content": line})
         return self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -72,20 +74,23 @@ class Conversation:
 
 
 def generation_config(args: argparse.Namespace, model, eos_token_id: int | None) -> GenerationConfig:
-    """The model's own, if it has one, with what the arguments say. Raises OSError if a folder's cannot be read."""
+    """The model's own, if it has one, with what the arguments say; greedy decoding if the temperature is 0. Raises OSError if a
+    folder's cannot be read."""
     try:
         config = GenerationConfig.from_pretrained(args.model)
     except OSError:
         if (Path(args.model) / "generation_config.json").is_file():
             raise
         config = model.generation_config
+    if args.temperature == 0:
+        config = greedy(config)
+    elif args.temperature is not None:
+        config.do_sample, config.temperature = True, args.temperature
     if config.eos_token_id is None:
         config.eos_token_id = eos_token_id
     config.max_new_tokens, config.prefill_chunk_size = args.max_new_tokens, None if model.config.rope_depends_on_length else PREFILL
     if model.device.type == "cuda" and StaticCache.refusal(model.config) is None:
         config.cache_implementation = "static"  # a token is one CUDA graph
-    if args.temperature is not None:
-        config.do_sample, config.temperature = args.temperature > 0, args.temperature or None
     if not config.do_sample:
         config.temperature = config.top_p = config.top_k = None
     if config.pad_token_id is None:  # nothing is padded, but generate asks for one
@@ -114,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="a folder or a hub name")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer, at most")
-    parser.add_argument("--temperature", type=float, help="0: the likeliest token; default: as the model's generation config says")
+    parser.add_argument("--temperature", type=float, help="0: the likeliest token, without penalties; default: as the model's generation config says")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or not 0 <= (args.temperature or 0) < math.inf:

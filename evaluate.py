@@ -34,8 +34,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.checkpoints import fingerprint, sha256  # pipeline first: it says what is not installed
-from pipeline.data import data_fingerprint, load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
+from pipeline.data import data_fingerprint, encode_beginnings, load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
 from pipeline.files import one_line, write_whole
+from pipeline.generation import greedy
 from pipeline.guard import StopSignals
 
 from tqdm import tqdm
@@ -263,7 +264,7 @@ def recall_documents(task: str, seq_len: int, num_words: int, tokenizer, count: 
             raise ValueError(f"SEQ_LENS: {seq_len} tokens of {task} need {words} different words; there are {len(WORDS)}")
         rng = random.Random(f"{task} {seq_len}")
         documents = [RECALL_TASKS[task](rng, num_words=max(num_words, words), **options) for _ in range(count)]
-        longest = max(map(len, tokenizer([d.text for d in documents], add_special_tokens=False)["input_ids"]))
+        longest = max(map(len, encode_beginnings(tokenizer, [d.text for d in documents])))
         if longest <= seq_len:
             return documents
         size = min(size - 1, size * seq_len // longest)
@@ -348,7 +349,8 @@ def measure_own(unit: Unit, args: argparse.Namespace, documents, lm, teacher) ->
 
 # ------------------------------------------------------------------------------------------------ running
 def load_model(checkpoint: str):
-    """A checkpoint in its own dtype, on this process's device. It reads long prompts in pieces, unless that takes it longer."""
+    """A checkpoint in its own dtype, on this process's device. It generates greedily, and reads long prompts in pieces, unless
+    that takes it longer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -361,6 +363,7 @@ def load_model(checkpoint: str):
         model = load_teacher(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", trust_remote_code=False)
+    model.generation_config = greedy(model.generation_config)
     student, rope = getattr(model.config, "student_name", None), getattr(model.config, "rope_parameters", None) or {}
     reads_on = get_student_attention_class(student).func.READS_ON if student else model.config.model_type in {*FAMILIES, StudentConfig.model_type}
     if reads_on and rope.get("rope_type") != "dynamic":  # which depends on the length

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from pipeline.data import (
-    METADATA, SPLITS, DataError, corpus_key, documents, is_done, load_tokenizer,
+    METADATA, SPLITS, DataError, beginning, corpus_key, documents, is_done, load_tokenizer,
     tokenizer_fingerprint,
 )  # fmt: skip
 from pipeline.files import complete_or_absent, one_line
@@ -53,12 +53,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def held_out(index: int, share: float) -> bool:
     """Whether document `index` is held out: evenly spread, the first one included, whatever the corpus' length."""
     return math.floor(index * share) != math.floor((index - 1) * share)
-
-
-def beginning(tokenizer) -> list[int]:
-    """The BOS with which the tokenizer begins every text, in chat and evaluation too, as Llama 3's does; [] for the others."""
-    ids = tokenizer("")["input_ids"][:1]
-    return ids if ids == [tokenizer.bos_token_id] != [tokenizer.eos_token_id] else []
 
 
 def tokenize(args: argparse.Namespace, tokenizer, folder: Path) -> dict:

@@ -163,6 +163,18 @@ def _loads_as(folder: Path, raw) -> bool:
     return encoded_otherwise(tokenizer, raw) is None
 
 
+def beginning(tokenizer) -> list[int]:
+    """The BOS with which the tokenizer begins every text, in chat and evaluation too, as Llama 3's does; [] for the others."""
+    ids = tokenizer("")["input_ids"][:1]
+    return ids if ids == [tokenizer.bos_token_id] != [tokenizer.eos_token_id] else []
+
+
+def encode_beginnings(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of texts that a model goes on with: BOS where the tokenizer begins every text so, as training data has it, and no EOS."""
+    bos = beginning(tokenizer)
+    return [bos + ids for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
 def tokenizer_fingerprint(tokenizer) -> str:
     """A hash of what decides the ids: the vocabulary, merges and normalisation, and EOS; not of where it lies."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())

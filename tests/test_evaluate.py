@@ -13,7 +13,7 @@ import eval_tables
 import evaluate
 import pytest
 import torch
-from conftest import random_teacher, save_tokenizer
+from conftest import begin_with_bos, random_teacher, save_tokenizer
 from convert import load_teacher
 from distill_model import StudentForCausalLM
 from evaluate import Unit, recall_documents
@@ -166,6 +166,50 @@ def test_prompts_under_dynamic_rope_are_read_as_a_whole(teacher_dir, tmp_path):
     model.save_pretrained(tmp_path)
     prefill = [evaluate.load_model(str(folder)).generation_config.prefill_chunk_size for folder in (teacher_dir, tmp_path)]
     assert prefill == [evaluate.PREFILL, None]
+
+
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2,
+            "min_length": 60, "bad_words_ids": [[5]], "suppress_tokens": [*range(5, 40)], "sequence_bias": [[[7], 9.0]],
+            "forced_eos_token_id": 3, "exponential_decay_length_penalty": [1, 9.0], "renormalize_logits": True}  # fmt: skip
+
+
+def test_generation_is_greedy_whatever_the_checkpoint_says(tmp_path):
+    """Against the likeliest token of a full forward pass; the checkpoint's end tokens hold, and what a task asks for."""
+    from lm_eval.api.instance import Instance
+
+    model = random_teacher(tmp_path, "qwen2")
+    save_tokenizer(tmp_path)
+    tokenizer, prompt = load_tokenizer(str(tmp_path)), "abc abc abc abc"
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    for _ in range(12):
+        with torch.no_grad():
+            ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), 1)
+    new = ids[0, -12:].tolist()
+    assert tokenizer.eos_token_id not in new
+
+    def written(ends, **asked):
+        (tmp_path / "generation_config.json").write_text(json.dumps({**SAMPLING, "eos_token_id": ends}))
+        lm = evaluate.harness_model(str(tmp_path), "1")
+        request = Instance("generate_until", {}, (prompt, {"until": ["\n\n"], "max_gen_toks": 12, **asked}), 0)
+        return lm.generate_until([request], disable_tqdm=True)[0]
+
+    assert written(0) == tokenizer.decode(new)
+    stop = next(i for i in range(1, 12) if new[i] not in new[:i])
+    assert written([0, new[stop]]) == tokenizer.decode(new[: stop + 1])
+    assert written(0, suppress_tokens=new) != tokenizer.decode(new)
+
+
+def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch):
+    """In all tasks of our own, as in training; their lengths count it."""
+    random_teacher(tmp_path)
+    save_tokenizer(tmp_path)
+    bos, seen, forward = begin_with_bos(tmp_path), [], torch.nn.Embedding.forward
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: (seen.extend(ids.tolist()), forward(self, ids))[1])
+    for task in (*evaluate.RECALL_TASKS, evaluate.RECALL_GENERATION):
+        seen.clear()
+        assert run(tmp_path, "--tasks", task, "--seq_lens", 100, "--limit", 3, "--batch_size", 1, "--output", tmp_path / "out") == 0
+        texts = [row for row in seen if len(row) > 1]
+        assert len(texts) >= 3 and all(row[0] == bos and row.count(bos) == 1 and len(row) <= 100 for row in texts), task
 
 
 def test_the_mean_over_lengths_is_of_the_same_tasks():
