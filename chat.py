@@ -15,7 +15,7 @@ import math
 import sys
 from pathlib import Path
 
-from pipeline.data import encode_beginnings, load_tokenizer  # pipeline first: it says what is not installed
+from pipeline.data import beyond, check_special_tokens, encode_beginnings, load_tokenizer  # pipeline first: it says what is not installed
 from pipeline.files import one_line
 from pipeline.generation import greedy
 
@@ -46,10 +46,10 @@ class Answer(TextStreamer):
 class Conversation:
     """What was said so far: messages if the tokenizer has a chat template, else text."""
 
-    def __init__(self, tokenizer, system: str | None):
+    def __init__(self, tokenizer, vocab_size: int, system: str | None):
         if system is not None and not tokenizer.chat_template:
             raise ValueError("--system: the model has no chat template; leave it out")
-        self.tokenizer, self.system = tokenizer, system
+        self.tokenizer, self.vocab_size, self.system = tokenizer, vocab_size, system
         self.reset()
 
     def reset(self) -> None:
@@ -57,7 +57,14 @@ class Conversation:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def say(self, line: str):
-        """Adds what the user says; returns input_ids and attention_mask [1, T] of all so far."""
+        """Adds what the user says; returns input_ids and attention_mask [1, T] of all so far. Raises ValueError if the text or the
+        chat template has a token that the model lacks."""
+        heard = self._heard(line)
+        if heard["input_ids"].numel() and (largest := heard["input_ids"].max().item()) >= self.vocab_size:
+            raise beyond(f"--model: {self.tokenizer.convert_ids_to_tokens(largest)!r} in the text has the id", largest, self.vocab_size)
+        return heard
+
+    def _heard(self, line: str):
         if not self.tokenizer.chat_template:
             self.text += ("\n" if self.text else "") + line
             ids = torch.tensor(encode_beginnings(self.tokenizer, [self.text]), dtype=torch.long)
@@ -130,7 +137,9 @@ def main(argv: list[str] | None = None) -> None:
         import readline  # noqa: F401  (line editing in a terminal)
     logging.set_verbosity_error()
     config = load_teacher_config(args.model)
-    conversation = Conversation(load_tokenizer(args.model, "--model"), args.system)
+    tokenizer = load_tokenizer(args.model, "--model")
+    check_special_tokens(tokenizer, config.vocab_size, "--model")
+    conversation = Conversation(tokenizer, config.vocab_size, args.system)
     model = load_teacher(args.model, config.dtype or torch.float32).to(args.device)
     model.generation_config = generation_config(args, model, conversation.tokenizer.eos_token_id)
     layers = f"{len(config.linear_layers)} x {config.student_name}, " if config.linear_layers else ""

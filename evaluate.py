@@ -34,7 +34,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.checkpoints import fingerprint, sha256  # pipeline first: it says what is not installed
-from pipeline.data import data_fingerprint, encode_beginnings, load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
+from pipeline.data import (
+    beyond, check_special_tokens, data_fingerprint, encode_beginnings, load_tokenizer, open_chunks_for, read_metadata,
+)  # fmt: skip
 from pipeline.files import one_line, write_whole
 from pipeline.generation import greedy
 from pipeline.guard import StopSignals
@@ -138,12 +140,13 @@ def downloads(units: list[Unit], manager) -> dict[str, str]:
     return found
 
 
-def check_checkpoint(key: str, name: str) -> None:
-    """Raises ValueError unless `name` has a config that loads; `key` is the option that named it."""
+def check_checkpoint(key: str, name: str) -> int:
+    """The size of the checkpoint's vocabulary. Raises ValueError unless `name` has a config that loads; `key` is the option that
+    named it."""
     from convert.loader import KEY, source_config
 
     try:
-        source_config(name)
+        return source_config(name).vocab_size
     except ValueError as error:
         raise ValueError(str(error).replace(KEY, key)) from None
 
@@ -292,11 +295,11 @@ def recall_generation(seq_len: int, num_words: int, tokenizer):
     })  # fmt: skip
 
 
-def heldout_rows(args: argparse.Namespace, tokenizer):
+def heldout_rows(args: argparse.Namespace, tokenizer, vocab_size: int):
     """[N, T] held-out token ids. Raises ValueError if there are none, or of another tokenizer."""
     import torch
 
-    chunks = open_chunks(args.data, read_metadata(args.data)["context_length"], tokenizer_fingerprint(tokenizer), "DATA")
+    chunks = open_chunks_for(tokenizer, vocab_size, args.data, read_metadata(args.data)["context_length"], "DATA", "CHECKPOINT")
     if chunks.heldout is None:
         raise ValueError(f"DATA: {args.data} has no held-out part; preprocess with --holdout")
     return torch.as_tensor(chunks.heldout[: min(len(chunks.heldout), HELDOUT_CHUNKS)]["input_ids"], dtype=torch.long)
@@ -371,13 +374,31 @@ def load_model(checkpoint: str):
     return model.to(device).eval()
 
 
+def refuse_unknown_tokens(model, tokenizer) -> None:
+    """Makes the model raise ValueError for a token that it has no embedding of, where the tokenizer has one: on a GPU a lookup of
+    such an id would end the process. Padding, which is masked, becomes EOS instead."""
+    vocab_size = model.config.vocab_size
+    if max(tokenizer.get_vocab().values()) < vocab_size:
+        return
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    def refuse(module, args) -> None:
+        if (largest := args[0].max().item()) >= vocab_size:
+            raise beyond(f"CHECKPOINT: {tokenizer.convert_ids_to_tokens(largest)!r} in a text has the id", largest, vocab_size)
+
+    model.get_input_embeddings().register_forward_pre_hook(refuse)
+
+
 def harness_model(checkpoint: str, batch_size: str):
     """The checkpoint as lm-evaluation-harness wants it; under torchrun the documents are dealt out to the ranks."""
     from accelerate import Accelerator
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm = HFLM(pretrained=load_model(checkpoint), tokenizer=load_tokenizer(checkpoint), backend="causal", batch_size=batch_size)
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    refuse_unknown_tokens(model, tokenizer)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # HFLM does so itself only for models that it loads, and only on GPUs
         lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
         lm._rank, lm._world_size = lm.accelerator.process_index, lm.accelerator.num_processes
@@ -389,7 +410,7 @@ def build(unit: Unit, args: argparse.Namespace, manager, lm):
     import numpy
 
     if unit.task in (PERPLEXITY, KL):
-        return heldout_rows(args, lm.tokenizer)
+        return heldout_rows(args, lm.tokenizer, lm.model.config.vocab_size)
     if unit.task in RECALL_TASKS:
         return recall_documents(unit.task, unit.seq_len, args.num_words, lm.tokenizer)
     if unit.task == RECALL_GENERATION:
@@ -592,7 +613,8 @@ def check(args: argparse.Namespace) -> None:
         read_metadata(args.data, "DATA")
     labels(args.checkpoints)
     for checkpoint in args.checkpoints:
-        check_checkpoint("CHECKPOINT", checkpoint)
+        vocab_size = check_checkpoint("CHECKPOINT", checkpoint)
+        check_special_tokens(load_tokenizer(checkpoint, "CHECKPOINT"), vocab_size, "CHECKPOINT")
     if args.teacher:
         check_checkpoint("TEACHER", args.teacher)
     if args.num_gpus is None:

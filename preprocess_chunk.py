@@ -14,32 +14,39 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.data import METADATA, SPLITS, DataError, is_done, open_split, read_metadata
+from pipeline.data import LARGEST, METADATA, SPLITS, DataError, is_done, open_split, read_metadata
 from pipeline.files import complete_or_absent, one_line
 
 DTYPES = ("uint16", "int32", "int64")
 
 
-def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> int:
-    """Writes the chunks of `dataset` to the arrow file `path`; returns how many there are."""
+def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> tuple[int, int]:
+    """Writes the chunks of `dataset` to the arrow file `path`; returns how many there are, and the largest token id in them.
+
+    Raises DataError if `dtype` cannot hold an id.
+    """
     import numpy
     from datasets import Features, Sequence, Value
     from datasets.arrow_writer import ArrowWriter
     from tqdm import tqdm
 
     writer = ArrowWriter(features=Features({"input_ids": Sequence(Value(dtype), length=length)}), path=str(path))
-    rest, count = numpy.empty(0, dtype), 0
+    rest = numpy.empty(0, dtype)
+    count = largest = 0
     with tqdm(total=len(dataset), desc=description, unit=" documents", unit_scale=True) as progress:
         for batch in dataset.with_format("arrow").iter(batch_size=256):
-            ids = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(dtype)
-            ids = numpy.concatenate((rest, ids))
+            ids = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            if len(ids) and ids.max() > numpy.iinfo(dtype).max:
+                raise DataError(f"--dtype: {dtype} cannot hold the token id {ids.max()}; take int32")
+            ids = numpy.concatenate((rest, ids.astype(dtype)))
             full = len(ids) // length
             if full:
+                largest = max(largest, int(ids[: full * length].max()))
                 writer.write_batch({"input_ids": list(ids[: full * length].reshape(full, length))})
             rest, count = ids[full * length :], count + full
             progress.update(len(batch))
     writer.finalize()
-    return count
+    return count, largest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,14 +75,15 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     with complete_or_absent(output) as folder:
         counts = dict.fromkeys(SPLITS, 0)
+        largest = dict.fromkeys(SPLITS, 0)
         for split in SPLITS:
             if source[split]["documents"]:
                 rows, file = source[split]["documents"], folder / f"{split}.arrow"
                 dataset = open_split(args.tokenized_dataset_path, split, rows)
-                counts[split] = chunk(dataset, args.context_length, dtype, file, f"chunking {split}")
+                counts[split], largest[split] = chunk(dataset, args.context_length, dtype, file, f"chunking {split}")
         if not counts["train"]:
             raise DataError(f"--context_length: {args.context_length} is more than the {source['train']['tokens']} training tokens")
-        metadata = {**key, "num_chunks": counts["train"], "heldout_chunks": counts["heldout"]}
+        metadata = {**key, "num_chunks": counts["train"], "heldout_chunks": counts["heldout"], LARGEST: max(largest.values())}
         (folder / METADATA).write_text(json.dumps(metadata, indent=2))
     seconds, tokens = time.perf_counter() - start, sum(counts.values()) * args.context_length
     print(f"{output}: {counts['train']:,} chunks of {args.context_length} tokens ({counts['heldout']:,} held out) "

@@ -21,6 +21,7 @@ from unicodedata import normalize
 
 SPLITS = ("train", "heldout")
 METADATA = "metadata.json"
+LARGEST = "max_token_id"  # in the metadata of chunks: the largest id that they hold
 TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".bz2", ".xz")  # json and jsonl
 PIECE, LINE = 1 << 20, 1 << 12  # characters of a text file read at a time, and the most of a line
@@ -169,6 +170,20 @@ def beginning(tokenizer) -> list[int]:
     return ids if ids == [tokenizer.bos_token_id] != [tokenizer.eos_token_id] else []
 
 
+def beyond(what: str, token_id: int, vocab_size: int) -> DataError:
+    """The error of an id that a model has no embedding of. what: option and where the id stands."""
+    return DataError(f"{what} {token_id}, but the model has a vocabulary of {vocab_size}; take the tokenizer that belongs to the model, or "
+                     "resize the model's embedding (resize_token_embeddings)")  # fmt: skip
+
+
+def check_special_tokens(tokenizer, vocab_size: int, key: str) -> None:
+    """Raises DataError, naming the option `key`, if a model of that vocabulary lacks the tokenizer's EOS, or the BOS of every text."""
+    for name, token_id in (("EOS", tokenizer.eos_token_id), *(("BOS", token_id) for token_id in beginning(tokenizer))):
+        if token_id >= vocab_size:
+            token = tokenizer.convert_ids_to_tokens(token_id)
+            raise beyond(f"{key}: the tokenizer's {name} token {token!r} has the id", token_id, vocab_size)
+
+
 def encode_beginnings(tokenizer, texts: list[str]) -> list[list[int]]:
     """The ids of texts that a model goes on with: BOS where the tokenizer begins every text so, as training data has it, and no EOS."""
     bos = beginning(tokenizer)
@@ -186,8 +201,8 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 # ------------------------------------------------------------------------------------------------ folders
 def data_fingerprint(metadata: dict) -> str:
-    """A hash of what decides a data folder's content; not of where its corpus and tokenizer lay."""
-    content = {name: value for name, value in metadata.items() if name not in ("dataset_name", "tokenizer")}
+    """A hash of what decides a data folder's content; not of where its corpus and tokenizer lay, or of what follows from it."""
+    content = {name: value for name, value in metadata.items() if name not in ("dataset_name", "tokenizer", LARGEST)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -348,9 +363,14 @@ class Chunks:
     metadata: dict
 
 
-def open_chunks(cache_dir: str, train_seq_len: int, fingerprint: str | None = None, key: str = "data.cache_dir") -> Chunks:
-    """The chunks of `cache_dir`, which the option `key` named, memory-mapped. Raises DataError if they are missing or made for
-    another run."""
+def open_chunks(
+    cache_dir: str, train_seq_len: int, fingerprint: str | None = None, key: str = "data.cache_dir", vocab_size: int | None = None
+) -> Chunks:
+    """The chunks of `cache_dir`, which the option `key` named, memory-mapped.
+
+    fingerprint: of the tokenizer, vocab_size: of the model that they are for; None: not checked. Raises DataError if they are
+    missing or made for another run.
+    """
     metadata = read_metadata(cache_dir, key)
     if metadata.get("context_length") != train_seq_len:
         raise DataError(
@@ -364,7 +384,26 @@ def open_chunks(cache_dir: str, train_seq_len: int, fingerprint: str | None = No
         )
     train = open_split(Path(cache_dir), "train", metadata["num_chunks"])
     heldout = open_split(Path(cache_dir), "heldout", metadata["heldout_chunks"]) if metadata["heldout_chunks"] else None
+    if vocab_size is not None:
+        # Folders of earlier versions do not say it. They are read for it, at memory's rate where they have been read before.
+        largest = metadata[LARGEST] if LARGEST in metadata else max(largest_id(part) for part in (train, heldout) if part is not None)
+        if largest >= vocab_size:
+            raise beyond(f"{key}: {cache_dir} holds the token id", largest, vocab_size)
     return Chunks(train, heldout, metadata)
+
+
+def open_chunks_for(
+    tokenizer, vocab_size: int, cache_dir: str, train_seq_len: int, key: str = "data.cache_dir", model_key: str = "teacher_model.name"
+) -> Chunks:
+    """The chunks of `cache_dir`, checked against a tokenizer and the vocabulary of the model that the option `model_key` names."""
+    check_special_tokens(tokenizer, vocab_size, model_key)
+    return open_chunks(cache_dir, train_seq_len, tokenizer_fingerprint(tokenizer), key, vocab_size)
+
+
+def largest_id(dataset) -> int:
+    """The largest token id in a split of chunks, whose arrow file is read without being copied."""
+    parts = dataset.data.column("input_ids").chunks
+    return max(int(part.flatten().to_numpy(zero_copy_only=True).max()) for part in parts if len(part))
 
 
 def open_split(folder: Path, split: str, rows: int | None = None):

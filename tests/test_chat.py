@@ -106,7 +106,7 @@ def test_text_begins_as_the_tokenizer_begins_it(tmp_path):
     save_tokenizer(tmp_path)
     bos = begin_with_bos(tmp_path, ends=True)
     tokenizer = load_tokenizer(str(tmp_path))
-    conversation = chat.Conversation(tokenizer, None)
+    conversation = chat.Conversation(tokenizer, 96, None)
     heard = conversation.say("def f(x):")
     assert heard["input_ids"].tolist() == [[bos, *tokenizer("def f(x):", add_special_tokens=False)["input_ids"]]]
     assert heard["attention_mask"].tolist() == [[1] * 10]

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import preprocess_download_tokenize
 import pytest
-from conftest import random_teacher, write_config
-from pipeline.data import DataError, load_tokenizer, mend_tokenizer, open_split, tokenizer_fingerprint
+import train
+from conftest import make_chunks, random_teacher, save_tokenizer, write_config
+from lm_eval.api.instance import Instance
+from pipeline.config import load_config
+from pipeline.data import (
+    DataError, data_fingerprint, load_tokenizer, mend_tokenizer, open_chunks, open_split, tokenizer_fingerprint,
+)  # fmt: skip
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
@@ -223,7 +228,6 @@ def written_by_training(teacher, folder, monkeypatch):
     import convert_ckpt
     from convert import load_teacher
     from distill_model import StudentForCausalLM
-    from pipeline.config import load_config
 
     student = StudentForCausalLM.from_teacher(load_teacher(teacher), "gdn_v8", [1])[0]
     cfg = load_config(write_config(folder.parent, 2, teacher, "data"), ["student_model.name=gdn_v8"])
@@ -253,3 +257,100 @@ def test_every_way_to_write_a_checkpoint_keeps_the_tokenizer(teacher, tmp_path, 
     expected = Tokenizer.from_file(f"{teacher}/tokenizer.json").encode(TEXT).ids
     assert json.loads(done.stdout.splitlines()[-1]) == [expected] * 4
     assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------------------ against the model
+TEXTS = ["\n".join(f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9)) for i in range(12)]
+
+
+def grown(folder, **settings):
+    """A teacher with 96 embeddings whose tokenizer has a token 96, <|im_end|>; settings: of the tokenizer. Returns its name."""
+    random_teacher(folder, "qwen3")
+    save_tokenizer(folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    vocabulary |= {f"filler{i}": i for i in range(len(vocabulary), 96)}
+    state["added_tokens"].append({"id": 96, "content": "<|im_end|>", "single_word": False, "lstrip": False, "rstrip": False,
+                                  "normalized": False, "special": True})  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return str(folder)
+
+
+def in_one_line(pattern, function, *args):
+    with pytest.raises((DataError, SystemExit), match=pattern) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+
+
+def dry_run(cfg):
+    train.prepare(train.parse_args(["--cfg", str(cfg), "--dry-run"]))
+
+
+def test_an_eos_token_that_the_model_lacks_is_refused_everywhere(tmp_path):
+    import chat
+    import evaluate
+    from layer_selection import evaluate_layer_importance, select_layers
+
+    name = grown(tmp_path / "teacher", eos_token="<|im_end|>")
+    data = make_chunks(tmp_path, name, TEXTS)
+    message = r": the tokenizer's EOS token '<\|im_end\|>' has the id 96, but the model has a vocabulary of 96; take the tokenizer"
+    stage1, stage2 = (str(write_config(tmp_path, stage, name, data, batch_size=2)) for stage in (1, 2))
+    in_one_line(f"^teacher_model.name{message}", dry_run, stage1)
+    in_one_line(f"^teacher_model.name{message}", select_layers.Bench, load_config(stage2), 4, 2)
+    in_one_line(f"^--model{message}", chat.main, ["--model", name])
+    in_one_line(f"^CHECKPOINT{message}", evaluate.main, [name, "--tasks", "copying", "--output", str(tmp_path / "out"), "--num_gpus", "1"])
+    in_one_line(f"^--model_name{message}", evaluate_layer_importance.main, [
+        "--task", "phone_book", "--model_name", name, "--output_dir", str(tmp_path / "importance")])  # fmt: skip
+    assert not any((tmp_path / folder).exists() for folder in ("stage1", "out", "importance"))
+
+
+def test_chunks_are_checked_by_the_ids_that_they_hold(tmp_path):
+    """In every part, in folders of earlier versions too, which do not name their largest id; not by the tokenizer's size."""
+    data = Path(make_chunks(tmp_path, grown(tmp_path / "teacher"), [*TEXTS, "a<|im_end|>b" * 40]))
+    metadata = json.loads((data / "metadata.json").read_text())
+    largest = max(max(row["input_ids"]) for split in ("train", "heldout") for row in open_split(data, split))
+    assert metadata["max_token_id"] == largest == 96
+    old = {name: value for name, value in metadata.items() if name != "max_token_id"}
+    for content in (metadata, old):
+        (data / "metadata.json").write_text(json.dumps(content))
+        in_one_line(f"^DATA: {data} holds the token id 96, but the model has a vocabulary of 96; take", open_chunks, data, 32, None, "DATA", 96)
+        assert open_chunks(str(data), 32, vocab_size=97).heldout is not None
+    assert data_fingerprint(old) == data_fingerprint(metadata), "a run goes on with chunks that were made again"
+    cfg = write_config(tmp_path, 1, str(tmp_path / "teacher"), str(data), batch_size=2)
+    in_one_line(f"^data.cache_dir: {data} holds the token id 96", dry_run, cfg)
+
+
+def test_a_token_that_no_chunk_holds_is_no_obstacle(tmp_path, capsys):
+    name = grown(tmp_path / "teacher")
+    cfg = write_config(tmp_path, 1, name, make_chunks(tmp_path, name, TEXTS), batch_size=2)
+    dry_run(cfg)
+    assert "parameters: " in capsys.readouterr().out
+
+
+def test_a_number_that_cannot_hold_an_id_is_refused(tmp_path):
+    """A vocabulary with gaps has ids beyond its size."""
+    raw = byte_level()
+    state = json.loads(raw.to_str())
+    state["model"]["vocab"] |= {"Ġgap": 70_000}
+    state["model"]["ignore_merges"] = True
+    name = publish(tmp_path / "teacher", Tokenizer.from_str(json.dumps(state)), "PreTrainedTokenizerFast")
+    in_one_line("^--dtype: uint16 cannot hold the token id 70000; take int32$", make_chunks, tmp_path, name, ["a gap of words " * 20] * 3)
+
+
+def test_a_token_in_a_text_that_the_model_lacks(tmp_path):
+    """Padding, which is masked, may be such a token; what a text holds may not."""
+    import chat
+    import evaluate
+
+    name = grown(tmp_path / "teacher", pad_token="<|im_end|>")
+    lm = evaluate.harness_model(name, "2")
+    arguments = {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 3}
+    texts = [[Instance("generate_until", {}, (text, arguments), i) for i, text in enumerate(pair)] for pair in (("abc", "a"), ("abc<|im_end|>", "a"))]
+    alone = evaluate.harness_model(name, "1").generate_until(texts[0], disable_tqdm=True)
+    assert lm.generate_until(texts[0], disable_tqdm=True) == alone
+    in_one_line(r"^CHECKPOINT: '<\|im_end\|>' in a text has the id 96, but", lambda: lm.generate_until(texts[1], disable_tqdm=True))
+    conversation = chat.Conversation(load_tokenizer(name), 96, None)
+    assert conversation.say("abc")["input_ids"].shape == (1, 3)
+    in_one_line(r"^--model: '<\|im_end\|>' in the text has the id 96, but", conversation.say, "<|im_end|>")
