@@ -15,7 +15,9 @@ import math
 import sys
 from pathlib import Path
 
-from pipeline.data import beyond, check_special_tokens, encode_beginnings, load_tokenizer  # pipeline first: it says what is not installed
+from pipeline.data import (  # pipeline first: it says what is not installed
+    check_special_tokens, encode_beginnings, load_tokenizer, out_of_vocabulary,
+)  # fmt: skip
 from pipeline.files import one_line
 from pipeline.generation import greedy
 
@@ -61,7 +63,7 @@ class Conversation:
         chat template has a token that the model lacks."""
         heard = self._heard(line)
         if heard["input_ids"].numel() and (largest := heard["input_ids"].max().item()) >= self.vocab_size:
-            raise beyond(f"--model: {self.tokenizer.convert_ids_to_tokens(largest)!r} in the text has the id", largest, self.vocab_size)
+            raise out_of_vocabulary(f"--model: {self.tokenizer.convert_ids_to_tokens(largest)!r} in the text has the id", largest, self.vocab_size)
         return heard
 
     def _heard(self, line: str):

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import difflib
 import gc
-import hashlib
 import io
 import json
 import logging
@@ -35,7 +34,7 @@ from pathlib import Path
 
 from pipeline.checkpoints import fingerprint, sha256  # pipeline first: it says what is not installed
 from pipeline.data import (
-    beyond, check_special_tokens, data_fingerprint, encode_beginnings, load_tokenizer, open_chunks_for, read_metadata,
+    check_special_tokens, data_fingerprint, encode_beginnings, load_tokenizer, open_chunks_for, out_of_vocabulary, read_metadata,
 )  # fmt: skip
 from pipeline.files import one_line, write_whole
 from pipeline.generation import greedy
@@ -43,6 +42,7 @@ from pipeline.guard import StopSignals
 
 from tqdm import tqdm
 
+from eval_ruler import FETCHED, ruler_manager, ruler_task, seed_generators
 from eval_tables import GROUPS, KL, LOCAL, PERPLEXITY, RECALL_GENERATION, RULER, Unit, markdown, plot
 from layer_selection.tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document, document_accuracies
 
@@ -50,12 +50,6 @@ OWN = (*RECALL_TASKS, PERPLEXITY, KL)  # measured here, by forward passes over w
 SIZED = (*RULER, *RECALL_TASKS, RECALL_GENERATION)  # those whose documents are made at a length
 SEQ_LENS = {"needle": (4096, 16384, 65536, 262144)}  # of a group, unless --seq_lens says otherwise; of the others:
 SEQ_LEN = 4096
-# Below this many tokens RULER's generators do not end.
-SHORTEST = {"ruler_cwe": 2048, **{name: 1024 for name in RULER if name != "ruler_cwe"}}
-ESSAYS = "baber/paul_graham_essays and nltk's punkt_tab"
-# What RULER's tasks fetch; that of other tasks is in their own configuration.
-FETCHED = {**dict.fromkeys(("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multiquery", "niah_multivalue"), ESSAYS),
-           "ruler_qa_squad": "rajpurkar.github.io/SQuAD-explorer", "ruler_qa_hotpot": "namlh2004/hotpotqa"}  # fmt: skip
 # The metric that stands for a task, the first of these that it has.
 METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
 DOCUMENTS = 100  # of a recall task
@@ -65,14 +59,6 @@ PREFILL = 4096  # tokens of a long prompt that are read at a time
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
-def ruler_manager(metadata: dict | None = None):
-    """The index of RULER's tasks, which is read at once. metadata: what they are given to make their documents."""
-    import lm_eval.tasks
-
-    folder = Path(lm_eval.tasks.__file__).parent / "ruler"
-    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder), metadata=metadata)
-
-
 def task_manager(names):
     """lm-evaluation-harness's index of tasks, as far as these need it."""
     from lm_eval.tasks import TaskManager
@@ -385,7 +371,7 @@ def refuse_unknown_tokens(model, tokenizer) -> None:
 
     def refuse(module, args) -> None:
         if (largest := args[0].max().item()) >= vocab_size:
-            raise beyond(f"CHECKPOINT: {tokenizer.convert_ids_to_tokens(largest)!r} in a text has the id", largest, vocab_size)
+            raise out_of_vocabulary(f"CHECKPOINT: {tokenizer.convert_ids_to_tokens(largest)!r} in a text has the id", largest, vocab_size)
 
     model.get_input_embeddings().register_forward_pre_hook(refuse)
 
@@ -396,6 +382,8 @@ def harness_model(checkpoint: str, batch_size: str):
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # Of texts longer than the tokenizer's model_max_length; what a task makes may be, and what a model reads is cut elsewhere.
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     refuse_unknown_tokens(model, tokenizer)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
@@ -407,39 +395,18 @@ def harness_model(checkpoint: str, batch_size: str):
 
 def build(unit: Unit, args: argparse.Namespace, manager, lm):
     """The unit's documents if `measure_own` measures it, else its task, or group of tasks, of lm-evaluation-harness."""
-    import numpy
-
     if unit.task in (PERPLEXITY, KL):
         return heldout_rows(args, lm.tokenizer, lm.model.config.vocab_size)
     if unit.task in RECALL_TASKS:
         return recall_documents(unit.task, unit.seq_len, args.num_words, lm.tokenizer)
     if unit.task == RECALL_GENERATION:
         return recall_generation(unit.seq_len, args.num_words, lm.tokenizer)
-    # RULER draws its documents from the process's random state: they shall not depend on the tasks before.
-    seed = int.from_bytes(hashlib.sha256(unit.key.encode()).digest()[:4], "big")
-    random.seed(seed)
-    numpy.random.seed(seed)
-    sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)  # has a state of its own
     if unit.task in RULER:
-        if unit.seq_len < SHORTEST[unit.task]:
-            raise ValueError(f"SEQ_LENS: {unit.seq_len} is too short for {unit.task}; it needs {SHORTEST[unit.task]}")
-        if unit.task == "ruler_vt":
-            check_tracking(lm.tokenizer, unit.seq_len)
-        manager = ruler_manager(metadata={"max_seq_lengths": [unit.seq_len], "tokenizer": lm.tokenizer.name_or_path})
-    with contextlib.redirect_stdout(io.StringIO()):  # RULER prints what it tries
+        return ruler_task(unit, lm.tokenizer, args.limit)
+    seed_generators(unit)
+    with contextlib.redirect_stdout(io.StringIO()):  # tasks print what they do
         loaded = manager.load([unit.task])
     return (loaded.get("groups") or {}).get(unit.task) or loaded["tasks"][unit.task]
-
-
-def check_tracking(tokenizer, seq_len: int) -> None:
-    """Raises ValueError if RULER's shortest variable tracking is too long for its example of 500 tokens, or with that for seq_len:
-    its generator would not end."""
-    from lm_eval.tasks.ruler.vt_utils import generate_input_output
-
-    for sentences, room in ((5, 500), (10, seq_len - 500)):
-        text, answer = generate_input_output(sentences, 1, 4, is_icl=sentences == 5)
-        if (length := len(tokenizer(f"{text} {answer}")["input_ids"])) + 50 > room:  # 30 to generate, and names differ
-            raise ValueError(f"ruler_vt: the tokenizer makes {length} tokens where RULER has room for {room - 50}")
 
 
 def measure(unit: Unit, args: argparse.Namespace, task, lm, manager, teacher) -> dict | None:

@@ -131,10 +131,12 @@ def _evenly(values):
     return values[:: 1 + len(values) // PROBE_SAMPLE]
 
 
-def mend_tokenizer(folder: Path) -> None:
-    """Makes AutoTokenizer read the tokenizer files in `folder`, a copy of a checkpoint's beside the config of a model, as
-    tokenizer.json says, by another class in tokenizer_config.json where that is needed; and takes out of the latter what names
-    code of the checkpoint. Raises DataError if AutoTokenizer reads it otherwise all the same."""
+def fix_tokenizer_class(folder: Path) -> None:
+    """Changes tokenizer_config.json in the exported checkpoint `folder` where AutoTokenizer would read the tokenizer otherwise than
+    tokenizer.json says: it then names the generic class. References to code of the teacher are removed.
+
+    Raises DataError if AutoTokenizer reads it otherwise all the same.
+    """
     from tokenizers import Tokenizer
 
     file, settings = folder / TOKENIZER_FILE, folder / TOKENIZER_SETTINGS
@@ -170,8 +172,8 @@ def beginning(tokenizer) -> list[int]:
     return ids if ids == [tokenizer.bos_token_id] != [tokenizer.eos_token_id] else []
 
 
-def beyond(what: str, token_id: int, vocab_size: int) -> DataError:
-    """The error of an id that a model has no embedding of. what: option and where the id stands."""
+def out_of_vocabulary(what: str, token_id: int, vocab_size: int) -> DataError:
+    """The error for a token id that a model has no embedding for. what: the option, and where the id was found."""
     return DataError(f"{what} {token_id}, but the model has a vocabulary of {vocab_size}; take the tokenizer that belongs to the model, or "
                      "resize the model's embedding (resize_token_embeddings)")  # fmt: skip
 
@@ -181,7 +183,7 @@ def check_special_tokens(tokenizer, vocab_size: int, key: str) -> None:
     for name, token_id in (("EOS", tokenizer.eos_token_id), *(("BOS", token_id) for token_id in beginning(tokenizer))):
         if token_id >= vocab_size:
             token = tokenizer.convert_ids_to_tokens(token_id)
-            raise beyond(f"{key}: the tokenizer's {name} token {token!r} has the id", token_id, vocab_size)
+            raise out_of_vocabulary(f"{key}: {name} of {tokenizer.name_or_path!r}, {token!r}, has the id", token_id, vocab_size)
 
 
 def encode_beginnings(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -388,7 +390,7 @@ def open_chunks(
         # Folders of earlier versions do not say it. They are read for it, at memory's rate where they have been read before.
         largest = metadata[LARGEST] if LARGEST in metadata else max(largest_id(part) for part in (train, heldout) if part is not None)
         if largest >= vocab_size:
-            raise beyond(f"{key}: {cache_dir} holds the token id", largest, vocab_size)
+            raise out_of_vocabulary(f"{key}: {cache_dir} holds the token id", largest, vocab_size)
     return Chunks(train, heldout, metadata)
 
 

@@ -4,11 +4,15 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import eval_compare
+import eval_ruler
 import eval_tables
 import evaluate
 import pytest
@@ -20,7 +24,7 @@ from evaluate import Unit, recall_documents
 from layer_selection.tasks import answer_accuracy
 from pipeline.checkpoints import sha256
 from pipeline.data import load_tokenizer, open_chunks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 
@@ -263,7 +267,7 @@ def test_a_failing_task_does_not_take_the_others_with_it(teacher_dir, tmp_path, 
     options = ("--tasks", "niah_single_2,copying,ruler_cwe,associative_recall,multi_hop_recall", "--seq_lens", 128, "--limit", 2,
                "--output", tmp_path)  # fmt: skip
     monkeypatch.setattr(evaluate, "measure", broken)
-    monkeypatch.setitem(evaluate.SHORTEST, "niah_single_2", 1)
+    monkeypatch.setitem(eval_ruler.SHORTEST, "niah_single_2", 1)
     assert run(teacher_dir, *options) == 1
     shown = capfd.readouterr()
     assert "Needs a network, to fetch: niah_single_2 (baber/paul_graham_essays and nltk's punkt_tab)\n" in shown.out
@@ -385,14 +389,23 @@ def test_every_task_of_the_groups_is_known_and_its_download_named():
     assert [unit.key for unit in units] == ["arc_challenge", "arc_easy"], "a tag is its tasks"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def rulers_cache(tmp_path_factory):
+    """Where RULER's documents are kept."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield folder / "ruler"
+
+
 @pytest.fixture(scope="module")
 def ruler(teacher_dir):
     """Builds RULER's tasks as the evaluation does."""
     lm = SimpleNamespace(tokenizer=load_tokenizer(teacher_dir))
-    return lambda unit: evaluate.build(unit, SimpleNamespace(), None, lm)
+    return lambda unit, limit=None: evaluate.build(unit, SimpleNamespace(limit=limit), None, lm)
 
 
-def test_rulers_documents_do_not_depend_on_the_tasks_before(ruler):
+def test_rulers_documents_do_not_depend_on_the_tasks_before(ruler, rulers_cache):
     units = [Unit("ruler_cwe", 2048), Unit("niah_single_1", 1024), Unit("ruler_fwe", 1024)]
 
     def texts(unit):
@@ -401,7 +414,90 @@ def test_rulers_documents_do_not_depend_on_the_tasks_before(ruler):
         return [doc["input"] for doc in docs]
 
     first = {unit: texts(unit) for unit in units}
+    shutil.rmtree(rulers_cache)
     assert all(texts(unit) == first[unit] for unit in reversed(units))
+
+
+@pytest.mark.parametrize("unit", [Unit("ruler_cwe", 2048), Unit("niah_single_1", 1024), Unit("niah_multikey_3", 1024), Unit("ruler_fwe", 1024)],
+                         ids=lambda unit: unit.key)  # fmt: skip
+def test_no_more_of_rulers_documents_are_made_than_are_asked_for(ruler, unit, monkeypatch):
+    """They are the first of all, which are 500."""
+    encoded, inner = [], PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", lambda self, text: (encoded.append(text), inner(self, text))[1])
+    few = list(ruler(unit, limit=3).test_docs())
+    assert len(few) == 3 and len(encoded) < 200
+    assert few == list(ruler(unit).test_docs())[:3] and len(encoded) > 500
+
+
+def test_rulers_documents_are_made_once_for_a_tokenizer(teacher_dir, student_dir, tmp_path, monkeypatch):
+    """For teacher and student, and for a later call; not for another tokenizer, length or number."""
+    made, inner = [], eval_ruler.generate
+    monkeypatch.setattr(eval_ruler, "generate", lambda unit, tokenizer, count: (made.append((unit.seq_len, count)), inner(unit, tokenizer, count))[1])
+
+    def evaluated(output, checkpoints, **options):
+        asked = {"tasks": "niah_single_1", "seq_lens": 1030, "limit": 1, "output": tmp_path / output} | options
+        assert run(*checkpoints, *(part for name, value in asked.items() for part in (f"--{name}", value))) == 0
+
+    evaluated("a", (teacher_dir, student_dir))
+    evaluated("b", (teacher_dir,))
+    assert made == [(1030, 1)]
+    evaluated("c", (teacher_dir,), limit=2)
+    other = tmp_path / "other"
+    random_teacher(other)
+    save_tokenizer(other, extra="zzz")
+    evaluated("d", (other,))
+    assert made == [(1030, 1), (1030, 2), (1030, 1)]
+
+
+def test_rulers_documents_are_written_whole_or_not_at_all(ruler, rulers_cache, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    before = set(rulers_cache.glob(".*")), set(rulers_cache.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_ruler, "sync", full)
+        with pytest.raises(OSError, match="No space left"):
+            ruler(Unit("niah_single_1", 1060), limit=1)
+    assert (set(rulers_cache.glob(".*")), set(rulers_cache.iterdir())) == before
+    assert len(list(ruler(Unit("niah_single_1", 1060), limit=1).test_docs())) == 1
+
+
+def test_no_code_of_a_checkpoint_is_run(tmp_path, teacher_dir):
+    """By RULER's tasks, which open a tokenizer by its path with lm-evaluation-harness alone."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(teacher_dir, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Mine\n")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(*args): pass\n")
+    assert run(folder, "--tasks", "niah_single_1,copying", "--seq_lens", 1024, "--limit", 1, "--output", tmp_path / "out") == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_task_does_not_need_is_not_fetched(tmp_path):
+    """nltk's sentence splitter, of which only the tasks with essays have a use; in a process that has not imported it."""
+    save_tokenizer(tmp_path)
+    code = ("import sys; sys.path.insert(0, '.')\nimport nltk, logging\nlogging.disable()\n"
+            "from eval_ruler import *\nfrom pipeline.data import load_tokenizer\n"
+            "nltk.download = lambda *_, **__: sys.exit('fetched')\n"
+            "print(len(ruler_task(Unit('niah_single_1', 1024), load_tokenizer(sys.argv[1]), 1).test_docs()))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"HF_HOME": str(tmp_path)})  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr[-2000:]
+    assert "nltk" not in done.stderr
+
+
+def test_a_sentence_splitter_that_is_not_to_be_had(ruler, monkeypatch):
+    """In one line, where a task needs it."""
+    import nltk
+    from lm_eval.tasks.ruler import prepare_niah
+
+    monkeypatch.setattr(prepare_niah, "get_haystack", lambda type_haystack: "some words".split())
+    monkeypatch.setattr(nltk.data, "find", lambda name: (_ for _ in ()).throw(LookupError(name)))
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
+    with pytest.raises(ValueError, match="^nltk's punkt_tab is not there and could not be fetched; run [^\\n]*$"):
+        ruler(Unit("niah_single_2", 1024), limit=1)
 
 
 def test_rulers_gold_answers_score_one(ruler):

@@ -13,7 +13,7 @@ from conftest import make_chunks, random_teacher, save_tokenizer, write_config
 from lm_eval.api.instance import Instance
 from pipeline.config import load_config
 from pipeline.data import (
-    DataError, data_fingerprint, load_tokenizer, mend_tokenizer, open_chunks, open_split, tokenizer_fingerprint,
+    DataError, data_fingerprint, load_tokenizer, fix_tokenizer_class, open_chunks, open_split, tokenizer_fingerprint,
 )  # fmt: skip
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
@@ -198,7 +198,7 @@ def test_an_exported_tokenizer_loads_as_the_file_says(tmp_path, model_type):
         folder = publish(tmp_path / str(class_name), raw, class_name, model_type, auto_map={"AutoTokenizer": [None, "mine.Mine"]},
                          chat_template="{{ 1 }}")  # fmt: skip
         before = (Path(folder) / "tokenizer.json").read_bytes()
-        mend_tokenizer(Path(folder))
+        fix_tokenizer_class(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         assert tokenizer(TEXT)["input_ids"] == raw.encode(TEXT).ids, class_name
         assert tokenizer.eos_token == "<eos>" and tokenizer.chat_template == "{{ 1 }}"
@@ -208,7 +208,7 @@ def test_an_exported_tokenizer_loads_as_the_file_says(tmp_path, model_type):
 def test_a_tokenizer_that_loads_well_is_exported_as_it_is(tmp_path):
     folder = Path(publish(tmp_path, qwen2(), "Qwen2Tokenizer", "qwen3"))
     before = (folder / "tokenizer_config.json").read_bytes()
-    mend_tokenizer(folder)
+    fix_tokenizer_class(folder)
     assert (folder / "tokenizer_config.json").read_bytes() == before
 
 
@@ -247,7 +247,7 @@ def test_every_way_to_write_a_checkpoint_keeps_the_tokenizer(teacher, tmp_path, 
     convert_checkpoint(teacher, folders[2], ("qwen3",), format="student", verify=False)
     shutil.copy(Path(teacher) / "tokenizer_config.json", folders[0])  # as an export was that an earlier version wrote
     export_native(str(folders[0]), folders[3])
-    mend_tokenizer(folders[0])
+    fix_tokenizer_class(folders[0])
     assert not list(tmp_path.glob("[!t]*/tokenizer*.py")) and not (folders[0] / "tokenizer_of_mine.py").exists()
     code = ("import sys, json, transformers\n"
             f"print(json.dumps([transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)({TEXT!r})['input_ids']"
@@ -295,7 +295,7 @@ def test_an_eos_token_that_the_model_lacks_is_refused_everywhere(tmp_path):
 
     name = grown(tmp_path / "teacher", eos_token="<|im_end|>")
     data = make_chunks(tmp_path, name, TEXTS)
-    message = r": the tokenizer's EOS token '<\|im_end\|>' has the id 96, but the model has a vocabulary of 96; take the tokenizer"
+    message = rf": EOS of '{name}', '<\|im_end\|>', has the id 96, but the model has a vocabulary of 96; take the tokenizer"
     stage1, stage2 = (str(write_config(tmp_path, stage, name, data, batch_size=2)) for stage in (1, 2))
     in_one_line(f"^teacher_model.name{message}", dry_run, stage1)
     in_one_line(f"^teacher_model.name{message}", select_layers.Bench, load_config(stage2), 4, 2)
