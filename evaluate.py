@@ -126,13 +126,18 @@ def downloads(units: list[Unit], manager) -> dict[str, str]:
     return found
 
 
+def vocabulary_size(config) -> int:
+    """Of a model's config, or of its text model's where it has several."""
+    return getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
+
+
 def check_checkpoint(key: str, name: str) -> int:
     """The size of the checkpoint's vocabulary. Raises ValueError unless `name` has a config that loads; `key` is the option that
     named it."""
     from convert.loader import KEY, source_config
 
     try:
-        return source_config(name).vocab_size
+        return vocabulary_size(source_config(name))
     except ValueError as error:
         raise ValueError(str(error).replace(KEY, key)) from None
 
@@ -363,7 +368,7 @@ def load_model(checkpoint: str):
 def refuse_unknown_tokens(model, tokenizer) -> None:
     """Makes the model raise ValueError for a token that it has no embedding of, where the tokenizer has one: on a GPU a lookup of
     such an id would end the process. Padding, which is masked, becomes EOS instead."""
-    vocab_size = model.config.vocab_size
+    vocab_size = vocabulary_size(model.config)
     if max(tokenizer.get_vocab().values()) < vocab_size:
         return
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= vocab_size:
@@ -396,7 +401,7 @@ def harness_model(checkpoint: str, batch_size: str):
 def build(unit: Unit, args: argparse.Namespace, manager, lm):
     """The unit's documents if `measure_own` measures it, else its task, or group of tasks, of lm-evaluation-harness."""
     if unit.task in (PERPLEXITY, KL):
-        return heldout_rows(args, lm.tokenizer, lm.model.config.vocab_size)
+        return heldout_rows(args, lm.tokenizer, vocabulary_size(lm.model.config))
     if unit.task in RECALL_TASKS:
         return recall_documents(unit.task, unit.seq_len, args.num_words, lm.tokenizer)
     if unit.task == RECALL_GENERATION:

@@ -78,7 +78,7 @@ def _read_tokenizer(name_or_path: str):
     settings, file = Path(name_or_path) / TOKENIZER_SETTINGS, tokenizer_file(name_or_path)
     # AutoTokenizer trusts config.json's model_type more than the tokenizer itself and would put Qwen2's in place
     # of a home-made one.
-    generic = settings.is_file() and json.loads(settings.read_text()).get("tokenizer_class") in GENERIC
+    generic = settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") in GENERIC
     first = PreTrainedTokenizerFast if generic else AutoTokenizer
     if file is None:
         return first.from_pretrained(name_or_path, trust_remote_code=False), None
@@ -140,9 +140,9 @@ def fix_tokenizer_class(folder: Path) -> None:
     from tokenizers import Tokenizer
 
     file, settings = folder / TOKENIZER_FILE, folder / TOKENIZER_SETTINGS
-    values = json.loads(settings.read_text()) if settings.is_file() else {}
+    values = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     if values.pop("auto_map", None) is not None:
-        settings.write_text(json.dumps(values, indent=2, ensure_ascii=False))
+        settings.write_text(json.dumps(values, indent=2))
     if not file.is_file():
         return
     raw = Tokenizer.from_file(str(file))
@@ -150,7 +150,7 @@ def fix_tokenizer_class(folder: Path) -> None:
         if _loads_as(folder, raw):
             return
         values = {name: value for name, value in values.items() if name != without} | {"tokenizer_class": GENERIC[0]}
-        settings.write_text(json.dumps(values, indent=2, ensure_ascii=False))
+        settings.write_text(json.dumps(values, indent=2))
     if not _loads_as(folder, raw):
         raise DataError(f"{folder}: transformers does not read the tokenizer as its {TOKENIZER_FILE} says")
 
