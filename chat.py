@@ -15,11 +15,14 @@ import math
 import sys
 from pathlib import Path
 
-from pipeline.data import load_tokenizer  # pipeline first: it says what is not installed
+from pipeline.data import (  # pipeline first: it says what is not installed
+    check_special_tokens, encode_beginnings, load_tokenizer, out_of_vocabulary,
+)  # fmt: skip
 from pipeline.files import one_line
+from pipeline.generation import greedy
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import BatchEncoding, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from convert import load_teacher, load_teacher_config
@@ -45,10 +48,10 @@ class Answer(TextStreamer):
 class Conversation:
     """What was said so far: messages if the tokenizer has a chat template, else text."""
 
-    def __init__(self, tokenizer, system: str | None):
+    def __init__(self, tokenizer, vocab_size: int, system: str | None):
         if system is not None and not tokenizer.chat_template:
             raise ValueError("--system: the model has no chat template; leave it out")
-        self.tokenizer, self.system = tokenizer, system
+        self.tokenizer, self.vocab_size, self.system = tokenizer, vocab_size, system
         self.reset()
 
     def reset(self) -> None:
@@ -56,10 +59,18 @@ class Conversation:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def say(self, line: str):
-        """Adds what the user says; returns input_ids and attention_mask [1, T] of all so far."""
+        """Adds what the user says; returns input_ids and attention_mask [1, T] of all so far. Raises ValueError if the text or the
+        chat template has a token that the model lacks."""
+        heard = self._heard(line)
+        if heard["input_ids"].numel() and (largest := heard["input_ids"].max().item()) >= self.vocab_size:
+            raise out_of_vocabulary(f"--model: {self.tokenizer.convert_ids_to_tokens(largest)!r} in the text has the id", largest, self.vocab_size)
+        return heard
+
+    def _heard(self, line: str):
         if not self.tokenizer.chat_template:
             self.text += ("\n" if self.text else "") + line
-            return self.tokenizer(self.text, return_tensors="pt", return_token_type_ids=False)
+            ids = torch.tensor(encode_beginnings(self.tokenizer, [self.text]), dtype=torch.long)
+            return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         self.messages.append({"role": "user", "content": line})
         return self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -72,20 +83,23 @@ class Conversation:
 
 
 def generation_config(args: argparse.Namespace, model, eos_token_id: int | None) -> GenerationConfig:
-    """The model's own, if it has one, with what the arguments say. Raises OSError if a folder's cannot be read."""
+    """The model's own, if it has one, with what the arguments say; greedy decoding if the temperature is 0. Raises OSError if a
+    folder's cannot be read."""
     try:
         config = GenerationConfig.from_pretrained(args.model)
     except OSError:
         if (Path(args.model) / "generation_config.json").is_file():
             raise
         config = model.generation_config
+    if args.temperature == 0:
+        config = greedy(config)
+    elif args.temperature is not None:
+        config.do_sample, config.temperature = True, args.temperature
     if config.eos_token_id is None:
         config.eos_token_id = eos_token_id
     config.max_new_tokens, config.prefill_chunk_size = args.max_new_tokens, None if model.config.rope_depends_on_length else PREFILL
     if model.device.type == "cuda" and StaticCache.refusal(model.config) is None:
         config.cache_implementation = "static"  # a token is one CUDA graph
-    if args.temperature is not None:
-        config.do_sample, config.temperature = args.temperature > 0, args.temperature or None
     if not config.do_sample:
         config.temperature = config.top_p = config.top_k = None
     if config.pad_token_id is None:  # nothing is padded, but generate asks for one
@@ -114,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="a folder or a hub name")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer, at most")
-    parser.add_argument("--temperature", type=float, help="0: the likeliest token; default: as the model's generation config says")
+    parser.add_argument("--temperature", type=float, help="0: the likeliest token, without penalties; default: as the model's generation config says")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or not 0 <= (args.temperature or 0) < math.inf:
@@ -125,7 +139,9 @@ def main(argv: list[str] | None = None) -> None:
         import readline  # noqa: F401  (line editing in a terminal)
     logging.set_verbosity_error()
     config = load_teacher_config(args.model)
-    conversation = Conversation(load_tokenizer(args.model, "--model"), args.system)
+    tokenizer = load_tokenizer(args.model, "--model")
+    check_special_tokens(tokenizer, config.vocab_size, "--model")
+    conversation = Conversation(tokenizer, config.vocab_size, args.system)
     model = load_teacher(args.model, config.dtype or torch.float32).to(args.device)
     model.generation_config = generation_config(args, model, conversation.tokenizer.eos_token_id)
     layers = f"{len(config.linear_layers)} x {config.student_name}, " if config.linear_layers else ""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.checkpoints import CheckpointError, checkpoints, damage  # pipeline first: it says what is not installed
 from pipeline.config import Config, ConfigError, load_config
+from pipeline.data import fix_tokenizer_class
 from pipeline.files import complete_or_absent, one_line
 from pipeline.model_card import write_card
 from pipeline.run_folder import CONFIG, EXPORT, RUN, difference
@@ -71,6 +72,7 @@ def export_checkpoint(cfg: Config, checkpoint: Path, output: Path) -> None:
     with complete_or_absent(output, replace=True) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_sidecars(cfg.teacher_model.name, folder)
+        fix_tokenizer_class(folder)
         write_card(cfg, checkpoint, folder, config)
 
 

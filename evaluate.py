@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import difflib
 import gc
-import hashlib
 import io
 import json
 import logging
@@ -34,12 +33,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.checkpoints import fingerprint, sha256  # pipeline first: it says what is not installed
-from pipeline.data import data_fingerprint, load_tokenizer, open_chunks, read_metadata, tokenizer_fingerprint
+from pipeline.data import (
+    check_special_tokens, data_fingerprint, encode_beginnings, load_tokenizer, open_chunks_for, out_of_vocabulary, read_metadata,
+)  # fmt: skip
 from pipeline.files import one_line, write_whole
+from pipeline.generation import greedy
 from pipeline.guard import StopSignals
 
 from tqdm import tqdm
 
+from eval_ruler import FETCHED, ruler_manager, ruler_task, seed_generators
 from eval_tables import GROUPS, KL, LOCAL, PERPLEXITY, RECALL_GENERATION, RULER, Unit, markdown, plot
 from layer_selection.tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document, document_accuracies
 
@@ -47,12 +50,6 @@ OWN = (*RECALL_TASKS, PERPLEXITY, KL)  # measured here, by forward passes over w
 SIZED = (*RULER, *RECALL_TASKS, RECALL_GENERATION)  # those whose documents are made at a length
 SEQ_LENS = {"needle": (4096, 16384, 65536, 262144)}  # of a group, unless --seq_lens says otherwise; of the others:
 SEQ_LEN = 4096
-# Below this many tokens RULER's generators do not end.
-SHORTEST = {"ruler_cwe": 2048, **{name: 1024 for name in RULER if name != "ruler_cwe"}}
-ESSAYS = "baber/paul_graham_essays and nltk's punkt_tab"
-# What RULER's tasks fetch; that of other tasks is in their own configuration.
-FETCHED = {**dict.fromkeys(("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multiquery", "niah_multivalue"), ESSAYS),
-           "ruler_qa_squad": "rajpurkar.github.io/SQuAD-explorer", "ruler_qa_hotpot": "namlh2004/hotpotqa"}  # fmt: skip
 # The metric that stands for a task, the first of these that it has.
 METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
 DOCUMENTS = 100  # of a recall task
@@ -62,14 +59,6 @@ PREFILL = 4096  # tokens of a long prompt that are read at a time
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
-def ruler_manager(metadata: dict | None = None):
-    """The index of RULER's tasks, which is read at once. metadata: what they are given to make their documents."""
-    import lm_eval.tasks
-
-    folder = Path(lm_eval.tasks.__file__).parent / "ruler"
-    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder), metadata=metadata)
-
-
 def task_manager(names):
     """lm-evaluation-harness's index of tasks, as far as these need it."""
     from lm_eval.tasks import TaskManager
@@ -137,12 +126,18 @@ def downloads(units: list[Unit], manager) -> dict[str, str]:
     return found
 
 
-def check_checkpoint(key: str, name: str) -> None:
-    """Raises ValueError unless `name` has a config that loads; `key` is the option that named it."""
+def vocabulary_size(config) -> int:
+    """Of a model's config, or of its text model's where it has several."""
+    return getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
+
+
+def check_checkpoint(key: str, name: str) -> int:
+    """The size of the checkpoint's vocabulary. Raises ValueError unless `name` has a config that loads; `key` is the option that
+    named it."""
     from convert.loader import KEY, source_config
 
     try:
-        source_config(name)
+        return vocabulary_size(source_config(name))
     except ValueError as error:
         raise ValueError(str(error).replace(KEY, key)) from None
 
@@ -263,7 +258,7 @@ def recall_documents(task: str, seq_len: int, num_words: int, tokenizer, count: 
             raise ValueError(f"SEQ_LENS: {seq_len} tokens of {task} need {words} different words; there are {len(WORDS)}")
         rng = random.Random(f"{task} {seq_len}")
         documents = [RECALL_TASKS[task](rng, num_words=max(num_words, words), **options) for _ in range(count)]
-        longest = max(map(len, tokenizer([d.text for d in documents], add_special_tokens=False)["input_ids"]))
+        longest = max(map(len, encode_beginnings(tokenizer, [d.text for d in documents])))
         if longest <= seq_len:
             return documents
         size = min(size - 1, size * seq_len // longest)
@@ -291,11 +286,11 @@ def recall_generation(seq_len: int, num_words: int, tokenizer):
     })  # fmt: skip
 
 
-def heldout_rows(args: argparse.Namespace, tokenizer):
+def heldout_rows(args: argparse.Namespace, tokenizer, vocab_size: int):
     """[N, T] held-out token ids. Raises ValueError if there are none, or of another tokenizer."""
     import torch
 
-    chunks = open_chunks(args.data, read_metadata(args.data)["context_length"], tokenizer_fingerprint(tokenizer), "DATA")
+    chunks = open_chunks_for(tokenizer, vocab_size, args.data, read_metadata(args.data)["context_length"], "DATA", "CHECKPOINT")
     if chunks.heldout is None:
         raise ValueError(f"DATA: {args.data} has no held-out part; preprocess with --holdout")
     return torch.as_tensor(chunks.heldout[: min(len(chunks.heldout), HELDOUT_CHUNKS)]["input_ids"], dtype=torch.long)
@@ -348,7 +343,8 @@ def measure_own(unit: Unit, args: argparse.Namespace, documents, lm, teacher) ->
 
 # ------------------------------------------------------------------------------------------------ running
 def load_model(checkpoint: str):
-    """A checkpoint in its own dtype, on this process's device. It reads long prompts in pieces, unless that takes it longer."""
+    """A checkpoint in its own dtype, on this process's device. It generates greedily, and reads long prompts in pieces, unless
+    that takes it longer."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -363,11 +359,28 @@ def load_model(checkpoint: str):
         model = load_teacher(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, dtype="auto", trust_remote_code=False)
+    model.generation_config = greedy(model.generation_config)
     student, rope = getattr(model.config, "student_name", None), getattr(model.config, "rope_parameters", None) or {}
     reads_on = get_student_attention_class(student).func.READS_ON if student else model.config.model_type in {*FAMILIES, StudentConfig.model_type}
     if reads_on and rope.get("rope_type") != "dynamic":  # which depends on the length
         model.generation_config.prefill_chunk_size = PREFILL
     return model.to(device).eval()
+
+
+def refuse_unknown_tokens(model, tokenizer) -> None:
+    """Makes the model raise ValueError for a token that it has no embedding of, where the tokenizer has one: on a GPU a lookup of
+    such an id would end the process. Padding, which is masked, becomes EOS instead."""
+    vocab_size = vocabulary_size(model.config)
+    if max(tokenizer.get_vocab().values()) < vocab_size:
+        return
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    def refuse(module, args) -> None:
+        if (largest := args[0].max().item()) >= vocab_size:
+            raise out_of_vocabulary(f"CHECKPOINT: {tokenizer.convert_ids_to_tokens(largest)!r} in a text has the id", largest, vocab_size)
+
+    model.get_input_embeddings().register_forward_pre_hook(refuse)
 
 
 def harness_model(checkpoint: str, batch_size: str):
@@ -376,7 +389,11 @@ def harness_model(checkpoint: str, batch_size: str):
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm = HFLM(pretrained=load_model(checkpoint), tokenizer=load_tokenizer(checkpoint), backend="causal", batch_size=batch_size)
+    # Of texts longer than the tokenizer's model_max_length; what a task makes may be, and what a model reads is cut elsewhere.
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    refuse_unknown_tokens(model, tokenizer)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # HFLM does so itself only for models that it loads, and only on GPUs
         lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
         lm._rank, lm._world_size = lm.accelerator.process_index, lm.accelerator.num_processes
@@ -385,39 +402,18 @@ def harness_model(checkpoint: str, batch_size: str):
 
 def build(unit: Unit, args: argparse.Namespace, manager, lm):
     """The unit's documents if `measure_own` measures it, else its task, or group of tasks, of lm-evaluation-harness."""
-    import numpy
-
     if unit.task in (PERPLEXITY, KL):
-        return heldout_rows(args, lm.tokenizer)
+        return heldout_rows(args, lm.tokenizer, vocabulary_size(lm.model.config))
     if unit.task in RECALL_TASKS:
         return recall_documents(unit.task, unit.seq_len, args.num_words, lm.tokenizer)
     if unit.task == RECALL_GENERATION:
         return recall_generation(unit.seq_len, args.num_words, lm.tokenizer)
-    # RULER draws its documents from the process's random state: they shall not depend on the tasks before.
-    seed = int.from_bytes(hashlib.sha256(unit.key.encode()).digest()[:4], "big")
-    random.seed(seed)
-    numpy.random.seed(seed)
-    sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)  # has a state of its own
     if unit.task in RULER:
-        if unit.seq_len < SHORTEST[unit.task]:
-            raise ValueError(f"SEQ_LENS: {unit.seq_len} is too short for {unit.task}; it needs {SHORTEST[unit.task]}")
-        if unit.task == "ruler_vt":
-            check_tracking(lm.tokenizer, unit.seq_len)
-        manager = ruler_manager(metadata={"max_seq_lengths": [unit.seq_len], "tokenizer": lm.tokenizer.name_or_path})
-    with contextlib.redirect_stdout(io.StringIO()):  # RULER prints what it tries
+        return ruler_task(unit, lm.tokenizer, args.limit)
+    seed_generators(unit)
+    with contextlib.redirect_stdout(io.StringIO()):  # tasks print what they do
         loaded = manager.load([unit.task])
     return (loaded.get("groups") or {}).get(unit.task) or loaded["tasks"][unit.task]
-
-
-def check_tracking(tokenizer, seq_len: int) -> None:
-    """Raises ValueError if RULER's shortest variable tracking is too long for its example of 500 tokens, or with that for seq_len:
-    its generator would not end."""
-    from lm_eval.tasks.ruler.vt_utils import generate_input_output
-
-    for sentences, room in ((5, 500), (10, seq_len - 500)):
-        text, answer = generate_input_output(sentences, 1, 4, is_icl=sentences == 5)
-        if (length := len(tokenizer(f"{text} {answer}")["input_ids"])) + 50 > room:  # 30 to generate, and names differ
-            raise ValueError(f"ruler_vt: the tokenizer makes {length} tokens where RULER has room for {room - 50}")
 
 
 def measure(unit: Unit, args: argparse.Namespace, task, lm, manager, teacher) -> dict | None:
@@ -591,7 +587,8 @@ def check(args: argparse.Namespace) -> None:
         read_metadata(args.data, "DATA")
     labels(args.checkpoints)
     for checkpoint in args.checkpoints:
-        check_checkpoint("CHECKPOINT", checkpoint)
+        vocab_size = check_checkpoint("CHECKPOINT", checkpoint)
+        check_special_tokens(load_tokenizer(checkpoint, "CHECKPOINT"), vocab_size, "CHECKPOINT")
     if args.teacher:
         check_checkpoint("TEACHER", args.teacher)
     if args.num_gpus is None:

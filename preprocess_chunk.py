@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline.adopt import AGAIN, HELDOUT_SPLITS, check_rows, check_tokenizer, open_saved, source_key
 from pipeline.data import (
-    METADATA, SPLITS, DataError, is_done, is_saved_dataset, load_tokenizer, open_split, read_metadata,
+    LARGEST, METADATA, SPLITS, DataError, is_done, is_saved_dataset, load_tokenizer, open_split, read_metadata,
     tokenizer_fingerprint,
 )  # fmt: skip
 from pipeline.files import complete_or_absent, one_line
@@ -31,26 +31,33 @@ DTYPES = ("uint16", "uint32", "int32", "int64")
 HOLDOUT = 0.01  # share of the chunks of --adopt
 
 
-def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> int:
-    """Writes the chunks of `dataset` to the arrow file `path`; returns how many there are."""
+def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> tuple[int, int]:
+    """Writes the chunks of `dataset` to the arrow file `path`; returns how many there are, and the largest token id in them.
+
+    Raises DataError if `dtype` cannot hold an id.
+    """
     import numpy
     from datasets import Features, Sequence, Value
     from datasets.arrow_writer import ArrowWriter
     from tqdm import tqdm
 
     writer = ArrowWriter(features=Features({"input_ids": Sequence(Value(dtype), length=length)}), path=str(path))
-    rest, count = numpy.empty(0, dtype), 0
+    rest = numpy.empty(0, dtype)
+    count = largest = 0
     with tqdm(total=len(dataset), desc=description, unit=" documents", unit_scale=True) as progress:
         for batch in dataset.with_format("arrow").iter(batch_size=256):
-            ids = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(dtype)
-            ids = numpy.concatenate((rest, ids))
+            ids = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            if len(ids) and ids.max() > numpy.iinfo(dtype).max:
+                raise DataError(f"--dtype: {dtype} cannot hold the token id {ids.max()}; take int32")
+            ids = numpy.concatenate((rest, ids.astype(dtype)))
             full = len(ids) // length
             if full:
+                largest = max(largest, int(ids[: full * length].max()))
                 writer.write_batch({"input_ids": list(ids[: full * length].reshape(full, length))})
             rest, count = ids[full * length :], count + full
             progress.update(len(batch))
     writer.finalize()
-    return count
+    return count, largest
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -98,13 +105,15 @@ def write_chunks(output: Path, key: dict, datasets: dict) -> None:
     length = key["context_length"]
     with complete_or_absent(output) as folder:
         counts = dict.fromkeys(SPLITS, 0)
+        largest = dict.fromkeys(SPLITS, 0)
         for split in SPLITS:
             if datasets[split] is not None:
                 file = folder / f"{split}.arrow"
-                counts[split] = chunk(datasets[split], length, key["dtype"], file, f"chunking {split}")
+                counts[split], largest[split] = chunk(datasets[split], length, key["dtype"], file, f"chunking {split}")
         if not counts["train"]:
             raise DataError(f"--context_length: {length} is more than the {key['train']['tokens']} training tokens")
-        metadata = {**key, "num_chunks": counts["train"], "heldout_chunks": counts["heldout"]}
+        found = {"num_chunks": counts["train"], "heldout_chunks": counts["heldout"], LARGEST: max(largest.values())}
+        metadata = key | found
         (folder / METADATA).write_text(json.dumps(metadata, indent=2))
     seconds = time.perf_counter() - start
     tokens = sum(counts.values()) * length

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from pipeline.corpora import Corpus
-from pipeline.data import METADATA, SPLITS, DataError, is_done, load_tokenizer, tokenizer_fingerprint
+from pipeline.data import METADATA, SPLITS, DataError, beginning, is_done, load_tokenizer, tokenizer_fingerprint
 from pipeline.files import complete_or_absent, one_line
 
 TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # the look of added tokens that structure a text: <tool_call>, [INST]
@@ -68,12 +68,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def held_out(index: int, share: float) -> bool:
     """Whether document `index` is held out: evenly spread, the first one included, whatever the corpus' length."""
     return math.floor(index * share) != math.floor((index - 1) * share)
-
-
-def beginning(tokenizer) -> list[int]:
-    """The BOS with which the tokenizer begins every text, in chat and evaluation too, as Llama 3's does; [] for the others."""
-    ids = tokenizer("")["input_ids"][:1]
-    return ids if ids == [tokenizer.bos_token_id] != [tokenizer.eos_token_id] else []
 
 
 def text_encoder(tokenizer, allow_special_tokens: bool):

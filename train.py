@@ -27,7 +27,7 @@ from pathlib import Path
 from pipeline.batch_plan import BatchPlan, batch_plan
 from pipeline.checkpoints import PARTIAL, UNIVERSAL, CheckpointError, checkpoints, read_index, step_of, universal_checkpoint
 from pipeline.config import Config, ConfigError, check_kept_layers, keys_of_other_stages, load_config
-from pipeline.data import Chunks, DataError, data_fingerprint, load_tokenizer, open_chunks, tokenizer_fingerprint
+from pipeline.data import Chunks, DataError, data_fingerprint, load_tokenizer, open_chunks, open_chunks_for
 from pipeline.environment import WANDB_PROJECT, join_ranks, set_up_device, set_up_process, wandb_wanted
 from pipeline.files import Busy, locked, one_line, write_whole
 from pipeline.guard import REQUEUE, Diverged, StopSignals, Watchdog
@@ -263,8 +263,11 @@ def options_without_effect(cfg: Config) -> list[str]:
 def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     """The chunks, checked against the run. The training part is cut to whole batches, so that no step of any epoch is
     smaller than train.batch_size; the held-out part to train.eval_batches micro-batches a device."""
-    fingerprint = tokenizer_fingerprint(load_tokenizer(cfg.teacher_model.name, "teacher_model.name"))
-    chunks = open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len, fingerprint)
+    from convert import load_teacher_config
+
+    tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
+    vocab_size = load_teacher_config(cfg.teacher_model.name).vocab_size
+    chunks = open_chunks_for(tokenizer, vocab_size, cfg.data.cache_dir, cfg.train.train_seq_len)
     whole = len(chunks.train) - len(chunks.train) % plan.batch_size
     if not whole:
         raise DataError(f"data.cache_dir: {cfg.data.cache_dir} has {len(chunks.train)} chunks, fewer than "

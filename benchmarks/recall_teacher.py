@@ -46,7 +46,7 @@ import preprocess_chunk  # noqa: E402
 import preprocess_download_tokenize  # noqa: E402
 from layer_selection.tasks import RECALL_TASKS, Document, answer_accuracy, encode  # noqa: E402
 from pipeline.corpora import Corpus  # noqa: E402
-from pipeline.data import load_tokenizer, open_chunks  # noqa: E402
+from pipeline.data import load_tokenizer, open_chunks_for  # noqa: E402
 from pipeline.files import complete_or_absent  # noqa: E402
 from quickstart.train_teacher import heldout_loss, token_ids, unigram_entropy  # noqa: E402
 from quickstart.train_tokenizer import copy_stdlib, limited, train_tokenizer  # noqa: E402
@@ -284,7 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(str(out / "tokenizer"))
-    text = open_chunks(str(out / "data" / "text" / f"chunked_context{scale.context_length}"), scale.context_length)
+    folder = out / "data" / "text" / f"chunked_context{scale.context_length}"
+    text = open_chunks_for(tokenizer, len(tokenizer), str(folder), scale.context_length)
     config = Qwen3Config(
         vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, **scale.shape,

@@ -85,7 +85,7 @@ def main() -> None:
         heldout, *batches = torch.randint(0, 4096, (last + args.calibrate + 1, BATCH_SIZE, 256), generator=generator).to(device)
     else:
         teacher = load_teacher(args.teacher).to(device)
-        chunks = open_chunks(args.data, read_metadata(args.data)["context_length"])
+        chunks = open_chunks(args.data, read_metadata(args.data)["context_length"], vocab_size=teacher.config.vocab_size)
         heldout = token_ids(chunks.heldout, range(min(args.chunks, len(chunks.heldout)))).to(device)
         rows = torch.randint(0, len(chunks.train), (last + args.calibrate, BATCH_SIZE), generator=generator).tolist()
         batches = [token_ids(chunks.train, row).to(device) for row in rows]

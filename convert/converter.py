@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
 from distill_model import StudentConfig, StudentForCausalLM
+from pipeline.data import fix_tokenizer_class
 from pipeline.files import complete_or_absent
 
 from .families import FAMILIES
@@ -150,6 +151,7 @@ def convert_checkpoint(
             config.architectures = [type(model).__name__]
             custom_object_save(model, folder, config=config)
             config.save_pretrained(folder)
+        fix_tokenizer_class(folder)
         count = sum(shape.numel() for shape in source.shapes.values())
 
         def converted():

@@ -30,6 +30,7 @@ from convert.verify import TOKENS, TOLERANCE  # noqa: E402
 from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig  # noqa: E402
 from distill_model.attention import RotaryEmbedding  # noqa: E402
 from distill_model.student_layers import GatedDeltaNetStudent, default_of  # noqa: E402
+from pipeline.data import fix_tokenizer_class  # noqa: E402
 from pipeline.files import complete_or_absent, one_line  # noqa: E402
 from pipeline.model_card import write_native_card  # noqa: E402
 
@@ -223,6 +224,7 @@ def export_native(name_or_path: str, output: Path) -> None:
         copy_sidecars(name_or_path, folder)
         write_native_card(source.folder, folder, ARCHITECTURE)
         native.save_pretrained(folder)
+        fix_tokenizer_class(folder)
         if not (folder / "generation_config.json").exists():
             GenerationConfig.from_model_config(native).save_pretrained(folder)
         dtype = native.dtype or torch.float32

@@ -251,9 +251,9 @@ def has_own_head(folder: Path, family: Family) -> bool:
 
 
 def copy_sidecars(name_or_path: str, folder: Path) -> None:
-    """Copies tokenizer, chat template, generation config, card and licence of a checkpoint, as they are."""
+    """Copies tokenizer, chat template, generation config, card and licence of a checkpoint, as they are; no code."""
     source = checkpoint_folder(name_or_path, *SIDECARS)
-    for file in (file for pattern in SIDECARS for file in source.glob(pattern) if file.is_file()):
+    for file in (file for pattern in SIDECARS for file in source.glob(pattern) if file.is_file() and file.suffix != ".py"):
         shutil.copy(file, folder)
 
 

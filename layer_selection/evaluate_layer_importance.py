@@ -29,12 +29,12 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from convert import load_teacher  # noqa: E402
+from convert import load_teacher, load_teacher_config  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
 from fla.models.utils import Cache  # noqa: E402
 from layer_selection.questions import FIXED, SPELLINGS, TASKS, Question, add_options, draw_questions  # noqa: E402
 from layer_selection.ranking import Ranking, rank_samples  # noqa: E402
-from pipeline.data import load_tokenizer  # noqa: E402
+from pipeline.data import check_special_tokens, encode_beginnings, load_tokenizer  # noqa: E402
 from pipeline.files import one_line, write_whole  # noqa: E402
 
 SLACK = 2  # tokens beyond the right answer's: what ends it, and a split of its words that is not the tokenizer's own
@@ -69,7 +69,7 @@ def read_prompts(model: StudentForCausalLM, ids: torch.Tensor, mask: torch.Tenso
 def continuations(model: StudentForCausalLM, tokenizer, questions: list[Question]) -> list[list[str]]:
     """Greedy continuations of the questions, read as one batch: by the untouched model, then without each layer's attention."""
     device, layers, batch = model.device, model.model.layers, len(questions)
-    encoded = tokenizer([question.prompt for question in questions])["input_ids"]
+    encoded = encode_beginnings(tokenizer, [question.prompt for question in questions])
     longest = max(map(len, encoded))
     ids, mask = torch.zeros(2, batch, longest, dtype=torch.long, device=device)
     for i, tokens in enumerate(encoded):
@@ -182,7 +182,8 @@ def main(argv: list[str] | None = None) -> None:
 
     disable_progress_bar()  # transformers' own, a line for every file read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(args.model_name)
+    tokenizer = load_tokenizer(args.model_name, "--model_name")
+    check_special_tokens(tokenizer, load_teacher_config(args.model_name).vocab_size, "--model_name")
     model = load_teacher(args.model_name, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
     start = time.monotonic()
     baseline, without, answers = ablate(model, tokenizer, questions, args.batch_size)

@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pipeline.config import Config, ConfigError  # noqa: E402  (pipeline first: it says what is not installed)
-from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint  # noqa: E402
+from pipeline.data import load_tokenizer, open_chunks_for  # noqa: E402
 from pipeline.files import one_line  # noqa: E402
 from pipeline.guard import StopSignals  # noqa: E402
 
@@ -70,11 +70,12 @@ class Bench:
 
     def __init__(self, cfg: Config, sequences: int, batch_size: int):
         self.cfg, self.batch_size = cfg, batch_size
-        self.layers = range(load_teacher_config(cfg.teacher_model.name).num_hidden_layers)
+        teacher = load_teacher_config(cfg.teacher_model.name)
+        self.layers = range(teacher.num_hidden_layers)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_dtype(cfg, self.device.type)
-        fingerprint = tokenizer_fingerprint(load_tokenizer(cfg.teacher_model.name, "teacher_model.name"))
-        chunks = open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len, fingerprint)
+        tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
+        chunks = open_chunks_for(tokenizer, teacher.vocab_size, cfg.data.cache_dir, cfg.train.train_seq_len)
         if chunks.heldout is None:
             raise ConfigError(f"data.cache_dir: {cfg.data.cache_dir} has no held-out part; preprocess with --holdout")
         self.train = chunks.train

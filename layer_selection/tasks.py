@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from pipeline.data import beginning
+
 _SYLLABLES = [consonant + vowel for consonant in "bdfgjklmnprstvz" for vowel in "aeiou"]
 WORDS = ["".join(pair) for pair in itertools.permutations(_SYLLABLES, 2)]
 random.Random(0).shuffle(WORDS)
@@ -88,19 +90,20 @@ RECALL_TASKS: dict[str, Callable[..., Document]] = {
 
 
 def encode(documents: list[Document], tokenizer) -> list[tuple[list[int], list[list[int]]]]:
-    """For every document its token ids, and for each of its answers the indices of the tokens that hold it."""
-    encoded = tokenizer([d.text for d in documents], add_special_tokens=False, return_offsets_mapping=True)
-    rows = []
+    """For every document its token ids, BOS first where the tokenizer begins every text so, and for each of its answers the
+    indices of the tokens that hold it."""
+    encoded = tokenizer([d.text for d in documents], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    bos, rows = beginning(tokenizer), []
     for document, ids, offsets in zip(documents, encoded["input_ids"], encoded["offset_mapping"]):
         spans, first = [[] for _ in document.answers], 0
-        for i, (start, stop) in enumerate(offsets):
+        for i, (start, stop) in enumerate(offsets, len(bos)):
             while first < len(spans) and document.answers[first][1] <= start:
                 first += 1
             for span, (begin, _) in zip(spans[first:], document.answers[first:]):
                 if begin >= stop:
                     break
                 span.append(i)
-        rows.append((ids, spans))
+        rows.append((bos + ids, spans))
     return rows
 
 

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from convert import load_teacher
 from distill_model import StudentForCausalLM
 from eval_tables import cell_text, rows as evaluation_rows
-from pipeline.data import load_tokenizer, open_chunks, tokenizer_fingerprint
+from pipeline.data import load_tokenizer, open_chunks_for
 
 STAGES = {1: "Stage 1: attention alignment", 2: "Stage 2: logit distillation", 3: "Stage 3: longer context"}
 PROMPT_TOKENS, SAMPLE_TOKENS, BATCH_SIZE = 24, 60, 8
@@ -304,16 +304,15 @@ def main() -> int:
     out, start = args.out, time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(str(out / "teacher"))
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    teacher = load_teacher(str(out / "teacher")).to(device)
 
     def heldout(context: int, count: int) -> torch.Tensor:
-        chunks = open_chunks(str(out / "data" / f"chunked_context{context}"), context, fingerprint).heldout
+        chunks = open_chunks_for(tokenizer, teacher.config.vocab_size, str(out / "data" / f"chunked_context{context}"), context).heldout
         return torch.as_tensor(chunks[: min(count, len(chunks))]["input_ids"], dtype=torch.long, device=device)
 
     ids, long_ids = heldout(args.context, args.chunks), heldout(args.long_context, max(1, args.chunks // 4))
     prompt = ids[len(ids) // 2 : len(ids) // 2 + 1, :PROMPT_TOKENS]
     scan = json.loads((out / "layer_scan" / "layer_scan.json").read_text())
-    teacher = load_teacher(str(out / "teacher")).to(device)
 
     def exported(stage: int) -> StudentForCausalLM:
         folder = out / f"stage{stage}" / "converted-hf"

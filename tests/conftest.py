@@ -1,7 +1,9 @@
 """Tiny random teachers, shared by all tests. Everything runs without a network."""
 
+import json
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -47,6 +49,21 @@ def save_tokenizer(folder, extra=None):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
+def begin_with_bos(folder, ends=False):
+    """Makes the tokenizer in `folder` begin every text with a BOS of its own, as Llama 3's does, and end it with EOS; returns the BOS' id."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    file, settings = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens(["<bos>"])
+    template = "<bos> $A <eos>" if ends else "<bos> $A"
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("<bos>", "<eos>")])
+    tokenizer.save(str(file))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "<bos>"}))
+    return tokenizer.token_to_id("<bos>")
 
 
 @pytest.fixture(autouse=True)

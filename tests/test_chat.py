@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_teacher, save_tokenizer
+from conftest import begin_with_bos, random_teacher, save_tokenizer
 from transformers import GenerationConfig
 
 import chat
@@ -85,6 +85,31 @@ def test_without_a_template_it_goes_on_with_the_text(monkeypatch, capsys, folder
     second = greedy(folder, f"def f(x):{first}\n    return", 7)
     out = talk(monkeypatch, capsys, folder, "def f(x):", "", "    return", " /reset", "def f(x):", "/exit ", "never read")
     assert out == f"{first}\n{second}\n{first}\n" and first.strip()
+
+
+def test_temperature_0_is_the_likeliest_token(monkeypatch, capsys, folder, tmp_path):
+    """With nothing of the generation config's but the tokens that end an answer."""
+    shutil.copytree(folder, tmp_path / "penalties")
+    expected = greedy(folder, "def f(x):", 7)
+    tokens = load_tokenizer(folder)(expected)["input_ids"]
+    settings = {"do_sample": True, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "suppress_tokens": tokens[:1], "top_k": 3}
+    (tmp_path / "penalties" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0], **settings}))
+    assert talk(monkeypatch, capsys, tmp_path / "penalties", "def f(x):") == f"{expected}\n"
+    ends = {"eos_token_id": [0, tokens[2]], **settings}
+    (tmp_path / "penalties" / "generation_config.json").write_text(json.dumps(ends))
+    shorter = talk(monkeypatch, capsys, tmp_path / "penalties", "def f(x):").rstrip("\n")
+    assert expected.startswith(shorter) and len(shorter) < len(expected)
+
+
+def test_text_begins_as_the_tokenizer_begins_it(tmp_path):
+    """With BOS once, and no EOS behind what is to be gone on with."""
+    save_tokenizer(tmp_path)
+    bos = begin_with_bos(tmp_path, ends=True)
+    tokenizer = load_tokenizer(str(tmp_path))
+    conversation = chat.Conversation(tokenizer, 96, None)
+    heard = conversation.say("def f(x):")
+    assert heard["input_ids"].tolist() == [[bos, *tokenizer("def f(x):", add_special_tokens=False)["input_ids"]]]
+    assert heard["attention_mask"].tolist() == [[1] * 10]
 
 
 def test_with_a_template_it_hears_the_history(monkeypatch, capsys, chatty):

@@ -4,23 +4,27 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import eval_compare
+import eval_ruler
 import eval_tables
 import evaluate
 import pytest
 import torch
-from conftest import random_teacher, save_tokenizer
+from conftest import begin_with_bos, random_teacher, save_tokenizer
 from convert import load_teacher
 from distill_model import StudentForCausalLM
 from evaluate import Unit, recall_documents
 from layer_selection.tasks import answer_accuracy
 from pipeline.checkpoints import sha256
 from pipeline.data import load_tokenizer, open_chunks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,6 +172,50 @@ def test_prompts_under_dynamic_rope_are_read_as_a_whole(teacher_dir, tmp_path):
     assert prefill == [evaluate.PREFILL, None]
 
 
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2,
+            "min_length": 60, "bad_words_ids": [[5]], "suppress_tokens": [*range(5, 40)], "sequence_bias": [[[7], 9.0]],
+            "forced_eos_token_id": 3, "exponential_decay_length_penalty": [1, 9.0], "renormalize_logits": True}  # fmt: skip
+
+
+def test_generation_is_greedy_whatever_the_checkpoint_says(tmp_path):
+    """Against the likeliest token of a full forward pass; the checkpoint's end tokens hold, and what a task asks for."""
+    from lm_eval.api.instance import Instance
+
+    model = random_teacher(tmp_path, "qwen2")
+    save_tokenizer(tmp_path)
+    tokenizer, prompt = load_tokenizer(str(tmp_path)), "abc abc abc abc"
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    for _ in range(12):
+        with torch.no_grad():
+            ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), 1)
+    new = ids[0, -12:].tolist()
+    assert tokenizer.eos_token_id not in new
+
+    def written(ends, **asked):
+        (tmp_path / "generation_config.json").write_text(json.dumps({**SAMPLING, "eos_token_id": ends}))
+        lm = evaluate.harness_model(str(tmp_path), "1")
+        request = Instance("generate_until", {}, (prompt, {"until": ["\n\n"], "max_gen_toks": 12, **asked}), 0)
+        return lm.generate_until([request], disable_tqdm=True)[0]
+
+    assert written(0) == tokenizer.decode(new)
+    stop = next(i for i in range(1, 12) if new[i] not in new[:i])
+    assert written([0, new[stop]]) == tokenizer.decode(new[: stop + 1])
+    assert written(0, suppress_tokens=new) != tokenizer.decode(new)
+
+
+def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch):
+    """In all tasks of our own, as in training; their lengths count it."""
+    random_teacher(tmp_path)
+    save_tokenizer(tmp_path)
+    bos, seen, forward = begin_with_bos(tmp_path), [], torch.nn.Embedding.forward
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: (seen.extend(ids.tolist()), forward(self, ids))[1])
+    for task in (*evaluate.RECALL_TASKS, evaluate.RECALL_GENERATION):
+        seen.clear()
+        assert run(tmp_path, "--tasks", task, "--seq_lens", 100, "--limit", 3, "--batch_size", 1, "--output", tmp_path / "out") == 0
+        texts = [row for row in seen if len(row) > 1]
+        assert len(texts) >= 3 and all(row[0] == bos and row.count(bos) == 1 and len(row) <= 100 for row in texts), task
+
+
 def test_the_mean_over_lengths_is_of_the_same_tasks():
     """A task that a length or a checkpoint lacks would move it."""
     def scores(**tasks):
@@ -219,7 +267,7 @@ def test_a_failing_task_does_not_take_the_others_with_it(teacher_dir, tmp_path, 
     options = ("--tasks", "niah_single_2,copying,ruler_cwe,associative_recall,multi_hop_recall", "--seq_lens", 128, "--limit", 2,
                "--output", tmp_path)  # fmt: skip
     monkeypatch.setattr(evaluate, "measure", broken)
-    monkeypatch.setitem(evaluate.SHORTEST, "niah_single_2", 1)
+    monkeypatch.setitem(eval_ruler.SHORTEST, "niah_single_2", 1)
     assert run(teacher_dir, *options) == 1
     shown = capfd.readouterr()
     assert "Needs a network, to fetch: niah_single_2 (baber/paul_graham_essays and nltk's punkt_tab)\n" in shown.out
@@ -341,14 +389,23 @@ def test_every_task_of_the_groups_is_known_and_its_download_named():
     assert [unit.key for unit in units] == ["arc_challenge", "arc_easy"], "a tag is its tasks"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def rulers_cache(tmp_path_factory):
+    """Where RULER's documents are kept."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield folder / "ruler"
+
+
 @pytest.fixture(scope="module")
 def ruler(teacher_dir):
     """Builds RULER's tasks as the evaluation does."""
     lm = SimpleNamespace(tokenizer=load_tokenizer(teacher_dir))
-    return lambda unit: evaluate.build(unit, SimpleNamespace(), None, lm)
+    return lambda unit, limit=None: evaluate.build(unit, SimpleNamespace(limit=limit), None, lm)
 
 
-def test_rulers_documents_do_not_depend_on_the_tasks_before(ruler):
+def test_rulers_documents_do_not_depend_on_the_tasks_before(ruler, rulers_cache):
     units = [Unit("ruler_cwe", 2048), Unit("niah_single_1", 1024), Unit("ruler_fwe", 1024)]
 
     def texts(unit):
@@ -357,7 +414,86 @@ def test_rulers_documents_do_not_depend_on_the_tasks_before(ruler):
         return [doc["input"] for doc in docs]
 
     first = {unit: texts(unit) for unit in units}
+    shutil.rmtree(rulers_cache)
     assert all(texts(unit) == first[unit] for unit in reversed(units))
+
+
+@pytest.mark.parametrize("unit", [Unit("ruler_cwe", 2100), Unit("niah_single_1", 1100), Unit("niah_multikey_3", 1100), Unit("ruler_fwe", 1100)],
+                         ids=lambda unit: unit.key)  # fmt: skip
+def test_no_more_of_rulers_documents_are_made_than_are_asked_for(ruler, unit, monkeypatch):
+    """They are the first of all, which are 500."""
+    encoded, inner = [], PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", lambda self, text: (encoded.append(text), inner(self, text))[1])
+    few = list(ruler(unit, limit=3).test_docs())
+    assert len(few) == 3 and len(encoded) < 200
+    assert few == list(ruler(unit).test_docs())[:3] and len(encoded) > 500
+
+
+def test_rulers_documents_are_made_once_for_a_tokenizer(teacher_dir, student_dir, tmp_path, monkeypatch):
+    """For teacher and student, and for a later call; not for another tokenizer."""
+    made, inner = [], eval_ruler.generate
+    monkeypatch.setattr(eval_ruler, "generate", lambda unit, tokenizer, count: (made.append((unit.seq_len, count)), inner(unit, tokenizer, count))[1])
+
+    def evaluated(output, checkpoints):
+        assert run(*checkpoints, "--tasks", "niah_single_1", "--seq_lens", 1030, "--limit", 1, "--output", tmp_path / output) == 0
+
+    evaluated("a", (teacher_dir, student_dir))
+    evaluated("b", (teacher_dir,))
+    assert made == [(1030, 1)]
+    other = tmp_path / "other"
+    random_teacher(other)
+    save_tokenizer(other, extra="zzz")
+    evaluated("c", (other,))
+    assert made == [(1030, 1)] * 2
+
+
+def test_rulers_documents_are_written_whole_or_not_at_all(ruler, rulers_cache, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    before = set(rulers_cache.glob(".*")), set(rulers_cache.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_ruler, "sync", full)
+        with pytest.raises(OSError, match="No space left"):
+            ruler(Unit("niah_single_1", 1060), limit=1)
+    assert (set(rulers_cache.glob(".*")), set(rulers_cache.iterdir())) == before
+    assert len(list(ruler(Unit("niah_single_1", 1060), limit=1).test_docs())) == 1
+
+
+def test_no_code_of_a_checkpoint_is_run(tmp_path, teacher_dir):
+    """By RULER's tasks, which open a tokenizer by its path with lm-evaluation-harness alone."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(teacher_dir, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Mine\n")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(*args): pass\n")
+    assert run(folder, "--tasks", "niah_single_1,copying", "--seq_lens", 1024, "--limit", 1, "--output", tmp_path / "out") == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_task_does_not_need_is_not_fetched(ruler, monkeypatch):
+    """nltk's sentence splitter, which is fetched where the generators are imported, though only the tasks with essays use it."""
+    import nltk
+
+    for module in ("prepare_niah", "niah_utils"):
+        monkeypatch.delitem(sys.modules, f"lm_eval.tasks.ruler.{module}", raising=False)
+    monkeypatch.setattr(nltk.data, "find", lambda name: (_ for _ in ()).throw(LookupError(name)))
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: pytest.fail("it was fetched"))
+    assert len(ruler(Unit("niah_single_1", 1040), limit=1).test_docs()) == 1
+
+
+def test_a_sentence_splitter_that_is_not_to_be_had(ruler, monkeypatch):
+    """In one line, where a task needs it."""
+    import nltk
+    from lm_eval.tasks.ruler import prepare_niah
+
+    monkeypatch.setattr(prepare_niah, "get_haystack", lambda type_haystack: "some words".split())
+    monkeypatch.setattr(nltk.data, "find", lambda name: (_ for _ in ()).throw(LookupError(name)))
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
+    with pytest.raises(ValueError, match="^nltk's punkt_tab is not there and could not be fetched; run [^\\n]*$"):
+        ruler(Unit("niah_single_2", 1024), limit=1)
 
 
 def test_rulers_gold_answers_score_one(ruler):

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from conftest import begin_with_bos, save_tokenizer
 from transformers import AutoModelForCausalLM
 
 from convert import load_teacher
@@ -170,6 +171,19 @@ def test_ablations_equal_hugging_faces_model_with_a_zeroed_layer(teacher_dir):
 
 
 @torch.no_grad()
+def test_prompts_begin_as_the_tokenizer_begins_texts(teacher_dir, tmp_path, monkeypatch):
+    """With BOS, behind the padding, and without EOS at their end."""
+    save_tokenizer(tmp_path)
+    bos, read = begin_with_bos(tmp_path, ends=True), []
+    inner = evaluate_layer_importance.read_prompts
+    monkeypatch.setattr(evaluate_layer_importance, "read_prompts", lambda model, ids, mask: (read.append((ids, mask)), inner(model, ids, mask))[1])
+    tokenizer = load_tokenizer(str(tmp_path))
+    continuations(load_teacher(teacher_dir), tokenizer, [Question("a b c", ("d",)), Question("ab", ("d",))])
+    ((ids, mask),) = read
+    assert [row[kept.bool()].tolist() for row, kept in zip(ids, mask)] == [
+        [bos, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in ("a b c", "ab")]  # fmt: skip
+
+
 @pytest.mark.parametrize("student", ["gdn_v4", "gdn_v3", "gla_v1", "lolcats_v1"])
 def test_our_checkpoints(teacher_dir, tmp_path, student):
     """A hybrid that was saved, its linear layers ablated too: against a model without the layer's attention, uncached."""

@@ -19,6 +19,7 @@ from layer_selection import select_layers
 from layer_selection.full_runs import HELDOUT_KL, teacher_name
 from layer_selection.write_configs import PUBLISHED
 from pipeline.config import load_config
+from pipeline.data import open_chunks
 from pipeline.guard import REQUEUE
 
 
@@ -65,7 +66,7 @@ def test_scan_is_the_kl_with_one_layer_restored(stage2, tmp_path, teacher_dir):
     ranking = select(stage2, tmp_path, "--method", "scan", "--top-k", "1")
     teacher = load_teacher(teacher_dir)
     student = StudentForCausalLM.from_pretrained(load_config(stage2).train.student_init_ckpt)
-    chunks = select_layers.open_chunks(load_config(stage2).data.cache_dir, LENGTH)
+    chunks = open_chunks(load_config(stage2).data.cache_dir, LENGTH)
     ids = torch.as_tensor(chunks.heldout[range(6)]["input_ids"], dtype=torch.long)
     for layer in ranking["layers"]:
         with torch.no_grad():

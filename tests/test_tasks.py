@@ -5,9 +5,13 @@ import re
 
 import pytest
 import torch
+from conftest import begin_with_bos, save_tokenizer
 from transformers.modeling_outputs import CausalLMOutput
 
-from layer_selection.tasks import RECALL_TASKS, WORDS, Document, answer_accuracy, associative_recall, copying, multi_hop_recall
+from layer_selection.tasks import (
+    RECALL_TASKS, WORDS, Document, answer_accuracy, associative_recall, copying, encode, multi_hop_recall,
+)  # fmt: skip
+from pipeline.data import load_tokenizer
 from quickstart.train_tokenizer import train_tokenizer
 
 
@@ -62,6 +66,19 @@ def test_same_seed_same_document_and_words_differ():
 def test_prompt_ends_before_the_last_answer():
     document = associative_recall(random.Random(0), 4, 2)
     assert document.text == f"{document.prompt} {document.answer}\n"
+
+
+def test_texts_begin_as_the_tokenizer_begins_them(tmp_path):
+    """With BOS and without EOS; an answer's tokens are still those of the answer."""
+    save_tokenizer(tmp_path)
+    bos = begin_with_bos(tmp_path, ends=True)
+    tokenizer = load_tokenizer(str(tmp_path))
+    for task in RECALL_TASKS.values():
+        document = task(random.Random(0))
+        ((ids, spans),) = encode([document], tokenizer)
+        assert ids[0] == bos and ids.count(bos) == 1 and tokenizer.eos_token_id not in ids
+        assert tokenizer.decode(ids[1:]) == document.text.replace("?", "")  # which this vocabulary lacks
+        assert [tokenizer.decode([ids[i] for i in span]).strip() for span in spans] == answers(document)
 
 
 class Scripted:

@@ -1,0 +1,159 @@
+"""RULER's tasks for the evaluation: made with the checkpoint's own tokenizer, as many documents as are asked for, once for a tokenizer.
+
+lm-evaluation-harness has the generators and the scoring. Its generators open the tokenizer by its path and run code that lies there,
+and always make all documents; here they are given the tokenizer and the number. What they made stays in HF_DATASETS_CACHE/ruler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import os
+import random
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from unittest.mock import patch
+
+from pipeline.data import tokenizer_fingerprint  # pipeline first: it says what is not installed
+from pipeline.files import sync
+
+from eval_tables import RULER, Unit
+
+SAMPLES = 500  # documents of a task
+# Below this many tokens RULER's generators do not end.
+SHORTEST = {"ruler_cwe": 2048, **{name: 1024 for name in RULER if name != "ruler_cwe"}}
+ESSAY_TASKS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multiquery", "niah_multivalue")
+# What a task fetches from a network.
+FETCHED = {**dict.fromkeys(ESSAY_TASKS, "baber/paul_graham_essays and nltk's punkt_tab"),
+           "ruler_qa_squad": "rajpurkar.github.io/SQuAD-explorer", "ruler_qa_hotpot": "namlh2004/hotpotqa"}  # fmt: skip
+# Task -> module of lm-evaluation-harness, its function for the task's dataset, and that for a number of documents.
+GENERATORS = {
+    **{name: ("niah_utils", name, "generate_samples") for name in RULER if name.startswith("niah_")},
+    "ruler_vt": ("vt_utils", "get_vt_dataset", "sys_vartrack_w_noise_random"),
+    "ruler_cwe": ("cwe_utils", "get_cw_dataset", "sys_word_pair_random"),
+    "ruler_fwe": ("fwe_utils", "fwe_download", "sys_kwext"),
+    "ruler_qa_squad": ("qa_utils", "get_squad", "generate_samples"),
+    "ruler_qa_hotpot": ("qa_utils", "get_hotpotqa", "generate_samples"),
+}
+
+
+def ruler_manager(metadata: dict | None = None):
+    """The index of RULER's tasks, which is read at once. metadata: what the tasks are told."""
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent / "ruler"
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder), metadata=metadata)
+
+
+def seed_generators(unit: Unit) -> int:
+    """Seeds the process's random state, which tasks draw their documents from: they shall not depend on the tasks before."""
+    import numpy
+
+    seed = int.from_bytes(hashlib.sha256(unit.key.encode()).digest()[:4], "big")
+    random.seed(seed)
+    numpy.random.seed(seed)
+    return seed
+
+
+def ruler_task(unit: Unit, tokenizer, limit: int | None):
+    """A task of lm-evaluation-harness with the first `limit` of the unit's documents, or all. Raises ValueError if the length does
+    not do."""
+    if unit.seq_len < SHORTEST[unit.task]:
+        raise ValueError(f"SEQ_LENS: {unit.seq_len} is too short for {unit.task}; it needs {SHORTEST[unit.task]}")
+    made = documents(unit, tokenizer, min(limit or SAMPLES, SAMPLES))
+    manager = ruler_manager(metadata={"max_seq_lengths": [unit.seq_len]})
+    group = {"group": "made", "task": [{"task": unit.task, "custom_dataset": lambda **_: {"test": made}}]}
+    return manager.load([group])["tasks"][unit.task]
+
+
+def documents(unit: Unit, tokenizer, count: int):
+    """The first `count` of the unit's SAMPLES documents, a memory-mapped dataset; made if there is none of this tokenizer yet."""
+    from datasets import Dataset, config
+
+    made_by = {name: version(name) for name in ("lm_eval", "wonderwords", "nltk")}
+    key = [tokenizer_fingerprint(tokenizer), unit.task, unit.seq_len, seed_generators(unit), count, made_by]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    file = Path(config.HF_DATASETS_CACHE) / "ruler" / f"{unit.task}_{unit.seq_len}_{count}_{digest}.arrow"
+    if not file.is_file():
+        found = generate(unit, tokenizer, count)
+        if len(found) < count:  # some did not fit and were left out
+            found = generate(unit, tokenizer, SAMPLES)[:count]
+        write_documents(found, file)
+    return Dataset.from_file(str(file))
+
+
+def write_documents(found: list[dict], file: Path) -> None:
+    """Writes the documents whole or not at all, whichever of several processes comes last."""
+    from datasets import Dataset
+    from datasets.arrow_writer import ArrowWriter
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".")
+    os.close(descriptor)
+    try:
+        table = Dataset.from_list(found).data.table
+        writer = ArrowWriter(path=temporary, schema=table.schema)
+        writer.write_table(table)
+        writer.finalize()
+        sync(Path(temporary))
+        os.replace(temporary, file)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def generate(unit: Unit, tokenizer, count: int) -> list[dict]:
+    """The first `count` documents of the unit: a generator draws one after the other. Raises ValueError if the length does not do,
+    or what the task must fetch is not to be had."""
+    seed_generators(unit)
+    sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)  # has a random state of its own
+    if unit.task == "ruler_vt":
+        check_tracking(tokenizer, unit.seq_len)
+    name, dataset, generator = GENERATORS[unit.task]
+    with contextlib.redirect_stdout(io.StringIO()):  # they print what they try
+        module = import_generators(name)
+        if unit.task in ESSAY_TASKS:
+            fetch_essays()
+        inner = getattr(module, generator)
+
+        def limited(*args, num_samples: int = SAMPLES, **kwargs):
+            return inner(*args, num_samples=min(num_samples, count), **kwargs)
+
+        with patch.multiple(module, **{"get_tokenizer": lambda *_, **__: tokenizer, generator: limited}):
+            return list(getattr(module, dataset)(max_seq_lengths=[unit.seq_len])["test"])
+
+
+def import_generators(name: str):
+    """A module of RULER's. Those of the needles fetch nltk's sentence splitter when they are imported; only essays need it."""
+    import nltk
+
+    with patch.object(nltk, "download", lambda *_, **__: False):
+        return importlib.import_module(f"lm_eval.tasks.ruler.{name}")
+
+
+def fetch_essays() -> None:
+    """Fetches the essays and nltk's sentence splitter, unless they are there. Raises what the hub raises, ValueError for the latter."""
+    import nltk
+    from lm_eval.tasks.ruler import prepare_niah
+
+    prepare_niah.get_haystack(type_haystack="essay")
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        if not nltk.download("punkt_tab", quiet=True):
+            raise ValueError("nltk's punkt_tab is not there and could not be fetched; run 'python -m nltk.downloader punkt_tab' with a network") from None
+
+
+def check_tracking(tokenizer, seq_len: int) -> None:
+    """Raises ValueError if RULER's shortest variable tracking is too long for its example of 500 tokens, or with that for seq_len:
+    its generator would not end."""
+    from lm_eval.tasks.ruler.vt_utils import generate_input_output
+
+    for sentences, room in ((5, 500), (10, seq_len - 500)):
+        text, answer = generate_input_output(sentences, 1, 4, is_icl=sentences == 5)
+        if (length := len(tokenizer(f"{text} {answer}")["input_ids"])) + 50 > room:  # 30 to generate, and names differ
+            raise ValueError(f"ruler_vt: the tokenizer makes {length} tokens where RULER has room for {room - 50}")
