@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,20 +62,26 @@ class GraphedForward:
         self.constants = {name: value for name, value in inputs.items() if not _is_copied(value)}
         self.inputs = {name: value.clone() for name, value in inputs.items() if _is_copied(value)}
         self.addresses = self._addresses()
-        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        gc.collect()
-        torch.cuda.empty_cache()  # what the eager calls used is needed for the graphs' own memory
+        # Autograd keeps the stream on which it first met a leaf, and makes it wait for the backward pass; a stream that is not
+        # recorded cannot wait for one that is. So the passes are recorded with leaves of their own, in the same memory.
+        self.leaves = {p: nn.Parameter(p.detach()) for p in self.parameters}
+        _free_memory()
         pool = next((other.forward_graph.pool() for other in _recorded), None)
-        with _leaves_of_their_own(self.model) as leaves:
-            with _recording(self.forward_graph, pool):
-                outputs = self.forward(**self.inputs, **self.constants)
-            self.outputs = {name: value.detach() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-            if self.parameters:
-                self.d_loss = torch.ones_like(self.outputs["loss"])
-                with _recording(self.backward_graph, self.forward_graph.pool()):
-                    self.gradients = torch.autograd.grad(outputs["loss"], leaves, self.d_loss, allow_unused=True)
+        self.forward_graph, self.outputs = _record(self._forward_pass, pool)
+        if self.parameters:
+            self.d_loss = torch.ones_like(self.outputs["loss"])
+            self.backward_graph, self.gradients = _record(self._backward_pass, self.forward_graph.pool())
+        self._pass = None  # its activations belong to the graphs now
         _recorded.add(self)
+
+    def _forward_pass(self) -> dict[str, torch.Tensor]:
+        with _in_their_place(self.model, self.leaves):
+            self._pass = self.forward(**self.inputs, **self.constants)
+        return {name: value.detach() for name, value in self._pass.items() if isinstance(value, torch.Tensor)}
+
+    def _backward_pass(self) -> tuple[torch.Tensor | None, ...]:
+        with _in_their_place(self.model, self.leaves):  # activation checkpointing reads them again
+            return torch.autograd.grad(self._pass["loss"], list(self.leaves.values()), self.d_loss, allow_unused=True)
 
     def _addresses(self) -> list[int]:
         return [p.data_ptr() for p in self.parameters]
@@ -117,27 +125,33 @@ class _Replay(torch.autograd.Function):
         return None, *(None if gradient is None else next(rest) for gradient in graphed.gradients)
 
 
-@contextmanager
-def _leaves_of_their_own(model: nn.Module):
-    """Puts another leaf, in the same memory, in place of every trainable parameter; yields them in order.
+def _free_memory() -> None:
+    """Gives what the eager calls used back, for the graphs' own memory."""
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
 
-    Autograd keeps the stream on which it first met a leaf, and makes it wait for the backward pass; a stream that is not
-    recorded cannot wait for one that is.
-    """
-    leaves = {p: nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
+
+def _record(run: Callable[[], Any], pool) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """The GPU's work of run() as a graph, and what run() returned, which every replay writes anew."""
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: other threads (NCCL's watchdog, pinned memory) may call CUDA meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = run()
+    return graph, result
+
+
+@contextmanager
+def _in_their_place(model: nn.Module, leaves: dict[nn.Parameter, nn.Parameter]):
+    """Within the context `leaves` stand in place of the parameters that are their keys."""
     places = [(module._parameters, name, p) for module in model.modules() for name, p in module._parameters.items() if p in leaves]
     for parameters, name, p in places:
         parameters[name] = leaves[p]
     try:
-        yield list(leaves.values())
+        yield
     finally:
         for parameters, name, p in places:
             parameters[name] = p
-
-
-def _recording(graph: torch.cuda.CUDAGraph, pool):
-    # thread_local: other threads (NCCL's watchdog, pinned memory) may call CUDA meanwhile.
-    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
 def _is_copied(value) -> bool:

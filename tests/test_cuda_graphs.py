@@ -1,0 +1,161 @@
+"""What lies around CUDA graphs, with a stand-in for the graphs on the CPU: it runs what was recorded again, and writes the
+results over those of the first time. The graphs themselves: tests/gpu/test_cuda_graphs_gpu.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cuda_graphs
+from conftest import write_config
+from cuda_graphs import EAGER_CALLS, GraphedForward
+from distill_model import StudentConfig, StudentForCausalLM
+
+ROOT = Path(__file__).parents[1]
+
+
+class Recomputed:
+    """A graph's stand-in."""
+
+    count = 0
+
+    def __init__(self, run):
+        self.run, self.result, self.with_gradients = run, run(), torch.is_grad_enabled()
+
+    def replay(self):
+        Recomputed.count += 1
+        with torch.set_grad_enabled(self.with_gradients):
+            values = self.run()
+        pairs = zip(self.result.values(), values.values()) if isinstance(values, dict) else zip(self.result, values)
+        for old, new in pairs:
+            if old is not None:
+                old.copy_(new)
+
+    def pool(self):
+        return None
+
+
+def use_stand_ins() -> None:
+    def record(run, pool):
+        graph = Recomputed(run)
+        return graph, graph.result
+
+    cuda_graphs._record, cuda_graphs._free_memory = record, lambda: None
+
+
+def train_with_stand_ins(arguments: list[str]) -> None:
+    """train.py where all graphs are stand-ins; prints how often one was replayed."""
+    import train
+
+    use_stand_ins()
+    train.use_cuda_graphs = lambda cfg, device, zero_stage, config, say: cfg.train.cuda_graphs
+    train.main(arguments)
+    print(f"replayed {Recomputed.count} times")
+
+
+def run(file, *overrides) -> str:
+    code = "import sys; sys.path[:0] = ['.', 'tests']; import test_cuda_graphs; test_cuda_graphs.train_with_stand_ins(sys.argv[1:])"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    environment.pop("RANK", None)
+    command = [sys.executable, "-c", code, "--cfg", str(file), *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_training_through_deepspeed_is_the_same_with_and_without(tmp_path, teacher_dir, data_dir):
+    """All three stages, with accumulated gradients, clipping and evaluations in between."""
+    for stage in (1, 2, 3):
+        results = []
+        for graphs in ("true", "false"):
+            changes = {"max_steps": 6, "eval_steps": 2, "save_steps": 6, "gradient_checkpointing": "mlp" if stage > 1 else False}
+            folder = tmp_path / f"graphs_{graphs}"
+            folder.mkdir(exist_ok=True)
+            file = write_config(folder, stage, teacher_dir, data_dir, **changes)
+            init = [f"train.student_init_ckpt={tmp_path}/graphs_true/stage{stage - 1}/converted-hf"] if stage > 1 else []
+            out = run(file, f"train.cuda_graphs={graphs}", *init)
+            assert ("replayed 0 times" in out) == (graphs == "false")
+            lines = map(json.loads, (folder / f"stage{stage}" / "metrics.jsonl").read_text().splitlines())
+            losses = [(line["step"], name, line[name]) for line in lines for name in line if "loss" in name or name == "grad_norm"]
+            results.append((losses, load_file(folder / f"stage{stage}" / "converted-hf" / "model.safetensors")))
+        (losses, weights), (expected, expected_weights) = results
+        assert losses == expected and len(losses) > 8
+        assert all(torch.equal(weight, expected_weights[name]) for name, weight in weights.items())
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_record", None)
+    monkeypatch.setattr(cuda_graphs, "_free_memory", None)
+    use_stand_ins()
+    config = StudentConfig(hidden_size=32, intermediate_size=48, vocab_size=50, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                           num_hidden_layers=2, keep_full_attention_layers=[0, 1], tie_word_embeddings=True)  # fmt: skip
+    torch.manual_seed(0)
+    return StudentForCausalLM(config).train()
+
+
+def inputs(rows=2):
+    ids = torch.randint(50, (rows, 9), generator=torch.Generator().manual_seed(rows))
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def replayed(model) -> GraphedForward:
+    forward = GraphedForward(model)
+    for _ in range(EAGER_CALLS + 1):
+        forward(**inputs())["loss"].backward()
+    return forward
+
+
+def test_gradients_add_up_over_calls(model):
+    """A replay writes over the graph's own gradients, which must not be those that the parameters hold."""
+    batches = [inputs() | {"labels": inputs()["labels"].roll(i, 1)} for i in range(3)]
+    forward = replayed(model)
+    gradients = []
+    for call in (forward, model):
+        model.zero_grad()
+        losses = [call(**batch)["loss"] for batch in batches[:1]]
+        losses[0].backward()
+        for batch in batches[1:]:
+            losses.append(call(**batch)["loss"])
+            losses[-1].backward()
+        gradients.append(([loss.item() for loss in losses], [p.grad for p in model.parameters()]))
+    (losses, replays), (expected, launches) = gradients
+    assert losses == expected and len(set(losses)) == 3
+    assert all(map(torch.equal, replays, launches))
+
+
+def test_parameters_are_the_models_own_again(model):
+    before = list(model.parameters())
+    replayed(model)
+    assert all(a is b for a, b in zip(before, model.parameters())) and model.lm_head.weight is model.model.embeddings.weight
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"use_cache": True}, "recorded with use_cache False, and is called with use_cache True"),
+    ({"ce_weight": 0.5}, "ce_weight"),
+    (inputs(1), r"recorded with input_ids \(2, 9\)"),
+])  # fmt: skip
+def test_another_call_than_the_recorded_one_is_refused(model, changes, message):
+    forward = replayed(model)
+    with pytest.raises(RuntimeError, match=message):
+        forward(**inputs() | changes)
+
+
+def test_moved_parameters_are_refused(model):
+    forward = replayed(model)
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+    with pytest.raises(RuntimeError, match="lie elsewhere"):
+        forward(**inputs())
+
+
+def test_a_frozen_model_is_replayed_without_gradients(model):
+    forward = GraphedForward(model.model.requires_grad_(False))
+    ids = inputs()["input_ids"]
+    calls = [forward(input_ids=ids.roll(i, 1), use_cache=False)["last_hidden_state"] for i in range(EAGER_CALLS + 3)]
+    expected = [model.model(input_ids=ids.roll(i, 1), use_cache=False)["last_hidden_state"] for i in range(EAGER_CALLS + 3)]
+    assert forward.forward_graph is not None and all(map(torch.equal, calls, expected))
