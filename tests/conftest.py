@@ -86,8 +86,8 @@ def teacher_dir(tmp_path_factory):
     return str(folder)
 
 
-def make_chunks(folder, teacher_dir, texts, holdout=0.1):
-    """`folder`/chunked_context32 of these texts, a share of them held out."""
+def make_chunks(folder, teacher_dir, texts, holdout=0.1, options=()):
+    """`folder`/chunked_context32 of these texts, a share of them held out. options: of preprocess_download_tokenize.py."""
     import preprocess_chunk
     import preprocess_download_tokenize
 
@@ -95,7 +95,7 @@ def make_chunks(folder, teacher_dir, texts, holdout=0.1):
     for i, text in enumerate(texts):
         (folder / "texts" / f"{i}.txt").write_text(text)
     preprocess_download_tokenize.main(["--dataset_name", str(folder / "texts"), "--tokenizer", teacher_dir,
-                                       "--output_dir", str(folder / "tokenized"), "--holdout", str(holdout)])  # fmt: skip
+                                       "--output_dir", str(folder / "tokenized"), "--holdout", str(holdout), *options])  # fmt: skip
     preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--context_length", str(LENGTH),
                            "--output_dir", str(folder)])  # fmt: skip
     return str(folder / f"chunked_context{LENGTH}")

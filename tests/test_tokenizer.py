@@ -308,7 +308,8 @@ def test_an_eos_token_that_the_model_lacks_is_refused_everywhere(tmp_path):
 
 def test_chunks_are_checked_by_the_ids_that_they_hold(tmp_path):
     """In every part, in folders of earlier versions too, which do not name their largest id; not by the tokenizer's size."""
-    data = Path(make_chunks(tmp_path, grown(tmp_path / "teacher"), [*TEXTS, "a<|im_end|>b" * 40]))
+    texts = [*TEXTS, "a<|im_end|>b" * 40]
+    data = Path(make_chunks(tmp_path, grown(tmp_path / "teacher"), texts, options=["--allow_special_tokens"]))
     metadata = json.loads((data / "metadata.json").read_text())
     largest = max(max(row["input_ids"]) for split in ("train", "heldout") for row in open_split(data, split))
     assert metadata["max_token_id"] == largest == 96
