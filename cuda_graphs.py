@@ -19,7 +19,7 @@ EAGER_CALLS = 3  # before the capture: kernels are compiled, loaded and autotune
 
 
 # Graphs run one after another and share one memory pool: what one frees the next may use.
-_recorded: weakref.WeakSet[GraphedForward] = weakref.WeakSet()
+_instances: weakref.WeakSet[GraphedForward] = weakref.WeakSet()
 
 
 class GraphedForward:
@@ -31,9 +31,8 @@ class GraphedForward:
 
     The first EAGER_CALLS calls run as they are. Then tensors of a call are copied to the graph's own. Parameters handed over as
     inputs are read where they lie; everything that is no tensor must stay the same. Between the forward and the backward pass
-    of a call no other graph of the process may run.
-
-    enabled: set it to False to run every call as it is, for forward hooks to see it.
+    of a call no other graph of the process may run. Raises RuntimeError if the passes cannot be recorded, and for a call that
+    its graph would compute wrongly.
     """
 
     def __init__(self, model: nn.Module):
@@ -42,6 +41,7 @@ class GraphedForward:
         self.enabled = True
         self.calls = 0
         self.forward_graph: torch.cuda.CUDAGraph | None = None
+        _instances.add(self)
 
     def __call__(self, **inputs):
         wanted = torch.is_grad_enabled() or not self.parameters
@@ -51,7 +51,13 @@ class GraphedForward:
         if self.calls <= EAGER_CALLS:
             return self.forward(**inputs)
         if self.forward_graph is None:
-            self._capture(inputs)
+            try:
+                self._capture(inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                name = type(self.model).__name__
+                raise RuntimeError(f"{name} cannot be recorded as a CUDA graph; set train.cuda_graphs=false ({error})") from error
         self._fill(inputs)
         if not self.parameters:
             self.forward_graph.replay()
@@ -61,18 +67,19 @@ class GraphedForward:
     def _capture(self, inputs: dict) -> None:
         self.constants = {name: value for name, value in inputs.items() if not _is_copied(value)}
         self.inputs = {name: value.clone() for name, value in inputs.items() if _is_copied(value)}
+        handed_over = [value for value in self.constants.values() if isinstance(value, torch.Tensor)]
+        self.in_place = [*self.model.parameters(), *self.model.buffers(), *handed_over]
         self.addresses = self._addresses()
         # Autograd keeps the stream on which it first met a leaf, and makes it wait for the backward pass; a stream that is not
         # recorded cannot wait for one that is. So the passes are recorded with leaves of their own, in the same memory.
         self.leaves = {p: nn.Parameter(p.detach()) for p in self.parameters}
         _free_memory()
-        pool = next((other.forward_graph.pool() for other in _recorded), None)
+        pool = next((other.forward_graph.pool() for other in _instances if other.forward_graph is not None), None)
         self.forward_graph, self.outputs = _record(self._forward_pass, pool)
         if self.parameters:
             self.d_loss = torch.ones_like(self.outputs["loss"])
             self.backward_graph, self.gradients = _record(self._backward_pass, self.forward_graph.pool())
         self._pass = None  # its activations belong to the graphs now
-        _recorded.add(self)
 
     def _forward_pass(self) -> dict[str, torch.Tensor]:
         with _in_their_place(self.model, self.leaves):
@@ -84,7 +91,7 @@ class GraphedForward:
             return torch.autograd.grad(self._pass["loss"], list(self.leaves.values()), self.d_loss, allow_unused=True)
 
     def _addresses(self) -> list[int]:
-        return [p.data_ptr() for p in self.parameters]
+        return [tensor.data_ptr() for tensor in self.in_place]
 
     def _fill(self, inputs: dict) -> None:
         """Copies a call's tensors to the graph's. Raises RuntimeError where the graph would compute something else than the call."""
@@ -98,7 +105,19 @@ class GraphedForward:
                 raise RuntimeError(f"a CUDA graph was recorded with {name} {_kind(static)}, and is called with {_kind(value)}")
             static.copy_(value)
         if self._addresses() != self.addresses:
-            raise RuntimeError("a CUDA graph was recorded with parameters that lie elsewhere now")
+            raise RuntimeError("a CUDA graph was recorded with parameters or buffers that lie elsewhere now")
+
+    def switch_off(self) -> None:
+        """Drops the graphs and their memory. From here on every call runs as it is."""
+        self.enabled = False
+        self.forward_graph = self.backward_graph = None
+        self.inputs = self.outputs = self.gradients = None
+
+
+def switch_off_all() -> None:
+    """Of every model of the process: the memory that their graphs share is free once the last of them is dropped."""
+    for graphed in _instances:
+        graphed.switch_off()
 
 
 class _Replay(torch.autograd.Function):

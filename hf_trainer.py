@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from cuda_graphs import GraphedForward
+from cuda_graphs import GraphedForward, switch_off_all
 from distill_model import StudentForCausalLM
 from pipeline.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
 from pipeline.data import collate
@@ -213,8 +213,7 @@ class StageTrainer(Trainer):
         bad, found = [None] * n, [None] * n
         dist.all_gather_object(bad, not all(math.isfinite(loss.item()) for _, loss in self._micro_batches))
         of_gradients = not any(bad)
-        if isinstance(self.model.forward, GraphedForward):
-            self.model.forward.enabled = False  # the search hooks every module's forward pass
+        switch_off_all()  # the search hooks every module's forward pass, and needs the graphs' memory
 
         def backward(loss):
             model.set_gradient_accumulation_boundary(False)

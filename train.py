@@ -177,7 +177,7 @@ def memory_advice(cfg: Config, plan: BatchPlan):
         fresh = not checkpoints(Path(train.output_dir))  # a run that goes on keeps its optimiser's states
         knobs = {
             f"train.micro_batch_size below {train.micro_batch_size}, which changes no result": train.micro_batch_size > 1,
-            "train.cuda_graphs=false": train.cuda_graphs,
+            "train.cuda_graphs=false, which changes no result": train.cuda_graphs and zero_stage(cfg, plan.world_size) < 3,
             "train.optimizer=adamw_8bit": train.optimizer == "adamw" and fresh,
             "train.gradient_checkpointing=mlp": cfg.stage > 1 and not train.gradient_checkpointing,
             "train.gradient_checkpointing=true": cfg.stage > 1 and train.gradient_checkpointing is not True,
@@ -513,12 +513,13 @@ def zero_stage(cfg: Config, world_size: int) -> int:
     return cfg.train.zero_stage or (1 if world_size == 1 else cfg.stage)
 
 
-def use_cuda_graphs(cfg: Config, device: str, zero_stage: int, model_config, say=print) -> bool:
+def use_cuda_graphs(cfg: Config, device: str, zero_stage: int, model_config, say=print, sharded_teacher: bool = False) -> bool:
     """Whether the passes of a training step run as CUDA graphs. Says why not where `train.cuda_graphs` cannot have its way on a GPU."""
     if not cfg.train.cuda_graphs or device != "cuda":
         return False
     reasons = {
         "ZeRO-3 gathers weights during a pass": zero_stage == 3,
+        "the head of a sharded teacher is gathered anew for each pass": sharded_teacher,
         "RoPE of this type reads lengths on the host": model_config.rope_parameters["rope_type"] in ("dynamic", "longrope"),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
@@ -631,14 +632,14 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         label_names=[],
         disable_tqdm=False,
     )
-    graphs = use_cuda_graphs(cfg, device, guards["facts"]["zero_stage"], model.config, say)
     stage, options = {
         1: (DistillTrainer, {}),
         2: (KDTrainer, {name: getattr(train, name) for name in ("kl_temperature", "kl_weight", "ce_weight")}),
         3: (FinetuneTrainer, {}),
     }[cfg.stage]
+    teacher_config = teacher_engine_config(cfg, teacher, device, plan.world_size, say) if cfg.stage == 2 else None
+    graphs = use_cuda_graphs(cfg, device, guards["facts"]["zero_stage"], model.config, say, teacher_config is not None)
     if cfg.stage == 2:
-        teacher_config = teacher_engine_config(cfg, teacher, device, plan.world_size, say)
         options["teacher"] = FrozenTeacher(teacher, args.device, teacher_config, graphs)
     return stage(
         model=model,

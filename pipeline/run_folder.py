@@ -22,7 +22,7 @@ INIT_REPORT = "init_report.json"  # stage 1: where each tensor of the students c
 # These may change between the parts of one run: how often something is written, and how the work is spread.
 FREE_KEYS = {
     "logging_steps", "save_steps", "save_minutes", "save_total_limit", "hang_minutes", "eval_steps", "eval_batches", "report_to", "resume_from_checkpoint",
-    "micro_batch_size", "gradient_checkpointing", "kd_teacher_shard", "kd_teacher_offload", "kd_teacher_use_cache",
+    "micro_batch_size", "gradient_checkpointing", "cuda_graphs", "kd_teacher_shard", "kd_teacher_offload", "kd_teacher_use_cache",
     "max_length", "add_eos_token", "output_dir",
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "flash-linear-attention", "deepspeed", "triton", "accelerate", "datasets")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 import cuda_graphs
+import train
 from conftest import write_config
-from cuda_graphs import EAGER_CALLS, GraphedForward
+from convert import load_teacher, load_teacher_config
+from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
 from distill_model import StudentConfig, StudentForCausalLM
+from pipeline.batch_plan import batch_plan
+from pipeline.config import ConfigError, dump_config, load_config
+from pipeline.run_folder import check_run_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,10 +56,9 @@ def use_stand_ins() -> None:
 
 def train_with_stand_ins(arguments: list[str]) -> None:
     """train.py where all graphs are stand-ins; prints how often one was replayed."""
-    import train
-
     use_stand_ins()
-    train.use_cuda_graphs = lambda cfg, device, zero_stage, config, say: cfg.train.cuda_graphs
+    wanted = train.use_cuda_graphs
+    train.use_cuda_graphs = lambda cfg, device, *rest: wanted(cfg, "cuda", *rest)
     train.main(arguments)
     print(f"replayed {Recomputed.count} times")
 
@@ -88,11 +93,49 @@ def test_training_through_deepspeed_is_the_same_with_and_without(tmp_path, teach
         assert all(torch.equal(weight, expected_weights[name]) for name, weight in weights.items())
 
 
+def test_a_sharded_teacher_trains_without(tmp_path, teacher_dir, data_dir):
+    """Its head is gathered into other memory for each pass, where a graph would not look for it."""
+    StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0].save_pretrained(tmp_path / "student")
+    file = write_config(tmp_path, 2, teacher_dir, data_dir, max_steps=5, student_init_ckpt=str(tmp_path / "student"))
+    out = run(file, "train.kd_teacher_shard=always")
+    assert "train.cuda_graphs: not used, for the head of a sharded teacher" in out and "replayed 0 times" in out
+
+
+@pytest.mark.parametrize("changes, sharded_teacher, used", [
+    ({}, False, True), ({}, True, False), ({"cuda_graphs": False}, False, False), ({"zero_stage": 3}, False, False),
+])  # fmt: skip
+def test_where_graphs_are_used(tmp_path, teacher_dir, data_dir, changes, sharded_teacher, used):
+    cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, **changes))
+    lines = []
+    for device, expected in (("cuda", used), ("cpu", False)):
+        config = load_teacher_config(teacher_dir)
+        assert train.use_cuda_graphs(cfg, device, cfg.train.zero_stage or 2, config, lines.append, sharded_teacher) == expected
+    assert len(lines) == (cfg.train.cuda_graphs and not used)
+
+
+def test_a_run_that_memory_ended_goes_on_without_graphs_as_advised(tmp_path, teacher_dir, data_dir):
+    file = write_config(tmp_path, 1, teacher_dir, data_dir)
+    cfg = load_config(file)
+    with pytest.raises(ConfigError, match="out of GPU memory; .*train.cuda_graphs=false"), train.memory_advice(cfg, batch_plan(cfg, 1)):
+        raise torch.OutOfMemoryError
+    Path(cfg.train.output_dir).mkdir()
+    (Path(cfg.train.output_dir) / "config.yaml").write_text(dump_config(cfg))
+    check_run_folder(load_config(file, ["train.cuda_graphs=false"]))
+    cfg = load_config(file, ["train.zero_stage=3"])
+    with pytest.raises(ConfigError, match="out of GPU memory") as error, train.memory_advice(cfg, batch_plan(cfg, 1)):
+        raise torch.OutOfMemoryError
+    assert "cuda_graphs" not in str(error.value)
+
+
 @pytest.fixture
-def model(monkeypatch):
+def stand_ins(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "_record", None)
     monkeypatch.setattr(cuda_graphs, "_free_memory", None)
     use_stand_ins()
+
+
+@pytest.fixture
+def model(stand_ins):
     config = StudentConfig(hidden_size=32, intermediate_size=48, vocab_size=50, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
                            num_hidden_layers=2, keep_full_attention_layers=[0, 1], tie_word_embeddings=True)  # fmt: skip
     torch.manual_seed(0)
@@ -146,11 +189,59 @@ def test_another_call_than_the_recorded_one_is_refused(model, changes, message):
         forward(**inputs() | changes)
 
 
-def test_moved_parameters_are_refused(model):
-    forward = replayed(model)
-    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+def moved(tensor) -> None:
+    tensor.data = tensor.data.clone()
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "lm_head.weight", "model.rotary_emb.inv_freq"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_moved_weights_and_buffers_are_refused(model, name, frozen):
+    if frozen:
+        forward = GraphedForward(model.requires_grad_(False))
+        for _ in range(EAGER_CALLS + 1):
+            forward(**inputs())
+    else:
+        forward = replayed(model)
+    moved(attrgetter(name)(model))
     with pytest.raises(RuntimeError, match="lie elsewhere"):
         forward(**inputs())
+
+
+def test_a_moved_parameter_that_is_an_input_is_refused(model):
+    """Such as the head of a teacher."""
+    head = torch.nn.Parameter(torch.randn(50, 32), requires_grad=False)
+    forward = GraphedForward(model)
+    batch = inputs() | {"labels": None, "teacher_hidden_states": torch.randn(2, 9, 32), "teacher_head_weight": head}
+    for _ in range(EAGER_CALLS + 2):
+        forward(**batch)
+    moved(head)
+    with pytest.raises(RuntimeError, match="lie elsewhere"):
+        forward(**batch)
+
+
+def test_a_pass_that_cannot_be_recorded_names_the_cure(model, monkeypatch):
+    def record(error):
+        def fail(run, pool):
+            raise error
+
+        monkeypatch.setattr(cuda_graphs, "_record", fail)
+
+    record(RuntimeError("operation not permitted when stream is capturing"))
+    with pytest.raises(RuntimeError, match=r"StudentForCausalLM .*; set train.cuda_graphs=false \(operation not permitted"):
+        replayed(model)
+    record(torch.OutOfMemoryError("20 GiB"))
+    with pytest.raises(torch.OutOfMemoryError):
+        replayed(model)
+
+
+def test_switched_off_every_call_is_launched_and_nothing_is_held(model):
+    forward = replayed(model)
+    again = GraphedForward(model)  # not recorded yet
+    expected = model(**inputs(1))["loss"]
+    switch_off_all()
+    for graphed in (forward, again):
+        assert all(torch.equal(graphed(**inputs(1))["loss"], expected) for _ in range(EAGER_CALLS + 1))
+        assert graphed.forward_graph is graphed.backward_graph is graphed.outputs is graphed.gradients is None
 
 
 def test_a_frozen_model_is_replayed_without_gradients(model):

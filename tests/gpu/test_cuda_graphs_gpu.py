@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_students_gpu import OPTIONS, one_config  # noqa: F401
 
-from cuda_graphs import EAGER_CALLS, GraphedForward
+from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
 from wrapper import AttentionAlignmentModel
 
@@ -32,7 +32,7 @@ def train(name, stage, graphed):
     parameters = [p for p in model.parameters() if p.requires_grad]
     forward, read = model, teacher.model
     if graphed:
-        forward, read = GraphedForward(model), GraphedForward(teacher.model)
+        forward, read = GraphedForward(model), GraphedForward(teacher.model.requires_grad_(False))
     sgd = torch.optim.SGD(parameters, 0.05)
     generator, losses = torch.Generator().manual_seed(1), []
     for call in range(CALLS):
@@ -47,6 +47,8 @@ def train(name, stage, graphed):
         loss = forward(**inputs)["loss"]
         (loss / 3).backward()  # no power of two: where the scale enters shows in the last bit
         losses.append(loss.detach())
+        if graphed and stage == 2:
+            assert (read.forward_graph is not None) == (call >= EAGER_CALLS)
         if call % ACCUMULATED:
             sgd.step()
             sgd.zero_grad()
@@ -90,6 +92,21 @@ def test_without_gradients_and_when_switched_off_hooks_see_every_call():
     assert not seen
     with torch.no_grad():
         forward(input_ids=ids[:1], labels=ids[:1], use_cache=False)
-    forward.enabled = False
+    forward.switch_off()
     forward(input_ids=ids[:1], labels=ids[:1], use_cache=False)
     assert len(seen) == 2
+
+
+def test_graphs_that_are_switched_off_give_their_memory_back():
+    """To launches, which find it free only after the last graph of the shared pool is gone."""
+    torch.cuda.empty_cache()
+    model, forward, ids = graph_of_stage_3()
+    reader = GraphedForward(models("gdn_v4", 3)[1].model.requires_grad_(False))
+    for _ in range(EAGER_CALLS + 1):
+        reader(input_ids=ids, use_cache=False)
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    switch_off_all()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < held
