@@ -44,7 +44,7 @@ def main() -> None:
     if args.candidates not in range(1, len(layers) + 1):
         raise ValueError(f"--candidates: {args.candidates} must be from 1 to {len(layers)}, for each keeps one layer")
     config = StudentConfig(vocab_size=FULL.vocab_size, qk_norm=True, tie_word_embeddings=True, keep_full_attention_layers=layers, **shape)
-    teacher = StudentForCausalLM(config).bfloat16().cuda().eval()
+    teacher = StudentForCausalLM(config).bfloat16().cuda().eval().requires_grad_(False)
     student = StudentForCausalLM.from_teacher(teacher, args.student)[0].cuda().eval()
     file = Path(__file__).parents[1] / "configs" / "quickstart" / "stage2.yaml"
     steps = ["train.batch_size=16", "train.micro_batch_size=16", f"train.train_seq_len={FULL.context_length}",

@@ -84,7 +84,7 @@ class Bench:
 
     @cached_property
     def teacher(self) -> StudentForCausalLM:
-        return load_teacher(self.cfg.teacher_model.name, self.dtype).to(self.device).eval()
+        return load_teacher(self.cfg.teacher_model.name, self.dtype).to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def student(self) -> StudentForCausalLM:

@@ -127,6 +127,7 @@ class Candidate:
         """One step on micro-batches of token ids and the teacher's hidden states. `check_losses` tells whether it went well: to
         ask after every step would make the GPU wait."""
         train, device = self.cfg.train, self.hybrid.device
+        losses = []
         for ids, hidden in micro_batches:
             ids = ids.to(device)
             loss = self.forward(
@@ -135,7 +136,8 @@ class Candidate:
                 kl_weight=train.kl_weight, ce_weight=train.ce_weight,
             )["loss"]  # fmt: skip
             (loss / len(micro_batches)).backward()
-        self.losses[step] = loss.detach()
+            losses.append(loss.detach())
+        self.losses[step] = torch.stack(losses).mean()
         self.optimizer.step()
 
     def check_losses(self) -> None:

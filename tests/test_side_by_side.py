@@ -3,12 +3,16 @@
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from benchmarks import selection_cost
+from test_cuda_graphs import use_stand_ins
 from test_select_layers import select, stage2  # noqa: F401
+from tqdm import tqdm
 
+import cuda_graphs
 from layer_selection import compare_selectors, select_layers, side_by_side
 from layer_selection.select_layers import Bench
 from layer_selection.side_by_side import Candidate, Rounds, order_after, rank_correlation, settled, survivors
@@ -117,6 +121,37 @@ def test_waiting_in_memory_changes_nothing(stage2, tmp_path, monkeypatch):  # no
     monkeypatch.setattr(side_by_side, "CACHE_BYTES", 1)
     select(stage2, tmp_path / "parked", *options)
     assert history(tmp_path / "parked") == history(tmp_path / "whole")
+
+
+def test_replayed_passes_train_the_same_candidates(stage2, tmp_path, monkeypatch):  # noqa: F811
+    """Beside each other, behind one teacher; a stand-in takes the place of the graphs."""
+    monkeypatch.setattr(cuda_graphs, "_record", None)
+    monkeypatch.setattr(cuda_graphs, "_free_memory", None)
+    use_stand_ins()
+    cfg = load_config(stage2, ["train.max_steps=5", "train.micro_batch_size=1", "train.batch_size=1", "train.lr=1e-3"])
+    args = SimpleNamespace(rounds=1, window=0, correlation=1.0, halving=False, top_k=1)
+    results = []
+    for graphs in (True, False):
+        monkeypatch.setattr(side_by_side, "use_cuda_graphs", lambda *_: graphs)  # noqa: B023
+        rounds = Rounds(Bench(cfg, 2, 2), args, {0: [0], 2: [2]}, -1, tmp_path)
+        rounds.build([0, 2], 0)
+        results.append(rounds.train_round([0, 2], 0, 5, tqdm(disable=True)))
+        forwards = [rounds.read, *(candidate.forward for candidate in rounds.candidates.values())]
+        assert [getattr(forward, "forward_graph", None) is not None for forward in forwards] == [graphs] * 3
+    assert results[0] == results[1] and results[0][0] != results[0][2]
+
+
+def test_a_loss_that_is_not_finite_ends_it_wherever_in_a_step(stage2):  # noqa: F811
+    cfg = load_config(stage2, ["train.micro_batch_size=1"])
+    bench = Bench(cfg, 4, 2)
+    candidate = Candidate("one", bench.student.restore_full_attention(bench.teacher, [1]), cfg, batch_plan(cfg, 1))
+    scales = iter((1.0, 1.0, float("nan"), 1.0))
+    candidate.forward = lambda **_: {"loss": next(scales) * candidate.hybrid.lm_head.weight.sum()}
+    batch = [(torch.zeros(1, 32, dtype=torch.long), torch.zeros(1, 32, 32))] * 2
+    for step in (1, 2):
+        candidate.train(step, batch, bench.teacher.lm_head.weight)
+    with pytest.raises(ValueError, match="one: its loss is not finite at step 2"):
+        candidate.check_losses()
 
 
 def test_halving_stops_the_worse_half_and_ranks_it_last(stage2, tmp_path):  # noqa: F811
