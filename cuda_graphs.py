@@ -35,6 +35,8 @@ class GraphedForward:
     its graph would compute wrongly.
     """
 
+    passes = 0  # of all graphs of the process: tells whether another one has run
+
     def __init__(self, model: nn.Module):
         self.model, self.forward = model, model.forward
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -60,7 +62,7 @@ class GraphedForward:
                 raise RuntimeError(f"{name} cannot be recorded as a CUDA graph; set train.cuda_graphs=false ({error})") from error
         self._fill(inputs)
         if not self.parameters:
-            self.forward_graph.replay()
+            self._replay(self.forward_graph)
             return {name: value.clone() for name, value in self.outputs.items()}
         return dict(zip(self.outputs, _Replay.apply(self, *self.parameters)))
 
@@ -107,6 +109,11 @@ class GraphedForward:
         if self._addresses() != self.addresses:
             raise RuntimeError("a CUDA graph was recorded with parameters or buffers that lie elsewhere now")
 
+    @staticmethod
+    def _replay(graph: torch.cuda.CUDAGraph) -> None:
+        GraphedForward.passes += 1
+        graph.replay()
+
     def switch_off(self) -> None:
         """Drops the graphs and their memory. From here on every call runs as it is."""
         self.enabled = False
@@ -125,8 +132,9 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, graphed: GraphedForward, *parameters):
-        graphed.forward_graph.replay()
+        graphed._replay(graphed.forward_graph)
         ctx.graphed = graphed
+        ctx.number = GraphedForward.passes
         outputs = {name: value.clone() for name, value in graphed.outputs.items()}
         ctx.mark_non_differentiable(*(value for name, value in outputs.items() if name != "loss"))
         ctx.loss = list(outputs).index("loss")
@@ -135,8 +143,10 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *d_outputs):
         graphed = ctx.graphed
+        if ctx.number != GraphedForward.passes:
+            raise RuntimeError("a CUDA graph has run since this call's forward pass, and may have overwritten its activations")
         graphed.d_loss.copy_(d_outputs[ctx.loss])
-        graphed.backward_graph.replay()
+        graphed._replay(graphed.backward_graph)
         used = [gradient for gradient in graphed.gradients if gradient is not None]
         copies = [torch.empty_like(gradient) for gradient in used]
         torch._foreach_copy_(copies, used)

@@ -78,7 +78,7 @@ def test_training_through_deepspeed_is_the_same_with_and_without(tmp_path, teach
     for stage in (1, 2, 3):
         results = []
         for graphs in ("true", "false"):
-            changes = {"max_steps": 6, "eval_steps": 2, "save_steps": 6, "gradient_checkpointing": "mlp" if stage > 1 else False}
+            changes = {"max_steps": 6, "eval_steps": 2, "save_steps": 6, "gradient_checkpointing": {1: False, 2: "mlp", 3: True}[stage]}
             folder = tmp_path / f"graphs_{graphs}"
             folder.mkdir(exist_ok=True)
             file = write_config(folder, stage, teacher_dir, data_dir, **changes)
@@ -170,6 +170,22 @@ def test_gradients_add_up_over_calls(model):
     (losses, replays), (expected, launches) = gradients
     assert losses == expected and len(set(losses)) == 3
     assert all(map(torch.equal, replays, launches))
+
+
+@pytest.mark.parametrize("between", ["the same model", "a frozen model", "the backward pass"])
+def test_activations_that_are_overwritten_are_not_used(model, between):
+    forward, other = replayed(model), GraphedForward(StudentForCausalLM(model.config).requires_grad_(False))
+    for _ in range(EAGER_CALLS + 1):
+        other(**inputs())
+    loss = forward(**inputs())["loss"]
+    if between == "the same model":
+        forward(**inputs())
+    elif between == "a frozen model":
+        other(**inputs())
+    else:
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="may have overwritten its activations"):
+        loss.backward()
 
 
 def test_parameters_are_the_models_own_again(model):

@@ -8,6 +8,7 @@ from test_students_gpu import OPTIONS, one_config  # noqa: F401
 
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
+from train import checkpoint_activations
 from wrapper import AttentionAlignmentModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -26,9 +27,11 @@ def models(name, stage):
     return student.train(), teacher
 
 
-def train(name, stage, graphed):
+def train(name, stage, graphed, checkpointing=False):
     """Losses and weights of CALLS micro-batches, with an optimiser's step after every ACCUMULATED ones."""
     model, teacher = models(name, stage)
+    if stage > 1:
+        checkpoint_activations(model, checkpointing)
     parameters = [p for p in model.parameters() if p.requires_grad]
     forward, read = model, teacher.model
     if graphed:
@@ -63,6 +66,13 @@ def test_graphs_equal_launches_to_the_bit(name, stage):
     assert losses.isfinite().all() and losses.unique().numel() > CALLS // 2
     assert torch.equal(losses, graphed_losses), losses - graphed_losses
     assert all(map(torch.equal, weights, graphed_weights))
+
+
+@pytest.mark.parametrize("checkpointing", ["mlp", True])
+def test_graphs_equal_launches_with_activation_checkpointing(checkpointing):
+    losses, weights = train("gdn_v4", 3, False, checkpointing)
+    graphed_losses, graphed_weights = train("gdn_v4", 3, True, checkpointing)
+    assert torch.equal(losses, graphed_losses) and all(map(torch.equal, weights, graphed_weights))
 
 
 def graph_of_stage_3():
