@@ -59,7 +59,8 @@ class GraphedForward:
                 raise
             except RuntimeError as error:
                 name = type(self.model).__name__
-                raise RuntimeError(f"{name} cannot be recorded as a CUDA graph; set train.cuda_graphs=false ({error})") from error
+                cure = "set train.cuda_graphs=false"
+                raise RuntimeError(f"{name} cannot be recorded as a CUDA graph; {cure} ({error})") from error
         self._fill(inputs)
         if not self.parameters:
             self._replay(self.forward_graph)
@@ -76,7 +77,8 @@ class GraphedForward:
         # recorded cannot wait for one that is. So the passes are recorded with leaves of their own, in the same memory.
         self.leaves = {p: nn.Parameter(p.detach()) for p in self.parameters}
         _free_memory()
-        pool = next((other.forward_graph.pool() for other in _instances if other.forward_graph is not None), None)
+        recorded = (other.forward_graph for other in _instances if other.forward_graph is not None)
+        pool = next((graph.pool() for graph in recorded), None)
         self.forward_graph, self.outputs = _record(self._forward_pass, pool)
         if self.parameters:
             self.d_loss = torch.ones_like(self.outputs["loss"])
@@ -144,7 +146,8 @@ class _Replay(torch.autograd.Function):
     def backward(ctx, *d_outputs):
         graphed = ctx.graphed
         if ctx.number != GraphedForward.passes:
-            raise RuntimeError("a CUDA graph has run since this call's forward pass, and may have overwritten its activations")
+            cause = "a CUDA graph has run since this call's forward pass"
+            raise RuntimeError(f"{cause}, and may have overwritten its activations")
         graphed.d_loss.copy_(d_outputs[ctx.loss])
         graphed._replay(graphed.backward_graph)
         used = [gradient for gradient in graphed.gradients if gradient is not None]

@@ -513,7 +513,9 @@ def zero_stage(cfg: Config, world_size: int) -> int:
     return cfg.train.zero_stage or (1 if world_size == 1 else cfg.stage)
 
 
-def use_cuda_graphs(cfg: Config, device: str, zero_stage: int, model_config, say=print, sharded_teacher: bool = False) -> bool:
+def use_cuda_graphs(
+    cfg: Config, device: str, zero_stage: int, model_config, say=print, sharded_teacher: bool = False
+) -> bool:
     """Whether the passes of a training step run as CUDA graphs. Says why not where `train.cuda_graphs` cannot have its way on a GPU."""
     if not cfg.train.cuda_graphs or device != "cuda":
         return False
@@ -637,7 +639,9 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         2: (KDTrainer, {name: getattr(train, name) for name in ("kl_temperature", "kl_weight", "ce_weight")}),
         3: (FinetuneTrainer, {}),
     }[cfg.stage]
-    teacher_config = teacher_engine_config(cfg, teacher, device, plan.world_size, say) if cfg.stage == 2 else None
+    teacher_config = None
+    if cfg.stage == 2:
+        teacher_config = teacher_engine_config(cfg, teacher, device, plan.world_size, say)
     graphs = use_cuda_graphs(cfg, device, guards["facts"]["zero_stage"], model.config, say, teacher_config is not None)
     if cfg.stage == 2:
         options["teacher"] = FrozenTeacher(teacher, args.device, teacher_config, graphs)
