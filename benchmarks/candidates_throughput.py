@@ -1,7 +1,7 @@
 """Tokens a second of hybrids that train side by side on one teacher, as layer selection trains them.
 
     python benchmarks/candidates_throughput.py
-    python benchmarks/candidates_throughput.py train.cuda_graphs=false
+    python benchmarks/candidates_throughput.py train.cuda_graphs=true
 
 Random weights of the recall teacher's shape (benchmarks/recall_teacher.py) and random tokens. It prints the tokens that all candidates
 together read in a second; the teacher's forward pass, which they share, is in the time.

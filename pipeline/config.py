@@ -81,7 +81,7 @@ class TrainConfig:
     kd_teacher_offload: str = key("none", help="stage 2: keep a sharded teacher's weights in CPU memory", choices=("none", "cpu"), stages=(2,))
     kd_teacher_use_cache: bool = key(False, help="accepted; the teacher's forward pass has no use for a KV cache", stages=(2,))
     zero_stage: int | None = key(None, help="DeepSpeed ZeRO stage; null: the training stage's own number, but 1 for one process, where there is nothing to shard; a run that goes on keeps its own, so say 3 if more GPUs shall go on with it", choices=(None, 1, 2, 3))
-    cuda_graphs: bool = key(True, help="on a GPU: replay a step's forward and backward passes as CUDA graphs, so that the GPU does not wait for Python; not under ZeRO-3, nor with a sharded teacher")
+    cuda_graphs: bool = key(False, help="on a GPU: replay a step's forward and backward passes as CUDA graphs, so that the GPU does not wait for Python: several times as fast for a small model, for memory of their own (see Performance); not under ZeRO-3, nor with a sharded teacher")
     dtype: str = key("auto", help="compute dtype; auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32"))
     save_steps: int | None = key(None, help="steps between checkpoints; null: a tenth of the run", minimum=1)
     save_minutes: float | None = key(30.0, help="minutes after which a checkpoint is due, besides save_steps; null: never", minimum=0)

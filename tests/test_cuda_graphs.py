@@ -97,12 +97,13 @@ def test_a_sharded_teacher_trains_without(tmp_path, teacher_dir, data_dir):
     """Its head is gathered into other memory for each pass, where a graph would not look for it."""
     StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0].save_pretrained(tmp_path / "student")
     file = write_config(tmp_path, 2, teacher_dir, data_dir, max_steps=5, student_init_ckpt=str(tmp_path / "student"))
-    out = run(file, "train.kd_teacher_shard=always")
+    out = run(file, "train.cuda_graphs=true", "train.kd_teacher_shard=always")
     assert "train.cuda_graphs: not used, for the head of a sharded teacher" in out and "replayed 0 times" in out
 
 
 @pytest.mark.parametrize("changes, sharded_teacher, used", [
-    ({}, False, True), ({}, True, False), ({"cuda_graphs": False}, False, False), ({"zero_stage": 3}, False, False),
+    ({"cuda_graphs": True}, False, True), ({"cuda_graphs": True}, True, False), ({}, False, False),
+    ({"cuda_graphs": True, "zero_stage": 3}, False, False),
 ])  # fmt: skip
 def test_where_graphs_are_used(tmp_path, teacher_dir, data_dir, changes, sharded_teacher, used):
     cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, **changes))
@@ -114,7 +115,7 @@ def test_where_graphs_are_used(tmp_path, teacher_dir, data_dir, changes, sharded
 
 
 def test_a_run_that_memory_ended_goes_on_without_graphs_as_advised(tmp_path, teacher_dir, data_dir):
-    file = write_config(tmp_path, 1, teacher_dir, data_dir)
+    file = write_config(tmp_path, 1, teacher_dir, data_dir, cuda_graphs=True)
     cfg = load_config(file)
     with pytest.raises(ConfigError, match="out of GPU memory; .*train.cuda_graphs=false"), train.memory_advice(cfg, batch_plan(cfg, 1)):
         raise torch.OutOfMemoryError

@@ -78,9 +78,9 @@ def test_losses_fall_and_follow_the_cpu(both, stage):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_cuda_graphs_change_no_loss_and_no_weight(both, tmp_path, teacher_dir, data_dir, stage):
-    file = configs(tmp_path / "launched", teacher_dir, data_dir, stage, cuda_graphs=False, **start_of(both, stage))
+    file = configs(tmp_path / "replayed", teacher_dir, data_dir, stage, cuda_graphs=True, **start_of(both, stage))
     finish(start(file), file)
-    folders = [folder / f"stage{stage}" for folder in (both / "gpu", tmp_path / "launched")]
+    folders = [folder / f"stage{stage}" for folder in (tmp_path / "replayed", both / "gpu")]
     assert torch.equal(*map(losses, folders))
     replayed, launched = (StudentForCausalLM.from_pretrained(folder / "converted-hf").state_dict() for folder in folders)
     assert all(torch.equal(weight, launched[name]) for name, weight in replayed.items())
