@@ -242,17 +242,25 @@ class Chunks:
 
 
 def open_chunks(
-    cache_dir: str, train_seq_len: int, fingerprint: str | None = None, key: str = "data.cache_dir", vocab_size: int | None = None
+    cache_dir: str,
+    train_seq_len: int | None = None,
+    fingerprint: str | None = None,
+    key: str = "data.cache_dir",
+    vocab_size: int | None = None,
 ) -> Chunks:
     """The chunks of `cache_dir`, which the option `key` named, memory-mapped.
 
-    fingerprint: of the tokenizer, vocab_size: of the model that they are for; None: not checked. Raises DataError if they are
-    missing or made for another run.
+    train_seq_len: the tokens of a chunk, fingerprint: of the tokenizer, vocab_size: of the model that they are for; None: not
+    checked. Raises DataError if they are missing or made for another run.
     """
     metadata = read_metadata(cache_dir, key)
-    if metadata.get("context_length") != train_seq_len:
+    if "context_length" not in metadata:
         raise DataError(
-            f"{key}: {cache_dir} holds chunks of {metadata.get('context_length')} tokens, but "
+            f"{key}: {cache_dir} holds no chunks; cut its documents with preprocess_chunk.py --tokenized_dataset_path {cache_dir}"
+        )
+    if train_seq_len not in (None, metadata["context_length"]):
+        raise DataError(
+            f"{key}: {cache_dir} holds chunks of {metadata['context_length']} tokens, but "
             f"train.train_seq_len is {train_seq_len}; make others with preprocess_chunk.py --context_length {train_seq_len}"
         )
     if fingerprint not in (None, metadata["tokenizer_fingerprint"]):
@@ -271,7 +279,12 @@ def open_chunks(
 
 
 def open_chunks_for(
-    tokenizer, vocab_size: int, cache_dir: str, train_seq_len: int, key: str = "data.cache_dir", model_key: str = "teacher_model.name"
+    tokenizer,
+    vocab_size: int,
+    cache_dir: str,
+    train_seq_len: int | None = None,
+    key: str = "data.cache_dir",
+    model_key: str = "teacher_model.name",
 ) -> Chunks:
     """The chunks of `cache_dir`, checked against a tokenizer and the vocabulary of the model that the option `model_key` names."""
     check_special_tokens(tokenizer, vocab_size, model_key)
