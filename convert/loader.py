@@ -52,7 +52,7 @@ def source_config(name_or_path: str) -> PreTrainedConfig:
         model_type = values.get("model_type")
         if not isinstance(model_type, str | None):
             raise ConfigError(f"{KEY}: {name_or_path!r}: config.json: model_type: {model_type!r} must be a name")
-        if model_type in FAMILIES:
+        if model_type in (*FAMILIES, StudentConfig.model_type):
             return built_config(name_or_path, values)
         # trust_remote_code unsaid would ask at a terminal, and run it for a y.
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
@@ -75,7 +75,7 @@ def source_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def built_config(name_or_path: str, values: dict) -> PreTrainedConfig:
-    """A family's config from what config.json holds, where numbers may be written as text.
+    """A family's config, or ours, from what config.json holds, where numbers may be written as text.
 
     Raises ConfigError, of one line, for a value of another type, and for values that do not go together.
     """
@@ -113,8 +113,8 @@ def check_sizes(values: dict) -> None:
 
 
 def check_values(config: PreTrainedConfig) -> None:
-    """Raises an error if values of a family's config do not go together."""
-    ours = student_config(config)
+    """Raises an error if values of a family's config, or of ours, do not go together."""
+    ours = config if isinstance(config, StudentConfig) else student_config(config)
     if ours.num_attention_heads % ours.num_key_value_heads:
         raise ValueError(f"num_key_value_heads: {ours.num_key_value_heads} must divide the {ours.num_attention_heads} "
                          "attention heads")  # fmt: skip

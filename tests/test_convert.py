@@ -474,6 +474,18 @@ def test_a_config_that_no_model_can_have_is_refused_in_one_line(tmp_path, change
     assert "\n" not in str(error.value)
 
 
+def test_our_own_config_is_checked_alike(tmp_path, teacher_dir):
+    load_teacher(teacher_dir).save_pretrained(tmp_path)
+    set_config(tmp_path, rms_norm_eps="1e-3", num_hidden_layers="4")
+    config = load_teacher_config(str(tmp_path))
+    assert config.rms_norm_eps == 1e-3 and config.num_hidden_layers == 4 and load_teacher(str(tmp_path)).config.rms_norm_eps == 1e-3
+    for change, message in (({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' is of type str"), ({"pad_token_id": 96}, "pad_token_id: 96 is outside"),
+                            ({"keep_full_attention_layers": [9]}, "must be different layers in 0..3")):  # fmt: skip
+        set_config(tmp_path, **{"rms_norm_eps": 1e-3, "pad_token_id": None} | change)
+        with pytest.raises(ValueError, match=f"^teacher_model.name: .*config.json: .*{message}"):
+            load_teacher_config(str(tmp_path))
+
+
 @pytest.mark.parametrize("content", ["[1]", "null", '"qwen3"', "{"])
 def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
