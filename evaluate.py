@@ -35,8 +35,8 @@ from pathlib import Path
 
 from pipeline.checkpoints import fingerprint, sha256  # pipeline first: it says what is not installed
 from pipeline.data import (
-    check_special_tokens, data_fingerprint, encode_beginnings, load_tokenizer, open_chunks, open_chunks_for, out_of_vocabulary,
-    read_metadata,
+    check_special_tokens, data_fingerprint, encode_beginnings, end_no_text, load_tokenizer, open_chunks, open_chunks_for,
+    out_of_vocabulary, read_metadata,
 )  # fmt: skip
 from pipeline.files import one_line, write_whole
 from pipeline.generation import greedy
@@ -398,6 +398,7 @@ def harness_model(checkpoint: str, batch_size: str):
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     refuse_unknown_tokens(model, tokenizer)
+    end_no_text(tokenizer)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # HFLM does so itself only for models that it loads, and only on GPUs
         lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
@@ -408,7 +409,7 @@ def harness_model(checkpoint: str, batch_size: str):
 def build(unit: Unit, args: argparse.Namespace, manager, lm):
     """The unit's documents if `measure_own` measures it, else its task, or group of tasks, of lm-evaluation-harness."""
     if unit.task in (PERPLEXITY, KL):
-        return heldout_rows(args, lm.tokenizer, vocabulary_size(lm.model.config))
+        return heldout_rows(args, load_tokenizer(lm.tokenizer.name_or_path), vocabulary_size(lm.model.config))
     if unit.task in RECALL_TASKS:
         return recall_documents(unit.task, unit.seq_len, args.num_words, lm.tokenizer)
     if unit.task == RECALL_GENERATION:

@@ -165,6 +165,20 @@ def beginning(tokenizer) -> list[int]:
     return ids if ids == [tokenizer.bos_token_id] != [tokenizer.eos_token_id] else []
 
 
+def end_no_text(tokenizer) -> None:
+    """Makes a tokenizer that puts EOS behind every text leave it out, so that what it encodes can be gone on with."""
+    from tokenizers.processors import TemplateProcessing
+
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    if not whole[-1:] == [tokenizer.eos_token_id] != bare[-1:]:
+        return
+    ids = whole[: len(whole) - len(bare) - 1]
+    names = tokenizer.convert_ids_to_tokens(ids)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*names, "$A"], pair=[*names, "$A", "$B"], special_tokens=list(zip(names, ids))
+    )
+
+
 def out_of_vocabulary(what: str, token_id: int, vocab_size: int) -> DataError:
     """The error for a token id that a model has no embedding for. what: the option, and where the id was found."""
     return DataError(f"{what} {token_id}, but the model has a vocabulary of {vocab_size}; take the tokenizer that belongs to the model, or "

@@ -218,17 +218,19 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(tmp_path):
     assert written(0, suppress_tokens=new) != tokenizer.decode(new)
 
 
-def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch):
-    """In all tasks of our own, as in training; their lengths count it."""
+@pytest.mark.parametrize("ends", [False, True])
+def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch, ends):
+    """In all tasks of our own, as in training; their lengths count it. EOS, which a tokenizer may put behind a text, is left out."""
     random_teacher(tmp_path)
     save_tokenizer(tmp_path)
-    bos, seen, forward = begin_with_bos(tmp_path), [], torch.nn.Embedding.forward
+    bos, seen, forward = begin_with_bos(tmp_path, ends), [], torch.nn.Embedding.forward
     monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: (seen.extend(ids.tolist()), forward(self, ids))[1])
     for task in (*evaluate.RECALL_TASKS, evaluate.RECALL_GENERATION):
         seen.clear()
         assert run(tmp_path, "--tasks", task, "--seq_lens", 100, "--limit", 3, "--batch_size", 1, "--output", tmp_path / "out") == 0
         texts = [row for row in seen if len(row) > 1]
         assert len(texts) >= 3 and all(row[0] == bos and row.count(bos) == 1 and len(row) <= 100 for row in texts), task
+        assert not any(load_tokenizer(str(tmp_path)).eos_token_id in row for row in texts), task
 
 
 def test_the_mean_over_lengths_is_of_the_same_tasks():
