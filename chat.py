@@ -22,6 +22,7 @@ from pipeline.files import one_line
 from pipeline.generation import greedy
 
 import torch
+from jinja2 import TemplateError
 from transformers import BatchEncoding, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
@@ -72,9 +73,13 @@ class Conversation:
             ids = torch.tensor(encode_beginnings(self.tokenizer, [self.text]), dtype=torch.long)
             return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         self.messages.append({"role": "user", "content": line})
-        return self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:  # a mistake in it, or what it raises itself, such as for a system message
+            cure = "mend chat_template" if self.system is None else "leave --system out, or mend chat_template"
+            raise ValueError(f"--model: its chat template refuses the conversation ({one_line(error)}); {cure}") from None
 
     def hear(self, answer: str) -> None:
         """Adds what the model said."""

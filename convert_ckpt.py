@@ -92,7 +92,7 @@ def hub(name: str) -> Iterator[HfApi]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--cfg", required=True, help="YAML of the stage, or <output_dir>/config.yaml")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint-N folder of the run; default: the newest")
     parser.add_argument("--push-to-hub", metavar="NAME", help="upload the result, with its card, as the hub's model NAME")

@@ -96,9 +96,9 @@ def from_files(files: list[str]) -> dict[str, dict[str, dict]]:
     for key in common:
         first, *others = (tasks[key]["settings"] for _, tasks in found.values())
         for file, other in zip(files[1:], others):
-            if different := [name for name in first if name != "checkpoint" and first[name] != other.get(name)]:
+            if different := [name for name in first | other if name != "checkpoint" and first.get(name) != other.get(name)]:
                 raise ValueError(f"CHECKPOINT: {key} in {file} was measured with another {different[0]} ({other.get(different[0])!r}) "
-                                 f"than in {files[0]} ({first[different[0]]!r})")  # fmt: skip
+                                 f"than in {files[0]} ({first.get(different[0])!r})")  # fmt: skip
     return {names[checkpoint]: {key: tasks[key] for key in common} for checkpoint, tasks in found.values()}
 
 

@@ -8,8 +8,9 @@ own (`LOCAL`) and any name that lm-evaluation-harness knows. With several GPUs t
 task are dealt out to them.
 
 Each checkpoint has OUTPUT/PATH__OF__CHECKPOINT/results.json, written anew after every task: run again, the command does what is
-missing, what failed, and what was measured with other settings. The tables of this call are OUTPUT/results.md and results.json,
-with results.png for several checkpoints. The exit code is 1 if a task failed; the others are done all the same.
+missing, what failed, and what was measured with other settings or by an older procedure. The tables of this call are
+OUTPUT/results.md and results.json, with results.png for several checkpoints. The exit code is 1 if a task failed; the others are
+done all the same.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from pathlib import Path
 
 from pipeline.checkpoints import fingerprint, sha256  # pipeline first: it says what is not installed
 from pipeline.data import (
-    check_special_tokens, data_fingerprint, encode_beginnings, load_tokenizer, open_chunks_for, out_of_vocabulary, read_metadata,
+    check_special_tokens, data_fingerprint, encode_beginnings, end_no_text, load_tokenizer, open_chunks, open_chunks_for,
+    out_of_vocabulary, read_metadata,
 )  # fmt: skip
 from pipeline.files import one_line, write_whole
 from pipeline.generation import greedy
@@ -52,6 +54,7 @@ SEQ_LENS = {"needle": (4096, 16384, 65536, 262144)}  # of a group, unless --seq_
 SEQ_LEN = 4096
 # The metric that stands for a task, the first of these that it has.
 METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
+PROCEDURE = 2  # raise it when the code changes what is measured: results with another number are measured again
 DOCUMENTS = 100  # of a recall task
 HELDOUT_CHUNKS = 256  # at most
 BATCH_TOKENS = 4096  # of our own tasks, whose logits are held at once
@@ -195,6 +198,8 @@ class Record:
     def settings(self, unit: Unit) -> dict:
         """What a result depends on, besides its unit."""
         settings = {"checkpoint": self.fingerprint(self.checkpoint), "limit": self.args.limit}
+        if unit.task not in (PERPLEXITY, KL):  # measured on chunks, as ever
+            settings["procedure"] = PROCEDURE
         if unit.task in (*RECALL_TASKS, RECALL_GENERATION):
             settings["num_words"] = self.args.num_words
         if unit.task in (PERPLEXITY, KL):
@@ -290,7 +295,7 @@ def heldout_rows(args: argparse.Namespace, tokenizer, vocab_size: int):
     """[N, T] held-out token ids. Raises ValueError if there are none, or of another tokenizer."""
     import torch
 
-    chunks = open_chunks_for(tokenizer, vocab_size, args.data, read_metadata(args.data)["context_length"], "DATA", "CHECKPOINT")
+    chunks = open_chunks_for(tokenizer, vocab_size, args.data, key="DATA", model_key="CHECKPOINT")
     if chunks.heldout is None:
         raise ValueError(f"DATA: {args.data} has no held-out part; preprocess with --holdout")
     return torch.as_tensor(chunks.heldout[: min(len(chunks.heldout), HELDOUT_CHUNKS)]["input_ids"], dtype=torch.long)
@@ -393,6 +398,7 @@ def harness_model(checkpoint: str, batch_size: str):
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     refuse_unknown_tokens(model, tokenizer)
+    end_no_text(tokenizer)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # HFLM does so itself only for models that it loads, and only on GPUs
         lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
@@ -403,7 +409,7 @@ def harness_model(checkpoint: str, batch_size: str):
 def build(unit: Unit, args: argparse.Namespace, manager, lm):
     """The unit's documents if `measure_own` measures it, else its task, or group of tasks, of lm-evaluation-harness."""
     if unit.task in (PERPLEXITY, KL):
-        return heldout_rows(args, lm.tokenizer, vocabulary_size(lm.model.config))
+        return heldout_rows(args, load_tokenizer(lm.tokenizer.name_or_path), vocabulary_size(lm.model.config))
     if unit.task in RECALL_TASKS:
         return recall_documents(unit.task, unit.seq_len, args.num_words, lm.tokenizer)
     if unit.task == RECALL_GENERATION:
@@ -584,7 +590,7 @@ def check(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"[1-9]\d*|auto", args.batch_size):
         raise ValueError(f"BATCH_SIZE: {args.batch_size!r} must be a number, or auto")
     if args.data:
-        read_metadata(args.data, "DATA")
+        open_chunks(args.data, key="DATA")
     labels(args.checkpoints)
     for checkpoint in args.checkpoints:
         vocab_size = check_checkpoint("CHECKPOINT", checkpoint)

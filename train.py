@@ -40,7 +40,9 @@ GROUP_OF_8_BITS = 2**30  # elements; ZeRO-1 and 2 make one tensor of a group, an
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--cfg", required=True, help="YAML file of the stage")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it

@@ -32,7 +32,7 @@ from convert.export_native import native_export_refusal  # noqa: E402
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate  # noqa: E402
 from layer_selection.ranking import budget, evenly_spaced  # noqa: E402
 from layer_selection.tasks import RECALL_TASKS, answer_accuracy  # noqa: E402
-from pipeline.data import load_tokenizer, open_chunks_for, read_metadata  # noqa: E402
+from pipeline.data import load_tokenizer, open_chunks_for  # noqa: E402
 from quickstart.report import alignment, measure  # noqa: E402
 from quickstart.train_teacher import token_ids  # noqa: E402
 
@@ -62,8 +62,8 @@ class Bench:
         self.args, self.device = args, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.teacher, self.tokenizer = load_teacher(args.teacher, dtype).to(self.device).eval(), load_tokenizer(args.teacher)
-        context = read_metadata(args.data)["context_length"]
-        chunks = open_chunks_for(self.tokenizer, self.teacher.config.vocab_size, args.data, context, "--data", "--teacher")
+        chunks = open_chunks_for(self.tokenizer, self.teacher.config.vocab_size, args.data, key="--data", model_key="--teacher")
+        context = chunks.metadata["context_length"]
         self.train = chunks.train
         self.heldout = token_ids(chunks.heldout, range(min(args.eval_chunks, len(chunks.heldout)))).to(self.device)
         self.hidden = self.hidden_states(self.heldout)

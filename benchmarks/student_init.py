@@ -27,7 +27,7 @@ from benchmarks.training import stage_1  # noqa: E402
 from convert import load_teacher  # noqa: E402
 from convert.loader import KEY  # noqa: E402
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate, check_calibration  # noqa: E402
-from pipeline.data import open_chunks, read_metadata  # noqa: E402
+from pipeline.data import open_chunks  # noqa: E402
 from quickstart.report import alignment, mean_loss  # noqa: E402
 from quickstart.train_teacher import token_ids  # noqa: E402
 
@@ -85,7 +85,7 @@ def main() -> None:
         heldout, *batches = torch.randint(0, 4096, (last + args.calibrate + 1, BATCH_SIZE, 256), generator=generator).to(device)
     else:
         teacher = load_teacher(args.teacher).to(device)
-        chunks = open_chunks(args.data, read_metadata(args.data)["context_length"], vocab_size=teacher.config.vocab_size)
+        chunks = open_chunks(args.data, key="--data", vocab_size=teacher.config.vocab_size)
         heldout = token_ids(chunks.heldout, range(min(args.chunks, len(chunks.heldout)))).to(device)
         rows = torch.randint(0, len(chunks.train), (last + args.calibrate, BATCH_SIZE), generator=generator).tolist()
         batches = [token_ids(chunks.train, row).to(device) for row in rows]

@@ -26,6 +26,7 @@ from distill_model.attention import RotaryEmbedding
 from distill_model.config_distilled_student import FOREIGN
 
 from pipeline.config import ConfigError, convert_value
+from pipeline.files import one_line
 from pipeline.run_folder import EXPORT
 
 from .families import FAMILIES, FIELDS, ROPE_FIELDS, SIZES, Family, unsupported
@@ -49,7 +50,9 @@ def source_config(name_or_path: str) -> PreTrainedConfig:
     try:
         values = PreTrainedConfig.get_config_dict(name_or_path)[0]
         model_type = values.get("model_type")
-        if model_type in FAMILIES:
+        if not isinstance(model_type, str | None):
+            raise ConfigError(f"{KEY}: {name_or_path!r}: config.json: model_type: {model_type!r} must be a name")
+        if model_type in (*FAMILIES, StudentConfig.model_type):
             return built_config(name_or_path, values)
         # trust_remote_code unsaid would ask at a terminal, and run it for a y.
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
@@ -57,8 +60,8 @@ def source_config(name_or_path: str) -> PreTrainedConfig:
         raise
     except StrictDataclassError as error:  # of our own type
         raise ConfigError(f"{KEY}: {name_or_path!r}: config.json: {' '.join(str(error).split())}") from None
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # the last three: what is no object
+        reason = one_line(error)
         if model_type in FOREIGN:
             raise ValueError(f"{KEY}: {name_or_path!r} is {FOREIGN[model_type]} (model_type {model_type!r})") from None
         if (Path(name_or_path) / EXPORT / "config.json").is_file():
@@ -72,7 +75,7 @@ def source_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def built_config(name_or_path: str, values: dict) -> PreTrainedConfig:
-    """A family's config from what config.json holds, where numbers may be written as text.
+    """A family's config, or ours, from what config.json holds, where numbers may be written as text.
 
     Raises ConfigError, of one line, for a value of another type, and for values that do not go together.
     """
@@ -104,13 +107,14 @@ def check_sizes(values: dict) -> None:
         if values.get(name) is not None and values[name] < 1:
             raise ValueError(f"{name}: {values[name]} must be at least 1")
     for name in ("dtype", "torch_dtype"):
-        if values.get(name) is not None and not isinstance(getattr(torch, str(values[name]), None), torch.dtype):
+        dtype = getattr(torch, str(values.get(name)), None)
+        if values.get(name) is not None and dtype not in FLOATS.values():
             raise ValueError(f"{name}: {values[name]!r} must be bfloat16, float16 or float32, or left out")
 
 
 def check_values(config: PreTrainedConfig) -> None:
-    """Raises an error if values of a family's config do not go together."""
-    ours = student_config(config)
+    """Raises an error if values of a family's config, or of ours, do not go together."""
+    ours = config if isinstance(config, StudentConfig) else student_config(config)
     if ours.num_attention_heads % ours.num_key_value_heads:
         raise ValueError(f"num_key_value_heads: {ours.num_key_value_heads} must divide the {ours.num_attention_heads} "
                          "attention heads")  # fmt: skip
@@ -119,6 +123,8 @@ def check_values(config: PreTrainedConfig) -> None:
     if ours.pad_token_id is not None and not -ours.vocab_size <= ours.pad_token_id < ours.vocab_size:
         raise ValueError(f"pad_token_id: {ours.pad_token_id} is outside the vocabulary of {ours.vocab_size} ids; "
                          "name one of them, or null")  # fmt: skip
+    if not ours.rms_norm_eps >= 0:  # nor NaN
+        raise ValueError(f"rms_norm_eps: {ours.rms_norm_eps} must be a number of at least 0")
     for name in ("rope_theta", "factor"):
         value = (ours.rope_parameters or {}).get(name, 1.0)
         if config.model_type != "transformer" and not (value or 0) > 0:  # in FLA's, no theta means no rotary embedding
@@ -150,7 +156,7 @@ def as_stored(config: StudentConfig, folder: Path, family: Family) -> StudentCon
         warnings.warn(
             f"{folder}: config.json ties the head to the embeddings (tie_word_embeddings), but the file's {HEAD} "
             "differs from them: it is read as not tied, as transformers does",
-            stacklevel=3,
+            stacklevel=1,  # so that Python shows it once, however many lines lead here
         )
         config.tie_word_embeddings = False
     return config

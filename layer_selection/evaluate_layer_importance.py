@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from convert import load_teacher, load_teacher_config  # noqa: E402
 from distill_model import StudentForCausalLM  # noqa: E402
 from fla.models.utils import Cache  # noqa: E402
-from layer_selection.questions import FIXED, SPELLINGS, TASKS, Question, add_options, draw_questions  # noqa: E402
+from layer_selection.questions import FIXED, NOISY, SPELLINGS, TASKS, Question, add_options, draw_questions  # noqa: E402
 from layer_selection.ranking import Ranking, rank_samples  # noqa: E402
 from pipeline.data import check_special_tokens, encode_beginnings, load_tokenizer  # noqa: E402
 from pipeline.files import one_line, write_whole  # noqa: E402
@@ -168,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise ValueError(f"--output_dir: {args.output_dir} is a file; name a folder")
     settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "batch_size", *FIXED)}
+    if args.task in NOISY:  # earlier results count --noise_ratio as a share of all sentences
+        settings["noise_ratio_of"] = "the other sentences"
     results, plots = args.output_dir / "results", args.output_dir / "plots"
     baseline_file, table, picture = (results / f"baseline_{args.task}.json", results / f"ablation_{args.task}.csv",
                                      plots / f"ablation_{args.task}.png")  # fmt: skip

@@ -22,6 +22,7 @@ FILLER = [
 EXAMPLES = 2  # answered questions before the one that counts
 FREQUENT = 3  # words that frequent_words_extraction asks for
 MOST_NOISE = 1000  # a limit that no useful text reaches, and that infinity does not pass
+NOISY = ("synthetic_retrieval", "variable_tracking")  # the tasks that take --noise_ratio
 FIXED = {  # flag of evaluate_layer_importance.py -> (its only value, why)
     "K": (FREQUENT, "frequent_words_extraction asks for so many words"),
     "pb_few_shots": (EXAMPLES + 1, "phone_book shows two answered questions before the one that counts"),

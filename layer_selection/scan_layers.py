@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from pipeline.data import load_tokenizer, open_chunks_for, read_metadata
+from pipeline.data import load_tokenizer, open_chunks_for
 
 
 @torch.no_grad()
@@ -80,8 +80,8 @@ def main() -> None:
         raise ValueError(f"--keep: {keep} must be between 1 and the student's {layers} layers")
     if student.config.keep_full_attention_layers:
         raise ValueError(f"--student: {args.student} keeps layers already; pass stage 1's all-linear converted-hf")
-    context = read_metadata(args.data, "--data")["context_length"]
-    train = open_chunks_for(load_tokenizer(args.teacher, "--teacher"), teacher.config.vocab_size, args.data, context, "--data", "--teacher").train
+    tokenizer = load_tokenizer(args.teacher, "--teacher")
+    train = open_chunks_for(tokenizer, teacher.config.vocab_size, args.data, key="--data", model_key="--teacher").train
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.chunks].tolist()
     ids = torch.as_tensor(train[rows]["input_ids"], dtype=torch.long, device=device)
     baseline, kls = scan(student, teacher, list(ids.split(args.batch_size)))

@@ -133,7 +133,7 @@ def given_back(tokenizer, segments: list[list[int]]) -> float:
     kept = total = 0
     for ids in segments:
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        again = tokenizer(text, add_special_tokens=False)["input_ids"]
+        again = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         kept += sum(block.size for block in SequenceMatcher(None, ids, again, autojunk=False).get_matching_blocks())
         total += max(len(ids), len(again))
     return kept / total

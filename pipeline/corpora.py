@@ -441,7 +441,8 @@ class Corpus:
         for why, (count, first) in self._left_out.items():
             kinds.append(f"{count:,} {why} ({'' if count == 1 else 'the first: '}{first})")
         self._left_out = {}
-        return prefix + "; ".join(kinds) if kinds else ""
+        text = prefix + "; ".join(kinds) if kinds else ""
+        return text.encode(errors="backslashreplace").decode()  # names that are no UTF-8 could not be printed
 
     def selection(self) -> str:
         """Which files are read, and which are not, by kind and number; what reading finds, `left_out` says."""

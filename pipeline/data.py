@@ -165,6 +165,20 @@ def beginning(tokenizer) -> list[int]:
     return ids if ids == [tokenizer.bos_token_id] != [tokenizer.eos_token_id] else []
 
 
+def end_no_text(tokenizer) -> None:
+    """Makes a tokenizer that puts EOS behind every text leave it out, so that what it encodes can be gone on with."""
+    from tokenizers.processors import TemplateProcessing
+
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    if not whole[-1:] == [tokenizer.eos_token_id] != bare[-1:]:
+        return
+    ids = whole[: len(whole) - len(bare) - 1]
+    names = tokenizer.convert_ids_to_tokens(ids)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*names, "$A"], pair=[*names, "$A", "$B"], special_tokens=list(zip(names, ids))
+    )
+
+
 def out_of_vocabulary(what: str, token_id: int, vocab_size: int) -> DataError:
     """The error for a token id that a model has no embedding for. what: the option, and where the id was found."""
     return DataError(f"{what} {token_id}, but the model has a vocabulary of {vocab_size}; take the tokenizer that belongs to the model, or "
@@ -242,17 +256,25 @@ class Chunks:
 
 
 def open_chunks(
-    cache_dir: str, train_seq_len: int, fingerprint: str | None = None, key: str = "data.cache_dir", vocab_size: int | None = None
+    cache_dir: str,
+    train_seq_len: int | None = None,
+    fingerprint: str | None = None,
+    key: str = "data.cache_dir",
+    vocab_size: int | None = None,
 ) -> Chunks:
     """The chunks of `cache_dir`, which the option `key` named, memory-mapped.
 
-    fingerprint: of the tokenizer, vocab_size: of the model that they are for; None: not checked. Raises DataError if they are
-    missing or made for another run.
+    train_seq_len: the tokens of a chunk, fingerprint: of the tokenizer, vocab_size: of the model that they are for; None: not
+    checked. Raises DataError if they are missing or made for another run.
     """
     metadata = read_metadata(cache_dir, key)
-    if metadata.get("context_length") != train_seq_len:
+    if "context_length" not in metadata:
         raise DataError(
-            f"{key}: {cache_dir} holds chunks of {metadata.get('context_length')} tokens, but "
+            f"{key}: {cache_dir} holds no chunks; cut its documents with preprocess_chunk.py --tokenized_dataset_path {cache_dir}"
+        )
+    if train_seq_len not in (None, metadata["context_length"]):
+        raise DataError(
+            f"{key}: {cache_dir} holds chunks of {metadata['context_length']} tokens, but "
             f"train.train_seq_len is {train_seq_len}; make others with preprocess_chunk.py --context_length {train_seq_len}"
         )
     if fingerprint not in (None, metadata["tokenizer_fingerprint"]):
@@ -271,7 +293,12 @@ def open_chunks(
 
 
 def open_chunks_for(
-    tokenizer, vocab_size: int, cache_dir: str, train_seq_len: int, key: str = "data.cache_dir", model_key: str = "teacher_model.name"
+    tokenizer,
+    vocab_size: int,
+    cache_dir: str,
+    train_seq_len: int | None = None,
+    key: str = "data.cache_dir",
+    model_key: str = "teacher_model.name",
 ) -> Chunks:
     """The chunks of `cache_dir`, checked against a tokenizer and the vocabulary of the model that the option `model_key` names."""
     check_special_tokens(tokenizer, vocab_size, model_key)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.data import load_tokenizer, open_chunks_for, read_metadata
+from pipeline.data import load_tokenizer, open_chunks_for
 from pipeline.files import complete_or_absent
 
 # Four query heads share two key/value heads, and head_dim is not hidden_size / heads: what real teachers do.
@@ -94,8 +94,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
-    context = read_metadata(args.data, "--data")["context_length"]
-    chunks = open_chunks_for(tokenizer, len(tokenizer), args.data, context, "--data", "--tokenizer")
+    chunks = open_chunks_for(tokenizer, len(tokenizer), args.data, key="--data", model_key="--tokenizer")
+    context = chunks.metadata["context_length"]
     heldout = token_ids(chunks.heldout, range(min(EVAL_CHUNKS, len(chunks.heldout))))
     config = Qwen3Config(
         vocab_size=len(tokenizer),

@@ -1,6 +1,7 @@
 """chat.py with pipes and in a terminal, and what it refuses."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -124,6 +125,23 @@ def own_terminal():
     """Ctrl-C goes to a terminal's own processes; those that a shell starts in the background ignore it."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    "template, options, message",
+    [
+        ("{{ raise_exception('no system role') }}", ["--system", "be kind"], r"\(no system role\); leave --system out, or mend"),
+        ("{% if %}", [], r"\(Expected an expression.*\); mend chat_template"),
+        ("{{ messages[0].a.b }}", [], r"has no attribute 'a'\); mend chat_template"),
+    ],
+)
+def test_a_template_that_refuses_ends_in_one_line(monkeypatch, chatty, template, options, message):
+    settings = json.loads((chatty / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (chatty / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
+    with pytest.raises(ValueError, match=f"^--model: its chat template refuses the conversation .*{message}") as error:
+        chat.main(["--model", str(chatty), *options])
+    assert "\n" not in str(error.value)
 
 
 def test_in_a_terminal_the_answer_streams(folder, tmp_path):

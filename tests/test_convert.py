@@ -207,6 +207,15 @@ def test_a_checkpoint_that_must_be_fetched_first_is_read_alike(tmp_path, monkeyp
     assert not config.tie_word_embeddings and Checkpoint(str(tmp_path / "source")).config.dtype == torch.bfloat16
 
 
+def test_that_a_head_is_not_tied_is_said_once(tmp_path, recwarn):
+    random_teacher(tmp_path, "llama", tie_word_embeddings=True)
+    edited(tmp_path, add_head)
+    load_teacher_config(str(tmp_path))
+    load_teacher_config(str(tmp_path))
+    Checkpoint(str(tmp_path))
+    assert len([w for w in recwarn if "read as not tied" in str(w.message)]) == 1
+
+
 def test_flas_head_of_its_own_is_not_tied_either(tmp_path):
     random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True, head_dim=12)
     convert("", "llama", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "fla")])
@@ -446,6 +455,9 @@ def test_numbers_written_as_text_are_read(tmp_path, written, meant):
         ({"layer_types": "full_attention"}, "Field 'layer_types' with value 'full_attention'"),
         ({"hidden_act": None}, "Field 'hidden_act' expected str"),
         ({"dtype": "bf16"}, "dtype: 'bf16' must be bfloat16"),
+        ({"dtype": "int8"}, "dtype: 'int8' must be bfloat16"),
+        ({"rms_norm_eps": "nan"}, "rms_norm_eps: nan must be a number of at least 0"),
+        ({"model_type": ["qwen3"]}, r"model_type: \['qwen3'\] must be a name"),
         ({"rope_parameters": "linear"}, "rope_parameters: 'linear' must be a mapping"),
         ({"rope_parameters": {"rope_theta": "many"}}, "rope_parameters.rope_theta: 'many' is of type str"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor: 0.0 of the rotary embedding"),
@@ -458,6 +470,26 @@ def test_a_config_that_no_model_can_have_is_refused_in_one_line(tmp_path, change
     random_teacher(tmp_path, "qwen3")
     set_config(tmp_path, **change)
     with pytest.raises(ValueError, match=f"^teacher_model.name: .*config.json: .*{message}") as error:
+        load_teacher_config(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_our_own_config_is_checked_alike(tmp_path, teacher_dir):
+    load_teacher(teacher_dir).save_pretrained(tmp_path)
+    set_config(tmp_path, rms_norm_eps="1e-3", num_hidden_layers="4")
+    config = load_teacher_config(str(tmp_path))
+    assert config.rms_norm_eps == 1e-3 and config.num_hidden_layers == 4 and load_teacher(str(tmp_path)).config.rms_norm_eps == 1e-3
+    for change, message in (({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' is of type str"), ({"pad_token_id": 96}, "pad_token_id: 96 is outside"),
+                            ({"keep_full_attention_layers": [9]}, "must be different layers in 0..3")):  # fmt: skip
+        set_config(tmp_path, **{"rms_norm_eps": 1e-3, "pad_token_id": None} | change)
+        with pytest.raises(ValueError, match=f"^teacher_model.name: .*config.json: .*{message}"):
+            load_teacher_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '"qwen3"', "{"])
+def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"^teacher_model.name: '{tmp_path}' is neither a folder with a config.json") as error:
         load_teacher_config(str(tmp_path))
     assert "\n" not in str(error.value)
 

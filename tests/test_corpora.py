@@ -248,6 +248,12 @@ def test_a_folder_of_empty_files_is_no_corpus(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ which files are read
+def test_a_name_that_is_no_utf8_can_be_printed(tmp_path):
+    corpus = write(tmp_path, {"a.txt": "one", os.fsdecode(b".\xfe"): "hidden"})
+    _, line = said(corpus)
+    assert "leaves out 1 hidden" in line and line.encode()
+
+
 def test_hidden_files_and_folders_are_left_out(tmp_path):
     corpus = write(
         tmp_path / ".corpus",

@@ -86,6 +86,21 @@ def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, ca
     assert {r["samples"] for r in read(tmp_path)[Path(student_dir).parent.name].values()} == {5}
 
 
+def test_results_of_an_older_procedure_are_measured_again(teacher_dir, data_dir, tmp_path, monkeypatch):
+    """But for those on chunks, of which there has been one procedure."""
+    options = ("--tasks", "copying,recall_generation,heldout_perplexity", "--seq_lens", 128, "--data", data_dir, "--limit", 1, "--output", tmp_path)
+    assert run(teacher_dir, *options) == 0
+    (file,) = tmp_path.glob("*/results.json")
+    content = json.loads(file.read_text())
+    for result in content["tasks"].values():
+        result["settings"].pop("procedure", None)  # as it was written before there was this setting
+        result["score"] = -1.0
+    file.write_text(json.dumps(content))
+    assert run(teacher_dir, *options) == 0
+    scores = {key: result["score"] for key, result in json.loads(file.read_text())["tasks"].items()}
+    assert [key for key, score in scores.items() if score == -1.0] == ["heldout_perplexity"] and len(scores) == 3
+
+
 def test_an_export_written_again_is_known_by_its_content(teacher_dir, tmp_path, capsys, monkeypatch):
     """Its weights are read for that once, and again only when their file has changed; other weights are another checkpoint."""
     folder, read_files = tmp_path / "run" / "converted-hf", []
@@ -203,17 +218,19 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(tmp_path):
     assert written(0, suppress_tokens=new) != tokenizer.decode(new)
 
 
-def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch):
-    """In all tasks of our own, as in training; their lengths count it."""
+@pytest.mark.parametrize("ends", [False, True])
+def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch, ends):
+    """In all tasks of our own, as in training; their lengths count it. EOS, which a tokenizer may put behind a text, is left out."""
     random_teacher(tmp_path)
     save_tokenizer(tmp_path)
-    bos, seen, forward = begin_with_bos(tmp_path), [], torch.nn.Embedding.forward
+    bos, seen, forward = begin_with_bos(tmp_path, ends), [], torch.nn.Embedding.forward
     monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: (seen.extend(ids.tolist()), forward(self, ids))[1])
     for task in (*evaluate.RECALL_TASKS, evaluate.RECALL_GENERATION):
         seen.clear()
         assert run(tmp_path, "--tasks", task, "--seq_lens", 100, "--limit", 3, "--batch_size", 1, "--output", tmp_path / "out") == 0
         texts = [row for row in seen if len(row) > 1]
         assert len(texts) >= 3 and all(row[0] == bos and row.count(bos) == 1 and len(row) <= 100 for row in texts), task
+        assert not any(load_tokenizer(str(tmp_path)).eos_token_id in row for row in texts), task
 
 
 def test_the_mean_over_lengths_is_of_the_same_tasks():
@@ -312,6 +329,7 @@ def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path
     (["--tasks", "heldout_kl", "--data", "DATA"], "TEACHER: heldout_kl needs"),
     (["--data", "/nowhere"], "^DATA: /nowhere: no such folder; make it with preprocess_chunk.py$"),
     (["--data", "TEACHER"], "^DATA: .*: holds no readable metadata.json; make"),
+    (["--data", "TOKENS"], "^DATA: .*tokenized holds no chunks; cut its documents with preprocess_chunk.py --tokenized_dataset_path"),
     (["--teacher", "/nowhere"], "TEACHER: '/nowhere' is neither a folder"),
     (["--seq_lens", "4k"], "SEQ_LENS: '4k' must be numbers"),
     (["--limit", "0"], "LIMIT: 0 must be at least 1"),
@@ -323,7 +341,8 @@ def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path
     (["/no/such/folder"], "CHECKPOINT: '/no/such/folder' is neither a folder"),
 ])  # fmt: skip
 def test_bad_input_ends_at_the_door(teacher_dir, data_dir, tmp_path, options, message):
-    options = [{"TEACHER": teacher_dir, "DATA": data_dir}.get(option, option) for option in options]
+    options = [{"TEACHER": teacher_dir, "DATA": data_dir, "TOKENS": str(Path(data_dir).parent / "tokenized")}.get(option, option)
+               for option in options]  # fmt: skip
     with pytest.raises(ValueError, match=message) as error:
         run(teacher_dir, *options, "--output", tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
@@ -580,10 +599,11 @@ def test_comparison_recomputed_by_hand(tmp_path, capsys):
 def test_comparison_of_what_cannot_be_compared(tmp_path):
     teacher = write(tmp_path / "a", result("piqa", 0.8, 0.02))
     limited = write(tmp_path / "b", result("piqa", 0.8, 0.02) | {"settings": {"checkpoint": "y", "limit": 5}})
+    newer = write(tmp_path / "e", result("piqa", 0.8, 0.02, procedure=2))
     other = write(tmp_path / "c", result("boolq", 0.8, 0.02))
     failed, tables = write(tmp_path / "d", failed=["piqa"]), str(tmp_path / "tables.json")
     Path(tables).write_text('{"a": {"piqa": {"score": 0.8}}}')  # what one call writes of all its checkpoints
-    for files, message in (((teacher, limited), "another limit"), ((teacher, other), "no task in common"),
+    for files, message in (((teacher, limited), "another limit"), ((teacher, newer), r"another procedure \(2\)"), ((teacher, other), "no task in common"),
                            ((teacher,), "one alone"), ((teacher, "folder"), "files alone, or checkpoints alone"),
                            ((teacher, str(tmp_path / "none.json")), r"none.json is no results.json .* to OUTPUT/PATH__OF__CHECKPOINT/results.json$"),
                            ((teacher, tables), "tables.json is no results.json of a checkpoint")):  # fmt: skip

@@ -228,6 +228,17 @@ def test_every_task_leaves_its_files(task, long_teacher, tmp_path, capsys):
     assert baseline["accuracy"] == 0 and "the figures say nothing" in capsys.readouterr().out  # it has not learnt anything
 
 
+def test_results_whose_noise_ratio_was_a_share_are_another_ones(long_teacher, tmp_path):
+    options = ("--task", "variable_tracking", "--num_samples", "1", "--num_chains", "2", "--num_hops", "1", "--noise_ratio", "0.5")
+    evaluate(long_teacher, tmp_path, *options)
+    file = tmp_path / "results" / "baseline_variable_tracking.json"
+    content = json.loads(file.read_text())
+    del content["settings"]["noise_ratio_of"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has this task with noise_ratio_of None, not 'the other sentences'; name another folder"):
+        evaluate(long_teacher, tmp_path, *options)
+
+
 def test_done_work_is_kept_and_other_settings_are_refused(long_teacher, tmp_path, capsys):
     evaluate(long_teacher, tmp_path, "--task", "phone_book", "--num_samples", "2")
     file = tmp_path / "results" / "baseline_phone_book.json"

@@ -106,7 +106,7 @@ def test_every_old_flag_is_taken_or_replaced(script, monkeypatch):
     assert set(FLAGS[script].split()) <= ours | set(replaced)
     assert not set(replaced) & ours and set(replaced) <= set(FLAGS[script].split())
     # Where flags differ, an abbreviation of one there could be another one here.
-    assert not parser.allow_abbrev or script in ("train.py", "convert_ckpt.py")
+    assert not parser.allow_abbrev
 
 
 def test_the_page_lists_the_flags_that_are_replaced():

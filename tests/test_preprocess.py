@@ -324,6 +324,9 @@ def test_a_second_call_does_nothing_and_another_is_refused(tmp_path, corpus, tok
         open_chunks(str(folder), 32)
     with pytest.raises(DataError, match="not the teacher's"):
         open_chunks(str(folder), 16, "another")
+    with pytest.raises(DataError, match="tokenized holds no chunks; cut its documents with preprocess_chunk.py"):
+        open_chunks(str(out))
+    assert open_chunks(str(folder)).metadata["context_length"] == 16
 
 
 def test_fingerprint_is_of_the_content(tmp_path, tokenizer_dir):
