@@ -88,7 +88,7 @@ def documents(unit: Unit, tokenizer, count: int):
 
 
 def write_documents(found: list[dict], file: Path) -> None:
-    """Writes the documents whole or not at all, whichever of several processes comes last."""
+    """Writes the documents atomically; of several processes that write the same ones the last wins."""
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
 

@@ -623,7 +623,7 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
 
 class _MaskedCacheStudent(StudentAttention):
     """A softmax-like layer of FLA that takes a cache only with a mask, a mask only in evaluation, and behind cached
-    tokens one token at a time: a long text in pieces costs it time."""
+    tokens one token at a time: chunked prefill is slow."""
 
     CONSTANT_STATE = False
     READS_ON = False

@@ -285,7 +285,7 @@ def open_chunks(
     train = open_split(Path(cache_dir), "train", metadata["num_chunks"])
     heldout = open_split(Path(cache_dir), "heldout", metadata["heldout_chunks"]) if metadata["heldout_chunks"] else None
     if vocab_size is not None:
-        # Folders of earlier versions do not say it. They are read for it, at memory's rate where they have been read before.
+        # Folders of earlier versions do not say it. They are read for it, quickly if they are in the page cache.
         largest = metadata[LARGEST] if LARGEST in metadata else max(largest_id(part) for part in (train, heldout) if part is not None)
         if largest >= vocab_size:
             raise out_of_vocabulary(f"{key}: {cache_dir} holds the token id", largest, vocab_size)
