@@ -839,21 +839,24 @@ def test_an_export_in_mid_run_does_not_end_it(make_run):
     (1, 1, 2, None), (1, 2, 1, None), (2, 2, 1, None), (2, 1, 2, None), (3, 2, 1, None), (3, 1, 2, None), (2, 1, 2, 2), (3, 1, 2, 3),
 ])  # fmt: skip
 def test_another_number_of_processes(make_run, stage, before, after, zero):
-    """The losses of the whole run, within what another order of summation does, which Adam's first steps magnify: optimiser states
-    arrive."""
+    """The losses of an untouched run, within what another order of summation does: optimiser states arrive. At these learning
+    rates that is 3e-6; at ten times these, the other tests', Adam's first steps magnify it to percents on some processors."""
     import hf_trainer
 
-    run = make_run(stage, **{"zero_stage": zero} if zero else {})
+    rates = {"lr": 2e-4, "lr_attn": 4e-4, "final_lr": 1e-4}
+    run = make_run(stage, **rates, **{"zero_stage": zero} if zero else {})
+    untouched = run.root / "untouched"
+    run.to_the_end(f"train.output_dir={untouched}")
     kill = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=2 * 7 // before + 1)  # noqa: E731
     assert run.start(hook=on_rank(0, kill), ranks=before).wait() == -signal.SIGKILL
     output = run.to_the_end(ranks=after)
     assert f"{before} processes saved checkpoint-6, {after} go on from it" in output
     assert read_index(checkpoints(run.folder)[-1])["zero_stage"] == (zero or (1 if before == 1 else stage))
-    ours, theirs = metrics(run.folder), metrics(run.whole)
+    ours, theirs = metrics(run.folder), metrics(untouched)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for name in ("loss", "grad_norm", "learning_rate"):
         values = [[line[name] for line in lines if name in line] for lines in (ours, theirs)]
-        assert values[0] == pytest.approx(values[1], rel=5e-3), name
+        assert values[0] == pytest.approx(values[1], rel=1e-4), name
     assert not (run.folder / ".universal").exists()
 
 
