@@ -225,7 +225,7 @@ def alignment_figure(
     bars.set_xticks(list(layers), [f"{i}\nkept" if i in kept else str(i) for i in layers])
     bars.set_xlabel("layer", fontsize=9)
     bars.set_ylabel("error / variance of the teacher's output", fontsize=8)
-    bars.legend(fontsize=8, frameon=False)
+    bars.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))  # above the bars
     for i in layers:
         color = colormaps["viridis"](i / max(1, len(before) - 1) * 0.9)
         curves.plot(steps, [error[i] for error in errors], "o-", ms=2.5, lw=1, color=color, label=f"layer {i}")
