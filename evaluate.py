@@ -348,8 +348,8 @@ def measure_own(unit: Unit, args: argparse.Namespace, documents, lm, teacher) ->
 
 # ------------------------------------------------------------------------------------------------ running
 def load_model(checkpoint: str):
-    """A checkpoint in its own dtype, on this process's device. It generates greedily, and reads long prompts in pieces, unless
-    that takes it longer."""
+    """A checkpoint in its own dtype, on this process's device. It generates greedily, with chunked prefill unless that
+    is slower for its student."""
     import torch
     from transformers import AutoModelForCausalLM
 
