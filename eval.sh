@@ -31,6 +31,7 @@ here=$(dirname "${BASH_SOURCE[0]}")
 [[ -n ${VENV:-} ]] || source "$here/setup.sh"
 source "$here/launch_common.sh"
 [[ $# != 0 ]] || die "CHECKPOINT: none; usage: [TASKS=...] bash eval.sh CHECKPOINT..."
+export EVAL_SH=1 # evaluate.py's messages then name the variables above
 options=()
 for name in TASKS SEQ_LENS BATCH_SIZE NUM_GPUS LIMIT OUTPUT DATA TEACHER NUM_WORDS; do
     [[ -z ${!name:-} ]] || options+=("--${name,,}" "${!name}")

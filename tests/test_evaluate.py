@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 from runtime.checkpoints import sha256
+from runtime.command import run_main
 from runtime.data import load_tokenizer, open_chunks
 
 import datasets
@@ -19,20 +21,18 @@ import torch
 from conftest import begin_with_bos, random_teacher, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import eval_compare
-import eval_ruler
-import eval_tables
-import evaluate
+import evaluation.commands
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from evaluate import Unit, recall_documents
-from recall_tasks import answer_accuracy
+from evaluation.own_tasks import recall_documents
+from evaluation.tasks import GROUPS, LOCAL, RECALL_GENERATION, RULER, Unit
+from recall_tasks import NUM_WORDS, RECALL_TASKS, answer_accuracy
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(*argv):
-    return evaluate.main([*map(str, argv), "--num_gpus", "1"])
+    return evaluation.commands.evaluate_checkpoints([*map(str, argv), "--num_gpus", "1"])
 
 
 def read(output):
@@ -59,16 +59,16 @@ def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, ca
     assert run(teacher_dir, student_dir, *options) == 0
     found = read(tmp_path)
     teacher, student = (found[label] for label in (Path(teacher_dir).name, Path(student_dir).parent.name))
-    assert {key.split("@")[0] for key in teacher} == set(evaluate.LOCAL) and list(teacher) == list(student)
+    assert {key.split("@")[0] for key in teacher} == set(LOCAL) and list(teacher) == list(student)
     assert teacher["heldout_kl"]["score"] == pytest.approx(0, abs=1e-6)
 
     tokenizer, model = (
         load_tokenizer(student_dir),
         AutoModelForCausalLM.from_pretrained(student_dir).eval(),
     )
-    for task in evaluate.RECALL_TASKS:
+    for task in RECALL_TASKS:
         for length in (128, 200):
-            documents = recall_documents(task, length, evaluate.NUM_WORDS, tokenizer)[:6]
+            documents = recall_documents(task, length, NUM_WORDS, tokenizer)[:6]
             assert student[f"{task}@{length}"]["score"] == pytest.approx(
                 answer_accuracy(model, tokenizer, documents)
             ), task
@@ -129,7 +129,7 @@ def test_an_export_written_again_is_known_by_its_content(teacher_dir, tmp_path, 
     student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", [1])[0]
     student.save_pretrained(folder)
     save_tokenizer(folder)
-    monkeypatch.setattr(evaluate, "sha256", lambda file: (read_files.append(file.name), sha256(file))[1])
+    monkeypatch.setattr(evaluation.record, "sha256", lambda file: (read_files.append(file.name), sha256(file))[1])
     options = ("--tasks", "copying", "--seq_lens", 128, "--limit", 1, "--output", tmp_path / "out")
     assert run(folder, *options) == 0 and run(folder, *options) == 0
     assert capsys.readouterr().out.count("Everything is there already") == 1 and read_files == ["model.safetensors"]
@@ -180,10 +180,10 @@ class Oracle:
 @pytest.mark.parametrize("wrong, score", [(0, 1.0), (1, 0.0)])
 def test_gold_answers_score_one_and_wrong_ones_zero(teacher_dir, tmp_path, monkeypatch, wrong, score):
     tokenizer = load_tokenizer(teacher_dir)
-    made = [recall_documents(task, 160, evaluate.NUM_WORDS, tokenizer) for task in evaluate.RECALL_TASKS]
+    made = [recall_documents(task, 160, NUM_WORDS, tokenizer) for task in RECALL_TASKS]
     oracle = Oracle(tokenizer, [document.text for documents in made for document in documents], wrong)
-    monkeypatch.setattr(evaluate, "load_model", lambda checkpoint: oracle)
-    tasks = ",".join((*evaluate.RECALL_TASKS, evaluate.RECALL_GENERATION))
+    monkeypatch.setattr(evaluation.harness, "load_model", lambda checkpoint: oracle)
+    tasks = ",".join((*RECALL_TASKS, RECALL_GENERATION))
     assert (
         run(
             teacher_dir,
@@ -214,7 +214,7 @@ def test_long_prompts_are_read_in_pieces(teacher_dir, tmp_path, monkeypatch, nam
         folder = tmp_path / name
         StudentForCausalLM.from_teacher(load_teacher(teacher_dir), name, [1])[0].save_pretrained(folder)
         save_tokenizer(folder)
-    monkeypatch.setattr(evaluate, "PREFILL", 64)
+    monkeypatch.setattr(evaluation.harness, "PREFILL_CHUNK", 64)
     monkeypatch.setattr(
         torch.nn.Embedding,
         "forward",
@@ -245,9 +245,10 @@ def test_prompts_under_dynamic_rope_are_read_as_a_whole(teacher_dir, tmp_path):
     model.config.rope_parameters |= {"rope_type": "dynamic", "factor": 2.0}
     model.save_pretrained(tmp_path)
     prefill = [
-        evaluate.load_model(str(folder)).generation_config.prefill_chunk_size for folder in (teacher_dir, tmp_path)
+        evaluation.harness.load_model(str(folder)).generation_config.prefill_chunk_size
+        for folder in (teacher_dir, tmp_path)
     ]
-    assert prefill == [evaluate.PREFILL, None]
+    assert prefill == [evaluation.harness.PREFILL_CHUNK, None]
 
 
 SAMPLING = {
@@ -284,7 +285,7 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(tmp_path):
 
     def written(ends, **asked):
         (tmp_path / "generation_config.json").write_text(json.dumps({**SAMPLING, "eos_token_id": ends}))
-        lm = evaluate.harness_model(str(tmp_path), "1")
+        lm = evaluation.harness.harness_model(str(tmp_path), "1")
         request = Instance("generate_until", {}, (prompt, {"until": ["\n\n"], "max_gen_toks": 12, **asked}), 0)
         return lm.generate_until([request], disable_tqdm=True)[0]
 
@@ -306,7 +307,7 @@ def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch, ends):
         "forward",
         lambda self, ids: (seen.extend(ids.tolist()), forward(self, ids))[1],
     )
-    for task in (*evaluate.RECALL_TASKS, evaluate.RECALL_GENERATION):
+    for task in (*RECALL_TASKS, RECALL_GENERATION):
         seen.clear()
         assert (
             run(
@@ -347,12 +348,12 @@ def test_the_mean_over_lengths_is_of_the_same_tasks():
         ),
         "b": scores(copying={96: 0.1, 200: 0.0}, multi_hop_recall={96: 0.9}),
     }
-    assert eval_tables.over_lengths(eval_tables.rows(results), ["a", "b"]) == (
+    assert evaluation.tables.over_lengths(evaluation.tables.rows(results), ["a", "b"]) == (
         [96, 200],
         {"a": [0.5, 0.25], "b": [0.1, 0.0]},
         1,
     )
-    assert eval_tables.over_lengths(eval_tables.rows({"b": scores(copying={96: 0.1})}), ["b"]) == (
+    assert evaluation.tables.over_lengths(evaluation.tables.rows({"b": scores(copying={96: 0.1})}), ["b"]) == (
         [],
         {},
         0,
@@ -373,7 +374,7 @@ def test_a_panel_for_every_metric_where_lower_is_better(tmp_path, monkeypatch):
             result("heldout_kl", 0.2, 0.01, higher=False, metric="nats"),
         )
     }
-    eval_tables.plot({"a": tasks, "b": tasks}, tmp_path / "x.png")
+    evaluation.tables.plot({"a": tasks, "b": tasks}, tmp_path / "x.png")
     assert [axis.get_xlabel() for axis in figures[0].axes] == [
         "score",
         "perplexity, lower is better",
@@ -382,7 +383,7 @@ def test_a_panel_for_every_metric_where_lower_is_better(tmp_path, monkeypatch):
     assert [bar.get_width() for bar in figures[0].axes[2].patches] == [0.2, 0.2]
 
 
-@pytest.mark.parametrize("task", evaluate.RECALL_TASKS)
+@pytest.mark.parametrize("task", RECALL_TASKS)
 def test_recall_documents_fill_their_length_and_stay_the_same(teacher_dir, task):
     tokenizer = load_tokenizer(teacher_dir)
     for length in (100, 500):
@@ -392,7 +393,7 @@ def test_recall_documents_fill_their_length_and_stay_the_same(teacher_dir, task)
         assert (
             documents == recall_documents(task, length, 32, tokenizer, 20) and len(set(d.text for d in documents)) == 20
         )
-    with pytest.raises(ValueError, match="SEQ_LENS: 10 tokens are too few"):
+    with pytest.raises(ValueError, match="--seq_lens: 10 tokens are too few"):
         recall_documents(task, 10, 32, tokenizer)
     if task != "copying":
         with pytest.raises(ValueError, match="different words; there are"):
@@ -402,7 +403,7 @@ def test_recall_documents_fill_their_length_and_stay_the_same(teacher_dir, task)
 def test_a_failing_task_does_not_take_the_others_with_it(teacher_dir, tmp_path, capfd, monkeypatch):
     """One lacks the network, one its length, one breaks while it is measured; two are done, and the
     rest is tried again."""
-    inner = evaluate.measure
+    inner = evaluation.runner.measure
 
     def broken(unit, *args):
         if unit.task == "copying":
@@ -419,20 +420,20 @@ def test_a_failing_task_does_not_take_the_others_with_it(teacher_dir, tmp_path, 
         "--output",
         tmp_path,
     )
-    monkeypatch.setattr(evaluate, "measure", broken)
-    monkeypatch.setitem(eval_ruler.SHORTEST, "niah_single_2", 1)
+    monkeypatch.setattr(evaluation.runner, "measure", broken)
+    monkeypatch.setitem(evaluation.ruler.SHORTEST, "niah_single_2", 1)
     assert run(teacher_dir, *options) == 1
     shown = capfd.readouterr()
-    assert "Needs a network, to fetch: niah_single_2 (baber/paul_graham_essays and nltk's punkt_tab)\n" in shown.out
+    assert "Needs a network, to download: niah_single_2 (baber/paul_graham_essays and nltk's punkt_tab)\n" in shown.out
     results = read(tmp_path)[Path(teacher_dir).name]
     assert "paul_graham_essays" in results["niah_single_2@128"]["error"]
     assert results["copying@128"]["error"] == "RuntimeError: no such kernel"
-    assert results["ruler_cwe@128"]["error"] == "SEQ_LENS: 128 is too short for ruler_cwe; it needs 2048"
+    assert results["ruler_cwe@128"]["error"] == "--seq_lens: 128 is too short for ruler_cwe; it needs 2048"
     assert all("score" in results[f"{task}@128"] for task in ("associative_recall", "multi_hop_recall"))
     table = (tmp_path / "results.md").read_text()
     assert table.count("| failed |") == 3 and "\nFailed: " in table and shown.err.count("FAILED: ") == 3
 
-    monkeypatch.setattr(evaluate, "measure", inner)
+    monkeypatch.setattr(evaluation.runner, "measure", inner)
     assert run(teacher_dir, *options) == 1
     again = read(tmp_path)[Path(teacher_dir).name]
     assert "score" in again["copying@128"] and again["associative_recall@128"] == results["associative_recall@128"]
@@ -475,27 +476,27 @@ def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--tasks", "rular"], r"TASKS: 'rular' is unknown; did you mean ruler"),
-        (["--tasks", "heldout_kl", "--teacher", "TEACHER"], "DATA: heldout_kl needs"),
-        (["--tasks", "heldout_kl", "--data", "DATA"], "TEACHER: heldout_kl needs"),
+        (["--tasks", "rular"], r"--tasks: 'rular' is unknown; did you mean ruler"),
+        (["--tasks", "heldout_kl", "--teacher", "TEACHER"], "--data: heldout_kl needs"),
+        (["--tasks", "heldout_kl", "--data", "DATA"], "--teacher: heldout_kl needs"),
         (
             ["--data", "/nowhere"],
-            "^DATA: /nowhere: no such folder; make it with preprocess_chunk.py$",
+            "^--data: /nowhere: no such folder; make it with preprocess_chunk.py$",
         ),
-        (["--data", "TEACHER"], "^DATA: .*: holds no readable metadata.json; make"),
+        (["--data", "TEACHER"], "^--data: .*: holds no readable metadata.json; make"),
         (
             ["--data", "TOKENS"],
-            "^DATA: .*tokenized holds no chunks; cut its documents with preprocess_chunk.py --tokenized_dataset_path",
+            "^--data: .*tokenized holds no chunks; cut its documents with preprocess_chunk.py --tokenized_dataset_path",
         ),
-        (["--teacher", "/nowhere"], "TEACHER: '/nowhere' is neither a folder"),
-        (["--seq_lens", "4k"], "SEQ_LENS: '4k' must be numbers"),
-        (["--limit", "0"], "LIMIT: 0 must be at least 1"),
+        (["--teacher", "/nowhere"], "--teacher: '/nowhere' is neither a folder"),
+        (["--seq_lens", "4k"], "--seq_lens: '4k' must be numbers"),
+        (["--limit", "0"], "--limit: 0 must be at least 1"),
         (
             ["--num_words", "100000"],
-            "NUM_WORDS: 100000 must be at most [0-9]+, the words that there are",
+            "--num_words: 100000 must be at most [0-9]+, the number of words that there are",
         ),
-        (["--batch_size", "many"], "BATCH_SIZE: 'many' must be a number, or auto"),
-        (["--tasks", " , "], "TASKS: names no task"),
+        (["--batch_size", "many"], "--batch_size: 'many' must be a number, or auto"),
+        (["--tasks", " , "], "--tasks: names no task"),
         (["TEACHER"], "is named twice"),
         (["no/such-model"], "CHECKPOINT: 'no/such-model' is neither a folder"),
         (["/no/such/folder"], "CHECKPOINT: '/no/such/folder' is neither a folder"),
@@ -529,17 +530,18 @@ def test_a_checkpoint_of_the_predecessor_is_refused_by_name(teacher_dir, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("main", [evaluate.main, eval_compare.main])
+@pytest.mark.parametrize("main", [evaluation.commands.evaluate_checkpoints, evaluation.commands.compare_with_teacher])
 def test_an_output_that_cannot_be_ends_in_one_line(teacher_dir, student_dir, tmp_path, monkeypatch, main):
     """A file in its place, and results that are damaged: before any task, and with what to mend."""
     (tmp_path / "file").touch()
-    damaged = evaluate.Record(SimpleNamespace(output=tmp_path / "out"), student_dir).file
+    damaged = evaluation.record.Record(SimpleNamespace(output=tmp_path / "out"), student_dir).file
     damaged.parent.mkdir(parents=True)
     damaged.write_text('{"tasks": ')
-    monkeypatch.setattr(evaluate, "work", None)
+    monkeypatch.setattr(evaluation.runner, "Worker", None)
+    monkeypatch.setattr(sys, "argv", ["a.py"])
     for output, message in (
         (tmp_path / "file", f"{tmp_path / 'file'}.*: Not a directory"),
-        (tmp_path / "out", f"OUTPUT: {damaged} holds no"),
+        (tmp_path / "out", f"--output: {damaged} holds no"),
     ):
         argv = [
             teacher_dir,
@@ -552,7 +554,7 @@ def test_an_output_that_cannot_be_ends_in_one_line(teacher_dir, student_dir, tmp
             "1",
         ]
         with pytest.raises(SystemExit, match=f"^a.py: error: {message}") as error:
-            evaluate.command("a.py", lambda: main(argv))
+            run_main(partial(main, argv))
         assert "\n" not in str(error.value.code)
     assert damaged.read_text() == '{"tasks": '
 
@@ -560,21 +562,23 @@ def test_an_output_that_cannot_be_ends_in_one_line(teacher_dir, student_dir, tmp
 def test_groups_and_lengths(data_dir):
     def asked(tasks, **options):
         args = SimpleNamespace(**{"tasks": tasks.split(","), "seq_lens": [], "data": None, "teacher": None, **options})
-        return evaluate.plan(args, evaluate.ruler_manager())
+        return evaluation.planning.plan(args, evaluation.ruler.ruler_manager())
 
-    assert asked("ruler") == [Unit(task, 4096) for task in evaluate.RULER] and len(evaluate.RULER) == 13
+    assert asked("ruler") == [Unit(task, 4096) for task in RULER] and len(RULER) == 13
     assert {unit.seq_len for unit in asked("needle")} == {4096, 16384, 65536, 262144}
     assert len(asked("ruler,niah_single_1,needle", seq_lens=[4096, 8192])) == 26, "each once"
-    assert [unit.task for unit in asked("local")] == [*evaluate.RECALL_TASKS, "recall_generation"]
+    assert [unit.task for unit in asked("local")] == [*RECALL_TASKS, "recall_generation"]
     assert len(asked("local", data=data_dir)) == 5 and len(asked("local", data=data_dir, teacher="x")) == 6
 
 
 def test_names_in_tables_tell_checkpoints_apart():
-    assert evaluate.labels(["a/stage2/converted-hf", "a/stage3/converted-hf"]) == {
+    assert evaluation.options.labels(["a/stage2/converted-hf", "a/stage3/converted-hf"]) == {
         "a/stage2/converted-hf": "stage2",
         "a/stage3/converted-hf": "stage3",
     }
-    assert list(evaluate.labels(["a/stage3/converted-hf", "/b/stage3/converted-hf", "Qwen/Qwen3-1.7B"]).values()) == [
+    assert list(
+        evaluation.options.labels(["a/stage3/converted-hf", "/b/stage3/converted-hf", "Qwen/Qwen3-1.7B"]).values()
+    ) == [
         "a/stage3",
         "b/stage3",
         "Qwen/Qwen3-1.7B",
@@ -586,12 +590,12 @@ def test_every_task_of_the_groups_is_known_and_its_download_named():
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
-    fetched = {name: evaluate.dataset_of(name, manager) for group in evaluate.GROUPS.values() for name in group}
-    assert {name for name in fetched if name not in evaluate.LOCAL} <= set(manager.all_tasks)
+    fetched = {name: evaluation.planning.dataset_of(name, manager) for group in GROUPS.values() for name in group}
+    assert {name for name in fetched if name not in LOCAL} <= set(manager.all_tasks)
     assert fetched["hellaswag"] == "Rowan/hellaswag" and fetched["mmlu"] == "cais/mmlu" and "gsm8k" in fetched["gsm8k"]
     offline = {name for name, source in fetched.items() if source is None}
     assert offline == {
-        *evaluate.LOCAL,
+        *LOCAL,
         "niah_single_1",
         "niah_multikey_2",
         "niah_multikey_3",
@@ -599,7 +603,7 @@ def test_every_task_of_the_groups_is_known_and_its_download_named():
         "ruler_cwe",
         "ruler_fwe",
     }
-    units = evaluate.plan(SimpleNamespace(tasks=["ai2_arc"], seq_lens=[], data=None, teacher=None), manager)
+    units = evaluation.planning.plan(SimpleNamespace(tasks=["ai2_arc"], seq_lens=[], data=None, teacher=None), manager)
     assert [unit.key for unit in units] == ["arc_challenge", "arc_easy"], "a tag is its tasks"
 
 
@@ -616,7 +620,7 @@ def rulers_cache(tmp_path_factory):
 def ruler(teacher_dir):
     """Builds RULER's tasks as the evaluation does."""
     lm = SimpleNamespace(tokenizer=load_tokenizer(teacher_dir))
-    return lambda unit, limit=None: evaluate.build(unit, SimpleNamespace(limit=limit), None, lm)
+    return lambda unit, limit=None: evaluation.harness.build(unit, SimpleNamespace(limit=limit), None, lm)
 
 
 def test_rulers_documents_do_not_depend_on_the_tasks_before(ruler, rulers_cache):
@@ -657,9 +661,9 @@ def test_no_more_of_rulers_documents_are_made_than_are_asked_for(ruler, unit, mo
 
 def test_rulers_documents_are_made_once_for_a_tokenizer(teacher_dir, student_dir, tmp_path, monkeypatch):
     """For teacher and student, and for a later call; not for another tokenizer."""
-    made, inner = [], eval_ruler.generate
+    made, inner = [], evaluation.ruler.generate
     monkeypatch.setattr(
-        eval_ruler,
+        evaluation.ruler,
         "generate",
         lambda unit, tokenizer, count: (
             made.append((unit.seq_len, count)),
@@ -699,7 +703,7 @@ def test_rulers_documents_are_written_whole_or_not_at_all(ruler, rulers_cache, m
 
     before = set(rulers_cache.glob(".*")), set(rulers_cache.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(eval_ruler, "sync", full)
+        patch.setattr(evaluation.ruler, "sync", full)
         with pytest.raises(OSError, match="No space left"):
             ruler(Unit("niah_single_1", 1060), limit=1)
     assert (set(rulers_cache.glob(".*")), set(rulers_cache.iterdir())) == before
@@ -755,10 +759,10 @@ def test_a_sentence_splitter_that_is_not_to_be_had(ruler, monkeypatch):
     import nltk
     from lm_eval.tasks.ruler import prepare_niah
 
-    monkeypatch.setattr(prepare_niah, "get_haystack", lambda type_haystack: "some words".split())
+    monkeypatch.setattr(prepare_niah, "get_haystack", lambda type_haystack: ["some", "words"])
     monkeypatch.setattr(nltk.data, "find", lambda name: (_ for _ in ()).throw(LookupError(name)))
     monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
-    with pytest.raises(ValueError, match="^nltk's punkt_tab is not there and could not be fetched; run [^\\n]*$"):
+    with pytest.raises(ValueError, match="^nltk's punkt_tab is missing and could not be downloaded; run [^\\n]*$"):
         ruler(Unit("niah_single_2", 1024), limit=1)
 
 
@@ -845,8 +849,8 @@ def write(folder, *results, failed=()):
 
 
 def test_comparison_recomputed_by_hand(tmp_path, capsys):
-    ruler = [result(task, 0.8, 0.03, 4096) for task in evaluate.RULER]
-    worse = [result(task, 0.6, 0.04, 4096) for task in evaluate.RULER]
+    ruler = [result(task, 0.8, 0.03, 4096) for task in RULER]
+    worse = [result(task, 0.6, 0.04, 4096) for task in RULER]
     files = [
         write(
             tmp_path / "teacher",
@@ -868,7 +872,7 @@ def test_comparison_recomputed_by_hand(tmp_path, capsys):
             *worse,
         ),
     ]
-    assert eval_compare.main([*files, "--output", str(tmp_path / "out")]) == 0
+    assert evaluation.commands.compare_with_teacher([*files, "--output", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert found["teacher"] == "teacher"
     tasks = {row["task"]: row for row in found["students"]["hybrid"]["tasks"]}
@@ -911,9 +915,9 @@ def test_comparison_of_what_cannot_be_compared(tmp_path):
         ((teacher, tables), "tables.json is no results.json of a checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
-            eval_compare.main([*files, "--output", str(tmp_path / "out")])
+            evaluation.commands.compare_with_teacher([*files, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-    assert eval_compare.main([teacher, failed, "--output", str(tmp_path / "out")]) == 1
+    assert evaluation.commands.compare_with_teacher([teacher, failed, "--output", str(tmp_path / "out")]) == 1
     assert "Failed: d, piqa" in (tmp_path / "out" / "compare.md").read_text()
 
 
@@ -928,7 +932,12 @@ def test_comparison_evaluates_checkpoints(teacher_dir, student_dir, data_dir, tm
         "--data",
         data_dir,
     )
-    assert eval_compare.main([teacher_dir, student_dir, *options, "--output", str(tmp_path), "--num_gpus", "1"]) == 0
+    assert (
+        evaluation.commands.compare_with_teacher(
+            [teacher_dir, student_dir, *options, "--output", str(tmp_path), "--num_gpus", "1"]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "compare.json").read_text())
     rows = {row["task"]: row for row in found["students"][Path(student_dir).parent.name]["tasks"]}
     assert (
@@ -980,6 +989,8 @@ def test_the_script_says_what_is_wrong(tmp_path):
     assert done.returncode == 1 and not (tmp_path / "out").exists()
     assert re.search("^evaluate.py: error: CHECKPOINT: '/no/such/folder' is neither", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
+    done = script("/no/such/folder", LIMIT="0")
+    assert done.returncode == 1 and "evaluate.py: error: LIMIT: 0 must be at least 1\n" in done.stderr
 
 
 def same_scores(one, two, rel):
