@@ -75,7 +75,8 @@ class Conversation:
         largest = ids.max().item() if ids.numel() else 0
         if largest >= self.vocab_size:
             token = self.tokenizer.convert_ids_to_tokens(largest)
-            raise out_of_vocabulary(f"--model: {token!r} in the text has the id", largest, self.vocab_size)
+            where = f"--model: {token!r} in the text has the id"
+            raise out_of_vocabulary(where, largest, self.vocab_size)
         return encoded
 
     def _encode(self, line: str) -> BatchEncoding:
@@ -88,8 +89,10 @@ class Conversation:
             return self.tokenizer.apply_chat_template(
                 self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except TemplateError as error:  # a mistake in the template, or its own refusal, as of a system message
-            cure = "fix chat_template" if self.system is None else "leave --system out, or fix chat_template"
+        except TemplateError as error:  # a mistake in it, or its own refusal, as of a system message
+            cure = "fix chat_template"
+            if self.system is not None:
+                cure = f"leave --system out, or {cure}"
             message = f"its chat template refuses the conversation ({one_line(error)}); {cure}"
             raise ValueError(f"--model: {message}") from None
 
@@ -137,7 +140,7 @@ def refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 def read_lines() -> Iterator[str]:
     """What the user types, without empty lines, until the input ends."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # no tokenizer takes the surrogates that invalid bytes would become
+        sys.stdin.reconfigure(errors="replace")  # tokenizers refuse the surrogates of invalid bytes
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input("> " if sys.stdin.isatty() else "")
@@ -151,11 +154,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or a hub name")
     parser.add_argument("--system", help="system message")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="maximum number of tokens of an answer")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="maximum tokens of an answer")
     parser.add_argument(
         "--temperature",
         type=float,
-        help="0: greedy decoding, without penalties; default: as the model's generation config says",
+        help="0: greedy decoding, without penalties; default: that of the model's generation config",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -195,10 +198,12 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     model, conversation = load(args)
     config = model.config
-    layers = f"{len(config.linear_layers)} x {config.student_name}, " if config.linear_layers else ""
-    full = config.keep_full_attention_layers
-    mode = "chat" if conversation.tokenizer.chat_template else "no chat template: it continues the text"
-    print(f"{args.model}: {layers}full attention in {full}; {mode}; /reset, /exit", file=sys.stderr)
+    layers = f"full attention in {config.keep_full_attention_layers}"
+    if config.linear_layers:
+        layers = f"{len(config.linear_layers)} x {config.student_name}, {layers}"
+    has_template = bool(conversation.tokenizer.chat_template)
+    mode = "chat" if has_template else "no chat template: it continues the text"
+    print(f"{args.model}: {layers}; {mode}; /reset, /exit", file=sys.stderr)
     for line in read_lines():
         if line == "/exit":
             return

@@ -1,7 +1,7 @@
 """Evaluates checkpoints with lm-evaluation-harness, and with tasks of our own that need no
 network.
 
-    python evaluate.py outputs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2/stage3/converted-hf       # RULER at 4096
+    python evaluate.py outputs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2/stage3/converted-hf   # RULER at 4096
     python evaluate.py TEACHER STUDENT --tasks local --seq_lens 512,2048 --data CHUNKS --teacher TEACHER
 
 A checkpoint is a folder or a hub name: one of ours, or a plain Hugging Face one. --tasks takes

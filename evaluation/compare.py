@@ -16,19 +16,21 @@ def share(row: Row, label: str, teacher: str) -> tuple[float, float | None] | No
     share."""
     if row.metric == "nats" or not row.has_score(label) or not row.has_score(teacher):
         return None
-    student_cell = row.cells[label]
-    teacher_cell = row.cells[teacher]
-    score = student_cell["score"]
-    reference = teacher_cell["score"]
+    score = row.cells[label]["score"]
+    reference = row.cells[teacher]["score"]
     divisor = reference if row.higher_is_better else score
     if reference == 0 or divisor == 0:
         return None
     value = score / reference if row.higher_is_better else reference / score
-    if student_cell["stderr"] is None or teacher_cell["stderr"] is None:
+    student_error = row.cells[label]["stderr"]
+    teacher_error = row.cells[teacher]["stderr"]
+    if student_error is None or teacher_error is None:
         return value, None
-    if not row.higher_is_better:
-        return value, value * math.hypot(student_cell["stderr"] / score, teacher_cell["stderr"] / reference)
-    return value, math.hypot(student_cell["stderr"], value * teacher_cell["stderr"]) / reference
+    if row.higher_is_better:
+        error = math.hypot(student_error, value * teacher_error) / reference
+    else:
+        error = value * math.hypot(student_error / score, teacher_error / reference)
+    return value, error
 
 
 def total(table: list[Row], label: str, teacher: str) -> float | None:
@@ -37,7 +39,8 @@ def total(table: list[Row], label: str, teacher: str) -> float | None:
     score = 0.0
     reference = 0.0
     for row in table:
-        if row.higher_is_better and not row.is_mean and row.has_score(label) and row.has_score(teacher):
+        counted = row.higher_is_better and not row.is_mean
+        if counted and row.has_score(label) and row.has_score(teacher):
             score += row.cells[label]["score"]
             reference += row.cells[teacher]["score"]
     return score / reference if reference else None
@@ -88,7 +91,8 @@ def plot_shares(table: list[Row], teacher: str, students: list[str], path: Path)
 
 def comparison(table: list[Row], teacher: str, students: list[str]) -> dict:
     """The comparison as compare.json holds it."""
-    return {"teacher": teacher, "students": {student: student_entry(table, student, teacher) for student in students}}
+    entries = {student: student_entry(table, student, teacher) for student in students}
+    return {"teacher": teacher, "students": entries}
 
 
 def student_entry(table: list[Row], student: str, teacher: str) -> dict:
@@ -117,8 +121,10 @@ def read_results(file: str) -> tuple[str, dict[str, dict]]:
         content = json.loads(Path(file).read_text())
         return content["checkpoint"], content["tasks"]
     except (OSError, ValueError, KeyError, TypeError):
-        where = "evaluate.py writes it to OUTPUT/PATH__OF__CHECKPOINT/results.json"
-        raise ValueError(f"CHECKPOINT: {file} is no results.json of a checkpoint; {where}") from None
+        raise ValueError(
+            f"CHECKPOINT: {file} is no results.json of a checkpoint; "
+            "evaluate.py writes it to OUTPUT/PATH__OF__CHECKPOINT/results.json"
+        ) from None
 
 
 def results_of_files(files: list[str]) -> dict[str, dict[str, dict]]:
@@ -135,16 +141,24 @@ def results_of_files(files: list[str]) -> dict[str, dict[str, dict]]:
     if not common:
         raise ValueError(f"CHECKPOINT: {', '.join(files)} have no task in common")
     for key in common:
-        for file, tasks in zip(files[1:], results[1:]):
-            check_same_settings(key, results[0][key]["settings"], files[0], tasks[key]["settings"], file)
-    return {names[checkpoint]: {key: tasks[key] for key in common} for checkpoint, tasks in zip(checkpoints, results)}
+        settings = {file: tasks[key]["settings"] for file, tasks in zip(files, results)}
+        check_same_settings(key, settings)
+    selected = {}
+    for checkpoint, tasks in zip(checkpoints, results):
+        selected[names[checkpoint]] = {key: tasks[key] for key in common}
+    return selected
 
 
-def check_same_settings(key: str, first: dict, first_file: str, other: dict, other_file: str) -> None:
-    """Raises ValueError if two results were measured with different settings."""
-    for name in first | other:
-        if name != "checkpoint" and first.get(name) != other.get(name):
-            raise ValueError(
-                f"CHECKPOINT: {key} in {other_file} was measured with another {name} ({other.get(name)!r}) than in "
-                f"{first_file} ({first.get(name)!r})"
-            )
+def check_same_settings(key: str, settings: dict[str, dict]) -> None:
+    """Raises ValueError if the results of a unit in several files have different settings.
+
+    settings: file -> settings of its result.
+    """
+    (first_file, first), *others = settings.items()
+    for file, other in others:
+        for name in first | other:
+            if name != "checkpoint" and first.get(name) != other.get(name):
+                raise ValueError(
+                    f"CHECKPOINT: {key} in {file} was measured with another {name} "
+                    f"({other.get(name)!r}) than in {first_file} ({first.get(name)!r})"
+                )

@@ -82,7 +82,8 @@ def refuse_unknown_tokens(model, tokenizer) -> None:
         largest = args[0].max().item()
         if largest >= vocab_size:
             token = tokenizer.convert_ids_to_tokens(largest)
-            raise out_of_vocabulary(f"CHECKPOINT: {token!r} in a text has the id", largest, vocab_size)
+            where = f"CHECKPOINT: {token!r} in a text has the id"
+            raise out_of_vocabulary(where, largest, vocab_size)
 
     model.get_input_embeddings().register_forward_pre_hook(refuse)
 
@@ -94,14 +95,14 @@ def harness_model(checkpoint: str, batch_size: str):
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # transformers warns of texts longer than the tokenizer's model_max_length; tasks may make such texts.
+    # transformers warns of texts longer than the tokenizer's model_max_length, which tasks may make.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     model = load_model(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     refuse_unknown_tokens(model, tokenizer)
     end_no_text(tokenizer)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # HFLM does this itself only for models that it loads, on GPUs
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # HFLM does this only for models that it loads, on GPUs
         lm.accelerator = Accelerator(cpu=lm.device.type == "cpu")
         lm._rank = lm.accelerator.process_index
         lm._world_size = lm.accelerator.num_processes

@@ -36,20 +36,26 @@ def option_name(name: str) -> str:
     return name.upper() if "EVAL_SH" in os.environ else f"--{name}"
 
 
+def option_error(name: str, message: str) -> ValueError:
+    """The error for an option's value, which begins with the option's name."""
+    return ValueError(f"{option_name(name)}: {message}")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that both scripts take."""
-    parser.add_argument("--tasks", default="ruler", help=f"separated by commas; groups: {', '.join(GROUPS)} (ruler)")
+    groups = ", ".join(GROUPS)
+    parser.add_argument("--tasks", default="ruler", help=f"separated by commas; groups: {groups} (ruler)")
     parser.add_argument(
         "--seq_lens",
         default="",
-        help=f"lengths in tokens, separated by commas, of tasks that are made to a length ({DEFAULT_SEQ_LEN})",
+        help=f"lengths in tokens of tasks that are made to a length, by commas ({DEFAULT_SEQ_LEN})",
     )
-    parser.add_argument("--batch_size", default="8", help="documents per forward pass and GPU, or auto (8)")
-    parser.add_argument("--num_gpus", type=int, help="processes, one per GPU (all visible GPUs; 1 on a CPU)")
+    parser.add_argument("--batch_size", default="8", help="documents per batch and GPU, or auto (8)")
+    parser.add_argument("--num_gpus", type=int, help="processes, one per GPU (all visible; 1 on a CPU)")
     parser.add_argument(
         "--limit",
         type=int,
-        help="evaluate only the first LIMIT documents of a task; for quick trials, not for reported scores",
+        help="evaluate only the first LIMIT documents of a task; for trials, not for reported scores",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"))
     parser.add_argument(
@@ -71,12 +77,12 @@ def read_options(args: argparse.Namespace) -> Options:
     """
     tasks = split_list(args.tasks)
     if not tasks:
-        raise ValueError(f"{option_name('tasks')}: names no task; groups: {', '.join(GROUPS)}")
+        raise option_error("tasks", f"names no task; groups: {', '.join(GROUPS)}")
     try:
         seq_lens = [int(text) for text in split_list(args.seq_lens)]
     except ValueError:
         message = f"{args.seq_lens!r} must be numbers of tokens, separated by commas"
-        raise ValueError(f"{option_name('seq_lens')}: {message}") from None
+        raise option_error("seq_lens", message) from None
     check_numbers(args, seq_lens)
     if args.data:
         open_chunks(args.data, key=option_name("data"))
@@ -109,17 +115,16 @@ def check_numbers(args: argparse.Namespace, seq_lens: list[int]) -> None:
     for name, values in counts.items():
         too_small = [value for value in values if value is not None and value < 1]
         if too_small:
-            raise ValueError(f"{option_name(name)}: {too_small[0]} must be at least 1")
+            raise option_error(name, f"{too_small[0]} must be at least 1")
     if args.num_words > len(WORDS):
-        message = f"{args.num_words} must be at most {len(WORDS)}, the number of words that there are"
-        raise ValueError(f"{option_name('num_words')}: {message}")
+        limit = f"{len(WORDS)}, the number of words that there are"
+        raise option_error("num_words", f"{args.num_words} must be at most {limit}")
     if not re.fullmatch(r"[1-9]\d*|auto", args.batch_size):
-        raise ValueError(f"{option_name('batch_size')}: {args.batch_size!r} must be a number, or auto")
+        raise option_error("batch_size", f"{args.batch_size!r} must be a number, or auto")
 
 
 def check_checkpoints(checkpoints: list[str], teacher: str | None) -> None:
-    """Raises ValueError unless every config and tokenizer loads and every token has an embedding.
-    """
+    """Raises ValueError unless every config and tokenizer loads and every token has an embedding."""
     labels(checkpoints)
     for checkpoint in checkpoints:
         vocab_size = check_config("CHECKPOINT", checkpoint)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from recall_tasks import RECALL_TASKS, WORDS, Document, document_accuracies
 
-from .options import Options, option_name, vocabulary_size
+from .options import Options, option_error, option_name, vocabulary_size
 from .tasks import HELDOUT, KL, PERPLEXITY, RECALL_GENERATION, Unit
 
 NUM_DOCUMENTS = 100  # of a recall task
@@ -46,17 +46,17 @@ def recall_documents(task: str, seq_len: int, num_words: int, tokenizer, count: 
     while size >= 4:
         options, words_needed = recall_options(task, size)
         if words_needed > len(WORDS):
-            need = f"{seq_len} tokens of {task} need {words_needed} different words; there are {len(WORDS)}"
-            raise ValueError(f"{option_name('seq_lens')}: {need}")
+            need = f"need {words_needed} different words; there are {len(WORDS)}"
+            raise option_error("seq_lens", f"{seq_len} tokens of {task} {need}")
+        options["num_words"] = max(num_words, words_needed)
         rng = random.Random(f"{task} {seq_len}")
-        draw = RECALL_TASKS[task]
-        documents = [draw(rng, num_words=max(num_words, words_needed), **options) for _ in range(count)]
+        documents = [RECALL_TASKS[task](rng, **options) for _ in range(count)]
         encoded = encode_beginnings(tokenizer, [document.text for document in documents])
         longest = max(len(ids) for ids in encoded)
         if longest <= seq_len:
             return documents
         size = min(size - 1, size * seq_len // longest)
-    raise ValueError(f"{option_name('seq_lens')}: {seq_len} tokens are too few for {task}")
+    raise option_error("seq_lens", f"{seq_len} tokens are too few for {task}")
 
 
 def recall_generation(seq_len: int, num_words: int, tokenizer):
@@ -67,8 +67,13 @@ def recall_generation(seq_len: int, num_words: int, tokenizer):
 
     documents = recall_documents("associative_recall", seq_len, num_words, tokenizer)
     rows = [{"prompt": document.prompt, "answer": document.answer} for document in documents]
-    answers = tokenizer([f" {row['answer']}" for row in rows], add_special_tokens=False)["input_ids"]
-    longest = max(len(ids) for ids in answers)
+    answers = [f" {document.answer}" for document in documents]
+    encoded = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    longest = max(len(ids) for ids in encoded)
+
+    def exact_match(row: dict, generated: list[str]) -> dict[str, float]:
+        return {"exact_match": float(generated[0].strip() == row["answer"])}
+
     return ConfigurableTask(
         config={
             "task": RECALL_GENERATION,
@@ -83,7 +88,7 @@ def recall_generation(seq_len: int, num_words: int, tokenizer):
                 "do_sample": False,
                 "max_gen_toks": longest + 4,
             },
-            "process_results": lambda doc, generated: {"exact_match": float(generated[0].strip() == doc["answer"])},
+            "process_results": exact_match,
             "metric_list": [{"metric": "exact_match"}],
         }
     )
@@ -120,8 +125,8 @@ def heldout_values(unit: Unit, options: Options, lm, ids: torch.Tensor, teacher)
         ours = len(output.head)
         theirs = len(expected.head)
         if ours != theirs:
-            sizes = f"{options.teacher} has a vocabulary of {theirs} entries, the checkpoint of {ours}"
-            raise ValueError(f"{option_name('teacher')}: {sizes}")
+            sizes = f"has a vocabulary of {theirs} entries, the checkpoint of {ours}"
+            raise option_error("teacher", f"{options.teacher} {sizes}")
         values += heldout_kl(output, expected).tolist()
     if not all(math.isfinite(value) for value in values):
         raise ValueError("the logits are not finite")

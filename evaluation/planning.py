@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from .options import Options, option_name
+from .options import Options, option_error
 from .ruler import DOWNLOADED, ruler_manager
 from .tasks import DEFAULT_SEQ_LEN, GROUP_SEQ_LENS, GROUPS, HELDOUT, KL, LOCAL, RULER, SIZED, Unit
 
-FILE_FORMATS = ("json", "csv", "parquet", "text", "")  # as a `dataset_path`: the data are files, not on the hub
+FILE_FORMATS = ("json", "csv", "parquet", "text", "")  # a `dataset_path` of data that are local files
 
 
 def task_manager(asked: list[str]):
@@ -34,13 +34,15 @@ def plan(options: Options, manager) -> list[Unit]:
         lengths = options.seq_lens or GROUP_SEQ_LENS.get(asked, (DEFAULT_SEQ_LEN,))
         for name in members(asked, options):
             for task in tasks_of(name, manager):
-                units |= {Unit(task, length): None for length in (lengths if task in SIZED else (None,))}
+                for length in lengths if task in SIZED else (None,):
+                    units[Unit(task, length)] = None
     for unit in units:
         if unit.task in HELDOUT and not options.data:
-            need = f"{unit.task} needs a folder of chunks with a held-out part, from preprocess_chunk.py"
-            raise ValueError(f"{option_name('data')}: {need}")
+            need = "needs a folder of chunks with a held-out part, from preprocess_chunk.py"
+            raise option_error("data", f"{unit.task} {need}")
         if unit.task == KL and not options.teacher:
-            raise ValueError(f"{option_name('teacher')}: {unit.task} needs the checkpoint to measure the KL against")
+            need = "needs the checkpoint that the KL is measured against"
+            raise option_error("teacher", f"{unit.task} {need}")
     return list(units)
 
 
@@ -68,9 +70,10 @@ def tasks_of(name: str, manager) -> list[str]:
         return sorted(entry.tags) if entry.kind.name == "TAG" else [name]
     close = difflib.get_close_matches(name, [*GROUPS, *LOCAL, *manager.all_tasks], 3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise ValueError(
-        f"{option_name('tasks')}: {name!r} is unknown; {hint}Groups: {', '.join(GROUPS)}; of our own: "
-        f"{', '.join(LOCAL)}; or any of lm-evaluation-harness (lm-eval ls tasks)"
+    raise option_error(
+        "tasks",
+        f"{name!r} is unknown; {hint}Groups: {', '.join(GROUPS)}; of our own: {', '.join(LOCAL)}; "
+        "or any of lm-evaluation-harness (lm-eval ls tasks)",
     )
 
 

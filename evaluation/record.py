@@ -12,10 +12,10 @@ from runtime.files import atomic_write_text
 
 from recall_tasks import RECALL_TASKS
 
-from .options import Options, labels, option_name, path_parts
+from .options import Options, labels, option_error, path_parts
 from .tasks import HELDOUT, KL, RECALL_GENERATION, Unit
 
-PROCEDURE = 2  # increase it when the code changes what is measured: older results are measured again
+PROCEDURE = 2  # increase it when what is measured changes: older results are then measured again
 
 
 class Record:
@@ -36,13 +36,14 @@ class Record:
         try:
             self.results = json.loads(self.file.read_text())["tasks"] if self.file.is_file() else {}
         except (ValueError, KeyError, TypeError):
-            cure = "remove it, or name another folder"
-            raise ValueError(f"{option_name('output')}: {self.file} holds no results of ours; {cure}") from None
+            problem = "holds no results of ours; remove it, or name another folder"
+            raise option_error("output", f"{self.file} {problem}") from None
 
     # -------------------------------------------------------------------- what a result depends on
     def fingerprint(self, checkpoint: str) -> str:
         """Of a folder: a hash of its config and weights. Of a hub name: the name."""
-        return fingerprint(Path(checkpoint), self.sha256) if Path(checkpoint).is_dir() else checkpoint
+        folder = Path(checkpoint)
+        return fingerprint(folder, self.sha256) if folder.is_dir() else checkpoint
 
     def sha256(self, file: Path) -> str:
         """The hash of a file's content, which may have many gigabytes: it is read again only when
@@ -117,7 +118,9 @@ class Record:
         """Records the units as failed that ran when the processes ended; returns whether there
         were any."""
         keys = json.loads(self.running.read_text()) if self.running.is_file() else []
-        why = self.died.read_text() if self.died.is_file() else "a process was killed, perhaps for memory"
+        why = "a process was killed, perhaps for memory"
+        if self.died.is_file():
+            why = self.died.read_text()
         for unit in units:
             if unit.key in keys:
                 self.put(unit, {"error": why})

@@ -24,7 +24,7 @@ from unittest.mock import patch
 from runtime.data import tokenizer_fingerprint
 from runtime.files import sync
 
-from .options import option_name
+from .options import option_error
 from .tasks import RULER, Unit
 
 SAMPLES = 500  # documents of a task
@@ -59,8 +59,8 @@ def ruler_manager(metadata: dict | None = None):
     """The index of RULER's tasks alone, which is read quickly. metadata: settings for the tasks."""
     import lm_eval.tasks
 
-    folder = Path(lm_eval.tasks.__file__).parent / "ruler"
-    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder), metadata=metadata)
+    folder = str(Path(lm_eval.tasks.__file__).parent / "ruler")
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder, metadata=metadata)
 
 
 def seed_generators(unit: Unit) -> int:
@@ -79,8 +79,7 @@ def ruler_task(unit: Unit, tokenizer, limit: int | None):
     Raises ValueError if the length is too short."""
     shortest = SHORTEST[unit.task]
     if unit.seq_len < shortest:
-        need = f"{unit.seq_len} is too short for {unit.task}; it needs {shortest}"
-        raise ValueError(f"{option_name('seq_lens')}: {need}")
+        raise option_error("seq_lens", f"{unit.seq_len} is too short for {unit.task}; it needs {shortest}")
     made = documents(unit, tokenizer, min(limit or SAMPLES, SAMPLES))
     manager = ruler_manager(metadata={"max_seq_lengths": [unit.seq_len]})
     group = {
@@ -105,7 +104,8 @@ def documents(unit: Unit, tokenizer, count: int):
         made_by,
     ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    file = Path(config.HF_DATASETS_CACHE) / "ruler" / f"{unit.task}_{unit.seq_len}_{count}_{digest}.arrow"
+    name = f"{unit.task}_{unit.seq_len}_{count}_{digest}.arrow"
+    file = Path(config.HF_DATASETS_CACHE) / "ruler" / name
     if not file.is_file():
         found = generate(unit, tokenizer, count)
         if len(found) < count:  # some did not fit and were left out
@@ -153,7 +153,8 @@ def generate(unit: Unit, tokenizer, count: int) -> list[dict]:
         def limited(*args, num_samples: int = SAMPLES, **kwargs):
             return inner(*args, num_samples=min(num_samples, count), **kwargs)
 
-        with patch.multiple(module, **{"get_tokenizer": lambda *_, **__: tokenizer, generator: limited}):
+        replaced = {"get_tokenizer": lambda *_, **__: tokenizer, generator: limited}
+        with patch.multiple(module, **replaced):
             return list(getattr(module, dataset)(max_seq_lengths=[unit.seq_len])["test"])
 
 
@@ -177,8 +178,10 @@ def download_essays() -> None:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
         if not nltk.download("punkt_tab", quiet=True):
-            cure = "run 'python -m nltk.downloader punkt_tab' with a network"
-            raise ValueError(f"nltk's punkt_tab is missing and could not be downloaded; {cure}") from None
+            raise ValueError(
+                "nltk's punkt_tab is missing and could not be downloaded; "
+                "run 'python -m nltk.downloader punkt_tab' with a network"
+            ) from None
 
 
 def check_tracking(tokenizer, seq_len: int) -> None:
@@ -190,4 +193,5 @@ def check_tracking(tokenizer, seq_len: int) -> None:
         text, answer = generate_input_output(sentences, 1, 4, is_icl=sentences == 5)
         length = len(tokenizer(f"{text} {answer}")["input_ids"])
         if length + 50 > room:  # 30 to generate, and other names may have more tokens
-            raise ValueError(f"ruler_vt: the tokenizer makes {length} tokens where RULER has room for {room - 50}")
+            room_text = f"where RULER has room for {room - 50}"
+            raise ValueError(f"ruler_vt: the tokenizer makes {length} tokens {room_text}")

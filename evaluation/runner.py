@@ -14,7 +14,7 @@ from runtime.files import one_line
 import torch
 
 from .harness import build, harness_model, load_model, measure
-from .options import Options, labels, option_name
+from .options import Options, labels, option_error, option_name
 from .planning import downloads, plan, task_manager
 from .record import Record, results_of
 from .tasks import KL, Unit
@@ -75,15 +75,14 @@ def run_workers(options: Options, units: list[Unit], argv: list[str]) -> None:
         finally:
             process.terminate()
             process.wait()
-        # A list: the crashes of every checkpoint are recorded.
-        crashed = [Record(options, checkpoint).record_crashes(units) for checkpoint in options.checkpoints]
+        crashed = False
+        for checkpoint in options.checkpoints:
+            crashed |= Record(options, checkpoint).record_crashes(units)
         if code == 0:
             return
-        if not any(crashed):
-            raise ValueError(
-                f"{option_name('num_gpus')}: the {options.num_gpus} processes ended with exit code {code} before "
-                "the first task (see above)"
-            )
+        if not crashed:
+            problem = f"processes ended with exit code {code} before the first task (see above)"
+            raise option_error("num_gpus", f"the {options.num_gpus} {problem}")
 
 
 class Worker:
@@ -141,7 +140,9 @@ class Worker:
         failed = torch.tensor([error is not None], device=lm.device)
         if lm.all_gather(failed).any():
             if self.rank == 0:
-                why = self.reason(error) if error else "another process could not build its documents"
+                why = "another process could not build its documents"
+                if error is not None:
+                    why = self.reason(error)
                 record.put(unit, {"error": why})
                 print(f"   FAILED: {why}", file=sys.stderr, flush=True)
             return
@@ -166,6 +167,7 @@ class Worker:
     def reason(self, error: Exception) -> str:
         """An error in one line."""
         if isinstance(error, torch.OutOfMemoryError):
-            return f"out of GPU memory; {option_name('batch_size')} {self.options.batch_size} is too large"
+            setting = f"{option_name('batch_size')} {self.options.batch_size}"
+            return f"out of GPU memory; {setting} is too large"
         text = one_line(error)
         return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

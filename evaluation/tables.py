@@ -7,6 +7,7 @@ A result is {"task", "seq_len", "metric", "score", "stderr", "higher_is_better",
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -62,14 +63,20 @@ def rows(results: dict[str, dict[str, dict]]) -> list[Row]:
         lengths = {row.seq_len for row in table if row.name in GROUPS[group]}
         for seq_len in sorted(lengths, key=lambda length: length or 0):
             members = [row for row in table if row.name in GROUPS[group] and row.seq_len == seq_len]
-            if len(members) == len(GROUPS[group]):
-                means += mean_row(group, seq_len, members, list(results))
+            if len(members) < len(GROUPS[group]):
+                continue
+            cells = mean_cells(members, list(results))
+            if cells:
+                metric = f"mean of {len(members)}"
+                means.append(Row(group, seq_len, metric, True, cells, is_mean=True))
     return table + means
 
 
 def task_rows(results: dict[str, dict[str, dict]]) -> list[Row]:
     """A row per task and length."""
-    units = {Unit(result["task"], result["seq_len"]) for tasks in results.values() for result in tasks.values()}
+    units = set()
+    for tasks in results.values():
+        units |= {Unit(result["task"], result["seq_len"]) for result in tasks.values()}
     table = []
     for unit in sorted(units, key=place):
         cells = {label: tasks[unit.key] for label, tasks in results.items() if unit.key in tasks}
@@ -87,13 +94,13 @@ def place(unit: Unit) -> tuple[int, str, int]:
     return index, unit.task, unit.seq_len or 0
 
 
-def mean_row(group: str, seq_len: int | None, members: list[Row], labels: list[str]) -> list[Row]:
-    """[the mean over the group's tasks, of the labels that have all of them]; [] if none has."""
+def mean_cells(members: list[Row], labels: list[str]) -> dict[str, dict]:
+    """Label -> the mean over the rows, for the labels that have a score in all of them."""
     cells = {}
     for label in labels:
         if all(row.has_score(label) for row in members):
             cells[label] = mean_of([row.cells[label] for row in members])
-    return [Row(group, seq_len, f"mean of {len(members)}", True, cells, is_mean=True)] if cells else []
+    return cells
 
 
 def mean_of(cells: list[dict]) -> dict:
@@ -155,9 +162,9 @@ def figure_axes(path: Path, panels: int, bars: int):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    width = 2 + 4.5 * panels
-    height = max(2.6, 1.4 + 0.17 * bars)
-    figure, (axes,) = pyplot.subplots(1, panels, figsize=(width, height), layout="constrained", squeeze=False)
+    size = (2 + 4.5 * panels, max(2.6, 1.4 + 0.17 * bars))
+    figure, grid = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    axes = grid[0]
     yield axes
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -197,25 +204,20 @@ def over_lengths(table: list[Row], labels: list[str]) -> tuple[list[int], dict[s
     The mean is over the tasks that all labels have at all lengths: others would change it from one
     length to the next. ([], {}, 0) if there are fewer than two lengths or no such task.
     """
-    scores = {}  # (task, length) -> cells
+    by_task: dict[str, dict[int, dict]] = {}  # task -> length -> cells
     for row in table:
         comparable = row.seq_len and row.higher_is_better and not row.is_mean
         if comparable and all(row.has_score(label) for label in labels):
-            scores[row.name, row.seq_len] = row.cells
-    lengths = sorted({length for _, length in scores})
-    tasks = [
-        task
-        for task in dict.fromkeys(task for task, _ in scores)
-        if all((task, length) in scores for length in lengths)
-    ]
-    if len(lengths) < 2 or not tasks:
+            by_task.setdefault(row.name, {})[row.seq_len] = row.cells
+    lengths = sorted({length for cells in by_task.values() for length in cells})
+    complete = [cells for cells in by_task.values() if len(cells) == len(lengths)]
+    if len(lengths) < 2 or not complete:
         return [], {}, 0
-
-    def mean_score(label: str, length: int) -> float:
-        return statistics.fmean(scores[task, length][label]["score"] for task in tasks)
-
-    means = {label: [mean_score(label, length) for length in lengths] for label in labels}
-    return lengths, means, len(tasks)
+    means: dict[str, list[float]] = {label: [] for label in labels}
+    for label, length in itertools.product(labels, lengths):
+        scores = [cells[length][label]["score"] for cells in complete]
+        means[label].append(statistics.fmean(scores))
+    return lengths, means, len(complete)
 
 
 def score_and_error(row: Row, label: str) -> tuple[float, float | None] | None:
@@ -254,4 +256,6 @@ def draw_over_lengths(axis, lengths: list[int], means: dict[str, list[float]], n
         axis.plot(lengths, scores, "o-", label=label)
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [str(length) for length in lengths])
-    axis.set(xlabel="length in tokens", ylabel=f"mean score of {num_tasks} tasks", ylim=(-0.02, 1.02))
+    axis.set_xlabel("length in tokens")
+    axis.set_ylabel(f"mean score of {num_tasks} tasks")
+    axis.set_ylim(-0.02, 1.02)

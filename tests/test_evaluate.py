@@ -607,6 +607,14 @@ def test_every_task_of_the_groups_is_known_and_its_download_named():
     assert [unit.key for unit in units] == ["arc_challenge", "arc_easy"], "a tag is its tasks"
 
 
+def test_tasks_import_the_library_evaluate_and_not_the_script(monkeypatch):
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+    monkeypatch.syspath_prepend(ROOT)
+    evaluation.harness.import_evaluate_library()
+    assert callable(sys.modules["evaluate"].load)
+    assert Path(sys.modules["evaluate"].__file__).parent.parent != ROOT and str(ROOT) == sys.path[0]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def rulers_cache(tmp_path_factory):
     """Where RULER's documents are kept."""
