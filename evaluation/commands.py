@@ -20,7 +20,8 @@ from .tasks import KL
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=style)
 
 
 @contextlib.contextmanager
@@ -81,7 +82,8 @@ def compared_results(args: argparse.Namespace, argv: list[str]):
         raise ValueError("CHECKPOINT: one alone; name the teacher, then its students")
     files = [name for name in args.checkpoints if name.endswith(".json")]
     if files and len(files) < len(args.checkpoints):
-        raise ValueError(f"CHECKPOINT: {files[0]} is a file of results; name files alone, or checkpoints alone")
+        cure = "name files alone, or checkpoints alone"
+        raise ValueError(f"CHECKPOINT: {files[0]} is a file of results; {cure}")
     if files:
         results = results_of_files(files)
     else:

@@ -125,8 +125,8 @@ def heldout_values(unit: Unit, options: Options, lm, ids: torch.Tensor, teacher)
         ours = len(output.head)
         theirs = len(expected.head)
         if ours != theirs:
-            sizes = f"has a vocabulary of {theirs} entries, the checkpoint of {ours}"
-            raise option_error("teacher", f"{options.teacher} {sizes}")
+            sizes = f"a vocabulary of {ours} entries, the teacher {options.teacher} one of {theirs}"
+            raise ValueError(f"CHECKPOINT: it has {sizes}")
         values += heldout_kl(output, expected).tolist()
     if not all(math.isfinite(value) for value in values):
         raise ValueError("the logits are not finite")

@@ -1,4 +1,4 @@
-"""Evaluation: real lm-evaluation-harness on tiny models, scores against independent ones, failures, figures of the comparison."""
+"""Evaluation: lm-evaluation-harness on tiny models, scores against independent ones, failures, comparison with a teacher."""
 
 import json
 import math
@@ -40,8 +40,8 @@ def read(output):
 
 
 def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, capsys):
-    """Teacher and student, both through lm-evaluation-harness; every figure against one that it had
-    no part in."""
+    """Teacher and student through lm-evaluation-harness; every figure is compared with one that was
+    computed without the evaluation."""
     options = (
         "--tasks",
         "local",
@@ -62,10 +62,7 @@ def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, ca
     assert {key.split("@")[0] for key in teacher} == set(LOCAL) and list(teacher) == list(student)
     assert teacher["heldout_kl"]["score"] == pytest.approx(0, abs=1e-6)
 
-    tokenizer, model = (
-        load_tokenizer(student_dir),
-        AutoModelForCausalLM.from_pretrained(student_dir).eval(),
-    )
+    tokenizer, model = (load_tokenizer(student_dir), AutoModelForCausalLM.from_pretrained(student_dir).eval())
     for task in RECALL_TASKS:
         for length in (128, 200):
             documents = recall_documents(task, length, NUM_WORDS, tokenizer)[:6]
@@ -97,7 +94,7 @@ def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, ca
 
 
 def test_results_of_an_older_procedure_are_measured_again(teacher_dir, data_dir, tmp_path, monkeypatch):
-    """But for those on chunks, of which there has been one procedure."""
+    """Except those on chunks, for which there has been one procedure only."""
     options = (
         "--tasks",
         "copying,recall_generation,heldout_perplexity",
@@ -114,7 +111,7 @@ def test_results_of_an_older_procedure_are_measured_again(teacher_dir, data_dir,
     (file,) = tmp_path.glob("*/results.json")
     content = json.loads(file.read_text())
     for result in content["tasks"].values():
-        result["settings"].pop("procedure", None)  # as it was written before there was this setting
+        result["settings"].pop("procedure", None)  # as results were written before this setting existed
         result["score"] = -1.0
     file.write_text(json.dumps(content))
     assert run(teacher_dir, *options) == 0
@@ -122,9 +119,9 @@ def test_results_of_an_older_procedure_are_measured_again(teacher_dir, data_dir,
     assert [key for key, score in scores.items() if score == -1.0] == ["heldout_perplexity"] and len(scores) == 3
 
 
-def test_an_export_written_again_is_known_by_its_content(teacher_dir, tmp_path, capsys, monkeypatch):
-    """Its weights are read for that once, and again only when their file has changed; other weights
-    are another checkpoint."""
+def test_a_rewritten_export_is_recognised_by_its_content(teacher_dir, tmp_path, capsys, monkeypatch):
+    """Its weights are hashed once, and again only when their file has changed; other weights are
+    another checkpoint."""
     folder, read_files = tmp_path / "run" / "converted-hf", []
     student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", [1])[0]
     student.save_pretrained(folder)
@@ -147,8 +144,8 @@ def test_an_export_written_again_is_known_by_its_content(teacher_dir, tmp_path, 
 
 
 class Oracle:
-    """A model that has read the documents: it writes them on from any of their beginnings, or errs
-    in every token."""
+    """A model that knows the documents: it continues any prefix of them, or is wrong in every
+    token."""
 
     device, config = (
         torch.device("cpu"),
@@ -160,7 +157,7 @@ class Oracle:
         self.wrong, self.batches = wrong, []
 
     def following(self, ids: list[int]) -> list[int]:
-        """What comes after each of the tokens."""
+        """The next token after each of the tokens."""
         best = max(self.documents, key=lambda document: len(os.path.commonprefix([document, ids])))
         return [(token + self.wrong) % 96 for token in (best + [0] * len(ids))[1 : len(ids) + 1]]
 
@@ -185,19 +182,7 @@ def test_gold_answers_score_one_and_wrong_ones_zero(teacher_dir, tmp_path, monke
     monkeypatch.setattr(evaluation.harness, "load_model", lambda checkpoint: oracle)
     tasks = ",".join((*RECALL_TASKS, RECALL_GENERATION))
     assert (
-        run(
-            teacher_dir,
-            "--tasks",
-            tasks,
-            "--seq_lens",
-            160,
-            "--limit",
-            9,
-            "--batch_size",
-            4,
-            "--output",
-            tmp_path,
-        )
+        run(teacher_dir, "--tasks", tasks, "--seq_lens", 160, "--limit", 9, "--batch_size", 4, "--output", tmp_path)
         == 0
     )
     results = read(tmp_path)[Path(teacher_dir).name]
@@ -206,9 +191,9 @@ def test_gold_answers_score_one_and_wrong_ones_zero(teacher_dir, tmp_path, monke
 
 
 @pytest.mark.parametrize("name", ["teacher", "gdn_v4", "fox_v1"])
-def test_long_prompts_are_read_in_pieces(teacher_dir, tmp_path, monkeypatch, name):
-    """As a needle at 262144 tokens needs it; not by a layer that would read all but the first piece
-    token by token."""
+def test_long_prompts_use_chunked_prefill(teacher_dir, tmp_path, monkeypatch, name):
+    """As a needle at 262144 tokens needs it; but not with a layer that would process all chunks but
+    the first token by token."""
     folder, pieces, forward = teacher_dir, [], torch.nn.Embedding.forward
     if name != "teacher":
         folder = tmp_path / name
@@ -216,23 +201,10 @@ def test_long_prompts_are_read_in_pieces(teacher_dir, tmp_path, monkeypatch, nam
         save_tokenizer(folder)
     monkeypatch.setattr(evaluation.harness, "PREFILL_CHUNK", 64)
     monkeypatch.setattr(
-        torch.nn.Embedding,
-        "forward",
-        lambda self, ids: (pieces.append(ids.shape[1]), forward(self, ids))[1],
+        torch.nn.Embedding, "forward", lambda self, ids: (pieces.append(ids.shape[1]), forward(self, ids))[1]
     )
     assert (
-        run(
-            folder,
-            "--tasks",
-            "recall_generation",
-            "--seq_lens",
-            200,
-            "--limit",
-            2,
-            "--output",
-            tmp_path / "out",
-        )
-        == 0
+        run(folder, "--tasks", "recall_generation", "--seq_lens", 200, "--limit", 2, "--output", tmp_path / "out") == 0
     )
     first = pieces[: pieces.index(1)]
     assert sum(first) > 128 and (
@@ -240,7 +212,7 @@ def test_long_prompts_are_read_in_pieces(teacher_dir, tmp_path, monkeypatch, nam
     )
 
 
-def test_prompts_under_dynamic_rope_are_read_as_a_whole(teacher_dir, tmp_path):
+def test_dynamic_rope_turns_chunked_prefill_off(teacher_dir, tmp_path):
     model = load_teacher(teacher_dir)
     model.config.rope_parameters |= {"rope_type": "dynamic", "factor": 2.0}
     model.save_pretrained(tmp_path)
@@ -269,8 +241,8 @@ SAMPLING = {
 
 
 def test_generation_is_greedy_whatever_the_checkpoint_says(tmp_path):
-    """Against the likeliest token of a full forward pass; the checkpoint's end tokens hold, and
-    what a task asks for."""
+    """Compared with the argmax of full forward passes; the checkpoint's EOS tokens and the task's own
+    settings apply."""
     from lm_eval.api.instance import Instance
 
     model = random_teacher(tmp_path, "qwen2")
@@ -297,15 +269,13 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(tmp_path):
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch, ends):
-    """In all tasks of our own, as in training; their lengths count it. EOS, which a tokenizer may
-    put behind a text, is left out."""
+    """In all tasks of our own, as in training; it counts in their lengths. An EOS that the tokenizer
+    appends to a text is left out."""
     random_teacher(tmp_path)
     save_tokenizer(tmp_path)
     bos, seen, forward = begin_with_bos(tmp_path, ends), [], torch.nn.Embedding.forward
     monkeypatch.setattr(
-        torch.nn.Embedding,
-        "forward",
-        lambda self, ids: (seen.extend(ids.tolist()), forward(self, ids))[1],
+        torch.nn.Embedding, "forward", lambda self, ids: (seen.extend(ids.tolist()), forward(self, ids))[1]
     )
     for task in (*RECALL_TASKS, RECALL_GENERATION):
         seen.clear()
@@ -331,7 +301,7 @@ def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch, ends):
 
 
 def test_the_mean_over_lengths_is_of_the_same_tasks():
-    """A task that a length or a checkpoint lacks would move it."""
+    """A task that is missing at a length or for a checkpoint would change the mean."""
 
     def scores(**tasks):
         return {
@@ -341,11 +311,7 @@ def test_the_mean_over_lengths_is_of_the_same_tasks():
         }
 
     results = {
-        "a": scores(
-            copying={96: 0.5, 200: 0.25},
-            multi_hop_recall={96: 0.9, 200: 0.7},
-            associative_recall={96: 1.0},
-        ),
+        "a": scores(copying={96: 0.5, 200: 0.25}, multi_hop_recall={96: 0.9, 200: 0.7}, associative_recall={96: 1.0}),
         "b": scores(copying={96: 0.1, 200: 0.0}, multi_hop_recall={96: 0.9}),
     }
     assert evaluation.tables.over_lengths(evaluation.tables.rows(results), ["a", "b"]) == (
@@ -360,7 +326,7 @@ def test_the_mean_over_lengths_is_of_the_same_tasks():
     )
 
 
-def test_a_panel_for_every_metric_where_lower_is_better(tmp_path, monkeypatch):
+def test_every_metric_of_which_lower_is_better_has_a_panel(tmp_path, monkeypatch):
     """Perplexity and KL on one axis would hide the KL."""
     from matplotlib.figure import Figure
 
@@ -384,7 +350,7 @@ def test_a_panel_for_every_metric_where_lower_is_better(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("task", RECALL_TASKS)
-def test_recall_documents_fill_their_length_and_stay_the_same(teacher_dir, task):
+def test_recall_documents_fill_their_length_and_are_reproducible(teacher_dir, task):
     tokenizer = load_tokenizer(teacher_dir)
     for length in (100, 500):
         documents = recall_documents(task, length, 32, tokenizer, 20)
@@ -400,9 +366,9 @@ def test_recall_documents_fill_their_length_and_stay_the_same(teacher_dir, task)
             recall_documents(task, 100_000, 32, tokenizer)
 
 
-def test_a_failing_task_does_not_take_the_others_with_it(teacher_dir, tmp_path, capfd, monkeypatch):
-    """One lacks the network, one its length, one breaks while it is measured; two are done, and the
-    rest is tried again."""
+def test_a_failing_task_does_not_stop_the_others(teacher_dir, tmp_path, capfd, monkeypatch):
+    """One has no network, one too short a length, one fails while it is measured; two succeed, and
+    the failed ones are tried again."""
     inner = evaluation.runner.measure
 
     def broken(unit, *args):
@@ -462,7 +428,7 @@ def test_a_model_that_diverged_has_no_score(teacher_dir, data_dir, tmp_path):
     assert len(results) == 2 and all("not finite" in result["error"] for result in results.values())
 
 
-def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path):
+def test_a_checkpoint_that_does_not_load_does_not_stop_the_others(teacher_dir, tmp_path):
     broken = tmp_path / "broken"
     random_teacher(broken)
     (broken / "model.safetensors").write_bytes(b"damaged")
@@ -479,10 +445,7 @@ def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path
         (["--tasks", "rular"], r"--tasks: 'rular' is unknown; did you mean ruler"),
         (["--tasks", "heldout_kl", "--teacher", "TEACHER"], "--data: heldout_kl needs"),
         (["--tasks", "heldout_kl", "--data", "DATA"], "--teacher: heldout_kl needs"),
-        (
-            ["--data", "/nowhere"],
-            "^--data: /nowhere: no such folder; make it with preprocess_chunk.py$",
-        ),
+        (["--data", "/nowhere"], "^--data: /nowhere: no such folder; make it with preprocess_chunk.py$"),
         (["--data", "TEACHER"], "^--data: .*: holds no readable metadata.json; make"),
         (
             ["--data", "TOKENS"],
@@ -491,10 +454,7 @@ def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path
         (["--teacher", "/nowhere"], "--teacher: '/nowhere' is neither a folder"),
         (["--seq_lens", "4k"], "--seq_lens: '4k' must be numbers"),
         (["--limit", "0"], "--limit: 0 must be at least 1"),
-        (
-            ["--num_words", "100000"],
-            "--num_words: 100000 must be at most [0-9]+, the number of words that there are",
-        ),
+        (["--num_words", "100000"], "--num_words: 100000 must be at most [0-9]+, the number of words that there are"),
         (["--batch_size", "many"], "--batch_size: 'many' must be a number, or auto"),
         (["--tasks", " , "], "--tasks: names no task"),
         (["TEACHER"], "is named twice"),
@@ -502,13 +462,11 @@ def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path
         (["/no/such/folder"], "CHECKPOINT: '/no/such/folder' is neither a folder"),
     ],
 )
-def test_bad_input_ends_at_the_door(teacher_dir, data_dir, tmp_path, options, message):
+def test_bad_input_is_refused_before_anything_is_loaded(teacher_dir, data_dir, tmp_path, options, message):
     options = [
-        {
-            "TEACHER": teacher_dir,
-            "DATA": data_dir,
-            "TOKENS": str(Path(data_dir).parent / "tokenized"),
-        }.get(option, option)
+        {"TEACHER": teacher_dir, "DATA": data_dir, "TOKENS": str(Path(data_dir).parent / "tokenized")}.get(
+            option, option
+        )
         for option in options
     ]
     with pytest.raises(ValueError, match=message) as error:
@@ -521,18 +479,15 @@ def test_a_checkpoint_of_the_predecessor_is_refused_by_name(teacher_dir, tmp_pat
     (tmp_path / "config.json").write_text('{"model_type": "student"}')
     with pytest.raises(ValueError, match="model_type: 'student' is a student of the KL-guided .* orders K and V"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    for argv in (
-        [tmp_path, "--tasks", "copying"],
-        [teacher_dir, "--tasks", "copying", "--teacher", tmp_path],
-    ):
+    for argv in ([tmp_path, "--tasks", "copying"], [teacher_dir, "--tasks", "copying", "--teacher", tmp_path]):
         with pytest.raises(ValueError, match=f": '{tmp_path}' is a student of the KL-guided .* orders K and V"):
             run(*argv, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("main", [evaluation.commands.evaluate_checkpoints, evaluation.commands.compare_with_teacher])
-def test_an_output_that_cannot_be_ends_in_one_line(teacher_dir, student_dir, tmp_path, monkeypatch, main):
-    """A file in its place, and results that are damaged: before any task, and with what to mend."""
+def test_an_unusable_output_folder_ends_in_one_line(teacher_dir, student_dir, tmp_path, monkeypatch, main):
+    """A file in its place, and damaged results: before any task, with what to fix."""
     (tmp_path / "file").touch()
     damaged = evaluation.record.Record(SimpleNamespace(output=tmp_path / "out"), student_dir).file
     damaged.parent.mkdir(parents=True)
@@ -543,16 +498,7 @@ def test_an_output_that_cannot_be_ends_in_one_line(teacher_dir, student_dir, tmp
         (tmp_path / "file", f"{tmp_path / 'file'}.*: Not a directory"),
         (tmp_path / "out", f"--output: {damaged} holds no"),
     ):
-        argv = [
-            teacher_dir,
-            student_dir,
-            "--tasks",
-            "copying",
-            "--output",
-            str(output),
-            "--num_gpus",
-            "1",
-        ]
+        argv = [teacher_dir, student_dir, "--tasks", "copying", "--output", str(output), "--num_gpus", "1"]
         with pytest.raises(SystemExit, match=f"^a.py: error: {message}") as error:
             run_main(partial(main, argv))
         assert "\n" not in str(error.value.code)
@@ -571,22 +517,18 @@ def test_groups_and_lengths(data_dir):
     assert len(asked("local", data=data_dir)) == 5 and len(asked("local", data=data_dir, teacher="x")) == 6
 
 
-def test_names_in_tables_tell_checkpoints_apart():
+def test_labels_in_tables_distinguish_checkpoints():
     assert evaluation.options.labels(["a/stage2/converted-hf", "a/stage3/converted-hf"]) == {
         "a/stage2/converted-hf": "stage2",
         "a/stage3/converted-hf": "stage3",
     }
     assert list(
         evaluation.options.labels(["a/stage3/converted-hf", "/b/stage3/converted-hf", "Qwen/Qwen3-1.7B"]).values()
-    ) == [
-        "a/stage3",
-        "b/stage3",
-        "Qwen/Qwen3-1.7B",
-    ]
+    ) == ["a/stage3", "b/stage3", "Qwen/Qwen3-1.7B"]
 
 
 def test_every_task_of_the_groups_is_known_and_its_download_named():
-    """The names are lm-evaluation-harness's own, and what they fetch is read from there."""
+    """The names are lm-evaluation-harness's own, and what they download is read from its index."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
@@ -617,7 +559,7 @@ def test_tasks_import_the_library_evaluate_and_not_the_script(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def rulers_cache(tmp_path_factory):
-    """Where RULER's documents are kept."""
+    """The folder of RULER's documents."""
     folder = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
@@ -646,37 +588,27 @@ def test_rulers_documents_do_not_depend_on_the_tasks_before(ruler, rulers_cache)
 
 @pytest.mark.parametrize(
     "unit",
-    [
-        Unit("ruler_cwe", 2100),
-        Unit("niah_single_1", 1100),
-        Unit("niah_multikey_3", 1100),
-        Unit("ruler_fwe", 1100),
-    ],
+    [Unit("ruler_cwe", 2100), Unit("niah_single_1", 1100), Unit("niah_multikey_3", 1100), Unit("ruler_fwe", 1100)],
     ids=lambda unit: unit.key,
 )
-def test_no_more_of_rulers_documents_are_made_than_are_asked_for(ruler, unit, monkeypatch):
-    """They are the first of all, which are 500."""
+def test_only_the_requested_number_of_rulers_documents_is_made(ruler, unit, monkeypatch):
+    """They are the first of the 500."""
     encoded, inner = [], PreTrainedTokenizerFast.__call__
     monkeypatch.setattr(
-        PreTrainedTokenizerFast,
-        "__call__",
-        lambda self, text: (encoded.append(text), inner(self, text))[1],
+        PreTrainedTokenizerFast, "__call__", lambda self, text: (encoded.append(text), inner(self, text))[1]
     )
     few = list(ruler(unit, limit=3).test_docs())
     assert len(few) == 3 and len(encoded) < 200
     assert few == list(ruler(unit).test_docs())[:3] and len(encoded) > 500
 
 
-def test_rulers_documents_are_made_once_for_a_tokenizer(teacher_dir, student_dir, tmp_path, monkeypatch):
+def test_rulers_documents_are_made_once_per_tokenizer(teacher_dir, student_dir, tmp_path, monkeypatch):
     """For teacher and student, and for a later call; not for another tokenizer."""
     made, inner = [], evaluation.ruler.generate
     monkeypatch.setattr(
         evaluation.ruler,
         "generate",
-        lambda unit, tokenizer, count: (
-            made.append((unit.seq_len, count)),
-            inner(unit, tokenizer, count),
-        )[1],
+        lambda unit, tokenizer, count: (made.append((unit.seq_len, count)), inner(unit, tokenizer, count))[1],
     )
 
     def evaluated(output, checkpoints):
@@ -705,7 +637,7 @@ def test_rulers_documents_are_made_once_for_a_tokenizer(teacher_dir, student_dir
     assert made == [(1030, 1)] * 2
 
 
-def test_rulers_documents_are_written_whole_or_not_at_all(ruler, rulers_cache, monkeypatch):
+def test_rulers_documents_are_written_atomically(ruler, rulers_cache, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -719,7 +651,7 @@ def test_rulers_documents_are_written_whole_or_not_at_all(ruler, rulers_cache, m
 
 
 def test_no_code_of_a_checkpoint_is_run(tmp_path, teacher_dir):
-    """By RULER's tasks, which open a tokenizer by its path with lm-evaluation-harness alone."""
+    """By RULER's tasks, which in lm-evaluation-harness itself open a tokenizer by its path."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(teacher_dir, folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -734,35 +666,25 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path, teacher_dir):
         f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(*args): pass\n"
     )
     assert (
-        run(
-            folder,
-            "--tasks",
-            "niah_single_1,copying",
-            "--seq_lens",
-            1024,
-            "--limit",
-            1,
-            "--output",
-            tmp_path / "out",
-        )
+        run(folder, "--tasks", "niah_single_1,copying", "--seq_lens", 1024, "--limit", 1, "--output", tmp_path / "out")
         == 0
     )
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_a_task_does_not_need_is_not_fetched(ruler, monkeypatch):
-    """nltk's sentence splitter, which is fetched where the generators are imported, though only the
+def test_what_a_task_does_not_need_is_not_downloaded(ruler, monkeypatch):
+    """nltk's sentence splitter: the generators download it when they are imported, though only the
     tasks with essays use it."""
     import nltk
 
     for module in ("prepare_niah", "niah_utils"):
         monkeypatch.delitem(sys.modules, f"lm_eval.tasks.ruler.{module}", raising=False)
     monkeypatch.setattr(nltk.data, "find", lambda name: (_ for _ in ()).throw(LookupError(name)))
-    monkeypatch.setattr(nltk, "download", lambda *_, **__: pytest.fail("it was fetched"))
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: pytest.fail("it was downloaded"))
     assert len(ruler(Unit("niah_single_1", 1040), limit=1).test_docs()) == 1
 
 
-def test_a_sentence_splitter_that_is_not_to_be_had(ruler, monkeypatch):
+def test_a_missing_sentence_splitter_is_named(ruler, monkeypatch):
     """In one line, where a task needs it."""
     import nltk
     from lm_eval.tasks.ruler import prepare_niah
@@ -783,8 +705,8 @@ def test_rulers_gold_answers_score_one(ruler):
 
 
 def test_ruler_through_the_harness(teacher_dir, tmp_path, monkeypatch):
-    """A length that its configuration does not list, longer than the model's config allows: nothing
-    is cut."""
+    """At a length that its configuration does not list and that is longer than the model's config
+    allows: nothing is truncated."""
     from lm_eval.models.huggingface import HFLM
 
     prompts = []
@@ -821,7 +743,7 @@ def test_ruler_through_the_harness(teacher_dir, tmp_path, monkeypatch):
         assert results[f"niah_single_1@{length}"]["stderr"] == pytest.approx(0.25)  # of 1, 0, 0, 0: std 0.5 / sqrt(4)
 
 
-def test_variable_tracking_that_would_not_end_is_refused(ruler):
+def test_endless_variable_tracking_is_refused(ruler):
     with pytest.raises(ValueError, match="ruler_vt: the tokenizer makes"):
         ruler(Unit("ruler_vt", 4096))
 
@@ -843,12 +765,7 @@ def result(task, score, stderr, seq_len=None, higher=True, metric="acc", **setti
 def write(folder, *results, failed=()):
     tasks = {Unit(r["task"], r["seq_len"]).key: r for r in results}
     tasks |= {
-        key: {
-            "task": key,
-            "seq_len": None,
-            "error": "no network",
-            "settings": {"checkpoint": "x", "limit": None},
-        }
+        key: {"task": key, "seq_len": None, "error": "no network", "settings": {"checkpoint": "x", "limit": None}}
         for key in failed
     }
     folder.mkdir(parents=True)
@@ -909,7 +826,7 @@ def test_comparison_of_what_cannot_be_compared(tmp_path):
     newer = write(tmp_path / "e", result("piqa", 0.8, 0.02, procedure=2))
     other = write(tmp_path / "c", result("boolq", 0.8, 0.02))
     failed, tables = write(tmp_path / "d", failed=["piqa"]), str(tmp_path / "tables.json")
-    Path(tables).write_text('{"a": {"piqa": {"score": 0.8}}}')  # what one call writes of all its checkpoints
+    Path(tables).write_text('{"a": {"piqa": {"score": 0.8}}}')  # the tables of one call
     for files, message in (
         ((teacher, limited), "another limit"),
         ((teacher, newer), r"another procedure \(2\)"),
@@ -965,24 +882,13 @@ def script(*checkpoints, **environment):
         **environment,
     }
     return subprocess.run(
-        ["bash", "eval.sh", *checkpoints],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
+        ["bash", "eval.sh", *checkpoints], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
     )
 
 
-def test_the_script_hands_its_knobs_on(student_dir, tmp_path):
+def test_the_script_passes_its_variables_on(student_dir, tmp_path):
     done = script(
-        student_dir,
-        TASKS="copying",
-        SEQ_LENS="128",
-        LIMIT="3",
-        BATCH_SIZE="2",
-        NUM_WORDS="16",
-        OUTPUT=str(tmp_path),
+        student_dir, TASKS="copying", SEQ_LENS="128", LIMIT="3", BATCH_SIZE="2", NUM_WORDS="16", OUTPUT=str(tmp_path)
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = read(tmp_path)[Path(student_dir).parent.name]["copying@128"]
@@ -1002,8 +908,8 @@ def test_the_script_says_what_is_wrong(tmp_path):
 
 
 def same_scores(one, two, rel):
-    """Of two results of a checkpoint, and which tasks failed. rel: of a score; a standard error may
-    be off ten times as far."""
+    """Asserts that two results of a checkpoint agree, errors included. rel: the tolerance of a score;
+    that of a standard error is ten times as large."""
     assert one.keys() == two.keys()
     for key, result in one.items():
         if "error" in result:
@@ -1016,22 +922,16 @@ def same_scores(one, two, rel):
 
 @pytest.mark.slow
 def test_two_processes_score_as_one(teacher_dir, student_dir, data_dir, tmp_path):
-    """An odd number of documents is dealt out to two; what breaks in the middle of a task ends the
-    processes, and they come back."""
-    other = tmp_path / "other"  # a teacher with another vocabulary: the KL to it breaks while it is measured
+    """An odd number of documents is sharded across two; a failure in the middle of a task ends the
+    processes, and they are started again."""
+    other = tmp_path / "other"  # a teacher with another vocabulary: measuring the KL fails
     random_teacher(other, vocab_size=100)
     save_tokenizer(other)
     tasks = "associative_recall,heldout_kl,recall_generation,ruler_cwe,heldout_perplexity"
-    knobs = {
-        "TASKS": tasks,
-        "SEQ_LENS": "96",
-        "LIMIT": "7",
-        "DATA": data_dir,
-        "TEACHER": str(other),
-    }
+    variables = {"TASKS": tasks, "SEQ_LENS": "96", "LIMIT": "7", "DATA": data_dir, "TEACHER": str(other)}
     found = []
     for count in ("1", "2"):
-        done = script(student_dir, **knobs, OUTPUT=str(tmp_path / count), NUM_GPUS=count)
+        done = script(student_dir, **variables, OUTPUT=str(tmp_path / count), NUM_GPUS=count)
         assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
         found.append(read(tmp_path / count)[Path(student_dir).parent.name])
     one, two = found
