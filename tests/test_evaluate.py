@@ -31,8 +31,17 @@ from recall_tasks import NUM_WORDS, RECALL_TASKS, answer_accuracy
 ROOT = Path(__file__).parent.parent
 
 
-def run(*argv):
-    return evaluation.commands.evaluate_checkpoints([*map(str, argv), "--num_gpus", "1"])
+def command_line(*words):
+    """evaluate.py on one process; returns its exit code."""
+    return evaluation.commands.evaluate_checkpoints([*map(str, words), "--num_gpus", "1"])
+
+
+def run(*checkpoints, **options):
+    """`command_line`, with options as keywords."""
+    words = list(checkpoints)
+    for name, value in options.items():
+        words += [f"--{name}", value]
+    return command_line(*words)
 
 
 def read(output):
@@ -42,27 +51,15 @@ def read(output):
 def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, capsys):
     """Teacher and student through lm-evaluation-harness; every figure is compared with one that was
     computed without the evaluation."""
-    options = (
-        "--tasks",
-        "local",
-        "--seq_lens",
-        "128,200",
-        "--data",
-        data_dir,
-        "--teacher",
-        teacher_dir,
-        "--limit",
-        6,
-        "--output",
-        tmp_path,
-    )
-    assert run(teacher_dir, student_dir, *options) == 0
+    options = dict(tasks="local", seq_lens="128,200", data=data_dir, teacher=teacher_dir, limit=6, output=tmp_path)
+    assert run(teacher_dir, student_dir, **options) == 0
     found = read(tmp_path)
     teacher, student = (found[label] for label in (Path(teacher_dir).name, Path(student_dir).parent.name))
     assert {key.split("@")[0] for key in teacher} == set(LOCAL) and list(teacher) == list(student)
     assert teacher["heldout_kl"]["score"] == pytest.approx(0, abs=1e-6)
 
-    tokenizer, model = (load_tokenizer(student_dir), AutoModelForCausalLM.from_pretrained(student_dir).eval())
+    tokenizer = load_tokenizer(student_dir)
+    model = AutoModelForCausalLM.from_pretrained(student_dir).eval()
     for task in RECALL_TASKS:
         for length in (128, 200):
             documents = recall_documents(task, length, NUM_WORDS, tokenizer)[:6]
@@ -86,35 +83,26 @@ def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, ca
 
     files = list(tmp_path.glob("*/results.json"))
     before = [json.loads(file.read_text()) for file in files]
-    assert len(files) == 2 and run(teacher_dir, student_dir, *options) == 0
+    assert len(files) == 2 and run(teacher_dir, student_dir, **options) == 0
     assert "Everything is there already" in capsys.readouterr().out
     assert [json.loads(file.read_text()) for file in files] == before
-    assert run(student_dir, *options[:-4], "--limit", 5, "--output", tmp_path) == 0, "another limit is another result"
+    assert run(student_dir, **options | {"limit": 5}) == 0, "another limit is another result"
     assert {r["samples"] for r in read(tmp_path)[Path(student_dir).parent.name].values()} == {5}
 
 
 def test_results_of_an_older_procedure_are_measured_again(teacher_dir, data_dir, tmp_path, monkeypatch):
     """Except those on chunks, for which there has been one procedure only."""
-    options = (
-        "--tasks",
-        "copying,recall_generation,heldout_perplexity",
-        "--seq_lens",
-        128,
-        "--data",
-        data_dir,
-        "--limit",
-        1,
-        "--output",
-        tmp_path,
+    options = dict(
+        tasks="copying,recall_generation,heldout_perplexity", seq_lens=128, data=data_dir, limit=1, output=tmp_path
     )
-    assert run(teacher_dir, *options) == 0
+    assert run(teacher_dir, **options) == 0
     (file,) = tmp_path.glob("*/results.json")
     content = json.loads(file.read_text())
     for result in content["tasks"].values():
         result["settings"].pop("procedure", None)  # as results were written before this setting existed
         result["score"] = -1.0
     file.write_text(json.dumps(content))
-    assert run(teacher_dir, *options) == 0
+    assert run(teacher_dir, **options) == 0
     scores = {key: result["score"] for key, result in json.loads(file.read_text())["tasks"].items()}
     assert [key for key, score in scores.items() if score == -1.0] == ["heldout_perplexity"] and len(scores) == 3
 
@@ -122,24 +110,25 @@ def test_results_of_an_older_procedure_are_measured_again(teacher_dir, data_dir,
 def test_a_rewritten_export_is_recognised_by_its_content(teacher_dir, tmp_path, capsys, monkeypatch):
     """Its weights are hashed once, and again only when their file has changed; other weights are
     another checkpoint."""
-    folder, read_files = tmp_path / "run" / "converted-hf", []
+    folder = tmp_path / "run" / "converted-hf"
+    read_files = []
     student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", [1])[0]
     student.save_pretrained(folder)
     save_tokenizer(folder)
     monkeypatch.setattr(evaluation.record, "sha256", lambda file: (read_files.append(file.name), sha256(file))[1])
-    options = ("--tasks", "copying", "--seq_lens", 128, "--limit", 1, "--output", tmp_path / "out")
-    assert run(folder, *options) == 0 and run(folder, *options) == 0
+    options = dict(tasks="copying", seq_lens=128, limit=1, output=tmp_path / "out")
+    assert run(folder, **options) == 0 and run(folder, **options) == 0
     assert capsys.readouterr().out.count("Everything is there already") == 1 and read_files == ["model.safetensors"]
     before = (folder / "model.safetensors").stat()
     student.save_pretrained(folder)
     assert (folder / "model.safetensors").stat().st_mtime_ns > before.st_mtime_ns
-    assert run(folder, *options) == 0 and len(read_files) == 2
+    assert run(folder, **options) == 0 and len(read_files) == 2
     assert "Everything is there already" in capsys.readouterr().out
     with torch.no_grad():
         student.model.layers[0].mlp.down_proj.weight[0, 0] += 1
     student.save_pretrained(folder)
     assert (folder / "model.safetensors").stat().st_size == before.st_size
-    assert run(folder, *options) == 0 and len(read_files) == 3
+    assert run(folder, **options) == 0 and len(read_files) == 3
     assert "Everything is there already" not in capsys.readouterr().out
 
 
@@ -147,10 +136,8 @@ class Oracle:
     """A model that knows the documents: it continues any prefix of them, or is wrong in every
     token."""
 
-    device, config = (
-        torch.device("cpu"),
-        SimpleNamespace(model_type="qwen3", max_position_embeddings=4096, vocab_size=96),
-    )
+    device = torch.device("cpu")
+    config = SimpleNamespace(model_type="qwen3", max_position_embeddings=4096, vocab_size=96)
 
     def __init__(self, tokenizer, texts, wrong):
         self.documents = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -181,10 +168,7 @@ def test_gold_answers_score_one_and_wrong_ones_zero(teacher_dir, tmp_path, monke
     oracle = Oracle(tokenizer, [document.text for documents in made for document in documents], wrong)
     monkeypatch.setattr(evaluation.harness, "load_model", lambda checkpoint: oracle)
     tasks = ",".join((*RECALL_TASKS, RECALL_GENERATION))
-    assert (
-        run(teacher_dir, "--tasks", tasks, "--seq_lens", 160, "--limit", 9, "--batch_size", 4, "--output", tmp_path)
-        == 0
-    )
+    assert run(teacher_dir, tasks=tasks, seq_lens=160, limit=9, batch_size=4, output=tmp_path) == 0
     results = read(tmp_path)[Path(teacher_dir).name]
     assert len(results) == 4 and {r["score"] for r in results.values()} == {score}
     assert len(oracle.batches) == 3
@@ -194,22 +178,24 @@ def test_gold_answers_score_one_and_wrong_ones_zero(teacher_dir, tmp_path, monke
 def test_long_prompts_use_chunked_prefill(teacher_dir, tmp_path, monkeypatch, name):
     """As a needle at 262144 tokens needs it; but not with a layer that would process all chunks but
     the first token by token."""
-    folder, pieces, forward = teacher_dir, [], torch.nn.Embedding.forward
+    folder = teacher_dir
+    lengths = []
+    forward = torch.nn.Embedding.forward
     if name != "teacher":
         folder = tmp_path / name
         StudentForCausalLM.from_teacher(load_teacher(teacher_dir), name, [1])[0].save_pretrained(folder)
         save_tokenizer(folder)
     monkeypatch.setattr(evaluation.harness, "PREFILL_CHUNK", 64)
     monkeypatch.setattr(
-        torch.nn.Embedding, "forward", lambda self, ids: (pieces.append(ids.shape[1]), forward(self, ids))[1]
+        torch.nn.Embedding, "forward", lambda self, ids: (lengths.append(ids.shape[1]), forward(self, ids))[1]
     )
-    assert (
-        run(folder, "--tasks", "recall_generation", "--seq_lens", 200, "--limit", 2, "--output", tmp_path / "out") == 0
-    )
-    first = pieces[: pieces.index(1)]
-    assert sum(first) > 128 and (
-        first[:-1] == [64] * (len(first) - 1) and first[-1] <= 64 if name != "fox_v1" else len(first) == 1
-    )
+    assert run(folder, tasks="recall_generation", seq_lens=200, limit=2, output=tmp_path / "out") == 0
+    chunks = lengths[: lengths.index(1)]
+    assert sum(chunks) > 128
+    if name == "fox_v1":
+        assert len(chunks) == 1
+    else:
+        assert set(chunks[:-1]) == {64} and chunks[-1] <= 64
 
 
 def test_dynamic_rope_turns_chunked_prefill_off(teacher_dir, tmp_path):
@@ -279,22 +265,7 @@ def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch, ends):
     )
     for task in (*RECALL_TASKS, RECALL_GENERATION):
         seen.clear()
-        assert (
-            run(
-                tmp_path,
-                "--tasks",
-                task,
-                "--seq_lens",
-                100,
-                "--limit",
-                3,
-                "--batch_size",
-                1,
-                "--output",
-                tmp_path / "out",
-            )
-            == 0
-        )
+        assert run(tmp_path, tasks=task, seq_lens=100, limit=3, batch_size=1, output=tmp_path / "out") == 0
         texts = [row for row in seen if len(row) > 1]
         assert len(texts) >= 3 and all(row[0] == bos and row.count(bos) == 1 and len(row) <= 100 for row in texts), task
         assert not any(load_tokenizer(str(tmp_path)).eos_token_id in row for row in texts), task
@@ -376,19 +347,15 @@ def test_a_failing_task_does_not_stop_the_others(teacher_dir, tmp_path, capfd, m
             raise RuntimeError("no such kernel\nand a traceback")
         return inner(unit, *args)
 
-    options = (
-        "--tasks",
-        "niah_single_2,copying,ruler_cwe,associative_recall,multi_hop_recall",
-        "--seq_lens",
-        128,
-        "--limit",
-        2,
-        "--output",
-        tmp_path,
+    options = dict(
+        tasks="niah_single_2,copying,ruler_cwe,associative_recall,multi_hop_recall",
+        seq_lens=128,
+        limit=2,
+        output=tmp_path,
     )
     monkeypatch.setattr(evaluation.runner, "measure", broken)
     monkeypatch.setitem(evaluation.ruler.SHORTEST, "niah_single_2", 1)
-    assert run(teacher_dir, *options) == 1
+    assert run(teacher_dir, **options) == 1
     shown = capfd.readouterr()
     assert "Needs a network, to download: niah_single_2 (baber/paul_graham_essays and nltk's punkt_tab)\n" in shown.out
     results = read(tmp_path)[Path(teacher_dir).name]
@@ -400,7 +367,7 @@ def test_a_failing_task_does_not_stop_the_others(teacher_dir, tmp_path, capfd, m
     assert table.count("| failed |") == 3 and "\nFailed: " in table and shown.err.count("FAILED: ") == 3
 
     monkeypatch.setattr(evaluation.runner, "measure", inner)
-    assert run(teacher_dir, *options) == 1
+    assert run(teacher_dir, **options) == 1
     again = read(tmp_path)[Path(teacher_dir).name]
     assert "score" in again["copying@128"] and again["associative_recall@128"] == results["associative_recall@128"]
 
@@ -410,20 +377,8 @@ def test_a_model_that_diverged_has_no_score(teacher_dir, data_dir, tmp_path):
     model.model.norm.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "nan")
     save_tokenizer(tmp_path / "nan")
-    assert (
-        run(
-            tmp_path / "nan",
-            "--tasks",
-            "copying,heldout_perplexity",
-            "--seq_lens",
-            128,
-            "--data",
-            data_dir,
-            "--output",
-            tmp_path / "out",
-        )
-        == 1
-    )
+    options = dict(tasks="copying,heldout_perplexity", seq_lens=128, data=data_dir)
+    assert run(tmp_path / "nan", **options, output=tmp_path / "out") == 1
     (results,) = read(tmp_path / "out").values()
     assert len(results) == 2 and all("not finite" in result["error"] for result in results.values())
 
@@ -433,8 +388,8 @@ def test_a_checkpoint_that_does_not_load_does_not_stop_the_others(teacher_dir, t
     random_teacher(broken)
     (broken / "model.safetensors").write_bytes(b"damaged")
     save_tokenizer(broken)
-    options = ("--tasks", "copying", "--seq_lens", 128, "--limit", 1, "--output", tmp_path / "out")
-    assert run(broken, teacher_dir, *options) == 1
+    options = dict(tasks="copying", seq_lens=128, limit=1, output=tmp_path / "out")
+    assert run(broken, teacher_dir, **options) == 1
     results = read(tmp_path / "out")
     assert "error" in results["broken"]["copying@128"] and "score" in results[Path(teacher_dir).name]["copying@128"]
 
@@ -463,14 +418,14 @@ def test_a_checkpoint_that_does_not_load_does_not_stop_the_others(teacher_dir, t
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(teacher_dir, data_dir, tmp_path, options, message):
-    options = [
-        {"TEACHER": teacher_dir, "DATA": data_dir, "TOKENS": str(Path(data_dir).parent / "tokenized")}.get(
-            option, option
-        )
-        for option in options
-    ]
+    folders = {
+        "TEACHER": teacher_dir,
+        "DATA": data_dir,
+        "TOKENS": str(Path(data_dir).parent / "tokenized"),
+    }
+    options = [folders.get(option, option) for option in options]
     with pytest.raises(ValueError, match=message) as error:
-        run(teacher_dir, *options, "--output", tmp_path / "out")
+        command_line(teacher_dir, *options, "--output", tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -481,7 +436,7 @@ def test_a_checkpoint_of_the_predecessor_is_refused_by_name(teacher_dir, tmp_pat
         AutoModelForCausalLM.from_pretrained(tmp_path)
     for argv in ([tmp_path, "--tasks", "copying"], [teacher_dir, "--tasks", "copying", "--teacher", tmp_path]):
         with pytest.raises(ValueError, match=f": '{tmp_path}' is a student of the KL-guided .* orders K and V"):
-            run(*argv, "--output", tmp_path / "out")
+            command_line(*argv, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -612,20 +567,7 @@ def test_rulers_documents_are_made_once_per_tokenizer(teacher_dir, student_dir, 
     )
 
     def evaluated(output, checkpoints):
-        assert (
-            run(
-                *checkpoints,
-                "--tasks",
-                "niah_single_1",
-                "--seq_lens",
-                1030,
-                "--limit",
-                1,
-                "--output",
-                tmp_path / output,
-            )
-            == 0
-        )
+        assert run(*checkpoints, tasks="niah_single_1", seq_lens=1030, limit=1, output=tmp_path / output) == 0
 
     evaluated("a", (teacher_dir, student_dir))
     evaluated("b", (teacher_dir,))
@@ -665,10 +607,7 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path, teacher_dir):
     (folder / "custom_generate" / "generate.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(*args): pass\n"
     )
-    assert (
-        run(folder, "--tasks", "niah_single_1,copying", "--seq_lens", 1024, "--limit", 1, "--output", tmp_path / "out")
-        == 0
-    )
+    assert run(folder, tasks="niah_single_1,copying", seq_lens=1024, limit=1, output=tmp_path / "out") == 0
     assert not (tmp_path / "ran").exists()
 
 
@@ -720,22 +659,8 @@ def test_ruler_through_the_harness(teacher_dir, tmp_path, monkeypatch):
         return torch.cat([context, torch.tensor([ids + [0] * (width - len(ids)) for ids in new])], 1)
 
     monkeypatch.setattr(HFLM, "_model_generate", generate)
-    assert (
-        run(
-            teacher_dir,
-            "--tasks",
-            "niah_single_1",
-            "--seq_lens",
-            "1024,1536",
-            "--limit",
-            4,
-            "--batch_size",
-            4,
-            "--output",
-            tmp_path,
-        )
-        == 0
-    )
+    options = dict(tasks="niah_single_1", seq_lens="1024,1536", limit=4, batch_size=4)
+    assert run(teacher_dir, **options, output=tmp_path) == 0
     results = read(tmp_path)[Path(teacher_dir).name]
     assert len(prompts) == 8 and all(prompt.startswith("A special magic number is hidden") for prompt in prompts)
     for length in (1024, 1536):
