@@ -15,11 +15,15 @@ import math
 import sys
 from pathlib import Path
 
-from pipeline.data import (  # pipeline first: it says what is not installed
-    check_special_tokens, encode_beginnings, load_tokenizer, out_of_vocabulary,
-)  # fmt: skip
-from pipeline.files import one_line
-from pipeline.generation import greedy
+from runtime.command import run_main
+from runtime.data import (
+    check_special_tokens,
+    encode_beginnings,
+    load_tokenizer,
+    out_of_vocabulary,
+)
+from runtime.files import one_line
+from runtime.generation import greedy
 
 import torch
 from jinja2 import TemplateError
@@ -59,12 +63,16 @@ class Conversation:
         self.text = ""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def say(self, line: str):
-        """Adds what the user says; returns input_ids and attention_mask [1, T] of all so far. Raises ValueError if the text or the
-        chat template has a token that the model lacks."""
+    def log(self, line: str):
+        """Adds what the user says; returns input_ids and attention_mask [1, T] of all so far.
+        Raises ValueError if the text or the chat template has a token that the model lacks."""
         heard = self._heard(line)
         if heard["input_ids"].numel() and (largest := heard["input_ids"].max().item()) >= self.vocab_size:
-            raise out_of_vocabulary(f"--model: {self.tokenizer.convert_ids_to_tokens(largest)!r} in the text has the id", largest, self.vocab_size)
+            raise out_of_vocabulary(
+                f"--model: {self.tokenizer.convert_ids_to_tokens(largest)!r} in the text has the id",
+                largest,
+                self.vocab_size,
+            )
         return heard
 
     def _heard(self, line: str):
@@ -79,7 +87,9 @@ class Conversation:
             )
         except TemplateError as error:  # a mistake in it, or what it raises itself, such as for a system message
             cure = "mend chat_template" if self.system is None else "leave --system out, or mend chat_template"
-            raise ValueError(f"--model: its chat template refuses the conversation ({one_line(error)}); {cure}") from None
+            raise ValueError(
+                f"--model: its chat template refuses the conversation ({one_line(error)}); {cure}"
+            ) from None
 
     def hear(self, answer: str) -> None:
         """Adds what the model said."""
@@ -88,8 +98,8 @@ class Conversation:
 
 
 def generation_config(args: argparse.Namespace, model, eos_token_id: int | None) -> GenerationConfig:
-    """The model's own, if it has one, with what the arguments say; greedy decoding if the temperature is 0. Raises OSError if a
-    folder's cannot be read."""
+    """The model's own, if it has one, with what the arguments say; greedy decoding if the
+    temperature is 0. Raises OSError if a folder's cannot be read."""
     try:
         config = GenerationConfig.from_pretrained(args.model)
     except OSError:
@@ -102,7 +112,10 @@ def generation_config(args: argparse.Namespace, model, eos_token_id: int | None)
         config.do_sample, config.temperature = True, args.temperature
     if config.eos_token_id is None:
         config.eos_token_id = eos_token_id
-    config.max_new_tokens, config.prefill_chunk_size = args.max_new_tokens, None if model.config.rope_depends_on_length else PREFILL
+    config.max_new_tokens, config.prefill_chunk_size = (
+        args.max_new_tokens,
+        None if model.config.rope_depends_on_length else PREFILL,
+    )
     if model.device.type == "cuda" and StaticCache.refusal(model.config) is None:
         config.cache_implementation = "static"  # a token is one CUDA graph
     if not config.do_sample:
@@ -113,7 +126,8 @@ def generation_config(args: argparse.Namespace, model, eos_token_id: int | None)
 
 
 def finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """A logits processor that ends an answer of nothing: a model that diverged is silent, or samples from what is no distribution."""
+    """A logits processor that ends an answer of nothing: a model that diverged is silent, or
+    samples from what is no distribution."""
     if scores.isnan().any():
         raise ValueError("--model: its logits are not finite")
     return scores
@@ -133,7 +147,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="a folder or a hub name")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer, at most")
-    parser.add_argument("--temperature", type=float, help="0: the likeliest token, without penalties; default: as the model's generation config says")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="0: the likeliest token, without penalties; default: as the model's generation config says",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or not 0 <= (args.temperature or 0) < math.inf:
@@ -151,7 +169,10 @@ def main(argv: list[str] | None = None) -> None:
     model.generation_config = generation_config(args, model, conversation.tokenizer.eos_token_id)
     layers = f"{len(config.linear_layers)} x {config.student_name}, " if config.linear_layers else ""
     how = "chat" if conversation.tokenizer.chat_template else "no chat template: it goes on with the text"
-    print(f"{args.model}: {layers}full attention in {config.keep_full_attention_layers}; {how}; /reset, /exit", file=sys.stderr)
+    print(
+        f"{args.model}: {layers}full attention in {config.keep_full_attention_layers}; {how}; /reset, /exit",
+        file=sys.stderr,
+    )
     for line in lines():
         if line == "/exit":
             return
@@ -160,15 +181,20 @@ def main(argv: list[str] | None = None) -> None:
             continue
         answer = Answer(conversation.tokenizer)
         try:
-            model.generate(**conversation.say(line).to(args.device), streamer=answer, logits_processor=[finite])
+            model.generate(**conversation.log(line).to(args.device), streamer=answer, logits_processor=[finite])
         except KeyboardInterrupt:
             answer.end()
         conversation.hear(answer.text)
 
 
-if __name__ == "__main__":
-    sys.stdin.reconfigure(errors="replace")  # what is no UTF-8 would come as surrogates, which no tokenizer takes
+def command() -> None:
+    """`main`, with errors in terms of its own options."""
+    sys.stdin.reconfigure(errors="replace")  # other encodings would come as surrogates, which no tokenizer takes
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"chat.py: error: {one_line(error).replace(KEY, '--model')}")
+        raise ValueError(one_line(error).replace(KEY, "--model")) from error
+
+
+if __name__ == "__main__":
+    run_main(command)

@@ -10,17 +10,17 @@ results of an evaluation that came later, and for the hub.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.checkpoints import CheckpointError, checkpoints, damage  # pipeline first: it says what is not installed
-from pipeline.config import Config, ConfigError, load_config
-from pipeline.data import fix_tokenizer_class
-from pipeline.files import complete_or_absent, one_line
-from pipeline.model_card import write_card
-from pipeline.run_folder import CONFIG, EXPORT, RUN, difference
+from runtime.checkpoints import CheckpointError, checkpoints, damage
+from runtime.command import run_main
+from runtime.config import Config, ConfigError, load_config
+from runtime.data import fix_tokenizer_class
+from runtime.files import atomic_directory, one_line
+from runtime.model_card import write_card
+from runtime.run_folder import CONFIG, EXPORT, RUN, difference
 
 import torch
 from httpx import HTTPError
@@ -42,11 +42,14 @@ def student_config(cfg: Config, teacher: StudentConfig) -> StudentConfig:
         "student_options": cfg.student_model.options,
         "keep_full_attention_layers": sorted(cfg.student_model.keep_full_attention_layers),
     }
-    return StudentConfig(**{name: value for name, value in values.items() if name not in ("model_type", "architectures")})
+    return StudentConfig(
+        **{name: value for name, value in values.items() if name not in ("model_type", "architectures")}
+    )
 
 
 def trained_state(cfg: Config, checkpoint: Path, config: StudentConfig) -> dict[str, torch.Tensor]:
-    """All weights of the trained model in fp32, from DeepSpeed's shards (ZeRO 1, 2 or 3), under the model's names."""
+    """All weights of the trained model in fp32, from DeepSpeed's shards (ZeRO 1, 2 or 3), under the
+    model's names."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
@@ -59,17 +62,18 @@ def trained_state(cfg: Config, checkpoint: Path, config: StudentConfig) -> dict[
 
 
 def export_checkpoint(cfg: Config, checkpoint: Path, output: Path) -> None:
-    """Writes `checkpoint` of the run `cfg` to `output`, with tokenizer, generation config and model card, complete or not at
-    all, in the dtype that the teacher was saved in.
+    """Writes `checkpoint` of the run `cfg` to `output`, with tokenizer, generation config and model
+    card, complete or not at all, in the dtype that the teacher was saved in.
 
-    Raises RuntimeError if the checkpoint lacks a weight of the model or holds one that the model does not know.
+    Raises RuntimeError if the checkpoint lacks a weight of the model or holds one that the model
+    does not know.
     """
     config = student_config(cfg, load_teacher_config(cfg.teacher_model.name))
     with no_init_weights():
         model = StudentForCausalLM(config).to(config.dtype or torch.float32)
     model.tie_weights()
     model.load_state_dict(trained_state(cfg, checkpoint, config))
-    with complete_or_absent(output, replace=True) as folder:
+    with atomic_directory(output, replace=True) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         copy_sidecars(cfg.teacher_model.name, folder)
         fix_tokenizer_class(folder)
@@ -78,7 +82,8 @@ def export_checkpoint(cfg: Config, checkpoint: Path, output: Path) -> None:
 
 @contextmanager
 def hub(name: str) -> Iterator[HfApi]:
-    """The hub, ready for uploads to the model `name`. Raises ValueError, of one line, if it is not, and when it fails."""
+    """The hub, ready for uploads to the model `name`. Raises ValueError, of one line, if it is not,
+    and when it fails."""
     key = f"--push-to-hub: {name}"
     validate_repo_id(name)
     if constants.HF_HUB_OFFLINE:
@@ -88,28 +93,40 @@ def hub(name: str) -> Iterator[HfApi]:
     try:
         yield HfApi()
     except HTTPError as error:
-        raise ValueError(f"{key}: the hub failed ({one_line(error)}); see that name and token may write, and try again") from None
+        raise ValueError(
+            f"{key}: the hub failed ({one_line(error)}); see that name and token may write, and try again"
+        ) from None
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--cfg", required=True, help="YAML of the stage, or <output_dir>/config.yaml")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint-N folder of the run; default: the newest")
-    parser.add_argument("--push-to-hub", metavar="NAME", help="upload the result, with its card, as the hub's model NAME")
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="NAME",
+        help="upload the result, with its card, as the hub's model NAME",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="as for train.py")
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args.cfg, args.overrides)
     folder = Path(cfg.train.output_dir)
     theirs, beside = folder / CONFIG, Path(args.cfg).parent
-    if Path(args.cfg).name == CONFIG and (beside / RUN).is_file() and beside.resolve() != folder.resolve():  # a copy, or moved
-        raise ConfigError(f"train.output_dir: {folder} is not where {args.cfg} lies; add train.output_dir={beside} for the run there")
+    if (
+        Path(args.cfg).name == CONFIG and (beside / RUN).is_file() and beside.resolve() != folder.resolve()
+    ):  # a copy, or moved
+        raise ConfigError(
+            f"train.output_dir: {folder} is not where {args.cfg} lies; add train.output_dir={beside} for the run there"
+        )
     if theirs.is_file() and (other := difference(load_config(theirs), cfg)):
         raise ConfigError(f"--cfg: {args.cfg} is not of the run in {folder} ({other}); name {theirs}")
     found = checkpoints(folder)
     if args.checkpoint:  # unpickled: it must be this run's own
         found = [path for path in found if path.absolute() == args.checkpoint.absolute()]
     if not found:
-        raise ConfigError(f"--checkpoint: {args.checkpoint or folder} is or holds no whole checkpoint of {folder}; train first")
+        raise ConfigError(
+            f"--checkpoint: {args.checkpoint or folder} is or holds no whole checkpoint of {folder}; train first"
+        )
     if wrong := damage(found[-1]):
         raise CheckpointError(f"--checkpoint: {found[-1]} is damaged ({wrong}); name another one of {folder}")
     if args.push_to_hub:
@@ -119,12 +136,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{found[-1]} -> {folder / EXPORT}")
     if args.push_to_hub:
         with hub(args.push_to_hub) as api:
-            api.upload_folder(repo_id=args.push_to_hub, folder_path=folder / EXPORT, commit_message=f"Stage {cfg.stage}")
+            api.upload_folder(
+                repo_id=args.push_to_hub,
+                folder_path=folder / EXPORT,
+                commit_message=f"Stage {cfg.stage}",
+            )
         print(f"{folder / EXPORT} -> https://huggingface.co/{args.push_to_hub}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, CheckpointError) as error:
-        sys.exit(f"convert_ckpt.py: error: {one_line(error)}")
+    run_main(main)

@@ -23,16 +23,19 @@ _instances: weakref.WeakSet[GraphedForward] = weakref.WeakSet()
 
 
 class GraphedForward:
-    """A model's `forward(**inputs) -> mapping with tensors`, replayed as CUDA graphs, with results equal to the bit.
+    """A model's `forward(**inputs) -> mapping with tensors`, replayed as CUDA graphs, with results
+    equal to the bit.
 
-    A model that trains gives a mapping with a scalar "loss", whose backward pass is a second graph; gradients reach the
-    parameters through autograd as usual, so that hooks on them run. Only calls with gradients enabled are replayed, the others
-    (evaluation) run as they are. Of a frozen model every call is replayed.
+    A model that trains gives a mapping with a scalar "loss", whose backward pass is a second graph;
+    gradients reach the parameters through autograd as usual, so that hooks on them run. Only calls
+    with gradients enabled are replayed, the others (evaluation) run as they are. Of a frozen model
+    every call is replayed.
 
-    The first EAGER_CALLS calls run as they are. Then tensors of a call are copied to the graph's own. Parameters handed over as
-    inputs are read where they lie; everything that is no tensor must stay the same. Between the forward and the backward pass
-    of a call no other graph of the process may run. Raises RuntimeError if the passes cannot be recorded, and for a call that
-    its graph would compute wrongly.
+    The first EAGER_CALLS calls run as they are. Then tensors of a call are copied to the graph's
+    own. Parameters handed over as inputs are read where they lie; everything that is no tensor must
+    stay the same. Between the forward and the backward pass of a call no other graph of the process
+    may run. Raises RuntimeError if the passes cannot be recorded, and for a call that its graph
+    would compute wrongly.
     """
 
     passes = 0  # of all graphs of the process: tells whether another one has run
@@ -73,8 +76,9 @@ class GraphedForward:
         handed_over = [value for value in self.constants.values() if isinstance(value, torch.Tensor)]
         self.in_place = [*self.model.parameters(), *self.model.buffers(), *handed_over]
         self.addresses = self._addresses()
-        # Autograd keeps the stream on which it first met a leaf, and makes it wait for the backward pass; a stream that is not
-        # recorded cannot wait for one that is. So the passes are recorded with leaves of their own, in the same memory.
+        # Autograd keeps the stream on which it first met a leaf, and makes it wait for the backward
+        # pass; a stream that is not recorded cannot wait for one that is. So the passes are
+        # recorded with leaves of their own, in the same memory.
         self.leaves = {p: nn.Parameter(p.detach()) for p in self.parameters}
         _free_memory()
         recorded = (other.forward_graph for other in _instances if other.forward_graph is not None)
@@ -98,15 +102,20 @@ class GraphedForward:
         return [tensor.data_ptr() for tensor in self.in_place]
 
     def _fill(self, inputs: dict) -> None:
-        """Copies a call's tensors to the graph's. Raises RuntimeError where the graph would compute something else than the call."""
+        """Copies a call's tensors to the graph's. Raises RuntimeError where the graph would compute
+        something else than the call."""
         constants = {name: value for name, value in inputs.items() if name not in self.inputs}
         same = constants.keys() == self.constants.keys()
         if not same or not all(_same(value, self.constants[name]) for name, value in constants.items()):
-            raise RuntimeError(f"a CUDA graph was recorded with {_names(self.constants)}, and is called with {_names(constants)}")
+            raise RuntimeError(
+                f"a CUDA graph was recorded with {_names(self.constants)}, and is called with {_names(constants)}"
+            )
         for name, static in self.inputs.items():
             value = inputs.get(name)
             if not _is_copied(value) or value.shape != static.shape or value.dtype != static.dtype:
-                raise RuntimeError(f"a CUDA graph was recorded with {name} {_kind(static)}, and is called with {_kind(value)}")
+                raise RuntimeError(
+                    f"a CUDA graph was recorded with {name} {_kind(static)}, and is called with {_kind(value)}"
+                )
             static.copy_(value)
         if self._addresses() != self.addresses:
             raise RuntimeError("a CUDA graph was recorded with parameters or buffers that lie elsewhere now")
@@ -124,7 +133,8 @@ class GraphedForward:
 
 
 def switch_off_all() -> None:
-    """Of every model of the process: the memory that their graphs share is free once the last of them is dropped."""
+    """Of every model of the process: the memory that their graphs share is free once the last of
+    them is dropped."""
     for graphed in _instances:
         graphed.switch_off()
 
@@ -176,7 +186,12 @@ def _record(run: Callable[[], Any], pool) -> tuple[torch.cuda.CUDAGraph, Any]:
 @contextmanager
 def _in_their_place(model: nn.Module, leaves: dict[nn.Parameter, nn.Parameter]):
     """Within the context `leaves` stand in place of the parameters that are their keys."""
-    places = [(module._parameters, name, p) for module in model.modules() for name, p in module._parameters.items() if p in leaves]
+    places = [
+        (module._parameters, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if p in leaves
+    ]
     for parameters, name, p in places:
         parameters[name] = leaves[p]
     try:

@@ -17,17 +17,27 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
-from evaluate import add_options, command, evaluate, labels  # first: it says what is not installed
+from runtime.command import run_main
+from runtime.files import atomic_write_text
+
 from eval_tables import Row, cell_text, draw_bars, picture, rows
-from pipeline.files import write_whole
+from evaluate import add_options, evaluate, labels, with_stop_signals
 
 
 def share(row: Row, label: str, teacher: str) -> tuple[float, float | None] | None:
     """(a student's share of the teacher's score, its standard error); None where there is none."""
     ours, theirs = row.cells.get(label, {}), row.cells.get(teacher, {})
-    if "score" not in ours or "score" not in theirs or row.metric == "nats" or theirs["score"] == 0 or ours["score"] == 0 and not row.higher_is_better:
+    if (
+        "score" not in ours
+        or "score" not in theirs
+        or row.metric == "nats"
+        or theirs["score"] == 0
+        or ours["score"] == 0
+        and not row.higher_is_better
+    ):
         return None
     value = ours["score"] / theirs["score"] if row.higher_is_better else theirs["score"] / ours["score"]
     if None in (ours["stderr"], theirs["stderr"]):
@@ -38,9 +48,15 @@ def share(row: Row, label: str, teacher: str) -> tuple[float, float | None] | No
 
 
 def total(table: list[Row], label: str, teacher: str) -> float | None:
-    """The share over all tasks that both have and where higher is better: mean score over the teacher's mean score."""
-    pairs = [(row.cells[label]["score"], row.cells[teacher]["score"]) for row in table
-             if row.higher_is_better and not row.is_mean and all("score" in row.cells.get(name, {}) for name in (label, teacher))]  # fmt: skip
+    """The share over all tasks that both have and where higher is better: mean score over the
+    teacher's mean score."""
+    pairs = [
+        (row.cells[label]["score"], row.cells[teacher]["score"])
+        for row in table
+        if row.higher_is_better
+        and not row.is_mean
+        and all("score" in row.cells.get(name, {}) for name in (label, teacher))
+    ]
     theirs = sum(score for _, score in pairs)
     return sum(score for score, _ in pairs) / theirs if theirs else None
 
@@ -53,18 +69,32 @@ def percent(found: tuple[float, float | None] | None) -> str:
 
 def markdown(table: list[Row], teacher: str, students: list[str]) -> str:
     """The comparison as a Markdown table."""
-    lines = [f"| task | length | metric | {teacher} | " + " | ".join(f"{name} | share" for name in students) + " |",
-             "|:--|--:|:--|--:|" + "--:|--:|" * len(students)]  # fmt: skip
+    lines = [
+        f"| task | length | metric | {teacher} | " + " | ".join(f"{name} | share" for name in students) + " |",
+        "|:--|--:|:--|--:|" + "--:|--:|" * len(students),
+    ]
     for row in table:
-        cells = " | ".join(f"{cell_text(row.cells.get(name))} | {percent(share(row, name, teacher))}" for name in students)
+        cells = " | ".join(
+            f"{cell_text(row.cells.get(name))} | {percent(share(row, name, teacher))}" for name in students
+        )
         name = f"**{row.name}**" if row.is_mean else row.name
-        lines.append(f"| {name} | {row.seq_len or ''} | {row.metric}{'' if row.higher_is_better else ' ↓'} | "
-                     f"{cell_text(row.cells.get(teacher))} | {cells} |")  # fmt: skip
+        lines.append(
+            f"| {name} | {row.seq_len or ''} | {row.metric}{'' if row.higher_is_better else ' ↓'} | "
+            f"{cell_text(row.cells.get(teacher))} | {cells} |"
+        )
     totals = {name: total(table, name, teacher) for name in students}
     if any(value is not None for value in totals.values()):
-        lines.append("| **all scores** | | | | " + " | ".join(f" | **{percent((v, None)) if v is not None else ''}**" for v in totals.values()) + " |")
+        lines.append(
+            "| **all scores** | | | | "
+            + " | ".join(f" | **{percent((v, None)) if v is not None else ''}**" for v in totals.values())
+            + " |"
+        )
     for row in table:
-        lines += [f"\nFailed: {name}, {row.name} {row.seq_len or ''}: {cell['error']}" for name, cell in row.cells.items() if "error" in cell]
+        lines += [
+            f"\nFailed: {name}, {row.name} {row.seq_len or ''}: {cell['error']}"
+            for name, cell in row.cells.items()
+            if "error" in cell
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -80,15 +110,17 @@ def plot(table: list[Row], teacher: str, students: list[str], path: Path) -> Non
 
 
 def from_files(files: list[str]) -> dict[str, dict[str, dict]]:
-    """Label -> unit's key -> result, of units that all files hold. Raises ValueError for other files, and for results that cannot
-    be compared."""
+    """Label -> unit's key -> result, of units that all files hold. Raises ValueError for other
+    files, and for results that cannot be compared."""
     found = {}
     for file in files:
         try:
             content = json.loads(Path(file).read_text())
             found[file] = content["checkpoint"], content["tasks"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"CHECKPOINT: {file} is no results.json of a checkpoint; evaluate.py writes it to OUTPUT/PATH__OF__CHECKPOINT/results.json") from None
+            raise ValueError(
+                f"CHECKPOINT: {file} is no results.json of a checkpoint; evaluate.py writes it to OUTPUT/PATH__OF__CHECKPOINT/results.json"
+            ) from None
     names = labels([checkpoint for checkpoint, _ in found.values()])
     common = [key for key in next(iter(found.values()))[1] if all(key in tasks for _, tasks in found.values())]
     if not common:
@@ -96,9 +128,13 @@ def from_files(files: list[str]) -> dict[str, dict[str, dict]]:
     for key in common:
         first, *others = (tasks[key]["settings"] for _, tasks in found.values())
         for file, other in zip(files[1:], others):
-            if different := [name for name in first | other if name != "checkpoint" and first.get(name) != other.get(name)]:
-                raise ValueError(f"CHECKPOINT: {key} in {file} was measured with another {different[0]} ({other.get(different[0])!r}) "
-                                 f"than in {files[0]} ({first.get(different[0])!r})")  # fmt: skip
+            if different := [
+                name for name in first | other if name != "checkpoint" and first.get(name) != other.get(name)
+            ]:
+                raise ValueError(
+                    f"CHECKPOINT: {key} in {file} was measured with another {different[0]} ({other.get(different[0])!r}) "
+                    f"than in {files[0]} ({first.get(different[0])!r})"
+                )
     return {names[checkpoint]: {key: tasks[key] for key in common} for checkpoint, tasks in found.values()}
 
 
@@ -120,16 +156,33 @@ def main(argv: list[str] | None = None) -> int:
         results = evaluate(args, [*argv, "--teacher", args.teacher])
     table, (teacher, *students) = rows(results), results
     text = markdown(table, teacher, students)
-    shares = {name: {"all": total(table, name, teacher), "tasks": [
-        {"task": row.name, "seq_len": row.seq_len, "metric": row.metric, "teacher": row.cells.get(teacher), "student": row.cells.get(name),
-         **dict(zip(("share", "share_stderr"), share(row, name, teacher) or (None, None)))} for row in table]} for name in students}
+    shares = {
+        name: {
+            "all": total(table, name, teacher),
+            "tasks": [
+                {
+                    "task": row.name,
+                    "seq_len": row.seq_len,
+                    "metric": row.metric,
+                    "teacher": row.cells.get(teacher),
+                    "student": row.cells.get(name),
+                    **dict(zip(("share", "share_stderr"), share(row, name, teacher) or (None, None))),
+                }
+                for row in table
+            ],
+        }
+        for name in students
+    }
     args.output.mkdir(parents=True, exist_ok=True)
-    write_whole(args.output / "compare.json", json.dumps({"teacher": teacher, "students": shares}, indent=1) + "\n")
-    write_whole(args.output / "compare.md", text)
+    atomic_write_text(
+        args.output / "compare.json",
+        json.dumps({"teacher": teacher, "students": shares}, indent=1) + "\n",
+    )
+    atomic_write_text(args.output / "compare.md", text)
     plot(table, teacher, students, args.output / "compare.png")
     print(f"\n{text}\nWritten to {args.output}")
     return int(any("error" in cell for row in table for cell in row.cells.values()))
 
 
 if __name__ == "__main__":
-    command("eval_compare.py", main)
+    run_main(partial(with_stop_signals, main))

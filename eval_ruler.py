@@ -19,19 +19,29 @@ from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
 
-from pipeline.data import tokenizer_fingerprint  # pipeline first: it says what is not installed
-from pipeline.files import sync
+from runtime.data import tokenizer_fingerprint
+from runtime.files import sync
 
 from eval_tables import RULER, Unit
 
 SAMPLES = 500  # documents of a task
 # Below this many tokens RULER's generators do not end.
 SHORTEST = {"ruler_cwe": 2048, **{name: 1024 for name in RULER if name != "ruler_cwe"}}
-ESSAY_TASKS = ("niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multiquery", "niah_multivalue")
+ESSAY_TASKS = (
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multiquery",
+    "niah_multivalue",
+)
 # What a task fetches from a network.
-FETCHED = {**dict.fromkeys(ESSAY_TASKS, "baber/paul_graham_essays and nltk's punkt_tab"),
-           "ruler_qa_squad": "rajpurkar.github.io/SQuAD-explorer", "ruler_qa_hotpot": "namlh2004/hotpotqa"}  # fmt: skip
-# Task -> module of lm-evaluation-harness, its function for the task's dataset, and that for a number of documents.
+FETCHED = {
+    **dict.fromkeys(ESSAY_TASKS, "baber/paul_graham_essays and nltk's punkt_tab"),
+    "ruler_qa_squad": "rajpurkar.github.io/SQuAD-explorer",
+    "ruler_qa_hotpot": "namlh2004/hotpotqa",
+}
+# Task -> module of lm-evaluation-harness, its function for the task's dataset, and that for a
+# number of documents.
 GENERATORS = {
     **{name: ("niah_utils", name, "generate_samples") for name in RULER if name.startswith("niah_")},
     "ruler_vt": ("vt_utils", "get_vt_dataset", "sys_vartrack_w_noise_random"),
@@ -51,7 +61,8 @@ def ruler_manager(metadata: dict | None = None):
 
 
 def seed_generators(unit: Unit) -> int:
-    """Seeds the process's random state, which tasks draw their documents from: they shall not depend on the tasks before."""
+    """Seeds the process's random state, which tasks draw their documents from: they shall not
+    depend on the tasks before."""
     import numpy
 
     seed = int.from_bytes(hashlib.sha256(unit.key.encode()).digest()[:4], "big")
@@ -61,22 +72,33 @@ def seed_generators(unit: Unit) -> int:
 
 
 def ruler_task(unit: Unit, tokenizer, limit: int | None):
-    """A task of lm-evaluation-harness with the first `limit` of the unit's documents, or all. Raises ValueError if the length does
-    not do."""
+    """A task of lm-evaluation-harness with the first `limit` of the unit's documents, or all.
+    Raises ValueError if the length does not do."""
     if unit.seq_len < SHORTEST[unit.task]:
         raise ValueError(f"SEQ_LENS: {unit.seq_len} is too short for {unit.task}; it needs {SHORTEST[unit.task]}")
     made = documents(unit, tokenizer, min(limit or SAMPLES, SAMPLES))
     manager = ruler_manager(metadata={"max_seq_lengths": [unit.seq_len]})
-    group = {"group": "made", "task": [{"task": unit.task, "custom_dataset": lambda **_: {"test": made}}]}
+    group = {
+        "group": "made",
+        "task": [{"task": unit.task, "custom_dataset": lambda **_: {"test": made}}],
+    }
     return manager.load([group])["tasks"][unit.task]
 
 
 def documents(unit: Unit, tokenizer, count: int):
-    """The first `count` of the unit's SAMPLES documents, a memory-mapped dataset; made if there is none of this tokenizer yet."""
+    """The first `count` of the unit's SAMPLES documents, a memory-mapped dataset; made if there is
+    none of this tokenizer yet."""
     from datasets import Dataset, config
 
     made_by = {name: version(name) for name in ("lm_eval", "wonderwords", "nltk")}
-    key = [tokenizer_fingerprint(tokenizer), unit.task, unit.seq_len, seed_generators(unit), count, made_by]
+    key = [
+        tokenizer_fingerprint(tokenizer),
+        unit.task,
+        unit.seq_len,
+        seed_generators(unit),
+        count,
+        made_by,
+    ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = Path(config.HF_DATASETS_CACHE) / "ruler" / f"{unit.task}_{unit.seq_len}_{count}_{digest}.arrow"
     if not file.is_file():
@@ -107,8 +129,8 @@ def write_documents(found: list[dict], file: Path) -> None:
 
 
 def generate(unit: Unit, tokenizer, count: int) -> list[dict]:
-    """The first `count` documents of the unit: a generator draws one after the other. Raises ValueError if the length does not do,
-    or what the task must fetch is not to be had."""
+    """The first `count` documents of the unit: a generator draws one after the other. Raises
+    ValueError if the length does not do, or what the task must fetch is not to be had."""
     seed_generators(unit)
     sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)  # has a random state of its own
     if unit.task == "ruler_vt":
@@ -128,7 +150,8 @@ def generate(unit: Unit, tokenizer, count: int) -> list[dict]:
 
 
 def import_generators(name: str):
-    """A module of RULER's. Those of the needles fetch nltk's sentence splitter when they are imported; only essays need it."""
+    """A module of RULER's. Those of the needles fetch nltk's sentence splitter when they are
+    imported; only essays need it."""
     import nltk
 
     with patch.object(nltk, "download", lambda *_, **__: False):
@@ -136,7 +159,8 @@ def import_generators(name: str):
 
 
 def fetch_essays() -> None:
-    """Fetches the essays and nltk's sentence splitter, unless they are there. Raises what the hub raises, ValueError for the latter."""
+    """Fetches the essays and nltk's sentence splitter, unless they are there. Raises what the hub
+    raises, ValueError for the latter."""
     import nltk
     from lm_eval.tasks.ruler import prepare_niah
 
@@ -145,12 +169,14 @@ def fetch_essays() -> None:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
         if not nltk.download("punkt_tab", quiet=True):
-            raise ValueError("nltk's punkt_tab is not there and could not be fetched; run 'python -m nltk.downloader punkt_tab' with a network") from None
+            raise ValueError(
+                "nltk's punkt_tab is not there and could not be fetched; run 'python -m nltk.downloader punkt_tab' with a network"
+            ) from None
 
 
 def check_tracking(tokenizer, seq_len: int) -> None:
-    """Raises ValueError if RULER's shortest variable tracking is too long for its example of 500 tokens, or with that for seq_len:
-    its generator would not end."""
+    """Raises ValueError if RULER's shortest variable tracking is too long for its example of 500
+    tokens, or with that for seq_len: its generator would not end."""
     from lm_eval.tasks.ruler.vt_utils import generate_input_output
 
     for sentences, room in ((5, 500), (10, seq_len - 500)):

@@ -14,14 +14,36 @@ from pathlib import Path
 
 from layer_selection.tasks import RECALL_TASKS
 
-RULER = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
-         "niah_multiquery", "niah_multivalue", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa_squad", "ruler_qa_hotpot")  # fmt: skip
+RULER = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multiquery",
+    "niah_multivalue",
+    "ruler_vt",
+    "ruler_cwe",
+    "ruler_fwe",
+    "ruler_qa_squad",
+    "ruler_qa_hotpot",
+)
 RECALL_GENERATION, PERPLEXITY, KL = "recall_generation", "heldout_perplexity", "heldout_kl"
 LOCAL = (*RECALL_TASKS, RECALL_GENERATION, PERPLEXITY, KL)
 GROUPS = {
     "ruler": RULER,
     "needle": ("niah_single_1", "niah_single_2", "niah_single_3"),
-    "commonsense": ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "boolq", "openbookqa", "lambada_openai"),
+    "commonsense": (
+        "arc_easy",
+        "arc_challenge",
+        "hellaswag",
+        "piqa",
+        "winogrande",
+        "boolq",
+        "openbookqa",
+        "lambada_openai",
+    ),
     "mmlu": ("mmlu",),
     "local": LOCAL,
     "generation": ("gsm8k", RECALL_GENERATION),
@@ -42,7 +64,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the tables: a task, or the mean of a group at a length; of every label its score, standard error and error."""
+    """A line of the tables: a task, or the mean of a group at a length; of every label its score,
+    standard error and error."""
 
     name: str
     seq_len: int | None
@@ -53,20 +76,27 @@ class Row:
 
 
 def rows(results: dict[str, dict[str, dict]]) -> list[Row]:
-    """Rows of label -> unit's key -> result, in the order of `GROUPS`; the mean of a group where nothing of it is missing."""
+    """Rows of label -> unit's key -> result, in the order of `GROUPS`; the mean of a group where
+    nothing of it is missing."""
     order = [*dict.fromkeys(name for group in GROUPS.values() for name in group)]
     found = {(r["task"], r["seq_len"]) for tasks in results.values() for r in tasks.values()}
     place = {name: i for i, name in enumerate(order)}
     table = []
     for task, seq_len in sorted(found, key=lambda u: (place.get(u[0], len(place)), u[0], u[1] or 0)):
         cells = {label: r for label, tasks in results.items() if (r := tasks.get(Unit(task, seq_len).key))}
-        known = next((cell for cell in cells.values() if "score" in cell), {"metric": "", "higher_is_better": True})
+        known = next(
+            (cell for cell in cells.values() if "score" in cell),
+            {"metric": "", "higher_is_better": True},
+        )
         table.append(Row(task, seq_len, known["metric"], known["higher_is_better"], cells))
     for group in ("ruler", "needle", "commonsense"):
         for seq_len in sorted({s for t, s in found if t in GROUPS[group]}, key=lambda s: s or 0):
             members = [row for row in table if row.name in GROUPS[group] and row.seq_len == seq_len]
-            cells = {label: mean_of([row.cells[label] for row in members]) for label in results
-                     if len(members) == len(GROUPS[group]) and all("score" in row.cells.get(label, {}) for row in members)}  # fmt: skip
+            cells = {
+                label: mean_of([row.cells[label] for row in members])
+                for label in results
+                if len(members) == len(GROUPS[group]) and all("score" in row.cells.get(label, {}) for row in members)
+            }
             if cells:
                 table.append(Row(group, seq_len, f"mean of {len(members)}", True, cells, is_mean=True))
     return table
@@ -93,7 +123,10 @@ def cell_text(cell: dict | None) -> str:
 
 def markdown(results: dict[str, dict[str, dict]]) -> str:
     """The results as a Markdown table, and what failed below it."""
-    lines = ["| task | length | metric | " + " | ".join(results) + " |", "|:--|--:|:--|" + "--:|" * len(results)]
+    lines = [
+        "| task | length | metric | " + " | ".join(results) + " |",
+        "|:--|--:|:--|" + "--:|" * len(results),
+    ]
     for row in rows(results):
         name = f"**{row.name}**" if row.is_mean else row.name
         cells = " | ".join(cell_text(row.cells.get(label)) for label in results)
@@ -105,7 +138,8 @@ def markdown(results: dict[str, dict[str, dict]]) -> str:
 
 @contextlib.contextmanager
 def picture(path: Path, panels: int, bars: int):
-    """Yields the axes of `panels` panels side by side, high enough for so many bars; saves them with one legend."""
+    """Yields the axes of `panels` panels side by side, high enough for so many bars; saves them
+    with one legend."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,38 +150,67 @@ def picture(path: Path, panels: int, bars: int):
     yield axes
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+    )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
 def draw_bars(axis, table: list[Row], names: list[str], value) -> None:
-    """A group of bars from 0 a row, one a name; value(row, name): (its length, standard error or None), or None."""
+    """A group of bars from 0 a row, one a name; value(row, name): (its length, standard error or
+    None), or None."""
     width = 0.8 / len(names)
     for i, name in enumerate(names):
-        shown = [(y + (i - (len(names) - 1) / 2) * width, *found) for y, row in enumerate(table) if (found := value(row, name))]
-        axis.barh([y for y, _, _ in shown], [length for _, length, _ in shown], width, xerr=[error or 0 for _, _, error in shown],
-                  label=name, error_kw={"lw": 0.8})  # fmt: skip
+        shown = [
+            (y + (i - (len(names) - 1) / 2) * width, *found)
+            for y, row in enumerate(table)
+            if (found := value(row, name))
+        ]
+        axis.barh(
+            [y for y, _, _ in shown],
+            [length for _, length, _ in shown],
+            width,
+            xerr=[error or 0 for _, _, error in shown],
+            label=name,
+            error_kw={"lw": 0.8},
+        )
     axis.set_yticks(range(len(table)), [f"{row.name} {row.seq_len or ''}".strip() for row in table], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(left=0)
 
 
 def over_lengths(table: list[Row], names: list[str]) -> tuple[list[int], dict[str, list[float]], int]:
-    """(lengths, every name's mean score at each of them, of how many tasks): of the tasks that all names have at all lengths, for
-    others would move the mean."""
-    found = {(row.name, row.seq_len): row for row in table if row.seq_len and row.higher_is_better and not row.is_mean
-             and all("score" in row.cells.get(name, {}) for name in names)}  # fmt: skip
+    """(lengths, every name's mean score at each of them, of how many tasks): of the tasks that all
+    names have at all lengths, for others would move the mean."""
+    found = {
+        (row.name, row.seq_len): row
+        for row in table
+        if row.seq_len
+        and row.higher_is_better
+        and not row.is_mean
+        and all("score" in row.cells.get(name, {}) for name in names)
+    }
     lengths = sorted({length for _, length in found})
-    tasks = [task for task in dict.fromkeys(task for task, _ in found) if all((task, length) in found for length in lengths)]
+    tasks = [
+        task for task in dict.fromkeys(task for task, _ in found) if all((task, length) in found for length in lengths)
+    ]
     if len(lengths) < 2 or not tasks:
         return [], {}, 0
-    means = {name: [statistics.fmean(found[task, length].cells[name]["score"] for task in tasks) for length in lengths] for name in names}
+    means = {
+        name: [statistics.fmean(found[task, length].cells[name]["score"] for task in tasks) for length in lengths]
+        for name in names
+    }
     return lengths, means, len(tasks)
 
 
 def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
-    """Scores side by side, a panel for each metric where lower is better, and one over the length where there are several."""
+    """Scores side by side, a panel for each metric where lower is better, and one over the length
+    where there are several."""
 
     def score_of(row: Row, label: str) -> tuple[float, float | None] | None:
         cell = row.cells.get(label, {})

@@ -30,22 +30,41 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline.checkpoints import fingerprint, sha256  # pipeline first: it says what is not installed
-from pipeline.data import (
-    check_special_tokens, data_fingerprint, encode_beginnings, end_no_text, load_tokenizer, open_chunks, open_chunks_for,
-    out_of_vocabulary, read_metadata,
-)  # fmt: skip
-from pipeline.files import one_line, write_whole
-from pipeline.generation import greedy
-from pipeline.guard import StopSignals
+from runtime.checkpoints import fingerprint, sha256
+from runtime.command import run_main
+from runtime.data import (
+    check_special_tokens,
+    data_fingerprint,
+    encode_beginnings,
+    end_no_text,
+    load_tokenizer,
+    open_chunks,
+    open_chunks_for,
+    out_of_vocabulary,
+    read_metadata,
+)
+from runtime.files import atomic_write_text, one_line
+from runtime.generation import greedy
+from runtime.guard import StopSignals
 
 from tqdm import tqdm
 
 from eval_ruler import FETCHED, ruler_manager, ruler_task, seed_generators
-from eval_tables import GROUPS, KL, LOCAL, PERPLEXITY, RECALL_GENERATION, RULER, Unit, markdown, plot
+from eval_tables import (
+    GROUPS,
+    KL,
+    LOCAL,
+    PERPLEXITY,
+    RECALL_GENERATION,
+    RULER,
+    Unit,
+    markdown,
+    plot,
+)
 from layer_selection.tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document, document_accuracies
 
 OWN = (*RECALL_TASKS, PERPLEXITY, KL)  # measured here, by forward passes over whole documents
@@ -73,12 +92,15 @@ def task_manager(names):
 
 
 def plan(args: argparse.Namespace, manager) -> list[Unit]:
-    """The units that --tasks and --seq_lens ask for, each once. Raises ValueError for a task that nobody knows."""
+    """The units that --tasks and --seq_lens ask for, each once. Raises ValueError for a task that
+    nobody knows."""
     units: dict[Unit, None] = {}
     for asked in args.tasks:
         names = GROUPS.get(asked, (asked,))
         if asked == "local":  # as far as there is what it needs
-            names = [name for name in names if name not in (PERPLEXITY, KL) or args.data and (name != KL or args.teacher)]
+            names = [
+                name for name in names if name not in (PERPLEXITY, KL) or args.data and (name != KL or args.teacher)
+            ]
         for name in names:
             if name in LOCAL:
                 found = [name]
@@ -86,8 +108,10 @@ def plan(args: argparse.Namespace, manager) -> list[Unit]:
                 known = [*GROUPS, *LOCAL, *manager.all_tasks]
                 close = difflib.get_close_matches(name, known, 3)
                 hint = f"did you mean {' or '.join(close)}? " if close else ""
-                raise ValueError(f"TASKS: {name!r} is unknown; {hint}Groups: {', '.join(GROUPS)}; of our own: {', '.join(LOCAL)}; "
-                                 "or any of lm-evaluation-harness (lm-eval ls tasks)")  # fmt: skip
+                raise ValueError(
+                    f"TASKS: {name!r} is unknown; {hint}Groups: {', '.join(GROUPS)}; of our own: {', '.join(LOCAL)}; "
+                    "or any of lm-evaluation-harness (lm-eval ls tasks)"
+                )
             else:
                 entry = manager.task_index[name]
                 found = sorted(entry.tags) if entry.kind.name == "TAG" else [name]
@@ -110,9 +134,15 @@ def dataset_of(task: str, manager) -> str | None:
     if "group" in config:
         member = config["task"][0]
         member = member if isinstance(member, str) else member.get("task", member.get("group"))
-        return dataset_of(member, manager) if isinstance(member, str) and member in manager.task_index else "its datasets"
+        return (
+            dataset_of(member, manager) if isinstance(member, str) and member in manager.task_index else "its datasets"
+        )
     if "dataset_path" not in config:  # of a tag, or of Python code
-        return dataset_of(sorted(manager.task_index[task].tags)[0], manager) if manager.task_index[task].kind.name == "TAG" else "its dataset"
+        return (
+            dataset_of(sorted(manager.task_index[task].tags)[0], manager)
+            if manager.task_index[task].kind.name == "TAG"
+            else "its dataset"
+        )
     return None if config["dataset_path"] in ("json", "csv", "parquet", "text", "") else config["dataset_path"]
 
 
@@ -124,7 +154,10 @@ def downloads(units: list[Unit], manager) -> dict[str, str]:
     found = {}
     for unit in units:
         source = dataset_of(unit.task, manager)
-        if source and not (Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source.split()[0], repo_type="dataset")).is_dir():
+        if (
+            source
+            and not (Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source.split()[0], repo_type="dataset")).is_dir()
+        ):
             found[unit.task] = source
     return found
 
@@ -135,8 +168,8 @@ def vocabulary_size(config) -> int:
 
 
 def check_checkpoint(key: str, name: str) -> int:
-    """The size of the checkpoint's vocabulary. Raises ValueError unless `name` has a config that loads; `key` is the option that
-    named it."""
+    """The size of the checkpoint's vocabulary. Raises ValueError unless `name` has a config that
+    loads; `key` is the option that named it."""
     from convert.loader import KEY, source_config
 
     try:
@@ -165,24 +198,29 @@ def labels(checkpoints: list[str]) -> dict[str, str]:
 
 
 class Record:
-    """A checkpoint's results.json, and what outlives a process beside it: what runs, why it died, hashes of weights."""
+    """A checkpoint's results.json, and what outlives a process beside it: what runs, why it died,
+    hashes of weights."""
 
     def __init__(self, args: argparse.Namespace, checkpoint: str):
         self.args, self.checkpoint = args, checkpoint
         self.folder = args.output / "__".join(path_parts(checkpoint))
         self.file, self.running, self.died, self.hashes = (
-            self.folder / name for name in ("results.json", ".running", ".died", ".hashes.json"))  # fmt: skip
+            self.folder / name for name in ("results.json", ".running", ".died", ".hashes.json")
+        )
         try:
             self.results = json.loads(self.file.read_text())["tasks"] if self.file.is_file() else {}
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"OUTPUT: {self.file} holds no results of ours; remove it, or name another folder") from None
+            raise ValueError(
+                f"OUTPUT: {self.file} holds no results of ours; remove it, or name another folder"
+            ) from None
 
     def fingerprint(self, checkpoint: str) -> str:
         """Of a folder: a hash of its config and weights. Of a hub name: the name."""
         return fingerprint(Path(checkpoint), self.sha256) if Path(checkpoint).is_dir() else checkpoint
 
     def sha256(self, file: Path) -> str:
-        """Of its content, which is read again only when size or time of the file have changed: it may be of many gigabytes."""
+        """Of its content, which is read again only when size or time of the file have changed: it
+        may be of many gigabytes."""
         try:
             known = json.loads(self.hashes.read_text())
         except (FileNotFoundError, ValueError):
@@ -192,7 +230,10 @@ class Record:
         if state != [stat.st_size, stat.st_mtime_ns]:
             digest = sha256(file)
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.hashes, json.dumps(known | {name: [stat.st_size, stat.st_mtime_ns, digest]}, indent=1) + "\n")
+            atomic_write_text(
+                self.hashes,
+                json.dumps(known | {name: [stat.st_size, stat.st_mtime_ns, digest]}, indent=1) + "\n",
+            )
         return digest
 
     def settings(self, unit: Unit) -> dict:
@@ -210,17 +251,36 @@ class Record:
 
     def missing(self, units: list[Unit]) -> list[Unit]:
         """The units that have no result with these settings, or failed."""
-        return [unit for unit in units if not ((result := self.results.get(unit.key)) and "error" not in result
-                                               and result["settings"] == self.settings(unit))]  # fmt: skip
+        return [
+            unit
+            for unit in units
+            if not (
+                (result := self.results.get(unit.key))
+                and "error" not in result
+                and result["settings"] == self.settings(unit)
+            )
+        ]
 
     def put(self, unit: Unit, result: dict) -> None:
-        self.results[unit.key] = {"task": unit.task, "seq_len": unit.seq_len, **result, "settings": self.settings(unit)}
+        self.results[unit.key] = {
+            "task": unit.task,
+            "seq_len": unit.seq_len,
+            **result,
+            "settings": self.settings(unit),
+        }
         self.write()
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         packages = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
-        write_whole(self.file, json.dumps({"checkpoint": self.checkpoint, "versions": packages, "tasks": self.results}, indent=1) + "\n")
+        atomic_write_text(
+            self.file,
+            json.dumps(
+                {"checkpoint": self.checkpoint, "versions": packages, "tasks": self.results},
+                indent=1,
+            )
+            + "\n",
+        )
 
     def clear(self, units: list[Unit]) -> list[Unit]:
         """Forgets the units that failed or were measured with other settings; returns those to do."""
@@ -238,7 +298,7 @@ class Record:
         self.running.unlink(missing_ok=True)
         self.died.unlink(missing_ok=True)
 
-    def bury(self, units: list[Unit]) -> bool:
+    def record_crashes(self, units: list[Unit]) -> bool:
         """Writes down as failed what processes died of; whether there was something."""
         keys = json.loads(self.running.read_text()) if self.running.is_file() else []
         why = self.died.read_text() if self.died.is_file() else "a process was killed, perhaps for memory"
@@ -251,16 +311,23 @@ class Record:
 
 # ------------------------------------------------------------------------------------------------ tasks of our own
 def recall_documents(task: str, seq_len: int, num_words: int, tokenizer, count: int = DOCUMENTS) -> list[Document]:
-    """`count` documents of at most seq_len tokens, about as long as that allows; the same for a tokenizer every time.
+    """`count` documents of at most seq_len tokens, about as long as that allows; the same for a
+    tokenizer every time.
 
-    num_words: that they draw from, or as many as they need. Raises ValueError if seq_len is too short or too long.
+    num_words: that they draw from, or as many as they need. Raises ValueError if seq_len is too
+    short or too long.
     """
     size = seq_len // 8  # a pair and its comma take some six tokens, and its question may come again
     while size >= 4:
-        options, words = {"associative_recall": ({"num_pairs": size}, size), "copying": ({"length": 2 * size}, 1),
-                          "multi_hop_recall": ({"num_chains": 3 * size // 8}, 9 * size // 8)}[task]  # fmt: skip
+        options, words = {
+            "associative_recall": ({"num_pairs": size}, size),
+            "copying": ({"length": 2 * size}, 1),
+            "multi_hop_recall": ({"num_chains": 3 * size // 8}, 9 * size // 8),
+        }[task]
         if words > len(WORDS):
-            raise ValueError(f"SEQ_LENS: {seq_len} tokens of {task} need {words} different words; there are {len(WORDS)}")
+            raise ValueError(
+                f"SEQ_LENS: {seq_len} tokens of {task} need {words} different words; there are {len(WORDS)}"
+            )
         rng = random.Random(f"{task} {seq_len}")
         documents = [RECALL_TASKS[task](rng, num_words=max(num_words, words), **options) for _ in range(count)]
         longest = max(map(len, encode_beginnings(tokenizer, [d.text for d in documents])))
@@ -271,24 +338,33 @@ def recall_documents(task: str, seq_len: int, num_words: int, tokenizer, count: 
 
 
 def recall_generation(seq_len: int, num_words: int, tokenizer):
-    """A task of lm-evaluation-harness: of documents of associative recall the last answer, which the model writes."""
+    """A task of lm-evaluation-harness: of documents of associative recall the last answer, which
+    the model writes."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
     made = recall_documents("associative_recall", seq_len, num_words, tokenizer)
     longest = max(map(len, tokenizer([f" {d.answer}" for d in made], add_special_tokens=False)["input_ids"]))
-    return ConfigurableTask(config={
-        "task": RECALL_GENERATION,
-        "custom_dataset": lambda **_: {"test": Dataset.from_list([{"prompt": d.prompt, "answer": d.answer} for d in made])},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "prompt",
-        "doc_to_target": "answer",
-        # Room for more than the answer, so that a model that does not stop is wrong.
-        "generation_kwargs": {"until": [",", "\n"], "do_sample": False, "max_gen_toks": longest + 4},
-        "process_results": lambda doc, written: {"exact_match": float(written[0].strip() == doc["answer"])},
-        "metric_list": [{"metric": "exact_match"}],
-    })  # fmt: skip
+    return ConfigurableTask(
+        config={
+            "task": RECALL_GENERATION,
+            "custom_dataset": lambda **_: {
+                "test": Dataset.from_list([{"prompt": d.prompt, "answer": d.answer} for d in made])
+            },
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": "prompt",
+            "doc_to_target": "answer",
+            # Room for more than the answer, so that a model that does not stop is wrong.
+            "generation_kwargs": {
+                "until": [",", "\n"],
+                "do_sample": False,
+                "max_gen_toks": longest + 4,
+            },
+            "process_results": lambda doc, written: {"exact_match": float(written[0].strip() == doc["answer"])},
+            "metric_list": [{"metric": "exact_match"}],
+        }
+    )
 
 
 def heldout_rows(args: argparse.Namespace, tokenizer, vocab_size: int):
@@ -302,7 +378,8 @@ def heldout_rows(args: argparse.Namespace, tokenizer, vocab_size: int):
 
 
 def chunk_values(unit: Unit, args: argparse.Namespace, lm, ids, teacher) -> list[float]:
-    """Of each of the chunks ids [N, T] the mean over its positions: cross-entropy of the next token, or KL(teacher || model)."""
+    """Of each of the chunks ids [N, T] the mean over its positions: cross-entropy of the next
+    token, or KL(teacher || model)."""
     import torch
 
     values, size = [], max(1, BATCH_TOKENS // ids.shape[1])
@@ -315,7 +392,9 @@ def chunk_values(unit: Unit, args: argparse.Namespace, lm, ids, teacher) -> list
                 continue
             theirs = teacher(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
         if ours.shape != theirs.shape:
-            raise ValueError(f"TEACHER: {args.teacher} has a vocabulary of {theirs.shape[-1]} entries, the checkpoint of {ours.shape[-1]}")
+            raise ValueError(
+                f"TEACHER: {args.teacher} has a vocabulary of {theirs.shape[-1]} entries, the checkpoint of {ours.shape[-1]}"
+            )
         values += (theirs.exp() * (theirs - ours)).sum(-1).mean(-1).tolist()
     if not all(map(math.isfinite, values)):
         raise ValueError("the logits are not finite")
@@ -323,8 +402,9 @@ def chunk_values(unit: Unit, args: argparse.Namespace, lm, ids, teacher) -> list
 
 
 def measure_own(unit: Unit, args: argparse.Namespace, documents, lm, teacher) -> dict | None:
-    """The mean over `documents` (of recall, or [N, T] chunks) of a figure that one forward pass gives, with its standard error:
-    accuracy (`document_accuracies`), KL, or perplexity, which is exp of the mean. None on ranks other than 0."""
+    """The mean over `documents` (of recall, or [N, T] chunks) of a figure that one forward pass
+    gives, with its standard error: accuracy (`document_accuracies`), KL, or perplexity, which is
+    exp of the mean. None on ranks other than 0."""
     mine = documents[: args.limit][lm.rank :: lm.world_size]
     if unit.task in RECALL_TASKS:
         values, size = [], max(1, BATCH_TOKENS // unit.seq_len)
@@ -339,17 +419,27 @@ def measure_own(unit: Unit, args: argparse.Namespace, documents, lm, teacher) ->
     mean = statistics.fmean(values)
     stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     metric = {PERPLEXITY: "perplexity", KL: "nats"}.get(unit.task, "acc")
-    result = {"metric": metric, "score": mean, "stderr": stderr, "higher_is_better": metric == "acc", "samples": len(values)}
+    result = {
+        "metric": metric,
+        "score": mean,
+        "stderr": stderr,
+        "higher_is_better": metric == "acc",
+        "samples": len(values),
+    }
     if unit.task == PERPLEXITY:
         perplexity = math.exp(mean)
-        result |= {"score": perplexity, "stderr": stderr and perplexity * stderr, "metrics": {"loss": mean, "loss_stderr": stderr}}
+        result |= {
+            "score": perplexity,
+            "stderr": stderr and perplexity * stderr,
+            "metrics": {"loss": mean, "loss_stderr": stderr},
+        }
     return result
 
 
 # ------------------------------------------------------------------------------------------------ running
 def load_model(checkpoint: str):
-    """A checkpoint in its own dtype, on this process's device. It generates greedily, with chunked prefill unless that
-    is slower for its student."""
+    """A checkpoint in its own dtype, on this process's device. It generates greedily, with chunked
+    prefill unless that is slower for its student."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -358,23 +448,33 @@ def load_model(checkpoint: str):
     from convert.loader import source_config
     from distill_model import StudentConfig, get_student_attention_class
 
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
     config = source_config(checkpoint)
     if config.model_type == "transformer":  # FLA's own class needs flash-attn
         model = load_teacher(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, dtype="auto", trust_remote_code=False)
     model.generation_config = greedy(model.generation_config)
-    student, rope = getattr(model.config, "student_name", None), getattr(model.config, "rope_parameters", None) or {}
-    reads_on = get_student_attention_class(student).func.READS_ON if student else model.config.model_type in {*FAMILIES, StudentConfig.model_type}
+    student, rope = (
+        getattr(model.config, "student_name", None),
+        getattr(model.config, "rope_parameters", None) or {},
+    )
+    reads_on = (
+        get_student_attention_class(student).func.supports_chunked_prefill
+        if student
+        else model.config.model_type in {*FAMILIES, StudentConfig.model_type}
+    )
     if reads_on and rope.get("rope_type") != "dynamic":  # which depends on the length
         model.generation_config.prefill_chunk_size = PREFILL
     return model.to(device).eval()
 
 
 def refuse_unknown_tokens(model, tokenizer) -> None:
-    """Makes the model raise ValueError for a token that it has no embedding of, where the tokenizer has one: on a GPU a lookup of
-    such an id would end the process. Padding, which is masked, becomes EOS instead."""
+    """Makes the model raise ValueError for a token that it has no embedding of, where the tokenizer
+    has one: on a GPU a lookup of such an id would end the process. Padding, which is masked,
+    becomes EOS instead."""
     vocab_size = vocabulary_size(model.config)
     if max(tokenizer.get_vocab().values()) < vocab_size:
         return
@@ -383,18 +483,24 @@ def refuse_unknown_tokens(model, tokenizer) -> None:
 
     def refuse(module, args) -> None:
         if (largest := args[0].max().item()) >= vocab_size:
-            raise out_of_vocabulary(f"CHECKPOINT: {tokenizer.convert_ids_to_tokens(largest)!r} in a text has the id", largest, vocab_size)
+            raise out_of_vocabulary(
+                f"CHECKPOINT: {tokenizer.convert_ids_to_tokens(largest)!r} in a text has the id",
+                largest,
+                vocab_size,
+            )
 
     model.get_input_embeddings().register_forward_pre_hook(refuse)
 
 
 def harness_model(checkpoint: str, batch_size: str):
-    """The checkpoint as lm-evaluation-harness wants it; under torchrun the documents are dealt out to the ranks."""
+    """The checkpoint as lm-evaluation-harness wants it; under torchrun the documents are dealt out
+    to the ranks."""
     from accelerate import Accelerator
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # Of texts longer than the tokenizer's model_max_length; what a task makes may be, and what a model reads is cut elsewhere.
+    # Of texts longer than the tokenizer's model_max_length; what a task makes may be, and what a
+    # model reads is cut elsewhere.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     refuse_unknown_tokens(model, tokenizer)
@@ -407,7 +513,8 @@ def harness_model(checkpoint: str, batch_size: str):
 
 
 def build(unit: Unit, args: argparse.Namespace, manager, lm):
-    """The unit's documents if `measure_own` measures it, else its task, or group of tasks, of lm-evaluation-harness."""
+    """The unit's documents if `measure_own` measures it, else its task, or group of tasks, of
+    lm-evaluation-harness."""
     if unit.task in (PERPLEXITY, KL):
         return heldout_rows(args, load_tokenizer(lm.tokenizer.name_or_path), vocabulary_size(lm.model.config))
     if unit.task in RECALL_TASKS:
@@ -428,13 +535,18 @@ def measure(unit: Unit, args: argparse.Namespace, task, lm, manager, teacher) ->
 
     if unit.task in OWN:
         return measure_own(unit, args, task, lm, teacher)
-    # RULER's documents fill their length to the last token; HFLM would cut them at the length that the config names.
+    # RULER's documents fill their length to the last token; HFLM would cut them at the length that
+    # the config names.
     lm._max_length = None
     lm._max_length = max(lm.max_length, unit.seq_len) if unit.seq_len else None
     found = simple_evaluate(lm, tasks=[task], limit=args.limit, task_manager=manager, log_samples=True)
     if found is None:
         return None
-    metrics = {name: value for name, value in found["results"][unit.task].items() if isinstance(value, (int, float)) and "," in name}
+    metrics = {
+        name: value
+        for name, value in found["results"][unit.task].items()
+        if isinstance(value, (int, float)) and "," in name
+    }
     metric, score = headline(unit, metrics)
     samples = [sample for name in found["samples"] for sample in found["samples"][name]]
     counts = [found["n-samples"][name]["effective"] for name in found["samples"]]
@@ -444,8 +556,14 @@ def measure(unit: Unit, args: argparse.Namespace, task, lm, manager, teacher) ->
     if stderr is None and len(values) > 1 and math.isclose(statistics.fmean(values), score, abs_tol=1e-9):  # RULER's
         stderr = statistics.stdev(values) / math.sqrt(len(values))
     higher = found["higher_is_better"].get(unit.task, {}).get(name)
-    return {"metric": "match" if unit.task in RULER else metric.removesuffix(",none"), "score": score, "stderr": stderr,
-            "higher_is_better": higher is not False, "samples": sum(counts), "metrics": metrics}  # fmt: skip
+    return {
+        "metric": "match" if unit.task in RULER else metric.removesuffix(",none"),
+        "score": score,
+        "stderr": stderr,
+        "higher_is_better": higher is not False,
+        "samples": sum(counts),
+        "metrics": metrics,
+    }
 
 
 def headline(unit: Unit, metrics: dict[str, float]) -> tuple[str, float]:
@@ -467,8 +585,9 @@ def reason(error: BaseException, args: argparse.Namespace) -> str:
 
 
 def work(args: argparse.Namespace, units: list[Unit], manager) -> None:
-    """Does what has no result yet, on every rank. What fails is written down, and the next comes; but where other ranks would
-    wait for the one that failed, that one ends its process, and `run` starts all of them again behind the task."""
+    """Does what has no result yet, on every rank. What fails is written down, and the next comes;
+    but where other ranks would wait for the one that failed, that one ends its process, and `run`
+    starts all of them again behind the task."""
     import torch
 
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -502,7 +621,10 @@ def work(args: argparse.Namespace, units: list[Unit], manager) -> None:
             start, error = time.monotonic(), None
             if not rank:
                 record.begin([unit])
-                print(f"== {labels(args.checkpoints)[checkpoint]}, {i + 1}/{len(todo)}: {unit.key}", flush=True)
+                print(
+                    f"== {labels(args.checkpoints)[checkpoint]}, {i + 1}/{len(todo)}: {unit.key}",
+                    flush=True,
+                )
             try:
                 task = build(unit, args, manager, lm)
             except Exception as failure:  # whatever a task's code or a download raises
@@ -540,37 +662,67 @@ def run(args: argparse.Namespace, units: list[Unit], manager, argv: list[str]) -
         work(args, units, manager)
         return
     while True:
-        child = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                  f"--nproc-per-node={args.num_gpus}", __file__, *argv])  # fmt: skip
+        child = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={args.num_gpus}",
+                __file__,
+                *argv,
+            ]
+        )
         try:
             code = child.wait()
         finally:
             child.terminate()
             child.wait()
-        buried = [Record(args, checkpoint).bury(units) for checkpoint in args.checkpoints]
+        buried = [Record(args, checkpoint).record_crashes(units) for checkpoint in args.checkpoints]
         if code == 0:
             return
         if not any(buried):
-            raise ValueError(f"NUM_GPUS: the {args.num_gpus} processes ended with exit code {code} before the first task (above)")
+            raise ValueError(
+                f"NUM_GPUS: the {args.num_gpus} processes ended with exit code {code} before the first task (above)"
+            )
 
 
 def results_of(args: argparse.Namespace, units: list[Unit]) -> dict[str, dict[str, dict]]:
     """Label -> unit's key -> result, of these units; one that did not get its turn has none."""
-    return {label: {unit.key: record.results[unit.key] for unit in units if unit.key in record.results}
-            for checkpoint, label in labels(args.checkpoints).items() for record in [Record(args, checkpoint)]}  # fmt: skip
+    return {
+        label: {unit.key: record.results[unit.key] for unit in units if unit.key in record.results}
+        for checkpoint, label in labels(args.checkpoints).items()
+        for record in [Record(args, checkpoint)]
+    }
 
 
 # ------------------------------------------------------------------------------------------------ command line
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Those that eval_compare.py takes too."""
     parser.add_argument("--tasks", default="ruler", help=f"separated by commas; groups: {', '.join(GROUPS)} (ruler)")
-    parser.add_argument("--seq_lens", default="", help=f"lengths in tokens of tasks that have one, separated by commas ({SEQ_LEN})")
+    parser.add_argument(
+        "--seq_lens",
+        default="",
+        help=f"lengths in tokens of tasks that have one, separated by commas ({SEQ_LEN})",
+    )
     parser.add_argument("--batch_size", default="8", help="documents at a time on a device, or auto (8)")
     parser.add_argument("--num_gpus", type=int, help="processes, one a GPU (all visible GPUs; 1 on a CPU)")
-    parser.add_argument("--limit", type=int, help="take only so many documents of a task; such scores are for trying things out")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="take only so many documents of a task; such scores are for trying things out",
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"))
-    parser.add_argument("--data", help=f"chunks of preprocess_chunk.py with a held-out part, for {PERPLEXITY} and {KL}")
-    parser.add_argument("--num_words", type=int, default=NUM_WORDS, help=f"different words in the recall tasks ({NUM_WORDS})")
+    parser.add_argument(
+        "--data",
+        help=f"chunks of preprocess_chunk.py with a held-out part, for {PERPLEXITY} and {KL}",
+    )
+    parser.add_argument(
+        "--num_words",
+        type=int,
+        default=NUM_WORDS,
+        help=f"different words in the recall tasks ({NUM_WORDS})",
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -582,7 +734,12 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"SEQ_LENS: {args.seq_lens!r} must be numbers of tokens, separated by commas") from None
     if not args.tasks:
         raise ValueError(f"TASKS: names no task; groups: {', '.join(GROUPS)}")
-    for name, values in (("SEQ_LENS", args.seq_lens), ("LIMIT", [args.limit]), ("NUM_GPUS", [args.num_gpus]), ("NUM_WORDS", [args.num_words])):
+    for name, values in (
+        ("SEQ_LENS", args.seq_lens),
+        ("LIMIT", [args.limit]),
+        ("NUM_GPUS", [args.num_gpus]),
+        ("NUM_WORDS", [args.num_words]),
+    ):
         if wrong := [value for value in values if value is not None and value < 1]:
             raise ValueError(f"{name}: {wrong[0]} must be at least 1")
     if args.num_words > len(WORDS):
@@ -604,7 +761,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, dict]]:
-    """Runs what is missing and returns label -> unit's key -> result. args: of the parser, before `check`; argv: what gave them."""
+    """Runs what is missing and returns label -> unit's key -> result. args: of the parser, before
+    `check`; argv: what gave them."""
     check(args)
     manager = task_manager([name for asked in args.tasks for name in GROUPS.get(asked, (asked,))])
     units = plan(args, manager)
@@ -612,7 +770,10 @@ def evaluate(args: argparse.Namespace, argv: list[str]) -> dict[str, dict[str, d
         work(args, units, manager)
         return {}
     if fetched := downloads(units, manager):
-        print("Needs a network, to fetch: " + "; ".join(f"{task} ({source})" for task, source in fetched.items()), flush=True)
+        print(
+            "Needs a network, to fetch: " + "; ".join(f"{task} ({source})" for task, source in fetched.items()),
+            flush=True,
+        )
     run(args, units, manager, argv)
     return results_of(args, units)
 
@@ -627,26 +788,23 @@ def main(argv: list[str] | None = None) -> int:
     results = evaluate(args, argv)
     if "RANK" in os.environ:
         return 0
-    write_whole(args.output / "results.json", json.dumps(results, indent=1) + "\n")
+    atomic_write_text(args.output / "results.json", json.dumps(results, indent=1) + "\n")
     text = markdown(results)
-    write_whole(args.output / "results.md", text)
+    atomic_write_text(args.output / "results.md", text)
     if len(results) > 1 and any("score" in r for tasks in results.values() for r in tasks.values()):
         plot(results, args.output / "results.png")
     print(f"\n{text}\nWritten to {args.output}")
     return int(any("error" in r for tasks in results.values() for r in tasks.values()))
 
 
-def command(name: str, main) -> None:
-    """Runs a script's `main`, ends the process."""
+def with_stop_signals(main) -> int:
+    """Runs a script's `main`; a stop signal ends it in order."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # transformers' own, a line for every file read
     with StopSignals():
-        try:
-            sys.exit(main())
-        except (ValueError, OSError) as error:  # an output that may not be written, a full disk
-            sys.exit(f"{name}: error: {one_line(error)}")
+        return main()
 
 
 if __name__ == "__main__":
-    command("evaluate.py", main)
+    run_main(partial(with_stop_signals, main))

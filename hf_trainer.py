@@ -12,6 +12,11 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+from runtime.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
+from runtime.data import collate
+from runtime.files import one_line
+from runtime.guard import NonFiniteError, StopSignals, Watchdog, first_not_finite
+
 import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
@@ -20,10 +25,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cuda_graphs import GraphedForward, switch_off_all
 from distill_model import StudentForCausalLM
-from pipeline.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
-from pipeline.data import collate
-from pipeline.files import one_line
-from pipeline.guard import Diverged, StopSignals, Watchdog, first_not_finite
 
 
 class MetricsFile(TrainerCallback):
@@ -38,9 +39,17 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         # The summary of the Trainer's end comes at every end, also of a run that goes on later.
-        if state.is_world_process_zero and logs and not ("train_runtime" in logs and state.global_step < state.max_steps):
+        if (
+            state.is_world_process_zero
+            and logs
+            and not ("train_runtime" in logs and state.global_step < state.max_steps)
+        ):
             seconds = round(time.perf_counter() - self.start, 3)
-            line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step, "seconds": seconds}
+            line = {
+                "step": state.global_step,
+                "tokens": state.global_step * self.tokens_per_step,
+                "seconds": seconds,
+            }
             with self.path.open("a") as file:
                 file.write(json.dumps(line | logs) + "\n")
 
@@ -61,9 +70,12 @@ def guarded(event: str):
 
 
 class Wandb(WandbCallback):
-    """W&B's, which cannot end a run: a SIGTERM to all processes of a job ends W&B's service too, before the run has saved."""
+    """W&B's, which cannot end a run: a SIGTERM to all processes of a job ends W&B's service too,
+    before the run has saved."""
 
-    on_train_begin, on_log, on_save, on_train_end = map(guarded, ("on_train_begin", "on_log", "on_save", "on_train_end"))
+    on_train_begin, on_log, on_save, on_train_end = map(
+        guarded, ("on_train_begin", "on_log", "on_save", "on_train_end")
+    )
 
 
 class LossBar(ProgressCallback):
@@ -83,8 +95,8 @@ class LossBar(ProgressCallback):
 
 
 class Guard(TrainerCallback):
-    """Makes all ranks agree, once a step, on what only one may know: that a signal came, that a checkpoint is due by time,
-    that a loss is not finite.
+    """Makes all ranks agree, once a step, on what only one may know: that a signal came, that a
+    checkpoint is due by time, that a loss is not finite.
 
     stop: the process's signals, or None. minutes: between checkpoints, or None.
     """
@@ -94,9 +106,11 @@ class Guard(TrainerCallback):
         self.stopped: str | None = None  # why training ended before its last step
 
     def on_train_begin(self, args, state, control, **_):
-        state.compute_steps(args, state.max_steps)  # a resumed state brings the intervals of the config that it was saved under
+        state.compute_steps(
+            args, state.max_steps
+        )  # a resumed state brings the intervals of the config that it was saved under
         self.trainer.finish_resuming()
-        norms_at_once(self.trainer.deepspeed.optimizer)
+        use_foreach_grad_norm(self.trainer.deepspeed.optimizer)
         self.last_save = time.monotonic()
         if self.stop is not None:
             self.stop.saving = True
@@ -112,10 +126,14 @@ class Guard(TrainerCallback):
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         stop, due, bad = flags.tolist()
         if bad:  # and yet the gradients were finite, or DeepSpeed would have skipped the step
-            raise Diverged(f"step {state.global_step}: a loss is not finite, though its gradients are; the checkpoints are kept")
+            raise NonFiniteError(
+                f"step {state.global_step}: a loss is not finite, though its gradients are; the checkpoints are kept"
+            )
         control.should_save |= bool(stop or due)
         if stop and state.global_step < state.max_steps:
-            self.stopped = self.stop.received if self.stop is not None and self.stop.received else "a signal to another rank"
+            self.stopped = (
+                self.stop.received if self.stop is not None and self.stop.received else "a signal to another rank"
+            )
             control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **_):
@@ -123,10 +141,11 @@ class Guard(TrainerCallback):
             self.stop.saving = False
 
 
-def norms_at_once(optimizer) -> None:
-    """Of DeepSpeed's ZeRO-1 and 2: takes the norms of all gradients by one call, and lets them tell whether all are finite, as they do
-    anyway. DeepSpeed asks each bf16 gradient before that, by thirteen operations, and then takes its norm by two more: of the 280
-    gradients of stage 1 at Qwen2.5-1.5B's shape 4,200 a step, whose starting a GPU waits for."""
+def use_foreach_grad_norm(optimizer) -> None:
+    """Of DeepSpeed's ZeRO-1 and 2: takes the norms of all gradients by one call, and lets them tell
+    whether all are finite, as they do anyway. DeepSpeed asks each bf16 gradient before that, by
+    thirteen operations, and then takes its norm by two more: of the 280 gradients of stage 1 at
+    Qwen2.5-1.5B's shape 4,200 a step, whose starting a GPU waits for."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.runtime.zero.utils import get_norm_dtype
 
@@ -145,21 +164,34 @@ def norms_at_once(optimizer) -> None:
 class StageTrainer(Trainer):
     """What the stages share. Subclasses give `forward_loss`.
 
-    make_optimizer(model) and make_scheduler(optimizer) build them when the Trainer asks: with DeepSpeed it forgets those
-    that it was given and would train with its own defaults. facts: what a checkpoint's index says of its run. stop,
-    save_minutes: see Guard. watchdog: told of every move, if given. cuda_graphs: replay the passes of a training step as CUDA graphs.
+    make_optimizer(model) and make_scheduler(optimizer) build them when the Trainer asks: with
+    DeepSpeed it forgets those that it was given and would train with its own defaults. facts: what
+    a checkpoint's index says of its run. stop, save_minutes: see Guard. watchdog: told of every
+    move, if given. cuda_graphs: replay the passes of a training step as CUDA graphs.
     """
 
-    def __init__(self, *args, make_optimizer, make_scheduler, metrics_path: Path, tokens_per_step: int, facts: dict,
-                 stop: StopSignals | None = None, save_minutes: float | None = None, watchdog: Watchdog | None = None,
-                 cuda_graphs: bool = False, **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        *args,
+        make_optimizer,
+        make_scheduler,
+        metrics_path: Path,
+        tokens_per_step: int,
+        facts: dict,
+        stop: StopSignals | None = None,
+        save_minutes: float | None = None,
+        watchdog: Watchdog | None = None,
+        cuda_graphs: bool = False,
+        **kwargs,
+    ):
         super().__init__(*args, data_collator=collate, **kwargs)
         if cuda_graphs:
             self.model.forward = GraphedForward(self.model)
         self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
         self.facts, self.watchdog = facts, watchdog
         self._micro_batches: list[tuple[dict, torch.Tensor]] = []  # inputs and loss, of this step
-        # Every micro-batch has the same number of tokens and its loss is a mean: the Trainer shall divide by their number.
+        # Every micro-batch has the same number of tokens and its loss is a mean: the Trainer shall
+        # divide by their number.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -198,17 +230,21 @@ class StageTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.gradient_state.sync_gradients and not math.isfinite(self.deepspeed.get_global_grad_norm()):
-            self.diverged(self.state.global_step + 1)  # DeepSpeed has skipped the step: the weights are those that did it
+            self.diverged(
+                self.state.global_step + 1
+            )  # DeepSpeed has skipped the step: the weights are those that did it
         return loss
 
     def losses_not_finite(self) -> torch.Tensor:
-        """Whether one of the step's losses is not; forgets them. A tensor, for nothing shall wait for the device here."""
+        """Whether one of the step's losses is not; forgets them. A tensor, for nothing shall wait
+        for the device here."""
         bad = ~torch.stack([loss for _, loss in self._micro_batches]).isfinite().all()
         self._micro_batches.clear()
         return bad
 
     def diverged(self, step: int) -> None:
-        """Goes through the step's micro-batches again to find what is not finite, and raises Diverged on all ranks."""
+        """Goes through the step's micro-batches again to find what is not finite, and raises
+        Diverged on all ranks."""
         model, n = self.model_wrapped, self.args.world_size
         bad, found = [None] * n, [None] * n
         dist.all_gather_object(bad, not all(math.isfinite(loss.item()) for _, loss in self._micro_batches))
@@ -220,7 +256,11 @@ class StageTrainer(Trainer):
             model.backward(loss, scale_wrt_gas=False)
 
         names = [
-            first_not_finite(self.model, lambda: self.forward_loss(model, inputs), backward if of_gradients else None)  # noqa: B023
+            first_not_finite(
+                self.model,
+                lambda: self.forward_loss(model, inputs),
+                backward if of_gradients else None,
+            )
             for inputs, _ in self._micro_batches
         ]
         dist.all_gather_object(found, (next((name for name in names if name), None), socket.gethostname()))
@@ -228,7 +268,7 @@ class StageTrainer(Trainer):
         rank = next((rank for rank in ranks if found[rank][0]), ranks[0])
         where = found[rank][0] or ("a gradient" if of_gradients else "the loss")
         layer = re.search(r"layers\.(\d+)\b", where)
-        raise Diverged(
+        raise NonFiniteError(
             f"step {step}: {where} is not finite on rank {rank} ({found[rank][1]}){f', in layer {int(layer[1])}' if layer else ''}; "
             "the checkpoints before it are kept. Try a lower train.lr or train.lr_attn, a longer train.warmup_steps, a lower "
             "train.max_grad_norm, or train.dtype fp32"
@@ -241,10 +281,12 @@ class StageTrainer(Trainer):
 
     # -------------------------------------------------------------------------------------------- checkpoints
     def save_model(self, output_dir=None, _internal_call=False):
-        """Nothing: DeepSpeed's checkpoint beside it holds the weights, and the export makes converted-hf from that."""
+        """Nothing: DeepSpeed's checkpoint beside it holds the weights, and the export makes
+        converted-hf from that."""
 
     def _get_output_dir(self, trial):
-        """Where the Trainer writes its checkpoints, and looks for old ones to remove: `save_checkpoint` moves and removes."""
+        """Where the Trainer writes its checkpoints, and looks for old ones to remove:
+        `save_checkpoint` moves and removes."""
         return str(Path(self.args.output_dir) / PARTIAL)
 
     def _save_checkpoint(self, model, trial):
@@ -261,7 +303,11 @@ class StageTrainer(Trainer):
 
     def logging_state(self) -> dict:
         """What is summed up between two logs, on this rank: a checkpoint may lie between them."""
-        return {"loss": self._tr_loss.item(), "total": self._total_loss_scalar, "logged_step": self._globalstep_last_logged}
+        return {
+            "loss": self._tr_loss.item(),
+            "total": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+        }
 
     def finish_resuming(self) -> None:
         """What neither the Trainer nor DeepSpeed restores."""
@@ -272,8 +318,8 @@ class StageTrainer(Trainer):
         files = [ours] if len(files) == self.args.world_size else files
         self.load_logging_state([json.loads(file.read_text()) for file in files])
         if Path(self.resumed_from).parent.name == UNIVERSAL:
-            # Loading it, DeepSpeed's ZeRO-3 gives every group the settings of the first, and all states one step counter, which
-            # each of them would then count up.
+            # Loading it, DeepSpeed's ZeRO-3 gives every group the settings of the first, and all
+            # states one step counter, which each of them would then count up.
             rates = self.lr_scheduler.get_last_lr()
             for group, settings, lr in zip(self.optimizer.param_groups, self._settings, rates, strict=True):
                 group.update(settings | {"lr": lr})
@@ -285,22 +331,28 @@ class StageTrainer(Trainer):
                 shutil.rmtree(Path(self.resumed_from).parent, ignore_errors=True)
 
     def load_logging_state(self, states: list[dict]) -> None:
-        """states: this rank's, or after a change of world size those of all ranks before it, of which it takes the mean."""
+        """states: this rank's, or after a change of world size those of all ranks before it, of
+        which it takes the mean."""
         self._tr_loss += sum(state["loss"] for state in states) / len(states)
-        self._total_loss_scalar, self._globalstep_last_logged = states[0]["total"], states[0]["logged_step"]
+        self._total_loss_scalar, self._globalstep_last_logged = (
+            states[0]["total"],
+            states[0]["logged_step"],
+        )
 
 
 class DistillTrainer(StageTrainer):
-    """Stage 1: aligns attention outputs; logs the loss of every layer as layer_loss/00 ..., and as layer_error/00 ...
-    that loss over the variance of the teacher's output, which compares between layers: see `relative_errors` in
-    wrapper.py.
+    """Stage 1: aligns attention outputs; logs the loss of every layer as layer_loss/00 ..., and as
+    layer_error/00 ... that loss over the variance of the teacher's output, which compares between
+    layers: see `relative_errors` in wrapper.py.
 
-    layer_errors: the last that were logged, of held-out text, or of training where there is none; empty before.
+    layer_errors: the last that were logged, of held-out text, or of training where there is none;
+    empty before.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # [sum of (losses, variances) [2, layers], count] of training and of evaluation, since they were last logged
+        # [sum of (losses, variances) [2, layers], count] of training and of evaluation, since they
+        # were last logged
         self._layers = {True: [], False: []}
         self.layer_errors: list[float] = []
 
@@ -331,8 +383,10 @@ class DistillTrainer(StageTrainer):
         order = sorted(range(len(self.layer_errors)), key=self.layer_errors.__getitem__, reverse=True)
         worst = ", ".join(f"{i} ({self.layer_errors[i]:.3g})" for i in order[:count])
         text = "training" if self.eval_dataset is None else "held-out"
-        return (f"worst aligned layers on {text} text, by error over the variance of the teacher's output: {worst}; "
-                f"median {statistics.median(self.layer_errors):.3g}")  # fmt: skip
+        return (
+            f"worst aligned layers on {text} text, by error over the variance of the teacher's output: {worst}; "
+            f"median {statistics.median(self.layer_errors):.3g}"
+        )
 
     def logging_state(self):
         layers = self._layers[True]
@@ -346,12 +400,20 @@ class DistillTrainer(StageTrainer):
 
 
 class FrozenTeacher:
-    """A teacher for its hidden states: replicated on every device, or sharded by ZeRO-3 where `engine_config` is given.
+    """A teacher for its hidden states: replicated on every device, or sharded by ZeRO-3 where
+    `engine_config` is given.
 
-    engine_config: a DeepSpeed config with ZeRO stage 3, or None. cuda_graphs: replay the forward pass of a replica as a CUDA graph.
+    engine_config: a DeepSpeed config with ZeRO stage 3, or None. cuda_graphs: replay the forward
+    pass of a replica as a CUDA graph.
     """
 
-    def __init__(self, model: StudentForCausalLM, device: torch.device, engine_config: dict | None = None, cuda_graphs: bool = False):
+    def __init__(
+        self,
+        model: StudentForCausalLM,
+        device: torch.device,
+        engine_config: dict | None = None,
+        cuda_graphs: bool = False,
+    ):
         self.model, self.sharded = model.eval().requires_grad_(False), engine_config is not None
         if self.sharded:
             import deepspeed
@@ -382,7 +444,15 @@ class FrozenTeacher:
 class KDTrainer(StageTrainer):
     """Stage 2: forward KL to the teacher's logits, computed inside the student's forward()."""
 
-    def __init__(self, *args, teacher: FrozenTeacher, kl_temperature=1.0, kl_weight=1.0, ce_weight=0.0, **kwargs):
+    def __init__(
+        self,
+        *args,
+        teacher: FrozenTeacher,
+        kl_temperature=1.0,
+        kl_weight=1.0,
+        ce_weight=0.0,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.teacher = teacher
         self.loss_options = dict(kl_temperature=kl_temperature, kl_weight=kl_weight, ce_weight=ce_weight)

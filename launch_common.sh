@@ -21,7 +21,7 @@ VENV=${VENV:-.venv}
 [[ -f $VENV/bin/activate ]] ||
     die "VENV: $VENV is no virtual environment; on a machine with a network, run 'source setup.sh' in $PROJECT_DIR once."
 source "$VENV/bin/activate"
-REQUEUE=75 # pipeline/guard.py
+REQUEUE=75 # runtime/guard.py
 
 # make_job_dir: a folder of this job's own, which all its nodes see and nobody else may read; it goes when the script ends.
 make_job_dir() {

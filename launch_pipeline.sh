@@ -19,7 +19,7 @@ mapfile -t facts < <(python - "$STAGE1" "$CONFIGS" "${LAYERS:-}" "${METHOD:-ga_s
 import sys
 from pathlib import Path
 
-from pipeline.config import load_config
+from runtime.config import load_config
 
 stages = [load_config(file) for file in (sys.argv[1], f"{sys.argv[2]}/stage2.yaml", f"{sys.argv[2]}/stage3.yaml")]
 layers = sys.argv[3]

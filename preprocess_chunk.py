@@ -19,20 +19,30 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.adopt import AGAIN, HELDOUT_SPLITS, check_rows, check_tokenizer, open_saved, source_key
-from pipeline.data import (
-    LARGEST, METADATA, SPLITS, DataError, is_done, is_saved_dataset, load_tokenizer, open_split, read_metadata,
+from runtime.adopt import AGAIN, HELDOUT_SPLITS, check_rows, check_tokenizer, open_saved, source_key
+from runtime.command import run_main
+from runtime.data import (
+    LARGEST,
+    METADATA,
+    SPLITS,
+    DataError,
+    is_done,
+    is_saved_dataset,
+    load_tokenizer,
+    open_split,
+    read_metadata,
     tokenizer_fingerprint,
-)  # fmt: skip
-from pipeline.files import complete_or_absent, one_line
-from pipeline.old_flags import refuse_old_flags
+)
+from runtime.files import atomic_directory
+from runtime.old_flags import refuse_old_flags
 
 DTYPES = ("uint16", "uint32", "int32", "int64")
 HOLDOUT = 0.01  # share of the chunks of --adopt
 
 
 def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> tuple[int, int]:
-    """Writes the chunks of `dataset` to the arrow file `path`; returns how many there are, and the largest token id in them.
+    """Writes the chunks of `dataset` to the arrow file `path`; returns how many there are, and the
+    largest token id in them.
 
     Raises DataError if `dtype` cannot hold an id.
     """
@@ -64,17 +74,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     refuse_old_flags("preprocess_chunk.py", argv)
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--tokenized_dataset_path", type=Path, help="folder of preprocess_download_tokenize.py")
     source.add_argument("--adopt", type=Path, help="folder of chunks that datasets' save_to_disk wrote")
-    parser.add_argument("--context_length", type=int, help="tokens per chunk, train.train_seq_len; --adopt: the rows'")
+    parser.add_argument(
+        "--context_length",
+        type=int,
+        help="tokens per chunk, train.train_seq_len; --adopt: the rows'",
+    )
     parser.add_argument("--output_dir", required=True, type=Path, help="chunked_context<N> is made in here")
-    parser.add_argument("--dtype", choices=DTYPES, help="integer type on disk; default: one that holds the vocabulary")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="integer type on disk; default: one that holds the vocabulary",
+    )
     parser.add_argument("--tokenizer", help="--adopt: hub name or folder of the tokenizer that made the chunks")
-    parser.add_argument("--holdout", type=float, help="--adopt: share of the chunks held out, the last ones; 0: none; "
-                        f"default: {HOLDOUT}, or the folder's own split ({', '.join(HELDOUT_SPLITS)})")  # fmt: skip
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        help="--adopt: share of the chunks held out, the last ones; 0: none; "
+        f"default: {HOLDOUT}, or the folder's own split ({', '.join(HELDOUT_SPLITS)})",
+    )
     args = parser.parse_args(argv)
     if args.adopt and not args.tokenizer:
         raise DataError("--adopt: needs --tokenizer, the one that made the chunks")
@@ -90,7 +114,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def storage_dtype(wanted: str | None, vocab_size: int) -> str:
-    """The integer type on disk: `wanted`, or one that holds the vocabulary. Raises DataError if `wanted` does not."""
+    """The integer type on disk: `wanted`, or one that holds the vocabulary. Raises DataError if
+    `wanted` does not."""
     if wanted == "uint16" and vocab_size > 1 << 16:
         raise DataError(f"--dtype: uint16 cannot hold a vocabulary of {vocab_size}; take int32")
     return wanted or ("uint16" if vocab_size <= 1 << 16 else "int32")
@@ -99,11 +124,12 @@ def storage_dtype(wanted: str | None, vocab_size: int) -> str:
 def write_chunks(output: Path, key: dict, datasets: dict) -> None:
     """Writes the chunk folder `output`, complete or not at all.
 
-    key: its metadata but for the counts. datasets: {split: dataset, or None if the split has no rows}.
+    key: its metadata but for the counts. datasets: {split: dataset, or None if the split has no
+    rows}.
     """
     start = time.perf_counter()
     length = key["context_length"]
-    with complete_or_absent(output) as folder:
+    with atomic_directory(output) as folder:
         counts = dict.fromkeys(SPLITS, 0)
         largest = dict.fromkeys(SPLITS, 0)
         for split in SPLITS:
@@ -112,13 +138,19 @@ def write_chunks(output: Path, key: dict, datasets: dict) -> None:
                 counts[split], largest[split] = chunk(datasets[split], length, key["dtype"], file, f"chunking {split}")
         if not counts["train"]:
             raise DataError(f"--context_length: {length} is more than the {key['train']['tokens']} training tokens")
-        found = {"num_chunks": counts["train"], "heldout_chunks": counts["heldout"], LARGEST: max(largest.values())}
+        found = {
+            "num_chunks": counts["train"],
+            "heldout_chunks": counts["heldout"],
+            LARGEST: max(largest.values()),
+        }
         metadata = key | found
         (folder / METADATA).write_text(json.dumps(metadata, indent=2))
     seconds = time.perf_counter() - start
     tokens = sum(counts.values()) * length
-    print(f"{output}: {counts['train']:,} chunks of {length} tokens ({counts['heldout']:,} held out) "
-          f"in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s")  # fmt: skip
+    print(
+        f"{output}: {counts['train']:,} chunks of {length} tokens ({counts['heldout']:,} held out) "
+        f"in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s"
+    )
 
 
 def cut(args: argparse.Namespace) -> None:
@@ -185,8 +217,10 @@ def adopt(args: argparse.Namespace) -> None:
         eos += check_rows(source, name, split, length, vocab_size, tokenizer.eos_token_id)
     warnings = [check_tokenizer(source, saved.train, tokenizer, args.tokenizer)]
     if not eos:
-        warnings.append(f"{source} holds no EOS ({tokenizer.eos_token}): nothing says where a document ends, and the "
-                        f"model learns to write on from one into the next; to separate them, {AGAIN}")  # fmt: skip
+        warnings.append(
+            f"{source} holds no EOS ({tokenizer.eos_token}): nothing says where a document ends, and the "
+            f"model learns to write on from one into the next; to separate them, {AGAIN}"
+        )
     if saved.left_out:
         warnings.append(f"{source}: not taken over: {', '.join(saved.left_out)}")
     for warning in filter(None, warnings):
@@ -198,7 +232,8 @@ def adopt(args: argparse.Namespace) -> None:
 def hold_out_end(dataset, share: float) -> dict:
     """The last `share` of the chunks as heldout (None for 0), the others as train.
 
-    So only one document that was cut into several chunks can be in both. Raises DataError if no chunk is left to train.
+    So only one document that was cut into several chunks can be in both. Raises DataError if no
+    chunk is left to train.
     """
     held = max(1, round(share * len(dataset))) if share else 0
     first = len(dataset) - held
@@ -217,7 +252,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"preprocess_chunk.py: error: {one_line(error)}")
+    run_main(main)

@@ -18,27 +18,44 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from pathlib import Path
 
-from pipeline.corpora import Corpus
-from pipeline.data import METADATA, SPLITS, DataError, beginning, is_done, load_tokenizer, tokenizer_fingerprint
-from pipeline.files import complete_or_absent, one_line
+from runtime.command import run_main
+from runtime.corpora import Corpus
+from runtime.data import (
+    METADATA,
+    SPLITS,
+    DataError,
+    beginning,
+    is_done,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
+from runtime.files import atomic_directory
 
 TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # the look of added tokens that structure a text: <tool_call>, [INST]
 
 # The options that decide the content of the data folder.
 KEY_OPTIONS = (
-    "dataset_config", "split", "text_field", "max_length", "max_tokens", "holdout", "skip_bad_files",
+    "dataset_config",
+    "split",
+    "text_field",
+    "max_length",
+    "max_tokens",
+    "holdout",
+    "skip_bad_files",
     "allow_special_tokens",
-)  # fmt: skip
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--dataset_name", required=True,
-                        help="hub name, or file or folder of text or tables (.jsonl, .csv, .parquet ...)")  # fmt: skip
+    parser.add_argument(
+        "--dataset_name",
+        required=True,
+        help="hub name, or file or folder of text or tables (.jsonl, .csv, .parquet ...)",
+    )
     parser.add_argument("--tokenizer", required=True, help="hub name or folder of the teacher's tokenizer")
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--dataset_config", help="configuration of a hub dataset")
@@ -49,12 +66,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=256, help="documents tokenised at a time")
     parser.add_argument("--remove_columns", nargs="*", default=[], help="columns of a hub dataset not to be read")
     parser.add_argument("--max_tokens", type=int, help="stop at exactly this many tokens, within a document")
-    parser.add_argument("--holdout", type=float, default=0.01,
-                        help="share of documents, and of --max_tokens, held out; 0 for none")  # fmt: skip
-    parser.add_argument("--skip_bad_files", action="store_true",
-                        help="leave out local files that cannot be read; rows before a fault are kept")  # fmt: skip
-    parser.add_argument("--allow_special_tokens", action="store_true",
-                        help="encode the name of a control token as that token, for chat-templated text")  # fmt: skip
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        default=0.01,
+        help="share of documents, and of --max_tokens, held out; 0 for none",
+    )
+    parser.add_argument(
+        "--skip_bad_files",
+        action="store_true",
+        help="leave out local files that cannot be read; rows before a fault are kept",
+    )
+    parser.add_argument(
+        "--allow_special_tokens",
+        action="store_true",
+        help="encode the name of a control token as that token, for chat-templated text",
+    )
     args = parser.parse_args(argv)
     for name in ("max_length", "num_proc", "batch_size", "max_tokens"):
         value = getattr(args, name)
@@ -66,16 +93,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def held_out(index: int, share: float) -> bool:
-    """Whether document `index` is held out: evenly spread, the first one included, whatever the corpus' length."""
+    """Whether document `index` is held out: evenly spread, the first one included, whatever the
+    corpus' length."""
     return math.floor(index * share) != math.floor((index - 1) * share)
 
 
 def text_encoder(tokenizer, allow_special_tokens: bool):
     """A tokenizers.Tokenizer that encodes texts of any length as the tokenizer does.
 
-    Without allow_special_tokens, a control token's name in a text is encoded as its characters. Control tokens are the
-    special tokens, and added tokens that look like a tag. Raises DataError if the tokenizer can encode a name only as
-    the control token.
+    Without allow_special_tokens, a control token's name in a text is encoded as its characters.
+    Control tokens are the special tokens, and added tokens that look like a tag. Raises DataError
+    if the tokenizer can encode a name only as the control token.
     """
     from tokenizers import Tokenizer
 
@@ -161,8 +189,10 @@ def tokenize(args: argparse.Namespace, tokenizer, corpus: Corpus, folder: Path) 
     total = sum(counts[split]["tokens"] for split in SPLITS)
     held = counts["heldout"]["tokens"] / total
     if held > 0.5 > args.holdout:
-        raise DataError(f"--holdout: {args.holdout} would hold out {held:.0%} of {args.dataset_name}, whose first document is most of it; "
-                        "cut that into several, or say --holdout 0")  # fmt: skip
+        raise DataError(
+            f"--holdout: {args.holdout} would hold out {held:.0%} of {args.dataset_name}, whose first document is most of it; "
+            "cut that into several, or say --holdout 0"
+        )
     for split in cut:
         print(f"--max_tokens: the last document of the {split} part is cut, its rest is dropped")
     if args.max_tokens and total < args.max_tokens:
@@ -172,11 +202,23 @@ def tokenize(args: argparse.Namespace, tokenizer, corpus: Corpus, folder: Path) 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = str(args.num_proc), "true"
-    corpus = Corpus(
-        args.dataset_name, args.text_field, args.dataset_config, args.split, args.remove_columns, args.skip_bad_files
+    os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = (
+        str(args.num_proc),
+        "true",
     )
-    key = {"kind": "tokenized", "corpus": corpus.key, **{name: getattr(args, name) for name in KEY_OPTIONS}}
+    corpus = Corpus(
+        args.dataset_name,
+        args.text_field,
+        args.dataset_config,
+        args.split,
+        args.remove_columns,
+        args.skip_bad_files,
+    )
+    key = {
+        "kind": "tokenized",
+        "corpus": corpus.key,
+        **{name: getattr(args, name) for name in KEY_OPTIONS},
+    }
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
     key["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
     if bos := beginning(tokenizer):
@@ -186,22 +228,25 @@ def main(argv: list[str] | None = None) -> None:
         return
     print(corpus.selection())
     start = time.perf_counter()
-    with complete_or_absent(args.output_dir) as folder:
+    with atomic_directory(args.output_dir) as folder:
         counts = tokenize(args, tokenizer, corpus, folder)
         metadata = {
-            **key, "dataset_name": args.dataset_name, "tokenizer": args.tokenizer, "vocab_size": len(tokenizer),
-            "eos_token_id": tokenizer.eos_token_id, **counts,
-        }  # fmt: skip
+            **key,
+            "dataset_name": args.dataset_name,
+            "tokenizer": args.tokenizer,
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            **counts,
+        }
         (folder / METADATA).write_text(json.dumps(metadata, indent=2))
     if left_out := corpus.left_out():
         print(left_out)
     seconds, total = time.perf_counter() - start, sum(c["tokens"] for c in counts.values())
-    print(f"{args.output_dir}: {total:,} tokens ({counts['heldout']['tokens']:,} held out) of "
-          f"{sum(c['documents'] for c in counts.values()):,} documents in {seconds:.0f} s, {total / seconds:,.0f} tokens/s")  # fmt: skip
+    print(
+        f"{args.output_dir}: {total:,} tokens ({counts['heldout']['tokens']:,} held out) of "
+        f"{sum(c['documents'] for c in counts.values()):,} documents in {seconds:.0f} s, {total / seconds:,.0f} tokens/s"
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"preprocess_download_tokenize.py: error: {one_line(error)}")
+    run_main(main)

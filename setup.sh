@@ -1,5 +1,5 @@
 # The set-up behind quickstart.sh and run_tests.sh. Source it from bash:  source setup.sh
-# Makes .venv beside this file, installs requirements.txt into it, and activates it. Where that was done before it only
+# Makes .venv beside this file, installs requirements.txt and the project (editable) into it, and activates it. Where that was done before it only
 # activates: no network, no time. PYTHON=/path/to/python3 chooses the interpreter of a new .venv.
 
 say() { printf '\n== %s\n' "$*"; }
@@ -18,11 +18,12 @@ find_python() {
     return 1
 }
 
-# What an installation is made of: the pins and the interpreter.
+# What an installation is made of: the pins, the project's packages and the interpreter.
 setup_stamp() {
-    "$SETUP_ROOT/.venv/bin/python" - "$SETUP_ROOT/requirements.txt" 2>/dev/null <<'PY'
+    "$SETUP_ROOT/.venv/bin/python" - "$SETUP_ROOT"/{requirements.txt,pyproject.toml} 2>/dev/null <<'PY'
 import hashlib, pathlib, sys
-print(hashlib.sha256(pathlib.Path(sys.argv[1]).read_bytes()).hexdigest(), sys.version.split()[0])
+content = b"".join(pathlib.Path(name).read_bytes() for name in sys.argv[1:])
+print(hashlib.sha256(content).hexdigest(), sys.version.split()[0])
 PY
 }
 
@@ -50,6 +51,9 @@ set_up() {
     "$venv/bin/python" -m pip install --no-build-isolation -r "$SETUP_ROOT/requirements.txt" ||
         die "Set-up: pip failed at deepspeed (above); mend that and start again, what is there stays."
     rm -f "$pins"
+    # Editable: imports find this folder's files, from whatever folder a script is run.
+    "$venv/bin/python" -m pip install --no-deps --no-build-isolation -e "$SETUP_ROOT" ||
+        die "Set-up: pip failed at the project itself (above); fix that and start again, what is there stays."
     setup_stamp >"$stamp" # last: an interrupted installation has no stamp and goes on next time
     say "Set-up: done in $((SECONDS - start)) s"
 }

@@ -24,24 +24,61 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipeline.batch_plan import BatchPlan, batch_plan
-from pipeline.checkpoints import PARTIAL, UNIVERSAL, CheckpointError, checkpoints, read_index, step_of, universal_checkpoint
-from pipeline.config import Config, ConfigError, check_kept_layers, keys_of_other_stages, load_config
-from pipeline.data import Chunks, DataError, data_fingerprint, load_tokenizer, open_chunks, open_chunks_for
-from pipeline.environment import WANDB_PROJECT, join_ranks, set_up_device, set_up_process, wandb_wanted
-from pipeline.files import Busy, locked, one_line, write_whole
-from pipeline.guard import REQUEUE, Diverged, StopSignals, Watchdog
-from pipeline.run_folder import EXPORT, INIT_REPORT, METRICS, check_run_folder, is_finished, record_run, resume_point
+from runtime.batch_plan import BatchPlan, batch_plan
+from runtime.checkpoints import (
+    PARTIAL,
+    UNIVERSAL,
+    CheckpointError,
+    checkpoints,
+    read_index,
+    step_of,
+    universal_checkpoint,
+)
+from runtime.command import run_main
+from runtime.config import Config, ConfigError, check_kept_layers, keys_of_other_stages, load_config
+from runtime.data import (
+    Chunks,
+    DataError,
+    data_fingerprint,
+    load_tokenizer,
+    open_chunks,
+    open_chunks_for,
+)
+from runtime.environment import (
+    WANDB_PROJECT,
+    init_distributed,
+    set_up_device,
+    set_up_process,
+    wandb_wanted,
+)
+from runtime.files import FolderLockedError, atomic_write_text, locked, one_line
+from runtime.guard import REQUEUE, NonFiniteError, StopSignals, Watchdog
+from runtime.run_folder import (
+    EXPORT,
+    INIT_REPORT,
+    METRICS,
+    check_run_folder,
+    is_finished,
+    record_run,
+    resume_point,
+)
 
 ROOT = Path(__file__).resolve().parent
-OPTIMIZER_BYTES = {"adamw": 12, "adamw_8bit": 6}  # a parameter: an fp32 master copy, and two moments in fp32 or 8 bits
+OPTIMIZER_BYTES = {
+    "adamw": 12,
+    "adamw_8bit": 6,
+}  # a parameter: an fp32 master copy, and two moments in fp32 or 8 bits
 MANY_EPOCHS = 4  # beyond which repeated text teaches much less than new text (Muennighoff et al., arXiv 2305.16264)
-GROUP_OF_8_BITS = 2**30  # elements; ZeRO-1 and 2 make one tensor of a group, and bitsandbytes' kernels on a GPU count in 32 bits
+GROUP_OF_8_BITS = (
+    2**30
+)  # elements; ZeRO-1 and 2 make one tensor of a group, and bitsandbytes' kernels on a GPU count in 32 bits
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--cfg", required=True, help="YAML file of the stage")
     parser.add_argument("--dry-run", action="store_true", help="print what the run would do and need, and stop")
@@ -53,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rank, world_size = set_up_process()
-    say = partial(print, flush=True) if rank == 0 else lambda *_: None
+    log = partial(print, flush=True) if rank == 0 else lambda *_: None
     with StopSignals() as stop, failures_in_one_line(rank, world_size):
         try:
             prepared = prepare(args, rank, world_size)
@@ -63,12 +100,12 @@ def main(argv: list[str] | None = None) -> None:
             return
         cfg, plan, chunks, report = prepared
         device = set_up_device()
-        join_ranks(device, cfg.train.hang_minutes)
+        init_distributed(device, cfg.train.hang_minutes)
         with run_lock(cfg, rank):
-            resume = resume_point(cfg, say)
+            resume = resume_point(cfg, log)
             if resume is None or step_of(resume) < plan.steps:
                 with memory_advice(cfg, plan):
-                    train_stage(cfg, plan, chunks, device, report, resume, stop, say)
+                    train_stage(cfg, plan, chunks, device, report, resume, stop, log)
             if rank == 0:
                 export(cfg)
         import torch
@@ -76,62 +113,84 @@ def main(argv: list[str] | None = None) -> None:
         torch.distributed.destroy_process_group()
 
 
-def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> tuple[Config, BatchPlan, Chunks, bool] | None:
-    """All that can be checked before the ranks meet; writes nothing. Returns (config, batch plan, chunks, whether to report
-    to W&B), or None where there is nothing to train. Raises ValueError, of one line, for what the user can mend."""
-    say = partial(print, flush=True) if rank == 0 else lambda *_: None
+def prepare(
+    args: argparse.Namespace, rank: int = 0, world_size: int = 1
+) -> tuple[Config, BatchPlan, Chunks, bool] | None:
+    """All that can be checked before the ranks meet; writes nothing. Returns (config, batch plan,
+    chunks, whether to report to W&B), or None where there is nothing to train. Raises ValueError,
+    of one line, for what the user can mend."""
+    log = partial(print, flush=True) if rank == 0 else lambda *_: None
     cfg = load_config(args.cfg, args.overrides)
     plan = batch_plan(cfg, world_size)
     check_run_folder(cfg)
     report = wandb_wanted(cfg.train.report_to)
     if cfg.train.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; install it or say adamw")
+        raise ConfigError(
+            "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; install it or say adamw"
+        )
     if is_finished(cfg, plan.steps) and not args.dry_run:
-        say(f"{cfg.train.output_dir}: this run is finished; its result is {cfg.train.output_dir}/{EXPORT}")
+        log(f"{cfg.train.output_dir}: this run is finished; its result is {cfg.train.output_dir}/{EXPORT}")
         return None
     open_chunks(cfg.data.cache_dir, cfg.train.train_seq_len)  # names a missing folder before a model's config is read
     check_models(cfg)  # says more of a wrong teacher than its tokenizer can
     for line in options_without_effect(cfg):
-        say(line)
+        log(line)
     chunks = open_data(cfg, plan)
     for line in notes_on_data(cfg, plan, chunks):
-        say(line)
+        log(line)
     if warning := calibration_warning(cfg):
-        say(warning)
+        log(warning)
     if args.dry_run:
-        print_plan(cfg, plan, say)
+        print_plan(cfg, plan, log)
         return None
     return cfg, plan, chunks, report
 
 
 def train_stage(
-    cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, report: bool, resume: Path | None, stop: StopSignals, say
+    cfg: Config,
+    plan: BatchPlan,
+    chunks: Chunks,
+    device: str,
+    report: bool,
+    resume: Path | None,
+    stop: StopSignals,
+    log,
 ) -> None:
-    """Trains from `resume`, a checkpoint, or from the start. After a signal it exits with REQUEUE, its checkpoint saved."""
+    """Trains from `resume`, a checkpoint, or from the start. After a signal it exits with REQUEUE,
+    its checkpoint saved."""
     rank, output = int(os.environ["RANK"]), Path(cfg.train.output_dir)
-    facts = {"world_size": plan.world_size, "zero_stage": zero_stage(cfg, plan.world_size), "data": data_fingerprint(chunks.metadata)}
-    source = loadable(cfg, resume, facts, say)
+    facts = {
+        "world_size": plan.world_size,
+        "zero_stage": zero_stage(cfg, plan.world_size),
+        "data": data_fingerprint(chunks.metadata),
+    }
+    source = loadable(cfg, resume, facts, log)
     with Watchdog(60 * cfg.train.hang_minutes) as watchdog:
-        guards = {"stop": stop, "save_minutes": cfg.train.save_minutes, "watchdog": watchdog, "facts": facts}
+        guards = {
+            "stop": stop,
+            "save_minutes": cfg.train.save_minutes,
+            "watchdog": watchdog,
+            "facts": facts,
+        }
         try:
-            trainer = build_trainer(cfg, plan, chunks, device, report, source, guards, say)
+            trainer = build_trainer(cfg, plan, chunks, device, report, source, guards, log)
         except ValueError as error:
             raise ConfigError(one_line(error)) from error
         if rank == 0:
             step = step_of(resume) if resume else 0
             record_run(cfg, ROOT, step, world_size=plan.world_size, device=device, tokens=plan.tokens)
             if cfg.stage == 1 and not resume:  # a run that goes on has not calibrated again
-                write_whole(output / INIT_REPORT, json.dumps(trainer.model.init_report, indent=1))
+                atomic_write_text(output / INIT_REPORT, json.dumps(trainer.model.init_report, indent=1))
             if resume:
-                say(f"going on from {resume}")
+                log(f"going on from {resume}")
         trainer.train(resume_from_checkpoint=str(source) if source else None)
     if trainer.guard.stopped:
         step = trainer.state.global_step
         why = trainer.guard.stopped
-        say(f"{why}: stopped at step {step} of {plan.steps}; checkpoint-{step} is whole; the same command goes on")
+        log(f"{why}: stopped at step {step} of {plan.steps}; checkpoint-{step} is whole; the same command goes on")
         sys.exit(REQUEUE)
     if cfg.stage == 1 and trainer.layer_errors:
-        say(trainer.worst_layers())
+        log(trainer.worst_layers())
 
 
 def export(cfg: Config) -> None:
@@ -149,14 +208,14 @@ def export(cfg: Config) -> None:
 # ------------------------------------------------------------------------------------------------ faults
 @contextmanager
 def failures_in_one_line(rank: int, world_size: int):
-    """Ends the process with one line for what the user can mend, with a traceback and one line that names the rank for
-    the rest."""
+    """Ends the process with one line for what the user can mend, with a traceback and one line that
+    names the rank for the rest."""
     who = f"rank {rank} of {world_size} on {socket.gethostname()}"
     try:
         yield
-    except Diverged as error:
+    except NonFiniteError as error:
         sys.exit(f"train.py: error: {error}" if rank == 0 else 1)  # all ranks raise the same
-    except (ConfigError, DataError, Busy, CheckpointError, OSError) as error:
+    except (ConfigError, DataError, FolderLockedError, CheckpointError, OSError) as error:
         sys.exit(f"train.py: error: {who}: {one_line(error)}")
     except Exception as error:
         if re.search("Connection (closed|reset) by peer", str(error)):
@@ -169,7 +228,8 @@ def failures_in_one_line(rank: int, world_size: int):
 
 @contextmanager
 def memory_advice(cfg: Config, plan: BatchPlan):
-    """Turns an exhausted GPU into one line that names the knobs which are still free, the cheapest first."""
+    """Turns an exhausted GPU into one line that names the knobs which are still free, the cheapest
+    first."""
     import torch
 
     try:
@@ -178,19 +238,28 @@ def memory_advice(cfg: Config, plan: BatchPlan):
         train = cfg.train
         fresh = not checkpoints(Path(train.output_dir))  # a run that goes on keeps its optimiser's states
         knobs = {
-            f"train.micro_batch_size below {train.micro_batch_size}, which changes no result": train.micro_batch_size > 1,
-            "train.cuda_graphs=false, which changes no result": train.cuda_graphs and zero_stage(cfg, plan.world_size) < 3,
+            f"train.micro_batch_size below {train.micro_batch_size}, which changes no result": train.micro_batch_size
+            > 1,
+            "train.cuda_graphs=false, which changes no result": train.cuda_graphs
+            and zero_stage(cfg, plan.world_size) < 3,
             "train.optimizer=adamw_8bit": train.optimizer == "adamw" and fresh,
             "train.gradient_checkpointing=mlp": cfg.stage > 1 and not train.gradient_checkpointing,
             "train.gradient_checkpointing=true": cfg.stage > 1 and train.gradient_checkpointing is not True,
-            "train.kd_teacher_shard=always": cfg.stage == 2 and train.kd_teacher_shard != "always" and plan.world_size > 1,
+            "train.kd_teacher_shard=always": cfg.stage == 2
+            and train.kd_teacher_shard != "always"
+            and plan.world_size > 1,
             "train.kd_teacher_offload=cpu": cfg.stage == 2 and train.kd_teacher_offload == "none",
-            "train.zero_stage=3": cfg.stage > 1 and zero_stage(cfg, plan.world_size) < 3 and plan.world_size > 1 and fresh,
+            "train.zero_stage=3": cfg.stage > 1
+            and zero_stage(cfg, plan.world_size) < 3
+            and plan.world_size > 1
+            and fresh,
             "more GPUs": True,
-        }  # fmt: skip
+        }
         free = "; ".join(knob for knob, helps in knobs.items() if helps)
         wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
-        raise ConfigError(f"out of GPU memory{f' ({wanted[1]} more were wanted)' if wanted else ''}; try {free}") from None
+        raise ConfigError(
+            f"out of GPU memory{f' ({wanted[1]} more were wanted)' if wanted else ''}; try {free}"
+        ) from None
 
 
 @contextmanager
@@ -207,31 +276,38 @@ def run_lock(cfg: Config, rank: int):
         yield
 
 
-def loadable(cfg: Config, resume: Path | None, facts: dict, say) -> Path | None:
-    """`resume` as this run's processes can load it: after a change of their number in DeepSpeed's universal format. Raises
-    ConfigError if the run cannot go on from it."""
+def loadable(cfg: Config, resume: Path | None, facts: dict, log) -> Path | None:
+    """`resume` as this run's processes can load it: after a change of their number in DeepSpeed's
+    universal format. Raises ConfigError if the run cannot go on from it."""
     if resume is None:
         return None
     theirs = read_index(resume)
     if theirs["data"] != facts["data"]:
-        raise ConfigError(f"data.cache_dir: has other data than {resume} was trained on; make that again, or name another "
-                          "train.output_dir")  # fmt: skip
+        raise ConfigError(
+            f"data.cache_dir: has other data than {resume} was trained on; make that again, or name another "
+            "train.output_dir"
+        )
     if theirs["world_size"] == facts["world_size"]:
         return resume
     change = f"{theirs['world_size']} processes saved {resume.name}, {facts['world_size']} go on from it"
     if cfg.train.optimizer == "adamw_8bit":
-        raise ConfigError(f"{change}: with train.optimizer adamw_8bit, DeepSpeed's universal checkpoint cannot cut the states; start "
-                          f"{theirs['world_size']} processes")  # fmt: skip
+        raise ConfigError(
+            f"{change}: with train.optimizer adamw_8bit, DeepSpeed's universal checkpoint cannot cut the states; start "
+            f"{theirs['world_size']} processes"
+        )
     if facts["zero_stage"] == 3 and cfg.stage == 1:
-        raise ConfigError(f"{change}: with train.zero_stage 3, stage 1's frozen weights are spread over the ranks, which "
-                          f"DeepSpeed's universal checkpoint leaves out; start {theirs['world_size']} processes")  # fmt: skip
-    say(f"{change}: converting it to DeepSpeed's universal format")
+        raise ConfigError(
+            f"{change}: with train.zero_stage 3, stage 1's frozen weights are spread over the ranks, which "
+            f"DeepSpeed's universal checkpoint leaves out; start {theirs['world_size']} processes"
+        )
+    log(f"{change}: converting it to DeepSpeed's universal format")
     return universal_checkpoint(resume)
 
 
 # ------------------------------------------------------------------------------------------------ before a model is built
 def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
-    """What a user should know of the data before the run: how often it is repeated, and EOS that was not wanted."""
+    """What a user should know of the data before the run: how often it is repeated, and EOS that
+    was not wanted."""
     notes = []
     num_chunks = len(chunks.train)
     epochs = plan.epochs(num_chunks)
@@ -263,8 +339,9 @@ def options_without_effect(cfg: Config) -> list[str]:
 
 
 def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
-    """The chunks, checked against the run. The training part is cut to whole batches, so that no step of any epoch is
-    smaller than train.batch_size; the held-out part to train.eval_batches micro-batches a device."""
+    """The chunks, checked against the run. The training part is cut to whole batches, so that no
+    step of any epoch is smaller than train.batch_size; the held-out part to train.eval_batches
+    micro-batches a device."""
     from convert import load_teacher_config
 
     tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
@@ -272,24 +349,31 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     chunks = open_chunks_for(tokenizer, vocab_size, cfg.data.cache_dir, cfg.train.train_seq_len)
     whole = len(chunks.train) - len(chunks.train) % plan.batch_size
     if not whole:
-        raise DataError(f"data.cache_dir: {cfg.data.cache_dir} has {len(chunks.train)} chunks, fewer than "
-                        f"train.batch_size ({plan.batch_size}); preprocess more text or lower it")  # fmt: skip
+        raise DataError(
+            f"data.cache_dir: {cfg.data.cache_dir} has {len(chunks.train)} chunks, fewer than "
+            f"train.batch_size ({plan.batch_size}); preprocess more text or lower it"
+        )
     if cfg.train.calibrate_init * plan.micro_batch_size > whole:
-        raise DataError(f"train.calibrate_init: {cfg.train.calibrate_init} batches of {plan.micro_batch_size} are more than the {whole} chunks "
-                        f"of {cfg.data.cache_dir}; lower it")  # fmt: skip
+        raise DataError(
+            f"train.calibrate_init: {cfg.train.calibrate_init} batches of {plan.micro_batch_size} are more than the {whole} chunks "
+            f"of {cfg.data.cache_dir}; lower it"
+        )
     heldout = chunks.heldout
     if heldout is not None:
         per_pass = plan.micro_batch_size * plan.world_size
         batches = min(cfg.train.eval_batches, len(heldout) // per_pass)
         if not batches:
-            raise DataError(f"data.cache_dir: {cfg.data.cache_dir} has {len(heldout)} held-out chunks, fewer than one "
-                            f"evaluation batch ({per_pass}); preprocess with a larger --holdout")  # fmt: skip
+            raise DataError(
+                f"data.cache_dir: {cfg.data.cache_dir} has {len(heldout)} held-out chunks, fewer than one "
+                f"evaluation batch ({per_pass}); preprocess with a larger --holdout"
+            )
         heldout = heldout.select(range(batches * per_pass))
     return Chunks(chunks.train.select(range(whole)), heldout, chunks.metadata)
 
 
 def check_models(cfg: Config) -> None:
-    """Raises ValueError if teacher, student and initial checkpoint cannot go together. Reads configs, no weights."""
+    """Raises ValueError if teacher, student and initial checkpoint cannot go together. Reads
+    configs, no weights."""
     from huggingface_hub.errors import StrictDataclassError
 
     from convert import load_teacher_config
@@ -311,23 +395,44 @@ def check_models(cfg: Config) -> None:
         student = StudentConfig.from_pretrained(cfg.train.student_init_ckpt)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"{key} has a config.json that cannot be read: {' '.join(str(error).split())}") from None
-    shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-             "intermediate_size", "vocab_size")  # fmt: skip
-    for name, ours in (("student_name", cfg.student_model.name), *((name, getattr(teacher, name)) for name in shape)):
+    shape = (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+    )
+    for name, ours in (
+        ("student_name", cfg.student_model.name),
+        *((name, getattr(teacher, name)) for name in shape),
+    ):
         if getattr(student, name) != ours:
-            raise ConfigError(f"{key} has {name} {getattr(student, name)!r}, this run {ours!r}; use one of its own kind")
+            raise ConfigError(
+                f"{key} has {name} {getattr(student, name)!r}, this run {ours!r}; use one of its own kind"
+            )
     if not same_options(cfg.student_model.name, student.student_options, cfg.student_model.options):
-        raise ConfigError(f"{key} has student_options {student.student_options!r}, this run {cfg.student_model.options!r}; use one of its own kind")
-    kept, wanted = set(student.keep_full_attention_layers), set(cfg.student_model.keep_full_attention_layers)
+        raise ConfigError(
+            f"{key} has student_options {student.student_options!r}, this run {cfg.student_model.options!r}; use one of its own kind"
+        )
+    kept, wanted = (
+        set(student.keep_full_attention_layers),
+        set(cfg.student_model.keep_full_attention_layers),
+    )
     if cfg.stage == 2 and not kept <= wanted:
-        raise ConfigError(f"{key} keeps full attention in {sorted(kept)}, of which this run drops {sorted(kept - wanted)}")
+        raise ConfigError(
+            f"{key} keeps full attention in {sorted(kept)}, of which this run drops {sorted(kept - wanted)}"
+        )
     if cfg.stage == 3 and kept != wanted:
-        raise ConfigError(f"student_model.keep_full_attention_layers: {sorted(wanted)} must be those of "
-                          f"{cfg.train.student_init_ckpt}, {sorted(kept)}")  # fmt: skip
+        raise ConfigError(
+            f"student_model.keep_full_attention_layers: {sorted(wanted)} must be those of "
+            f"{cfg.train.student_init_ckpt}, {sorted(kept)}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ the models
-def build_student_for_stage1(cfg: Config, dtype, say=print):
+def build_student_for_stage1(cfg: Config, dtype, log=print):
     """The teacher with a linear twin beside every attention; only the twins train."""
     from convert import load_teacher
     from distill_model import StudentForCausalLM
@@ -338,15 +443,16 @@ def build_student_for_stage1(cfg: Config, dtype, say=print):
         teacher, cfg.student_model.name, student_options=cfg.student_model.options
     )
     parts = "; ".join(f"{kind}: {' '.join(names)}" for kind, names in vars(reports[0]).items() if names)
-    say(f"students: {len(reports)} x {cfg.student_model.name}; {parts}")
+    log(f"students: {len(reports)} x {cfg.student_model.name}; {parts}")
     model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, recompute=cfg.train.zero_stage == 3)
     model.init_report = {layer: vars(report) for layer, report in reports.items()}
     return model
 
 
-def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, say=print) -> None:
-    """Fits decay and output projections of the students to the first training chunks, the same on every rank, and says so in
-    `model.init_report`. Reports the alignment loss before and after, on as many held-out chunks."""
+def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, log=print) -> None:
+    """Fits decay and output projections of the students to the first training chunks, the same on
+    every rank, and says so in `model.init_report`. Reports the alignment loss before and after, on
+    as many held-out chunks."""
     import torch
     from tqdm import tqdm
 
@@ -376,12 +482,12 @@ def calibrate_students(model, chunks: Chunks, batches: int, batch_size: int, say
     where = f"{test.numel():,} held-out tokens"
     if chunks.heldout is None:
         where = "the same tokens, for there are no held-out chunks"
-    say(f"calibrated on {ids.numel():,} tokens: alignment loss {before:.4g} -> {after:.4g} on {where}")
+    log(f"calibrated on {ids.numel():,} tokens: alignment loss {before:.4g} -> {after:.4g} on {where}")
 
 
 def calibration_warning(cfg: Config) -> str | None:
-    """A warning if calibration has fewer tokens than inputs to fit, or None. These are heads x head_dim, for the output
-    projection, and hidden_size, for a gate."""
+    """A warning if calibration has fewer tokens than inputs to fit, or None. These are heads x
+    head_dim, for the output projection, and hidden_size, for a gate."""
     from convert import load_teacher_config
 
     if not cfg.train.calibrate_init:
@@ -393,20 +499,22 @@ def calibration_warning(cfg: Config) -> str | None:
     if tokens >= inputs:
         return None
     enough = -(-inputs // batch)
-    return (f"warning: train.calibrate_init: {cfg.train.calibrate_init} is {tokens:,} tokens, fewer than the {inputs:,}"
-            f" inputs to fit, and the fit will hold for those alone; set it to {enough} or more")  # fmt: skip
+    return (
+        f"warning: train.calibrate_init: {cfg.train.calibrate_init} is {tokens:,} tokens, fewer than the {inputs:,}"
+        f" inputs to fit, and the fit will hold for those alone; set it to {enough} or more"
+    )
 
 
-def build_student_for_stage2_and_3(cfg: Config, dtype, say=print, teacher=None):
-    """The hybrid: at stage 2 the student of stage 1 with the teacher's attention restored in the kept layers; at stage 3
-    the student of stage 2 as it is."""
+def build_student_for_stage2_and_3(cfg: Config, dtype, log=print, teacher=None):
+    """The hybrid: at stage 2 the student of stage 1 with the teacher's attention restored in the
+    kept layers; at stage 3 the student of stage 2 as it is."""
     from distill_model import StudentForCausalLM
 
     student = StudentForCausalLM.from_pretrained(cfg.train.student_init_ckpt, dtype=dtype)
     if cfg.stage == 2:
         student = student.restore_full_attention(teacher, cfg.student_model.keep_full_attention_layers)
     config = student.config
-    say(f"students: {len(config.linear_layers)} x {config.student_name}; full: {config.keep_full_attention_layers}")
+    log(f"students: {len(config.linear_layers)} x {config.student_name}; full: {config.keep_full_attention_layers}")
     return student
 
 
@@ -423,8 +531,8 @@ class ParameterGroup:
 
 
 def parameter_groups(model, cfg: Config) -> list[ParameterGroup]:
-    """The trainable parameters by module: linear attentions (with lr_attn_scope all, every attention) take lr_attn, all
-    else lr; only matrices decay."""
+    """The trainable parameters by module: linear attentions (with lr_attn_scope all, every
+    attention) take lr_attn, all else lr; only matrices decay."""
     from torch import nn
 
     from distill_model import is_student_attention
@@ -433,24 +541,38 @@ def parameter_groups(model, cfg: Config) -> list[ParameterGroup]:
     train = cfg.train
     wide = train.lr_attn_scope == "all"
     vectors = {id(p) for m in model.modules() if isinstance(m, nn.Conv1d) for p in m.parameters()}  # a filter a channel
-    vectors |= {id(p) for name, p in model.named_parameters() if name.endswith(".r_k") or p.squeeze().ndim < 2}  # r_k: RWKV-7's, one a head
-    attention = {id(p) for m in model.modules() if is_student_attention(m) or wide and isinstance(m, SoftmaxAttention)
-                 for p in m.parameters()}  # fmt: skip
+    vectors |= {
+        id(p) for name, p in model.named_parameters() if name.endswith(".r_k") or p.squeeze().ndim < 2
+    }  # r_k: RWKV-7's, one a head
+    attention = {
+        id(p)
+        for m in model.modules()
+        if is_student_attention(m) or wide and isinstance(m, SoftmaxAttention)
+        for p in m.parameters()
+    }
     groups: dict[tuple[str, bool], list] = {}
     for p in model.parameters():
         if p.requires_grad:
             name = "attention" if wide else "linear attention"
             groups.setdefault((name if id(p) in attention else "the rest", id(p) not in vectors), []).append(p)
-    return [ParameterGroup(f"{name}, {'matrices' if matrix else 'vectors'}", params,
-                           train.lr if name == "the rest" or train.lr_attn is None else train.lr_attn,
-                           train.weight_decay if matrix else 0.0)
-            for (name, matrix), params in groups.items()]  # fmt: skip
+    return [
+        ParameterGroup(
+            f"{name}, {'matrices' if matrix else 'vectors'}",
+            params,
+            train.lr if name == "the rest" or train.lr_attn is None else train.lr_attn,
+            train.weight_decay if matrix else 0.0,
+        )
+        for (name, matrix), params in groups.items()
+    ]
 
 
 def checkpoint_activations(model, what: bool | str) -> None:
-    """Makes a hybrid compute again in the backward pass what `train.gradient_checkpointing` says: nothing, "mlp" or all (True)."""
+    """Makes a hybrid compute again in the backward pass what `train.gradient_checkpointing` says:
+    nothing, "mlp" or all (True)."""
     if what is True:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})  # nothing in it is random
+        model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "preserve_rng_state": False}
+        )  # nothing in it is random
     else:
         model.gradient_checkpointing_disable()
     for block in model.model.layers:
@@ -458,8 +580,8 @@ def checkpoint_activations(model, what: bool | str) -> None:
 
 
 def get_optimizer(model, cfg: Config):
-    """AdamW over the groups of `parameter_groups`, its moments in fp32 or in 8 bits, quantised by blocks (Dettmers et al.,
-    arXiv 2110.02861), whose groups are cut at GROUP_OF_8_BITS."""
+    """AdamW over the groups of `parameter_groups`, its moments in fp32 or in 8 bits, quantised by
+    blocks (Dettmers et al., arXiv 2110.02861), whose groups are cut at GROUP_OF_8_BITS."""
     groups = [{"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in parameter_groups(model, cfg)]
     if cfg.train.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit as AdamW
@@ -471,7 +593,8 @@ def get_optimizer(model, cfg: Config):
 
 
 def parts(params: list, limit: int) -> list[list]:
-    """The parameters in order, in lists of at most `limit` elements, or of a larger parameter alone."""
+    """The parameters in order, in lists of at most `limit` elements, or of a larger parameter
+    alone."""
     cut, size = [[]], 0
     for p in params:
         if cut[-1] and size + p.numel() > limit:
@@ -497,7 +620,11 @@ def get_scheduler(optimizer, cfg: Config, plan: BatchPlan):
             if step < warmup:
                 return (step + 1) / (warmup + 1)
             progress = min(1.0, (step - warmup) / max(1, plan.steps - warmup))
-            shape = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+            shape = {
+                "constant": 1.0,
+                "linear": 1 - progress,
+                "cosine": (1 + math.cos(math.pi * progress)) / 2,
+            }
             kind = cfg.train.lr_scheduler_type
             return 1.0 if kind == "constant" else floor + (1 - floor) * shape[kind]
 
@@ -508,27 +635,35 @@ def get_scheduler(optimizer, cfg: Config, plan: BatchPlan):
 
 # ------------------------------------------------------------------------------------------------ the trainer
 def zero_stage(cfg: Config, world_size: int) -> int:
-    """ZeRO's, for a run that goes on its checkpoints': DeepSpeed loads none of ZeRO-3 into ZeRO-1. One process has nothing to share
-    with others, and ZeRO-1 copies its gradients once a step instead of once a micro-batch."""
+    """ZeRO's, for a run that goes on its checkpoints': DeepSpeed loads none of ZeRO-3 into ZeRO-1.
+    One process has nothing to share with others, and ZeRO-1 copies its gradients once a step
+    instead of once a micro-batch."""
     if saved := checkpoints(Path(cfg.train.output_dir)):
         return read_index(saved[-1])["zero_stage"]
     return cfg.train.zero_stage or (1 if world_size == 1 else cfg.stage)
 
 
 def use_cuda_graphs(
-    cfg: Config, device: str, zero_stage: int, model_config, say=print, sharded_teacher: bool = False
+    cfg: Config,
+    device: str,
+    zero_stage: int,
+    model_config,
+    log=print,
+    sharded_teacher: bool = False,
 ) -> bool:
-    """Whether the passes of a training step run as CUDA graphs. Says why not where `train.cuda_graphs` cannot have its way on a GPU."""
+    """Whether the passes of a training step run as CUDA graphs. Says why not where
+    `train.cuda_graphs` cannot have its way on a GPU."""
     if not cfg.train.cuda_graphs or device != "cuda":
         return False
     reasons = {
         "ZeRO-3 gathers weights during a pass": zero_stage == 3,
         "the head of a sharded teacher is gathered anew for each pass": sharded_teacher,
-        "RoPE of this type reads lengths on the host": model_config.rope_parameters["rope_type"] in ("dynamic", "longrope"),
+        "RoPE of this type reads lengths on the host": model_config.rope_parameters["rope_type"]
+        in ("dynamic", "longrope"),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason:
-        say(f"train.cuda_graphs: not used, for {reason}")
+        log(f"train.cuda_graphs: not used, for {reason}")
     return reason is None
 
 
@@ -540,15 +675,21 @@ def compute_dtype(cfg: Config, device: str):
     """The torch.dtype of models and activations, as train.dtype says."""
     import torch
 
-    return torch.bfloat16 if cfg.train.dtype == "bf16" or cfg.train.dtype == "auto" and device == "cuda" else torch.float32
+    return (
+        torch.bfloat16 if cfg.train.dtype == "bf16" or cfg.train.dtype == "auto" and device == "cuda" else torch.float32
+    )
 
 
-def teacher_engine_config(cfg: Config, teacher, device: str, world_size: int, say) -> dict | None:
-    """DeepSpeed's config of a sharded teacher, or None where every device holds a replica. Decided by free memory."""
+def teacher_engine_config(cfg: Config, teacher, device: str, world_size: int, log) -> dict | None:
+    """DeepSpeed's config of a sharded teacher, or None where every device holds a replica. Decided
+    by free memory."""
     import torch
 
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
-    shard, why = cfg.train.kd_teacher_shard == "always", f"kd_teacher_shard is {cfg.train.kd_teacher_shard}"
+    shard, why = (
+        cfg.train.kd_teacher_shard == "always",
+        f"kd_teacher_shard is {cfg.train.kd_teacher_shard}",
+    )
     if cfg.train.kd_teacher_shard == "auto":
         if cfg.train.kd_teacher_offload == "cpu":
             shard, why = True, "kd_teacher_offload is cpu"
@@ -558,25 +699,41 @@ def teacher_engine_config(cfg: Config, teacher, device: str, world_size: int, sa
             least = torch.tensor(torch.cuda.mem_get_info()[0], device="cuda")
             torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)  # all ranks shall decide alike
             free = least.item()
-            # A student of its size brings weights and gradients in the same dtype and its share of the optimiser's states.
+            # A student of its size brings weights and gradients in the same dtype and its share of
+            # the optimiser's states.
             need = 3 * size + size // 2 * OPTIMIZER_BYTES[cfg.train.optimizer] // world_size
-            shard, why = need > 0.7 * free, f"student and teacher take {need / 2**30:.1f} of {free / 2**30:.1f} GiB free"
+            shard, why = (
+                need > 0.7 * free,
+                f"student and teacher take {need / 2**30:.1f} of {free / 2**30:.1f} GiB free",
+            )
         else:
             why = "memory is shared by the processes of a CPU machine"
-    say(f"teacher: {'sharded with ZeRO-3' if shard else 'replicated'} ({size / 2**30:.2f} GiB; {why})")
+    log(f"teacher: {'sharded with ZeRO-3' if shard else 'replicated'} ({size / 2**30:.2f} GiB; {why})")
     if not shard:
         return None
     config = deepspeed_config("stage_2_teacher")
     config["train_micro_batch_size_per_gpu"] = cfg.train.micro_batch_size
     config["bf16"]["enabled"] = teacher.dtype == torch.bfloat16
     if cfg.train.kd_teacher_offload == "cpu":
-        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": device == "cuda"}
+        config["zero_optimization"]["offload_param"] = {
+            "device": "cpu",
+            "pin_memory": device == "cuda",
+        }
     return config
 
 
-def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, report: bool, resume: Path | None, guards: dict, say):
-    """Model, optimiser and Trainer of the stage. report: to Weights & Biases, beside metrics.jsonl. guards: what the
-    StageTrainer needs to survive."""
+def build_trainer(
+    cfg: Config,
+    plan: BatchPlan,
+    chunks: Chunks,
+    device: str,
+    report: bool,
+    resume: Path | None,
+    guards: dict,
+    log,
+):
+    """Model, optimiser and Trainer of the stage. report: to Weights & Biases, beside metrics.jsonl.
+    guards: what the StageTrainer needs to survive."""
     import torch
     from transformers import TrainingArguments, set_seed
 
@@ -587,22 +744,27 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     dtype = compute_dtype(cfg, device)
     bf16 = dtype == torch.bfloat16
     set_seed(train.seed)
-    # Models come before TrainingArguments: after them, a ZeRO-3 config would shard every model while it is being built.
+    # Models come before TrainingArguments: after them, a ZeRO-3 config would shard every model
+    # while it is being built.
     if cfg.stage == 1:
-        model = build_student_for_stage1(cfg, dtype, say)
+        model = build_student_for_stage1(cfg, dtype, log)
         if train.calibrate_init and resume is None:
-            calibrate_students(model.to(device), chunks, train.calibrate_init, train.micro_batch_size, say)
+            calibrate_students(model.to(device), chunks, train.calibrate_init, train.micro_batch_size, log)
     else:
         teacher = load_teacher(cfg.teacher_model.name, dtype) if cfg.stage == 2 else None
-        model = build_student_for_stage2_and_3(cfg, dtype, say, teacher)
+        model = build_student_for_stage2_and_3(cfg, dtype, log, teacher)
         checkpoint_activations(model, train.gradient_checkpointing)
     for group in parameter_groups(model, cfg):
-        say(f"optimiser: {group.numel:,} parameters of {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
+        log(
+            f"optimiser: {group.numel:,} parameters of {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}"
+        )
     if report:
         os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
         os.environ.setdefault("WANDB_DIR", str(output))  # offline runs lie in the run folder
     engine_config = deepspeed_config(f"stage_{guards['facts']['zero_stage']}")
-    if cfg.stage == 1:  # it calls the parts of its blocks one by one, so that ZeRO-3 cannot gather a block when it is called
+    if (
+        cfg.stage == 1
+    ):  # it calls the parts of its blocks one by one, so that ZeRO-3 cannot gather a block when it is called
         engine_config["zero_optimization"].pop("leaf_module", None)
     if resume and resume.parent.name == UNIVERSAL:
         engine_config["checkpoint"] = {"load_universal": True}
@@ -629,7 +791,8 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
         eval_on_start=chunks.heldout is not None and resume is None,
         logging_nan_inf_filter=False,  # it would hide what ends the run
         dataloader_drop_last=True,
-        # Workers would die of a SIGTERM to all processes of a job, and the run of that. A batch is read in less than a millisecond.
+        # Workers would die of a SIGTERM to all processes of a job, and the run of that. A batch is
+        # read in less than a millisecond.
         dataloader_num_workers=0,
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
@@ -638,13 +801,16 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
     )
     stage, options = {
         1: (DistillTrainer, {}),
-        2: (KDTrainer, {name: getattr(train, name) for name in ("kl_temperature", "kl_weight", "ce_weight")}),
+        2: (
+            KDTrainer,
+            {name: getattr(train, name) for name in ("kl_temperature", "kl_weight", "ce_weight")},
+        ),
         3: (FinetuneTrainer, {}),
     }[cfg.stage]
     teacher_config = None
     if cfg.stage == 2:
-        teacher_config = teacher_engine_config(cfg, teacher, device, plan.world_size, say)
-    graphs = use_cuda_graphs(cfg, device, guards["facts"]["zero_stage"], model.config, say, teacher_config is not None)
+        teacher_config = teacher_engine_config(cfg, teacher, device, plan.world_size, log)
+    graphs = use_cuda_graphs(cfg, device, guards["facts"]["zero_stage"], model.config, log, teacher_config is not None)
     if cfg.stage == 2:
         options["teacher"] = FrozenTeacher(teacher, args.device, teacher_config, graphs)
     return stage(
@@ -664,8 +830,9 @@ def build_trainer(cfg: Config, plan: BatchPlan, chunks: Chunks, device: str, rep
 
 
 # ------------------------------------------------------------------------------------------------ --dry-run
-def print_plan(cfg: Config, plan: BatchPlan, say) -> None:
-    """Steps, tokens, parameters and an estimate of the memory that weights, gradients and AdamW take on a device."""
+def print_plan(cfg: Config, plan: BatchPlan, log) -> None:
+    """Steps, tokens, parameters and an estimate of the memory that weights, gradients and AdamW
+    take on a device."""
     import torch
 
     from convert import load_teacher_config
@@ -691,16 +858,24 @@ def print_plan(cfg: Config, plan: BatchPlan, say) -> None:
         "gradients": trainable * width / (n if zero > 1 else 1),
         "optimiser": trainable * OPTIMIZER_BYTES[cfg.train.optimizer] / n,
     }
-    say(f"stage {cfg.stage}: {plan.steps:,} steps x {plan.batch_size} sequences x {plan.seq_len} = {plan.tokens:,} tokens")
-    say(f"devices: {n}, each {plan.grad_accum} x {plan.micro_batch_size} sequences a step; ZeRO-{zero}")
-    say(f"parameters: {total:,} in the student, {trainable:,} trained")
+    log(
+        f"stage {cfg.stage}: {plan.steps:,} steps x {plan.batch_size} sequences x {plan.seq_len} = {plan.tokens:,} tokens"
+    )
+    log(f"devices: {n}, each {plan.grad_accum} x {plan.micro_batch_size} sequences a step; ZeRO-{zero}")
+    log(f"parameters: {total:,} in the student, {trainable:,} trained")
     for group in groups:
-        say(f"  {group.numel:>14,}  {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
+        log(f"  {group.numel:>14,}  {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
-    say(f"memory a device: {sum(memory.values()) / 2**30:.2f} GiB + activations ({parts})")
+    log(f"memory a device: {sum(memory.values()) / 2**30:.2f} GiB + activations ({parts})")
+
+
+def command() -> None:
+    """`main`, and the mark that the launch scripts wait for."""
+    main()
+    job = os.environ.get("JOB_DIR", "")
+    if os.path.isdir(job):
+        Path(job, f"done_{os.environ['RANK']}").touch()
 
 
 if __name__ == "__main__":
-    main()
-    if os.path.isdir(job := os.environ.get("JOB_DIR", "")):  # of the launch scripts
-        Path(job, f"done_{os.environ['RANK']}").touch()
+    run_main(command)

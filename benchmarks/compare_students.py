@@ -16,25 +16,24 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
 from pathlib import Path
+
+from runtime.command import run_main
+from runtime.data import load_tokenizer, open_chunks_for
 
 import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.training import stage_1, stage_2  # noqa: E402
-from convert import load_teacher  # noqa: E402
-from convert.export_native import native_export_refusal  # noqa: E402
-from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate  # noqa: E402
-from layer_selection.ranking import budget, evenly_spaced  # noqa: E402
-from layer_selection.tasks import RECALL_TASKS, answer_accuracy  # noqa: E402
-from pipeline.data import load_tokenizer, open_chunks_for  # noqa: E402
-from quickstart.report import alignment, measure  # noqa: E402
-from quickstart.train_teacher import token_ids  # noqa: E402
+from benchmarks.training import stage_1, stage_2
+from convert import load_teacher
+from convert.export_native import native_export_refusal
+from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate
+from layer_selection.ranking import budget, evenly_spaced
+from layer_selection.tasks import RECALL_TASKS, answer_accuracy
+from quickstart.report import alignment, measure
+from quickstart.train_teacher import token_ids
 
 OPTIONS = {"swa_v1": {"window_size": 64}}  # its default sees all of a chunk
 CALIBRATED, CALIBRATION_BATCHES, STATE_LENGTH = "+calibrated", 8, 256
@@ -61,8 +60,17 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.teacher, self.tokenizer = load_teacher(args.teacher, dtype).to(self.device).eval(), load_tokenizer(args.teacher)
-        chunks = open_chunks_for(self.tokenizer, self.teacher.config.vocab_size, args.data, key="--data", model_key="--teacher")
+        self.teacher, self.tokenizer = (
+            load_teacher(args.teacher, dtype).to(self.device).eval(),
+            load_tokenizer(args.teacher),
+        )
+        chunks = open_chunks_for(
+            self.tokenizer,
+            self.teacher.config.vocab_size,
+            args.data,
+            key="--data",
+            model_key="--teacher",
+        )
         context = chunks.metadata["context_length"]
         self.train = chunks.train
         self.heldout = token_ids(chunks.heldout, range(min(args.eval_chunks, len(chunks.heldout)))).to(self.device)
@@ -70,10 +78,18 @@ class Bench:
         self.kept = evenly_spaced(budget(args.ratio, layers := self.teacher.config.num_hidden_layers), layers)
         # The hardest questions that fit: a document of a task is at most as long as a chunk.
         size = context // 8
-        rng, options = random.Random(1), {"associative_recall": {"num_pairs": size}, "copying": {"length": 2 * size},
-                                          "multi_hop_recall": {"num_chains": 3 * size // 8}}  # fmt: skip
-        self.questions = {task: [RECALL_TASKS[task](rng, num_words=args.num_words, **options[task]) for _ in range(QUESTIONS)]
-                          for task in RECALL_TASKS}  # fmt: skip
+        rng, options = (
+            random.Random(1),
+            {
+                "associative_recall": {"num_pairs": size},
+                "copying": {"length": 2 * size},
+                "multi_hop_recall": {"num_chains": 3 * size // 8},
+            },
+        )
+        self.questions = {
+            task: [RECALL_TASKS[task](rng, num_words=args.num_words, **options[task]) for _ in range(QUESTIONS)]
+            for task in RECALL_TASKS
+        }
 
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
@@ -98,29 +114,58 @@ class Bench:
         args, begin = self.args, time.perf_counter()
         torch.manual_seed(seed)
         student_name = name.removesuffix(CALIBRATED)
-        student = StudentForCausalLM.from_teacher(self.teacher, student_name, (), OPTIONS.get(student_name))[0].to(self.device)
-        calibration = name.endswith(CALIBRATED) and list(self.batches(f"calibration {seed}", args.batch_size, CALIBRATION_BATCHES))
-        figures = {"student": name, "seed": seed, "native_export": native_export_refusal(self.hybrid(student).config) is None}
+        student = StudentForCausalLM.from_teacher(self.teacher, student_name, (), OPTIONS.get(student_name))[0].to(
+            self.device
+        )
+        calibration = name.endswith(CALIBRATED) and list(
+            self.batches(f"calibration {seed}", args.batch_size, CALIBRATION_BATCHES)
+        )
+        figures = {
+            "student": name,
+            "seed": seed,
+            "native_export": native_export_refusal(self.hybrid(student).config) is None,
+        }
         half = args.stage1_steps // 2
-        for step in stage_1(self.teacher, student, self.batches(f"stage 1 {seed}", args.batch_size, args.stage1_steps),
-                            args.stage1_steps, args.lr_stage1, (0, half, args.stage1_steps), calibration or None):  # fmt: skip
+        for step in stage_1(
+            self.teacher,
+            student,
+            self.batches(f"stage 1 {seed}", args.batch_size, args.stage1_steps),
+            args.stage1_steps,
+            args.lr_stage1,
+            (0, half, args.stage1_steps),
+            calibration or None,
+        ):
             figures[f"hybrid_kl_after_{step}"] = self.kl(self.hybrid(student.eval()))
             student.train()
         errors = alignment(student.eval(), self.teacher, self.heldout[:16])
-        figures |= {"alignment_error": sum(errors) / len(errors), "all_linear_kl": self.kl(student),
-                    "all_linear_recall": self.accuracy(student)["associative_recall"]}  # fmt: skip
+        figures |= {
+            "alignment_error": sum(errors) / len(errors),
+            "all_linear_kl": self.kl(student),
+            "all_linear_recall": self.accuracy(student)["associative_recall"],
+        }
         hybrid = self.hybrid(student)
-        stage_2(self.teacher, hybrid, self.batches(f"stage 2 {seed}", args.batch_size, args.stage2_steps), args.stage2_steps,
-                args.lr_stage2, args.lr_attn_stage2)  # fmt: skip
+        stage_2(
+            self.teacher,
+            hybrid,
+            self.batches(f"stage 2 {seed}", args.batch_size, args.stage2_steps),
+            args.stage2_steps,
+            args.lr_stage2,
+            args.lr_attn_stage2,
+        )
         layer = hybrid.config.linear_layers[0]
         attention = hybrid.model.layers[layer].attn
         loss, kl, agreement = measure(hybrid.eval(), self.teacher, self.heldout, self.hidden)
         sizes = [state_bytes(hybrid, layer, n) for n in (STATE_LENGTH, 2 * STATE_LENGTH)]
         return figures | {
-            "loss": loss, "kl": kl, "agreement": agreement, **self.accuracy(hybrid), "state_bytes": sizes[0],
-            "state_grows": sizes[1] > sizes[0], "parameters": sum(p.numel() for p in attention.parameters()),
+            "loss": loss,
+            "kl": kl,
+            "agreement": agreement,
+            **self.accuracy(hybrid),
+            "state_bytes": sizes[0],
+            "state_grows": sizes[1] > sizes[0],
+            "parameters": sum(p.numel() for p in attention.parameters()),
             "seconds": round(time.perf_counter() - begin, 1),
-        }  # fmt: skip
+        }
 
 
 def spread(values: list[float], digits: int, percent: bool = False) -> str:
@@ -131,7 +176,8 @@ def spread(values: list[float], digits: int, percent: bool = False) -> str:
 
 
 def table(runs: list[dict], stage1_steps: int) -> str:
-    """A Markdown table, lowest KL after stage 2 first; * marks the best and those whose range touches the best one's."""
+    """A Markdown table, lowest KL after stage 2 first; * marks the best and those whose range
+    touches the best one's."""
     students: dict[str, list[dict]] = {}
     for run in runs:
         students.setdefault(run["student"], []).append(run)
@@ -141,8 +187,11 @@ def table(runs: list[dict], stage1_steps: int) -> str:
 
     order = sorted(students, key=mean)
     highest = max(run["kl"] for run in students[order[0]])
-    lines = ["| student | alignment error | KL, half of stage 1 | after stage 1 | after stage 2 | recall | two hops | copying | "
-             "state a layer | parameters a layer | native export |", "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|:--|"]  # fmt: skip
+    lines = [
+        "| student | alignment error | KL, half of stage 1 | after stage 1 | after stage 2 | recall | two hops | copying | "
+        "state a layer | parameters a layer | native export |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|:--|",
+    ]
     for name in order:
         runs = students[name]
         column = {key: [run[key] for run in runs] for key in runs[0] if key != "student"}
@@ -170,8 +219,16 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--data", required=True, help="chunks with a held-out part, of preprocess_chunk.py")
     parser.add_argument("--output_dir", type=Path, required=True)
-    everything = [*STUDENT_ATTENTION_MAP, *(name + CALIBRATED for name in ("gdn_v4", "gdn_v7", "gdn_v8"))]
-    parser.add_argument("--students", nargs="+", default=everything, help="default: all, some of them calibrated too")
+    everything = [
+        *STUDENT_ATTENTION_MAP,
+        *(name + CALIBRATED for name in ("gdn_v4", "gdn_v7", "gdn_v8")),
+    ]
+    parser.add_argument(
+        "--students",
+        nargs="+",
+        default=everything,
+        help="default: all, some of them calibrated too",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ratio", type=float, default=0.25, help="share of the layers that keep full attention")
     parser.add_argument("--stage1_steps", type=int, default=200)
@@ -187,7 +244,9 @@ def main() -> None:
     names = [name.removesuffix(CALIBRATED) for name in args.students]
     if unknown := [name for name in names if name not in STUDENT_ATTENTION_MAP]:
         raise ValueError(f"--students: {unknown[0]} is unknown; choose of {', '.join(STUDENT_ATTENTION_MAP)}")
-    if fused := [name for name in args.students if name.endswith(CALIBRATED) and not can_calibrate(name.removesuffix(CALIBRATED))]:
+    if fused := [
+        name for name in args.students if name.endswith(CALIBRATED) and not can_calibrate(name.removesuffix(CALIBRATED))
+    ]:
         raise ValueError(f"--students: {fused[0]}: its o_proj is fused with its norm; leave {CALIBRATED} out")
     for name in ("seeds", "stage1_steps", "stage2_steps", "batch_size", "eval_chunks", "num_words"):
         if (value := getattr(args, name)) < 1:
@@ -204,8 +263,10 @@ def main() -> None:
     folder, kept_settings = args.output_dir / "runs", args.output_dir / "settings.json"
     if kept_settings.is_file() and (found := json.loads(kept_settings.read_text())) != settings:
         name = next(k for k in settings if settings[k] != found.get(k))
-        raise ValueError(f"--output_dir: {args.output_dir} holds runs with {name} {found.get(name)!r}, not {settings[name]!r}; "
-                         "name another")  # fmt: skip
+        raise ValueError(
+            f"--output_dir: {args.output_dir} holds runs with {name} {found.get(name)!r}, not {settings[name]!r}; "
+            "name another"
+        )
     mine = [(name, seed) for name in args.students[index::count] for seed in range(args.seeds)]
     todo = [(name, seed) for name, seed in mine if not (folder / f"{name}-seed{seed}.json").is_file()]
     bench = Bench(args) if todo else None  # before the folder is bound to settings that may be wrong
@@ -228,7 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"compare_students.py: error: {error}")
+    run_main(main)

@@ -20,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from runtime.command import run_main
+
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -35,9 +37,15 @@ def synthetic_checkpoint(folder: Path, size: float) -> None:
     layer = 2 * (2 * hidden * hidden + 2 * hidden * 256 + 3 * hidden * intermediate)
     layers = max(1, round((size - 2 * 2 * vocab * hidden) / layer))
     config = Qwen2Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=False, dtype=torch.bfloat16,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        dtype=torch.bfloat16,
+    )
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
@@ -50,9 +58,15 @@ def synthetic_checkpoint(folder: Path, size: float) -> None:
     weight_map = {}
     for i, shard in enumerate(tqdm(shards, desc="synthetic checkpoint", unit="shard"), 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        save_file({n: torch.randn(s, dtype=torch.bfloat16) * 0.02 for n, s in shard.items()}, folder / file, {"format": "pt"})
+        save_file(
+            {n: torch.randn(s, dtype=torch.bfloat16) * 0.02 for n, s in shard.items()},
+            folder / file,
+            {"format": "pt"},
+        )
         weight_map |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
 
 
 def peak_memory(*command: str) -> int:
@@ -72,20 +86,36 @@ def main() -> None:
         source = Path(folder) / "source"
         source.mkdir()
         # In a process of its own: a child's peak starts from what its parent holds.
-        writer = multiprocessing.get_context("spawn").Process(target=synthetic_checkpoint, args=(source, args.gigabytes * 1e9))
+        writer = multiprocessing.get_context("spawn").Process(
+            target=synthetic_checkpoint, args=(source, args.gigabytes * 1e9)
+        )
         writer.start()
         writer.join()
         largest = max(file.stat().st_size for file in source.glob("*.safetensors"))
         rows = [("imports alone", peak_memory("-c", "import convert.command"))]
-        for options in ([], ["--no-verify"], ["--precision", "float32", "--no-verify"], ["--format", "student"]):
+        for options in (
+            [],
+            ["--no-verify"],
+            ["--precision", "float32", "--no-verify"],
+            ["--format", "student"],
+        ):
             output = Path(folder) / f"out{len(rows)}"
-            arguments = ["convert/convert_from_qwen2.5.py", "--model", str(source), "--output", str(output), *options]
+            arguments = [
+                "convert/convert_from_qwen2.5.py",
+                "--model",
+                str(source),
+                "--output",
+                str(output),
+                *options,
+            ]
             rows.append((" ".join(options) or "defaults", peak_memory(*arguments)))
-        print(f"\nlargest shard: {largest / 1e9:.2f} GB\n\n| conversion | peak memory, GB | above the largest shard, GB |\n|:--|--:|--:|")
+        print(
+            f"\nlargest shard: {largest / 1e9:.2f} GB\n\n| conversion | peak memory, GB | above the largest shard, GB |\n|:--|--:|--:|"
+        )
         for name, peak in rows:
             above = "" if name == "imports alone" else f"{(peak - largest) / 1e9:.2f}"
             print(f"| {name} | {peak / 1e9:.2f} | {above} |")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

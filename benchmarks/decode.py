@@ -23,19 +23,19 @@ import time
 from functools import partial
 from pathlib import Path
 
+from runtime.command import run_main
+
 import matplotlib
 import torch
 from transformers import LogitsProcessor
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.train_throughput import published_config, random_model  # noqa: E402
-from distill_model import StudentForCausalLM  # noqa: E402
-from distill_model.cache import HybridCache, StaticCache, _tensors  # noqa: E402
-from layer_selection.ranking import evenly_spaced  # noqa: E402
+from benchmarks.train_throughput import published_config, random_model
+from distill_model import StudentForCausalLM
+from distill_model.cache import HybridCache, StaticCache, _tensors
+from layer_selection.ranking import evenly_spaced
 
 PREFILL, WARM = 4096, 4  # tokens read at a time; tokens whose times do not count
 TEACHER, HYBRID, LOOP = "teacher", "hybrid", "hybrid, FLA's loop"
@@ -58,13 +58,15 @@ class Clock(LogitsProcessor):
         """From one time to the next."""
         if self.device.type == "cuda":
             self.times[-1].synchronize()
-        return [a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in zip(self.times, self.times[1:])]
+        return [
+            a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in zip(self.times, self.times[1:])
+        ]
 
 
 @torch.no_grad()
 def model_alone(model: StudentForCausalLM, cache: StaticCache, context: int, tokens: int) -> float:
-    """Seconds a token of the graph, or where there is none of the layers, without what `generate` does between two: the first `tokens`
-    behind `context` once more."""
+    """Seconds a token of the graph, or where there is none of the layers, without what `generate`
+    does between two: the first `tokens` behind `context` once more."""
     token = partial(cache.run, model) if cache.graph is None else cache.graph.replay
     cache.last.fill_(context)
     begin = time.perf_counter()
@@ -76,15 +78,20 @@ def model_alone(model: StudentForCausalLM, cache: StaticCache, context: int, tok
 
 
 def bytes_a_token(model: StudentForCausalLM, cache: HybridCache) -> int:
-    """Those that a token cannot but move, of whatever batch: the weights and the cache, read once, and the states of linear layers,
-    written too."""
-    weights = {p for p in model.parameters() if p is not model.model.embeddings.weight} | {model.lm_head.weight}  # which may be tied
-    states = sum(x.nbytes for layer in cache.layers if layer.state.get("attn_state") is None for x in _tensors(layer.state))
+    """Those that a token cannot but move, of whatever batch: the weights and the cache, read once,
+    and the states of linear layers, written too."""
+    weights = {p for p in model.parameters() if p is not model.model.embeddings.weight} | {
+        model.lm_head.weight
+    }  # which may be tied
+    states = sum(
+        x.nbytes for layer in cache.layers if layer.state.get("attn_state") is None for x in _tensors(layer.state)
+    )
     return sum(p.nbytes for p in weights) + cache.nbytes + states
 
 
 def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: int, new_tokens: int) -> dict | None:
-    """Tokens/s of reading and decoding, milliseconds a token, bytes of the cache and peak bytes; None where memory does not do."""
+    """Tokens/s of reading and decoding, milliseconds a token, bytes of the cache and peak bytes;
+    None where memory does not do."""
     device, clock = model.device, Clock(model.device)
     gc.collect()
     if device.type == "cuda":
@@ -92,24 +99,48 @@ def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: i
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     ids = torch.randint(1, model.config.vocab_size, (batch_size, context), device=device)
-    options = dict(do_sample=False, pad_token_id=0, prefill_chunk_size=PREFILL, cache_implementation="static" if static else None)
+    options = dict(
+        do_sample=False,
+        pad_token_id=0,
+        prefill_chunk_size=PREFILL,
+        cache_implementation="static" if static else None,
+    )
     try:
         model.generate(ids[:, : 2 * PREFILL], max_new_tokens=2, **options)  # compiles the kernels that read a prompt
         clock()
-        out = model.generate(ids, max_new_tokens=new_tokens, logits_processor=[clock], return_dict_in_generate=True, **options)
+        out = model.generate(
+            ids,
+            max_new_tokens=new_tokens,
+            logits_processor=[clock],
+            return_dict_in_generate=True,
+            **options,
+        )
     except torch.OutOfMemoryError:
         return None
     reading, *tokens = clock.seconds()
     token = statistics.median(tokens[WARM:])
-    cache, peak = out.past_key_values, torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    cache, peak = (
+        out.past_key_values,
+        torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    )
     alone = model_alone(model, cache, context, new_tokens - 1) * 1e3 if static else None
-    return {"prefill": context * batch_size / reading, "decode": batch_size / token, "ms": token * 1e3, "alone": alone,
-            "cache": cache.nbytes, "bytes": bytes_a_token(model, cache), "peak": peak}  # fmt: skip
+    return {
+        "prefill": context * batch_size / reading,
+        "decode": batch_size / token,
+        "ms": token * 1e3,
+        "alone": alone,
+        "cache": cache.nbytes,
+        "bytes": bytes_a_token(model, cache),
+        "peak": peak,
+    }
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| model | context | batch | prefill tokens/s | decode tokens/s | ms a token | ms without generate | GB a token | TB/s | "
-             "cache MiB | peak GiB |", "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    lines = [
+        "| model | context | batch | prefill tokens/s | decode tokens/s | ms a token | ms without generate | GB a token | TB/s | "
+        "cache MiB | peak GiB |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for row in rows:
         head = f"| {row['model']} | {row['context']:,} | {row['batch_size']} | "
         if "decode" not in row:
@@ -124,14 +155,20 @@ def table(rows: list[dict]) -> str:
 
 
 def ratios(rows: list[dict]) -> list[str]:
-    """What the hybrid has of the teacher's cache and speed, and of FLA's loop's, wherever both were measured."""
+    """What the hybrid has of the teacher's cache and speed, and of FLA's loop's, wherever both were
+    measured."""
     found = {(row["model"], row["context"], row["batch_size"]): row for row in rows if "decode" in row}
     lines = []
     for (model, context, batch_size), row in found.items():
-        where, teacher, loop = f"context {context:,}, batch {batch_size}", *(found.get((m, context, batch_size)) for m in (TEACHER, LOOP))
+        where, teacher, loop = (
+            f"context {context:,}, batch {batch_size}",
+            *(found.get((m, context, batch_size)) for m in (TEACHER, LOOP)),
+        )
         if model == HYBRID and teacher:
-            lines.append(f"{where}: cache {row['cache'] / teacher['cache']:.1%} of the teacher's, {row['decode'] / teacher['decode']:.2f} "
-                         f"times its tokens/s; the bytes of a token allow {teacher['bytes'] / row['bytes']:.2f}")  # fmt: skip
+            lines.append(
+                f"{where}: cache {row['cache'] / teacher['cache']:.1%} of the teacher's, {row['decode'] / teacher['decode']:.2f} "
+                f"times its tokens/s; the bytes of a token allow {teacher['bytes'] / row['bytes']:.2f}"
+            )
         if model == HYBRID and loop:
             lines.append(f"{where}: {row['decode'] / loop['decode']:.2f} times the tokens/s of FLA's loop")
     return lines
@@ -147,7 +184,12 @@ def plot(rows: list[dict], path: Path) -> None:
     colours, styles = {TEACHER: "C3", HYBRID: "C0", LOOP: "C7"}, ["-", "--", ":", "-."]
     batch_sizes = sorted({batch_size for batch_size, _ in series})
     for (batch_size, model), points in series.items():
-        how = dict(color=colours[model], linestyle=styles[batch_sizes.index(batch_size) % len(styles)], marker="o", markersize=3)
+        how = dict(
+            color=colours[model],
+            linestyle=styles[batch_sizes.index(batch_size) % len(styles)],
+            marker="o",
+            markersize=3,
+        )
         contexts = [p["context"] for p in points]
         axes[0].plot(contexts, [p["decode"] for p in points], label=f"{model}, batch {batch_size}", **how)
         if model != LOOP:
@@ -175,10 +217,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, help="for decode.md, decode.json and decode.png")
     args = parser.parse_args(argv)
     if args.new_tokens < WARM + 2:
-        raise ValueError(f"--new_tokens: {args.new_tokens} must be at least {WARM + 2}, of which the first {WARM} do not count")
+        raise ValueError(
+            f"--new_tokens: {args.new_tokens} must be at least {WARM + 2}, of which the first {WARM} do not count"
+        )
     config = published_config(args.shape, args.layers)
     if not 1 <= args.kept < config.num_hidden_layers:
-        raise ValueError(f"--kept: {args.kept} must be between 1 and {config.num_hidden_layers - 1}, one less than the layers")
+        raise ValueError(
+            f"--kept: {args.kept} must be between 1 and {config.num_hidden_layers - 1}, one less than the layers"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     kept = evenly_spaced(args.kept, config.num_hidden_layers)
@@ -194,8 +240,10 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(row | (measure(model, name != LOOP, context, batch_size, args.new_tokens) or {}))
                 print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
     what = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    head = (f"{what}, torch {torch.__version__}, {dtype}; {args.shape}, {config.num_hidden_layers} layers, {args.student}, "
-            f"{args.kept} kept")  # fmt: skip
+    head = (
+        f"{what}, torch {torch.__version__}, {dtype}; {args.shape}, {config.num_hidden_layers} layers, {args.student}, "
+        f"{args.kept} kept"
+    )
     text = "\n".join([head, "", table(rows), "", *ratios(rows)])
     print(text)
     if args.output_dir:
@@ -206,7 +254,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"decode.py: error: {error}")
+    run_main(main)

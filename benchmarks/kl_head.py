@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from pathlib import Path
+
+from runtime.command import run_main
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distill_model import forward_kl  # noqa: E402
+from distill_model import forward_kl
 
 REFERENCE_ROWS = 128
 
@@ -72,14 +71,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("kl_head.py: skipped: the fused head runs on a GPU, and this machine has none")
     n, h, v = args.tokens, args.hidden, args.vocab
-    random = lambda *shape, scale: (torch.randn(*shape, device="cuda") * scale).bfloat16()  # noqa: E731
+    random = lambda *shape, scale: (torch.randn(*shape, device="cuda") * scale).bfloat16()
     student, teacher = (random(n, h, scale=1.0) for _ in range(2))
     teacher = (0.8 * student + 0.6 * teacher).detach()
     weight, teacher_weight = (random(v, h, scale=2 * h**-0.5) for _ in range(2))
     student.requires_grad_(), weight.requires_grad_()
 
     rows, gradient = min(n, 4096), random(min(n, 4096), v, scale=1e-3)
-    def products():  # noqa: E306
+
+    def products():
         for _ in range(n // rows):
             student.detach()[:rows] @ weight.detach().mT
             teacher[:rows] @ teacher_weight.mT
@@ -91,9 +91,16 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {n} tokens x {h}, vocabulary {v}, bf16")
     print(f"the four matrix products: {floor:.1f} ms, {flops / floor / 1e9:.0f} TFLOP/s\n")
     print("| head | ms | over the products | peak memory GiB | loss | gradient error |\n|:--|--:|--:|--:|--:|--:|")
-    reference = reference_gradient(student.detach()[:REFERENCE_ROWS], teacher[:REFERENCE_ROWS], weight.detach(), teacher_weight, n)
+    reference = reference_gradient(
+        student.detach()[:REFERENCE_ROWS],
+        teacher[:REFERENCE_ROWS],
+        weight.detach(),
+        teacher_weight,
+        n,
+    )
     for name, head in heads().items():
-        def step(head=head):  # noqa: E306
+
+        def step(head=head):
             student.grad = weight.grad = None
             loss = head(student, teacher, weight, teacher_weight)
             loss.backward()
@@ -102,8 +109,11 @@ def main() -> None:
         loss = step().item()
         error = ((student.grad[:REFERENCE_ROWS].double() - reference).norm() / reference.norm()).item()
         time, memory = median_ms(step), peak_gib(step)
-        print(f"| {name} | {time:.1f} | {time / floor:.2f} | {memory:.2f} | {loss:.5f} | {error:.1e} |", flush=True)
+        print(
+            f"| {name} | {time:.1f} | {time / floor:.2f} | {memory:.2f} | {loss:.5f} | {error:.1e} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

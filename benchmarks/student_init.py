@@ -15,21 +15,25 @@ import argparse
 import math
 import sys
 import tempfile
-from pathlib import Path
+
+from runtime.command import run_main
+from runtime.data import open_chunks
 
 import torch
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.training import stage_1  # noqa: E402
-from convert import load_teacher  # noqa: E402
-from convert.loader import KEY  # noqa: E402
-from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate, check_calibration  # noqa: E402
-from pipeline.data import open_chunks  # noqa: E402
-from quickstart.report import alignment, mean_loss  # noqa: E402
-from quickstart.train_teacher import token_ids  # noqa: E402
+from benchmarks.training import stage_1
+from convert import load_teacher
+from convert.loader import KEY
+from distill_model import (
+    STUDENT_ATTENTION_MAP,
+    StudentForCausalLM,
+    can_calibrate,
+    check_calibration,
+)
+from quickstart.report import alignment, mean_loss
+from quickstart.train_teacher import token_ids
 
 BATCH_SIZE, LEARNING_RATE = 4, 3e-3
 
@@ -38,9 +42,15 @@ def random_teacher() -> StudentForCausalLM:
     """Qwen2.5's kind at a small size: biases, six query heads a key/value head, tied."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=12,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.05,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+    )
     model = Qwen2ForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -52,7 +62,10 @@ def random_teacher() -> StudentForCausalLM:
 
 def without_attention(teacher: StudentForCausalLM, ids: torch.Tensor) -> float:
     """The loss of the teacher with every attention output 0."""
-    hooks = [layer.attn.register_forward_hook(lambda m, i, out: (torch.zeros_like(out[0]), *out[1:])) for layer in teacher.model.layers]
+    hooks = [
+        layer.attn.register_forward_hook(lambda m, i, out: (torch.zeros_like(out[0]), *out[1:]))
+        for layer in teacher.model.layers
+    ]
     loss = mean_loss(teacher, ids)
     for hook in hooks:
         hook.remove()
@@ -64,10 +77,20 @@ def main() -> None:
     parser.add_argument("--teacher", help="a trained teacher")
     parser.add_argument("--data", help="chunks with a held-out part, of preprocess_chunk.py")
     parser.add_argument("--random", action="store_true", help="a random teacher on random tokens instead")
-    parser.add_argument("--students", nargs="+", choices=sorted(STUDENT_ATTENTION_MAP), help="default: all, with --calibrate those that it fits")
+    parser.add_argument(
+        "--students",
+        nargs="+",
+        choices=sorted(STUDENT_ATTENTION_MAP),
+        help="default: all, with --calibrate those that it fits",
+    )
     parser.add_argument("--steps", nargs="*", type=int, default=[50, 500], help="steps of stage 1 to measure after")
     parser.add_argument("--layer", type=int, default=0, help="the layer that is replaced alone")
-    parser.add_argument("--calibrate", type=int, default=0, help="batches of a calibrated start, as train.calibrate_init")
+    parser.add_argument(
+        "--calibrate",
+        type=int,
+        default=0,
+        help="batches of a calibrated start, as train.calibrate_init",
+    )
     parser.add_argument("--chunks", type=int, default=32, help="held-out chunks to measure on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -76,13 +99,20 @@ def main() -> None:
     if args.calibrate:
         for name in args.students or ():
             check_calibration(name)
-    students = args.students or [name for name in sorted(STUDENT_ATTENTION_MAP) if not args.calibrate or can_calibrate(name)]
+    students = args.students or [
+        name for name in sorted(STUDENT_ATTENTION_MAP) if not args.calibrate or can_calibrate(name)
+    ]
 
-    device, last = torch.device("cuda" if torch.cuda.is_available() else "cpu"), max(args.steps, default=0)
+    device, last = (
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        max(args.steps, default=0),
+    )
     generator = torch.Generator().manual_seed(args.seed)
     if args.random:
         teacher = random_teacher().to(device)
-        heldout, *batches = torch.randint(0, 4096, (last + args.calibrate + 1, BATCH_SIZE, 256), generator=generator).to(device)
+        heldout, *batches = torch.randint(
+            0, 4096, (last + args.calibrate + 1, BATCH_SIZE, 256), generator=generator
+        ).to(device)
     else:
         teacher = load_teacher(args.teacher).to(device)
         chunks = open_chunks(args.data, key="--data", vocab_size=teacher.config.vocab_size)
@@ -98,7 +128,9 @@ def main() -> None:
 
     bound = math.inf if args.random else without_attention(teacher, heldout)
     print(f"teacher: perplexity {perplexity(mean_loss(teacher, heldout))}; without attention {perplexity(bound)}")
-    print("| student | steps | error | perplexity | one layer: error | one layer: perplexity |\n|:--|--:|--:|--:|--:|--:|")
+    print(
+        "| student | steps | error | perplexity | one layer: error | one layer: perplexity |\n|:--|--:|--:|--:|--:|--:|"
+    )
     exploded = []
     for name in tqdm(students, desc="students", unit="student"):
         torch.manual_seed(args.seed)
@@ -107,8 +139,11 @@ def main() -> None:
             student.eval()
             errors, loss = alignment(student, teacher, heldout[:8]), mean_loss(student, heldout)
             alone = student.restore_full_attention(teacher, [i for i in layers if i != args.layer]).to(device).eval()
-            tqdm.write(f"| {name} | {step} | {sum(errors) / len(errors):.3f} | {perplexity(loss)} | {errors[args.layer]:.3f} | "
-                       f"{perplexity(mean_loss(alone, heldout))} |", file=sys.stdout)  # fmt: skip
+            tqdm.write(
+                f"| {name} | {step} | {sum(errors) / len(errors):.3f} | {perplexity(loss)} | {errors[args.layer]:.3f} | "
+                f"{perplexity(mean_loss(alone, heldout))} |",
+                file=sys.stdout,
+            )
             if step == 0 and not loss <= bound:
                 exploded.append(name)
             student.train()
@@ -116,8 +151,14 @@ def main() -> None:
         sys.exit(f"worse than no attention at the start: {', '.join(exploded)}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """`main`, with errors in terms of its own options."""
     try:
         main()
     except ValueError as error:
-        sys.exit(f"student_init.py: error: {str(error).replace(KEY, '--teacher').replace('train.calibrate_init', '--calibrate')}")
+        text = str(error).replace(KEY, "--teacher").replace("train.calibrate_init", "--calibrate")
+        raise ValueError(text) from error
+
+
+if __name__ == "__main__":
+    run_main(command)

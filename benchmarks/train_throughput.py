@@ -22,45 +22,83 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from runtime.command import run_main
+from runtime.environment import init_distributed, set_up_device, set_up_process
 
-from pipeline.environment import join_ranks, set_up_device, set_up_process  # noqa: E402
-
-from cuda_graphs import EAGER_CALLS, GraphedForward  # noqa: E402
+from cuda_graphs import EAGER_CALLS, GraphedForward
 
 # micro-batch, sequence length, sequences a step and device
 BATCHES = {1: (48, 512, 96), 2: (4, 4096, 16), 3: (1, 32768, 2)}
-FAMILIES = {"qwen2": "qwen2.5", "qwen3": "qwen3", "llama": "llama"}  # of published.yaml, as people call them
+FAMILIES = {
+    "qwen2": "qwen2.5",
+    "qwen3": "qwen3",
+    "llama": "llama",
+}  # of published.yaml, as people call them
 IDLE = "no work (host)"
 KINDS = {  # of kernels, by what their names hold; the first that fits
     "softmax attention": ("flash", "sdpa", "fmha"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
-    "linear attention": ("chunk_", "fused_recurrent", "recompute_w_u", "solve_tril", "l2norm", "gated_delta", "gdn_", "wy_", "layer_norm_gated",
-                         "cumsum", "gla_", "kda_", "causal_conv", "gate_"),
+    "linear attention": (
+        "chunk_",
+        "fused_recurrent",
+        "recompute_w_u",
+        "solve_tril",
+        "l2norm",
+        "gated_delta",
+        "gdn_",
+        "wy_",
+        "layer_norm_gated",
+        "cumsum",
+        "gla_",
+        "kda_",
+        "causal_conv",
+        "gate_",
+    ),
     "losses": ("_kl_rows", "_cross_entropy_rows", "_squared_difference"),
     "optimiser": ("multi_tensor", "adam"),
     "communication": ("nccl",),
-}  # fmt: skip
-NO_PROFILE = "The profile of kernels is missing: PyTorch has no CUPTI here, or may not use it. The figures above do not need it."
+}
+NO_PROFILE = (
+    "The profile of kernels is missing: PyTorch has no CUPTI here, or may not use it. The figures above do not need it."
+)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen2.5-1.5b", help="a published size of convert/published.yaml, or a checkpoint's folder, of which config.json is read")
+    parser.add_argument(
+        "--shape",
+        default="qwen2.5-1.5b",
+        help="a published size of convert/published.yaml, or a checkpoint's folder, of which config.json is read",
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--stage", type=int, choices=BATCHES, required=True)
     parser.add_argument("--student", default="gdn_v4")
-    parser.add_argument("--ratio", type=float, default=0.25, help="share of the layers that stay full in stages 2 and 3")
+    parser.add_argument(
+        "--ratio",
+        type=float,
+        default=0.25,
+        help="share of the layers that stay full in stages 2 and 3",
+    )
     parser.add_argument("--steps", type=int, default=6, help="timed steps, after some that are not")
-    parser.add_argument("--save_kernel_configs", type=Path, metavar="FOLDER", help="add what FLA's autotuner chose to a FLA_CONFIG_DIR")
-    parser.add_argument("--kernels", action="store_true", help="print the longest kernels too, and between which of them the GPU waits longest")
+    parser.add_argument(
+        "--save_kernel_configs",
+        type=Path,
+        metavar="FOLDER",
+        help="add what FLA's autotuner chose to a FLA_CONFIG_DIR",
+    )
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="print the longest kernels too, and between which of them the GPU waits longest",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     return parser.parse_intermixed_args()
 
 
 def published_config(shape: str, layers: int | None):
-    """The teacher's config of a shape such as qwen2.5-1.5b or of a checkpoint's folder, with other `layers` if they are given."""
+    """The teacher's config of a shape such as qwen2.5-1.5b or of a checkpoint's folder, with other
+    `layers` if they are given."""
     import yaml
 
     from convert import load_teacher_config
@@ -69,19 +107,29 @@ def published_config(shape: str, layers: int | None):
     if Path(shape).is_dir():
         config = load_teacher_config(shape)
         count = layers or config.num_hidden_layers
-        return StudentConfig(**config.to_dict() | {"num_hidden_layers": count, "keep_full_attention_layers": list(range(count))})
+        return StudentConfig(
+            **config.to_dict() | {"num_hidden_layers": count, "keep_full_attention_layers": list(range(count))}
+        )
     families = yaml.safe_load((Path(__file__).parents[1] / "convert" / "published.yaml").read_text())
-    known = {f"{FAMILIES[family]}-{size}": values for family, sizes in families.items() for size, values in sizes.items()}
+    known = {
+        f"{FAMILIES[family]}-{size}": values for family, sizes in families.items() for size, values in sizes.items()
+    }
     if shape not in known:
         raise ValueError(f"--shape: {shape} is unknown; choose one of {', '.join(known)}")
     size = known[shape]
     return StudentConfig(
-        vocab_size=size["vocab"], hidden_size=size["hidden"], intermediate_size=size["intermediate"],
-        num_hidden_layers=layers or size["layers"], num_attention_heads=size["heads"], num_key_value_heads=size["kv"],
-        head_dim=size["head_dim"], attention_bias=size.get("bias", shape.startswith("qwen2.5")),
-        qk_norm=size.get("qk_norm", shape.startswith("qwen3")), tie_word_embeddings=size["tied"],
+        vocab_size=size["vocab"],
+        hidden_size=size["hidden"],
+        intermediate_size=size["intermediate"],
+        num_hidden_layers=layers or size["layers"],
+        num_attention_heads=size["heads"],
+        num_key_value_heads=size["kv"],
+        head_dim=size["head_dim"],
+        attention_bias=size.get("bias", shape.startswith("qwen2.5")),
+        qk_norm=size.get("qk_norm", shape.startswith("qwen3")),
+        tie_word_embeddings=size["tied"],
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
+    )
 
 
 def random_model(config, dtype, device):
@@ -101,7 +149,9 @@ def flops_per_token(teacher, model, stage: int) -> float:
     from distill_model.modeling_distilled_student import LMHead
 
     def products(module, *, head=True):
-        weights = (m.weight for m in module.modules() if isinstance(m, nn.Linear) and (head or not isinstance(m, LMHead)))
+        weights = (
+            m.weight for m in module.modules() if isinstance(m, nn.Linear) and (head or not isinstance(m, LMHead))
+        )
         return sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)  # ZeRO-3 leaves an empty tensor
 
     if stage == 1:
@@ -123,7 +173,8 @@ def matmul_rate(device) -> float:
 
 
 class Parts:
-    """The GPU's time by what it works at, and waits in between. A mark says what the kernels that are queued behind it belong to."""
+    """The GPU's time by what it works at, and waits in between. A mark says what the kernels that
+    are queued behind it belong to."""
 
     def __init__(self):
         self.marks = []
@@ -173,18 +224,24 @@ class Parts:
 
 
 def breakdown(profile, steps: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    """Milliseconds a step by kind of kernel and of a GPU without work, the largest first; and the latter by the kernels before and
-    behind it. Both are empty if the profile holds no kernel."""
+    """Milliseconds a step by kind of kernel and of a GPU without work, the largest first; and the
+    latter by the kernels before and behind it. Both are empty if the profile holds no kernel."""
     from torch.autograd import DeviceType
 
-    kernels = [e for e in profile.events() if e.device_type == DeviceType.CUDA and e.time_range.elapsed_us() > 0
-               and not e.is_user_annotation]  # fmt: skip
+    kernels = [
+        e
+        for e in profile.events()
+        if e.device_type == DeviceType.CUDA and e.time_range.elapsed_us() > 0 and not e.is_user_annotation
+    ]
     if not kernels:
         return [], []
     totals, waits = Counter(), Counter()
     for kernel in kernels:
         name = kernel.name.lower()
-        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "element-wise and the rest")
+        kind = next(
+            (kind for kind, parts in KINDS.items() if any(part in name for part in parts)),
+            "element-wise and the rest",
+        )
         totals[kind] += kernel.time_range.elapsed_us()
     first, *rest = sorted(kernels, key=lambda kernel: kernel.time_range.start)
     end, last = first.time_range.end, first.name
@@ -198,7 +255,8 @@ def breakdown(profile, steps: int) -> tuple[list[tuple[str, float]], list[tuple[
 
 
 def start_profile():
-    """A profile of the GPU's kernels that has started; None if this PyTorch was built without CUPTI."""
+    """A profile of the GPU's kernels that has started; None if this PyTorch was built without
+    CUPTI."""
     from torch.profiler import ProfilerActivity, profile, supported_activities
 
     if ProfilerActivity.CUDA not in supported_activities():
@@ -209,7 +267,8 @@ def start_profile():
 
 
 def where_time_goes(parts: list[tuple[str, float]], profile, steps: int, kernels: bool) -> str:
-    """Tables of milliseconds a step: by part, and by kind of kernels from `profile`, which may be None.
+    """Tables of milliseconds a step: by part, and by kind of kernels from `profile`, which may be
+    None.
 
     kernels: the longest kernels too, and the longest waits between two.
     """
@@ -238,9 +297,18 @@ def save_kernel_configs(folder: Path) -> None:
         file = folder / f"{tuner.kernel_name}.json"
         entries = json.loads(file.read_text())["autotune_entries"] if file.is_file() else {}
         for key, config in tuner.cache.items():
-            values = {name: getattr(config, name) for name in ("kwargs", "num_warps", "num_stages", "num_ctas", "maxnreg")}
-            entries.setdefault(AutotuneKey.key_hash(key), {"autotune_key": AutotuneKey.normalize_autotune_key(key), "config": values})
-        content = {"kernel_name": tuner.kernel_name, "triton_version": triton.__version__, "autotune_entries": entries}
+            values = {
+                name: getattr(config, name) for name in ("kwargs", "num_warps", "num_stages", "num_ctas", "maxnreg")
+            }
+            entries.setdefault(
+                AutotuneKey.key_hash(key),
+                {"autotune_key": AutotuneKey.normalize_autotune_key(key), "config": values},
+            )
+        content = {
+            "kernel_name": tuner.kernel_name,
+            "triton_version": triton.__version__,
+            "autotune_entries": entries,
+        }
         file.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -250,7 +318,11 @@ def main() -> None:
     device = set_up_device()
     if device != "cuda":
         sys.exit("train_throughput.py: skipped: it measures GPUs, and this machine has none")
-    join_ranks(device, 30)
+    init_distributed(device, 30)
+    from runtime.batch_plan import batch_plan
+    from runtime.config import load_config
+    from runtime.data import Chunks
+
     import numpy as np
     import torch
     from datasets import Dataset
@@ -260,42 +332,55 @@ def main() -> None:
     import train
     from distill_model import StudentForCausalLM
     from layer_selection.ranking import budget, evenly_spaced
-    from pipeline.batch_plan import batch_plan
-    from pipeline.config import load_config
-    from pipeline.data import Chunks
 
     micro, length, batch = BATCHES[args.stage]
-    warm, profiled, folder = EAGER_CALLS + 2, 2, tempfile.TemporaryDirectory()  # with one micro-batch a step, graphs run from there on
+    warm, profiled, folder = (
+        EAGER_CALLS + 2,
+        2,
+        tempfile.TemporaryDirectory(),
+    )  # with one micro-batch a step, graphs run from there on
     config = published_config(args.shape, args.layers)
-    kept = evenly_spaced(budget(args.ratio, config.num_hidden_layers), config.num_hidden_layers) if args.stage > 1 else []
+    kept = (
+        evenly_spaced(budget(args.ratio, config.num_hidden_layers), config.num_hidden_layers) if args.stage > 1 else []
+    )
     file = Path(folder.name) / "stage.yaml"
-    file.write_text(f"stage: {args.stage}\ndata: {{cache_dir: none}}\nteacher_model: {{name: none}}\nstudent_model: {{name: {args.student}, "
-                    f"keep_full_attention_layers: {kept}}}\n"
-                    f"train: {{output_dir: {folder.name}/run, micro_batch_size: {micro}, batch_size: {batch * world_size}, train_seq_len: {length}, "
-                    f"lr: 1e-5, max_steps: {warm + args.steps + profiled}, logging_steps: 1000, student_init_ckpt: {'none' if kept else 'null'}}}\n")  # fmt: skip
+    file.write_text(
+        f"stage: {args.stage}\ndata: {{cache_dir: none}}\nteacher_model: {{name: none}}\nstudent_model: {{name: {args.student}, "
+        f"keep_full_attention_layers: {kept}}}\n"
+        f"train: {{output_dir: {folder.name}/run, micro_batch_size: {micro}, batch_size: {batch * world_size}, train_seq_len: {length}, "
+        f"lr: 1e-5, max_steps: {warm + args.steps + profiled}, logging_steps: 1000, student_init_ckpt: {'none' if kept else 'null'}}}\n"
+    )
     cfg = load_config(str(file), args.overrides)
     plan = batch_plan(cfg, world_size)
-    say = print if rank == 0 else lambda *_: None
+    log = print if rank == 0 else lambda *_: None
 
     # Random weights in place of a checkpoint's; all else is what train.py does.
     def load_teacher(name, dtype=torch.bfloat16):
         torch.manual_seed(0)
         return random_model(config, dtype, device)
 
-    def build_student(cfg, dtype, say=print, teacher=None):
+    def build_student(cfg, dtype, log=print, teacher=None):
         torch.manual_seed(0)
         with torch.device(device):
             student = StudentForCausalLM.from_teacher(teacher or load_teacher("", dtype), args.student, kept)[0]
         return student
 
     convert.load_teacher, train.build_student_for_stage2_and_3 = load_teacher, build_student
-    ids = np.random.default_rng(rank).integers(0, config.vocab_size, (plan.batch_size * plan.steps, length), dtype=np.int32)
+    ids = np.random.default_rng(rank).integers(
+        0, config.vocab_size, (plan.batch_size * plan.steps, length), dtype=np.int32
+    )
     chunks = Chunks(Dataset.from_dict({"input_ids": ids}), None, {})
     rate = matmul_rate(device)
 
     class Clock(TrainerCallback):
         def __init__(self):
-            self.times, self.profile, self.begin, self.parts, self.totals = [], None, time.perf_counter(), Parts(), []
+            self.times, self.profile, self.begin, self.parts, self.totals = (
+                [],
+                None,
+                time.perf_counter(),
+                Parts(),
+                [],
+            )
 
         def on_train_begin(self, *_, **__):
             self.parts.follow(trainer, args.stage)
@@ -316,7 +401,12 @@ def main() -> None:
             if self.profile:
                 self.profile.stop()
 
-    guards = {"stop": None, "save_minutes": None, "watchdog": None, "facts": {"zero_stage": train.zero_stage(cfg, world_size)}}
+    guards = {
+        "stop": None,
+        "save_minutes": None,
+        "watchdog": None,
+        "facts": {"zero_stage": train.zero_stage(cfg, world_size)},
+    }
     Path(cfg.train.output_dir).mkdir()
     trainer = train.build_trainer(cfg, plan, chunks, device, False, None, guards, lambda *_: None)
     trainer.args.save_strategy = "no"
@@ -327,12 +417,18 @@ def main() -> None:
     trainer.train()
     seconds = (clock.times[warm - 1 + args.steps] - clock.times[warm - 1]) / args.steps
     tokens = plan.tokens_per_step / world_size / seconds
-    say(f"\n{torch.cuda.get_device_name()} x {world_size}, torch {torch.__version__}; {args.shape}, {config.num_hidden_layers} layers, stage "
-        f"{args.stage}, {args.student}, {len(kept)} kept; {plan.grad_accum} x {plan.micro_batch_size} x {plan.seq_len} tokens a step and device")
-    say("| tokens/s a device | share of the matmul rate | peak GiB | first step s | set-up s |\n|--:|--:|--:|--:|--:|")
-    peak = torch.cuda.max_memory_reserved() / 2**30  # a graph's own memory counts as allocated while it is recorded only
-    say(f"| {tokens:,.0f} | {flops * tokens / rate:.0%} of {rate / 1e12:.0f} TFLOP/s | {peak:.1f} | "
-        f"{clock.times[0] - clock.begin:.1f} | {setup:.1f} |\n")
+    log(
+        f"\n{torch.cuda.get_device_name()} x {world_size}, torch {torch.__version__}; {args.shape}, {config.num_hidden_layers} layers, stage "
+        f"{args.stage}, {args.student}, {len(kept)} kept; {plan.grad_accum} x {plan.micro_batch_size} x {plan.seq_len} tokens a step and device"
+    )
+    log("| tokens/s a device | share of the matmul rate | peak GiB | first step s | set-up s |\n|--:|--:|--:|--:|--:|")
+    peak = (
+        torch.cuda.max_memory_reserved() / 2**30
+    )  # a graph's own memory counts as allocated while it is recorded only
+    log(
+        f"| {tokens:,.0f} | {flops * tokens / rate:.0%} of {rate / 1e12:.0f} TFLOP/s | {peak:.1f} | "
+        f"{clock.times[0] - clock.begin:.1f} | {setup:.1f} |\n"
+    )
     if rank == 0:
         print(where_time_goes(clock.totals, clock.profile, profiled * plan.grad_accum, args.kernels))
     if args.save_kernel_configs and rank == 0:
@@ -341,7 +437,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"train_throughput.py: error: {error}")
+    run_main(main)

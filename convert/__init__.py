@@ -1,7 +1,5 @@
 """Teachers: checkpoints of Hugging Face, FLA or ours, read exactly into `StudentForCausalLM`, and converted."""
 
-import pipeline  # noqa: F401, I001  (first: see there)
-
 from .loader import copy_sidecars, load_teacher, load_teacher_config
 
 __all__ = ["copy_sidecars", "load_teacher", "load_teacher_config"]

@@ -1,14 +1,13 @@
 """Converts Qwen2.5 (and Qwen2) to FLA's format or ours.
 
-    python convert/convert_from_qwen2.5.py --model Qwen/Qwen2.5-1.5B-Instruct --config 1.5b --output DIR
+python convert/convert_from_qwen2.5.py --model Qwen/Qwen2.5-1.5B-Instruct --config 1.5b --output DIR
 """
 
-import sys
-from pathlib import Path
+from functools import partial
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from wherever this is called
+from runtime.command import run_main
 
-from convert.command import main  # noqa: E402
+from convert.command import main
 
 if __name__ == "__main__":
-    main(__doc__, "qwen2")
+    run_main(partial(main, __doc__, "qwen2"))

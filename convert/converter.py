@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from runtime.data import fix_tokenizer_class
+from runtime.files import atomic_directory
+
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -13,8 +16,6 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
 from distill_model import StudentConfig, StudentForCausalLM
-from pipeline.data import fix_tokenizer_class
-from pipeline.files import complete_or_absent
 
 from .families import FAMILIES
 from .loader import INDEX, SINGLE, Checkpoint, copy_sidecars
@@ -29,14 +30,20 @@ PUBLISHED = Path(__file__).with_name("published.yaml")
 def shape_of(config: StudentConfig) -> dict:
     """What published.yaml says of a model."""
     return {
-        "layers": config.num_hidden_layers, "hidden": config.hidden_size, "intermediate": config.intermediate_size,
-        "heads": config.num_attention_heads, "kv": config.num_key_value_heads, "head_dim": config.head_dim,
-        "vocab": config.vocab_size, "tied": config.tie_word_embeddings,
-    }  # fmt: skip
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "heads": config.num_attention_heads,
+        "kv": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocab": config.vocab_size,
+        "tied": config.tie_word_embeddings,
+    }
 
 
 def check_size(config: StudentConfig, family: str, size: str) -> None:
-    """Raises ValueError unless `config` is the family's published `size`: 7b, or 3.2-3b, for which 3b does too."""
+    """Raises ValueError unless `config` is the family's published `size`: 7b, or 3.2-3b, for which
+    3b does too."""
     sizes = yaml.safe_load(PUBLISHED.read_text()).get(family, {})
     candidates = {name: shape for name, shape in sizes.items() if size in (name, name.rpartition("-")[2])}
     if not candidates:
@@ -46,7 +53,9 @@ def check_size(config: StudentConfig, family: str, size: str) -> None:
         found = shape_of(config)
         differences.append([f"{k} {found[k]} instead of {shape[k]}" for k in found if found[k] != shape[k]])
     if all(differences):
-        raise ValueError(f"--config: the checkpoint is no {size}: {', '.join(differences[0])}; name its size or leave --config out")
+        raise ValueError(
+            f"--config: the checkpoint is no {size}: {', '.join(differences[0])}; name its size or leave --config out"
+        )
 
 
 def fla_lacks(config: StudentConfig) -> str | None:
@@ -57,10 +66,11 @@ def fla_lacks(config: StudentConfig) -> str | None:
         f"linear layers ({config.student_name})": bool(config.linear_layers),
         f"head_dim {config.head_dim}": config.head_dim * config.num_attention_heads != config.hidden_size,
         f"RoPE scaling ({rope_type})": rope_type != "default",
-        f"eps {qk_norm_eps:g} in the q/k norms (its own is {FLA_QK_NORM_EPS:g})": config.qk_norm and qk_norm_eps != FLA_QK_NORM_EPS,
+        f"eps {qk_norm_eps:g} in the q/k norms (its own is {FLA_QK_NORM_EPS:g})": config.qk_norm
+        and qk_norm_eps != FLA_QK_NORM_EPS,
         "a bias in o_proj": config.attention_output_bias,
         "biases in the MLP": config.mlp_bias,
-    }  # fmt: skip
+    }
     return ", ".join(reason for reason, lacking in reasons.items() if lacking) or None
 
 
@@ -70,7 +80,8 @@ def fla_config(config: StudentConfig):
 
     theirs = {name: field for name, field in FAMILIES["transformer"].config.items() if isinstance(field, str)}
     return TransformerConfig(
-        **{field: getattr(config, name) for name, field in theirs.items()} | {"hidden_act": "swish"},  # its name for silu
+        **{field: getattr(config, name) for name, field in theirs.items()}
+        | {"hidden_act": "swish"},  # its name for silu
         intermediate_size=config.intermediate_size,
         num_kv_heads=config.num_key_value_heads,
         rope_theta=(config.rope_parameters or {}).get("rope_theta", 10000.0),
@@ -79,7 +90,8 @@ def fla_config(config: StudentConfig):
 
 
 def write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> int:
-    """Writes the tensors to `folder` as safetensors, sharded with an index if need be; returns their bytes."""
+    """Writes the tensors to `folder` as safetensors, sharded with an index if need be; returns
+    their bytes."""
     shards, names, total = [{}], [], 0
 
     def write() -> None:
@@ -113,13 +125,13 @@ def convert_checkpoint(
     size: str | None = None,
     format: str = "auto",
     verify: bool = True,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> None:
     """Writes the teacher to the folder `output`, complete or not at all.
 
-    families: the model types that are taken, beside FLA's and ours. precision: of the result; None keeps the dtype of
-    every tensor. size: a published one that the checkpoint must have. format: fla, student, or auto, which is fla
-    where that is exact. verify: compare source and result.
+    families: the model types that are taken, beside FLA's and ours. precision: of the result; None
+    keeps the dtype of every tensor. size: a published one that the checkpoint must have. format:
+    fla, student, or auto, which is fla where that is exact. verify: compare source and result.
 
     Raises ValueError for what cannot be converted, and if the result differs from its source.
     """
@@ -127,7 +139,9 @@ def convert_checkpoint(
         raise ValueError(f"--output: {output} is there already; remove it or name another folder")
     source = Checkpoint(name_or_path)
     if source.model_type not in (*families, "transformer", StudentConfig.model_type):
-        raise ValueError(f"--model: {name_or_path} is of type {source.model_type}; this script is for {', '.join(families)}")
+        raise ValueError(
+            f"--model: {name_or_path} is of type {source.model_type}; this script is for {', '.join(families)}"
+        )
     config = source.config
     if size is not None:
         check_size(config, families[0], size)
@@ -135,13 +149,15 @@ def convert_checkpoint(
     if format == "fla" and lacks:
         raise ValueError(f"--format: fla cannot express {lacks}; take student")
     format = format if format != "auto" else "student" if lacks else "fla"
-    say(f"{name_or_path} -> {output}, as {'FLA transformer' if format == 'fla' else 'student'}"
-        + (f" (FLA cannot express {lacks})" if lacks else ""))  # fmt: skip
+    log(
+        f"{name_or_path} -> {output}, as {'FLA transformer' if format == 'fla' else 'student'}"
+        + (f" (FLA cannot express {lacks})" if lacks else "")
+    )
     dtype = PRECISIONS.get(precision)
     if dtype is not None:
         config.dtype = dtype
 
-    with complete_or_absent(output) as folder:
+    with atomic_directory(output) as folder:
         copy_sidecars(name_or_path, folder)
         if format == "fla":
             fla_config(config).save_pretrained(folder)
@@ -163,7 +179,9 @@ def convert_checkpoint(
         total = write_weights(converted(), folder)
         if verify:
             difference = largest_difference(source, Checkpoint(str(folder)), dtype)
-            say(f"largest difference to the source: {difference:.1e}")
+            log(f"largest difference to the source: {difference:.1e}")
             if not difference <= TOLERANCE:
-                raise ValueError(f"--verify: {name_or_path} and its conversion differ by {difference:.1e}; nothing was written")
-    say(f"{output}: {count:,} parameters, {total / 1e9:.2f} GB")
+                raise ValueError(
+                    f"--verify: {name_or_path} and its conversion differ by {difference:.1e}; nothing was written"
+                )
+    log(f"{output}: {count:,} parameters, {total / 1e9:.2f} GB")

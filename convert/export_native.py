@@ -14,35 +14,42 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from wherever this is called
+from runtime.command import run_main
+from runtime.data import fix_tokenizer_class
+from runtime.files import atomic_directory, one_line
+from runtime.model_card import write_native_card
 
-import pipeline  # noqa: E402, F401  (first: it says what is not installed)
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, Qwen3_5TextConfig
+from transformers.utils.logging import set_verbosity_error
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import GenerationConfig, Qwen3_5TextConfig  # noqa: E402
-from transformers.utils.logging import set_verbosity_error  # noqa: E402
-
-from convert.converter import write_weights  # noqa: E402
-from convert.families import ACTIVATIONS, SAME  # noqa: E402
-from convert.loader import KEY, Checkpoint, copy_sidecars  # noqa: E402
-from convert.verify import TOKENS, TOLERANCE  # noqa: E402
-from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig  # noqa: E402
-from distill_model.attention import RotaryEmbedding  # noqa: E402
-from distill_model.student_layers import GatedDeltaNetStudent, default_of  # noqa: E402
-from pipeline.data import fix_tokenizer_class  # noqa: E402
-from pipeline.files import complete_or_absent, one_line  # noqa: E402
-from pipeline.model_card import write_native_card  # noqa: E402
+from convert.converter import write_weights
+from convert.families import ACTIVATIONS, SAME
+from convert.loader import KEY, Checkpoint, copy_sidecars
+from convert.verify import TOKENS, TOLERANCE
+from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig
+from distill_model.attention import RotaryEmbedding
+from distill_model.student_layers import GatedDeltaNetStudent, default_of
 
 ARCHITECTURE = "Qwen3_5ForCausalLM"
-# Of a linear layer: theirs -> ours, of which q, k and v lie one below the other in theirs; and ours -> theirs.
+# Of a linear layer: theirs -> ours, of which q, k and v lie one below the other in theirs; and ours
+# -> theirs.
 STACKED = {"in_proj_qkv.weight": "{}_proj.weight", "conv1d.weight": "{}_conv1d.weight"}
-LINEAR = {"g_proj.weight": "in_proj_z.weight", "b_proj.weight": "in_proj_b.weight", "a_proj.weight": "in_proj_a.weight",
-          "A_log": "A_log", "dt_bias": "dt_bias", "o_norm.weight": "norm.weight", "o_proj.weight": "out_proj.weight"}  # fmt: skip
+LINEAR = {
+    "g_proj.weight": "in_proj_z.weight",
+    "b_proj.weight": "in_proj_b.weight",
+    "a_proj.weight": "in_proj_a.weight",
+    "A_log": "A_log",
+    "dt_bias": "dt_bias",
+    "o_norm.weight": "norm.weight",
+    "o_proj.weight": "out_proj.weight",
+}
 
 
 def student_lacks(student: partial, options: dict) -> list[str]:
-    """What keeps a linear attention, an entry of STUDENT_ATTENTION_MAP with options, from being Qwen3.5's."""
+    """What keeps a linear attention, an entry of STUDENT_ATTENTION_MAP with options, from being
+    Qwen3.5's."""
     if student.func is not GatedDeltaNetStudent:
         return ["another layer than its gated delta net"]
 
@@ -64,9 +71,12 @@ NATIVE_STUDENTS = [name for name, student in STUDENT_ATTENTION_MAP.items() if no
 
 
 def native_export_refusals(config: StudentConfig) -> list[str]:
-    """Every reason why a model cannot be written as `Qwen3_5ForCausalLM`, each with its cure; empty if it can.
+    """Every reason why a model cannot be written as `Qwen3_5ForCausalLM`, each with its cure; empty
+    if it can.
 
-    First those of the teacher, which no training of its students mends, then those of stage 1, then of stage 2."""
+    First those of the teacher, which no training of its students mends, then those of stage 1, then
+    of stage 2.
+    """
     student = STUDENT_ATTENTION_MAP[config.student_name] if config.linear_layers else None
     lacks = student_lacks(student, config.student_options) if student else []
     eps = config.rms_norm_eps
@@ -101,7 +111,9 @@ def native_config(config: StudentConfig) -> Qwen3_5TextConfig:
         "partial_rotary_factor": 1.0,  # for readers of old configs; its default is a quarter
         "attention_bias": config.attention_bias or config.attention_output_bias,
         "layer_types": ["full_attention" if i in kept else "linear_attention" for i in range(config.num_hidden_layers)],
-        "linear_conv_kernel_dim": config.student_options.get("conv_size", default_of(GatedDeltaNetStudent, "conv_size")),
+        "linear_conv_kernel_dim": config.student_options.get(
+            "conv_size", default_of(GatedDeltaNetStudent, "conv_size")
+        ),
         "linear_key_head_dim": config.head_dim,
         "linear_value_head_dim": config.head_dim,
         "linear_num_key_heads": config.num_attention_heads,
@@ -111,8 +123,9 @@ def native_config(config: StudentConfig) -> Qwen3_5TextConfig:
 
 
 def full_attention(attn: dict[str, torch.Tensor], native: Qwen3_5TextConfig) -> dict[str, torch.Tensor]:
-    """Softmax attention. Theirs has an output gate, half of each head's rows of q_proj: 0, whose sigmoid is a half, under
-    twice the o_proj. Its norms multiply by 1 + weight, and it has all biases or none."""
+    """Softmax attention. Theirs has an output gate, half of each head's rows of q_proj: 0, whose
+    sigmoid is a half, under twice the o_proj. Its norms multiply by 1 + weight, and it has all
+    biases or none."""
     attn = dict(attn)
     if native.attention_bias:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -129,12 +142,14 @@ def full_attention(attn: dict[str, torch.Tensor], native: Qwen3_5TextConfig) -> 
 def linear_attention(attn: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Gated delta net: the same tensors."""
     stacked = {theirs: torch.cat([attn.pop(ours.format(part)) for part in "qkv"]) for theirs, ours in STACKED.items()}
-    return {f"linear_attn.{name}": tensor for name, tensor in (stacked | {LINEAR[k]: v for k, v in attn.items()}).items()}
+    return {
+        f"linear_attn.{name}": tensor for name, tensor in (stacked | {LINEAR[k]: v for k, v in attn.items()}).items()
+    }
 
 
 def with_norms_near_one(block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same block, with powers of two moved from its norms to the projections behind them: theirs multiply by 1 + weight,
-    which in bf16 is coarse for a norm far below 1."""
+    """The same block, with powers of two moved from its norms to the projections behind them:
+    theirs multiply by 1 + weight, which in bf16 is coarse for a norm far below 1."""
     block = dict(block)
     for norm, behind, last in (("attn_norm", "attn", "o_proj"), ("mlp_norm", "mlp", "down_proj")):
         scale = 2.0 ** block[f"{norm}.weight"].abs().median().clamp(min=2.0**-20).log2().round()
@@ -161,10 +176,16 @@ def native_block(block: dict[str, torch.Tensor], native: Qwen3_5TextConfig, full
 def native_tensors(
     source: Checkpoint, native: Qwen3_5TextConfig, differences: list[torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every (their name, tensor) in fp32. On the way random tokens, at positions from 0 and from beyond the context length,
-    run through each block of both models, and `differences` gets the largest relative one after each."""
-    # Not before distill_model: without a GPU they take FLA's functions, in whose place it has put plain PyTorch.
-    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm, Qwen3_5TextRotaryEmbedding
+    """Every (their name, tensor) in fp32. On the way random tokens, at positions from 0 and from
+    beyond the context length, run through each block of both models, and `differences` gets the
+    largest relative one after each."""
+    # Not before distill_model: without a GPU they take FLA's functions, in whose place it has put
+    # plain PyTorch.
+    from transformers.models.qwen3_5.modeling_qwen3_5 import (
+        Qwen3_5DecoderLayer,
+        Qwen3_5RMSNorm,
+        Qwen3_5TextRotaryEmbedding,
+    )
 
     config, device = source.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     native._attn_implementation = "sdpa"
@@ -193,22 +214,25 @@ def native_tensors(
         yield from ((f"model.layers.{i}.{name}", tensor) for name, tensor in theirs_block.items())
     norm = source.state("model.norm.")
     their_norm = {"weight": norm["weight"] - 1}
-    compare(loaded(torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps), norm)(ours),
-            loaded(Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps), their_norm)(theirs))  # fmt: skip
+    compare(
+        loaded(torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps), norm)(ours),
+        loaded(Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps), their_norm)(theirs),
+    )
     yield "model.norm.weight", their_norm["weight"]
     if not config.tie_word_embeddings:
         yield "lm_head.weight", source.state("lm_head.")["weight"]
 
 
 def without_loss(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in `dtype` where that is exact; 1 less than a norm's weight may need more bits than the weight."""
+    """The tensor in `dtype` where that is exact; 1 less than a norm's weight may need more bits
+    than the weight."""
     short = tensor.to(dtype)
     return short if torch.equal(short.to(tensor.dtype), tensor) else tensor
 
 
 def export_native(name_or_path: str, output: Path) -> None:
-    """Writes our checkpoint to the folder `output` as `Qwen3_5ForCausalLM`, with its tokenizer and generation config,
-    complete or not at all.
+    """Writes our checkpoint to the folder `output` as `Qwen3_5ForCausalLM`, with its tokenizer and
+    generation config, complete or not at all.
 
     Raises ValueError if that cannot express it, and if the result differs from its source.
     """
@@ -216,11 +240,13 @@ def export_native(name_or_path: str, output: Path) -> None:
         raise ValueError(f"--output: {output} is there already; remove it or name another folder")
     source = Checkpoint(name_or_path)
     if source.model_type != StudentConfig.model_type:
-        raise ValueError(f"--model: {name_or_path} is of type {source.model_type}, no hybrid of ours; name a converted-hf folder")
+        raise ValueError(
+            f"--model: {name_or_path} is of type {source.model_type}, no hybrid of ours; name a converted-hf folder"
+        )
     if reason := native_export_refusal(source.config):
         raise ValueError(f"--model: {name_or_path}: {reason}")
     native, differences = native_config(source.config), []
-    with complete_or_absent(output) as folder:
+    with atomic_directory(output) as folder:
         copy_sidecars(name_or_path, folder)
         write_native_card(source.folder, folder, ARCHITECTURE)
         native.save_pretrained(folder)
@@ -228,11 +254,16 @@ def export_native(name_or_path: str, output: Path) -> None:
         if not (folder / "generation_config.json").exists():
             GenerationConfig.from_model_config(native).save_pretrained(folder)
         dtype = native.dtype or torch.float32
-        total = write_weights(((name, without_loss(t, dtype)) for name, t in native_tensors(source, native, differences)), folder)
+        total = write_weights(
+            ((name, without_loss(t, dtype)) for name, t in native_tensors(source, native, differences)),
+            folder,
+        )
         difference = torch.stack(differences).max().item()  # NaN where there is one
         if not difference <= TOLERANCE:
             raise ValueError(f"{name_or_path} and its export differ by {difference:.1e}; nothing was written")
-    print(f"{name_or_path} -> {output}, as {ARCHITECTURE}: {total / 1e9:.2f} GB, largest difference to the source {difference:.1e}")
+    print(
+        f"{name_or_path} -> {output}, as {ARCHITECTURE}: {total / 1e9:.2f} GB, largest difference to the source {difference:.1e}"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -248,4 +279,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

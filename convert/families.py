@@ -15,31 +15,82 @@ from transformers import PreTrainedConfig
 SAME = {
     name: name
     for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
-        "initializer_range", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "dtype",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_parameters",
+        "initializer_range",
+        "tie_word_embeddings",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "dtype",
     )
-}  # fmt: skip
+}
 # What the fields of a family's config.json, and those of its RoPE parameters, take.
-GIVEN = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_heads",
-         "max_position_embeddings")  # fmt: skip
-DERIVED = ("intermediate_size", "num_key_value_heads", "num_kv_heads", "head_dim", "hidden_ratio")  # of others, if null
+GIVEN = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_heads",
+    "max_position_embeddings",
+)
+DERIVED = (
+    "intermediate_size",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "head_dim",
+    "hidden_ratio",
+)  # of others, if null
 SIZES = GIVEN + DERIVED
 FIELDS = {
     **dict.fromkeys(GIVEN, int),
     **dict.fromkeys(DERIVED, int | None),
-    **dict.fromkeys(("sliding_window", "window_size", "max_window_layers", "pad_token_id", "bos_token_id"), int | None),
+    **dict.fromkeys(
+        ("sliding_window", "window_size", "max_window_layers", "pad_token_id", "bos_token_id"),
+        int | None,
+    ),
     "eos_token_id": int | list[int] | None,
     **dict.fromkeys(("rms_norm_eps", "norm_eps", "initializer_range", "attention_dropout"), float),
     "rope_theta": float | None,
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "qk_norm", "use_cache",
-                     "use_sliding_window"), bool),
-}  # fmt: skip
+    **dict.fromkeys(
+        (
+            "tie_word_embeddings",
+            "attention_bias",
+            "mlp_bias",
+            "qkv_bias",
+            "qk_norm",
+            "use_cache",
+            "use_sliding_window",
+        ),
+        bool,
+    ),
+}
 ROPE_FIELDS = {
-    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast",
-                     "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor"), float | None),
+    **dict.fromkeys(
+        (
+            "rope_theta",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "partial_rotary_factor",
+        ),
+        float | None,
+    ),
     "original_max_position_embeddings": int | None,
-}  # fmt: skip
+}
 # Parts of Hugging Face's parameter names -> ours, which are FLA's.
 HUGGING_FACE_NAMES = {
     "embed_tokens": "embeddings",
@@ -84,10 +135,15 @@ FAMILIES = {
     ),
     "llama": Family(
         config=SAME
-        | {"attention_bias": "attention_bias", "attention_output_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+        | {
+            "attention_bias": "attention_bias",
+            "attention_output_bias": "attention_bias",
+            "mlp_bias": "mlp_bias",
+        },
     ),
     "mistral": Family(refused={"sliding_window": lambda size: size and f"sliding-window attention over {size} tokens"}),
-    # FLA's TransformerForCausalLM: our names are its names. It has neither head_dim nor RoPE scaling.
+    # FLA's TransformerForCausalLM: our names are its names. It has neither head_dim nor RoPE
+    # scaling.
     "transformer": Family(
         config={name: theirs for name, theirs in SAME.items() if name not in ("rope_parameters",)}
         | {
@@ -97,7 +153,10 @@ FAMILIES = {
             "rms_norm_eps": "norm_eps",
             "attention_bias": "qkv_bias",
             "qk_norm": "qk_norm",
-            "rope_parameters": lambda config: {"rope_type": "default", "rope_theta": config.rope_theta},
+            "rope_parameters": lambda config: {
+                "rope_type": "default",
+                "rope_theta": config.rope_theta,
+            },
         },
         fixed={"qk_norm_eps": 1e-5},
         weights={},

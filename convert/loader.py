@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from runtime.config import ConfigError, convert_value
+from runtime.files import one_line
+from runtime.run_folder import EXPORT
+
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
@@ -25,10 +29,6 @@ from distill_model import StudentConfig, StudentForCausalLM
 from distill_model.attention import RotaryEmbedding
 from distill_model.config_distilled_student import FOREIGN
 
-from pipeline.config import ConfigError, convert_value
-from pipeline.files import one_line
-from pipeline.run_folder import EXPORT
-
 from .families import FAMILIES, FIELDS, ROPE_FIELDS, SIZES, Family, unsupported
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,13 +39,25 @@ EMBEDDINGS, HEAD = "model.embeddings.weight", "lm_head.weight"
 # safetensors' names of the dtypes that a weight may have.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COMPARED_ROWS = 8192  # of embeddings and head, in memory at a time
-# What belongs to a checkpoint beside config and weights: tokenizer, chat template, generation config, card and licence.
-SIDECARS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-            "generation_config.json", "README.md", "LICENSE*", "NOTICE*")  # fmt: skip
+# What belongs to a checkpoint beside config and weights: tokenizer, chat template, generation
+# config, card and licence.
+SIDECARS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 def source_config(name_or_path: str) -> PreTrainedConfig:
-    """The checkpoint's own config. Raises ValueError, naming the checkpoint, if there is none that we know."""
+    """The checkpoint's own config. Raises ValueError, naming the checkpoint, if there is none that
+    we know."""
     values, model_type = {}, None
     try:
         values = PreTrainedConfig.get_config_dict(name_or_path)[0]
@@ -60,7 +72,13 @@ def source_config(name_or_path: str) -> PreTrainedConfig:
         raise
     except StrictDataclassError as error:  # of our own type
         raise ConfigError(f"{KEY}: {name_or_path!r}: config.json: {' '.join(str(error).split())}") from None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # the last three: what is no object
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:  # the last three: what is no object
         reason = one_line(error)
         if model_type in FOREIGN:
             raise ValueError(f"{KEY}: {name_or_path!r} is {FOREIGN[model_type]} (model_type {model_type!r})") from None
@@ -75,9 +93,11 @@ def source_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def built_config(name_or_path: str, values: dict) -> PreTrainedConfig:
-    """A family's config, or ours, from what config.json holds, where numbers may be written as text.
+    """A family's config, or ours, from what config.json holds, where numbers may be written as
+    text.
 
-    Raises ConfigError, of one line, for a value of another type, and for values that do not go together.
+    Raises ConfigError, of one line, for a value of another type, and for values that do not go
+    together.
     """
     where = f"{KEY}: {name_or_path!r}: config.json:"
     values = dict(values)
@@ -85,8 +105,9 @@ def built_config(name_or_path: str, values: dict) -> PreTrainedConfig:
         values[name] = convert_value(f"{where} {name}", values[name], FIELDS[name])
     for name in values.keys() & {"rope_parameters", "rope_scaling"}:
         if values[name] is not None and not isinstance(values[name], dict):
-            raise ConfigError(f"{where} {name}: {values[name]!r} must be a mapping like {{'rope_type': 'default'}}, "
-                              "or null")  # fmt: skip
+            raise ConfigError(
+                f"{where} {name}: {values[name]!r} must be a mapping like {{'rope_type': 'default'}}, or null"
+            )
         rope = dict(values[name] or {})
         for field in rope.keys() & ROPE_FIELDS.keys():
             rope[field] = convert_value(f"{where} {name}.{field}", rope[field], ROPE_FIELDS[field])
@@ -116,13 +137,17 @@ def check_values(config: PreTrainedConfig) -> None:
     """Raises an error if values of a family's config, or of ours, do not go together."""
     ours = config if isinstance(config, StudentConfig) else student_config(config)
     if ours.num_attention_heads % ours.num_key_value_heads:
-        raise ValueError(f"num_key_value_heads: {ours.num_key_value_heads} must divide the {ours.num_attention_heads} "
-                         "attention heads")  # fmt: skip
+        raise ValueError(
+            f"num_key_value_heads: {ours.num_key_value_heads} must divide the {ours.num_attention_heads} "
+            "attention heads"
+        )
     if ours.head_dim % 2:
         raise ValueError(f"head_dim: {ours.head_dim} must be even, for the rotary embedding turns pairs")
     if ours.pad_token_id is not None and not -ours.vocab_size <= ours.pad_token_id < ours.vocab_size:
-        raise ValueError(f"pad_token_id: {ours.pad_token_id} is outside the vocabulary of {ours.vocab_size} ids; "
-                         "name one of them, or null")  # fmt: skip
+        raise ValueError(
+            f"pad_token_id: {ours.pad_token_id} is outside the vocabulary of {ours.vocab_size} ids; "
+            "name one of them, or null"
+        )
     if not ours.rms_norm_eps >= 0:  # nor NaN
         raise ValueError(f"rms_norm_eps: {ours.rms_norm_eps} must be a number of at least 0")
     for name in ("rope_theta", "factor"):
@@ -134,9 +159,9 @@ def check_values(config: PreTrainedConfig) -> None:
 def load_teacher_config(name_or_path: str) -> StudentConfig:
     """The teacher's architecture as a `StudentConfig`, from its config.
 
-    As in transformers, a head that the config ties, but whose weights in the files differ from the embeddings, is not
-    tied, and a dtype that the config lacks is that of the first weight. Where the weights are not on this machine, the
-    config alone counts.
+    As in transformers, a head that the config ties, but whose weights in the files differ from the
+    embeddings, is not tied, and a dtype that the config lacks is that of the first weight. Where
+    the weights are not on this machine, the config alone counts.
 
     Raises ValueError if the checkpoint is not there or cannot be expressed exactly.
     """
@@ -149,7 +174,8 @@ def family_of(name_or_path: str) -> Family:
 
 
 def as_stored(config: StudentConfig, folder: Path, family: Family) -> StudentConfig:
-    """The config with the dtype that it lacks, and not tied where the files in `folder` hold a head of its own."""
+    """The config with the dtype that it lacks, and not tied where the files in `folder` hold a head
+    of its own."""
     if config.dtype is None:
         config.dtype = stored_dtype(folder)
     if config.tie_word_embeddings and has_own_head(folder, family):
@@ -169,8 +195,11 @@ def config_alone(name_or_path: str) -> StudentConfig:
         return config
     if reason := unsupported(config):
         raise ValueError(f"{KEY}: {name_or_path!r} cannot be read exactly: {reason}")
-    if (config.model_type == "transformer" and config.vocab_size == LLAMA_3_VOCABULARY
-            and config.max_position_embeddings > 8192):  # fmt: skip
+    if (
+        config.model_type == "transformer"
+        and config.vocab_size == LLAMA_3_VOCABULARY
+        and config.max_position_embeddings > 8192
+    ):
         warnings.warn(
             f"{name_or_path}: looks like a Llama 3.1 or later in FLA's format, which has lost its RoPE scaling (llama3): "
             "most of its frequencies are wrong; name the original, such as meta-llama/Llama-3.2-3B-Instruct",
@@ -182,7 +211,9 @@ def config_alone(name_or_path: str) -> StudentConfig:
 def student_config(config: PreTrainedConfig) -> StudentConfig:
     """A family's config in our terms."""
     family = FAMILIES[config.model_type]
-    values = {ours: theirs(config) if callable(theirs) else getattr(config, theirs) for ours, theirs in family.config.items()}
+    values = {
+        ours: theirs(config) if callable(theirs) else getattr(config, theirs) for ours, theirs in family.config.items()
+    }
     head_dim = getattr(config, "head_dim", None) or values["hidden_size"] // values["num_attention_heads"]
     return StudentConfig(**values, **family.fixed, head_dim=head_dim)
 
@@ -202,8 +233,8 @@ def local_folder(name_or_path: str) -> Path | None:
 
 
 def index_of(folder: Path) -> dict[str, str]:
-    """Tensor -> file, as the index of a folder says. Empty without one, and for an index of other files beside
-    model.safetensors: transformers reads that one alone."""
+    """Tensor -> file, as the index of a folder says. Empty without one, and for an index of other
+    files beside model.safetensors: transformers reads that one alone."""
     if not (folder / INDEX).is_file():
         return {}
     index = json.loads((folder / INDEX).read_text())["weight_map"]
@@ -257,24 +288,31 @@ def has_own_head(folder: Path, family: Family) -> bool:
 
 
 def copy_sidecars(name_or_path: str, folder: Path) -> None:
-    """Copies tokenizer, chat template, generation config, card and licence of a checkpoint, as they are; no code."""
+    """Copies tokenizer, chat template, generation config, card and licence of a checkpoint, as they
+    are; no code."""
     source = checkpoint_folder(name_or_path, *SIDECARS)
-    for file in (file for pattern in SIDECARS for file in source.glob(pattern) if file.is_file() and file.suffix != ".py"):
+    for file in (
+        file for pattern in SIDECARS for file in source.glob(pattern) if file.is_file() and file.suffix != ".py"
+    ):
         shutil.copy(file, folder)
 
 
 class Checkpoint:
     """The safetensors files of a checkpoint, under our parameter names.
 
-    config: the model's StudentConfig. model_type: of the checkpoint. folder: where it lies. shapes: our name -> shape,
-    for every tensor. Every tensor of the files is used, equal to one that is, or named in a warning. Raises ValueError,
-    naming file, tensor and cure, if a file is missing or damaged, the index and the files disagree, a tensor is there
-    twice or quantised, or the tensors are not those that the config implies.
+    config: the model's StudentConfig. model_type: of the checkpoint. folder: where it lies. shapes:
+    our name -> shape, for every tensor. Every tensor of the files is used, equal to one that is, or
+    named in a warning. Raises ValueError, naming file, tensor and cure, if a file is missing or
+    damaged, the index and the files disagree, a tensor is there twice or quantised, or the tensors
+    are not those that the config implies.
     """
 
     def __init__(self, name_or_path: str):
         config = config_alone(name_or_path)  # refuses before weights are fetched
-        self.model_type, self.family = source_config(name_or_path).model_type, family_of(name_or_path)
+        self.model_type, self.family = (
+            source_config(name_or_path).model_type,
+            family_of(name_or_path),
+        )
         self.folder = checkpoint_folder(name_or_path, "model*.safetensors", "*.json", *SIDECARS)
         self.config = as_stored(config, self.folder, self.family)
         self.files = weight_files(self.folder)
@@ -302,14 +340,18 @@ class Checkpoint:
                         frequencies[name] = tensors.get_tensor(name)
                         continue
                     if view.get_dtype() not in FLOATS:
-                        raise ValueError(f"{file}: {name} is of dtype {view.get_dtype()}, of quantised weights; "
-                                         "name the original checkpoint")  # fmt: skip
+                        raise ValueError(
+                            f"{file}: {name} is of dtype {view.get_dtype()}, of quantised weights; "
+                            "name the original checkpoint"
+                        )
                     self.shapes[ours] = torch.Size(view.get_shape())
                     self._where[ours] = file, name
         index = index_of(self.folder)
         if (self.folder / INDEX).is_file() and not index:
-            warnings.warn(f"{self.folder}: as in transformers, {SINGLE} is read, not the files of {INDEX} beside it",
-                          stacklevel=3)  # fmt: skip
+            warnings.warn(
+                f"{self.folder}: as in transformers, {SINGLE} is read, not the files of {INDEX} beside it",
+                stacklevel=3,
+            )
         for name, file in index.items():
             if held.get(name) != file:
                 raise ValueError(f"{self.folder / INDEX}: {name} is not in {file}; fetch the checkpoint again")
@@ -320,12 +362,16 @@ class Checkpoint:
             self._where.setdefault(EMBEDDINGS, where)
 
     def _check_frequencies(self, frequencies: dict[str, torch.Tensor]) -> None:
-        """Warns if the RoPE frequencies that a file holds are not the config's, which are taken, as in transformers."""
+        """Warns if the RoPE frequencies that a file holds are not the config's, which are taken, as
+        in transformers."""
         expected = RotaryEmbedding(self.config).inv_freq
         for name, tensor in frequencies.items():
             if tensor.shape != expected.shape or not torch.allclose(tensor.float(), expected, rtol=1e-2, atol=0):
-                warnings.warn(f"{self.folder}: {name} differs from config.json's rotary embedding, which is taken, "
-                              "as in transformers", stacklevel=3)  # fmt: skip
+                warnings.warn(
+                    f"{self.folder}: {name} differs from config.json's rotary embedding, which is taken, "
+                    "as in transformers",
+                    stacklevel=3,
+                )
                 return
 
     def _check(self) -> None:
@@ -378,7 +424,8 @@ class Checkpoint:
 def load_teacher(name_or_path: str, dtype: torch.dtype = torch.float32) -> StudentForCausalLM:
     """The teacher, in `dtype`, on the CPU, in eval mode.
 
-    Raises ValueError if the checkpoint cannot be expressed exactly, is damaged, lacks a tensor or holds one too many.
+    Raises ValueError if the checkpoint cannot be expressed exactly, is damaged, lacks a tensor or
+    holds one too many.
     """
     checkpoint = Checkpoint(name_or_path)
     with no_init_weights():

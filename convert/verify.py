@@ -24,7 +24,8 @@ HEAD_ROWS = 8192  # of the vocabulary, held in fp32 at a time
 
 
 class _LayerByLayer:
-    """Our reading of a conversion: a model whose layers come into memory one after the other, in fp32."""
+    """Our reading of a conversion: a model whose layers come into memory one after the other, in
+    fp32."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
@@ -70,11 +71,12 @@ class _Rounded(Mapping):
 
 
 class _AsTransformersReads:
-    """A source as `AutoModelForCausalLM` reads its folder, in fp32: it chooses names, tying, and what to leave out.
+    """A source as `AutoModelForCausalLM` reads its folder, in fp32: it chooses names, tying, and
+    what to leave out.
 
-    Weights of transformers' own classes stay on disk until they are needed. Models of FLA's class and ours are held in
-    memory, for their kernels would read weights that are not there. round_to: a dtype that weights pass through. Raises
-    ValueError if FLA's class cannot be built here.
+    Weights of transformers' own classes stay on disk until they are needed. Models of FLA's class
+    and ours are held in memory, for their kernels would read weights that are not there. round_to:
+    a dtype that weights pass through. Raises ValueError if FLA's class cannot be built here.
     """
 
     def __init__(self, source: Checkpoint, round_to: torch.dtype | None):
@@ -82,16 +84,26 @@ class _AsTransformersReads:
         config = source_config(str(source.folder))
         places = None
         if source.family.weights is HUGGING_FACE_NAMES:
-            # A tied pair must be in memory, for transformers to compare the two if the file holds both.
+            # A tied pair must be in memory, for transformers to compare the two if the file holds
+            # both.
             ends = "cpu" if config.tie_word_embeddings else "disk"
-            places = {"model.embed_tokens": ends, "lm_head": ends, "model.layers": "disk",
-                      "model.norm": "cpu", "model.rotary_emb": "cpu"}  # fmt: skip
+            places = {
+                "model.embed_tokens": ends,
+                "lm_head": ends,
+                "model.layers": "disk",
+                "model.norm": "cpu",
+                "model.rotary_emb": "cpu",
+            }
         level, offloading = logging.get_verbosity(), getLogger("accelerate.big_modeling")
         logging.set_verbosity_error()  # of what it says the loader has said what matters
         offloading.setLevel(ERROR)
         try:
             self.model = AutoModelForCausalLM.from_pretrained(
-                source.folder, config=config, dtype=torch.float32, device_map=places, trust_remote_code=False
+                source.folder,
+                config=config,
+                dtype=torch.float32,
+                device_map=places,
+                trust_remote_code=False,
             ).eval()
         except ImportError as error:
             reason = f"--verify: {source.folder}: its class cannot be built ({error}); say --no-verify"
@@ -133,11 +145,12 @@ class _AsTransformersReads:
 
 @torch.no_grad()
 def largest_difference(source: Checkpoint, result: Checkpoint, round_to: torch.dtype | None = None) -> float:
-    """The largest difference of the two in fp32, over random tokens at positions from 0 and from beyond the original
-    context length: of any logit, and of any layer's output relative to its largest number.
+    """The largest difference of the two in fp32, over random tokens at positions from 0 and from
+    beyond the original context length: of any logit, and of any layer's output relative to its
+    largest number.
 
-    The source runs as transformers reads it, the result as we do. FLA's class takes no positions: it starts from 0.
-    round_to: the precision that the source was converted to.
+    The source runs as transformers reads it, the result as we do. FLA's class takes no positions:
+    it starts from 0. round_to: the precision that the source was converted to.
     """
     config = source.config
     rope = config.rope_parameters or {}

@@ -11,7 +11,14 @@ from .modeling_distilled_student import (
     forward_kl,
     get_student_attention_class,
 )
-from .student_layers import InitReport, can_calibrate, check_calibration, check_student, is_student_attention, same_options
+from .student_layers import (
+    InitReport,
+    can_calibrate,
+    check_calibration,
+    check_student,
+    is_student_attention,
+    same_options,
+)
 
 AutoConfig.register(StudentConfig.model_type, StudentConfig)
 AutoModelForCausalLM.register(StudentConfig, StudentForCausalLM)

@@ -15,8 +15,8 @@ from .fused_ops import rotate
 class RotaryEmbedding(LlamaRotaryEmbedding):
     """RoPE of every type that transformers knows, whose frequencies stay fp32.
 
-    `model.to(torch.bfloat16)`, and with it DeepSpeed's bf16 engine, rounds buffers too; frequencies of 8 bits put
-    a token at position 10000 up to 20 positions off.
+    `model.to(torch.bfloat16)`, and with it DeepSpeed's bf16 engine, rounds buffers too; frequencies
+    of 8 bits put a token at position 10000 up to 20 positions off.
     """
 
     def _apply(self, fn, recurse=True):
@@ -30,10 +30,14 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
 
 
 def sdpa_mask(
-    attention_mask: torch.Tensor | None, q_len: int, k_len: int, device: torch.device, window_size: int | None = None
+    attention_mask: torch.Tensor | None,
+    q_len: int,
+    k_len: int,
+    device: torch.device,
+    window_size: int | None = None,
 ) -> torch.Tensor | CausalBias | None:
-    """The boolean mask [B or 1, 1, q_len, k_len] of the last q_len of k_len positions, or None where SDPA needs none, or on a GPU
-    what flash attention takes in its place.
+    """The boolean mask [B or 1, 1, q_len, k_len] of the last q_len of k_len positions, or None
+    where SDPA needs none, or on a GPU what flash attention takes in its place.
 
     attention_mask: [B, k_len], 1 for real tokens, 0 for padding; None when nothing is padded.
     window_size: how many tokens a query sees, itself among them; None for all.
@@ -48,7 +52,8 @@ def sdpa_mask(
     if window_size is not None:
         mask = mask & (query - key < window_size)
     if attention_mask is not None:
-        # A padded query has no key to see and softmax would return NaN; let it see itself, nobody reads it.
+        # A padded query has no key to see and softmax would return NaN; let it see itself, nobody
+        # reads it.
         mask = mask & attention_mask[:, None, None, :].bool() | (query == key)
     return mask
 
@@ -68,11 +73,13 @@ def left_padding(tokens: torch.Tensor, length: int) -> torch.Tensor:
 
 
 class SoftmaxAttention(nn.Module):
-    """Grouped-query softmax attention with RoPE, optional biases and per-head q/k RMSNorm (Qwen2, Qwen3, Llama).
+    """Grouped-query softmax attention with RoPE, optional biases and per-head q/k RMSNorm (Qwen2,
+    Qwen3, Llama).
 
-    Called like an FLA layer: returns (output [B, T, hidden_size], None, past_key_values), and keeps its keys and
-    values ([B, T, num_key_value_heads, head_dim], after RoPE) in FLA's cache, beside the states of linear layers.
-    window_size: how many tokens a query sees, itself among them; None for all.
+    Called like an FLA layer: returns (output [B, T, hidden_size], None, past_key_values), and keeps
+    its keys and values ([B, T, num_key_value_heads, head_dim], after RoPE) in FLA's cache, beside
+    the states of linear layers. window_size: how many tokens a query sees, itself among them; None
+    for all.
     """
 
     def __init__(self, config: StudentConfig, layer_idx: int, window_size: int | None = None):
@@ -93,8 +100,11 @@ class SoftmaxAttention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def project(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [B, T, num_heads, head_dim], and k and v [B, T, num_kv_heads, head_dim], after norms and RoPE."""
+    def project(
+        self, hidden_states: torch.Tensor, position_embeddings
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [B, T, num_heads, head_dim], and k and v [B, T, num_kv_heads, head_dim], after norms
+        and RoPE."""
         q = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
         k = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
         v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -103,14 +113,19 @@ class SoftmaxAttention(nn.Module):
     def with_past(
         self, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """k and v behind those of the cache, which then holds the new ones too, and the mask of these positions."""
+        """k and v behind those of the cache, which then holds the new ones too, and the mask of
+        these positions."""
         if past_key_values is not None:
             new, q_len = (k, v), k.shape[1]
             if self.window_size is not None and past_key_values.get_seq_length(self.layer_idx):
                 # Before the update, which drops what the next token will not see.
                 k, v = (torch.cat(pair, 1) for pair in zip(past_key_values[self.layer_idx]["attn_state"], new))
-            held = past_key_values.update(attn_state=new, layer_idx=self.layer_idx, offset=q_len,
-                                          cache_kwargs={"window_size": self.window_size})  # fmt: skip
+            held = past_key_values.update(
+                attn_state=new,
+                layer_idx=self.layer_idx,
+                offset=q_len,
+                cache_kwargs={"window_size": self.window_size},
+            )
             if self.window_size is None:
                 k, v = held["attn_state"]
             elif attention_mask is not None:
@@ -122,10 +137,11 @@ class SoftmaxAttention(nn.Module):
 
     @staticmethod
     def without_gaps(k, v, attention_mask, q_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Right-aligns each row's keys and values of a window, so that it counts tokens of the text alone.
+        """Right-aligns each row's keys and values of a window, so that it counts tokens of the text
+        alone.
 
-        k, v: [B, held + q_len, ...], the held ones right-aligned already. attention_mask: [B, past + q_len].
-        Returns k, v, and their mask [B, held + q_len].
+        k, v: [B, held + q_len, ...], the held ones right-aligned already. attention_mask: [B, past
+        + q_len]. Returns k, v, and their mask [B, held + q_len].
         """
         past, new = attention_mask.bool().split([attention_mask.shape[1] - q_len, q_len], 1)
         held = left_padding(past.sum(1), k.shape[1] - q_len)
@@ -141,16 +157,25 @@ class SoftmaxAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **_,
     ):
-        """hidden_states [B, T, hidden_size]; attention_mask [B, past + T] of 0 and 1; position_embeddings (cos, sin),
-        each [B or 1, T, head_dim]."""
+        """hidden_states [B, T, hidden_size]; attention_mask [B, past + T] of 0 and 1;
+        position_embeddings (cos, sin), each [B or 1, T, head_dim]."""
         q_len = hidden_states.shape[1]
         q, k, v = self.project(hidden_states, position_embeddings)
         if getattr(past_key_values, "decoding", False):  # a StaticCache
-            return self.o_proj(past_key_values.attend(self.layer_idx, q, k, v).flatten(2)), None, past_key_values
+            return (
+                self.o_proj(past_key_values.attend(self.layer_idx, q, k, v).flatten(2)),
+                None,
+                past_key_values,
+            )
         k, v, attention_mask = self.with_past(k, v, attention_mask, past_key_values)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask = sdpa_mask(attention_mask, q_len, k.shape[2], q.device, self.window_size)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q_len > 1, enable_gqa=self.num_kv_heads < self.num_heads
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and q_len > 1,
+            enable_gqa=self.num_kv_heads < self.num_heads,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), None, past_key_values

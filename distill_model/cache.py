@@ -24,9 +24,11 @@ def _tensors(state) -> Iterator[torch.Tensor]:
 
 
 class HybridCache(Cache):
-    """Keys and values [B, tokens, heads, head_dim] of the layers with softmax attention, states of constant size of the others.
+    """Keys and values [B, tokens, heads, head_dim] of the layers with softmax attention, states of
+    constant size of the others.
 
-    `get_seq_length(layer)` counts the tokens that a layer has read, padding included; beams and batches reorder all alike.
+    `get_seq_length(layer)` counts the tokens that a layer has read, padding included; beams and
+    batches reorder all alike.
     """
 
     def __init__(self, config: StudentConfig):
@@ -39,13 +41,15 @@ class HybridCache(Cache):
 
     @staticmethod
     def cannot_crop(config: StudentConfig) -> list[int]:
-        """The layers of a model that cannot forget its last tokens: their state has taken them in for good."""
-        if not config.linear_layers or get_student_attention_class(config.student_name).func.CROPS:
+        """The layers of a model that cannot forget its last tokens: their state has taken them in
+        for good."""
+        if not config.linear_layers or get_student_attention_class(config.student_name).func.supports_crop:
             return []
         return config.linear_layers
 
     def crop(self, tokens: int) -> None:
-        """As transformers' caches: forgets the last -tokens; 0 forgets nothing, a positive number all but the first `tokens`.
+        """As transformers' caches: forgets the last -tokens; 0 forgets nothing, a positive number
+        all but the first `tokens`.
 
         Raises NotImplementedError, with nothing forgotten, where a layer cannot.
         """
@@ -61,8 +65,9 @@ class HybridCache(Cache):
 
 # ------------------------------------------------------------------------------------------------ of a fixed size
 class StaticLayer(FLALayer):
-    """What one layer holds of at most `max_len` tokens. Keys and values lie in buffers [B, max_len, heads, head_dim] from the first
-    token on. Other states come as new tensors while a prompt is read; from `fix` on they stay where they are."""
+    """What one layer holds of at most `max_len` tokens. Keys and values lie in buffers [B, max_len,
+    heads, head_dim] from the first token on. Other states come as new tensors while a prompt is
+    read; from `fix` on they stay where they are."""
 
     def __init__(self, max_len: int):
         super().__init__()
@@ -72,7 +77,9 @@ class StaticLayer(FLALayer):
         if attn_state is not None:
             begin, end = self._seen_tokens, self._seen_tokens + attn_state[0].shape[1]
             if end > self.max_len:
-                raise ValueError(f"past_key_values: a static cache of {self.max_len} tokens has no place for {end}; make a larger one")
+                raise ValueError(
+                    f"past_key_values: a static cache of {self.max_len} tokens has no place for {end}; make a larger one"
+                )
             if self.state is None:
                 self.state = {"attn_state": tuple(x.new_zeros(len(x), self.max_len, *x.shape[2:]) for x in attn_state)}
             for buffer, new in zip(self.state["attn_state"], attn_state):
@@ -97,13 +104,15 @@ class StaticLayer(FLALayer):
 
 
 class StaticCache(HybridCache):
-    """A cache whose tensors keep size and place while tokens are decoded one by one. A step of all layers is then the same work
-    whatever the text, and on a GPU one CUDA graph, recorded at the first step: Python, which would start its kernels one by
-    one, is out of the way. The step is `decode_token`, whose kernels are few, and which gives the weights of a layer another place
-    in memory. Where weights are quantised or on several devices, the model's own kernels start one by one as ever.
+    """A cache whose tensors keep size and place while tokens are decoded one by one. A step of all
+    layers is then the same work whatever the text, and on a GPU one CUDA graph, recorded at the
+    first step: Python, which would start its kernels one by one, is out of the way. The step is
+    `decode_token`, whose kernels are few, and which gives the weights of a layer another place in
+    memory. Where weights are quantised or on several devices, the model's own kernels start one by
+    one as ever.
 
-    max_len: tokens that it holds. `generate` makes one for cache_implementation="static". Raises ValueError for a model that it
-    does not serve.
+    max_len: tokens that it holds. `generate` makes one for cache_implementation="static". Raises
+    ValueError for a model that it does not serve.
     """
 
     PADDING = "attention_mask: a static cache takes padding on the left alone; leave cache_implementation out"
@@ -128,7 +137,9 @@ class StaticCache(HybridCache):
         def write(place):
             new = function(place)
             if new.shape != place.shape:  # one row would be copied to all
-                raise ValueError(f"past_key_values: a static cache of {len(place)} sequences cannot become one of {len(new)}; make another")
+                raise ValueError(
+                    f"past_key_values: a static cache of {len(place)} sequences cannot become one of {len(new)}; make another"
+                )
             return place.copy_(new)
 
         for layer in self.layers:
@@ -154,7 +165,8 @@ class StaticCache(HybridCache):
             layer.in_place = False
 
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Prepares decoding behind the tokens that are held. attention_mask [B, held + 1], 0 for padding on the left alone."""
+        """Prepares decoding behind the tokens that are held. attention_mask [B, held + 1], 0 for
+        padding on the left alone."""
         past = self.get_seq_length()
         self.first = input_ids.new_zeros(len(input_ids))
         if attention_mask is not None:
@@ -169,8 +181,8 @@ class StaticCache(HybridCache):
         self.decoding = True
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Softmax attention of the token that is decoded, q [B, 1, heads, head_dim], to all that are held and itself, k and v
-        [B, 1, kv heads, head_dim]."""
+        """Softmax attention of the token that is decoded, q [B, 1, heads, head_dim], to all that
+        are held and itself, k and v [B, 1, kv heads, head_dim]."""
         buffers = self.layers[layer_idx].state["attn_state"]
         first, last = self.first.to(q.device), self.last.to(q.device)  # a model may lie on several
         for buffer, new in zip(buffers, (k, v)):
@@ -181,9 +193,11 @@ class StaticCache(HybridCache):
     def step(self, model, input_ids, position_ids=None, attention_mask=None) -> torch.Tensor:
         """The logits [B, 1, vocab_size] behind one more token of each sequence, input_ids [B, 1].
 
-        position_ids: [B or 1, 1], or None to count the tokens. attention_mask: as in `begin`; the first step reads all
-        of it, later ones the column of their token, if it has one. Raises ValueError for padding that is not on the
-        left, and if the cache is full or of another batch size."""
+        position_ids: [B or 1, 1], or None to count the tokens. attention_mask: as in `begin`; the
+        first step reads all of it, later ones the column of their token, if it has one. Raises
+        ValueError for padding that is not on the left, and if the cache is full or of another batch
+        size.
+        """
         if not self.decoding:
             self.begin(input_ids, attention_mask)
         has_column = attention_mask is not None and attention_mask.shape[1] > self.get_seq_length()
@@ -196,7 +210,9 @@ class StaticCache(HybridCache):
         self.input_ids.copy_(input_ids)
         self.position_ids.copy_((self.last - self.first)[:, None] if position_ids is None else position_ids)
         if self.graph is None and self.last.is_cuda and self.on_one_device(model):
-            with torch.cuda.device(self.last.device):  # the current one may be another, whose stream would record nothing
+            with torch.cuda.device(
+                self.last.device
+            ):  # the current one may be another, whose stream would record nothing
                 self.capture(model)
         if self.graph is None:
             self.run(model)
@@ -210,7 +226,9 @@ class StaticCache(HybridCache):
         if self.in_one_piece(model):
             self.logits = decode_token(model, self.input_ids, self.position_ids, self)
         else:
-            hidden_states = model.model(self.input_ids, position_ids=self.position_ids, past_key_values=self, use_cache=True)
+            hidden_states = model.model(
+                self.input_ids, position_ids=self.position_ids, past_key_values=self, use_cache=True
+            )
             self.logits = model.lm_head(hidden_states.last_hidden_state)
         self.last += 1
 
@@ -220,14 +238,19 @@ class StaticCache(HybridCache):
 
     @classmethod
     def in_one_piece(cls, model) -> bool:
-        """Whether `decode_token` serves: it knows nothing of hooks around all layers, nor of casts between them."""
+        """Whether `decode_token` serves: it knows nothing of hooks around all layers, nor of casts
+        between them."""
         return cls.on_one_device(model) and untouched(model.model) and not torch.is_autocast_enabled(model.device.type)
 
     def capture(self, model) -> None:
-        """Records `run`. It is tried first, which compiles its kernels; what that changes is put back."""
+        """Records `run`. It is tried first, which compiles its kernels; what that changes is put
+        back."""
         if self.in_one_piece(model):
             join_projections(model)
-        changed = [self.last, *(x for layer in self.layers if "recurrent_state" in layer.state for x in _tensors(layer.state))]
+        changed = [
+            self.last,
+            *(x for layer in self.layers if "recurrent_state" in layer.state for x in _tensors(layer.state)),
+        ]
         before, stream = [x.clone() for x in changed], torch.cuda.Stream()
 
         def put_back():

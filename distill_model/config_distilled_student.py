@@ -12,16 +12,20 @@ FOREIGN = {
 
 
 class StudentConfig(PreTrainedConfig):
-    """A decoder-only transformer whose layers hold either full softmax attention or a linear attention.
+    """A decoder-only transformer whose layers hold either full softmax attention or a linear
+    attention.
 
-    The fields from `vocab_size` to `tie_word_embeddings` describe the teacher's architecture and are read from its
-    own config, never from a table. The last three say which layers are linear, and how:
+    The fields from `vocab_size` to `tie_word_embeddings` describe the teacher's architecture and
+    are read from its own config, never from a table. The last three say which layers are linear,
+    and how:
 
-    student_name: the linear attention, a key of `STUDENT_ATTENTION_MAP`; None for a model without linear layers.
-    student_options: hyper-parameters of that attention that differ from its defaults.
-    keep_full_attention_layers: 0-based indices of the layers that keep softmax attention; all of them = the teacher.
+    student_name: the linear attention, a key of `STUDENT_ATTENTION_MAP`; None for a model without
+    linear layers. student_options: hyper-parameters of that attention that differ from its
+    defaults. keep_full_attention_layers: 0-based indices of the layers that keep softmax attention;
+    all of them = the teacher.
 
-    Raises ValueError if a kept layer is out of range or listed twice, or if a linear layer has no `student_name`.
+    Raises ValueError if a kept layer is out of range or listed twice, or if a linear layer has no
+    `student_name`.
     """
 
     model_type = "distilled_student"
@@ -70,7 +74,8 @@ class StudentConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """Raises ValueError for the config of another kind of model, which transformers would only warn of."""
+        """Raises ValueError for the config of another kind of model, which transformers would only
+        warn of."""
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type or kind in FOREIGN:
             raise ValueError(f"model_type: {kind!r} is {FOREIGN.get(kind, f'not {cls.model_type}')}")
@@ -78,7 +83,8 @@ class StudentConfig(PreTrainedConfig):
 
     @property
     def rope_depends_on_length(self) -> bool:
-        """Whether all angles change when the text outgrows the context, so that a cache of keys cannot follow."""
+        """Whether all angles change when the text outgrows the context, so that a cache of keys
+        cannot follow."""
         return self.rope_parameters["rope_type"] == "dynamic"
 
     @property

@@ -12,25 +12,38 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 
 def can_sample(model, input_ids: torch.Tensor, generation_config) -> bool:
-    """Whether nothing is asked for but tokens and the cache, and a step needs nothing but the last token: transformers' loop moves ids of
-    another device, reads the text again where the cache is not to be used, and asks an adapter that comes before the text, as PEFT's
-    prompt tuning, for its inputs."""
+    """Whether nothing is asked for but tokens and the cache, and a step needs nothing but the last
+    token: transformers' loop moves ids of another device, reads the text again where the cache is
+    not to be used, and asks an adapter that comes before the text, as PEFT's prompt tuning, for its
+    inputs."""
     asked = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
     recorded = generation_config.return_dict_in_generate and any(getattr(generation_config, name) for name in asked)
-    prepared = "prepare_inputs_for_generation" in vars(model) or input_ids.device != model.device or not generation_config.use_cache
+    prepared = (
+        "prepare_inputs_for_generation" in vars(model)
+        or input_ids.device != model.device
+        or not generation_config.use_cache
+    )
     return not (recorded or prepared or model.config.output_hidden_states or generation_config.is_assistant)
 
 
 def is_indifferent(watcher) -> bool:
-    """Whether a logits processor or a stopping criterion may be shown a token that is dropped. Those that are not transformers' may keep
-    count, or allow nothing behind a last token: an error, and on a GPU one that ends the process."""
-    return type(watcher).__module__.startswith("transformers.generation.") and not isinstance(watcher, PrefixConstrainedLogitsProcessor)
+    """Whether a logits processor or a stopping criterion may be shown a token that is dropped.
+    Those that are not transformers' may keep count, or allow nothing behind a last token: an error,
+    and on a GPU one that ends the process."""
+    return type(watcher).__module__.startswith("transformers.generation.") and not isinstance(
+        watcher, PrefixConstrainedLogitsProcessor
+    )
 
 
 def tokens_ahead(cache_is_kept: bool, streamer, watchers, device: torch.device) -> int:
-    """How many tokens may be begun behind one that may have been the last. They are dropped, but a state has taken them in for good, and
-    so have `watchers`, logits processors and stopping criteria; and who streams waits for every token anyway."""
-    return 0 if cache_is_kept or streamer is not None or device.type != "cuda" or not all(map(is_indifferent, watchers)) else 1
+    """How many tokens may be begun behind one that may have been the last. They are dropped, but a
+    state has taken them in for good, and so have `watchers`, logits processors and stopping
+    criteria; and who streams waits for every token anyway."""
+    return (
+        0
+        if cache_is_kept or streamer is not None or device.type != "cuda" or not all(map(is_indifferent, watchers))
+        else 1
+    )
 
 
 def note(flag: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
@@ -43,14 +56,26 @@ def note(flag: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
     return there, event
 
 
-def sample(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs):
-    """What `GenerationMixin._sample` does, greedy or by multinomial sampling, with the same arguments and results; behind the last token
-    a sampler may have drawn once more. past_key_values is a StaticCache."""
+def sample(
+    model,
+    input_ids,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    streamer,
+    **model_kwargs,
+):
+    """What `GenerationMixin._sample` does, greedy or by multinomial sampling, with the same
+    arguments and results; behind the last token a sampler may have drawn once more. past_key_values
+    is a StaticCache."""
     cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
     positions = model_kwargs.get("position_ids")
     logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
     positions = None if positions is None else positions[:, -1:].clone()
-    ids, unfinished = input_ids, torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    ids, unfinished = (
+        input_ids,
+        torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device),
+    )
     ends_early = [type(criterion) for criterion in stopping_criteria] != [MaxLengthCriteria]
     cache_is_kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     padded = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
@@ -85,4 +110,8 @@ def sample(model, input_ids, logits_processor, stopping_criteria, generation_con
         logits = model(tokens[:, None], mask, positions, cache, use_cache=True).logits[:, -1]
     if streamer is not None:
         streamer.end()
-    return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache) if generation_config.return_dict_in_generate else ids
+    return (
+        GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)
+        if generation_config.return_dict_in_generate
+        else ids
+    )

@@ -18,7 +18,7 @@ from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
 from torch import nn
 
 from .attention import SoftmaxAttention
-from .fused_ops import decode_attention, fuses, on_its_device, rotate
+from .fused_ops import decode_attention, on_its_device, rotate, use_triton
 from .student_layers import GatedDeltaNetPlainStudent, GatedDeltaNetStudent, WholeLinear
 
 STATE_BLOCK = 16384  # elements of a state that a program of 8 warps holds at a time, 64 a thread
@@ -52,8 +52,30 @@ def _turned(x, norm, cos, sin, out, eps, NORM: tl.constexpr, HALF: tl.constexpr,
 
 
 @triton.jit
-def _place_token(q, k, v, q_row, k_row, v_row, q_norm, k_norm, cos, sin, out, keys, values, last, q_eps, k_eps, tokens,
-                 HEADS: tl.constexpr, KV_HEADS: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _place_token(
+    q,
+    k,
+    v,
+    q_row,
+    k_row,
+    v_row,
+    q_norm,
+    k_norm,
+    cos,
+    sin,
+    out,
+    keys,
+    values,
+    last,
+    q_eps,
+    k_eps,
+    tokens,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    NORM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """A program for each head of q, of k and of v."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cos += row * 2 * HALF
@@ -61,7 +83,17 @@ def _place_token(q, k, v, q_row, k_row, v_row, q_norm, k_norm, cos, sin, out, ke
     place = (row * tokens + tl.load(last)) * KV_HEADS * 2 * HALF
     at = head * 2 * HALF
     if head < HEADS:
-        _turned(q + row * q_row + at, q_norm, cos, sin, out + row * HEADS * 2 * HALF + at, q_eps, NORM, HALF, BLOCK)
+        _turned(
+            q + row * q_row + at,
+            q_norm,
+            cos,
+            sin,
+            out + row * HEADS * 2 * HALF + at,
+            q_eps,
+            NORM,
+            HALF,
+            BLOCK,
+        )
     elif head < HEADS + KV_HEADS:
         at -= HEADS * 2 * HALF
         _turned(k + row * k_row + at, k_norm, cos, sin, keys + place + at, k_eps, NORM, HALF, BLOCK)
@@ -69,7 +101,11 @@ def _place_token(q, k, v, q_row, k_row, v_row, q_norm, k_norm, cos, sin, out, ke
         at -= (HEADS + KV_HEADS) * 2 * HALF
         channel = tl.arange(0, 2 * BLOCK)
         inside = channel < 2 * HALF
-        tl.store(values + place + at + channel, tl.load(v + row * v_row + at + channel, mask=inside), mask=inside)
+        tl.store(
+            values + place + at + channel,
+            tl.load(v + row * v_row + at + channel, mask=inside),
+            mask=inside,
+        )
 
 
 @triton.jit
@@ -90,8 +126,8 @@ def _channels(x, past, weight, bias, at, inside, W: tl.constexpr, BIAS: tl.const
 
 @triton.jit
 def _windows(x, past, at, inside, W: tl.constexpr, W_BLOCK: tl.constexpr):
-    """The last W inputs of a convolution, which its state is to hold. Read apart from `_channels`, so that neither has to follow the
-    other's layout."""
+    """The last W inputs of a convolution, which its state is to hold. Read apart from `_channels`,
+    so that neither has to follow the other's layout."""
     at, token = at[:, None], tl.arange(0, W_BLOCK)[None]
     old = tl.load(past + at * W + token + 1, mask=inside[:, None] & (token < W - 1), other=0)
     new = tl.load(x + at + token - (W - 1), mask=inside[:, None] & (token == W - 1), other=0)
@@ -115,12 +151,50 @@ def _state_part(state, index, SIZE: tl.constexpr, BLOCK: tl.constexpr, V_BLOCK: 
 
 @triton.jit
 def _gated_delta_token(
-    q, k, v, gate, a, b, q_row, k_row, v_row, gate_row, a_row, b_row, q_past, k_past, v_past, q_weight, k_weight, v_weight,
-    q_bias, k_bias, v_bias, cos, sin, A_log, dt_bias, state, norm, out, scale, eps,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, W: tl.constexpr, BIAS: tl.constexpr, QK_SILU: tl.constexpr, V_SILU: tl.constexpr,
-    FAST: tl.constexpr, TWICE: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+    q,
+    k,
+    v,
+    gate,
+    a,
+    b,
+    q_row,
+    k_row,
+    v_row,
+    gate_row,
+    a_row,
+    b_row,
+    q_past,
+    k_past,
+    v_past,
+    q_weight,
+    k_weight,
+    v_weight,
+    q_bias,
+    k_bias,
+    v_bias,
+    cos,
+    sin,
+    A_log,
+    dt_bias,
+    state,
+    norm,
+    out,
+    scale,
+    eps,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    W: tl.constexpr,
+    BIAS: tl.constexpr,
+    QK_SILU: tl.constexpr,
+    V_SILU: tl.constexpr,
+    FAST: tl.constexpr,
+    TWICE: tl.constexpr,
+    NORM: tl.constexpr,
+    GATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
     W_BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One head of one sequence. FAST: how many frequencies RoPE turns, 0 for none."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q += row * q_row
@@ -135,7 +209,10 @@ def _gated_delta_token(
         q_past += row * HEADS * SIZE * W
         k_past += row * HEADS * SIZE * W
         v_past += row * HEADS * SIZE * W
-        q_windows, k_windows = _windows(q, q_past, at, inside, W, W_BLOCK), _windows(k, k_past, at, inside, W, W_BLOCK)
+        q_windows, k_windows = (
+            _windows(q, q_past, at, inside, W, W_BLOCK),
+            _windows(k, k_past, at, inside, W, W_BLOCK),
+        )
     queries = _channels(q, q_past, q_weight, q_bias, at, inside, W, BIAS, QK_SILU)
     keys = _channels(k, k_past, k_weight, k_bias, at, inside, W, BIAS, QK_SILU)
     if FAST > 0:
@@ -194,7 +271,7 @@ def _gated_delta_token(
 @on_its_device
 def swiglu_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [B, size], of tensors whose rows need not follow one another. No gradient."""
-    if not fuses(gate):
+    if not use_triton(gate):
         return F.silu(gate) * up
     (batch, size), out = gate.shape, torch.empty_like(gate, memory_format=torch.contiguous_format)
     _swiglu_rows[(batch, triton.cdiv(size, 1024))](gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=1024)
@@ -203,12 +280,12 @@ def swiglu_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 @on_its_device
 def place_token(q, k, v, q_norm, k_norm, cos, sin, keys, values, last) -> torch.Tensor:
-    """Writes k and v [B, kv heads x D] of a token to position last [1] of keys and values [B, tokens, kv heads, D], and returns q
-    [B, 1, heads, D] of q [B, heads x D]; q and k behind their norms, nn.RMSNorm or none at all (nn.Identity), and RoPE with cos and
-    sin [B, D]."""
+    """Writes k and v [B, kv heads x D] of a token to position last [1] of keys and values [B,
+    tokens, kv heads, D], and returns q [B, 1, heads, D] of q [B, heads x D]; q and k behind their
+    norms, nn.RMSNorm or none at all (nn.Identity), and RoPE with cos and sin [B, D]."""
     batch, (tokens, kv_heads, size) = len(q), keys.shape[1:]
     heads, normed = q.shape[1] // size, isinstance(q_norm, nn.RMSNorm)
-    if not fuses(q):
+    if not use_triton(q):
         q, k, v = (x.unflatten(-1, (1, -1, size)) for x in (q, k, v))
         q, k = (rotate(norm(x), cos[:, None], sin[:, None]) for norm, x in ((q_norm, q), (k_norm, k)))
         keys.index_copy_(1, last, k)
@@ -216,46 +293,108 @@ def place_token(q, k, v, q_norm, k_norm, cos, sin, keys, values, last) -> torch.
         return q
     out = q.new_empty(batch, 1, heads, size)
     _place_token[(batch, heads + 2 * kv_heads)](
-        q, k, v, q.stride(0), k.stride(0), v.stride(0), q_norm.weight if normed else None, k_norm.weight if normed else None,
-        cos, sin, out, keys, values, last, q_norm.eps if normed else 0.0, k_norm.eps if normed else 0.0, tokens, HEADS=heads,
-        KV_HEADS=kv_heads, NORM=normed, HALF=size // 2, BLOCK=triton.next_power_of_2(size // 2), num_warps=1,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        q_norm.weight if normed else None,
+        k_norm.weight if normed else None,
+        cos,
+        sin,
+        out,
+        keys,
+        values,
+        last,
+        q_norm.eps if normed else 0.0,
+        k_norm.eps if normed else 0.0,
+        tokens,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        NORM=normed,
+        HALF=size // 2,
+        BLOCK=triton.next_power_of_2(size // 2),
+        num_warps=1,
+    )
     return out
 
 
 @on_its_device
 def gated_delta_token(q, k, v, gate, a, b, attn, state, past, cos, sin) -> torch.Tensor:
-    """What a Gated DeltaNet layer `attn` (Yang et al., arXiv 2412.06464) makes of a token before its output projection, [B, heads x D].
+    """What a Gated DeltaNet layer `attn` (Yang et al., arXiv 2412.06464) makes of a token before
+    its output projection, [B, heads x D].
 
-    q, k, v, gate [B, heads x D] and a, b [B, heads] are what its projections make of the token; gate None without an output gate.
-    state [B, heads, D of v, D of k] and past, the last W inputs [B, heads x D, W] of the convolutions of q, k and v, or None, are brought
-    to the new token in place. cos, sin [B, D].
+    q, k, v, gate [B, heads x D] and a, b [B, heads] are what its projections make of the token;
+    gate None without an output gate. state [B, heads, D of v, D of k] and past, the last W inputs
+    [B, heads x D, W] of the convolutions of q, k and v, or None, are brought to the new token in
+    place. cos, sin [B, D].
     """
     heads, size = state.shape[1:3]
     plain = isinstance(attn, GatedDeltaNetPlainStudent)
     qk_silu, v_silu = not plain or isinstance(attn.qk_activation, nn.SiLU), not plain
     convolutions = () if past is None else (attn.q_conv1d, attn.k_conv1d, attn.v_conv1d)
-    normed, activation = not isinstance(attn.o_norm, nn.Identity), "" if gate is None else attn.o_norm.activation
-    if fuses(q):
+    normed, activation = (
+        not isinstance(attn.o_norm, nn.Identity),
+        "" if gate is None else attn.o_norm.activation,
+    )
+    if use_triton(q):
         width, block = 0 if past is None else past[0].shape[-1], triton.next_power_of_2(size)
         biased = past is not None and attn.q_conv1d.bias is not None
-        gate_row, out = 0 if gate is None else gate.stride(0), torch.empty_like(q, memory_format=torch.contiguous_format)
+        gate_row, out = (
+            0 if gate is None else gate.stride(0),
+            torch.empty_like(q, memory_format=torch.contiguous_format),
+        )
         weights, biases = ([getattr(c, name) for c in convolutions] or [None] * 3 for name in ("weight", "bias"))
         fast = -int(-attn.rope_share * (size // 2) // 1)  # rounded up
         _gated_delta_token[(len(q), heads)](
-            q, k, v, gate, a, b, *(x.stride(0) for x in (q, k, v)), gate_row, a.stride(0), b.stride(0), *(past or [None] * 3), *weights,
-            *biases, cos, sin, attn.A_log, attn.dt_bias, state, attn.o_norm.weight if normed else None, out, size**-0.5,
-            attn.o_norm.eps if normed else 0.0, HEADS=heads, SIZE=size, W=width, BIAS=biased, QK_SILU=qk_silu, V_SILU=v_silu, FAST=fast,
-            TWICE=attn.allow_neg_eigval, NORM=normed, GATE="silu" if activation == "swish" else activation, BLOCK=block,
-            V_BLOCK=min(block, STATE_BLOCK // block), W_BLOCK=triton.next_power_of_2(width), num_warps=8 if block > 64 else 4,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            gate,
+            a,
+            b,
+            *(x.stride(0) for x in (q, k, v)),
+            gate_row,
+            a.stride(0),
+            b.stride(0),
+            *(past or [None] * 3),
+            *weights,
+            *biases,
+            cos,
+            sin,
+            attn.A_log,
+            attn.dt_bias,
+            state,
+            attn.o_norm.weight if normed else None,
+            out,
+            size**-0.5,
+            attn.o_norm.eps if normed else 0.0,
+            HEADS=heads,
+            SIZE=size,
+            W=width,
+            BIAS=biased,
+            QK_SILU=qk_silu,
+            V_SILU=v_silu,
+            FAST=fast,
+            TWICE=attn.allow_neg_eigval,
+            NORM=normed,
+            GATE="silu" if activation == "swish" else activation,
+            BLOCK=block,
+            V_BLOCK=min(block, STATE_BLOCK // block),
+            W_BLOCK=triton.next_power_of_2(width),
+            num_warps=8 if block > 64 else 4,
+        )
         return out
     dtype, real = q.dtype, state.dtype
     q, k, v, a, b = (x.to(real) for x in (q, k, v, a, b))
     if past is not None:
         for held, new in zip(past, (q, k, v)):
             held.copy_(torch.cat((held[..., 1:], new[..., None].to(held.dtype)), -1))
-        q, k, v = ((held.to(real) * c.weight[:, 0]).sum(-1) + (0 if c.bias is None else c.bias) for held, c in zip(past, convolutions))
+        q, k, v = (
+            (held.to(real) * c.weight[:, 0]).sum(-1) + (0 if c.bias is None else c.bias)
+            for held, c in zip(past, convolutions)
+        )
     q, k, v = (x.unflatten(-1, (heads, size)) for x in (q, k, v))
     q, k, v = F.silu(q) if qk_silu else q, F.silu(k) if qk_silu else k, F.silu(v) if v_silu else v
     if attn.rope_share:
@@ -277,36 +416,49 @@ def gated_delta_token(q, k, v, gate, a, b, attn, state, past, cos, sin) -> torch
 
 # ------------------------------------------------------------------------------------------------ maps of one input
 def untouched(module: nn.Module) -> bool:
-    """Whether calling the module is calling its class's forward and nothing else. transformers' own hooks, which record what is asked
-    for and stay for good, record nothing here."""
+    """Whether calling the module is calling its class's forward and nothing else. transformers' own
+    hooks, which record what is asked for and stay for good, record nothing here."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return "forward" not in vars(module) and all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks)
+    return "forward" not in vars(module) and all(
+        hook.__module__ == "transformers.utils.output_capturing" for hook in hooks
+    )
 
 
 def plain(linear: nn.Module) -> bool:
-    """Whether it is x W^T + bias, its tensors where they seem to be: not an adapter, quantised, sharded by ZeRO-3 or on another device."""
-    return (type(linear) in (nn.Linear, WholeLinear) and untouched(linear) and linear.weight.is_contiguous()
-            and linear.weight.shape == (linear.out_features, linear.in_features)
-            and all(type(p) is nn.Parameter and not p.is_inference() for p in linear.parameters()))  # fmt: skip
+    """Whether it is x W^T + bias, its tensors where they seem to be: not an adapter, quantised,
+    sharded by ZeRO-3 or on another device."""
+    return (
+        type(linear) in (nn.Linear, WholeLinear)
+        and untouched(linear)
+        and linear.weight.is_contiguous()
+        and linear.weight.shape == (linear.out_features, linear.in_features)
+        and all(type(p) is nn.Parameter and not p.is_inference() for p in linear.parameters())
+    )
 
 
 def joined(parts: list[nn.Parameter | None], rows: list[int]) -> torch.Tensor | None:
-    """One tensor [sum(rows), ...] of parameters [rows[i], ...], which are views of it from then on; None is rows of zeros.
+    """One tensor [sum(rows), ...] of parameters [rows[i], ...], which are views of it from then on;
+    None is rows of zeros.
 
-    Returns None, and changes nothing, where a parameter is a part of somebody else's memory, as in DeepSpeed's flat buffers, or is shared
-    with other processes: they would go on to write there.
+    Returns None, and changes nothing, where a parameter is a part of somebody else's memory, as in
+    DeepSpeed's flat buffers, or is shared with other processes: they would go on to write there.
     """
     begins, total = [0, *accumulate(rows)], sum(rows)
     held = [(p, slice(begin, end)) for p, begin, end in zip(parts, begins, begins[1:]) if p is not None]
     like = held[0][0]
     shape, memory = (total, *like.shape[1:]), total * like[0].nbytes
-    there = [p.untyped_storage().nbytes() == memory and p.storage_offset() == at.start * like[0].numel() for p, at in held]
+    there = [
+        p.untyped_storage().nbytes() == memory and p.storage_offset() == at.start * like[0].numel() for p, at in held
+    ]
     if all(there) and len({p.untyped_storage().data_ptr() for p, _ in held}) == 1:
         return like.data.as_strided(shape, (*like.shape[1:], 1), 0)
     shared = any(not p.is_cuda and p.is_shared() for p, _ in held)
     if shared or not all(ours or p.untyped_storage().nbytes() == p.nbytes for ours, (p, _) in zip(there, held)):
         return None
-    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be trained any more
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # an inference tensor could not be trained any more
         whole = like.data.new_zeros(shape)
         for p, at in held:
             whole[at] = p.data
@@ -332,7 +484,7 @@ def project(x: torch.Tensor, maps: list[nn.Linear]) -> tuple[torch.Tensor, ...]:
     return F.linear(x, *parameters).split([m.out_features for m in maps], -1)
 
 
-def add_product(hidden: torch.Tensor, x: torch.Tensor, linear: nn.Linear) -> None:
+def add_linear_(hidden: torch.Tensor, x: torch.Tensor, linear: nn.Linear) -> None:
     """hidden += linear(x), in one kernel where there is no bias."""
     if not plain(linear):
         hidden += linear(x)
@@ -343,16 +495,19 @@ def add_product(hidden: torch.Tensor, x: torch.Tensor, linear: nn.Linear) -> Non
 
 
 # ------------------------------------------------------------------------------------------------ the layers
-def input_maps(attn: nn.Module) -> list[nn.Linear]:
-    """The maps of what an attention gets, in order: q, k, v, and of Gated DeltaNet its gate, if it has one, a and b. None of an attention
-    that is to run as its module does: another one, or one with parts in it that are not its own, whose weights a kernel would misread."""
+def input_projections(attn: nn.Module) -> list[nn.Linear]:
+    """The maps of what an attention gets, in order: q, k, v, and of Gated DeltaNet its gate, if it
+    has one, a and b. None of an attention that is to run as its module does: another one, or one
+    with parts in it that are not its own, whose weights a kernel would misread."""
     if type(attn) is SoftmaxAttention:
         own = all(type(norm) in (nn.RMSNorm, nn.Identity) for norm in (attn.q_norm, attn.k_norm))
         return [attn.q_proj, attn.k_proj, attn.v_proj] if own else []
     if type(attn) not in (GatedDeltaNetStudent, GatedDeltaNetPlainStudent):
         return []
     convolutions = (attn.q_conv1d, attn.k_conv1d, attn.v_conv1d) if attn.use_short_conv else ()
-    own = type(attn.o_norm) in (RMSNorm, FusedRMSNormGated, nn.Identity) and all(type(c) is ShortConvolution for c in convolutions)
+    own = type(attn.o_norm) in (RMSNorm, FusedRMSNormGated, nn.Identity) and all(
+        type(c) is ShortConvolution for c in convolutions
+    )
     if not own or attn.factored and not type(attn.k_proj) is type(attn.v_proj) is nn.Sequential:
         return []
     k, v = (attn.k_proj[0], attn.v_proj[0]) if attn.factored else (attn.k_proj, attn.v_proj)
@@ -364,8 +519,15 @@ def serves(block: nn.Module) -> bool:
     return type(block.mlp).__module__ == type(block).__module__ and all(map(untouched, block.modules()))
 
 
-def add_attention(attn: nn.Module, x: torch.Tensor, hidden: torch.Tensor, cache, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    maps = input_maps(attn)
+def add_attention(
+    attn: nn.Module,
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    cache,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> None:
+    maps = input_projections(attn)
     if not maps:
         angles = cos[:, None], sin[:, None]
         hidden += attn(x[:, None], past_key_values=cache, use_cache=True, position_embeddings=angles)[0][:, 0]
@@ -380,14 +542,15 @@ def add_attention(attn: nn.Module, x: torch.Tensor, hidden: torch.Tensor, cache,
             k, v = attn.k_proj[1](k), attn.v_proj[1](v)
         gate, a, b = gates if attn.use_gate else (None, *gates)
         out = gated_delta_token(q, k, v, gate, a, b, attn, held["recurrent_state"], held["conv_state"], cos, sin)
-    add_product(hidden, out, attn.o_proj)
+    add_linear_(hidden, out, attn.o_proj)
 
 
 def join_projections(model) -> None:
-    """Does what the first token would: brings the weights that are read together into one memory, where they are not yet."""
+    """Does what the first token would: brings the weights that are read together into one memory,
+    where they are not yet."""
     before = [p.data_ptr() for p in model.parameters()]
     for block in filter(serves, model.model.layers):
-        for maps in (input_maps(block.attn), [block.mlp.gate_proj, block.mlp.up_proj]):
+        for maps in (input_projections(block.attn), [block.mlp.gate_proj, block.mlp.up_proj]):
             if maps:
                 fused(maps)
     if model.device.type == "cuda" and before != [p.data_ptr() for p in model.parameters()]:
@@ -396,18 +559,26 @@ def join_projections(model) -> None:
 
 @torch.no_grad()
 def decode_token(model, input_ids: torch.Tensor, position_ids: torch.Tensor, cache) -> torch.Tensor:
-    """The logits [B, 1, vocab_size] behind a token of each sequence, input_ids and position_ids [B, 1]; the states in `cache`, a
-    StaticCache that is decoding, are brought to it in place."""
+    """The logits [B, 1, vocab_size] behind a token of each sequence, input_ids and position_ids [B,
+    1]; the states in `cache`, a StaticCache that is decoding, are brought to it in place."""
     inner = model.model
     hidden = inner.embeddings(input_ids)
     angles = inner.position_embeddings(hidden, position_ids)
-    hidden, (cos, sin) = hidden[:, 0].clone(), (x[:, 0] for x in angles)  # which is written to, and not a hook's
+    hidden, (cos, sin) = (
+        hidden[:, 0].clone(),
+        (x[:, 0] for x in angles),
+    )  # which is written to, and not a hook's
     for block in inner.layers:
         if not serves(block):  # a copy, for its output is the hook's, and hidden is written to
-            hidden = block(hidden[:, None].clone(), past_key_values=cache, use_cache=True, position_embeddings=angles)[:, 0].clone()
+            hidden = block(
+                hidden[:, None].clone(),
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=angles,
+            )[:, 0].clone()
             continue
         add_attention(block.attn, block.attn_norm(hidden), hidden, cache, cos, sin)
         mlp, x = block.mlp, block.mlp_norm(hidden)
         gate, up = project(x, [mlp.gate_proj, mlp.up_proj])
-        add_product(hidden, swiglu_rows(gate, up) if mlp.act is None else mlp.act(gate) * up, mlp.down_proj)
+        add_linear_(hidden, swiglu_rows(gate, up) if mlp.act is None else mlp.act(gate) * up, mlp.down_proj)
     return model.lm_head(inner.norm(hidden))[:, None]

@@ -16,7 +16,10 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 BLOCK, WARPS = 2048, 8  # elements of a program; 16-byte loads
-PROCESSORS, NORM_WARPS = 132, 24  # of an H200, and of a processor in RMSNorm's backward pass: all run at once
+PROCESSORS, NORM_WARPS = (
+    132,
+    24,
+)  # of an H200, and of a processor in RMSNorm's backward pass: all run at once
 
 
 @triton.jit
@@ -44,7 +47,9 @@ def _swiglu_backward(gate, up, d_out, d_gate, d_up, size, BLOCK: tl.constexpr):
 def _squared_difference(student, teacher, difference, sums, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    d = tl.load(student + at, mask=inside, other=0).to(tl.float32) - tl.load(teacher + at, mask=inside, other=0).to(tl.float32)
+    d = tl.load(student + at, mask=inside, other=0).to(tl.float32) - tl.load(teacher + at, mask=inside, other=0).to(
+        tl.float32
+    )
     tl.store(difference + at, d, mask=inside)
     tl.store(sums + tl.program_id(0), tl.sum(d * d, 0))
 
@@ -57,7 +62,18 @@ def _scale(x, scale, out, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x, cos, sin, out, sign, rows, HEADS: tl.constexpr, HALF: tl.constexpr, HEAD_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+def _rotate(
+    x,
+    cos,
+    sin,
+    out,
+    sign,
+    rows,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     channel, head = tl.arange(0, BLOCK), tl.arange(0, HEAD_BLOCK)
     inside = channel < HALF
@@ -83,13 +99,30 @@ def _rms_norm_forward(x, branch, weight, out, total, scales, eps, size, ADD: tl.
         values = values.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(values * values, 0) / size + eps)
     tl.store(scales + row, scale)
-    tl.store(out + at, values * scale * tl.load(weight + channel, mask=inside, other=0).to(tl.float32), mask=inside)
+    tl.store(
+        out + at,
+        values * scale * tl.load(weight + channel, mask=inside, other=0).to(tl.float32),
+        mask=inside,
+    )
 
 
 @triton.jit
-def _rms_norm_backward(total, weight, scales, d_out, d_total, d_x, d_weight, rows, size, ADD: tl.constexpr, TRAINS: tl.constexpr,
-                       BLOCK: tl.constexpr):  # fmt: skip
-    """Every so many rows, as many as there are programs, each with its part of the weight's gradient."""
+def _rms_norm_backward(
+    total,
+    weight,
+    scales,
+    d_out,
+    d_total,
+    d_x,
+    d_weight,
+    rows,
+    size,
+    ADD: tl.constexpr,
+    TRAINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Every so many rows, as many as there are programs, each with its part of the weight's
+    gradient."""
     program, programs, channel = tl.program_id(0), tl.num_programs(0), tl.arange(0, BLOCK)
     inside, at = channel < size, program.to(tl.int64) * size + channel
     w = tl.load(weight + channel, mask=inside, other=0).to(tl.float32)
@@ -110,9 +143,26 @@ def _rms_norm_backward(total, weight, scales, d_out, d_total, d_x, d_weight, row
 
 
 @triton.jit
-def _attend_part(q, k, v, first, last, out, weight, scale, tokens, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
-                 PARTS: tl.constexpr, GROUP_BLOCK: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The queries of one key/value head over one of PARTS equal parts of the tokens: their output, and its weight as a logarithm."""
+def _attend_part(
+    q,
+    k,
+    v,
+    first,
+    last,
+    out,
+    weight,
+    scale,
+    tokens,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    SIZE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The queries of one key/value head over one of PARTS equal parts of the tokens: their output,
+    and its weight as a logarithm."""
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence, kv_head = pair // KV_HEADS, pair % KV_HEADS
     begin, end = tl.load(first + sequence), tl.load(last) + 1
@@ -142,13 +192,21 @@ def _attend_part(q, k, v, first, last, out, weight, scale, tokens, KV_HEADS: tl.
         top = higher
     empty = low >= high
     place = rows * PARTS + part
-    tl.store(out + place[:, None] * SIZE + channel[None], sums / tl.where(empty, 1.0, total)[:, None], mask=real[:, None] & inside[None])
+    tl.store(
+        out + place[:, None] * SIZE + channel[None],
+        sums / tl.where(empty, 1.0, total)[:, None],
+        mask=real[:, None] & inside[None],
+    )
     tl.store(weight + place, tl.where(empty, -float("inf"), top + tl.log(total)), mask=real)
 
 
 @triton.jit
 def _join_parts(parts, weight, out, SIZE: tl.constexpr, PARTS: tl.constexpr, SIZE_BLOCK: tl.constexpr):
-    row, part, channel = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS), tl.arange(0, SIZE_BLOCK)
+    row, part, channel = (
+        tl.program_id(0).to(tl.int64),
+        tl.arange(0, PARTS),
+        tl.arange(0, SIZE_BLOCK),
+    )
     inside = channel < SIZE
     w = tl.load(weight + row * PARTS + part)
     w = tl.exp(w - tl.max(w, 0))
@@ -172,7 +230,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def again(node) -> torch.Tensor:
-        """The output, from what its node in the graph has saved, and keeps unpacked: gradient checkpointing unpacks but once."""
+        """The output, from what its node in the graph has saved, and keeps unpacked: gradient
+        checkpointing unpacks but once."""
         node.unpacked = node.unpacked or node.saved_tensors
         return _SwiGLU.apply(*(x.detach() for x in node.unpacked))
 
@@ -180,7 +239,9 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, d_out):
         (gate, up), ctx.unpacked = ctx.unpacked or ctx.saved_tensors, None
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        _swiglu_backward[_grid(gate)](gate, up, d_out.contiguous(), d_gate, d_up, gate.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        _swiglu_backward[_grid(gate)](
+            gate, up, d_out.contiguous(), d_gate, d_up, gate.numel(), BLOCK=BLOCK, num_warps=WARPS
+        )
         return d_gate, d_up
 
 
@@ -190,7 +251,9 @@ class _MeanSquaredError(torch.autograd.Function):
         student, teacher = student.contiguous(), teacher.contiguous()
         difference, (programs,) = torch.empty_like(student), _grid(student)
         sums = torch.empty(programs, dtype=torch.float32, device=student.device)
-        _squared_difference[(programs,)](student, teacher, difference, sums, student.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        _squared_difference[(programs,)](
+            student, teacher, difference, sums, student.numel(), BLOCK=BLOCK, num_warps=WARPS
+        )
         ctx.save_for_backward(difference)
         return sums.sum() / student.numel()
 
@@ -206,9 +269,17 @@ class _Rotate(torch.autograd.Function):
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         out, (heads, size) = torch.empty_like(x), x.shape[2:]
         _rotate[(x.shape[0] * x.shape[1],)](
-            x, cos, sin, out, sign, cos.shape[0] * cos.shape[1], HEADS=heads, HALF=size // 2,
-            HEAD_BLOCK=triton.next_power_of_2(heads), BLOCK=triton.next_power_of_2(size // 2),
-        )  # fmt: skip
+            x,
+            cos,
+            sin,
+            out,
+            sign,
+            cos.shape[0] * cos.shape[1],
+            HEADS=heads,
+            HALF=size // 2,
+            HEAD_BLOCK=triton.next_power_of_2(heads),
+            BLOCK=triton.next_power_of_2(size // 2),
+        )
         ctx.save_for_backward(cos, sin)
         return out
 
@@ -237,8 +308,25 @@ class _RMSNorm(torch.autograd.Function):
         d_x, d_weight = torch.empty_like(total), scales.new_empty(programs if trains else 0, size)
         d_out = d_out.contiguous()
         d_total = d_total.contiguous() if ctx.added else d_out
-        _rms_norm_backward[(programs,)](total, weight, scales, d_out, d_total, d_x, d_weight, rows, size, TRAINS=trains, **ctx.launch)
-        return d_x, d_x if ctx.added else None, d_weight.sum(0).to(weight.dtype) if trains else None, None
+        _rms_norm_backward[(programs,)](
+            total,
+            weight,
+            scales,
+            d_out,
+            d_total,
+            d_x,
+            d_weight,
+            rows,
+            size,
+            TRAINS=trains,
+            **ctx.launch,
+        )
+        return (
+            d_x,
+            d_x if ctx.added else None,
+            d_weight.sum(0).to(weight.dtype) if trains else None,
+            None,
+        )
 
 
 def _decode_attention(q, k, v, first, last) -> torch.Tensor:
@@ -249,17 +337,34 @@ def _decode_attention(q, k, v, first, last) -> torch.Tensor:
     by_part = q.new_empty(batch * heads, parts, size, dtype=torch.float32)
     weight = q.new_empty(batch * heads, parts, dtype=torch.float32)
     block = max(16, triton.next_power_of_2(size))
-    at_once = min(64, max(16, 2**14 // (block * q.element_size())))  # tokens, in the shared memory of every GPU since Ampere
+    at_once = min(
+        64, max(16, 2**14 // (block * q.element_size()))
+    )  # tokens, in the shared memory of every GPU since Ampere
     _attend_part[(batch * kv_heads, parts)](
-        q, k, v, first, last, by_part, weight, size**-0.5, tokens, KV_HEADS=kv_heads, GROUP=heads // kv_heads, SIZE=size, PARTS=parts,
-        GROUP_BLOCK=max(16, triton.next_power_of_2(heads // kv_heads)), SIZE_BLOCK=block, BLOCK=at_once,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        first,
+        last,
+        by_part,
+        weight,
+        size**-0.5,
+        tokens,
+        KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        SIZE=size,
+        PARTS=parts,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(heads // kv_heads)),
+        SIZE_BLOCK=block,
+        BLOCK=at_once,
+    )
     _join_parts[(batch * heads,)](by_part, weight, out, SIZE=size, PARTS=parts, SIZE_BLOCK=block)
     return out
 
 
 def on_its_device(function):
-    """The same on the GPU that holds the first argument. Triton starts kernels on the current one, which need not be it."""
+    """The same on the GPU that holds the first argument. Triton starts kernels on the current one,
+    which need not be it."""
 
     @wraps(function)
     def run(x, *rest):
@@ -269,15 +374,16 @@ def on_its_device(function):
     return run
 
 
-def fuses(x: torch.Tensor) -> bool:
+def use_triton(x: torch.Tensor) -> bool:
     """Whether the Triton kernels serve this tensor, in place of their plain twins."""
     return x.is_cuda
 
 
 @on_its_device
 def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x times a scalar tensor in fp32, in the dtype of x. PyTorch casts every element for that, at a quarter of the speed."""
-    if not fuses(x):
+    """x times a scalar tensor in fp32, in the dtype of x. PyTorch casts every element for that, at
+    a quarter of the speed."""
+    if not use_triton(x):
         return x * scale
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     _scale[_grid(x)](x, scale, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
@@ -286,20 +392,22 @@ def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 @on_its_device
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE (Su et al., arXiv 2104.09864) of x [B, T, heads, D]; cos and sin [B or 1, T, D], whose halves are equal."""
-    return _Rotate.apply(x, cos, sin) if fuses(x) else apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0]
+    """RoPE (Su et al., arXiv 2104.09864) of x [B, T, heads, D]; cos and sin [B or 1, T, D], whose
+    halves are equal."""
+    return _Rotate.apply(x, cos, sin) if use_triton(x) else apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0]
 
 
 @on_its_device
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, of equal shapes (Shazeer, arXiv 2002.05202)."""
-    return _SwiGLU.apply(gate, up) if fuses(gate) else F.silu(gate) * up
+    return _SwiGLU.apply(gate, up) if use_triton(gate) else F.silu(gate) * up
 
 
 @on_its_device
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, branch: torch.Tensor | None = None):
-    """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of x [..., D]; with a branch of x's shape a pair, that of x + branch, and x + branch."""
-    if fuses(x) and x.dtype == weight.dtype and (branch is None or branch.dtype == x.dtype):
+    """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of x [..., D]; with a branch of x's shape a
+    pair, that of x + branch, and x + branch."""
+    if use_triton(x) and x.dtype == weight.dtype and (branch is None or branch.dtype == x.dtype):
         return _RMSNorm.apply(x, branch, weight, eps)
     total = x if branch is None else x + branch
     out = F.rms_norm(total, weight.shape, weight, eps)
@@ -307,11 +415,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, branch: torch.Te
 
 
 def project_swiglu(gate: torch.Tensor, up: torch.Tensor, projection: nn.Module) -> torch.Tensor:
-    """projection(silu(gate) * up). On a GPU the product is not kept for the backward pass, which makes it again: a third of what
-    an MLP has to keep. An adapter's or a quantised projection keeps what it likes."""
+    """projection(silu(gate) * up). On a GPU the product is not kept for the backward pass, which
+    makes it again: a third of what an MLP has to keep. An adapter's or a quantised projection keeps
+    what it likes."""
     product = swiglu(gate, up)
     node, place, size = product.grad_fn, product.data_ptr(), product.numel()
-    if node is None or not fuses(gate) or type(projection) is not nn.Linear:
+    if node is None or not use_triton(gate) or type(projection) is not nn.Linear:
         return projection(product)
 
     def pack(x: torch.Tensor):
@@ -329,21 +438,27 @@ def project_swiglu(gate: torch.Tensor, up: torch.Tensor, projection: nn.Module) 
 @on_its_device
 def mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """The mean of (student - teacher)^2, a scalar in fp32; the gradient flows to the student alone."""
-    if fuses(student):
+    if use_triton(student):
         return _MeanSquaredError.apply(student, teacher.detach())
     return (student.float() - teacher.detach().float()).square().mean()
 
 
 @on_its_device
-def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Softmax attention of one query a sequence, q [B, 1, heads, D], to the tokens from first [B] to last [1], both int64, in k and v
-    [B, tokens, kv heads, D]; returns [B, 1, heads, D]. No gradient.
+def decode_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor
+) -> torch.Tensor:
+    """Softmax attention of one query a sequence, q [B, 1, heads, D], to the tokens from first [B]
+    to last [1], both int64, in k and v [B, tokens, kv heads, D]; returns [B, 1, heads, D]. No
+    gradient.
 
-    The tokens are read in parts, as many as fill the GPU (flash decoding, Dao et al. 2023), and how many they are is read on the GPU.
+    The tokens are read in parts, as many as fill the GPU (flash decoding, Dao et al. 2023), and how
+    many they are is read on the GPU.
     """
-    if fuses(q):
+    if use_triton(q):
         return _decode_attention(q, k.contiguous(), v.contiguous(), first, last)
     at = torch.arange(k.shape[1], device=q.device)
     seen = (at >= first[:, None]) & (at <= last)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], enable_gqa=k.shape[1] < q.shape[1]).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen[:, None, None], enable_gqa=k.shape[1] < q.shape[1]
+    ).transpose(1, 2)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .fused_ops import fuses, mean_squared_error, on_its_device, scaled
+from .fused_ops import mean_squared_error, on_its_device, scaled, use_triton
 
 # Rows of logits held at a time: on a GPU enough for its matrix products to run at their full rate.
 CHUNK_SIZE, CHUNK_SIZE_GPU = 1024, 4096
@@ -22,8 +22,8 @@ BLOCK, WARPS = 2048, 4  # of the kernels; measured on an H200 at a vocabulary of
 def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse") -> torch.Tensor:
     """Distance of two attention outputs [..., D], a scalar in fp32.
 
-    mse: the mean of the squared difference. l2: the mean over tokens of |student - teacher|_2 / sqrt(D), the loss of
-    RADLADS (arXiv 2505.03005). Raises ValueError for another kind.
+    mse: the mean of the squared difference. l2: the mean over tokens of |student - teacher|_2 /
+    sqrt(D), the loss of RADLADS (arXiv 2505.03005). Raises ValueError for another kind.
     """
     if kind == "mse":
         return mean_squared_error(student, teacher)
@@ -43,7 +43,11 @@ def _kl_rows(student, teacher, loss, vocabulary, inverse_temperature, BLOCK: tl.
     teacher += row * vocabulary
     columns = tl.arange(0, BLOCK)
     max_s, max_t = -float("inf"), -float("inf")
-    sum_s, sum_t, cross = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    sum_s, sum_t, cross = (
+        tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+    )
     for start in range(0, vocabulary, BLOCK):
         inside = start + columns < vocabulary
         s = tl.load(student + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * inverse_temperature
@@ -93,7 +97,8 @@ def _cross_entropy_rows(logits, labels, loss, vocabulary, BLOCK: tl.constexpr):
 class _LinearLoss(torch.autograd.Function):
     """scale x sum_i loss(hidden_i @ weight.T), chunk by chunk.
 
-    `rows(start, stop, logits)` gives the summed loss of a chunk and its gradient, which may be `logits` written over.
+    `rows(start, stop, logits)` gives the summed loss of a chunk and its gradient, which may be
+    `logits` written over.
     """
 
     @staticmethod
@@ -139,7 +144,7 @@ def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size):
     if not torch.is_grad_enabled():  # or gradients would be computed for nothing
         hidden, weight = hidden.detach(), weight.detach()
-    fused = fuses(hidden)
+    fused = use_triton(hidden)
     chunk_size = chunk_size or (CHUNK_SIZE_GPU if fused else CHUNK_SIZE)
     return _LinearLoss.apply(hidden, weight, fused_rows if fused else rows, scale, chunk_size)
 
@@ -147,7 +152,8 @@ def linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size):
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_size: int | None = None
 ) -> torch.Tensor:
-    """Mean cross-entropy of softmax(hidden @ weight.T), a scalar in fp32; 0 if every label is ignored.
+    """Mean cross-entropy of softmax(hidden @ weight.T), a scalar in fp32; 0 if every label is
+    ignored.
 
     hidden [N, H], weight [V, H], labels [N] with -100 for rows to ignore.
     """
@@ -163,7 +169,9 @@ def linear_cross_entropy(
 
     def fused_rows(start, stop, logits):
         loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        _cross_entropy_rows[(len(logits),)](logits, labels[start:stop], loss, logits.shape[1], BLOCK=BLOCK, num_warps=WARPS)
+        _cross_entropy_rows[(len(logits),)](
+            logits, labels[start:stop], loss, logits.shape[1], BLOCK=BLOCK, num_warps=WARPS
+        )
         return loss.sum(), logits
 
     scale = 1 / valid.sum().clamp(min=1)
@@ -191,10 +199,12 @@ def forward_kl(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32 (Hinton et al., arXiv 1503.02531).
+    """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32 (Hinton et al.,
+    arXiv 1503.02531).
 
-    student_hidden [N, H_s], teacher_hidden [N, H_t], student_weight [V, H_s], teacher_weight [V, H_t]. The gradient
-    flows to the student's two tensors only. Raises ValueError if the vocabularies differ.
+    student_hidden [N, H_s], teacher_hidden [N, H_t], student_weight [V, H_s], teacher_weight [V,
+    H_t]. The gradient flows to the student's two tensors only. Raises ValueError if the
+    vocabularies differ.
     """
     check_vocabularies(student_weight, teacher_weight)
     teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
@@ -223,10 +233,10 @@ def token_kl(
     teacher_weight: torch.Tensor,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """KL(teacher || student) of each token, [N] in fp32, of the tensors that `forward_kl` takes. No gradient. Raises ValueError if the
-    vocabularies differ."""
+    """KL(teacher || student) of each token, [N] in fp32, of the tensors that `forward_kl` takes. No
+    gradient. Raises ValueError if the vocabularies differ."""
     check_vocabularies(student_weight, teacher_weight)
-    fused, kls = fuses(student_hidden), []
+    fused, kls = use_triton(student_hidden), []
     chunk_size = chunk_size or (CHUNK_SIZE_GPU if fused else CHUNK_SIZE)
     for student, teacher in zip(student_hidden.split(chunk_size), teacher_hidden.split(chunk_size)):
         student, teacher = student @ student_weight.mT, teacher @ teacher_weight.mT

@@ -23,19 +23,19 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cpu_ops import install as install_cpu_ops
 
-# An exported checkpoint brings this file, not the package's __init__, so the stand-ins are set up here: before FLA's
-# layers are imported, and only where there is no GPU for FLA's own kernels.
+# An exported checkpoint brings this file, not the package's __init__, so the stand-ins are set up
+# here: before FLA's layers are imported, and only where there is no GPU for FLA's own kernels.
 install_cpu_ops()
 
-from fla.models.utils import Cache, FLAGenerationMixin, FLALayer  # noqa: E402
+from fla.models.utils import Cache, FLAGenerationMixin, FLALayer
 
-from .attention import RotaryEmbedding, SoftmaxAttention  # noqa: E402
-from .cache import HybridCache, StaticCache  # noqa: E402
-from .config_distilled_student import StudentConfig  # noqa: E402
-from .decode_loop import can_sample, sample  # noqa: E402
-from .fused_ops import project_swiglu, rms_norm, swiglu  # noqa: E402
-from .losses import forward_kl, linear_cross_entropy  # noqa: E402
-from .student_layers import (  # noqa: E402
+from .attention import RotaryEmbedding, SoftmaxAttention
+from .cache import HybridCache, StaticCache
+from .config_distilled_student import StudentConfig
+from .decode_loop import can_sample, sample
+from .fused_ops import project_swiglu, rms_norm, swiglu
+from .losses import forward_kl, linear_cross_entropy
+from .student_layers import (
     STUDENT_ATTENTION_MAP,
     InitReport,
     check_student,
@@ -65,7 +65,8 @@ class RMSNorm(nn.RMSNorm):
 class SwiGLU(nn.Module):
     """down(act(gate(x)) * up(x)), Shazeer, arXiv 2002.05202.
 
-    checkpointed: of x and what is made of it, keep x alone for the backward pass, which computes gate and up again.
+    checkpointed: of x and what is made of it, keep x alone for the backward pass, which computes
+    gate and up again.
     """
 
     def __init__(self, config: StudentConfig):
@@ -89,7 +90,8 @@ class SwiGLU(nn.Module):
 
 
 class LMHead(nn.Linear):
-    """The output projection. With `loss`, a function of (hidden, weight), it returns that loss and never the logits.
+    """The output projection. With `loss`, a function of (hidden, weight), it returns that loss and
+    never the logits.
 
     The loss runs inside forward() so that the hooks of ZeRO-3, which gather the weight, see it.
     """
@@ -99,7 +101,8 @@ class LMHead(nn.Linear):
 
 
 class StudentBlock(GradientCheckpointingLayer):
-    """Pre-norm block: x + attn(norm(x)), then x + mlp(norm(x)). `attn` is softmax or linear, as the config says."""
+    """Pre-norm block: x + attn(norm(x)), then x + mlp(norm(x)). `attn` is softmax or linear, as the
+    config says."""
 
     def __init__(self, config: StudentConfig, layer_idx: int):
         super().__init__()
@@ -108,7 +111,9 @@ class StudentBlock(GradientCheckpointingLayer):
             self.attn = SoftmaxAttention(config, layer_idx)
         else:
             attn = get_student_attention_class(config.student_name)(config, layer_idx, **config.student_options)
-            self.attn = attn.to(torch.get_default_dtype())  # FLA makes some parameters fp32, whatever the model is loaded in
+            self.attn = attn.to(
+                torch.get_default_dtype()
+            )  # FLA makes some parameters fp32, whatever the model is loaded in
             self.attn.keep_whole()
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
@@ -163,7 +168,8 @@ class StudentModel(StudentPreTrainedModel):
     def position_embeddings(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """RoPE's (cos, sin), each [B or 1, T, head_dim], in the dtype of hidden_states [B, T, hidden_size].
+        """RoPE's (cos, sin), each [B or 1, T, head_dim], in the dtype of hidden_states [B, T,
+        hidden_size].
 
         position_ids [B or 1, T]; None counts from 0.
         """
@@ -182,9 +188,10 @@ class StudentModel(StudentPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, T]; attention_mask [B, past + T], 0 for padding. Returns last_hidden_state [B, T, hidden_size]
-        after the final norm; with output_hidden_states also hidden_states, the embeddings and what each block made of them, as
-        transformers' models do. Raises ValueError for a cache that has no place for the states of linear layers."""
+        """input_ids [B, T]; attention_mask [B, past + T], 0 for padding. Returns last_hidden_state
+        [B, T, hidden_size] after the final norm; with output_hidden_states also hidden_states, the
+        embeddings and what each block made of them, as transformers' models do. Raises ValueError
+        for a cache that has no place for the states of linear layers."""
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if not use_cache:
@@ -192,13 +199,20 @@ class StudentModel(StudentPreTrainedModel):
         elif past_key_values is None:
             past_key_values = HybridCache(self.config)
         elif not isinstance(past_key_values, Cache):
-            raise ValueError(f"past_key_values: a {type(past_key_values).__name__} has no place for the states of linear layers; "
-                             "leave it out, and hand over what the model returns")  # fmt: skip
-        q_len, past = hidden_states.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
+            raise ValueError(
+                f"past_key_values: a {type(past_key_values).__name__} has no place for the states of linear layers; "
+                "leave it out, and hand over what the model returns"
+            )
+        q_len, past = (
+            hidden_states.shape[1],
+            past_key_values.get_seq_length() if past_key_values is not None else 0,
+        )
         shape = len(hidden_states), past + q_len
         if attention_mask is not None and attention_mask.shape != shape:
-            raise ValueError(f"attention_mask: its shape {tuple(attention_mask.shape)} must be {shape}, a column for "
-                             "each token in the cache and in the input")  # fmt: skip
+            raise ValueError(
+                f"attention_mask: its shape {tuple(attention_mask.shape)} must be {shape}, a column for "
+                "each token in the cache and in the input"
+            )
         if attention_mask is not None and attention_mask.all():
             attention_mask = None  # nothing is padded: spares the linear layers their unpadding
         if position_ids is None:
@@ -210,7 +224,8 @@ class StudentModel(StudentPreTrainedModel):
         idle = None
         empty = None if attention_mask is None else ~attention_mask[:, -q_len:].any(1)
         if empty is not None and self.needs_a_token_a_row and empty.any():
-            # Kernels differ in what they make of an empty sequence: such a row reads a token of padding and forgets it.
+            # Kernels differ in what they make of an empty sequence: such a row reads a token of
+            # padding and forgets it.
             idle = empty
             attention_mask = attention_mask.clone()
             attention_mask[idle, -1] = 1
@@ -242,13 +257,18 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
 
     @property
     def _is_stateful(self) -> bool:
-        """Whether transformers should refuse to decode with an assistant, whose guesses must be forgotten again."""
+        """Whether transformers should refuse to decode with an assistant, whose guesses must be
+        forgotten again."""
         return bool(HybridCache.cannot_crop(self.config))
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, mode, batch_size, max_cache_length
+    ) -> None:
         kind = generation_config.cache_implementation
         if kind not in (None, "static"):
-            raise ValueError(f"cache_implementation: {kind!r} has no place for the states of linear layers; choose static, or leave it out")
+            raise ValueError(
+                f"cache_implementation: {kind!r} has no place for the states of linear layers; choose static, or leave it out"
+            )
         if model_kwargs.get("past_key_values") is None:
             generation_config.cache_implementation = None  # transformers' own
         super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
@@ -257,36 +277,65 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
             model_kwargs["past_key_values"] = cache
 
     def prepare_inputs_for_generation(self, input_ids, *args, tokenizer=None, assistant_tokenizer=None, **kwargs):
-        """As transformers does, which hands on the tokenizers of stop strings and of an assistant; `forward` has no use for them."""
+        """As transformers does, which hands on the tokenizers of stop strings and of an assistant;
+        `forward` has no use for them."""
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        """Reads a prompt in pieces of `prefill_chunk_size` tokens, if that is set; the last piece as transformers does."""
+        """Reads a prompt in pieces of `prefill_chunk_size` tokens, if that is set; the last piece
+        as transformers does."""
         size, cache = generation_config.prefill_chunk_size, model_kwargs.get("past_key_values")
         if generation_config.output_attentions:
-            raise ValueError("output_attentions: neither softmax attention's kernels nor a linear attention have weights to give; leave it out")
+            raise ValueError(
+                "output_attentions: neither softmax attention's kernels nor a linear attention have weights to give; leave it out"
+            )
         if size is not None:
             if size < 1:
                 raise ValueError(f"prefill_chunk_size: {size} must be at least 1")
             if self.config.rope_depends_on_length:
-                raise ValueError(f"prefill_chunk_size: {size} cannot follow RoPE of type dynamic, which depends on the length; leave it out")
+                raise ValueError(
+                    f"prefill_chunk_size: {size} cannot follow RoPE of type dynamic, which depends on the length; leave it out"
+                )
             if cache is None or model_kwargs.get("inputs_embeds") is not None:
                 raise ValueError(f"prefill_chunk_size: {size} needs use_cache=True, and token ids; leave it out")
             mask, read = model_kwargs.get("attention_mask"), cache.get_seq_length()
-            if mask is None or input_ids.shape[1] == mask.shape[1]:  # else the ids are only those that the cache has not read
+            if (
+                mask is None or input_ids.shape[1] == mask.shape[1]
+            ):  # else the ids are only those that the cache has not read
                 input_ids = input_ids[:, read:]
             while input_ids.shape[1] > size:
                 piece, input_ids, read = input_ids[:, :size], input_ids[:, size:], read + size
-                self.model(piece, mask if mask is None else mask[:, :read], past_key_values=cache, use_cache=True)
+                self.model(
+                    piece,
+                    mask if mask is None else mask[:, :read],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **model_kwargs):
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
         static = isinstance(model_kwargs.get("past_key_values"), StaticCache)
         own = static and not synced_gpus and can_sample(self, input_ids, generation_config)
         loop = partial(sample, self) if own else partial(super()._sample, synced_gpus=synced_gpus)
-        return loop(input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs)
+        return loop(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer=streamer,
+            **model_kwargs,
+        )
 
     def get_output_embeddings(self) -> LMHead:
         return self.lm_head
@@ -312,13 +361,15 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocab_size] (the last `logits_to_keep` of them if that is not 0), or a loss without logits.
+        """Logits [B, T, vocab_size] (the last `logits_to_keep` of them if that is not 0), or a loss
+        without logits.
 
-        labels [B, T] alone, aligned with input_ids, -100 ignored: the mean cross-entropy of the next tokens.
-        teacher_hidden_states [B, T, teacher's hidden_size], after its final norm, with teacher_head_weight
-        [vocab_size, teacher's hidden_size]: kl_weight * tau^2 KL(teacher || student), the mean over all positions
-        (Hinton et al., arXiv 1503.02531), plus, where ce_weight is not 0, ce_weight * cross-entropy.
-        Raises ValueError if a loss that was asked for lacks its inputs.
+        labels [B, T] alone, aligned with input_ids, -100 ignored: the mean cross-entropy of the
+        next tokens. teacher_hidden_states [B, T, teacher's hidden_size], after its final norm, with
+        teacher_head_weight [vocab_size, teacher's hidden_size]: kl_weight * tau^2 KL(teacher ||
+        student), the mean over all positions (Hinton et al., arXiv 1503.02531), plus, where
+        ce_weight is not 0, ce_weight * cross-entropy. Raises ValueError if a loss that was asked
+        for lacks its inputs.
         """
         if (teacher_hidden_states is None) != (teacher_head_weight is None):
             raise ValueError("teacher_hidden_states and teacher_head_weight go together")
@@ -332,8 +383,15 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
                 logits = past_key_values.step(self, input_ids, position_ids, attention_mask)
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
             past_key_values.stop()
-        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                             output_hidden_states=output_hidden_states)  # fmt: skip
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states=output_hidden_states,
+        )
         hidden_states = outputs.last_hidden_state
 
         def cross_entropy(hidden, weight):
@@ -352,25 +410,38 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, keep])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values,
-                                      hidden_states=outputs.hidden_states)  # fmt: skip
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
 
     @classmethod
     @torch.no_grad()
     def from_teacher(
-        cls, teacher: StudentForCausalLM, student_name: str, keep_full_attention_layers=(), student_options=None
+        cls,
+        teacher: StudentForCausalLM,
+        student_name: str,
+        keep_full_attention_layers=(),
+        student_options=None,
     ) -> tuple[StudentForCausalLM, dict[int, InitReport]]:
-        """A student with the teacher's weights: kept layers and all outside attention copied, linear layers initialised
-        from the attention they replace. Returns it, in the teacher's dtype, with a report a linear layer.
+        """A student with the teacher's weights: kept layers and all outside attention copied,
+        linear layers initialised from the attention they replace. Returns it, in the teacher's
+        dtype, with a report a linear layer.
 
-        Raises ValueError if the student or its options do not suit the teacher: see `check_student`."""
+        Raises ValueError if the student or its options do not suit the teacher: see
+        `check_student`.
+        """
         check_student(student_name, student_options or {}, teacher.config)
         config = copy.deepcopy(teacher.config)
         config.student_name, config.student_options = student_name, dict(student_options or {})
         config.keep_full_attention_layers = sorted(keep_full_attention_layers)
         student = cls(config).to(teacher.dtype)
-        reports = {i: student.model.layers[i].attn.init_from_teacher(teacher.model.layers[i].attn)
-                   for i in config.linear_layers}  # fmt: skip
+        reports = {
+            i: student.model.layers[i].attn.init_from_teacher(teacher.model.layers[i].attn)
+            for i in config.linear_layers
+        }
         prefixes = tuple(f"model.layers.{i}.attn." for i in config.linear_layers)
         state = {k: v for k, v in teacher.state_dict().items() if not k.startswith(prefixes)}
         state |= {k: v for k, v in student.state_dict().items() if k.startswith(prefixes)}

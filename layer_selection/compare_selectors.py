@@ -17,41 +17,46 @@ import dataclasses
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from runtime.command import run_main
 
-import pipeline  # noqa: E402, F401  (first: it says what is not installed)
-
-import matplotlib  # noqa: E402
+import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-from transformers.utils.logging import disable_progress_bar  # noqa: E402
+from runtime.config import Config, ConfigError, dump_config, load_config
+from runtime.data import load_tokenizer
+from runtime.files import atomic_write_text
+from runtime.run_folder import difference
 
-from layer_selection import select_layers  # noqa: E402
-from layer_selection.full_runs import check_start, load_stage_2  # noqa: E402
-from layer_selection.side_by_side import Rounds, check_optimizer  # noqa: E402
-from layer_selection.tasks import answer_accuracy, associative_recall  # noqa: E402
-from pipeline.config import Config, ConfigError, dump_config, load_config  # noqa: E402
-from pipeline.data import load_tokenizer  # noqa: E402
-from pipeline.files import one_line, write_whole  # noqa: E402
-from pipeline.run_folder import difference  # noqa: E402
+from matplotlib import pyplot
+from transformers.utils.logging import disable_progress_bar
+
+from layer_selection import select_layers
+from layer_selection.full_runs import check_start, load_stage_2
+from layer_selection.side_by_side import Rounds, check_optimizer
+from layer_selection.tasks import answer_accuracy, associative_recall
 
 FIGURES = {"kl": "held-out KL", "perplexity": "perplexity", "recall": "recall"}
 
 
 class MeasuredRounds(Rounds):
-    """Writes the figures of its hybrids to `file`, with those that are `known`, before their last round counts as done."""
+    """Writes the figures of its hybrids to `file`, with those that are `known`, before their last
+    round counts as done."""
 
     def __init__(self, bench, args, sets: list[list[int]], folder: Path, file: Path, known: dict):
         rules = SimpleNamespace(rounds=args.rounds, window=0, correlation=1.0, halving=False, top_k=1)
         super().__init__(bench, rules, dict(enumerate(sets)), -1, folder)
-        self.file, self.known, self.tokenizer = file, known, load_tokenizer(bench.cfg.teacher_model.name)
+        self.file, self.known, self.tokenizer = (
+            file,
+            known,
+            load_tokenizer(bench.cfg.teacher_model.name),
+        )
         rng = random.Random(1)
-        self.documents = [associative_recall(rng, num_pairs=args.num_pairs, num_words=args.num_words) for _ in range(args.questions)]
+        self.documents = [
+            associative_recall(rng, num_pairs=args.num_pairs, num_words=args.num_words) for _ in range(args.questions)
+        ]
 
     def train_round(self, mine, first, last, bar):
         kls = super().train_round(mine, first, last, bar)
@@ -60,28 +65,40 @@ class MeasuredRounds(Rounds):
                 self.candidates[i].to(self.bench.device)
                 model = self.candidates[i].hybrid.eval()
                 losses = self.bench.losses(model)
-                self.known[str(self.kept[i])] = {"kl": sum(kls[i]) / len(kls[i]), "perplexity": math.exp(sum(losses) / len(losses)),
-                                                 "recall": answer_accuracy(model, self.tokenizer, self.documents)}  # fmt: skip
-            write_whole(self.file, json.dumps(self.known, indent=1) + "\n")
+                self.known[str(self.kept[i])] = {
+                    "kl": sum(kls[i]) / len(kls[i]),
+                    "perplexity": math.exp(sum(losses) / len(losses)),
+                    "recall": answer_accuracy(model, self.tokenizer, self.documents),
+                }
+            atomic_write_text(self.file, json.dumps(self.known, indent=1) + "\n")
         return kls
 
 
 def claim(cfg: Config, args: argparse.Namespace) -> None:
-    """Records in --output_dir what its figures are of. Raises ConfigError if they are of another config, budget or measurement."""
+    """Records in --output_dir what its figures are of. Raises ConfigError if they are of another
+    config, budget or measurement."""
     config, settings = args.output_dir / "stage2.yaml", args.output_dir / "settings.json"
-    mine = {name: getattr(args, name) for name in ("ratio", "rounds", "sequences", "questions", "num_pairs", "num_words")}
+    mine = {
+        name: getattr(args, name) for name in ("ratio", "rounds", "sequences", "questions", "num_pairs", "num_words")
+    }
     if settings.is_file() and any(args.output_dir.glob("*/ranking.json")):
         theirs = json.loads(settings.read_text())
-        other = next((f"--{name} is {theirs[name]} there, {mine[name]} here" for name in mine if mine[name] != theirs[name]), None)
+        other = next(
+            (f"--{name} is {theirs[name]} there, {mine[name]} here" for name in mine if mine[name] != theirs[name]),
+            None,
+        )
         if other := other or difference(load_config(config), cfg):
-            raise ConfigError(f"--output_dir: {args.output_dir} compares selectors otherwise ({other}); name another folder")
+            raise ConfigError(
+                f"--output_dir: {args.output_dir} compares selectors otherwise ({other}); name another folder"
+            )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(config, dump_config(cfg))
-    write_whole(settings, json.dumps(mine) + "\n")
+    atomic_write_text(config, dump_config(cfg))
+    atomic_write_text(settings, json.dumps(mine) + "\n")
 
 
 def train_sets(cfg, sets: list[list[int]], seed: int, args: argparse.Namespace) -> list[dict]:
-    """Figures of the hybrid of every set after its stage 2, in order; from the seed's file where that has them."""
+    """Figures of the hybrid of every set after its stage 2, in order; from the seed's file where
+    that has them."""
     file = args.output_dir / f"seed_{seed}.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
     if missing := [kept for kept in sets if str(kept) not in known]:
@@ -98,7 +115,8 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown, the lowest KL first; results: method -> keep, and a list over seeds for each of FIGURES."""
+    """Markdown, the lowest KL first; results: method -> keep, and a list over seeds for each of
+    FIGURES."""
     order = sorted(results, key=lambda method: sum(results[method]["kl"]))
     highest = max(results[order[0]]["kl"])
     lines = ["| selector | layers | held-out KL | perplexity | recall |", "|:--|:--|--:|--:|--:|"]
@@ -106,15 +124,23 @@ def table(results: dict[str, dict]) -> str:
         row = results[method]
         tie = " *" if min(row["kl"]) <= highest else ""
         recall = spread([100 * share for share in row["recall"]], 1)
-        lines.append(f"| `{method}`{tie} | {' '.join(map(str, row['keep']))} | {spread(row['kl'], 4)} | "
-                     f"{spread(row['perplexity'], 3)} | {recall} % |")  # fmt: skip
+        lines.append(
+            f"| `{method}`{tie} | {' '.join(map(str, row['keep']))} | {spread(row['kl'], 4)} | "
+            f"{spread(row['perplexity'], 3)} | {recall} % |"
+        )
     return "\n".join(lines)
 
 
 def plot(results: dict[str, dict], path: Path) -> None:
     """A panel a figure, a dot a seed, the selectors in the table's order."""
     order = sorted(results, key=lambda method: sum(results[method]["kl"]))[::-1]
-    figure, axes = pyplot.subplots(1, len(FIGURES), figsize=(3.2 * len(FIGURES), 1 + 0.32 * len(order)), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1,
+        len(FIGURES),
+        figsize=(3.2 * len(FIGURES), 1 + 0.32 * len(order)),
+        sharey=True,
+        layout="constrained",
+    )
     for axis, (name, title) in zip(axes, FIGURES.items()):
         for y, method in enumerate(order):
             values = results[method][name]
@@ -151,22 +177,41 @@ def main(argv: list[str] | None = None) -> None:
     for method in args.methods:
         out = args.output_dir / method
         if not (out / "ranking.json").is_file():
-            select_layers.main(["--cfg", args.cfg, "--method", method, "--ratio", str(args.ratio), "--output_dir", str(out), "--rounds",
-                                str(args.rounds), "--sequences", str(args.sequences), "--batch_size", str(args.batch_size),
-                                "--num_pairs", str(args.num_pairs), "--vocab_size", str(args.num_words), *args.overrides])  # fmt: skip
+            select_layers.main(
+                [
+                    "--cfg",
+                    args.cfg,
+                    "--method",
+                    method,
+                    "--ratio",
+                    str(args.ratio),
+                    "--output_dir",
+                    str(out),
+                    "--rounds",
+                    str(args.rounds),
+                    "--sequences",
+                    str(args.sequences),
+                    "--batch_size",
+                    str(args.batch_size),
+                    "--num_pairs",
+                    str(args.num_pairs),
+                    "--vocab_size",
+                    str(args.num_words),
+                    *args.overrides,
+                ]
+            )
         sets[method] = json.loads((out / "ranking.json").read_text())["keep"]
     unique = [list(kept) for kept in dict.fromkeys(map(tuple, sets.values()))]
     by_seed = [dict(zip(map(tuple, unique), train_sets(cfg, unique, seed, args))) for seed in range(args.seeds)]
-    results = {method: {"keep": kept} | {name: [figures[tuple(kept)][name] for figures in by_seed] for name in FIGURES}
-               for method, kept in sets.items()}  # fmt: skip
+    results = {
+        method: {"keep": kept} | {name: [figures[tuple(kept)][name] for figures in by_seed] for name in FIGURES}
+        for method, kept in sets.items()
+    }
     plot(results, args.output_dir / "selectors.png")
-    write_whole(args.output_dir / "selectors.json", json.dumps(results, indent=1) + "\n")
-    write_whole(args.output_dir / "selectors.md", table(results) + "\n")
+    atomic_write_text(args.output_dir / "selectors.json", json.dumps(results, indent=1) + "\n")
+    atomic_write_text(args.output_dir / "selectors.md", table(results) + "\n")
     print(table(results))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"compare_selectors.py: error: {one_line(error)}")
+    run_main(main)

@@ -10,16 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from runtime.config import Config, ConfigError, dump_config, load_config
+from runtime.files import atomic_write_text
+from runtime.guard import REQUEUE
+from runtime.run_folder import EXPORT, difference
+
 import torch
 
 from convert import load_teacher_config
 from convert.loader import Checkpoint
 from distill_model import StudentForCausalLM
 from layer_selection.ranking import Ranking, hybrid_folder, ratio_of
-from pipeline.config import Config, ConfigError, dump_config, load_config
-from pipeline.files import write_whole
-from pipeline.guard import REQUEUE
-from pipeline.run_folder import EXPORT, difference
 from train import check_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,8 @@ def with_layers(cfg: Config, kept: list[int], output_dir: Path) -> Config:
 
 
 def teacher_name(name: str) -> str:
-    """{teacher}_{size} of a teacher: qwen2.5_1.5b, llama3.2_3b; of one whose name has no size, the number of its parameters."""
+    """{teacher}_{size} of a teacher: qwen2.5_1.5b, llama3.2_3b; of one whose name has no size, the
+    number of its parameters."""
     last = Path(name).resolve().name.lower()
     if found := re.match(r"(.+?)[-_](\d+(?:\.\d+)?[bm])(?![a-z0-9])", last):
         return f"{re.sub(r'[-_](?=[0-9])', '', found[1])}_{found[2]}"
@@ -55,31 +57,41 @@ def teacher_name(name: str) -> str:
 
 
 def write_chosen(cfg: Config, ranking: Ranking, count: int, ratio: float | None, folder: Path) -> Path:
-    """Writes the stage-2 config with the `count` best layers, named as the folders of configs/ are, and returns its path. Its run
-    folder lies beside it: no two choices share one. ratio: what `count` was asked for by, or None."""
-    name = hybrid_folder(teacher_name(cfg.teacher_model.name), cfg.student_model.name,
-                         ratio or ratio_of(count, len(ranking.layers)), ranking.method)  # fmt: skip
+    """Writes the stage-2 config with the `count` best layers, named as the folders of configs/ are,
+    and returns its path. Its run folder lies beside it: no two choices share one. ratio: what
+    `count` was asked for by, or None."""
+    name = hybrid_folder(
+        teacher_name(cfg.teacher_model.name),
+        cfg.student_model.name,
+        ratio or ratio_of(count, len(ranking.layers)),
+        ranking.method,
+    )
     file = folder / name / STAGE_2
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, dump_config(with_layers(cfg, ranking.keep(count), file.parent / "stage2")))
+    atomic_write_text(file, dump_config(with_layers(cfg, ranking.keep(count), file.parent / "stage2")))
     return file
 
 
 def check_start(cfg: Config) -> None:
-    """Raises ValueError if train.student_init_ckpt is not what stage 1 made of this teacher for this student. Reads configs and the
-    embeddings, which stage 1 leaves as they are."""
+    """Raises ValueError if train.student_init_ckpt is not what stage 1 made of this teacher for
+    this student. Reads configs and the embeddings, which stage 1 leaves as they are."""
     check_models(cfg)
     start, teacher = cfg.train.student_init_ckpt, cfg.teacher_model.name
     if kept := load_teacher_config(start).keep_full_attention_layers:
-        raise ConfigError(f"train.student_init_ckpt: {start} keeps layers {kept}; name stage 1's all-linear converted-hf")
+        raise ConfigError(
+            f"train.student_init_ckpt: {start} keeps layers {kept}; name stage 1's all-linear converted-hf"
+        )
     ours, theirs = (Checkpoint(name).rows("model.embeddings.weight", slice(0, None)) for name in (start, teacher))
     if not torch.equal(ours.to(theirs.dtype), theirs):
-        raise ConfigError(f"train.student_init_ckpt: {start} was not made from {teacher} by stage 1, their embeddings differ; name "
-                          "stage 1's converted-hf of this teacher")  # fmt: skip
+        raise ConfigError(
+            f"train.student_init_ckpt: {start} was not made from {teacher} by stage 1, their embeddings differ; name "
+            "stage 1's converted-hf of this teacher"
+        )
 
 
 def run_to_its_end(command: list[str]) -> tuple[int, bool]:
-    """Its exit code, and whether a SIGTERM came, which is handed on: this process must not end while the run still saves."""
+    """Its exit code, and whether a SIGTERM came, which is handed on: this process must not end
+    while the run still saves."""
     received = []
     with subprocess.Popen(command) as run:
 
@@ -95,9 +107,11 @@ def run_to_its_end(command: list[str]) -> tuple[int, bool]:
 
 
 def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[float]:
-    """KL(teacher || student) of each held-out sequence after stage 2 with `kept` restored; does in `folder` what is missing.
+    """KL(teacher || student) of each held-out sequence after stage 2 with `kept` restored; does in
+    `folder` what is missing.
 
-    Raises ConfigError if the run fails or the folder has that of another config. Told to stop, it exits with REQUEUE.
+    Raises ConfigError if the run fails or the folder has that of another config. Told to stop, it
+    exits with REQUEUE.
     """
     cfg, measured = with_layers(bench.cfg, kept, folder / "run"), folder / HELDOUT_KL
     if (folder / STAGE_2).is_file() and (other := difference(load_config(folder / STAGE_2), cfg)):
@@ -106,14 +120,18 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
     if len(kls) != sum(map(len, bench.batches)):  # missing, or of another --sequences; train.py knows what is finished
         check_start(bench.cfg)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / STAGE_2, dump_config(cfg))
+        atomic_write_text(folder / STAGE_2, dump_config(cfg))
         code, stopped = run_to_its_end([*launcher.split(), str(ROOT / "train.py"), "--cfg", str(folder / STAGE_2)])
-        if code == REQUEUE or code and stopped:  # DeepSpeed's launcher loses the exit code of a run that SIGTERM has stopped
+        if (
+            code == REQUEUE or code and stopped
+        ):  # DeepSpeed's launcher loses the exit code of a run that SIGTERM has stopped
             sys.exit(REQUEUE)
         if code:
             layer = folder.name.replace("_", " ")
-            raise ConfigError(f"{layer}: its run in {folder / 'run'} ended with exit code {code}; see above, and run again")
+            raise ConfigError(
+                f"{layer}: its run in {folder / 'run'} ended with exit code {code}; see above, and run again"
+            )
         model = StudentForCausalLM.from_pretrained(folder / "run" / EXPORT, dtype=bench.dtype).to(bench.device).eval()
         kls = bench.kls(model)
-        write_whole(measured, json.dumps(kls) + "\n")
+        atomic_write_text(measured, json.dumps(kls) + "\n")
     return kls

@@ -16,21 +16,22 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from runtime.command import run_main
+from runtime.config import ConfigError, dump_config, load_config
+from runtime.files import atomic_write_text
+from runtime.old_flags import refuse_old_flags
+from runtime.run_folder import difference
 
-from convert import load_teacher_config  # noqa: E402
-from layer_selection.full_runs import STAGE_2, load_stage_2, with_layers  # noqa: E402
-from layer_selection.retrieve_loss_log_from_wandb import CANDIDATES  # noqa: E402
-from pipeline.config import ConfigError, dump_config, load_config  # noqa: E402
-from pipeline.files import one_line, write_whole  # noqa: E402
-from pipeline.old_flags import refuse_old_flags  # noqa: E402
-from pipeline.run_folder import difference  # noqa: E402
+from convert import load_teacher_config
+from layer_selection.full_runs import STAGE_2, load_stage_2, with_layers
+from layer_selection.retrieve_loss_log_from_wandb import CANDIDATES
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--cfg", required=True, help="YAML of stage 2; the layers that it keeps do not matter")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -46,16 +47,20 @@ def main(argv: list[str] | None = None) -> None:
     files = {layer: args.output_dir / f"layer_{layer}" / STAGE_2 for layer in made}
     for layer, file in files.items():
         if file.is_file() and (other := difference(load_config(file), made[layer])):
-            raise ConfigError(f"--output_dir: {file} is of other candidates ({other}); name another folder or remove it")
+            raise ConfigError(
+                f"--output_dir: {file} is of other candidates ({other}); name another folder or remove it"
+            )
     for layer, file in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, dump_config(made[layer]))
-    write_whole(args.output_dir / CANDIDATES, json.dumps({"teacher": cfg.teacher_model.name, "num_layers": layers}) + "\n")
-    print(f"{args.output_dir}: {layers} configs; for each: deepspeed train.py --cfg {args.output_dir}/layer_<N>/{STAGE_2}")
+        atomic_write_text(file, dump_config(made[layer]))
+    atomic_write_text(
+        args.output_dir / CANDIDATES,
+        json.dumps({"teacher": cfg.teacher_model.name, "num_layers": layers}) + "\n",
+    )
+    print(
+        f"{args.output_dir}: {layers} configs; for each: deepspeed train.py --cfg {args.output_dir}/layer_<N>/{STAGE_2}"
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"generate_layer_configs_ga_s2.py: error: {one_line(error)}")
+    run_main(main)

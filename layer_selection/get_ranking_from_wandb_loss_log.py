@@ -12,42 +12,49 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from runtime.command import run_main
 
-from layer_selection.ranking import Layer, Ranking, budget, table, write  # noqa: E402
-from pipeline.files import one_line  # noqa: E402
+from layer_selection.ranking import Layer, Ranking, budget, table, write
 
 TAIL = 0.1  # of the steps
 
 
 def read_log(file: Path) -> dict:
-    """A loss log with an entry for every layer. Raises ValueError naming those that are missing or unfinished."""
+    """A loss log with an entry for every layer. Raises ValueError naming those that are missing or
+    unfinished."""
     try:
         log = json.loads(file.read_text())
         layers = {int(layer): entry for layer, entry in log["layers"].items()}
         missing = sorted(set(range(log["num_layers"])) - set(layers))
-        unfinished = [layer for layer, entry in sorted(layers.items()) if entry["state"] not in ("finished", "stopped by rule")]
+        unfinished = [
+            layer for layer, entry in sorted(layers.items()) if entry["state"] not in ("finished", "stopped by rule")
+        ]
         empty = [layer for layer, entry in sorted(layers.items()) if not entry["history"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"--log: {file} is no loss log; make it with retrieve_loss_log_from_wandb.py") from None
-    for wrong, what in ((missing, "missing"), (unfinished, "unfinished"), (empty, f"without {log['metric']}")):
+    for wrong, what in (
+        (missing, "missing"),
+        (unfinished, "unfinished"),
+        (empty, f"without {log['metric']}"),
+    ):
         if wrong:
             raise ValueError(f"--log: layers {wrong} of {file} are {what}; train them and retrieve the log again")
     return log | {"layers": layers}
 
 
 def tail_mean(history: list, step: int) -> float:
-    """The mean of the values of the last tenth of `step` steps, or the last value before `step` if there is none in it.
+    """The mean of the values of the last tenth of `step` steps, or the last value before `step` if
+    there is none in it.
 
     Raises ValueError if all come later.
     """
     before = [(at, value) for at, value in history if at <= step]
     if not before:
-        raise ValueError(f"--log: a layer has no value up to step {step}, where another one's end; retrieve all with one --metric")
+        raise ValueError(
+            f"--log: a layer has no value up to step {step}, where another one's end; retrieve all with one --metric"
+        )
     last = [value for at, value in before if at > (1 - TAIL) * step] or [before[-1][1]]
     return sum(last) / len(last)
 
@@ -67,7 +74,11 @@ def rank(log: dict) -> Ranking:
             ranked.append(Layer(layer, -losses[layer], ties=ties))
         steps |= dict.fromkeys(together, step)
     stopped = {layer: steps[layer] for layer, entry in sorted(layers.items()) if entry["state"] != "finished"}
-    facts = {"source": log["source"], "compared_at_step": max(steps.values()), "stopped_at_step": stopped}
+    facts = {
+        "source": log["source"],
+        "compared_at_step": max(steps.values()),
+        "stopped_at_step": stopped,
+    }
     return Ranking("ga_s2", f"-{log['metric']}", ranked, facts)
 
 
@@ -91,14 +102,16 @@ def main(argv: list[str] | None = None) -> None:
 
         cfg = load_stage_2(args.cfg)
         if cfg.teacher_model.name != log["teacher"]:
-            raise ValueError(f"--cfg: {args.cfg} is of the teacher {cfg.teacher_model.name}, the log of {log['teacher']}")
+            raise ValueError(
+                f"--cfg: {args.cfg} is of the teacher {cfg.teacher_model.name}, the log of {log['teacher']}"
+            )
     write(ranking, count, folder)
     print(table(ranking, count))
-    print(f"Kept: {kept}" + (f"; next: deepspeed train.py --cfg {write_chosen(cfg, ranking, count, args.ratio, folder)}" if cfg else ""))
+    print(
+        f"Kept: {kept}"
+        + (f"; next: deepspeed train.py --cfg {write_chosen(cfg, ranking, count, args.ratio, folder)}" if cfg else "")
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"get_ranking_from_wandb_loss_log.py: error: {one_line(error)}")
+    run_main(main)

@@ -16,23 +16,30 @@ from dataclasses import dataclass, field, fields
 from layer_selection.tasks import WORDS, associative_recall, multi_hop_recall
 
 FILLER = [
-    "The river was calm in the morning.", "Somebody had left the gate open again.", "Rain was expected later that week.",
-    "The shop around the corner sells bread.", "A letter lay on the table, unread.", "Two birds sat on the old fence.",
-]  # fmt: skip
+    "The river was calm in the morning.",
+    "Somebody had left the gate open again.",
+    "Rain was expected later that week.",
+    "The shop around the corner sells bread.",
+    "A letter lay on the table, unread.",
+    "Two birds sat on the old fence.",
+]
 EXAMPLES = 2  # answered questions before the one that counts
 FREQUENT = 3  # words that frequent_words_extraction asks for
 MOST_NOISE = 1000  # a limit that no useful text reaches, and that infinity does not pass
 NOISY = ("synthetic_retrieval", "variable_tracking")  # the tasks that take --noise_ratio
 FIXED = {  # flag of evaluate_layer_importance.py -> (its only value, why)
     "K": (FREQUENT, "frequent_words_extraction asks for so many words"),
-    "pb_few_shots": (EXAMPLES + 1, "phone_book shows two answered questions before the one that counts"),
+    "pb_few_shots": (
+        EXAMPLES + 1,
+        "phone_book shows two answered questions before the one that counts",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Question:
-    """answers: what must follow the prompt, in any order where it is several, separated by commas. ends: characters of which
-    the first one ends the continuation."""
+    """answers: what must follow the prompt, in any order where it is several, separated by commas.
+    ends: characters of which the first one ends the continuation."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -44,8 +51,9 @@ class Question:
         return " " + ", ".join(self.answers)
 
     def score(self, continuation: str) -> float:
-        """The share of the answers among as many items of the continuation, each compared as a whole. What nothing has ended
-        may go on to be something else: its last item does not count."""
+        """The share of the answers among as many items of the continuation, each compared as a
+        whole. What nothing has ended may go on to be something else: its last item does not count.
+        """
         stop = min((at for at in map(continuation.find, self.ends) if at >= 0), default=None)
         items = [item.strip() for item in continuation[:stop].split(",")]
         items = items[:-1] if stop is None else items
@@ -63,7 +71,9 @@ class Options:
     num_pairs: int = option(16, "synthetic_retrieval, associative_recall, multi-hop: pairs of key and value")
     num_chains: int = option(4, "variable_tracking: chains of assignments")
     num_hops: int = option(4, "variable_tracking: assignments after a chain's first")
-    noise_ratio: float = option(1.0, "synthetic_retrieval, variable_tracking: sentences that say nothing, for each other")
+    noise_ratio: float = option(
+        1.0, "synthetic_retrieval, variable_tracking: sentences that say nothing, for each other"
+    )
     freq_cw: int = option(30, "common_words_extraction: times that a common word comes")
     freq_ucw: int = option(3, "common_words_extraction: times that another word comes")
     num_cw: int = option(10, "common_words_extraction: common words")
@@ -89,7 +99,9 @@ class Options:
         if self.pb_min_len > self.pb_max_len:
             raise ValueError(f"--pb_min_len: {self.pb_min_len} must be at most --pb_max_len, {self.pb_max_len}")
         if self.ar_max_hops < 2:
-            raise ValueError(f"--ar_max_hops: {self.ar_max_hops} must be at least 2; associative_recall is the task of one hop")
+            raise ValueError(
+                f"--ar_max_hops: {self.ar_max_hops} must be at least 2; associative_recall is the task of one hop"
+            )
         if self.vocab_size > len(WORDS):
             raise ValueError(f"--vocab_size: {self.vocab_size} must be at most {len(WORDS)}")
 
@@ -116,10 +128,15 @@ def answered(head: str, asked: list[tuple[str, str]]) -> Question:
 
 
 def synthetic_retrieval(rng: random.Random, options: Options) -> Question:
-    """Numbers of several words in a text that else says nothing (RULER's needles with several keys)."""
+    """Numbers of several words in a text that else says nothing (RULER's needles with several
+    keys)."""
     keys = rng.sample(words_of(options, options.num_pairs, "num_pairs"), options.num_pairs)
     numbers = dict(zip(keys, map(str, rng.sample(range(1_000_000, 10_000_000), len(keys)))))
-    text = with_noise(rng, [f"The number of {key} is {number}." for key, number in numbers.items()], options.noise_ratio)
+    text = with_noise(
+        rng,
+        [f"The number of {key} is {number}." for key, number in numbers.items()],
+        options.noise_ratio,
+    )
     asked = rng.sample(keys, min(EXAMPLES + 1, len(keys)))
     return answered(text, [(f"What is the number of {key}?", numbers[key]) for key in asked])
 
@@ -147,10 +164,18 @@ def variable_tracking(rng: random.Random, options: Options) -> Question:
         names = set()
         while len(names) < chains * (options.num_hops + 1):
             names.add("".join(rng.choices(string.ascii_uppercase, k=5)))
-        names, values = rng.sample(sorted(names), len(names)), rng.sample(range(10_000, 100_000), chains)
+        names, values = (
+            rng.sample(sorted(names), len(names)),
+            rng.sample(range(10_000, 100_000), chains),
+        )
         chained = [names[i::chains] for i in range(chains)]
-        pending = [[f"VAR {chain[0]} = {value}.", *(f"VAR {new} = VAR {old}." for old, new in zip(chain, chain[1:]))]
-                   for chain, value in zip(chained, values)]  # fmt: skip
+        pending = [
+            [
+                f"VAR {chain[0]} = {value}.",
+                *(f"VAR {new} = VAR {old}." for old, new in zip(chain, chain[1:])),
+            ]
+            for chain, value in zip(chained, values)
+        ]
         turns = [i for i in range(chains) for _ in pending[i]]
         rng.shuffle(turns)
         lines = [pending[i].pop(0) for i in turns]
@@ -165,9 +190,15 @@ def variable_tracking(rng: random.Random, options: Options) -> Question:
 def common_words_extraction(rng: random.Random, options: Options) -> Question:
     """A numbered list in which num_cw words come freq_cw times, num_ucw freq_ucw times."""
     if (needed := 2 * options.num_cw + options.num_ucw) > len(WORDS) // 2:
-        raise ValueError(f"--num_ucw: {needed} different words are too many; have at most {len(WORDS) // 2} with twice --num_cw")
+        raise ValueError(
+            f"--num_ucw: {needed} different words are too many; have at most {len(WORDS) // 2} with twice --num_cw"
+        )
     words = rng.sample(WORDS, needed + 5)
-    shown, common, others = words[: options.num_cw], words[options.num_cw : 2 * options.num_cw], words[2 * options.num_cw :]
+    shown, common, others = (
+        words[: options.num_cw],
+        words[options.num_cw : 2 * options.num_cw],
+        words[2 * options.num_cw :],
+    )
 
     def text(often: list[str], frequent: int, seldom: list[str], rare: int) -> str:
         listed = [*often * frequent, *seldom * rare]
@@ -176,7 +207,10 @@ def common_words_extraction(rng: random.Random, options: Options) -> Question:
         return f"{numbered}\nThe {len(often)} words that come most often:"
 
     example = text(shown, 3, others[-5:], 1)
-    return Question(f"{example} {', '.join(shown)}\n{text(common, options.freq_cw, others[:-5], options.freq_ucw)}", tuple(common))
+    return Question(
+        f"{example} {', '.join(shown)}\n{text(common, options.freq_cw, others[:-5], options.freq_ucw)}",
+        tuple(common),
+    )
 
 
 def frequent_words_extraction(rng: random.Random, options: Options, asked: int = FREQUENT) -> Question:
@@ -186,8 +220,10 @@ def frequent_words_extraction(rng: random.Random, options: Options, asked: int =
         weights = [k**-alpha for k in range(1, len(words) + 1)]
         counts = [round(length * weight / sum(weights)) for weight in weights]
         if len(counts) <= asked or counts[asked - 1] == counts[asked]:
-            raise ValueError(f"--num_words: {length} words, the most frequent coming {counts[: asked + 1]} times, do not tell "
-                             f"{asked} from the next; raise it, --zeta_alpha or --vocab_size")  # fmt: skip
+            raise ValueError(
+                f"--num_words: {length} words, the most frequent coming {counts[: asked + 1]} times, do not tell "
+                f"{asked} from the next; raise it, --zeta_alpha or --vocab_size"
+            )
         listed = [word for word, count in zip(words, counts) for _ in range(count)]
         rng.shuffle(listed)
         return f"{' '.join(listed)}\nThe {asked} words that come most often:"
@@ -204,7 +240,12 @@ def phone_book(rng: random.Random, options: Options) -> Question:
     while len(names) < length:
         names.add(" ".join(word.capitalize() for word in rng.sample(WORDS, 2)))
     names = rng.sample(sorted(names), length)
-    numbers = dict(zip(names, (f"{n // 10_000}-{n % 10_000:04}" for n in rng.sample(range(1_000_000, 10_000_000), length))))
+    numbers = dict(
+        zip(
+            names,
+            (f"{n // 10_000}-{n % 10_000:04}" for n in rng.sample(range(1_000_000, 10_000_000), length)),
+        )
+    )
     asked = rng.sample(names, min(EXAMPLES + 1, length))
     book = "\n".join(f"{name}: {number}" for name, number in numbers.items())
     return answered(book, [(f"What is the number of {name}?", numbers[name]) for name in asked])
@@ -226,12 +267,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of `Options`, and --num_samples."""
     parser.add_argument("--num_samples", type=int, default=100, help="questions of a task (%(default)s)")
     for spec in fields(Options):
-        parser.add_argument(f"--{spec.name}", type=type(spec.default), default=spec.default, help=f"{spec.metadata['help']} (%(default)s)")
+        parser.add_argument(
+            f"--{spec.name}",
+            type=type(spec.default),
+            default=spec.default,
+            help=f"{spec.metadata['help']} (%(default)s)",
+        )
 
 
 def draw_questions(task: str, args: argparse.Namespace) -> list[Question]:
-    """num_samples questions of a task, the same for the same seed and options; more samples begin with the fewer."""
+    """num_samples questions of a task, the same for the same seed and options; more samples begin
+    with the fewer."""
     if args.num_samples < 1:
         raise ValueError(f"--num_samples: {args.num_samples} must be at least 1")
-    options, rng = Options(**{spec.name: getattr(args, spec.name) for spec in fields(Options)}), random.Random(args.seed)
+    options, rng = (
+        Options(**{spec.name: getattr(args, spec.name) for spec in fields(Options)}),
+        random.Random(args.seed),
+    )
     return [TASKS[SPELLINGS.get(task, task)](rng, options) for _ in range(args.num_samples)]

@@ -22,15 +22,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from runtime.batch_plan import batch_plan
+from runtime.command import run_main
+from runtime.config import Config, load_config
+from runtime.environment import WANDB_PROJECT
+from runtime.files import atomic_write_text, one_line
+from runtime.run_folder import METRICS
 
-from pipeline.batch_plan import batch_plan  # noqa: E402  (pipeline first: it says what is not installed)
-from pipeline.config import Config, load_config  # noqa: E402
-from pipeline.environment import WANDB_PROJECT  # noqa: E402
-from pipeline.files import one_line, write_whole  # noqa: E402
-from pipeline.run_folder import METRICS  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
 CANDIDATES = "candidates.json"  # beside the candidates' folders: of which teacher they are, and how many
 STEP = "train/global_step"
@@ -39,12 +38,15 @@ Rows = list[dict]  # what a run logged, in its order, by W&B's names
 
 
 def read_candidates(folder: Path) -> tuple[str, dict[int, Config]]:
-    """The teacher, and layer -> the config of its run. Raises ValueError if there is not one for every layer."""
+    """The teacher, and layer -> the config of its run. Raises ValueError if there is not one for
+    every layer."""
     try:
         made = json.loads((folder / CANDIDATES).read_text())
         teacher, layers = made["teacher"], made["num_layers"]
     except (OSError, ValueError, KeyError):
-        raise ValueError(f"--runs: {folder} has no {CANDIDATES}; make it with generate_layer_configs_ga_s2.py") from None
+        raise ValueError(
+            f"--runs: {folder} has no {CANDIDATES}; make it with generate_layer_configs_ga_s2.py"
+        ) from None
     return teacher, {layer: load_config(folder / f"layer_{layer}" / "stage2.yaml") for layer in range(layers)}
 
 
@@ -55,7 +57,8 @@ def need_wandb() -> None:
 
 # ------------------------------------------------------------------------------------------------ sources
 def from_service(wanted: set[str], where: str) -> dict[str, Rows]:
-    """What the runs of these output folders logged to W&B's service. where: entity/project, or the project alone."""
+    """What the runs of these output folders logged to W&B's service. where: entity/project, or the
+    project alone."""
     need_wandb()
     import wandb
 
@@ -66,14 +69,17 @@ def from_service(wanted: set[str], where: str) -> dict[str, Rows]:
                 found.setdefault(name, []).extend(tqdm(run.scan_history(), desc=name, unit=" rows", leave=False))
         return found
     except wandb.errors.UsageError as error:
-        raise ValueError(f"WANDB_API_KEY: W&B takes no request without a key ({one_line(error)}); set it. {LOCAL}") from None
+        raise ValueError(
+            f"WANDB_API_KEY: W&B takes no request without a key ({one_line(error)}); set it. {LOCAL}"
+        ) from None
     except (wandb.errors.Error, ValueError) as error:
         why = f"--project: W&B did not give {where} ({one_line(error)}); check --entity and --project."
         raise ValueError(f"{why} {LOCAL}") from None
 
 
 def read_offline_run(file: Path) -> tuple[str, set[str], Rows]:
-    """(When it started, its name and output_dir, rows) of a .wandb file; of one that was cut short, what is in it."""
+    """(When it started, its name and output_dir, rows) of a .wandb file; of one that was cut short,
+    what is in it."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
     started, names, rows = "", set(), []
@@ -101,9 +107,13 @@ def from_offline_runs(wanted: set[str], folder: Path) -> dict[str, Rows]:
     need_wandb()
     files, found = sorted(folder.rglob("run-*.wandb")), {}
     if not files:
-        raise ValueError(f"--wandb_dir: {folder} holds no W&B run (offline-run-*/run-*.wandb); name where they are, or take "
-                         "--source metrics")  # fmt: skip
-    for _, names, rows in sorted(map(read_offline_run, tqdm(files, desc="W&B runs", unit="run")), key=lambda run: run[0]):
+        raise ValueError(
+            f"--wandb_dir: {folder} holds no W&B run (offline-run-*/run-*.wandb); name where they are, or take "
+            "--source metrics"
+        )
+    for _, names, rows in sorted(
+        map(read_offline_run, tqdm(files, desc="W&B runs", unit="run")), key=lambda run: run[0]
+    ):
         for name in wanted & names:
             found.setdefault(name, []).extend(rows)
     return found
@@ -124,13 +134,16 @@ def from_metrics(wanted: Iterable[str]) -> dict[str, Rows]:
             try:
                 found[name] = [{wandb_name(key): value for key, value in json.loads(line).items()} for line in whole]
             except (ValueError, AttributeError):
-                raise ValueError(f"{file}: has a line that is no JSON object; take it out, or train into another folder") from None
+                raise ValueError(
+                    f"{file}: has a line that is no JSON object; take it out, or train into another folder"
+                ) from None
     return found
 
 
 # ------------------------------------------------------------------------------------------------ the log
 def layer_log(cfg: Config, rows: Rows, metric: str, stopped_at: list[int]) -> dict:
-    """A layer's entry: state, steps, history. Raises ValueError if the run is not complete or lacks the metric."""
+    """A layer's entry: state, steps, history. Raises ValueError if the run is not complete or lacks
+    the metric."""
     rows = [row for row in rows if STEP in row]
     last, planned = max((int(row[STEP]) for row in rows), default=0), batch_plan(cfg, 1).steps
     if last < planned and last not in stopped_at:
@@ -144,20 +157,42 @@ def layer_log(cfg: Config, rows: Rows, metric: str, stopped_at: list[int]) -> di
         raise ValueError(f"has {metric} {wrong[min(wrong)]} at step {min(wrong)}, which has no rank")
     state = "finished" if last >= planned else "stopped by rule"
     steps = {"steps": last, "planned_steps": planned}
-    return {"run": cfg.train.output_dir, "state": state, **steps, "history": sorted(history.items())}
+    return {
+        "run": cfg.train.output_dir,
+        "state": state,
+        **steps,
+        "history": sorted(history.items()),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="what generate_layer_configs_ga_s2.py wrote")
     parser.add_argument("--source", choices=("service", "offline", "metrics"), default="service")
-    parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="default: WANDB_ENTITY, or the key's own")
-    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
-                        help=f"default: WANDB_PROJECT, or {WANDB_PROJECT}")  # fmt: skip
-    parser.add_argument("--wandb_dir", type=Path, default=os.environ.get("WANDB_DIR"),
-                        help="offline: where W&B's run folders are; default: WANDB_DIR, or --runs")  # fmt: skip
+    parser.add_argument(
+        "--entity",
+        default=os.environ.get("WANDB_ENTITY"),
+        help="default: WANDB_ENTITY, or the key's own",
+    )
+    parser.add_argument(
+        "--project",
+        default=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
+        help=f"default: WANDB_PROJECT, or {WANDB_PROJECT}",
+    )
+    parser.add_argument(
+        "--wandb_dir",
+        type=Path,
+        default=os.environ.get("WANDB_DIR"),
+        help="offline: where W&B's run folders are; default: WANDB_DIR, or --runs",
+    )
     parser.add_argument("--metric", default="eval/loss", help="eval/loss, the held-out KL (default), or train/loss")
-    parser.add_argument("--stopped_at", type=int, nargs="*", default=[], help="steps at which a rule stops runs early")
+    parser.add_argument(
+        "--stopped_at",
+        type=int,
+        nargs="*",
+        default=[],
+        help="steps at which a rule stops runs early",
+    )
     parser.add_argument("--output", type=Path, help="default: <runs>/loss_log.json")
     args = parser.parse_args(argv)
 
@@ -167,7 +202,10 @@ def main(argv: list[str] | None = None) -> None:
         where = f"{args.entity}/{args.project}" if args.entity else args.project
         found, where = from_service(wanted, where), f"the project {where}"
     elif args.source == "offline":
-        found, where = from_offline_runs(wanted, args.wandb_dir or args.runs), str(args.wandb_dir or args.runs)
+        found, where = (
+            from_offline_runs(wanted, args.wandb_dir or args.runs),
+            str(args.wandb_dir or args.runs),
+        )
     else:
         found, where = from_metrics(wanted), str(args.runs)
     layers, wrong = {}, []
@@ -180,17 +218,22 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             wrong.append(f"layer {layer} {error}")
     if wrong:
-        raise ValueError(f"{'; '.join(wrong)}. Train them: deepspeed train.py --cfg {args.runs}/layer_<N>/stage2.yaml, or name "
-                         "the steps at which a rule stopped them (--stopped_at), or another --metric")  # fmt: skip
+        raise ValueError(
+            f"{'; '.join(wrong)}. Train them: deepspeed train.py --cfg {args.runs}/layer_<N>/stage2.yaml, or name "
+            "the steps at which a rule stopped them (--stopped_at), or another --metric"
+        )
     output = args.output or args.runs / "loss_log.json"
-    log = {"teacher": teacher, "metric": args.metric, "source": args.source, "num_layers": len(layers), "layers": layers}
-    write_whole(output, json.dumps(log) + "\n")
+    log = {
+        "teacher": teacher,
+        "metric": args.metric,
+        "source": args.source,
+        "num_layers": len(layers),
+        "layers": layers,
+    }
+    atomic_write_text(output, json.dumps(log) + "\n")
     stopped = [layer for layer, entry in layers.items() if entry["state"] != "finished"]
     print(f"{output}: {args.metric} of {len(layers)} layers" + (f"; stopped by rule: {stopped}" if stopped else ""))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"retrieve_loss_log_from_wandb.py: error: {one_line(error)}")
+    run_main(main)

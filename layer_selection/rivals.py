@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from runtime.data import load_tokenizer
+
 from layer_selection.evaluate_layer_importance import ablate, drops
 from layer_selection.questions import TASKS, draw_questions
 from layer_selection.ranking import Ranking, rank_samples
 from layer_selection.side_by_side import rank_hybrids, trained_hybrids
-from pipeline.data import load_tokenizer
 
 SHORT = {"associative_recall": "ar", "associative_recall_multihop": "ar_multihop"}
 TASK_METHODS = {SHORT.get(task, task): task for task in TASKS}
@@ -23,21 +24,26 @@ Method = Callable[..., Ranking | None]
 
 
 def task_ablation(task: str, bench, args: argparse.Namespace) -> Ranking:
-    """accuracy(teacher) - accuracy(teacher with the layer's attention output zeroed). Raises ValueError if the teacher answers
-    nothing: there is nothing to lose."""
+    """accuracy(teacher) - accuracy(teacher with the layer's attention output zeroed). Raises
+    ValueError if the teacher answers nothing: there is nothing to lose."""
     questions = draw_questions(task, args)
-    baseline, without, _ = ablate(bench.teacher, load_tokenizer(bench.cfg.teacher_model.name), questions, args.batch_size)
+    baseline, without, _ = ablate(
+        bench.teacher, load_tokenizer(bench.cfg.teacher_model.name), questions, args.batch_size
+    )
     if not any(baseline):
-        raise ValueError(f"--method: the teacher answers none of {len(questions)} questions of {task}, so they cannot rank its "
-                         "layers; make the task easier (--num_pairs ...) or take another method")  # fmt: skip
+        raise ValueError(
+            f"--method: the teacher answers none of {len(questions)} questions of {task}, so they cannot rank its "
+            "layers; make the task easier (--num_pairs ...) or take another method"
+        )
     return drops(args.method, baseline, without, task=task, seed=args.seed)
 
 
 def ga_s1(mse: Method, bench, args: argparse.Namespace) -> Ranking:
-    """Greedy addition at stage 1 (arXiv 2512.20569): -(sum of the alignment errors e_j of the layers j that stay linear).
+    """Greedy addition at stage 1 (arXiv 2512.20569): -(sum of the alignment errors e_j of the
+    layers j that stay linear).
 
-    Stage 1 feeds every layer the teacher's hidden states, so that restoring one leaves the others' errors as they are:
-    the order is that of `mse`.
+    Stage 1 feeds every layer the teacher's hidden states, so that restoring one leaves the others'
+    errors as they are: the order is that of `mse`.
     """
     errors = mse(bench, args).samples
     totals = [sum(row) for row in zip(*errors.values())]
@@ -46,13 +52,20 @@ def ga_s1(mse: Method, bench, args: argparse.Namespace) -> Ranking:
 
 
 def gr_s2(bench, args: argparse.Namespace) -> Ranking | None:
-    """Greedy removal (arXiv 2512.20569): +KL(teacher || student) after stage 2 in which only this layer is linear."""
-    trained = trained_hybrids(bench, args, {layer: [other for other in bench.layers if other != layer] for layer in bench.layers}, sign=1)
+    """Greedy removal (arXiv 2512.20569): +KL(teacher || student) after stage 2 in which only this
+    layer is linear."""
+    trained = trained_hybrids(
+        bench,
+        args,
+        {layer: [other for other in bench.layers if other != layer] for layer in bench.layers},
+        sign=1,
+    )
     return trained and rank_hybrids("gr_s2", "KL", *trained)
 
 
 def avg_s2(ga_s2: Method, bench, args: argparse.Namespace) -> Ranking | None:
-    """(I_GA-S2 + I_GR-S2) / 2 on every held-out sequence (arXiv 2512.20569), by what lies in their default folders."""
+    """(I_GA-S2 + I_GR-S2) / 2 on every held-out sequence (arXiv 2512.20569), by what lies in their
+    default folders."""
     if args.halving:
         raise ValueError("--halving: avg_s2 needs every layer at the same tokens; leave it out")
     rankings = []
@@ -68,8 +81,9 @@ def avg_s2(ga_s2: Method, bench, args: argparse.Namespace) -> Ranking | None:
 
 
 def place(sensitivity: list[float], count: int) -> list[int]:
-    """SMART's layers (arXiv 2505.17272): the most sensitive of the first and of the last floor(L / K), and between them the
-    others, with steps that differ by one at most, where the sum of sensitivities is largest."""
+    """SMART's layers (arXiv 2505.17272): the most sensitive of the first and of the last floor(L /
+    K), and between them the others, with steps that differ by one at most, where the sum of
+    sensitivities is largest."""
     layers = len(sensitivity)
     end = layers // count
     first = max(range(end), key=sensitivity.__getitem__)
@@ -82,21 +96,30 @@ def place(sensitivity: list[float], count: int) -> list[int]:
         longer = {}
         for at, (total, chosen) in best.items():
             for following in {at + step, at + step + (rest > 0)}:
-                if following < layers and (following not in longer or longer[following][0] < total + sensitivity[following]):
+                if following < layers and (
+                    following not in longer or longer[following][0] < total + sensitivity[following]
+                ):
                     longer[following] = total + sensitivity[following], [*chosen, following]
         best = longer
     return best[last][1]
 
 
 def smart(scan: Method, bench, args: argparse.Namespace) -> Ranking:
-    """Sensitivity, KL(all-linear) - KL(with this layer restored), and placement (arXiv 2505.17272): see `place`.
+    """Sensitivity, KL(all-linear) - KL(with this layer restored), and placement (arXiv 2505.17272):
+    see `place`.
 
     The layers that it places come first; what divides them from the others is no tie.
     """
     all_linear = bench.kls(bench.student)
-    samples = {layer: [kl + value for kl, value in zip(all_linear, values)] for layer, values in scan(bench, args).samples.items()}
+    samples = {
+        layer: [kl + value for kl, value in zip(all_linear, values)]
+        for layer, values in scan(bench, args).samples.items()
+    }
     ranking = rank_samples("smart", "KL that it repairs", samples)
     mean = {layer.layer: layer.importance for layer in ranking.layers}
     placed = place([mean[layer] for layer in sorted(mean)], args.top_k)
-    layers = sorted((replace(layer, ties=()) for layer in ranking.layers), key=lambda layer: layer.layer not in placed)
+    layers = sorted(
+        (replace(layer, ties=()) for layer in ranking.layers),
+        key=lambda layer: layer.layer not in placed,
+    )
     return replace(ranking, layers=layers)

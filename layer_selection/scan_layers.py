@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
+
+from runtime.command import run_main
+from runtime.data import load_tokenizer, open_chunks_for
 
 import torch
 from tqdm import tqdm
@@ -23,12 +25,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from pipeline.data import load_tokenizer, open_chunks_for
 
 
 @torch.no_grad()
 def mean_kl(student: StudentForCausalLM, teacher: StudentForCausalLM, batches, teacher_hidden) -> float:
-    """Mean over all tokens of KL(teacher || student). batches and teacher_hidden: lists of [B, T] and [B, T, H]."""
+    """Mean over all tokens of KL(teacher || student). batches and teacher_hidden: lists of [B, T]
+    and [B, T, H]."""
     head, total = teacher.lm_head.weight, 0.0
     for ids, hidden in zip(batches, teacher_hidden):
         out = student(input_ids=ids, use_cache=False, teacher_hidden_states=hidden, teacher_head_weight=head)
@@ -40,7 +42,8 @@ def mean_kl(student: StudentForCausalLM, teacher: StudentForCausalLM, batches, t
 def scan(
     student: StudentForCausalLM, teacher: StudentForCausalLM, batches: list[torch.Tensor]
 ) -> tuple[float, list[float]]:
-    """(KL of the all-linear student, KL with layer i restored for each i). The student comes back unchanged."""
+    """(KL of the all-linear student, KL with layer i restored for each i). The student comes back
+    unchanged."""
     hidden = [teacher.model(input_ids=ids, use_cache=False).last_hidden_state for ids in batches]
     baseline = mean_kl(student, teacher, batches, hidden)
     restored = []
@@ -88,7 +91,11 @@ def main() -> None:
     kept = choose(kls, keep)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    result = {"all_linear_kl": baseline, "layers": [{"layer": i, "kl": kl} for i, kl in enumerate(kls)], "keep": kept}
+    result = {
+        "all_linear_kl": baseline,
+        "layers": [{"layer": i, "kl": kl} for i, kl in enumerate(kls)],
+        "keep": kept,
+    }
     partial = args.output_dir / "layer_scan.json.partial"
     partial.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(partial, args.output_dir / "layer_scan.json")
@@ -99,7 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(str(error))
+    run_main(main)

@@ -41,28 +41,35 @@ from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 
+from runtime.command import run_main
+from runtime.config import Config, ConfigError
+from runtime.data import load_tokenizer, open_chunks_for
+from runtime.guard import StopSignals
+
+import torch
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from convert import load_teacher, load_teacher_config
+from distill_model import StudentForCausalLM
+from distill_model.losses import linear_cross_entropy, token_kl
+from layer_selection.full_runs import HELDOUT_KL, check_start, load_stage_2, write_chosen
+from layer_selection.questions import add_options
+from layer_selection.ranking import (
+    Ranking,
+    budget,
+    evenly_spaced,
+    rank_samples,
+    rank_scores,
+    table,
+    write,
+)
+from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, task_ablation
+from layer_selection.side_by_side import rank_hybrids, trained_hybrids
+from train import compute_dtype
+from wrapper import AttentionAlignmentModel
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from pipeline.config import Config, ConfigError  # noqa: E402  (pipeline first: it says what is not installed)
-from pipeline.data import load_tokenizer, open_chunks_for  # noqa: E402
-from pipeline.files import one_line  # noqa: E402
-from pipeline.guard import StopSignals  # noqa: E402
-
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers.utils.logging import disable_progress_bar  # noqa: E402
-
-from convert import load_teacher, load_teacher_config  # noqa: E402
-from distill_model import StudentForCausalLM  # noqa: E402
-from distill_model.losses import linear_cross_entropy, token_kl  # noqa: E402
-from layer_selection.full_runs import HELDOUT_KL, check_start, load_stage_2, write_chosen  # noqa: E402
-from layer_selection.questions import add_options  # noqa: E402
-from layer_selection.ranking import Ranking, budget, evenly_spaced, rank_samples, rank_scores, table, write  # noqa: E402
-from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, task_ablation  # noqa: E402
-from layer_selection.side_by_side import rank_hybrids, trained_hybrids  # noqa: E402
-from train import compute_dtype  # noqa: E402
-from wrapper import AttentionAlignmentModel  # noqa: E402
 
 
 class Bench:
@@ -120,7 +127,9 @@ class Bench:
     def swapped(self, measure, into: StudentForCausalLM, source: StudentForCausalLM) -> dict[int, list[float]]:
         """`measure` of `into` with the attention of one layer taken from `source`, for every layer."""
         figures = {}
-        for i, (mine, other) in enumerate(zip(tqdm(into.model.layers, desc="layers", unit="layer"), source.model.layers)):
+        for i, (mine, other) in enumerate(
+            zip(tqdm(into.model.layers, desc="layers", unit="layer"), source.model.layers)
+        ):
             own, mine.attn = mine.attn, other.attn
             try:
                 figures[i] = measure(into)
@@ -142,7 +151,9 @@ def ppl(bench: Bench, args) -> Ranking:
 def mse(bench: Bench, args) -> Ranking:
     model = AttentionAlignmentModel(bench.teacher, bench.student)
     with torch.no_grad():
-        errors = [model(row.to(bench.device)[None])["layer_losses"].tolist() for batch in bench.batches for row in batch]
+        errors = [
+            model(row.to(bench.device)[None])["layer_losses"].tolist() for batch in bench.batches for row in batch
+        ]
     return rank_samples("mse", "alignment error", {i: [row[i] for row in errors] for i in bench.layers})
 
 
@@ -167,20 +178,32 @@ def ga_s2(bench: Bench, args) -> Ranking | None:
 
 
 METHODS = {
-    "ga_s2": ga_s2, "gr_s2": gr_s2, "avg_s2": partial(avg_s2, ga_s2), "ga_s1": partial(ga_s1, mse), "smart": partial(smart, scan),
-    "scan": scan, "ppl": ppl, "mse": mse, "uniform": uniform, "random": randomly,
+    "ga_s2": ga_s2,
+    "gr_s2": gr_s2,
+    "avg_s2": partial(avg_s2, ga_s2),
+    "ga_s1": partial(ga_s1, mse),
+    "smart": partial(smart, scan),
+    "scan": scan,
+    "ppl": ppl,
+    "mse": mse,
+    "uniform": uniform,
+    "random": randomly,
     **{method: partial(task_ablation, task) for method, task in TASK_METHODS.items()},
-}  # fmt: skip
+}
 TRAINED = ("ga_s2", "gr_s2", "avg_s2")  # with a training run for every layer
 
 
 def submit(args: argparse.Namespace, cfg: Config, words: list[str], layers: int) -> None:
-    """Sends to Slurm this command, `words`, as an array of the layers that are missing, and once more behind it to rank them.
+    """Sends to Slurm this command, `words`, as an array of the layers that are missing, and once
+    more behind it to rank them.
 
-    Raises ConfigError if there is no Slurm, or the command would not mean the same where its jobs run.
+    Raises ConfigError if there is no Slurm, or the command would not mean the same where its jobs
+    run.
     """
     if args.method not in TRAINED or args.candidate is not None or args.halving:
-        raise ConfigError(f"--slurm: trains every layer to its end, with --method {' or '.join(TRAINED)}, without --candidate and --halving")
+        raise ConfigError(
+            f"--slurm: trains every layer to its end, with --method {' or '.join(TRAINED)}, without --candidate and --halving"
+        )
     if shutil.which("sbatch") is None:
         raise ConfigError("--slurm: there is no sbatch here; leave it out, or go where jobs are submitted")
     if Path.cwd() != ROOT:
@@ -191,9 +214,24 @@ def submit(args: argparse.Namespace, cfg: Config, words: list[str], layers: int)
     job = None
     for name, options in (("candidates", array), ("selection", []))[not missing :]:
         after = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"] if job else []
-        done = subprocess.run(["sbatch", "--parsable", f"--job-name={name}", *options, *after, *os.environ.get("SBATCH_ARGS", "").split(),
-                               "launch_selection.sh", "--cfg", args.cfg, "--full_runs", *words],
-                              env=os.environ | {"CFG": args.cfg}, capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [
+                "sbatch",
+                "--parsable",
+                f"--job-name={name}",
+                *options,
+                *after,
+                *os.environ.get("SBATCH_ARGS", "").split(),
+                "launch_selection.sh",
+                "--cfg",
+                args.cfg,
+                "--full_runs",
+                *words,
+            ],
+            env=os.environ | {"CFG": args.cfg},
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             if job:
                 subprocess.run(["scancel", job])
@@ -204,26 +242,70 @@ def submit(args: argparse.Namespace, cfg: Config, words: list[str], layers: int)
 
 def main(argv: list[str] | None = None) -> None:
     # --slurm hands the words on without itself: an abbreviation of it would submit itself again from each of its jobs.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--cfg", required=True, help="YAML of stage 2")
     parser.add_argument("--method", choices=METHODS, default="ga_s2", help="see above (%(default)s)")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--top-k", type=int, help="how many layers to keep")
     size.add_argument("--ratio", type=float, help="share of the layers to keep: floor(ratio x layers + 0.5)")
     parser.add_argument("--output_dir", type=Path, help="default: <train.output_dir>_<method>")
-    parser.add_argument("--rounds", type=int, default=20, help=f"{', '.join(TRAINED)}: measurements in a training run (%(default)s)")
-    parser.add_argument("--window", type=int, default=3, help="rounds over which the choice must stand for training to end; 0: it goes to its end (%(default)s)")
-    parser.add_argument("--correlation", type=float, default=0.8, help="of the order of the layers from round to round in that window, at least; those that "
-                        "--halving stopped keep their places (%(default)s)")  # fmt: skip
-    parser.add_argument("--halving", action="store_true", help="the worse half of the layers ends after rounds 2, 4, 8 ...")
-    parser.add_argument("--full_runs", action="store_true", help="each layer by train.py to its end, not side by side")
-    parser.add_argument("--candidate", type=int, help=f"{', '.join(TRAINED)}: train this layer alone, and do not rank")
-    parser.add_argument("--slurm", action="store_true", help="submit each layer as a task of an array (PARALLEL at a time, 8), and the "
-                        "ranking behind it; SBATCH_ARGS: options for both")  # fmt: skip
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=20,
+        help=f"{', '.join(TRAINED)}: measurements in a training run (%(default)s)",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=3,
+        help="rounds over which the choice must stand for training to end; 0: it goes to its end (%(default)s)",
+    )
+    parser.add_argument(
+        "--correlation",
+        type=float,
+        default=0.8,
+        help="of the order of the layers from round to round in that window, at least; those that "
+        "--halving stopped keep their places (%(default)s)",
+    )
+    parser.add_argument(
+        "--halving",
+        action="store_true",
+        help="the worse half of the layers ends after rounds 2, 4, 8 ...",
+    )
+    parser.add_argument(
+        "--full_runs",
+        action="store_true",
+        help="each layer by train.py to its end, not side by side",
+    )
+    parser.add_argument(
+        "--candidate",
+        type=int,
+        help=f"{', '.join(TRAINED)}: train this layer alone, and do not rank",
+    )
+    parser.add_argument(
+        "--slurm",
+        action="store_true",
+        help="submit each layer as a task of an array (PARALLEL at a time, 8), and the "
+        "ranking behind it; SBATCH_ARGS: options for both",
+    )
     port = f" --master_port {os.environ['MASTER_PORT']}" if "MASTER_PORT" in os.environ else ""  # the launch scripts'
-    parser.add_argument("--launcher", default=f"{Path(sys.executable).with_name('deepspeed')}{port}", help="what starts train.py")
+    parser.add_argument(
+        "--launcher",
+        default=f"{Path(sys.executable).with_name('deepspeed')}{port}",
+        help="what starts train.py",
+    )
     parser.add_argument("--sequences", type=int, default=64, help="held-out sequences to measure on (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences, or questions of a task, at a time (%(default)s)")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=8,
+        help="sequences, or questions of a task, at a time (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of random, and of a task's questions (%(default)s)")
     add_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="come after the file")
@@ -238,7 +320,9 @@ def main(argv: list[str] | None = None) -> None:
     if not 1 <= args.top_k <= layers:
         raise ConfigError(f"--top-k: {args.top_k} must be between 1 and the teacher's {layers} layers")
     if args.candidate is not None and (args.method not in TRAINED or not 0 <= args.candidate < layers):
-        raise ConfigError(f"--candidate: {args.candidate} needs --method {' or '.join(TRAINED)} and a layer in 0..{layers - 1}")
+        raise ConfigError(
+            f"--candidate: {args.candidate} needs --method {' or '.join(TRAINED)} and a layer in 0..{layers - 1}"
+        )
     for name, least in (("rounds", 1), ("window", 0), ("sequences", 2), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name}: {getattr(args, name)} must be at least {least}")
@@ -248,7 +332,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--output_dir: {args.output_dir} is a file; name a folder")
     if args.slurm:
         return submit(args, cfg, [word for word in argv if word != "--slurm"], layers)
-    # Training handles signals itself; what takes minutes keeps nothing and starts anew when it is requeued.
+    # Training handles signals itself; what takes minutes keeps nothing and starts anew when it is
+    # requeued.
     with StopSignals(to_the_end=False) if args.method not in TRAINED else nullcontext():
         ranking = METHODS[args.method](Bench(cfg, args.sequences, args.batch_size), args)
     if ranking is None:
@@ -259,13 +344,12 @@ def main(argv: list[str] | None = None) -> None:
     undecided = f"; not told apart at the cut: {ranking.undecided(args.top_k)}" if ranking.undecided(args.top_k) else ""
     if "share_of_full_runs" in ranking.facts:
         facts = ranking.facts
-        print(f"Trained side by side for {facts['steps']} of {facts['of_steps']} steps: {facts['share_of_full_runs']:.1%} of the FLOPs of "
-              f"{layers} full runs, {facts['seconds']:.0f} s")  # fmt: skip
+        print(
+            f"Trained side by side for {facts['steps']} of {facts['of_steps']} steps: {facts['share_of_full_runs']:.1%} of the FLOPs of "
+            f"{layers} full runs, {facts['seconds']:.0f} s"
+        )
     print(f"Kept: {ranking.keep(args.top_k)}{undecided}; next: deepspeed train.py --cfg {chosen}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"select_layers.py: error: {one_line(error)}")
+    run_main(main)

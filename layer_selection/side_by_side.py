@@ -20,6 +20,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from runtime.batch_plan import BatchPlan, batch_plan
+from runtime.config import Config, ConfigError, dump_config, load_config
+from runtime.files import atomic_directory, atomic_write_text, locked
+from runtime.guard import REQUEUE, StopSignals
+from runtime.run_folder import difference
+
 import numpy
 import psutil
 import torch
@@ -31,16 +37,13 @@ from cuda_graphs import GraphedForward
 from distill_model import StudentForCausalLM
 from layer_selection.full_runs import train_hybrid
 from layer_selection.ranking import Layer, Ranking, rank_samples
-from pipeline.batch_plan import BatchPlan, batch_plan
-from pipeline.config import Config, ConfigError, dump_config, load_config
-from pipeline.files import complete_or_absent, locked, write_whole
-from pipeline.guard import REQUEUE, StopSignals
-from pipeline.run_folder import difference
 from train import checkpoint_activations, get_scheduler, parameter_groups, use_cuda_graphs
 
 HISTORY, CONFIG, STATES = "rounds.json", "candidates.yaml", "states"
 CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at a time
-BYTES_A_PARAMETER = 16  # of a candidate in bf16: weight, gradient, and AdamW's three in fp32; in fp32 as well, without a copy
+BYTES_A_PARAMETER = (
+    16  # of a candidate in bf16: weight, gradient, and AdamW's three in fp32; in fp32 as well, without a copy
+)
 
 
 class MasterAdamW:
@@ -81,7 +84,11 @@ class MasterAdamW:
         found = {}
         for i, master in enumerate(self.masters):
             state = self.adamw.state[master]
-            found |= {f"{i}.master": master, f"{i}.exp_avg": state["exp_avg"], f"{i}.exp_avg_sq": state["exp_avg_sq"]}
+            found |= {
+                f"{i}.master": master,
+                f"{i}.exp_avg": state["exp_avg"],
+                f"{i}.exp_avg_sq": state["exp_avg_sq"],
+            }
         return found
 
     @torch.no_grad()
@@ -89,8 +96,11 @@ class MasterAdamW:
         """Goes on behind `steps` steps from what `tensors()` gave."""
         for i, (param, master) in enumerate(zip(self.params, self.masters)):
             master.copy_(tensors[f"{i}.master"])
-            self.adamw.state[master] = {"step": torch.tensor(float(steps)), "exp_avg": tensors[f"{i}.exp_avg"].to(master.device),
-                                        "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].to(master.device)}  # fmt: skip
+            self.adamw.state[master] = {
+                "step": torch.tensor(float(steps)),
+                "exp_avg": tensors[f"{i}.exp_avg"].to(master.device),
+                "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].to(master.device),
+            }
             if param is not master:
                 param.copy_(master)
         for _ in range(steps):
@@ -107,34 +117,58 @@ class MasterAdamW:
 
 
 class Candidate:
-    """A hybrid in the middle of its stage 2. cuda_graphs: replay its passes as CUDA graphs; it must stay on its GPU then."""
+    """A hybrid in the middle of its stage 2. cuda_graphs: replay its passes as CUDA graphs; it must
+    stay on its GPU then."""
 
-    def __init__(self, name: str, hybrid: StudentForCausalLM, cfg: Config, plan: BatchPlan, cuda_graphs: bool = False):
+    def __init__(
+        self,
+        name: str,
+        hybrid: StudentForCausalLM,
+        cfg: Config,
+        plan: BatchPlan,
+        cuda_graphs: bool = False,
+    ):
         self.name, self.cfg, self.plan, self.hybrid = name, cfg, plan, hybrid.train()
         self.forward = GraphedForward(hybrid) if cuda_graphs else hybrid
         self.losses: dict[int, torch.Tensor] = {}  # of the steps since they were last checked
         checkpoint_activations(hybrid, cfg.train.gradient_checkpointing)
-        groups = [{"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in parameter_groups(hybrid, cfg)]
-        self.optimizer = MasterAdamW(groups, tuple(cfg.train.betas), cfg.train.max_grad_norm,
-                                     lambda optimizer: get_scheduler(optimizer, cfg, plan))  # fmt: skip
+        groups = [
+            {"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in parameter_groups(hybrid, cfg)
+        ]
+        self.optimizer = MasterAdamW(
+            groups,
+            tuple(cfg.train.betas),
+            cfg.train.max_grad_norm,
+            lambda optimizer: get_scheduler(optimizer, cfg, plan),
+        )
 
     def to(self, device: torch.device) -> None:
         if self.hybrid.device != device:
             self.hybrid.to(device)  # parameters stay the same objects
             self.optimizer.to(device)
 
-    def train(self, step: int, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], head_weight: torch.Tensor) -> None:
-        """One step on micro-batches of token ids and the teacher's hidden states. `check_losses` tells whether it went well: to
-        ask after every step would make the GPU wait."""
+    def train(
+        self,
+        step: int,
+        micro_batches: list[tuple[torch.Tensor, torch.Tensor]],
+        head_weight: torch.Tensor,
+    ) -> None:
+        """One step on micro-batches of token ids and the teacher's hidden states. `check_losses`
+        tells whether it went well: to ask after every step would make the GPU wait."""
         train, device = self.cfg.train, self.hybrid.device
         losses = []
         for ids, hidden in micro_batches:
             ids = ids.to(device)
             loss = self.forward(
-                input_ids=ids, labels=ids if train.ce_weight else None, teacher_hidden_states=hidden.to(device),
-                teacher_head_weight=head_weight, use_cache=False, kl_temperature=train.kl_temperature,
-                kl_weight=train.kl_weight, ce_weight=train.ce_weight,
-            )["loss"]  # fmt: skip
+                input_ids=ids,
+                labels=ids if train.ce_weight else None,
+                teacher_hidden_states=hidden.to(device),
+                teacher_head_weight=head_weight,
+                use_cache=False,
+                kl_temperature=train.kl_temperature,
+                kl_weight=train.kl_weight,
+                ce_weight=train.ce_weight,
+            )["loss"]
             (loss / len(micro_batches)).backward()
             losses.append(loss.detach())
         self.losses[step] = torch.stack(losses).mean()
@@ -145,7 +179,9 @@ class Candidate:
         finite = torch.stack([*self.losses.values()]).isfinite().tolist()
         if not all(finite):
             step = list(self.losses)[finite.index(False)]
-            raise ConfigError(f"{self.name}: its loss is not finite at step {step}; try a lower train.lr or train.lr_attn")
+            raise ConfigError(
+                f"{self.name}: its loss is not finite at step {step}; try a lower train.lr or train.lr_attn"
+            )
         self.losses.clear()
 
 
@@ -158,7 +194,8 @@ def rank_correlation(a: dict[int, float], b: dict[int, float]) -> float:
 
 
 def order_after(rounds: list[dict[int, float]]) -> dict[int, int]:
-    """-place of every layer by its score in the last of `rounds`; those that stopped come behind, the later ones first."""
+    """-place of every layer by its score in the last of `rounds`; those that stopped come behind,
+    the later ones first."""
     order: list[int] = []
     for scores in reversed(rounds):
         order += sorted(scores.keys() - set(order), key=lambda layer: (-scores[layer], layer))
@@ -166,21 +203,24 @@ def order_after(rounds: list[dict[int, float]]) -> dict[int, int]:
 
 
 def settled(rounds: list[dict[int, list[float]]], top_k: int, window: int, correlation: float) -> bool:
-    """Whether in the last `window` rounds, importance by layer on each sequence, the best `top_k` were the same ones, up to layers
-    that the last round cannot tell apart, and each round's order of all layers had at least `correlation` with the next one's.
-    Of layers that halving stopped the order stays, so that behind it the choice decides. window 0: never."""
+    """Whether in the last `window` rounds, importance by layer on each sequence, the best `top_k`
+    were the same ones, up to layers that the last round cannot tell apart, and each round's order
+    of all layers had at least `correlation` with the next one's. Of layers that halving stopped the
+    order stays, so that behind it the choice decides. window 0: never."""
     if not window or len(rounds) < window:
         return False
     scores = [{layer: sum(values) / len(values) for layer, values in samples.items()} for samples in rounds]
     orders = [order_after(scores[:done]) for done in range(len(rounds) - window + 1, len(rounds) + 1)]
     best = [{layer for layer, place in order.items() if -place < top_k} for order in orders]
     undecided = set(rank_samples("", "", rounds[-1]).undecided(top_k))
-    return (all(chosen ^ best[-1] <= undecided for chosen in best)
-            and all(rank_correlation(a, b) >= correlation - 1e-9 for a, b in zip(orders, orders[1:])))  # fmt: skip
+    return all(chosen ^ best[-1] <= undecided for chosen in best) and all(
+        rank_correlation(a, b) >= correlation - 1e-9 for a, b in zip(orders, orders[1:])
+    )
 
 
 def survivors(scores: dict[int, float], top_k: int, done: int) -> list[int]:
-    """Who goes on after `done` rounds of successive halving: after 2, 4, 8 ... the better half, never fewer than top_k + 1."""
+    """Who goes on after `done` rounds of successive halving: after 2, 4, 8 ... the better half,
+    never fewer than top_k + 1."""
     halve = done > 1 and done & (done - 1) == 0
     count = max(min(len(scores), top_k + 1), math.ceil(len(scores) / 2)) if halve else len(scores)
     return sorted(sorted(scores, key=lambda layer: (-scores[layer], layer))[:count])
@@ -190,12 +230,15 @@ def survivors(scores: dict[int, float], top_k: int, done: int) -> list[int]:
 def check_optimizer(cfg: Config) -> None:
     """Raises ConfigError unless candidates can train side by side as the config says."""
     if cfg.train.optimizer != "adamw":
-        raise ConfigError(f"train.optimizer: {cfg.train.optimizer}: side by side, candidates train with adamw; set that, or take --full_runs")
+        raise ConfigError(
+            f"train.optimizer: {cfg.train.optimizer}: side by side, candidates train with adamw; set that, or take --full_runs"
+        )
 
 
 class Rounds:
-    """The candidates of one selection. kept: layer -> the layers that its hybrid keeps. sign: of the importance, -1 for
-    -KL. Its history lies in `folder`, and a stopped one goes on from its last saved round."""
+    """The candidates of one selection. kept: layer -> the layers that its hybrid keeps. sign: of
+    the importance, -1 for -KL. Its history lies in `folder`, and a stopped one goes on from its
+    last saved round."""
 
     def __init__(self, bench, args, kept: dict[int, list[int]], sign: int, folder: Path):
         self.bench, self.args, self.kept, self.sign, self.folder = bench, args, kept, sign, folder
@@ -223,7 +266,9 @@ class Rounds:
         return survivors(scores, self.args.top_k, len(self.history)) if self.args.halving else sorted(scores)
 
     def over(self) -> bool:
-        rounds = [{layer: [self.sign * kl for kl in kls] for layer, kls in entry["kl"].items()} for entry in self.history]
+        rounds = [
+            {layer: [self.sign * kl for kl in kls] for layer, kls in entry["kl"].items()} for entry in self.history
+        ]
         return len(rounds) == self.rounds or settled(rounds, self.args.top_k, self.args.window, self.args.correlation)
 
     # ---- batches
@@ -246,8 +291,10 @@ class Rounds:
         on_gpu, memory = self.bench.device.type == "cuda", psutil.virtual_memory().available
         self.resident = not on_gpu or need < 0.6 * torch.cuda.mem_get_info()[0]
         if need > 0.9 * memory and not (on_gpu and self.resident):
-            raise ConfigError(f"--method: {len(mine)} candidates side by side need {need / 2**30:.0f} GiB of memory, of which "
-                              f"{memory / 2**30:.0f} are free; take a larger machine, or --full_runs")  # fmt: skip
+            raise ConfigError(
+                f"--method: {len(mine)} candidates side by side need {need / 2**30:.0f} GiB of memory, of which "
+                f"{memory / 2**30:.0f} are free; take a larger machine, or --full_runs"
+            )
         graphs = self.resident and use_cuda_graphs(self.cfg, self.bench.device.type, 1, teacher.config)
         self.read = GraphedForward(teacher.model) if graphs else teacher.model
         for layer in mine:
@@ -265,20 +312,31 @@ class Rounds:
         """The states behind the last round; older ones go once these are whole."""
         done = len(self.history)
         self.saved(done).parent.mkdir(exist_ok=True)
-        with complete_or_absent(self.saved(done), replace=True) as folder:
+        with atomic_directory(self.saved(done), replace=True) as folder:
             for layer, candidate in self.candidates.items():
-                save_file({k: v.contiguous() for k, v in candidate.optimizer.tensors().items()}, folder / f"{layer}.safetensors")
+                save_file(
+                    {k: v.contiguous() for k, v in candidate.optimizer.tensors().items()},
+                    folder / f"{layer}.safetensors",
+                )
         for old in range(1, done):
             shutil.rmtree(self.saved(old), ignore_errors=True)
 
     # ---- the loop
     def train_round(self, mine: list[int], first: int, last: int, bar) -> dict[int, list[float]]:
-        head, device, parked = self.bench.teacher.lm_head.weight, self.bench.device, torch.device("cpu")
+        head, device, parked = (
+            self.bench.teacher.lm_head.weight,
+            self.bench.device,
+            torch.device("cpu"),
+        )
         tokens = self.plan.tokens_per_step * self.bench.teacher.config.hidden_size * self.bench.teacher.dtype.itemsize
         segment = 1 if self.resident else max(1, CACHE_BYTES // tokens)
         for start in range(first, last, segment):
             stop = min(last, start + segment)
-            cached = None if self.resident else [(n, [(i.cpu(), h.cpu()) for i, h in parts]) for n, parts in self.batches(start, stop)]
+            cached = (
+                None
+                if self.resident
+                else [(n, [(i.cpu(), h.cpu()) for i, h in parts]) for n, parts in self.batches(start, stop)]
+            )
             if self.resident:
                 for step, parts in self.batches(start, stop):
                     for layer in mine:
@@ -303,8 +361,9 @@ class Rounds:
         return kls
 
     def run(self) -> tuple[dict[int, list[float]], dict]:
-        """Trains what is missing. Returns the KLs of every candidate's last round on each held-out sequence, and facts of the
-        training: steps, who stopped before and when, and the share of full runs' compute that it took."""
+        """Trains what is missing. Returns the KLs of every candidate's last round on each held-out
+        sequence, and facts of the training: steps, who stopped before and when, and the share of
+        full runs' compute that it took."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / ".lock", f"--output_dir: {self.folder}"):
             self.open_history()
@@ -313,44 +372,75 @@ class Rounds:
                     raise ConfigError(
                         f"--output_dir: {self.folder} has candidates whose training ended behind round {len(self.history)} of {self.rounds}, "
                         f"before their order settled for --top-k {self.args.top_k}, --window {self.args.window} and --correlation "
-                        f"{self.args.correlation}; --window 1 ranks what is there, another --output_dir trains anew")  # fmt: skip
-                done = max((n for n in range(1, len(self.history) + 1) if self.saved(n).is_dir()), default=0)
+                        f"{self.args.correlation}; --window 1 ranks what is there, another --output_dir trains anew"
+                    )
+                done = max(
+                    (n for n in range(1, len(self.history) + 1) if self.saved(n).is_dir()),
+                    default=0,
+                )
                 self.history = self.history[:done]
                 self.train()
             shutil.rmtree(self.folder / STATES, ignore_errors=True)
         last = {layer: entry for entry in self.history for layer in entry["kl"]}
         end = self.history[-1]["step"]
         stopped = {layer: entry["step"] for layer, entry in last.items() if entry["step"] < end}
-        facts = {"steps": end, "of_steps": self.plan.steps, "stopped": stopped, "share_of_full_runs": self.share(),
-                 "seconds": round(sum(entry["seconds"] for entry in self.history), 1)}  # fmt: skip
+        facts = {
+            "steps": end,
+            "of_steps": self.plan.steps,
+            "stopped": stopped,
+            "share_of_full_runs": self.share(),
+            "seconds": round(sum(entry["seconds"] for entry in self.history), 1),
+        }
         return {layer: entry["kl"][layer] for layer, entry in last.items()}, facts
 
     def open_history(self) -> None:
         """Reads what an earlier process has done. Raises ConfigError if that was another selection."""
         file, trained = self.folder / CONFIG, (self.folder / HISTORY).is_file()
         if trained and (other := difference(load_config(file), self.cfg)):
-            raise ConfigError(f"{self.folder} has candidates of another config ({other}); name another --output_dir or remove it")
-        write_whole(file, dump_config(self.cfg))
+            raise ConfigError(
+                f"{self.folder} has candidates of another config ({other}); name another --output_dir or remove it"
+            )
+        atomic_write_text(file, dump_config(self.cfg))
         if trained:
             known = json.loads((self.folder / HISTORY).read_text())
             if missing := {"rounds", "kept", "over", "history"} - set(known):
-                raise ConfigError(f"--output_dir: {self.folder / HISTORY} is of an older version, without {', '.join(sorted(missing))}; "
-                                  "remove that folder or name another --output_dir")  # fmt: skip
-            if (known["rounds"], known["kept"]) != (self.rounds, {str(k): v for k, v in self.kept.items()}):
-                raise ConfigError(f"--output_dir: {self.folder} has other candidates or --rounds {known['rounds']}; name another")
-            there, here = (len(next(iter(known["history"][0]["kl"].values()))), sum(map(len, self.bench.batches)))
+                raise ConfigError(
+                    f"--output_dir: {self.folder / HISTORY} is of an older version, without {', '.join(sorted(missing))}; "
+                    "remove that folder or name another --output_dir"
+                )
+            if (known["rounds"], known["kept"]) != (
+                self.rounds,
+                {str(k): v for k, v in self.kept.items()},
+            ):
+                raise ConfigError(
+                    f"--output_dir: {self.folder} has other candidates or --rounds {known['rounds']}; name another"
+                )
+            there, here = (
+                len(next(iter(known["history"][0]["kl"].values()))),
+                sum(map(len, self.bench.batches)),
+            )
             if there != here:
-                raise ConfigError(f"--sequences: {self.folder} was measured on {there} sequences, not {here}; say so, or name another --output_dir")
+                raise ConfigError(
+                    f"--sequences: {self.folder} was measured on {there} sequences, not {here}; say so, or name another --output_dir"
+                )
             self.ended = known["over"]
             self.history = [entry | {"kl": {int(k): v for k, v in entry["kl"].items()}} for entry in known["history"]]
 
     def train(self) -> None:
-        """Round after round. Told to stop by a signal, it ends the round, saves and exits with REQUEUE."""
+        """Round after round. Told to stop by a signal, it ends the round, saves and exits with
+        REQUEUE."""
         done, saved = len(self.history), time.monotonic()
         self.build(self.alive(), done)
         total = self.plan.steps * len(self.kept)
-        with (StopSignals(to_the_end=False) as stop, tqdm(total=total, desc="candidates' steps, at most", unit="step",
-                                                          initial=self.last_step(done) * len(self.kept)) as bar):  # fmt: skip
+        with (
+            StopSignals(to_the_end=False) as stop,
+            tqdm(
+                total=total,
+                desc="candidates' steps, at most",
+                unit="step",
+                initial=self.last_step(done) * len(self.kept),
+            ) as bar,
+        ):
             stop.saving = True
             while not self.over():
                 begin, alive, done = time.perf_counter(), self.alive(), len(self.history)
@@ -359,8 +449,13 @@ class Rounds:
                 kls = self.train_round(alive, self.last_step(done), self.last_step(done + 1), bar)
                 seconds = round(time.perf_counter() - begin, 3)
                 self.history.append({"step": self.last_step(done + 1), "seconds": seconds, "kl": kls})
-                known = {"rounds": self.rounds, "kept": self.kept, "over": self.over(), "history": self.history}
-                write_whole(self.folder / HISTORY, json.dumps(known))
+                known = {
+                    "rounds": self.rounds,
+                    "kept": self.kept,
+                    "over": self.over(),
+                    "history": self.history,
+                }
+                atomic_write_text(self.folder / HISTORY, json.dumps(known))
                 scores = self.scores(self.history[-1])
                 best = sorted(scores, key=lambda layer: -scores[layer])[: self.args.top_k]
                 bar.set_postfix({"best": ",".join(map(str, sorted(best))), "training": len(alive)})
@@ -369,44 +464,66 @@ class Rounds:
                     self.save()
                     saved = time.monotonic()
                 if stop.received and not self.over():
-                    print(f"{stop.received}: stopped behind round {len(self.history)}; the same command goes on", flush=True)
+                    print(
+                        f"{stop.received}: stopped behind round {len(self.history)}; the same command goes on",
+                        flush=True,
+                    )
                     sys.exit(REQUEUE)
 
     def share(self) -> float:
-        """FLOPs of the matrix products over those of a full run for every candidate, evaluations included."""
+        """FLOPs of the matrix products over those of a full run for every candidate, evaluations
+        included."""
 
         def products(model) -> int:
             return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
 
-        teacher, student, head = (products(part) for part in (self.bench.teacher, self.bench.student, self.bench.teacher.lm_head))
+        teacher, student, head = (
+            products(part) for part in (self.bench.teacher, self.bench.student, self.bench.teacher.lm_head)
+        )
         heldout = sum(batch.numel() for batch in self.bench.batches)
         spent, before = 0, 0
         for entry in self.history:
             tokens = (entry["step"] - before) * self.plan.tokens_per_step
-            spent += tokens * (2 * teacher + 6 * student * len(entry["kl"])) + heldout * 2 * (student + head) * len(entry["kl"])
+            spent += tokens * (2 * teacher + 6 * student * len(entry["kl"])) + heldout * 2 * (student + head) * len(
+                entry["kl"]
+            )
             before = entry["step"]
         return spent / (self.plan.tokens * (2 * teacher + 6 * student) * len(self.kept))
 
 
 def trained_hybrids(bench, args, kept: dict[int, list[int]], sign: int) -> tuple[dict[int, list[float]], dict] | None:
-    """The held-out KLs of every layer's hybrid after stage 2, and facts of their training: side by side, or where the user wants
-    full runs or the folder has some, by train.py in layer_<N>/. None where --candidate has trained one alone."""
+    """The held-out KLs of every layer's hybrid after stage 2, and facts of their training: side by
+    side, or where the user wants full runs or the folder has some, by train.py in layer_<N>/. None
+    where --candidate has trained one alone."""
     folders = {layer: args.output_dir / f"layer_{layer}" for layer in kept}
     if not (args.full_runs or args.candidate is not None or any(folder.is_dir() for folder in folders.values())):
         return Rounds(bench, args, kept, sign, args.output_dir / "side_by_side").run()
     if args.halving:
-        raise ConfigError("--halving: full runs go to their end; leave it out, or name an --output_dir without layer_<N> folders")
+        raise ConfigError(
+            "--halving: full runs go to their end; leave it out, or name an --output_dir without layer_<N> folders"
+        )
     mine = kept if args.candidate is None else [args.candidate]
-    kls = {layer: train_hybrid(bench, args.launcher, kept[layer], folders[layer])
-           for layer in tqdm(mine, desc="candidates", unit="layer")}  # fmt: skip
+    kls = {
+        layer: train_hybrid(bench, args.launcher, kept[layer], folders[layer])
+        for layer in tqdm(mine, desc="candidates", unit="layer")
+    }
     return (kls, {}) if args.candidate is None else None
 
 
 def rank_hybrids(method: str, unit: str, importance: dict[int, list[float]], facts: dict) -> Ranking:
-    """By importance on each held-out sequence; those that halving stopped come last, the later ones first, without intervals, for they
-    trained on fewer tokens."""
+    """By importance on each held-out sequence; those that halving stopped come last, the later ones
+    first, without intervals, for they trained on fewer tokens."""
     stopped = facts.get("stopped", {})
-    going = rank_samples(method, unit, {layer: values for layer, values in importance.items() if layer not in stopped}, **facts)
+    going = rank_samples(
+        method,
+        unit,
+        {layer: values for layer, values in importance.items() if layer not in stopped},
+        **facts,
+    )
     means = {layer: sum(values) / len(values) for layer, values in importance.items()}
     order = sorted(stopped, key=lambda layer: (-stopped[layer], -means[layer]))
-    return replace(going, layers=going.layers + [Layer(layer, means[layer]) for layer in order], samples=importance)
+    return replace(
+        going,
+        layers=going.layers + [Layer(layer, means[layer]) for layer in order],
+        samples=importance,
+    )

@@ -14,10 +14,10 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from runtime.data import beginning
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
-
-from pipeline.data import beginning
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgjklmnprstvz" for vowel in "aeiou"]
 WORDS = ["".join(pair) for pair in itertools.permutations(_SYLLABLES, 2)]
@@ -27,7 +27,8 @@ NUM_WORDS = 256  # words that documents draw from unless told otherwise
 
 @dataclass(frozen=True)
 class Document:
-    """A task's text; `answers` are the [start, stop) characters that can be told from the text before them, in order."""
+    """A task's text; `answers` are the [start, stop) characters that can be told from the text
+    before them, in order."""
 
     text: str
     answers: list[tuple[int, int]]
@@ -53,8 +54,11 @@ def _document(head: str, questions: Iterable[tuple[str, str]]) -> Document:
     return Document(text + "\n", answers)
 
 
-def associative_recall(rng: random.Random, num_pairs: int = 48, num_queries: int = 16, num_words: int = NUM_WORDS) -> Document:
-    """Pairs of words, then keys that ask for their values (multi-query associative recall, arXiv 2312.04927)."""
+def associative_recall(
+    rng: random.Random, num_pairs: int = 48, num_queries: int = 16, num_words: int = NUM_WORDS
+) -> Document:
+    """Pairs of words, then keys that ask for their values (multi-query associative recall, arXiv
+    2312.04927)."""
     keys = rng.sample(WORDS[:num_words], num_pairs)
     values = [rng.choice(WORDS[:num_words]) for _ in keys]
     pairs = [f" {key} {value}" for key, value in zip(keys, values)]
@@ -63,15 +67,23 @@ def associative_recall(rng: random.Random, num_pairs: int = 48, num_queries: int
 
 
 def multi_hop_recall(
-    rng: random.Random, num_chains: int = 16, num_hops: int = 2, num_queries: int = 8, num_words: int = NUM_WORDS
+    rng: random.Random,
+    num_chains: int = 16,
+    num_hops: int = 2,
+    num_queries: int = 8,
+    num_words: int = NUM_WORDS,
 ) -> Document:
-    """Pairs that form chains of `num_hops` links, shuffled; the first word of a chain asks for all that follow it."""
+    """Pairs that form chains of `num_hops` links, shuffled; the first word of a chain asks for all
+    that follow it."""
     words = rng.sample(WORDS[:num_words], num_chains * (num_hops + 1))
-    chains = [words[i :: num_chains] for i in range(num_chains)]
+    chains = [words[i::num_chains] for i in range(num_chains)]
     pairs = [f" {key} {value}" for chain in chains for key, value in itertools.pairwise(chain)]
     rng.shuffle(pairs)
     asked = rng.sample(chains, min(num_queries, num_chains))
-    return _document(f"hops {num_hops}:{','.join(pairs)} ?", ((f" {chain[0]}", f" {' '.join(chain[1:])}") for chain in asked))
+    return _document(
+        f"hops {num_hops}:{','.join(pairs)} ?",
+        ((f" {chain[0]}", f" {' '.join(chain[1:])}") for chain in asked),
+    )
 
 
 def copying(rng: random.Random, length: int = 64, num_words: int = NUM_WORDS) -> Document:
@@ -79,7 +91,10 @@ def copying(rng: random.Random, length: int = 64, num_words: int = NUM_WORDS) ->
     words = [f" {rng.choice(WORDS[:num_words])}" for _ in range(length)]
     head = f"copy:{''.join(words)} ?"
     starts = itertools.accumulate((len(word) for word in words), initial=len(head))
-    return Document(f"{head}{''.join(words)}\n", [(start, start + len(word)) for start, word in zip(starts, words)])
+    return Document(
+        f"{head}{''.join(words)}\n",
+        [(start, start + len(word)) for start, word in zip(starts, words)],
+    )
 
 
 RECALL_TASKS: dict[str, Callable[..., Document]] = {
@@ -90,9 +105,14 @@ RECALL_TASKS: dict[str, Callable[..., Document]] = {
 
 
 def encode(documents: list[Document], tokenizer) -> list[tuple[list[int], list[list[int]]]]:
-    """For every document its token ids, BOS first where the tokenizer begins every text so, and for each of its answers the
-    indices of the tokens that hold it."""
-    encoded = tokenizer([d.text for d in documents], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    """For every document its token ids, BOS first where the tokenizer begins every text so, and for
+    each of its answers the indices of the tokens that hold it."""
+    encoded = tokenizer(
+        [d.text for d in documents],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
     bos, rows = beginning(tokenizer), []
     for document, ids, offsets in zip(documents, encoded["input_ids"], encoded["offset_mapping"]):
         spans, first = [[] for _ in document.answers], 0
@@ -109,10 +129,11 @@ def encode(documents: list[Document], tokenizer) -> list[tuple[list[int], list[l
 
 @torch.no_grad()
 def document_accuracies(model, tokenizer, documents: list[Document], batch_size: int = 16) -> list[float]:
-    """Of each document the share of answers that greedy decoding would give to the letter, each after the text before it.
+    """Of each document the share of answers that greedy decoding would give to the letter, each
+    after the text before it.
 
-    One forward pass over whole documents: an answer counts if every token of it is the likeliest after the true ones.
-    model: any causal language model of transformers' kind.
+    One forward pass over whole documents: an answer counts if every token of it is the likeliest
+    after the true ones. model: any causal language model of transformers' kind.
     """
     shares = []
     for start in range(0, len(documents), batch_size):
@@ -124,7 +145,9 @@ def document_accuracies(model, tokenizer, documents: list[Document], batch_size:
             raise ValueError("the model's logits are not finite")
         hit = torch.zeros_like(ids, dtype=torch.bool)
         hit[:, 1:] = guesses[:, :-1] == ids[:, 1:]
-        shares += [sum(bool(row[span].all()) for span in answers) / len(answers) for row, (_, answers) in zip(hit, rows)]
+        shares += [
+            sum(bool(row[span].all()) for span in answers) / len(answers) for row, (_, answers) in zip(hit, rows)
+        ]
     return shares
 
 

@@ -10,17 +10,17 @@ of a quarter of the layers, chosen by GA-S2 where that is published, else evenly
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.command import run_main
+
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from layer_selection.ranking import RATIOS, budget, evenly_spaced, hybrid_folder, ratio_of
 
-from layer_selection.ranking import RATIOS, budget, evenly_spaced, hybrid_folder, ratio_of  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 STAGE_3_RATIO = 0.25
@@ -39,7 +39,10 @@ train:
   output_dir: outputs/{folder}/stage{stage}
 """
 STAGES = {
-    1: (512, "Stage 1: 100M tokens at context 512, after RADLADS.", """\
+    1: (
+        512,
+        "Stage 1: 100M tokens at context 512, after RADLADS.",
+        """\
   target_tokens: 100_000_000
   batch_size: 96
   micro_batch_size: 12
@@ -48,8 +51,12 @@ STAGES = {
   lr_scheduler_type: cosine
   final_lr: 1e-5
   max_grad_norm: 1.0
-"""),
-    2: (4096, "Stage 2: 600M tokens at context 4096; {count} of {total} layers kept, {source}.", """\
+""",
+    ),
+    2: (
+        4096,
+        "Stage 2: 600M tokens at context 4096; {count} of {total} layers kept, {source}.",
+        """\
   student_init_ckpt: outputs/{start}/stage1/converted-hf
   target_tokens: 600_000_000
   batch_size: 32
@@ -61,8 +68,12 @@ STAGES = {
   final_lr: 1e-5
   max_grad_norm: 1.0
   gradient_checkpointing: mlp
-"""),
-    3: (16384, "Stage 3: 100M tokens at context 16384, cross-entropy, no teacher.", """\
+""",
+    ),
+    3: (
+        16384,
+        "Stage 3: 100M tokens at context 16384, cross-entropy, no teacher.",
+        """\
   student_init_ckpt: outputs/{folder}/stage2/converted-hf
   target_tokens: 100_000_000
   batch_size: 96
@@ -72,8 +83,9 @@ STAGES = {
   lr_scheduler_type: constant
   max_grad_norm: 1.0
   gradient_checkpointing: true
-"""),
-}  # fmt: skip
+""",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -102,11 +114,15 @@ def rows(published: dict) -> Iterator[Row]:
         count, ratios = facts["layers"], facts.get("ratios", RATIOS)
         chosen = {}
         for selector, ranked in facts.get("ranked", {}).items():
-            chosen |= {(r, selector): sorted(ranked[: budget(r, count)]) for r in ratios if budget(r, count) <= len(ranked)}
+            chosen |= {
+                (r, selector): sorted(ranked[: budget(r, count)]) for r in ratios if budget(r, count) <= len(ranked)
+            }
         for selector, sets in facts.get("set", {}).items():
             chosen |= {(ratio_of(len(layers), count, ratios), selector): layers for layers in sets}
         compared = {ratio for ratio, _ in chosen}
-        chosen |= {(r, "uniform"): evenly_spaced(budget(r, count), count) for r in ratios if r in compared or not compared}
+        chosen |= {
+            (r, "uniform"): evenly_spaced(budget(r, count), count) for r in ratios if r in compared or not compared
+        }
         for student in facts["students"]:
             for (ratio, selector), layers in sorted(chosen.items()):
                 yield Row(teacher, student, ratio, selector, layers)
@@ -118,9 +134,19 @@ def files(published: dict) -> dict[str, str]:
 
     def add(stage: int, folder: str, row: Row, layers: list[int]) -> None:
         facts, (length, comment, train) = published["teachers"][row.teacher], STAGES[stage]
-        values = {"stage": stage, "teacher": row.teacher, "name": facts["name"], "student": row.student, "layers": layers,
-                  "folder": folder, "start": row.start, "length": length, "count": len(layers), "total": facts["layers"],
-                  "source": published["sources"][row.selector]}  # fmt: skip
+        values = {
+            "stage": stage,
+            "teacher": row.teacher,
+            "name": facts["name"],
+            "student": row.student,
+            "layers": layers,
+            "folder": folder,
+            "start": row.start,
+            "length": length,
+            "count": len(layers),
+            "total": facts["layers"],
+            "source": published["sources"][row.selector],
+        }
         made[f"{folder}/stage{stage}.yaml"] = (HEAD + train).format(comment=comment.format(**values), **values)
 
     for row in everything:
@@ -128,7 +154,9 @@ def files(published: dict) -> dict[str, str]:
         add(2, row.folder, row, row.layers)
         others = {other.selector for other in everything if (other.start, other.ratio) == (row.start, STAGE_3_RATIO)}
         best = "ga_s2" if "ga_s2" in others else "uniform"
-        if (row.ratio, row.selector) == (STAGE_3_RATIO, best) and row.student == published["teachers"][row.teacher]["students"][0]:
+        if (row.ratio, row.selector) == (STAGE_3_RATIO, best) and row.student == published["teachers"][row.teacher][
+            "students"
+        ][0]:
             add(3, row.folder, row, row.layers)
     return made
 
@@ -146,4 +174,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

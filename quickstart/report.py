@@ -14,10 +14,12 @@ import base64
 import html
 import io
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from runtime.command import run_main
+from runtime.data import load_tokenizer, open_chunks_for
 
 import torch
 from tqdm import tqdm
@@ -25,16 +27,21 @@ from transformers.utils.logging import disable_progress_bar
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from eval_tables import cell_text, rows as evaluation_rows
-from pipeline.data import load_tokenizer, open_chunks_for
+from eval_tables import cell_text
+from eval_tables import rows as evaluation_rows
 
-STAGES = {1: "Stage 1: attention alignment", 2: "Stage 2: logit distillation", 3: "Stage 3: longer context"}
+STAGES = {
+    1: "Stage 1: attention alignment",
+    2: "Stage 2: logit distillation",
+    3: "Stage 3: longer context",
+}
 PROMPT_TOKENS, SAMPLE_TOKENS, BATCH_SIZE = 24, 60, 8
 
 
 @dataclass
 class Result:
-    """A model's held-out figures: loss and KL in nats a token, next-token agreement with the teacher, text."""
+    """A model's held-out figures: loss and KL in nats a token, next-token agreement with the
+    teacher, text."""
 
     name: str
     loss: float
@@ -71,9 +78,10 @@ def mean_loss(model: StudentForCausalLM, ids: torch.Tensor) -> float:
 
 @torch.no_grad()
 def alignment(student: StudentForCausalLM, teacher: StudentForCausalLM, ids: torch.Tensor) -> list[float]:
-    """Per layer: the mean squared error of the student's attention, fed the teacher's hidden states, over the variance
-    of the teacher's attention output, its mean squared deviation from each feature's mean over the tokens. 0 is
-    perfect, 1 as good as a constant. Stage 1 logs the same as layer_error/00 ..."""
+    """Per layer: the mean squared error of the student's attention, fed the teacher's hidden
+    states, over the variance of the teacher's attention output, its mean squared deviation from
+    each feature's mean over the tokens. 0 is perfect, 1 as good as a constant. Stage 1 logs the
+    same as layer_error/00 ..."""
     errors = []
 
     def compare(index):
@@ -124,8 +132,8 @@ def read_losses(run_folder: Path) -> tuple[list[tuple[int, float]], list[tuple[i
 
 
 def read_layer_errors(run_folder: Path) -> tuple[list[int], list[list[float]]]:
-    """(steps, for each of them the relative error of every layer) from stage 1's metrics.jsonl, of held-out text if it
-    has that."""
+    """(steps, for each of them the relative error of every layer) from stage 1's metrics.jsonl, of
+    held-out text if it has that."""
     found = {}
     for line in (run_folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -138,7 +146,8 @@ def read_layer_errors(run_folder: Path) -> tuple[list[int], list[list[float]]]:
 
 
 def per_step(curve: list[tuple[int, float]]) -> list[float]:
-    """The loss of every step, from a curve whose points are means over the steps since the point before."""
+    """The loss of every step, from a curve whose points are means over the steps since the point
+    before."""
     starts = [0, *(step for step, _ in curve)]
     return [loss for start, (step, loss) in zip(starts, curve) for _ in range(step - start)]
 
@@ -148,13 +157,17 @@ def measures(
 ) -> list[tuple[str, bool]]:
     """Each thing that must be seen, with whether it was.
 
-    results: as `main` builds them, the teacher first. losses: training losses by stage. teacher: train_teacher's json.
+    results: as `main` builds them, the teacher first. losses: training losses by stage. teacher:
+    train_teacher's json.
     """
     reference, before1, after1, before2, after2, _ = results
-    checks = [(
-        f"teacher: held-out loss {teacher['heldout_loss']:.3f} at least 0.5 under the unigram entropy "
-        f"{teacher['unigram_entropy']:.3f}", teacher["heldout_loss"] <= teacher["unigram_entropy"] - 0.5,
-    )]  # fmt: skip
+    checks = [
+        (
+            f"teacher: held-out loss {teacher['heldout_loss']:.3f} at least 0.5 under the unigram entropy "
+            f"{teacher['unigram_entropy']:.3f}",
+            teacher["heldout_loss"] <= teacher["unigram_entropy"] - 0.5,
+        )
+    ]
     for stage, curve in losses.items():
         steps = per_step(curve)
         tenth = max(1, len(steps) // 10)
@@ -162,9 +175,18 @@ def measures(
         text = f"stage {stage}: mean loss of the last tenth {last:.4f} below the first's {first:.4f}"
         checks.append((text, last < first))
     for worse, better in ((before1, after1), (after1, before2), (before2, after2)):
-        checks.append((f"KL falls: {worse.name} {worse.kl:.4f} > {better.name} {better.kl:.4f}", better.kl < worse.kl))
-    checks.append((f"KL after stage 2 {after2.kl:.4f} at most half of that after stage 1 {after1.kl:.4f}",
-                   after2.kl <= after1.kl / 2))  # fmt: skip
+        checks.append(
+            (
+                f"KL falls: {worse.name} {worse.kl:.4f} > {better.name} {better.kl:.4f}",
+                better.kl < worse.kl,
+            )
+        )
+    checks.append(
+        (
+            f"KL after stage 2 {after2.kl:.4f} at most half of that after stage 1 {after1.kl:.4f}",
+            after2.kl <= after1.kl / 2,
+        )
+    )
     excess = after2.loss / reference.loss - 1
     checks.append((f"held-out loss after stage 2 within 2 % of the teacher's: {excess:+.2%}", excess <= 0.02))
     return checks
@@ -172,11 +194,11 @@ def measures(
 
 def table(results: list[Result], long_context: int) -> str:
     """The results as a Markdown table."""
-    lines = [f"| model | held-out loss | KL to teacher | same next token | loss at {long_context} |",
-             "|:--|--:|--:|--:|--:|"]  # fmt: skip
-    lines += [
-        f"| {r.name} | {r.loss:.3f} | {r.kl:.4f} | {r.agreement:.1%} | {r.long_loss:.3f} |" for r in results
+    lines = [
+        f"| model | held-out loss | KL to teacher | same next token | loss at {long_context} |",
+        "|:--|--:|--:|--:|--:|",
     ]
+    lines += [f"| {r.name} | {r.loss:.3f} | {r.kl:.4f} | {r.agreement:.1%} | {r.long_loss:.3f} |" for r in results]
     return "\n".join(lines)
 
 
@@ -188,7 +210,8 @@ def picture(figure) -> str:
 
 
 def loss_curves(curves: dict[int, tuple[list, list]], teacher_losses: list[float]) -> str:
-    """One panel for the teacher, one a stage: training loss, and held-out loss where it was measured."""
+    """One panel for the teacher, one a stage: training loss, and held-out loss where it was
+    measured."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3))
@@ -210,10 +233,14 @@ def loss_curves(curves: dict[int, tuple[list, list]], teacher_losses: list[float
 
 
 def alignment_figure(
-    before: list[float], after: list[float], kept: list[int], steps: list[int], errors: list[list[float]]
+    before: list[float],
+    after: list[float],
+    kept: list[int],
+    steps: list[int],
+    errors: list[list[float]],
 ) -> str:
-    """Per layer, the relative error of the linear attention before and after stage 1, and during it. errors: see
-    `read_layer_errors`."""
+    """Per layer, the relative error of the linear attention before and after stage 1, and during
+    it. errors: see `read_layer_errors`."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -228,10 +255,24 @@ def alignment_figure(
     bars.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))  # above the bars
     for i in layers:
         color = colormaps["viridis"](i / max(1, len(before) - 1) * 0.9)
-        curves.plot(steps, [error[i] for error in errors], "o-", ms=2.5, lw=1, color=color, label=f"layer {i}")
+        curves.plot(
+            steps,
+            [error[i] for error in errors],
+            "o-",
+            ms=2.5,
+            lw=1,
+            color=color,
+            label=f"layer {i}",
+        )
     curves.set_title("During stage 1", fontsize=10)
     curves.set_xlabel("step", fontsize=9)
-    curves.legend(fontsize=7, frameon=False, ncols=-(-len(before) // 12), loc="center left", bbox_to_anchor=(1, 0.5))
+    curves.legend(
+        fontsize=7,
+        frameon=False,
+        ncols=-(-len(before) // 12),
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
     for axis in (bars, curves):
         axis.set_yscale("log")
         axis.tick_params(labelsize=8)
@@ -257,11 +298,23 @@ def page(results, checks, prompt, pictures, scan, kept, evaluation, long_context
     def rows(cells, tag="td"):
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
-    head = ["model", "held-out loss", "KL to the teacher", "same next token", f"loss at {long_context}"]
+    head = [
+        "model",
+        "held-out loss",
+        "KL to the teacher",
+        "same next token",
+        f"loss at {long_context}",
+    ]
     body = [[r.name, f"{r.loss:.3f}", f"{r.kl:.4f}", f"{r.agreement:.1%}", f"{r.long_loss:.3f}"] for r in results]
     scanned = [[str(e["layer"]), f"{e['kl']:.4f}", "kept" if e["layer"] in kept else ""] for e in scan["layers"]]
-    measured = [[f"{row.name} {row.seq_len or ''}", row.metric, *(cell_text(cell) for cell in row.cells.values())]
-                for row in evaluation_rows(evaluation)]  # fmt: skip
+    measured = [
+        [
+            f"{row.name} {row.seq_len or ''}",
+            row.metric,
+            *(cell_text(cell) for cell in row.cells.values()),
+        ]
+        for row in evaluation_rows(evaluation)
+    ]
     samples = "".join(
         f"<h3>{html.escape(r.name)}</h3><pre><b>{html.escape(prompt)}</b>{html.escape(r.sample)}</pre>" for r in results
     )
@@ -307,10 +360,18 @@ def main() -> int:
     teacher = load_teacher(str(out / "teacher")).to(device)
 
     def heldout(context: int, count: int) -> torch.Tensor:
-        chunks = open_chunks_for(tokenizer, teacher.config.vocab_size, str(out / "data" / f"chunked_context{context}"), context).heldout
+        chunks = open_chunks_for(
+            tokenizer,
+            teacher.config.vocab_size,
+            str(out / "data" / f"chunked_context{context}"),
+            context,
+        ).heldout
         return torch.as_tensor(chunks[: min(count, len(chunks))]["input_ids"], dtype=torch.long, device=device)
 
-    ids, long_ids = heldout(args.context, args.chunks), heldout(args.long_context, max(1, args.chunks // 4))
+    ids, long_ids = (
+        heldout(args.context, args.chunks),
+        heldout(args.long_context, max(1, args.chunks // 4)),
+    )
     prompt = ids[len(ids) // 2 : len(ids) // 2 + 1, :PROMPT_TOKENS]
     scan = json.loads((out / "layer_scan" / "layer_scan.json").read_text())
 
@@ -325,8 +386,11 @@ def main() -> int:
     torch.manual_seed(0)
     untrained = StudentForCausalLM.from_teacher(
         teacher, student.config.student_name, [], student.config.student_options
-    )[0].eval()  # fmt: skip
-    aligned = alignment(untrained, teacher, ids[:BATCH_SIZE]), alignment(student, teacher, ids[:BATCH_SIZE])
+    )[0].eval()
+    aligned = (
+        alignment(untrained, teacher, ids[:BATCH_SIZE]),
+        alignment(student, teacher, ids[:BATCH_SIZE]),
+    )
     models = {
         "teacher": lambda: teacher,
         "all-linear, before stage 1": lambda: untrained,
@@ -346,7 +410,16 @@ def main() -> int:
     evaluation = json.loads((out / "evaluation" / "results.json").read_text())
     during = read_layer_errors(out / "stage1")
     pictures = loss_curves(curves, taught["losses"]), alignment_figure(*aligned, kept, *during)
-    text = page(results, checks, tokenizer.decode(prompt[0]), pictures, scan, kept, evaluation, args.long_context)
+    text = page(
+        results,
+        checks,
+        tokenizer.decode(prompt[0]),
+        pictures,
+        scan,
+        kept,
+        evaluation,
+        args.long_context,
+    )
     (out / "report.html").write_text(text, encoding="utf-8")
     (out / "report.json").write_text(
         json.dumps({"models": [asdict(r) for r in results], "kept": kept, "measures": checks}, indent=1) + "\n"
@@ -362,7 +435,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(str(error))
+    run_main(main)

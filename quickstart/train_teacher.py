@@ -17,20 +17,27 @@ import sys
 import time
 from pathlib import Path
 
+from runtime.command import run_main
+from runtime.data import load_tokenizer, open_chunks_for
+from runtime.files import atomic_directory
+
 import torch
 from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.data import load_tokenizer, open_chunks_for
-from pipeline.files import complete_or_absent
-
-# Four query heads share two key/value heads, and head_dim is not hidden_size / heads: what real teachers do.
-# With transformers' initializer_range of 0.02 a model this narrow spends half the run on token frequencies.
+# Four query heads share two key/value heads, and head_dim is not hidden_size / heads: what real
+# teachers do. With transformers' initializer_range of 0.02 a model this narrow spends half the run
+# on token frequencies.
 SHAPE = dict(
-    hidden_size=192, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-    intermediate_size=576, initializer_range=0.06,
-)  # fmt: skip
+    hidden_size=192,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    intermediate_size=576,
+    initializer_range=0.06,
+)
 TINY_SHAPE = SHAPE | dict(hidden_size=48, num_hidden_layers=4, head_dim=16, intermediate_size=96)
 BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 4, 3e-3, 50, 0.1
 EVAL_CHUNKS = 64
@@ -42,7 +49,8 @@ def token_ids(chunks, rows) -> torch.Tensor:
 
 
 def unigram_entropy(ids: torch.Tensor) -> float:
-    """Entropy in nats of the tokens' own frequencies: no model that ignores the context has a lower loss on them."""
+    """Entropy in nats of the tokens' own frequencies: no model that ignores the context has a lower
+    loss on them."""
     counts = ids.flatten().bincount().double()
     p = counts[counts > 0] / counts.sum()
     return -(p * p.log()).sum().item()
@@ -58,7 +66,8 @@ def heldout_loss(model, ids: torch.Tensor) -> float:
 
 
 def train(model, chunks, steps: int, device: torch.device, seed: int) -> list[float]:
-    """Trains in place on random chunks, without repeats within an epoch; returns the loss of every step."""
+    """Trains in place on random chunks, without repeats within an epoch; returns the loss of every
+    step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
     warmup = min(WARMUP_STEPS, steps // 5)
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=0.1)
@@ -120,7 +129,7 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "losses": [round(x, 4) for x in losses],
     }
-    with complete_or_absent(args.output_dir, replace=True) as folder:
+    with atomic_directory(args.output_dir, replace=True) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         args.output_dir.with_name(args.output_dir.name + ".json").write_text(json.dumps(result) + "\n")
@@ -131,7 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(str(error))
+    run_main(main)

@@ -18,23 +18,34 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.corpora import Corpus
-from pipeline.files import one_line
+from runtime.command import run_main
+from runtime.corpora import Corpus
 
 EOS = "<|endoftext|>"
-# encodings/ is tables of characters: a sixth of the bytes, next to nothing to learn, and noise in every loss curve.
-NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings"}
+# encodings/ is tables of characters: a sixth of the bytes, next to nothing to learn, and noise in
+# every loss curve.
+NOT_CORPUS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib2to3",
+    "encodings",
+}
 
 
 def stdlib_files() -> list[Path]:
-    """The Python files of the running interpreter's standard library, sorted, without tests, character tables
-    and installed packages."""
+    """The Python files of the running interpreter's standard library, sorted, without tests,
+    character tables and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return sorted(f for f in root.rglob("*.py") if not NOT_CORPUS & set(f.relative_to(root).parts[:-1]))
 
 
 def copy_stdlib(folder: Path, max_files: int | None = None) -> int:
-    """Copies the standard library's readable files into `folder`, which appears complete or not at all.
+    """Copies the standard library's readable files into `folder`, which appears complete or not at
+    all.
 
     Returns their number. Raises ValueError if this interpreter comes without sources.
     """
@@ -72,7 +83,8 @@ def limited(texts: Iterator[str], max_chars: int) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int):
-    """A byte-level BPE tokenizer over `texts`, a PreTrainedTokenizerFast with EOS as its only special token."""
+    """A byte-level BPE tokenizer over `texts`, a PreTrainedTokenizerFast with EOS as its only
+    special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -118,7 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_tokenizer.py: error: {one_line(error)}")
+    run_main(main)

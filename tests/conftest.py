@@ -9,19 +9,30 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from runtime.environment import use_kernel_configs
+
 import pytest
 import torch
 import yaml
 
+use_kernel_configs()  # as the scripts do; only on a GPU
+
 SHAPE = dict(
-    vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-)  # fmt: skip
+    vocab_size=96,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
 LENGTH, KEPT = 32, [1]  # of a chunk; of a hybrid
 
 
 def random_teacher(folder, kind="qwen3", **overrides):
-    """Saves a tiny random Hugging Face teacher to `folder`, with biases and norms that are not 0 and 1; returns it."""
+    """Saves a tiny random Hugging Face teacher to `folder`, with biases and norms that are not 0
+    and 1; returns it."""
     import transformers
 
     model_class = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}[kind]
@@ -38,7 +49,8 @@ def random_teacher(folder, kind="qwen3", **overrides):
 
 
 def save_tokenizer(folder, extra=None):
-    """Saves a tiny BPE tokenizer of 96 entries (and `extra`, if given) with an EOS token to `folder`."""
+    """Saves a tiny BPE tokenizer of 96 entries (and `extra`, if given) with an EOS token to
+    `folder`."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -52,7 +64,8 @@ def save_tokenizer(folder, extra=None):
 
 
 def begin_with_bos(folder, ends=False):
-    """Makes the tokenizer in `folder` begin every text with a BOS of its own, as Llama 3's does, and end it with EOS; returns the BOS' id."""
+    """Makes the tokenizer in `folder` begin every text with a BOS of its own, as Llama 3's does,
+    and end it with EOS; returns the BOS' id."""
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 
@@ -60,7 +73,9 @@ def begin_with_bos(folder, ends=False):
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.add_special_tokens(["<bos>"])
     template = "<bos> $A <eos>" if ends else "<bos> $A"
-    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("<bos>", "<eos>")])
+    tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("<bos>", "<eos>")]
+    )
     tokenizer.save(str(file))
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "<bos>"}))
     return tokenizer.token_to_id("<bos>")
@@ -68,7 +83,8 @@ def begin_with_bos(folder, ends=False):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A script that was run to its end in this process leaves signals ignored, also for the processes of later tests."""
+    """A script that was run to its end in this process leaves signals ignored, also for the
+    processes of later tests."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in handlers.items():
@@ -87,24 +103,47 @@ def teacher_dir(tmp_path_factory):
 
 
 def make_chunks(folder, teacher_dir, texts, holdout=0.1, options=()):
-    """`folder`/chunked_context32 of these texts, a share of them held out. options: of preprocess_download_tokenize.py."""
+    """`folder`/chunked_context32 of these texts, a share of them held out. options: of
+    preprocess_download_tokenize.py."""
     import preprocess_chunk
     import preprocess_download_tokenize
 
     (folder / "texts").mkdir()
     for i, text in enumerate(texts):
         (folder / "texts" / f"{i}.txt").write_text(text)
-    preprocess_download_tokenize.main(["--dataset_name", str(folder / "texts"), "--tokenizer", teacher_dir,
-                                       "--output_dir", str(folder / "tokenized"), "--holdout", str(holdout), *options])  # fmt: skip
-    preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--context_length", str(LENGTH),
-                           "--output_dir", str(folder)])  # fmt: skip
+    preprocess_download_tokenize.main(
+        [
+            "--dataset_name",
+            str(folder / "texts"),
+            "--tokenizer",
+            teacher_dir,
+            "--output_dir",
+            str(folder / "tokenized"),
+            "--holdout",
+            str(holdout),
+            *options,
+        ]
+    )
+    preprocess_chunk.main(
+        [
+            "--tokenized_dataset_path",
+            str(folder / "tokenized"),
+            "--context_length",
+            str(LENGTH),
+            "--output_dir",
+            str(folder),
+        ]
+    )
     return str(folder / f"chunked_context{LENGTH}")
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory, teacher_dir):
     """Chunks of 32 tokens of made-up Python."""
-    texts = ("\n".join(f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9)) for i in range(60))
+    texts = (
+        "\n".join(f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9))
+        for i in range(60)
+    )
     return make_chunks(tmp_path_factory.mktemp("data"), teacher_dir, texts)
 
 
@@ -114,16 +153,78 @@ def write_config(folder, stage, teacher_dir, data_dir, **changes):
         "stage": stage,
         "data": {"cache_dir": data_dir},
         "teacher_model": {"name": teacher_dir},
-        "student_model": {"name": "gdn_v4", "keep_full_attention_layers": KEPT if stage > 1 else []},
-        "train": {
-            "output_dir": str(folder / f"stage{stage}"), "max_steps": 4, "batch_size": 4, "micro_batch_size": 1,
-            "train_seq_len": LENGTH, "lr": 2e-3, "lr_attn": 4e-3, "final_lr": 1e-3, "warmup_steps": 0, "save_steps": 2,
-            "eval_steps": 4, "eval_batches": 1, "logging_steps": 1,
+        "student_model": {
+            "name": "gdn_v4",
+            "keep_full_attention_layers": KEPT if stage > 1 else [],
         },
-    }  # fmt: skip
+        "train": {
+            "output_dir": str(folder / f"stage{stage}"),
+            "max_steps": 4,
+            "batch_size": 4,
+            "micro_batch_size": 1,
+            "train_seq_len": LENGTH,
+            "lr": 2e-3,
+            "lr_attn": 4e-3,
+            "final_lr": 1e-3,
+            "warmup_steps": 0,
+            "save_steps": 2,
+            "eval_steps": 4,
+            "eval_batches": 1,
+            "logging_steps": 1,
+        },
+    }
     if stage > 1:
         values["train"]["student_init_ckpt"] = str(folder / f"stage{stage - 1}" / "converted-hf")
     values["train"] |= changes
     file = folder / f"stage{stage}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.fixture(scope="module")
+def student_dir(teacher_dir, tmp_path_factory):
+    """A random hybrid of the teacher, with a tokenizer, as training exports it."""
+    from convert import load_teacher
+    from distill_model import StudentForCausalLM
+
+    folder = tmp_path_factory.mktemp("run") / "converted-hf"
+    torch.manual_seed(1)
+    StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", [1])[0].save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def stage2(tmp_path_factory, teacher_dir):
+    """A stage-2 YAML with its data and an all-linear student of four layers, of which layer 2's
+    output is far off."""
+    from convert import load_teacher
+    from distill_model import StudentForCausalLM
+
+    folder = tmp_path_factory.mktemp("selection")
+    texts = ("".join(f"def f{(i * j) % 97}(x): return {j * 13 % 101}\n" for j in range(20)) for i in range(20))
+    chunks = make_chunks(folder, teacher_dir, texts, holdout=0.2)
+    torch.manual_seed(0)
+    student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0]
+    with torch.no_grad():
+        student.model.layers[2].attn.o_proj.weight.mul_(20)
+    student.save_pretrained(folder / "student")
+    values = {
+        "stage": 2,
+        "data": {"cache_dir": chunks},
+        "teacher_model": {"name": teacher_dir},
+        "student_model": {"name": "gdn_v4", "keep_full_attention_layers": [0]},
+        "train": {
+            "output_dir": str(folder / "runs"),
+            "student_init_ckpt": str(folder / "student"),
+            "max_steps": 2,
+            "batch_size": 2,
+            "micro_batch_size": 2,
+            "train_seq_len": LENGTH,
+            "lr": 1e-4,
+            "eval_batches": 1,
+        },
+    }
+    file = folder / "stage2.yaml"
     file.write_text(yaml.safe_dump(values))
     return file

@@ -82,7 +82,8 @@ class Job:
         self.ranks = ranks
 
     def wait(self, seconds=PATIENCE):
-        """The exit code of a rank that failed, of one that a signal ended if there is such; 0 if none did."""
+        """The exit code of a rank that failed, of one that a signal ended if there is such; 0 if
+        none did."""
         end = time.monotonic() + seconds
         while True:
             codes = [rank.poll() for rank in self.ranks]
@@ -122,7 +123,8 @@ def free_port():
 
 
 def start(file, *options, log, ranks=1, hook=None, environment=None):
-    """Starts `train.py --cfg file options...` on `ranks` processes; hook(rank) runs first in each, to plant its fault."""
+    """Starts `train.py --cfg file options...` on `ranks` processes; hook(rank) runs first in each,
+    to plant its fault."""
     import train
 
     def body(rank):
@@ -132,8 +134,16 @@ def start(file, *options, log, ranks=1, hook=None, environment=None):
 
     port, children = free_port(), []
     for rank in range(ranks):
-        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}  # fmt: skip
+        values = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": 1,
+            "DS_ACCELERATOR": "cpu",
+        }
         values = {name: str(value) for name, value in values.items()} | (environment or {})
         children.append(Child(lambda rank=rank: body(rank), Path(f"{log}.rank{rank}"), values))
     return Job(children)

@@ -6,6 +6,8 @@ import inspect
 import json
 from pydoc_data.topics import topics
 
+from runtime.data import DataError, load_tokenizer, open_chunks, tokenizer_fingerprint
+
 import numpy
 import pyarrow
 import pytest
@@ -16,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 
 import preprocess_chunk
 import train
-from pipeline.data import DataError, load_tokenizer, open_chunks, tokenizer_fingerprint
 
 LENGTH = 32
 CODE = inspect.getsource(argparse)[:40_000]
@@ -30,7 +31,10 @@ def trained_tokenizer(folder, text, vocab_size=1000):
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=["<eos>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
@@ -59,8 +63,14 @@ def save_as_hybrid_distillation(folder, rows, dtype="uint32"):
 
 
 def contents(folder):
-    return {str(file.relative_to(folder)): (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
-            for file in folder.rglob("*") if file.is_file()}  # fmt: skip
+    return {
+        str(file.relative_to(folder)): (
+            hashlib.sha256(file.read_bytes()).hexdigest(),
+            file.stat().st_mtime_ns,
+        )
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def adopt(source, tokenizer_dir, output, *options):
@@ -97,11 +107,20 @@ def test_chunks_are_taken_over_one_to_one(tmp_path, tokenizers, capsys, dtype):
 
 
 def test_what_older_versions_of_datasets_wrote_is_read(tmp_path, tokenizers):
-    """Written here byte by byte, as datasets 3 does: lists are of the type Sequence, in several shards."""
+    """Written here byte by byte, as datasets 3 does: lists are of the type Sequence, in several
+    shards."""
     rows = chunk_rows(tokenizers["code"])
-    features = {"input_ids": {"feature": {"dtype": "uint32", "_type": "Value"}, "length": LENGTH, "_type": "Sequence"}}
-    schema = pyarrow.schema([("input_ids", pyarrow.list_(pyarrow.uint32(), LENGTH))],
-                            metadata={"huggingface": json.dumps({"info": {"features": features}})})  # fmt: skip
+    features = {
+        "input_ids": {
+            "feature": {"dtype": "uint32", "_type": "Value"},
+            "length": LENGTH,
+            "_type": "Sequence",
+        }
+    }
+    schema = pyarrow.schema(
+        [("input_ids", pyarrow.list_(pyarrow.uint32(), LENGTH))],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
     source = tmp_path / "source"
     source.mkdir()
     shards = [f"data-{i:05}-of-00003.arrow" for i in range(3)]
@@ -112,9 +131,14 @@ def test_what_older_versions_of_datasets_wrote_is_read(tmp_path, tokenizers):
             stream.write_batch(pyarrow.record_batch([lists], schema=schema))
     info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
     state = {
-        "_data_files": [{"filename": shard} for shard in shards], "_fingerprint": "0123456789abcdef", "_split": None,
-        "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
-    }  # fmt: skip
+        "_data_files": [{"filename": shard} for shard in shards],
+        "_fingerprint": "0123456789abcdef",
+        "_split": None,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+    }
     (source / "dataset_info.json").write_text(json.dumps(info))
     (source / "state.json").write_text(json.dumps(state))
     assert all_rows(open_chunks(adopt(source, tokenizers["code"], tmp_path / "data"), LENGTH)) == rows.tolist()
@@ -134,7 +158,10 @@ def test_a_split_of_the_folder_is_held_out_and_what_is_not_read_is_said(tmp_path
     assert chunks.train["input_ids"][:] == rows[:90] and chunks.heldout["input_ids"][:] == rows[90:95]
     shown = capsys.readouterr().err
     assert "not taken over: split extra, column labels of train" in shown and "holds no EOS" not in shown
-    with pytest.raises(DataError, match="--holdout: .* has its own split to hold out, validation; leave --holdout out"):
+    with pytest.raises(
+        DataError,
+        match="--holdout: .* has its own split to hold out, validation; leave --holdout out",
+    ):
         adopt(tmp_path / "source", tokenizers["code"], tmp_path / "other", "--holdout", "0.1")
 
 
@@ -252,7 +279,14 @@ def test_who_names_a_saved_folder_is_told_how_to_adopt_it(tmp_path, tokenizers):
     command = "python preprocess_chunk.py --adopt .*source --tokenizer TEACHER --output_dir DIR"
     with pytest.raises(DataError, match=f"data.cache_dir: .*source: holds no readable metadata.json; .*: {command}"):
         open_chunks(str(source), LENGTH)
-    tokens = ["--tokenized_dataset_path", str(source), "--context_length", "8", "--output_dir", str(tmp_path / "out")]
+    tokens = [
+        "--tokenized_dataset_path",
+        str(source),
+        "--context_length",
+        "8",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     with pytest.raises(DataError, match="--tokenized_dataset_path: .* it has no EOS between documents: make"):
         preprocess_chunk.main(tokens)
 

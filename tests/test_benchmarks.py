@@ -47,11 +47,17 @@ def test_recall_teacher_is_a_plain_checkpoint_with_its_history(recall_dir, capsy
     assert "is there already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options, message", [
-    ([], "was begun with tiny True, not False; name another"),
-    (["--tiny", "--seed", "1"], "was begun with seed 0, not 1; name another"),
-    (["--tiny", "--text", str(ROOT / "docs")], f"was begun with text None, not '{ROOT / 'docs'}'; name another"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "was begun with tiny True, not False; name another"),
+        (["--tiny", "--seed", "1"], "was begun with seed 0, not 1; name another"),
+        (
+            ["--tiny", "--text", str(ROOT / "docs")],
+            f"was begun with text None, not '{ROOT / 'docs'}'; name another",
+        ),
+    ],
+)
 def test_a_folder_belongs_to_one_recall_teacher(recall_dir, options, message):
     with pytest.raises(ValueError, match=f"--output_dir: .* {message}"):
         recall_teacher.main(["--output_dir", str(recall_dir), *options])
@@ -71,10 +77,33 @@ def test_task_rows_are_fresh_and_mark_answers_alone(recall_dir):
 
 def compare(monkeypatch, recall_dir, out, *options):
     monkeypatch.setattr(compare_students, "QUESTIONS", 4)
-    monkeypatch.setattr(sys, "argv", [
-        "compare_students.py", "--teacher", str(recall_dir / "teacher"), "--data", str(recall_dir / "data" / "chunked_context128"),
-        "--output_dir", str(out), "--students", "gdn_v7+calibrated", "swa_v1", "--stage1_steps", "2", "--stage2_steps", "1",
-        "--batch_size", "2", "--eval_chunks", "2", "--num_words", "32", *options])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "compare_students.py",
+            "--teacher",
+            str(recall_dir / "teacher"),
+            "--data",
+            str(recall_dir / "data" / "chunked_context128"),
+            "--output_dir",
+            str(out),
+            "--students",
+            "gdn_v7+calibrated",
+            "swa_v1",
+            "--stage1_steps",
+            "2",
+            "--stage2_steps",
+            "1",
+            "--batch_size",
+            "2",
+            "--eval_chunks",
+            "2",
+            "--num_words",
+            "32",
+            *options,
+        ],
+    )
     compare_students.main()
 
 
@@ -92,16 +121,22 @@ def test_comparison_is_resumable(recall_dir, tmp_path, monkeypatch, capsys):
         compare(monkeypatch, recall_dir, tmp_path, "--lr_stage2", "0.5")
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--students", "gdn_v99"], "--students: gdn_v99 is unknown"),
-    (["--students", "swa_v1", "gsa_v1+calibrated"], "--students: gsa_v1.calibrated: its o_proj is fused with its norm; leave .calibrated out"),
-    (["--shard", "2/2"], "--shard: 2/2 must be one of 0/2 to 1/2"),
-    (["--shard", "half"], "--shard: half must look like 0/4"),
-    (["--stage1_steps", "-4"], "--stage1_steps: -4 must be at least 1"),
-    (["--batch_size", "0"], "--batch_size: 0 must be at least 1"),
-    (["--ratio", "7"], "--ratio: 7.0 of 4 layers keeps 28"),
-    (["--teacher", "nowhere"], "'nowhere' is neither a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--students", "gdn_v99"], "--students: gdn_v99 is unknown"),
+        (
+            ["--students", "swa_v1", "gsa_v1+calibrated"],
+            "--students: gsa_v1.calibrated: its o_proj is fused with its norm; leave .calibrated out",
+        ),
+        (["--shard", "2/2"], "--shard: 2/2 must be one of 0/2 to 1/2"),
+        (["--shard", "half"], "--shard: half must look like 0/4"),
+        (["--stage1_steps", "-4"], "--stage1_steps: -4 must be at least 1"),
+        (["--batch_size", "0"], "--batch_size: 0 must be at least 1"),
+        (["--ratio", "7"], "--ratio: 7.0 of 4 layers keeps 28"),
+        (["--teacher", "nowhere"], "'nowhere' is neither a folder"),
+    ],
+)
 def test_bad_input(recall_dir, tmp_path, monkeypatch, options, message):
     with pytest.raises(ValueError, match=message):
         compare(monkeypatch, recall_dir, tmp_path / "out", *options)
@@ -110,15 +145,38 @@ def test_bad_input(recall_dir, tmp_path, monkeypatch, options, message):
 
 def test_students_whose_range_touches_the_best_are_ties():
     def run(student, seed, kl):
-        return {"student": student, "seed": seed, "kl": kl, "state_grows": False, "native_export": student == "a", "state_bytes": 1024, "parameters": 1,
-                **dict.fromkeys(("alignment_error", "hybrid_kl_after_1", "hybrid_kl_after_2", "all_linear_recall",
-                                 *compare_students.RECALL_TASKS), 0.5)}  # fmt: skip
+        return {
+            "student": student,
+            "seed": seed,
+            "kl": kl,
+            "state_grows": False,
+            "native_export": student == "a",
+            "state_bytes": 1024,
+            "parameters": 1,
+            **dict.fromkeys(
+                (
+                    "alignment_error",
+                    "hybrid_kl_after_1",
+                    "hybrid_kl_after_2",
+                    "all_linear_recall",
+                    *compare_students.RECALL_TASKS,
+                ),
+                0.5,
+            ),
+        }
 
-    runs = [run(name, seed, kl) for name, kls in {"a": (1.0, 1.2), "b": (1.19, 1.4), "c": (1.21, 1.3)}.items()
-            for seed, kl in enumerate(kls)]  # fmt: skip
+    runs = [
+        run(name, seed, kl)
+        for name, kls in {"a": (1.0, 1.2), "b": (1.19, 1.4), "c": (1.21, 1.3)}.items()
+        for seed, kl in enumerate(kls)
+    ]
     rows = compare_students.table(runs, 2).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| `a` *", "| `c`", "| `b` *"]
-    assert "1.100 ± 0.100" in rows[0] and [row.endswith("| yes |") for row in rows] == [True, False, False]
+    assert "1.100 ± 0.100" in rows[0] and [row.endswith("| yes |") for row in rows] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_the_readme_has_the_table_of_the_stored_runs():
@@ -131,14 +189,28 @@ def init_rows(monkeypatch, capsys, *options):
     monkeypatch.setattr(sys, "argv", ["student_init.py", *map(str, options)])
     student_init.main()
     lines = capsys.readouterr().out.splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \w+_v\d", line)], lines
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \w+_v\d", line)
+    ], lines
 
 
 def test_student_init_measures_every_start(recall_dir, monkeypatch, capsys):
-    data = ["--teacher", recall_dir / "teacher", "--data", recall_dir / "data" / "chunked_context128", "--chunks", 2]
+    data = [
+        "--teacher",
+        recall_dir / "teacher",
+        "--data",
+        recall_dir / "data" / "chunked_context128",
+        "--chunks",
+        2,
+    ]
     monkeypatch.setattr(student_init, "without_attention", lambda *_: math.inf)  # of a teacher that has learnt nothing
     rows, lines = init_rows(monkeypatch, capsys, *data, "--students", "gdn_v7", "swa_v1", "--steps", 2)
-    assert [row[:2] for row in rows] == [["gdn_v7", "0"], ["gdn_v7", "2"], ["swa_v1", "0"], ["swa_v1", "2"]]
+    assert [row[:2] for row in rows] == [
+        ["gdn_v7", "0"],
+        ["gdn_v7", "2"],
+        ["swa_v1", "0"],
+        ["swa_v1", "2"],
+    ]
     assert lines[0].startswith("teacher: perplexity ") and rows[2][2] == rows[2][4] == "0.000"  # its window sees all
     assert f"perplexity {rows[2][3]};" in lines[0] and 0 < float(rows[1][2]) < float(rows[0][2])
     calibrated, _ = init_rows(monkeypatch, capsys, *data, "--calibrate", 1, "--steps")  # all that it fits
@@ -154,14 +226,29 @@ def test_student_init_measures_every_start(recall_dir, monkeypatch, capsys):
 def test_a_start_that_explodes_fails(recall_dir, monkeypatch, capsys):
     monkeypatch.setattr(student_init, "without_attention", lambda *_: 0.0)
     with pytest.raises(SystemExit, match="worse than no attention at the start: swa_v1"):
-        init_rows(monkeypatch, capsys, "--teacher", recall_dir / "teacher", "--data", recall_dir / "data" / "chunked_context128",
-                  "--chunks", 2, "--students", "swa_v1", "--steps")  # fmt: skip
+        init_rows(
+            monkeypatch,
+            capsys,
+            "--teacher",
+            recall_dir / "teacher",
+            "--data",
+            recall_dir / "data" / "chunked_context128",
+            "--chunks",
+            2,
+            "--students",
+            "swa_v1",
+            "--steps",
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("command", [["kl_head.py"], ["train_throughput.py", "--stage", "1"]])
 def test_benchmarks_of_gpus_are_skipped_without_one(command):
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / command[0], *command[1:]], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / command[0], *command[1:]],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and f"{command[0]}: skipped: " in done.stderr
 
 
@@ -170,11 +257,27 @@ def test_the_time_of_kernels_and_between_them():
         span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
         return SimpleNamespace(name=name, time_range=span, device_type=device, is_user_annotation=False)
 
-    events = [event("nvjet_b", 3000, 4000), event("nvjet_a", 0, 2000), event("a copy", 1500, 2500), event("_kl_rows", 4000, 4500),
-              event("nvjet_a", 9500, 9600), event("a copy", 9900, 9950), event("aten::mm", 0, 9999, DeviceType.CPU)]  # fmt: skip
+    events = [
+        event("nvjet_b", 3000, 4000),
+        event("nvjet_a", 0, 2000),
+        event("a copy", 1500, 2500),
+        event("_kl_rows", 4000, 4500),
+        event("nvjet_a", 9500, 9600),
+        event("a copy", 9900, 9950),
+        event("aten::mm", 0, 9999, DeviceType.CPU),
+    ]
     kinds, waits = train_throughput.breakdown(SimpleNamespace(events=lambda: events), 2)
-    assert dict(kinds) == {"matrix products": 1.55, "element-wise and the rest": 0.525, "losses": 0.25, "no work (host)": 2.9}
-    assert waits == [("_kl_rows -> nvjet_a", 2.5), ("a copy -> nvjet_b", 0.25), ("nvjet_a -> a copy", 0.15)]
+    assert dict(kinds) == {
+        "matrix products": 1.55,
+        "element-wise and the rest": 0.525,
+        "losses": 0.25,
+        "no work (host)": 2.9,
+    }
+    assert waits == [
+        ("_kl_rows -> nvjet_a", 2.5),
+        ("a copy -> nvjet_b", 0.25),
+        ("nvjet_a -> a copy", 0.15),
+    ]
     assert sum(ms for _, ms in kinds) - 0.25 == pytest.approx(9950 / 2 / 1e3)  # two overlap for 0.5 ms
 
 
@@ -191,25 +294,42 @@ def test_a_profile_without_kernels_is_said_to_be_missing():
 
 
 def test_a_profile_with_kernels_is_not_said_to_be_missing(monkeypatch):
-    monkeypatch.setattr(train_throughput, "breakdown", lambda *_: ([("losses", 1.5), ("no work (host)", 0.5)], [("a -> b", 0.25)]))
+    monkeypatch.setattr(
+        train_throughput,
+        "breakdown",
+        lambda *_: ([("losses", 1.5), ("no work (host)", 0.5)], [("a -> b", 0.25)]),
+    )
     table = SimpleNamespace(table=lambda **_: "the longest")
     profile = SimpleNamespace(key_averages=lambda: table)
     shown = train_throughput.where_time_goes([("student", 2.0)], profile, 2, kernels=True)
-    assert "| losses | 1.5 |" in shown and "busy 75% of" in shown and "    0.25 ms  a -> b\nthe longest" in shown and train_throughput.NO_PROFILE not in shown
+    assert (
+        "| losses | 1.5 |" in shown
+        and "busy 75% of" in shown
+        and "    0.25 ms  a -> b\nthe longest" in shown
+        and train_throughput.NO_PROFILE not in shown
+    )
     assert "the longest" not in train_throughput.where_time_goes([("student", 2.0)], profile, 2, kernels=False)
 
 
-@pytest.mark.skipif(torch.profiler.ProfilerActivity.CUDA in torch.profiler.supported_activities(), reason="this PyTorch has CUPTI")
+@pytest.mark.skipif(
+    torch.profiler.ProfilerActivity.CUDA in torch.profiler.supported_activities(),
+    reason="this PyTorch has CUPTI",
+)
 def test_no_profile_is_started_by_a_pytorch_without_cupti():
     assert train_throughput.start_profile() is None
 
 
-@pytest.mark.parametrize("stage, expected", [
-    (1, "teacher 0 teacher 1 teacher 2 student 3 teacher 4 student 5 optimiser 6 student 7"),
-    (2, "teacher 0 student 1 head 2 student 3 optimiser 4 student 5"), (3, "head 0 student 1 optimiser 2 student 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, expected",
+    [
+        (1, "teacher 0 teacher 1 teacher 2 student 3 teacher 4 student 5 optimiser 6 student 7"),
+        (2, "teacher 0 student 1 head 2 student 3 optimiser 4 student 5"),
+        (3, "head 0 student 1 optimiser 2 student 3"),
+    ],
+)
 def test_the_time_of_parts(stage, expected, monkeypatch):
-    """With a clock that ticks at every mark, and no GPU: what comes when in a step, and how long it takes."""
+    """With a clock that ticks at every mark, and no GPU: what comes when in a step, and how long it
+    takes."""
     ticks = count()
 
     class Event:
@@ -223,14 +343,24 @@ def test_the_time_of_parts(stage, expected, monkeypatch):
             return end.time - self.time
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    small = StudentConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                          head_dim=16)  # fmt: skip
+    small = StudentConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
     teacher, ids = StudentForCausalLM(small), torch.randint(100, (1, 5))
     model = StudentForCausalLM.from_teacher(teacher, "gdn_v2")[0]
     if stage == 1:
         model = AttentionAlignmentModel(teacher, model)
-    trainer = SimpleNamespace(model=model, deepspeed=SimpleNamespace(optimizer=torch.optim.SGD(model.parameters())),
-                              teacher=FrozenTeacher(StudentForCausalLM(small), "cpu"))  # fmt: skip
+    trainer = SimpleNamespace(
+        model=model,
+        deepspeed=SimpleNamespace(optimizer=torch.optim.SGD(model.parameters())),
+        teacher=FrozenTeacher(StudentForCausalLM(small), "cpu"),
+    )
     parts = train_throughput.Parts()
     parts.follow(trainer, stage)
     if stage == 2:
@@ -243,27 +373,54 @@ def test_the_time_of_parts(stage, expected, monkeypatch):
 
 
 def test_flops_of_the_matrix_products():
-    """Two for each weight forward, two for each gradient: of the head, of what trains, of what lies behind it."""
+    """Two for each weight forward, two for each gradient: of the head, of what trains, of what lies
+    behind it."""
     with pytest.raises(ValueError, match="--shape: gpt2 is unknown; choose one of qwen2.5-0.5b"):
         train_throughput.published_config("gpt2", 2)
     config = train_throughput.published_config("qwen2.5-0.5b", 2)
-    assert (config.hidden_size, config.num_hidden_layers, config.attention_bias, config.qk_norm) == (896, 2, True, False)
-    small = StudentConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                          head_dim=16)  # fmt: skip
+    assert (
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.attention_bias,
+        config.qk_norm,
+    ) == (896, 2, True, False)
+    small = StudentConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
     teacher = StudentForCausalLM(small)
     student = StudentForCausalLM.from_teacher(teacher, "gdn_v2")[0]  # q, k, v, o of 32 x 32, two of 32 x 2
     attention, mlp, head = 4 * 32 * 32, 3 * 32 * 48, 32 * 100
     linear = attention + 2 * 32 * 2
-    assert train_throughput.flops_per_token(teacher, student, 2) == 2 * (2 * (attention + mlp) + head) + 6 * (2 * (linear + mlp) + head)
+    assert train_throughput.flops_per_token(teacher, student, 2) == 2 * (2 * (attention + mlp) + head) + 6 * (
+        2 * (linear + mlp) + head
+    )
     assert train_throughput.flops_per_token(None, student, 3) == 6 * (2 * (linear + mlp) + head)
-    aligned = AttentionAlignmentModel(teacher, student)  # the last block has no MLP; only o_proj's input needs a gradient
-    assert train_throughput.flops_per_token(None, aligned, 1) == 2 * (2 * attention + mlp) + 2 * (4 * linear + 2 * 32 * 32)
+    aligned = AttentionAlignmentModel(
+        teacher, student
+    )  # the last block has no MLP; only o_proj's input needs a gradient
+    assert train_throughput.flops_per_token(None, aligned, 1) == 2 * (2 * attention + mlp) + 2 * (
+        4 * linear + 2 * 32 * 32
+    )
 
 
 def test_decode(tmp_path, monkeypatch, capsys):
-    """The cache's share is that of what is held; a size that exhausts the memory is a line of the table, and the others are measured."""
-    small = StudentConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                          head_dim=16)  # fmt: skip
+    """The cache's share is that of what is held; a size that exhausts the memory is a line of the
+    table, and the others are measured."""
+    small = StudentConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
     generate = StudentForCausalLM.generate
 
     def exhausted(self, ids, **options):
@@ -273,7 +430,23 @@ def test_decode(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(decode, "published_config", lambda *_: small)
     monkeypatch.setattr(StudentForCausalLM, "generate", exhausted)
-    decode.main(["--kept", "1", "--contexts", "50", "90", "--batch_sizes", "1", "2", "3", "--new_tokens", "7", "--output_dir", str(tmp_path)])
+    decode.main(
+        [
+            "--kept",
+            "1",
+            "--contexts",
+            "50",
+            "90",
+            "--batch_sizes",
+            "1",
+            "2",
+            "3",
+            "--new_tokens",
+            "7",
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
     shown = capsys.readouterr().out
     assert shown == (tmp_path / "decode.md").read_text() and (tmp_path / "decode.png").stat().st_size > 10_000
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
@@ -282,7 +455,9 @@ def test_decode(tmp_path, monkeypatch, capsys):
     assert all((row["alone"] is None) == (row["model"] == decode.LOOP) for row in rows if "decode" in row)
     tokens = 90 + 7 - 1  # the last one is not read
     keys_and_values, state = 2 * tokens * 2 * 16 * 4, 4 * 16 * 16 * 4
-    assert by["teacher", 90, 2]["cache"] == 2 * 4 * keys_and_values and by["hybrid", 90, 2]["cache"] == 2 * (keys_and_values + 3 * state)
+    assert by["teacher", 90, 2]["cache"] == 2 * 4 * keys_and_values and by["hybrid", 90, 2]["cache"] == 2 * (
+        keys_and_values + 3 * state
+    )
     teacher, hybrid = by["teacher", 90, 2], by["hybrid", 90, 2]
     layer = 3 * 32 * 48 + 2 * 32  # of fp32 weights: MLP and norms
     assert teacher["bytes"] == teacher["cache"] + 4 * (4 * (layer + 4 * 32 * 64 - 2 * 32 * 32) + 32 + 32 * 100)
@@ -291,6 +466,9 @@ def test_decode(tmp_path, monkeypatch, capsys):
     assert f"the bytes of a token allow {teacher['bytes'] / hybrid['bytes']:.2f}" in shown
     share = f"context 90, batch 2: cache {(keys_and_values + 3 * state) / (4 * keys_and_values):.1%} of the teacher's"
     assert share in shown and shown.count("of FLA's loop") == 2
-    for options, message in ((["--kept", "4"], "--kept: 4 must be between 1 and 3"), (["--new_tokens", "5"], "--new_tokens: 5 must be at least 6")):
+    for options, message in (
+        (["--kept", "4"], "--kept: 4 must be between 1 and 3"),
+        (["--new_tokens", "5"], "--new_tokens: 5 must be at least 6"),
+    ):
         with pytest.raises(ValueError, match=message):
             decode.main(options)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import random_teacher
+
 from convert import load_teacher
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM
 from wrapper import AttentionAlignmentModel, calibrate, mean_distances
@@ -50,7 +50,8 @@ def test_what_cannot_be_fitted_is_refused(folder, name):
 
 
 def test_output_projection_is_the_ridge_regression(folder):
-    """Against the same problem as one stacked least squares: rows of tokens, and rows that pull towards the scaled start."""
+    """Against the same problem as one stacked least squares: rows of tokens, and rows that pull
+    towards the scaled start."""
     model = alignment_model(folder, "swa_v1")  # its o_proj has a bias
     wrapper = model.model.layers[1].attn
     heads, o_proj = model.config.num_attention_heads, wrapper.student_attn.o_proj
@@ -61,8 +62,10 @@ def test_output_projection_is_the_ridge_regression(folder):
     def rows(tensor):
         return tensor.detach().flatten(0, 1).double()
 
-    hooks = [o_proj.register_forward_pre_hook(lambda m, args: inputs.append(rows(args[0]))),
-             wrapper.register_forward_hook(lambda m, args, out: targets.append(rows(out[0])))]  # fmt: skip
+    hooks = [
+        o_proj.register_forward_pre_hook(lambda m, args: inputs.append(rows(args[0]))),
+        wrapper.register_forward_hook(lambda m, args, out: targets.append(rows(out[0]))),
+    ]
     for ids in batches(model):
         model(ids)
     for hook in hooks:
@@ -79,7 +82,10 @@ def test_output_projection_is_the_ridge_regression(folder):
 
 def test_mean_distance_against_a_loop(folder):
     model = alignment_model(folder, "gdn_v4")
-    attn, hidden = model.model.layers[0].attn.teacher_attn, torch.randn(2, 11, model.config.hidden_size)
+    attn, hidden = (
+        model.model.layers[0].attn.teacher_attn,
+        torch.randn(2, 11, model.config.hidden_size),
+    )
     positions = model.model.position_embeddings(hidden)
     q, k, _ = attn.project(hidden, positions)
     expected = torch.zeros(attn.num_heads)
@@ -87,7 +93,9 @@ def test_mean_distance_against_a_loop(folder):
         seen = []
         for row in range(2):
             for t in range(5, 11):
-                logits = (k[row, : t + 1, head // (attn.num_heads // attn.num_kv_heads)] @ q[row, t, head]) * attn.head_dim**-0.5
+                logits = (
+                    k[row, : t + 1, head // (attn.num_heads // attn.num_kv_heads)] @ q[row, t, head]
+                ) * attn.head_dim**-0.5
                 seen.append((logits.softmax(-1) * (t - torch.arange(t + 1))).sum())
         expected[head] = torch.stack(seen).mean()
     torch.testing.assert_close(mean_distances(attn, hidden, positions), expected)
@@ -95,7 +103,8 @@ def test_mean_distance_against_a_loop(folder):
 
 @pytest.mark.parametrize("name", ["gdn_v4", "kda_v1"])
 def test_decay_has_the_mean_distance_of_the_teacher(folder, name):
-    """A head that forgets `rate` nats a token has weights exp(-rate d), whose mean distance is the teacher's."""
+    """A head that forgets `rate` nats a token has weights exp(-rate d), whose mean distance is the
+    teacher's."""
     attn = alignment_model(folder, name).model.layers[0].attn.student_attn
     distance = torch.tensor([1.0, 3.0, 10.0, 40.0])[: attn.A_log.numel()]
     attn.set_decay(torch.log1p(1 / distance))
@@ -108,7 +117,8 @@ def test_decay_has_the_mean_distance_of_the_teacher(folder, name):
 
 
 def test_a_gate_that_starts_shut_is_opened(folder):
-    """Along the ridge regression of 1, against the same problem as one stacked least squares; what it passes is near 1."""
+    """Along the ridge regression of 1, against the same problem as one stacked least squares; what
+    it passes is near 1."""
     model = alignment_model(folder, "gdn_v8")
     wrapper, seen = model.model.layers[1].attn, []
     attn = wrapper.student_attn

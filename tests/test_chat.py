@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from runtime.data import load_tokenizer
+
 import pytest
 import torch
 from conftest import begin_with_bos, random_teacher, save_tokenizer
@@ -24,10 +26,11 @@ from transformers import GenerationConfig
 import chat
 from convert import load_teacher
 from distill_model import StudentConfig, StudentForCausalLM
-from pipeline.data import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +80,37 @@ def talk(monkeypatch, capsys, folder, *said, options=()):
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(chat, "PREFILL", 5)  # as if the prompts were long
-    chat.main(["--model", str(folder), "--temperature", "0", "--max_new_tokens", "7", "--device", "cpu", *options])
+    chat.main(
+        [
+            "--model",
+            str(folder),
+            "--temperature",
+            "0",
+            "--max_new_tokens",
+            "7",
+            "--device",
+            "cpu",
+            *options,
+        ]
+    )
     return capsys.readouterr().out
 
 
 def test_without_a_template_it_goes_on_with_the_text(monkeypatch, capsys, folder):
     first = greedy(folder, "def f(x):", 7)
     second = greedy(folder, f"def f(x):{first}\n    return", 7)
-    out = talk(monkeypatch, capsys, folder, "def f(x):", "", "    return", " /reset", "def f(x):", "/exit ", "never read")
+    out = talk(
+        monkeypatch,
+        capsys,
+        folder,
+        "def f(x):",
+        "",
+        "    return",
+        " /reset",
+        "def f(x):",
+        "/exit ",
+        "never read",
+    )
     assert out == f"{first}\n{second}\n{first}\n" and first.strip()
 
 
@@ -93,7 +119,13 @@ def test_temperature_0_is_the_likeliest_token(monkeypatch, capsys, folder, tmp_p
     shutil.copytree(folder, tmp_path / "penalties")
     expected = greedy(folder, "def f(x):", 7)
     tokens = load_tokenizer(folder)(expected)["input_ids"]
-    settings = {"do_sample": True, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "suppress_tokens": tokens[:1], "top_k": 3}
+    settings = {
+        "do_sample": True,
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 1,
+        "suppress_tokens": tokens[:1],
+        "top_k": 3,
+    }
     (tmp_path / "penalties" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0], **settings}))
     assert talk(monkeypatch, capsys, tmp_path / "penalties", "def f(x):") == f"{expected}\n"
     ends = {"eos_token_id": [0, tokens[2]], **settings}
@@ -108,7 +140,7 @@ def test_text_begins_as_the_tokenizer_begins_it(tmp_path):
     bos = begin_with_bos(tmp_path, ends=True)
     tokenizer = load_tokenizer(str(tmp_path))
     conversation = chat.Conversation(tokenizer, 96, None)
-    heard = conversation.say("def f(x):")
+    heard = conversation.log("def f(x):")
     assert heard["input_ids"].tolist() == [[bos, *tokenizer("def f(x):", add_special_tokens=False)["input_ids"]]]
     assert heard["attention_mask"].tolist() == [[1] * 10]
 
@@ -122,7 +154,8 @@ def test_with_a_template_it_hears_the_history(monkeypatch, capsys, chatty):
 
 
 def own_terminal():
-    """Ctrl-C goes to a terminal's own processes; those that a shell starts in the background ignore it."""
+    """Ctrl-C goes to a terminal's own processes; those that a shell starts in the background ignore
+    it."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -130,7 +163,11 @@ def own_terminal():
 @pytest.mark.parametrize(
     "template, options, message",
     [
-        ("{{ raise_exception('no system role') }}", ["--system", "be kind"], r"\(no system role\); leave --system out, or mend"),
+        (
+            "{{ raise_exception('no system role') }}",
+            ["--system", "be kind"],
+            r"\(no system role\); leave --system out, or mend",
+        ),
         ("{% if %}", [], r"\(Expected an expression.*\); mend chat_template"),
         ("{{ messages[0].a.b }}", [], r"has no attribute 'a'\); mend chat_template"),
     ],
@@ -153,10 +190,26 @@ def test_in_a_terminal_the_answer_streams(folder, tmp_path):
     endless.save_pretrained(tmp_path)
     terminal, end = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "chat.py", "--model", tmp_path, "--max_new_tokens", "100000", "--temperature", "1", "--device", "cpu"],
-        cwd=ROOT, stdin=end, stdout=end, stderr=end, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [
+            sys.executable,
+            "chat.py",
+            "--model",
+            tmp_path,
+            "--max_new_tokens",
+            "100000",
+            "--temperature",
+            "1",
+            "--device",
+            "cpu",
+        ],
+        cwd=ROOT,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=own_terminal,
-    )  # fmt: skip
+    )
     os.close(end)
     seen, limit = "", time.monotonic() + 300
     prompt = r"[\r\n](\x1b\[\?2004h)?> $"  # at the start of a line, where an answer's own "> " seldom stands
@@ -191,7 +244,13 @@ def test_a_model_that_diverged(monkeypatch, capsys, folder, tmp_path, temperatur
     model.model.norm.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(ValueError, match="--model: its logits are not finite"):
-        talk(monkeypatch, capsys, tmp_path / "nan", "def f(x):", options=("--temperature", temperature))
+        talk(
+            monkeypatch,
+            capsys,
+            tmp_path / "nan",
+            "def f(x):",
+            options=("--temperature", temperature),
+        )
 
 
 @pytest.mark.parametrize(
@@ -212,8 +271,13 @@ def test_bad_input_ends_in_one_line(folder, options, message):
 
 
 def test_bytes_that_are_no_text_are_heard(folder):
-    done = subprocess.run([sys.executable, "chat.py", "--model", folder, "--max_new_tokens", "2"], cwd=ROOT, input=b"def \xff\xfe\n",
-                          capture_output=True, env=os.environ | {"PYTHONUTF8": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "chat.py", "--model", folder, "--max_new_tokens", "2"],
+        cwd=ROOT,
+        input=b"def \xff\xfe\n",
+        capture_output=True,
+        env=os.environ | {"PYTHONUTF8": "1"},
+    )
     assert done.returncode == 0, done.stderr.decode()
 
 
@@ -232,14 +296,20 @@ def test_the_script_exits_non_zero_with_one_line(tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith(f"chat.py: error: --model: '{tmp_path}' is a student of")
 
 
-@pytest.mark.parametrize("name, device, kind", [("gdn_v4", "cuda", "static"), ("gdn_v4", "cpu", None), ("swa_v1", "cuda", None)])
+@pytest.mark.parametrize(
+    "name, device, kind",
+    [("gdn_v4", "cuda", "static"), ("gdn_v4", "cpu", None), ("swa_v1", "cuda", None)],
+)
 def test_a_gpu_decodes_behind_a_static_cache(tmp_path, name, device, kind):
     """Where the student can."""
     config = StudentConfig(num_hidden_layers=2, keep_full_attention_layers=[1], student_name=name)
     model = SimpleNamespace(device=torch.device(device), config=config, generation_config=GenerationConfig())
     args = SimpleNamespace(model=str(tmp_path), max_new_tokens=4, temperature=None)
     made = chat.generation_config(args, model, 5)
-    assert (made.cache_implementation, made.eos_token_id) == (kind, 5)  # the tokenizer's, where the model names none
+    assert (made.cache_implementation, made.eos_token_id) == (
+        kind,
+        5,
+    )  # the tokenizer's, where the model names none
     assert made.prefill_chunk_size == chat.PREFILL
     config.rope_parameters["rope_type"] = "dynamic"
     assert chat.generation_config(args, model, 5).prefill_chunk_size is None

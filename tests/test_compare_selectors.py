@@ -3,24 +3,52 @@
 import json
 
 import pytest
-from test_select_layers import stage2  # noqa: F401
 
 from layer_selection import compare_selectors, select_layers
 from layer_selection.side_by_side import Candidate
 
 
-def compare(stage2, out, *options):  # noqa: F811
-    compare_selectors.main(["--cfg", str(stage2), "--ratio", "0.25", "--output_dir", str(out), "--sequences", "6", "--rounds", "2", "--seeds", "2",
-                            "--questions", "4", "--num_pairs", "2", "--num_words", "16", *options, "--overrides", "train.max_steps=4"])  # fmt: skip
+def compare(stage2, out, *options):
+    compare_selectors.main(
+        [
+            "--cfg",
+            str(stage2),
+            "--ratio",
+            "0.25",
+            "--output_dir",
+            str(out),
+            "--sequences",
+            "6",
+            "--rounds",
+            "2",
+            "--seeds",
+            "2",
+            "--questions",
+            "4",
+            "--num_pairs",
+            "2",
+            "--num_words",
+            "16",
+            *options,
+            "--overrides",
+            "train.max_steps=4",
+        ]
+    )
     return json.loads((out / "selectors.json").read_text())
 
 
-def test_selectors_are_compared(stage2, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_selectors_are_compared(stage2, tmp_path, monkeypatch, capsys):
     results = compare(stage2, tmp_path, "--methods", "mse", "scan", "uniform")
     assert results["mse"]["keep"] == results["scan"]["keep"] == [2] and results["uniform"]["keep"] == [2]
     results = compare(stage2, tmp_path, "--methods", "scan", "random")
-    assert results["random"]["keep"] != [2] and len(results["scan"]["kl"]) == 2 and results["scan"]["kl"][0] != results["scan"]["kl"][1]
-    assert all(kl > best for kl, best in zip(results["random"]["kl"], results["scan"]["kl"])), "layer 2 is the one that is off"
+    assert (
+        results["random"]["keep"] != [2]
+        and len(results["scan"]["kl"]) == 2
+        and results["scan"]["kl"][0] != results["scan"]["kl"][1]
+    )
+    assert all(kl > best for kl, best in zip(results["random"]["kl"], results["scan"]["kl"])), (
+        "layer 2 is the one that is off"
+    )
     shown = capsys.readouterr().out
     assert "| `scan` * | 2 | " in shown and (tmp_path / "selectors.png").stat().st_size > 10_000
     figures = json.loads((tmp_path / "seed_0.json").read_text())
@@ -30,7 +58,7 @@ def test_selectors_are_compared(stage2, tmp_path, monkeypatch, capsys):  # noqa:
     assert compare(stage2, tmp_path, "--methods", "scan", "random") == results
 
 
-def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):  # noqa: F811
+def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(stage2.read_text().replace("cache_dir: ", "cache_dir: /nowhere"))
     with pytest.raises(ValueError, match="data.cache_dir: /nowhere"):
@@ -38,12 +66,18 @@ def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):  # noq
     assert compare(stage2, tmp_path / "out", "--methods", "mse")["mse"]["keep"] == [2]
 
 
-def test_figures_of_another_comparison_are_refused(stage2, tmp_path):  # noqa: F811
+def test_figures_of_another_comparison_are_refused(stage2, tmp_path):
     """Whichever methods: what is there was ranked or trained otherwise."""
     compare(stage2, tmp_path, "--methods", "mse")
     written = (tmp_path / "selectors.json").read_text()
-    for options, other in ((["--ratio", "0.5"], "--ratio is 0.25 there, 0.5 here"), (["--questions", "5"], "--questions is 4 there, 5 here")):
-        with pytest.raises(ValueError, match=f"--output_dir: .* compares selectors otherwise \\({other}\\); name another folder"):
+    for options, other in (
+        (["--ratio", "0.5"], "--ratio is 0.25 there, 0.5 here"),
+        (["--questions", "5"], "--questions is 4 there, 5 here"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"--output_dir: .* compares selectors otherwise \\({other}\\); name another folder",
+        ):
             compare(stage2, tmp_path, "--methods", "mse", *options)
     changed = tmp_path / "changed.yaml"
     changed.write_text(stage2.read_text().replace("lr: 0.0001", "lr: 0.5"))

@@ -28,13 +28,29 @@ class Compiled:
         names = self.kernel.arg_names
         given = dict(zip(names, args)) | constants
         constants = {name: value for name, value in given.items() if name in constants or value is None}
-        kinds = {name: "constexpr" if name in constants else POINTER[value.dtype] if isinstance(value, torch.Tensor) else NUMBER[type(value)]
-                 for name, value in given.items()}  # fmt: skip
+        kinds = {
+            name: "constexpr"
+            if name in constants
+            else POINTER[value.dtype]
+            if isinstance(value, torch.Tensor)
+            else NUMBER[type(value)]
+            for name, value in given.items()
+        }
         signature = {name: kinds[name] for name in names}
-        source = ASTSource(self.kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+        source = ASTSource(
+            self.kernel,
+            signature,
+            {(names.index(name),): value for name, value in constants.items()},
+        )
         for capability in (80, 90):
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
-            assert compiled.metadata.shared <= SHARED, (self.kernel.__name__, kinds, compiled.metadata.shared)
+            compiled = triton.compile(
+                source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
+            )
+            assert compiled.metadata.shared <= SHARED, (
+                self.kernel.__name__,
+                kinds,
+                compiled.metadata.shared,
+            )
         self.calls += 1
 
 
@@ -46,7 +62,9 @@ def compiled(monkeypatch):
         monkeypatch.setattr(module, "fuses", lambda tensor: True)
         functions = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
         for name, kernel in functions.items():
-            if not any(f" {name}(" in other.src for other in functions.values() if other is not kernel):  # a part of another
+            if not any(
+                f" {name}(" in other.src for other in functions.values() if other is not kernel
+            ):  # a part of another
                 kernels.append(Compiled(kernel))
                 monkeypatch.setattr(module, name, kernels[-1])
     return kernels
@@ -79,12 +97,23 @@ def test_every_kernel_compiles(compiled, dtype):
         decode_step.place_token(q, k, k, norm, norm, k, k, *places, torch.tensor([4]))
     for name in ("gdn_v1", "gdn_v4", "gdn_v6", "gdn_v7", "gdn_v8"):
         for size in (20, 128, 256):
-            config = StudentConfig(hidden_size=20, num_attention_heads=3, num_key_value_heads=1, head_dim=size, num_hidden_layers=1,
-                                   keep_full_attention_layers=[], student_name=name)  # fmt: skip
+            config = StudentConfig(
+                hidden_size=20,
+                num_attention_heads=3,
+                num_key_value_heads=1,
+                head_dim=size,
+                num_hidden_layers=1,
+                keep_full_attention_layers=[],
+                student_name=name,
+            )
             options = {"conv_bias": True, "allow_neg_eigval": True} if name == "gdn_v7" else {}
             attn = get_student_attention_class(name)(config, 0, **options)
             x, few = random(2, 3 * size).detach(), random(2, 3).detach()
             past = tuple(torch.empty(3, 2, 3 * size, attn.conv_size, dtype=dtype)) if attn.use_short_conv else None
-            gate, state, angles = x if attn.use_gate else None, torch.empty(2, 3, size, size), random(2, 2, size).detach()
+            gate, state, angles = (
+                x if attn.use_gate else None,
+                torch.empty(2, 3, size, size),
+                random(2, 2, size).detach(),
+            )
             decode_step.gated_delta_token(x, x, x, gate, few, few, attn.to(dtype), state, past, *angles)
     assert not [each.kernel.__name__ for each in compiled if not each.calls]

@@ -3,11 +3,18 @@
 import json
 from pathlib import Path
 
+from runtime.batch_plan import batch_plan
+from runtime.config import (
+    ConfigError,
+    check_kept_layers,
+    dump_config,
+    keys_of_other_stages,
+    load_config,
+    reference,
+)
+
 import pytest
 import yaml
-
-from pipeline.batch_plan import batch_plan
-from pipeline.config import ConfigError, check_kept_layers, dump_config, keys_of_other_stages, load_config, reference
 
 ROOT = Path(__file__).parent.parent
 GOOD = {
@@ -16,10 +23,14 @@ GOOD = {
     "teacher_model": {"name": "teacher"},
     "student_model": {"name": "gdn_v4", "keep_full_attention_layers": [0, 4]},
     "train": {
-        "output_dir": "out", "student_init_ckpt": "stage1/converted-hf", "target_tokens": 1000, "batch_size": 4,
-        "train_seq_len": 16, "lr": 1e-4,
+        "output_dir": "out",
+        "student_init_ckpt": "stage1/converted-hf",
+        "target_tokens": 1000,
+        "batch_size": 4,
+        "train_seq_len": 16,
+        "lr": 1e-4,
     },
-}  # fmt: skip
+}
 
 
 def load(tmp_path, *overrides, values=GOOD):
@@ -77,7 +88,12 @@ train:
 
 
 def test_overrides_come_after_the_file(tmp_path):
-    overrides = ["train.lr=5e-5", "train.max_steps=7", "train.target_tokens=null", "student_model.keep_full_attention_layers=[3]"]
+    overrides = [
+        "train.lr=5e-5",
+        "train.max_steps=7",
+        "train.target_tokens=null",
+        "student_model.keep_full_attention_layers=[3]",
+    ]
     cfg = load(tmp_path, *overrides)
     assert cfg.train.lr == 5e-5 and cfg.student_model.keep_full_attention_layers == [3]
     assert batch_plan(cfg, 1).steps == 7
@@ -120,7 +136,10 @@ def test_bad_input(tmp_path, override):
 
 def test_an_offloaded_teacher_is_a_sharded_one(tmp_path):
     load(tmp_path, "train.kd_teacher_offload=cpu")
-    with pytest.raises(ConfigError, match="train.kd_teacher_offload: cpu is for a sharded teacher, .* never; say auto"):
+    with pytest.raises(
+        ConfigError,
+        match="train.kd_teacher_offload: cpu is for a sharded teacher, .* never; say auto",
+    ):
         load(tmp_path, "train.kd_teacher_offload=cpu", "train.kd_teacher_shard=never")
 
 
@@ -129,13 +148,38 @@ def test_stage_1_with_kept_layers(tmp_path):
         load(tmp_path, "stage=1", "train.student_init_ckpt=null")
 
 
-@pytest.mark.parametrize("stage, set_to, unread", [
-    (1, {"kd_teacher_offload": "cpu", "kd_teacher_shard": "never", "kd_teacher_use_cache": True, "kl_temperature": 2.0, "alignment_loss": "l2"},
-     ["kl_temperature", "kd_teacher_shard", "kd_teacher_offload", "kd_teacher_use_cache"]),
-    (2, {"kd_teacher_offload": "cpu", "kl_weight": 0.5, "ce_weight": 0.5, "alignment_loss": "l2"}, ["alignment_loss"]),
-    (3, {"kd_teacher_use_cache": True, "kl_weight": 0.5, "ce_weight": 0.5}, ["kl_weight", "ce_weight", "kd_teacher_use_cache"]),
-    (1, {"kd_teacher_offload": "none", "kl_weight": 1.0}, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, set_to, unread",
+    [
+        (
+            1,
+            {
+                "kd_teacher_offload": "cpu",
+                "kd_teacher_shard": "never",
+                "kd_teacher_use_cache": True,
+                "kl_temperature": 2.0,
+                "alignment_loss": "l2",
+            },
+            ["kl_temperature", "kd_teacher_shard", "kd_teacher_offload", "kd_teacher_use_cache"],
+        ),
+        (
+            2,
+            {
+                "kd_teacher_offload": "cpu",
+                "kl_weight": 0.5,
+                "ce_weight": 0.5,
+                "alignment_loss": "l2",
+            },
+            ["alignment_loss"],
+        ),
+        (
+            3,
+            {"kd_teacher_use_cache": True, "kl_weight": 0.5, "ce_weight": 0.5},
+            ["kl_weight", "ce_weight", "kd_teacher_use_cache"],
+        ),
+        (1, {"kd_teacher_offload": "none", "kl_weight": 1.0}, []),
+    ],
+)
 def test_keys_that_a_stage_does_not_read_are_known(tmp_path, stage, set_to, unread):
     values = {**GOOD, "stage": stage, "train": GOOD["train"] | set_to}
     if stage == 1:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from runtime.config import load_config
+
 import pytest
 import torch
 import yaml
@@ -22,29 +24,48 @@ from convert.families import FAMILIES
 from convert.loader import Checkpoint, copy_sidecars, student_config
 from convert_ckpt import student_config as trained_config
 from distill_model import StudentForCausalLM
-from pipeline.config import load_config
 
 ROOT = Path(__file__).parent.parent
 
-LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=32)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=1e4,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 TEACHERS = {
     "qwen2, biases": ("qwen2", {}),
     "qwen2, tied, padded vocabulary": ("qwen2", dict(tie_word_embeddings=True, vocab_size=128)),
-    "qwen2, yarn": ("qwen2", dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0,
-                                                       original_max_position_embeddings=16))),
+    "qwen2, yarn": (
+        "qwen2",
+        dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)),
+    ),
     "qwen3, q/k norms, free head_dim": ("qwen3", dict(rms_norm_eps=1e-3)),
     "qwen3, biases, one kv head": ("qwen3", dict(attention_bias=True, num_key_value_heads=1)),
     "llama": ("llama", {}),
-    "llama, every bias, no grouping": ("llama", dict(attention_bias=True, mlp_bias=True, num_key_value_heads=4)),
+    "llama, every bias, no grouping": (
+        "llama",
+        dict(attention_bias=True, mlp_bias=True, num_key_value_heads=4),
+    ),
     "llama3 rope scaling": ("llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3)),
-    "linear rope scaling": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),
-    "dynamic rope scaling": ("llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))),
+    "linear rope scaling": (
+        "llama",
+        dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
+    ),
+    "dynamic rope scaling": (
+        "llama",
+        dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
+    ),
     "mistral without a window": ("mistral", dict(sliding_window=None, head_dim=24)),
     "grouped by 7": ("qwen2", dict(hidden_size=112, num_attention_heads=14, num_key_value_heads=2)),
     "grouped by 5": ("qwen3", dict(num_attention_heads=10, num_key_value_heads=2)),
-    "grouped by 8, hidden / heads is not whole": ("qwen3", dict(hidden_size=44, num_attention_heads=8, num_key_value_heads=1)),
-}  # fmt: skip
+    "grouped by 8, hidden / heads is not whole": (
+        "qwen3",
+        dict(hidden_size=44, num_attention_heads=8, num_key_value_heads=1),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -66,8 +87,19 @@ def test_conversion_gives_the_same_logits(tmp_path, name, precision, capsys, mon
     theirs = random_teacher(tmp_path / "source", kind, **overrides)
     save_tokenizer(tmp_path / "source")
     monkeypatch.setattr(converter, "SHARD_BYTES", 40_000)
-    convert("", kind, argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out"), "--format", "student",
-                            *(["--precision", precision] if precision else [])])  # fmt: skip
+    convert(
+        "",
+        kind,
+        argv=[
+            "--model",
+            str(tmp_path / "source"),
+            "--output",
+            str(tmp_path / "out"),
+            "--format",
+            "student",
+            *(["--precision", precision] if precision else []),
+        ],
+    )
     difference = float(capsys.readouterr().out.partition("largest difference to the source: ")[2].split()[0])
     assert difference < 1e-4
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -107,8 +139,15 @@ FLA = {
     "tied, padded vocabulary": ("qwen2", dict(tie_word_embeddings=True, vocab_size=128)),
     "llama": ("llama", dict(head_dim=12)),
     "q/k norms": ("qwen3", dict(head_dim=12, rms_norm_eps=1e-5)),
-    "mistral": ("mistral", dict(head_dim=12, sliding_window=None, rope_parameters=dict(rope_type="default", rope_theta=5e4))),
-}  # fmt: skip
+    "mistral": (
+        "mistral",
+        dict(
+            head_dim=12,
+            sliding_window=None,
+            rope_parameters=dict(rope_type="default", rope_theta=5e4),
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FLA)
@@ -126,15 +165,24 @@ def test_fla_loads_what_we_write_and_we_what_it_saves(tmp_path, name):
         expected = theirs(ids).logits
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
         model.save_pretrained(tmp_path / "saved by fla")
-        torch.testing.assert_close(load_teacher(str(tmp_path / "saved by fla"))(ids).logits, expected, atol=1e-4, rtol=1e-4)
-    assert model.config.eos_token_id == theirs.config.eos_token_id and model.config.bos_token_id == theirs.config.bos_token_id
+        torch.testing.assert_close(
+            load_teacher(str(tmp_path / "saved by fla"))(ids).logits, expected, atol=1e-4, rtol=1e-4
+        )
+    assert (
+        model.config.eos_token_id == theirs.config.eos_token_id
+        and model.config.bos_token_id == theirs.config.bos_token_id
+    )
 
 
 def edited(folder, change, **config):
     """Saves what `change` makes of a checkpoint's tensors, by name, and these fields of its config."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | config))
 
@@ -173,7 +221,7 @@ ODD_FILES = {
     "the config's frequencies": (add_frequencies(1), None),
     "other frequencies": (add_frequencies(0.25), "inv_freq differs from config.json"),
     "an index of other files": (None, "not the files of model.safetensors.index.json"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", ODD_FILES)
@@ -228,7 +276,8 @@ def test_flas_head_of_its_own_is_not_tied_either(tmp_path):
 
 
 def test_the_proof_does_not_share_our_reading(tmp_path, monkeypatch):
-    """If we tied what transformers does not tie, the comparison would see it, and nothing would be written."""
+    """If we tied what transformers does not tie, the comparison would see it, and nothing would be
+    written."""
     random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True)
     edited(tmp_path / "source", add_head)
     monkeypatch.setattr("convert.loader.has_own_head", lambda *_: False)
@@ -270,7 +319,10 @@ def add_twice(tensors):
         (drop("lm_head.weight"), "the first is lm_head.weight; .* set tie_word_embeddings to true"),
         (drop("model.embed_tokens.weight"), "the first is model.embeddings.weight"),
         (pad_head, r"lm_head.weight is \(128, 48\), config.json implies the shape \(96, 48\)"),
-        (add_layer, r"model.layers.4.input_layernorm.weight is \(48,\), config.json implies no such tensor"),
+        (
+            add_layer,
+            r"model.layers.4.input_layernorm.weight is \(48,\), config.json implies no such tensor",
+        ),
         (add_scale, "up_proj.weight_scale is .* implies no such tensor"),
         (quantise, "up_proj.weight is of dtype F8_E4M3, of quantised weights"),
         (add_twice, "model.embeddings.weight is there twice"),
@@ -322,13 +374,26 @@ def test_published_sizes_have_the_same_parameters(kind, size):
     shape = yaml.safe_load(PUBLISHED.read_text())[kind][size]
     rope = {"rope_type": "default", "rope_theta": 5e5 if kind == "llama" else 1e6}
     if scaling := shape.get("rope"):
-        rope |= {"rope_type": scaling["type"], "factor": scaling["factor"], "low_freq_factor": scaling["low"],
-                 "high_freq_factor": scaling["high"], "original_max_position_embeddings": scaling["original"]}  # fmt: skip
+        rope |= {
+            "rope_type": scaling["type"],
+            "factor": scaling["factor"],
+            "low_freq_factor": scaling["low"],
+            "high_freq_factor": scaling["high"],
+            "original_max_position_embeddings": scaling["original"],
+        }
     config = AutoConfig.for_model(
-        kind, vocab_size=shape["vocab"], hidden_size=shape["hidden"], intermediate_size=shape["intermediate"],
-        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], num_key_value_heads=shape["kv"],
-        head_dim=shape["head_dim"], tie_word_embeddings=shape["tied"], rope_parameters=rope, max_position_embeddings=131072,
-    )  # fmt: skip
+        kind,
+        vocab_size=shape["vocab"],
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["intermediate"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"],
+        head_dim=shape["head_dim"],
+        tie_word_embeddings=shape["tied"],
+        rope_parameters=rope,
+        max_position_embeddings=131072,
+    )
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config)
         ours = StudentForCausalLM(student_config(config))
@@ -338,13 +403,16 @@ def test_published_sizes_have_the_same_parameters(kind, size):
     assert {name: p.shape for name, p in ours.named_parameters()} == expected
     assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
     check_size(ours.config, kind, size)
-    other = next(name for name in yaml.safe_load(PUBLISHED.read_text())[kind] if name != size and name[-2:] != size[-2:])
+    other = next(
+        name for name in yaml.safe_load(PUBLISHED.read_text())[kind] if name != size and name[-2:] != size[-2:]
+    )
     with pytest.raises(ValueError, match=f"--config: the checkpoint is no {other}: .* instead of"):
         check_size(ours.config, kind, other)
 
 
 def test_the_teachers_loss_is_hugging_faces(tmp_path):
-    """Stage 2's KL of an untrained hybrid, from our teacher, against logits of Hugging Face's class."""
+    """Stage 2's KL of an untrained hybrid, from our teacher, against logits of Hugging Face's
+    class."""
     theirs = random_teacher(tmp_path, "llama", tie_word_embeddings=True, rope_parameters=LLAMA3)
     teacher = load_teacher(str(tmp_path))
     student = StudentForCausalLM.from_teacher(teacher, "gdn_v4", [1])[0]
@@ -384,10 +452,30 @@ def test_our_own_checkpoint_is_a_teacher_too(tmp_path, teacher_dir):
         ({"model_type": "student"}, "is a student of the KL-guided layer selection paper's code"),
         ({"model_type": "qwen3_moe"}, "qwen3_moe"),
         ({"model_type": "gemma2"}, "gemma2"),
-        ({"rope_parameters": {"rope_type": "of tomorrow", "rope_theta": 1e4}}, "rope_type 'of tomorrow'"),
-        ({"use_sliding_window": True, "max_window_layers": 2, "layer_types": None, "sliding_window": 8}, "sliding"),
+        (
+            {"rope_parameters": {"rope_type": "of tomorrow", "rope_theta": 1e4}},
+            "rope_type 'of tomorrow'",
+        ),
+        (
+            {
+                "use_sliding_window": True,
+                "max_window_layers": 2,
+                "layer_types": None,
+                "sliding_window": 8,
+            },
+            "sliding",
+        ),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            "partial",
+        ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
     ],
 )
@@ -417,15 +505,29 @@ def set_config(folder, **changes):
         ({"rms_norm_eps": "1e-3"}, {"rms_norm_eps": 1e-3}),
         ({"rms_norm_eps": 0}, {"rms_norm_eps": 0.0}),
         ({"hidden_size": "48", "num_hidden_layers": 4.0, "head_dim": "16", "vocab_size": "96"}, {}),
-        ({"max_position_embeddings": "64", "initializer_range": "0.2", "pad_token_id": "0"}, {"pad_token_id": 0}),
+        (
+            {"max_position_embeddings": "64", "initializer_range": "0.2", "pad_token_id": "0"},
+            {"pad_token_id": 0},
+        ),
         ({"eos_token_id": ["1", 2]}, {"eos_token_id": [1, 2]}),
-        ({"rope_parameters": ..., "rope_theta": "5e4"},
-         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
-        ({"rope_parameters": ..., "rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": "2.0"}},
-         {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}}),
-        ({"rope_parameters": {**{name: str(value) for name, value in LLAMA3.items()}}}, {"rope_parameters": LLAMA3}),
+        (
+            {"rope_parameters": ..., "rope_theta": "5e4"},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+        ),
+        (
+            {
+                "rope_parameters": ...,
+                "rope_theta": 5e4,
+                "rope_scaling": {"type": "linear", "factor": "2.0"},
+            },
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}},
+        ),
+        (
+            {"rope_parameters": {**{name: str(value) for name, value in LLAMA3.items()}}},
+            {"rope_parameters": LLAMA3},
+        ),
     ],
-)  # fmt: skip
+)
 def test_numbers_written_as_text_are_read(tmp_path, written, meant):
     """The logits are those of Hugging Face's model, whose config has numbers."""
     random_teacher(tmp_path / "source", "qwen3")
@@ -444,14 +546,26 @@ def test_numbers_written_as_text_are_read(tmp_path, written, meant):
     "change, message",
     [
         ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' is of type str; it must be float"),
-        ({"num_hidden_layers": None}, "num_hidden_layers: None is of type NoneType; it must be int"),
+        (
+            {"num_hidden_layers": None},
+            "num_hidden_layers: None is of type NoneType; it must be int",
+        ),
         ({"num_attention_heads": 0}, "num_attention_heads: 0 must be at least 1"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 must divide the 4 attention heads"),
         ({"head_dim": 15}, "head_dim: 15 must be even"),
-        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: 'false' is of type str; it must be bool"),
-        ({"pad_token_id": 96}, "pad_token_id: 96 is outside the vocabulary of 96 ids; name one of them, or null"),
+        (
+            {"tie_word_embeddings": "false"},
+            "tie_word_embeddings: 'false' is of type str; it must be bool",
+        ),
+        (
+            {"pad_token_id": 96},
+            "pad_token_id: 96 is outside the vocabulary of 96 ids; name one of them, or null",
+        ),
         ({"bos_token_id": [1]}, r"bos_token_id: \[1\] is of type list; it must be int or null"),
-        ({"layer_types": ["full_attention"] * 3}, r"`num_hidden_layers` \(4\) must be .* of `layer_types` \(3\)"),
+        (
+            {"layer_types": ["full_attention"] * 3},
+            r"`num_hidden_layers` \(4\) must be .* of `layer_types` \(3\)",
+        ),
         ({"layer_types": "full_attention"}, "Field 'layer_types' with value 'full_attention'"),
         ({"hidden_act": None}, "Field 'hidden_act' expected str"),
         ({"dtype": "bf16"}, "dtype: 'bf16' must be bfloat16"),
@@ -459,13 +573,28 @@ def test_numbers_written_as_text_are_read(tmp_path, written, meant):
         ({"rms_norm_eps": "nan"}, "rms_norm_eps: nan must be a number of at least 0"),
         ({"model_type": ["qwen3"]}, r"model_type: \['qwen3'\] must be a name"),
         ({"rope_parameters": "linear"}, "rope_parameters: 'linear' must be a mapping"),
-        ({"rope_parameters": {"rope_theta": "many"}}, "rope_parameters.rope_theta: 'many' is of type str"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor: 0.0 of the rotary embedding"),
-        ({"rope_parameters": ..., "rope_scaling": [2.0]}, r"rope_scaling: \[2.0\] must be a mapping"),
-        ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, "Missing required keys .*'factor'"),
-        ({"rope_parameters": ..., "rope_theta": None}, "rope_theta: None of the rotary embedding must be above 0"),
+        (
+            {"rope_parameters": {"rope_theta": "many"}},
+            "rope_parameters.rope_theta: 'many' is of type str",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+            "factor: 0.0 of the rotary embedding",
+        ),
+        (
+            {"rope_parameters": ..., "rope_scaling": [2.0]},
+            r"rope_scaling: \[2.0\] must be a mapping",
+        ),
+        (
+            {"rope_parameters": ..., "rope_scaling": {"type": "linear"}},
+            "Missing required keys .*'factor'",
+        ),
+        (
+            {"rope_parameters": ..., "rope_theta": None},
+            "rope_theta: None of the rotary embedding must be above 0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_no_model_can_have_is_refused_in_one_line(tmp_path, change, message):
     random_teacher(tmp_path, "qwen3")
     set_config(tmp_path, **change)
@@ -478,9 +607,16 @@ def test_our_own_config_is_checked_alike(tmp_path, teacher_dir):
     load_teacher(teacher_dir).save_pretrained(tmp_path)
     set_config(tmp_path, rms_norm_eps="1e-3", num_hidden_layers="4")
     config = load_teacher_config(str(tmp_path))
-    assert config.rms_norm_eps == 1e-3 and config.num_hidden_layers == 4 and load_teacher(str(tmp_path)).config.rms_norm_eps == 1e-3
-    for change, message in (({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' is of type str"), ({"pad_token_id": 96}, "pad_token_id: 96 is outside"),
-                            ({"keep_full_attention_layers": [9]}, "must be different layers in 0..3")):  # fmt: skip
+    assert (
+        config.rms_norm_eps == 1e-3
+        and config.num_hidden_layers == 4
+        and load_teacher(str(tmp_path)).config.rms_norm_eps == 1e-3
+    )
+    for change, message in (
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' is of type str"),
+        ({"pad_token_id": 96}, "pad_token_id: 96 is outside"),
+        ({"keep_full_attention_layers": [9]}, "must be different layers in 0..3"),
+    ):
         set_config(tmp_path, **{"rms_norm_eps": 1e-3, "pad_token_id": None} | change)
         with pytest.raises(ValueError, match=f"^teacher_model.name: .*config.json: .*{message}"):
             load_teacher_config(str(tmp_path))
@@ -489,7 +625,10 @@ def test_our_own_config_is_checked_alike(tmp_path, teacher_dir):
 @pytest.mark.parametrize("content", ["[1]", "null", '"qwen3"', "{"])
 def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=f"^teacher_model.name: '{tmp_path}' is neither a folder with a config.json") as error:
+    with pytest.raises(
+        ValueError,
+        match=f"^teacher_model.name: '{tmp_path}' is neither a folder with a config.json",
+    ) as error:
         load_teacher_config(str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -501,7 +640,10 @@ def test_a_config_without_a_dtype_has_that_of_its_weights(tmp_path):
     convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
     cfg = load_config(write_config(tmp_path, 1, str(tmp_path / "source"), "data"))
-    assert trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).dtype in (torch.bfloat16, "bfloat16")
+    assert trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).dtype in (
+        torch.bfloat16,
+        "bfloat16",
+    )
 
 
 def test_what_is_trained_is_tied_as_its_teacher_is(tmp_path):
@@ -582,14 +724,19 @@ def damage_shard(folder):
 
 def damage_family(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
         (damage_drop, "1 tensors are missing, the first is model.layers.2.mlp.up_proj.weight"),
-        (damage_shape, r"model.safetensors: model.norm.weight is \(3,\), config.json implies the shape \(48,\)"),
+        (
+            damage_shape,
+            r"model.safetensors: model.norm.weight is \(3,\), config.json implies the shape \(48,\)",
+        ),
         (damage_extra, "self_attn.sinks is .* implies no such tensor"),
         (damage_truncate, "model.safetensors: damaged or truncated"),
         (damage_remove, "model.safetensors is missing"),
@@ -604,7 +751,11 @@ def test_a_damaged_checkpoint_is_named_and_leaves_nothing(tmp_path, damage, mess
     with pytest.raises(ValueError, match=message):
         load_teacher(str(tmp_path / "source"))
     with pytest.raises(SystemExit, match=message) as error:
-        convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+        convert(
+            "",
+            "qwen3",
+            argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")],
+        )
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["source"]
 
 
@@ -616,7 +767,11 @@ def test_a_conversion_that_differs_fails_and_leaves_nothing(tmp_path, monkeypatc
 
     monkeypatch.setattr(converter, "write_weights", spoiled)
     with pytest.raises(SystemExit, match="--verify: .* differ by"):
-        convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+        convert(
+            "",
+            "qwen3",
+            argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")],
+        )
     assert os.listdir(tmp_path) == ["source"]
 
 
@@ -628,7 +783,11 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(converter, "save_file", full)
     with pytest.raises(SystemExit, match="out: No space left on device; nothing was written"):
-        convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+        convert(
+            "",
+            "qwen3",
+            argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")],
+        )
     assert os.listdir(tmp_path) == ["source"]
 
 
@@ -653,8 +812,17 @@ def test_an_existing_output_and_another_family_are_refused(tmp_path):
 def test_the_scripts_run_from_anywhere(tmp_path, script, kind):
     random_teacher(tmp_path / "source", kind)
     done = subprocess.run(
-        [sys.executable, ROOT / "convert" / f"convert_from_{script}.py", "--model", "source", "--output", "out"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            ROOT / "convert" / f"convert_from_{script}.py",
+            "--model",
+            "source",
+            "--output",
+            "out",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -11,13 +11,13 @@ import re
 import tarfile
 import zipfile
 
+from runtime.corpora import Corpus
+from runtime.data import DataError
+
 import numpy
 import pyarrow
 import pytest
 from datasets import Dataset, load_dataset
-
-from pipeline.corpora import Corpus
-from pipeline.data import DataError
 
 TEXTS = ["one", 'two, "quoted"\nand two lines\n', "drei — ü 文字", "None", "12"]
 ROWS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
@@ -115,7 +115,8 @@ def test_zstd_of_several_frames(tmp_path):
 
 
 def test_columns_that_change_from_row_to_row(tmp_path):
-    """Rows without the text column are counted; a file without it is refused with the columns that it has."""
+    """Rows without the text column are counted; a file without it is refused with the columns that
+    it has."""
     rows = [
         {"other": 1},
         {"text": None},
@@ -164,7 +165,10 @@ def test_text_that_is_no_string(tmp_path, kind, suffix):
     value, message = NO_TEXT[kind]
     rows = [{"body": None}, {"body": value}, {"body": value}]
     file = write(tmp_path, {f"a{suffix}": parquet(rows) if suffix == ".parquet" else jsonl(rows)}) / f"a{suffix}"
-    assert re.match(f"{re.escape(str(file))}: row 2, column 'body': is {message}", refusal(file, text_field="body"))
+    assert re.match(
+        f"{re.escape(str(file))}: row 2, column 'body': is {message}",
+        refusal(file, text_field="body"),
+    )
 
 
 def test_rows_that_are_no_objects(tmp_path):
@@ -184,13 +188,25 @@ def test_halves_of_surrogate_pairs_are_replaced(tmp_path):
 # ------------------------------------------------------------------------------------------------ bad and empty files
 LINES = jsonl(ROWS).encode()
 BROKEN = {
-    "latin.jsonl": (LINES + b'{"text": "caf\xe9"}\n', 6, "is not UTF-8 (byte 0xe9); convert the file to UTF-8"),
+    "latin.jsonl": (
+        LINES + b'{"text": "caf\xe9"}\n',
+        6,
+        "is not UTF-8 (byte 0xe9); convert the file to UTF-8",
+    ),
     "cut.jsonl": (LINES + b'\n{"text": "cut he', 7, "is not JSON, or was cut short"),
-    "cut.jsonl.gz": (gzip.compress(LINES, mtime=0)[:-12], None, "cannot be read (Compressed file ended"),
+    "cut.jsonl.gz": (
+        gzip.compress(LINES, mtime=0)[:-12],
+        None,
+        "cannot be read (Compressed file ended",
+    ),
     "cut.jsonl.zst": (zstd(LINES)[:-3], None, "cannot be read (Truncated compressed stream"),
     "cut.jsonl.xz": (lzma.compress(LINES)[:-30], None, "cannot be read (Compressed file ended"),
     "no gzip.jsonl.gz": (LINES, 1, "cannot be read (Not a gzipped file"),
-    "ragged.csv": (b"id,text\n0,one\n1,two\n2,three, and more\n", 3, "has 3 fields, but the header has 2"),
+    "ragged.csv": (
+        b"id,text\n0,one\n1,two\n2,three, and more\n",
+        3,
+        "has 3 fields, but the header has 2",
+    ),
     "cut.csv": (b'id,text\n0,one\n1,"two', 2, "cannot be read (unexpected end of data"),
     "cut.parquet": (parquet(ROWS)[:-20], 1, "cannot be read (Parquet magic bytes not found"),
 }
@@ -201,7 +217,12 @@ def test_a_broken_file_is_named_with_its_row_and_may_be_skipped(tmp_path, name):
     """The rows before the fault are kept, once; the files beside it are read to their ends."""
     content, row, reason = BROKEN[name]
     corpus = write(
-        tmp_path, {"a.jsonl": jsonl([{"text": "before"}]), f"b/{name}": content, "c.jsonl": jsonl([{"text": "behind"}])}
+        tmp_path,
+        {
+            "a.jsonl": jsonl([{"text": "before"}]),
+            f"b/{name}": content,
+            "c.jsonl": jsonl([{"text": "behind"}]),
+        },
     )
     line = refusal(corpus)
     assert reason in line and "--skip_bad_files" in line
@@ -216,7 +237,8 @@ def test_a_broken_file_is_named_with_its_row_and_may_be_skipped(tmp_path, name):
 
 def test_many_bad_files_are_counted(tmp_path):
     corpus = write(
-        tmp_path, {f"{i}.jsonl": b"\xff" if i else jsonl(ROWS) for i in range(4)} | {"data.zip": b"PK\x03\x04"}
+        tmp_path,
+        {f"{i}.jsonl": b"\xff" if i else jsonl(ROWS) for i in range(4)} | {"data.zip": b"PK\x03\x04"},
     )
     texts, line = said(corpus, skip_bad_files=True)
     assert texts == TEXTS
@@ -277,12 +299,16 @@ def test_hidden_files_and_folders_are_left_out(tmp_path):
 
 
 def test_symlinks_are_followed_once(tmp_path):
-    """Cycles end; a file that several names lead to is read once, and under the name that tells what it is."""
+    """Cycles end; a file that several names lead to is read once, and under the name that tells
+    what it is."""
     outside = write(tmp_path / "outside", {"x/far.txt": "far", "blob": jsonl([{"text": "row"}])})
     corpus = write(tmp_path / "corpus", {"a.txt": "near"})
     (corpus / "link").symlink_to(outside / "x", target_is_directory=True)
     (corpus / "table.jsonl").symlink_to(outside / "blob")
-    assert (texts_of(corpus), said(corpus)[1].strip()) == (["near", "far", "row"], "corpus: reads 2 .txt, 1 .jsonl")
+    assert (texts_of(corpus), said(corpus)[1].strip()) == (
+        ["near", "far", "row"],
+        "corpus: reads 2 .txt, 1 .jsonl",
+    )
     (corpus / "cycle").symlink_to(corpus, target_is_directory=True)
     (corpus / "again.txt").symlink_to(corpus / "a.txt")
     (corpus / "blob").symlink_to(outside / "blob")
@@ -293,7 +319,8 @@ def test_symlinks_are_followed_once(tmp_path):
 
 
 def test_documentation_beside_tables_is_no_corpus(tmp_path):
-    """In the tables' folder or above it; where there are no tables, a README is text like any other."""
+    """In the tables' folder or above it; where there are no tables, a README is text like any
+    other."""
     card = {
         "README.md": "---\nlicense: mit\n---\n",
         "LICENSE": "MIT",
@@ -302,7 +329,12 @@ def test_documentation_beside_tables_is_no_corpus(tmp_path):
     }
     corpus = write(
         tmp_path / "a",
-        card | {"data/0.jsonl.zst": zstd(jsonl(ROWS).encode()), "code/README.md": "of code", "notes.txt": "notes"},
+        card
+        | {
+            "data/0.jsonl.zst": zstd(jsonl(ROWS).encode()),
+            "code/README.md": "of code",
+            "notes.txt": "notes",
+        },
     )
     texts, line = said(corpus)
     assert texts == ["of code", *TEXTS, "notes"]
@@ -383,7 +415,11 @@ AS_TEXT = {
     "notebook": ("a.ipynb", json.dumps({"cells": [], "nbformat": 4}, indent=1), ".jsonl"),
     "csv": ("data.txt", delimited(","), ".csv"),
     "tsv": ("data", "text\tid\nhello, you\t1\n", ".csv"),
-    "long csv": ("data.old", f'title,body\none,"{LONG}"\n'.replace(LONG, LONG[:40_000]) * 3, ".csv"),
+    "long csv": (
+        "data.old",
+        f'title,body\none,"{LONG}"\n'.replace(LONG, LONG[:40_000]) * 3,
+        ".csv",
+    ),
 }
 
 
@@ -416,7 +452,8 @@ def test_text_that_looks_a_little_like_a_table_is_text(tmp_path, kind):
 
 
 def test_files_that_are_not_text_are_left_out(tmp_path):
-    """Wherever the byte is: NUL and Latin-1 beyond the beginning, UTF-16; a byte order mark is no part of a text."""
+    """Wherever the byte is: NUL and Latin-1 beyond the beginning, UTF-16; a byte order mark is no
+    part of a text."""
     corpus = write(
         tmp_path,
         {
@@ -437,7 +474,10 @@ def test_files_that_are_not_text_are_left_out(tmp_path):
 
 
 def test_what_is_read_is_said_by_kind_and_number(tmp_path):
-    corpus = write(tmp_path, {f"{i}.s{i}": "x" for i in range(8)} | {"a.TXT": "x", "b.txt": "x", "Makefile": "x"})
+    corpus = write(
+        tmp_path,
+        {f"{i}.s{i}": "x" for i in range(8)} | {"a.TXT": "x", "b.txt": "x", "Makefile": "x"},
+    )
     assert Corpus(str(corpus)).selection() == (
         "corpus: reads 2 .txt, 1 .s0, 1 .s1, 1 .s2, 1 .s3, 1 .s4, 4 of 4 other kinds"
     )

@@ -88,9 +88,14 @@ def strong(x):
 
 
 def _delta(decay, per_channel=False):
-    return [random(B, T, H, K), random(B, T, H, K, f=unit), random(B, T, HV, V),
-            random(B, T, HV, *([K] if per_channel else []), f=decay), random(B, T, HV, f=lambda x: 2 * x.sigmoid()),
-            random(B, HV, K, V)]  # fmt: skip
+    return [
+        random(B, T, H, K),
+        random(B, T, H, K, f=unit),
+        random(B, T, HV, V),
+        random(B, T, HV, *([K] if per_channel else []), f=decay),
+        random(B, T, HV, f=lambda x: 2 * x.sigmoid()),
+        random(B, HV, K, V),
+    ]
 
 
 def _delta_op(q, k, v, g, beta, state):
@@ -111,8 +116,13 @@ def _rwkv7_op(r, w, k, v, kk, a, state):
 
 
 def _gla(decay):
-    return [random(B, T, HV, K), random(B, T, HV, K), random(B, T, HV, V), random(B, T, HV, K, f=decay),
-            random(B, HV, K, V)]  # fmt: skip
+    return [
+        random(B, T, HV, K),
+        random(B, T, HV, K),
+        random(B, T, HV, V),
+        random(B, T, HV, K, f=decay),
+        random(B, HV, K, V),
+    ]
 
 
 CASES = {
@@ -122,21 +132,53 @@ CASES = {
     "KDA, strong decay": (_delta_op, delta_reference, lambda: _delta(strong, True)),
     "GLA, mild decay": (_gla_op, gla_reference, lambda: _gla(mild)),
     "GLA, strong decay": (_gla_op, gla_reference, lambda: _gla(strong)),
-    "GSA": (_gsa_op, gsa_reference, lambda: [random(B, T, HV, K), random(B, T, HV, K), random(B, T, HV, V),
-                                             random(B, T, HV, 6, f=torch.sigmoid), random(B, T, HV, 6, f=mild)]),
-    "RWKV-7": (_rwkv7_op, rwkv7_reference, lambda: [random(B, T, HV, K), random(B, T, HV, K, f=mild),
-                                                    random(B, T, HV, K), random(B, T, HV, V),
-                                                    random(B, T, HV, K, f=unit), random(B, T, HV, K, f=torch.sigmoid),
-                                                    random(B, HV, K, V)]),
-    "PaTH": (lambda *x: cpu_ops.path_attn(*x)[:1], path_reference,
-             lambda: [random(B, T, HV, K), random(B, T, H, K), random(B, T, H, V), random(B, T, H, K, f=unit),
-                      random(B, T, H, f=lambda x: 2 * x.sigmoid()), random(B, T, HV, f=mild)]),
-    "causal softmax": (lambda *x: (cpu_ops.flash_attn_func(*x, causal=True),), lambda *x: window_reference(*x, T),
-                       lambda: [random(B, T, HV, K), random(B, T, H, K), random(B, T, H, V)]),
-    "sliding window": (lambda *x: (cpu_ops.flash_attn_func(*x, causal=True, window_size=(9, 0)),),
-                       lambda *x: window_reference(*x, 9),
-                       lambda: [random(B, T, HV, K), random(B, T, H, K), random(B, T, H, V)]),
-}  # fmt: skip
+    "GSA": (
+        _gsa_op,
+        gsa_reference,
+        lambda: [
+            random(B, T, HV, K),
+            random(B, T, HV, K),
+            random(B, T, HV, V),
+            random(B, T, HV, 6, f=torch.sigmoid),
+            random(B, T, HV, 6, f=mild),
+        ],
+    ),
+    "RWKV-7": (
+        _rwkv7_op,
+        rwkv7_reference,
+        lambda: [
+            random(B, T, HV, K),
+            random(B, T, HV, K, f=mild),
+            random(B, T, HV, K),
+            random(B, T, HV, V),
+            random(B, T, HV, K, f=unit),
+            random(B, T, HV, K, f=torch.sigmoid),
+            random(B, HV, K, V),
+        ],
+    ),
+    "PaTH": (
+        lambda *x: cpu_ops.path_attn(*x)[:1],
+        path_reference,
+        lambda: [
+            random(B, T, HV, K),
+            random(B, T, H, K),
+            random(B, T, H, V),
+            random(B, T, H, K, f=unit),
+            random(B, T, H, f=lambda x: 2 * x.sigmoid()),
+            random(B, T, HV, f=mild),
+        ],
+    ),
+    "causal softmax": (
+        lambda *x: (cpu_ops.flash_attn_func(*x, causal=True),),
+        lambda *x: window_reference(*x, T),
+        lambda: [random(B, T, HV, K), random(B, T, H, K), random(B, T, H, V)],
+    ),
+    "sliding window": (
+        lambda *x: (cpu_ops.flash_attn_func(*x, causal=True, window_size=(9, 0)),),
+        lambda *x: window_reference(*x, 9),
+        lambda: [random(B, T, HV, K), random(B, T, H, K), random(B, T, H, V)],
+    ),
+}
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-4)])
@@ -184,8 +226,9 @@ def test_convolution_step_by_step_equals_at_once():
     naive = torch.stack([(padded[:, t : t + 4] * weight.T).sum(1) + bias for t in range(9)], 1)
     torch.testing.assert_close(full, F.silu(naive))
     cache = torch.zeros(2, 6, 4)
-    steps = [cpu_ops.causal_conv1d_update(x[:, t], cache, weight=weight, bias=bias, activation="silu")[0]
-             for t in range(9)]  # fmt: skip
+    steps = [
+        cpu_ops.causal_conv1d_update(x[:, t], cache, weight=weight, bias=bias, activation="silu")[0] for t in range(9)
+    ]
     torch.testing.assert_close(torch.stack(steps, 1), full)
     torch.testing.assert_close(cache, state)
 

@@ -8,19 +8,20 @@ import sys
 from operator import attrgetter
 from pathlib import Path
 
+from runtime.batch_plan import batch_plan
+from runtime.config import ConfigError, dump_config, load_config
+from runtime.run_folder import check_run_folder
+
 import pytest
 import torch
+from conftest import write_config
 from safetensors.torch import load_file
 
 import cuda_graphs
 import train
-from conftest import write_config
 from convert import load_teacher, load_teacher_config
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
 from distill_model import StudentConfig, StudentForCausalLM
-from pipeline.batch_plan import batch_plan
-from pipeline.config import ConfigError, dump_config, load_config
-from pipeline.run_folder import check_run_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,7 +66,11 @@ def train_with_stand_ins(arguments: list[str]) -> None:
 
 def run(file, *overrides) -> str:
     code = "import sys; sys.path[:0] = ['.', 'tests']; import test_cuda_graphs; test_cuda_graphs.train_with_stand_ins(sys.argv[1:])"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     environment.pop("RANK", None)
     command = [sys.executable, "-c", code, "--cfg", str(file), *overrides]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -78,15 +83,27 @@ def test_training_through_deepspeed_is_the_same_with_and_without(tmp_path, teach
     for stage in (1, 2, 3):
         results = []
         for graphs in ("true", "false"):
-            changes = {"max_steps": 6, "eval_steps": 2, "save_steps": 6, "gradient_checkpointing": {1: False, 2: "mlp", 3: True}[stage]}
+            changes = {
+                "max_steps": 6,
+                "eval_steps": 2,
+                "save_steps": 6,
+                "gradient_checkpointing": {1: False, 2: "mlp", 3: True}[stage],
+            }
             folder = tmp_path / f"graphs_{graphs}"
             folder.mkdir(exist_ok=True)
             file = write_config(folder, stage, teacher_dir, data_dir, **changes)
-            init = [f"train.student_init_ckpt={tmp_path}/graphs_true/stage{stage - 1}/converted-hf"] if stage > 1 else []
+            init = (
+                [f"train.student_init_ckpt={tmp_path}/graphs_true/stage{stage - 1}/converted-hf"] if stage > 1 else []
+            )
             out = run(file, f"train.cuda_graphs={graphs}", *init)
             assert ("replayed 0 times" in out) == (graphs == "false")
             lines = map(json.loads, (folder / f"stage{stage}" / "metrics.jsonl").read_text().splitlines())
-            losses = [(line["step"], name, line[name]) for line in lines for name in line if "loss" in name or name == "grad_norm"]
+            losses = [
+                (line["step"], name, line[name])
+                for line in lines
+                for name in line
+                if "loss" in name or name == "grad_norm"
+            ]
             results.append((losses, load_file(folder / f"stage{stage}" / "converted-hf" / "model.safetensors")))
         (losses, weights), (expected, expected_weights) = results
         assert losses == expected and len(losses) > 8
@@ -101,29 +118,43 @@ def test_a_sharded_teacher_trains_without(tmp_path, teacher_dir, data_dir):
     assert "train.cuda_graphs: not used, for the head of a sharded teacher" in out and "replayed 0 times" in out
 
 
-@pytest.mark.parametrize("changes, sharded_teacher, used", [
-    ({"cuda_graphs": True}, False, True), ({"cuda_graphs": True}, True, False), ({}, False, False),
-    ({"cuda_graphs": True, "zero_stage": 3}, False, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, sharded_teacher, used",
+    [
+        ({"cuda_graphs": True}, False, True),
+        ({"cuda_graphs": True}, True, False),
+        ({}, False, False),
+        ({"cuda_graphs": True, "zero_stage": 3}, False, False),
+    ],
+)
 def test_where_graphs_are_used(tmp_path, teacher_dir, data_dir, changes, sharded_teacher, used):
     cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, **changes))
     lines = []
     for device, expected in (("cuda", used), ("cpu", False)):
         config = load_teacher_config(teacher_dir)
-        assert train.use_cuda_graphs(cfg, device, cfg.train.zero_stage or 2, config, lines.append, sharded_teacher) == expected
+        assert (
+            train.use_cuda_graphs(cfg, device, cfg.train.zero_stage or 2, config, lines.append, sharded_teacher)
+            == expected
+        )
     assert len(lines) == (cfg.train.cuda_graphs and not used)
 
 
 def test_a_run_that_memory_ended_goes_on_without_graphs_as_advised(tmp_path, teacher_dir, data_dir):
     file = write_config(tmp_path, 1, teacher_dir, data_dir, cuda_graphs=True)
     cfg = load_config(file)
-    with pytest.raises(ConfigError, match="out of GPU memory; .*train.cuda_graphs=false"), train.memory_advice(cfg, batch_plan(cfg, 1)):
+    with (
+        pytest.raises(ConfigError, match="out of GPU memory; .*train.cuda_graphs=false"),
+        train.memory_advice(cfg, batch_plan(cfg, 1)),
+    ):
         raise torch.OutOfMemoryError
     Path(cfg.train.output_dir).mkdir()
     (Path(cfg.train.output_dir) / "config.yaml").write_text(dump_config(cfg))
     check_run_folder(load_config(file, ["train.cuda_graphs=false"]))
     cfg = load_config(file, ["train.zero_stage=3"])
-    with pytest.raises(ConfigError, match="out of GPU memory") as error, train.memory_advice(cfg, batch_plan(cfg, 1)):
+    with (
+        pytest.raises(ConfigError, match="out of GPU memory") as error,
+        train.memory_advice(cfg, batch_plan(cfg, 1)),
+    ):
         raise torch.OutOfMemoryError
     assert "cuda_graphs" not in str(error.value)
 
@@ -137,8 +168,17 @@ def stand_ins(monkeypatch):
 
 @pytest.fixture
 def model(stand_ins):
-    config = StudentConfig(hidden_size=32, intermediate_size=48, vocab_size=50, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-                           num_hidden_layers=2, keep_full_attention_layers=[0, 1], tie_word_embeddings=True)  # fmt: skip
+    config = StudentConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        vocab_size=50,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_hidden_layers=2,
+        keep_full_attention_layers=[0, 1],
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     return StudentForCausalLM(config).train()
 
@@ -156,7 +196,8 @@ def replayed(model) -> GraphedForward:
 
 
 def test_gradients_add_up_over_calls(model):
-    """A replay writes over the graph's own gradients, which must not be those that the parameters hold."""
+    """A replay writes over the graph's own gradients, which must not be those that the parameters
+    hold."""
     batches = [inputs() | {"labels": inputs()["labels"].roll(i, 1)} for i in range(3)]
     forward = replayed(model)
     gradients = []
@@ -175,7 +216,10 @@ def test_gradients_add_up_over_calls(model):
 
 @pytest.mark.parametrize("between", ["the same model", "a frozen model", "the backward pass"])
 def test_activations_that_are_overwritten_are_not_used(model, between):
-    forward, other = replayed(model), GraphedForward(StudentForCausalLM(model.config).requires_grad_(False))
+    forward, other = (
+        replayed(model),
+        GraphedForward(StudentForCausalLM(model.config).requires_grad_(False)),
+    )
     for _ in range(EAGER_CALLS + 1):
         other(**inputs())
     loss = forward(**inputs())["loss"]
@@ -192,14 +236,20 @@ def test_activations_that_are_overwritten_are_not_used(model, between):
 def test_parameters_are_the_models_own_again(model):
     before = list(model.parameters())
     replayed(model)
-    assert all(a is b for a, b in zip(before, model.parameters())) and model.lm_head.weight is model.model.embeddings.weight
+    assert (
+        all(a is b for a, b in zip(before, model.parameters()))
+        and model.lm_head.weight is model.model.embeddings.weight
+    )
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"use_cache": True}, "recorded with use_cache False, and is called with use_cache True"),
-    ({"ce_weight": 0.5}, "ce_weight"),
-    (inputs(1), r"recorded with input_ids \(2, 9\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_cache": True}, "recorded with use_cache False, and is called with use_cache True"),
+        ({"ce_weight": 0.5}, "ce_weight"),
+        (inputs(1), r"recorded with input_ids \(2, 9\)"),
+    ],
+)
 def test_another_call_than_the_recorded_one_is_refused(model, changes, message):
     forward = replayed(model)
     with pytest.raises(RuntimeError, match=message):
@@ -228,7 +278,11 @@ def test_a_moved_parameter_that_is_an_input_is_refused(model):
     """Such as the head of a teacher."""
     head = torch.nn.Parameter(torch.randn(50, 32), requires_grad=False)
     forward = GraphedForward(model)
-    batch = inputs() | {"labels": None, "teacher_hidden_states": torch.randn(2, 9, 32), "teacher_head_weight": head}
+    batch = inputs() | {
+        "labels": None,
+        "teacher_hidden_states": torch.randn(2, 9, 32),
+        "teacher_head_weight": head,
+    }
     for _ in range(EAGER_CALLS + 2):
         forward(**batch)
     moved(head)
@@ -244,7 +298,10 @@ def test_a_pass_that_cannot_be_recorded_names_the_cure(model, monkeypatch):
         monkeypatch.setattr(cuda_graphs, "_record", fail)
 
     record(RuntimeError("operation not permitted when stream is capturing"))
-    with pytest.raises(RuntimeError, match=r"StudentForCausalLM .*; set train.cuda_graphs=false \(operation not permitted"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"StudentForCausalLM .*; set train.cuda_graphs=false \(operation not permitted",
+    ):
         replayed(model)
     record(torch.OutOfMemoryError("20 GiB"))
     with pytest.raises(torch.OutOfMemoryError):
@@ -265,5 +322,7 @@ def test_a_frozen_model_is_replayed_without_gradients(model):
     forward = GraphedForward(model.model.requires_grad_(False))
     ids = inputs()["input_ids"]
     calls = [forward(input_ids=ids.roll(i, 1), use_cache=False)["last_hidden_state"] for i in range(EAGER_CALLS + 3)]
-    expected = [model.model(input_ids=ids.roll(i, 1), use_cache=False)["last_hidden_state"] for i in range(EAGER_CALLS + 3)]
+    expected = [
+        model.model(input_ids=ids.roll(i, 1), use_cache=False)["last_hidden_state"] for i in range(EAGER_CALLS + 3)
+    ]
     assert forward.forward_graph is not None and all(map(torch.equal, calls, expected))

@@ -11,9 +11,25 @@ from test_model import STUDENTS, hybrid, trained
 from torch import nn
 
 from convert import load_teacher
-from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM, decode_step, get_student_attention_class
+from distill_model import (
+    STUDENT_ATTENTION_MAP,
+    StudentConfig,
+    StudentForCausalLM,
+    decode_step,
+    get_student_attention_class,
+)
 from distill_model.cache import StaticCache
-from distill_model.decode_step import add_product, fused, gated_delta_token, input_maps, joined, place_token, project, serves, swiglu_rows
+from distill_model.decode_step import (
+    add_linear_,
+    fused,
+    gated_delta_token,
+    input_projections,
+    joined,
+    place_token,
+    project,
+    serves,
+    swiglu_rows,
+)
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 GDN = [
@@ -27,7 +43,11 @@ GDN = [
     ("gdn_v7", 34, {"allow_neg_eigval": True}),
     ("gdn_v8", 40, {"conv_size": 1}),
 ]
-PLACES = [(6, 2, 20, True), (3, 3, 8, False), (7, 1, 80, True)]  # heads, kv heads, their size, norms
+PLACES = [
+    (6, 2, 20, True),
+    (3, 3, 8, False),
+    (7, 1, 80, True),
+]  # heads, kv heads, their size, norms
 
 
 def near(ours, theirs, limit):
@@ -54,7 +74,8 @@ def turned(x, cos, sin):
 
 
 def gated_delta_naively(q, k, v, gate, a, b, attn, name, state, past, cos, sin):
-    """S <- alpha S (I - beta k k^T) + beta v k^T, o = S q / sqrt(size), a head after the other in float64, with what each name means."""
+    """S <- alpha S (I - beta k k^T) + beta v k^T, o = S q / sqrt(size), a head after the other in
+    float64, with what each name means."""
     double = [x.double() for x in (q, k, v)]
     if past is not None:
         past = [torch.cat((held[..., 1:].double(), new[..., None]), -1) for held, new in zip(past, double)]
@@ -63,7 +84,10 @@ def gated_delta_naively(q, k, v, gate, a, b, attn, name, state, past, cos, sin):
             if convolution.bias is not None:
                 double[i] += convolution.bias.double()
     heads, size = state.shape[1:3]
-    out, state = torch.empty(len(q), heads, size, dtype=torch.float64, device=q.device), state.double()
+    out, state = (
+        torch.empty(len(q), heads, size, dtype=torch.float64, device=q.device),
+        state.double(),
+    )
     for row in range(len(q)):
         q, k, v = (x[row].view(heads, size) for x in double)
         if name != "gdn_v6":
@@ -78,7 +102,10 @@ def gated_delta_naively(q, k, v, gate, a, b, attn, name, state, past, cos, sin):
             q, k = turned(q, c, s), turned(k, c, s)
         for head in range(heads):
             query, key = (x[head] / (x[head] @ x[head] + 1e-6).sqrt() for x in (q, k))
-            alpha = (-attn.A_log[head].double().exp() * (1 + (a[row, head].double() + attn.dt_bias[head].double()).exp()).log()).exp()
+            alpha = (
+                -attn.A_log[head].double().exp()
+                * (1 + (a[row, head].double() + attn.dt_bias[head].double()).exp()).log()
+            ).exp()
             beta = b[row, head].double().sigmoid() * (2 if attn.allow_neg_eigval else 1)
             kept = torch.eye(size, device=key.device) - beta * torch.outer(key, key)
             state[row, head] = alpha * state[row, head] @ kept + beta * torch.outer(v[head], key)
@@ -98,8 +125,16 @@ def gated_delta_naively(q, k, v, gate, a, b, attn, name, state, past, cos, sin):
 def test_gated_delta_token(name, size, options, dtype, device="cpu"):
     torch.manual_seed(0)
     heads, batch = 3, 2
-    config = StudentConfig(hidden_size=20, num_attention_heads=heads, num_key_value_heads=1, head_dim=size, attention_bias=True,
-                           num_hidden_layers=1, keep_full_attention_layers=[], student_name=name)  # fmt: skip
+    config = StudentConfig(
+        hidden_size=20,
+        num_attention_heads=heads,
+        num_key_value_heads=1,
+        head_dim=size,
+        attention_bias=True,
+        num_hidden_layers=1,
+        keep_full_attention_layers=[],
+        student_name=name,
+    )
     attn = get_student_attention_class(name)(config, 0, **options).to(dtype).to(device)
     for parameter in attn.parameters():
         parameter.copy_(torch.randn_like(parameter))
@@ -109,7 +144,9 @@ def test_gated_delta_token(name, size, options, dtype, device="cpu"):
     if attn.use_short_conv:
         past = tuple(torch.randn(batch, heads * size, attn.conv_size, device=device).to(dtype) for _ in range(3))
     inputs = q, k, v, gate, a, b, attn
-    cos_sin = angles(dtype, batch, size, device) if size % 2 == 0 else [torch.empty(batch, size, device=device).to(dtype)] * 2
+    cos_sin = (
+        angles(dtype, batch, size, device) if size % 2 == 0 else [torch.empty(batch, size, device=device).to(dtype)] * 2
+    )
     expected, new_state, new_past = gated_delta_naively(*inputs, name, state, past, *cos_sin)
     out = gated_delta_token(*inputs, state, past, *cos_sin)
     assert out.dtype == dtype
@@ -155,11 +192,14 @@ def test_swiglu_rows(batch, size, dtype, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------ one memory for maps of one input
 def test_joined_parameters_are_views_of_one_tensor():
-    """Of whatever rows, a bias that some lack; again where somebody has moved one; and not in a memory that is somebody else's."""
+    """Of whatever rows, a bias that some lack; again where somebody has moved one; and not in a
+    memory that is somebody else's."""
     torch.manual_seed(0)
     maps = [nn.Linear(5, n, bias=bias) for n, bias in ((4, False), (1, True), (7, True))]
     for parts in ([m.weight for m in maps], [m.bias for m in maps]):
-        expected = torch.cat([torch.zeros(m.out_features) if p is None else p.detach().clone() for m, p in zip(maps, parts)])
+        expected = torch.cat(
+            [torch.zeros(m.out_features) if p is None else p.detach().clone() for m, p in zip(maps, parts)]
+        )
         whole = joined(parts, [4, 1, 7])
         assert torch.equal(whole, expected)
         assert joined(parts, [4, 1, 7]).data_ptr() == whole.data_ptr()
@@ -200,18 +240,24 @@ def test_maps_that_cannot_be_one_are_run_one_by_one():
             assert fused(changed) is None
             torch.testing.assert_close(project(x, changed), (expected[0] + 1, expected[1]))
             hidden = torch.ones(2, 4)
-            add_product(hidden, x, changed[0])
+            add_linear_(hidden, x, changed[0])
             torch.testing.assert_close(hidden, expected[0] + 2)
         assert fused([maps[0], nn.Linear(5, 3).double()]) is None
         hidden = torch.ones(2, 4)
-        add_product(hidden, x, maps[0])
+        add_linear_(hidden, x, maps[0])
         torch.testing.assert_close(hidden, expected[0] + 1)
 
 
 # ------------------------------------------------------------------------------------------------ whole models
 STATIC = [name for name in STUDENTS if STUDENT_ATTENTION_MAP[name].func.CONSTANT_STATE]
-SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-           "rope_theta": 10000.0}  # fmt: skip
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 10000.0,
+}
 TEACHERS = {
     "qwen2": {},
     "qwen3": {"tie_word_embeddings": True},
@@ -231,7 +277,10 @@ def teachers(tmp_path_factory):
 def steps(monkeypatch):
     """How often a token went through `decode_token`."""
     calls = []
-    monkeypatch.setattr("distill_model.cache.decode_token", lambda *args: (calls.append(args), decode_step.decode_token(*args))[1])
+    monkeypatch.setattr(
+        "distill_model.cache.decode_token",
+        lambda *args: (calls.append(args), decode_step.decode_token(*args))[1],
+    )
     return calls
 
 
@@ -243,10 +292,14 @@ def text(length=30):
 
 @torch.no_grad()
 def check_tokens(model, start=12, limit=5e-5):
-    """Tokens one by one, a batch padded on the left, against the full forward. Returns the last logits."""
+    """Tokens one by one, a batch padded on the left, against the full forward. Returns the last
+    logits."""
     torch.manual_seed(0)
     ids, mask = text()
-    full, cache = model(ids, attention_mask=mask, use_cache=False).logits, StaticCache(model.config, ids.shape[1])
+    full, cache = (
+        model(ids, attention_mask=mask, use_cache=False).logits,
+        StaticCache(model.config, ids.shape[1]),
+    )
     model(ids[:, :start], attention_mask=mask[:, :start], past_key_values=cache)
     for at in range(start, ids.shape[1]):
         logits = model(ids[:, at, None], attention_mask=mask[:, : at + 1], past_key_values=cache).logits
@@ -271,8 +324,17 @@ def test_tokens_of_a_hybrid_with_biases(teachers, steps, kind, name):
 
 def test_tokens_of_another_activation(steps):
     torch.manual_seed(0)
-    config = StudentConfig(vocab_size=96, hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=3,
-                           num_key_value_heads=1, head_dim=10, hidden_act="gelu", initializer_range=0.2)  # fmt: skip
+    config = StudentConfig(
+        vocab_size=96,
+        hidden_size=36,
+        intermediate_size=50,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=10,
+        hidden_act="gelu",
+        initializer_range=0.2,
+    )
     check_tokens(StudentForCausalLM(config).eval())
     assert len(steps) == 18
 
@@ -283,14 +345,22 @@ def storages(model):
 
 @pytest.mark.parametrize("kind, name", [("qwen3", "gdn_v4"), ("qwen2", "gdn_v7"), ("llama", "gdn_v3")])
 def test_weights_of_a_decoded_model(teachers, tmp_path, kind, name):
-    """They take no more memory than before, are saved whole, stay tied, are copied apart; joined again where they were moved."""
+    """They take no more memory than before, are saved whole, stay tied, are copied apart; joined
+    again where they were moved."""
     model = trained(hybrid(teachers[kind], name))
-    before, size = {key: value.clone() for key, value in model.state_dict().items()}, sum(storages(model).values())
+    before, size = (
+        {key: value.clone() for key, value in model.state_dict().items()},
+        sum(storages(model).values()),
+    )
     logits = check_tokens(model)
     for attn in (block.attn for block in model.model.layers):
-        assert len({m.weight.untyped_storage().data_ptr() for m in decode_step.input_maps(attn)}) == 1
-    zeros = sum(len(m.weight) for b in model.model.layers for m in decode_step.input_maps(b.attn)
-                if m.bias is None and b.attn.q_proj.bias is not None)  # fmt: skip
+        assert len({m.weight.untyped_storage().data_ptr() for m in decode_step.input_projections(attn)}) == 1
+    zeros = sum(
+        len(m.weight)
+        for b in model.model.layers
+        for m in decode_step.input_projections(b.attn)
+        if m.bias is None and b.attn.q_proj.bias is not None
+    )
     assert sum(storages(model).values()) == size + 4 * zeros
     places = storages(model)
     check_tokens(model)
@@ -310,7 +380,8 @@ def test_weights_of_a_decoded_model(teachers, tmp_path, kind, name):
 
 
 def test_training_goes_on_behind_decoding(teachers):
-    """Also behind decoding in inference mode; what is decoded then is the new model's, in the same cache too."""
+    """Also behind decoding in inference mode; what is decoded then is the new model's, in the same
+    cache too."""
     model = trained(hybrid(teachers["qwen2"], "gdn_v7"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with torch.inference_mode():
@@ -353,7 +424,11 @@ class LowRank(nn.Module):
 
     def __init__(self, base):
         super().__init__()
-        self.base, self.a, self.b = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+        self.base, self.a, self.b = (
+            base,
+            nn.Linear(base.in_features, 2),
+            nn.Linear(2, base.out_features),
+        )
 
     def forward(self, x):
         return self.base(x) + self.b(self.a(x))
@@ -365,16 +440,26 @@ def test_parts_that_are_not_plain(teachers, steps, name):
     model, seen = trained(hybrid(teachers["qwen2"], name)), []
     layers = model.model.layers
     check_tokens(model)
-    layers[0].mlp.up_proj, layers[0].mlp.down_proj = LowRank(layers[0].mlp.up_proj), LowRank(layers[0].mlp.down_proj)
-    layers[1].attn.k_proj, layers[0].attn.o_proj = LowRank(layers[1].attn.k_proj), LowRank(layers[0].attn.o_proj)
+    layers[0].mlp.up_proj, layers[0].mlp.down_proj = (
+        LowRank(layers[0].mlp.up_proj),
+        LowRank(layers[0].mlp.down_proj),
+    )
+    layers[1].attn.k_proj, layers[0].attn.o_proj = (
+        LowRank(layers[1].attn.k_proj),
+        LowRank(layers[0].attn.o_proj),
+    )
     changed = check_tokens(model)
-    layers[2].register_forward_hook(lambda *args: seen.append((args[1][0], args[1][0].clone(), args[2], args[2].clone())))
+    layers[2].register_forward_hook(
+        lambda *args: seen.append((args[1][0], args[1][0].clone(), args[2], args[2].clone()))
+    )
     layers[3].mlp.act = nn.Tanh()
     check_tokens(model)
     layers[3].mlp.forward = lambda x: x
     assert [serves(block) for block in layers] == [True, True, False, False]
     assert (check_tokens(model) - changed).norm() > 0.01 * changed.norm() and len(steps) == 4 * 18
-    assert len(seen) == 2 * 20 and all(torch.equal(*pair) for given, kept, out, held in seen for pair in ((given, kept), (out, held)))
+    assert len(seen) == 2 * 20 and all(
+        torch.equal(*pair) for given, kept, out, held in seen for pair in ((given, kept), (out, held))
+    )
     model.model.register_forward_hook(lambda *_: None)
     check_tokens(model)
     assert len(steps) == 4 * 18
@@ -394,21 +479,35 @@ class Half(nn.Module):
         return super().__getattr__(name) if name == "base" else getattr(super().__getattr__("base"), name)
 
 
-@pytest.mark.parametrize("name, part", [("gdn_v7", "q_norm"), ("gdn_v7", "o_norm"), ("gdn_v4", "o_norm"), ("gdn_v5", "k_proj")])
+@pytest.mark.parametrize(
+    "name, part",
+    [("gdn_v7", "q_norm"), ("gdn_v7", "o_norm"), ("gdn_v4", "o_norm"), ("gdn_v5", "k_proj")],
+)
 def test_wrapped_parts_of_an_attention(teachers, steps, name, part):
     """The kernels would read the weight and pass the wrapper by."""
     model = trained(hybrid(teachers["qwen3"], name))
-    attn = next(block.attn for block in model.model.layers if hasattr(block.attn, part) and not isinstance(getattr(block.attn, part), nn.Identity))
+    attn = next(
+        block.attn
+        for block in model.model.layers
+        if hasattr(block.attn, part) and not isinstance(getattr(block.attn, part), nn.Identity)
+    )
     before = check_tokens(model)
-    assert input_maps(attn)
+    assert input_projections(attn)
     setattr(attn, part, Half(getattr(attn, part)))
-    assert not input_maps(attn) and (check_tokens(model) - before).norm() > 1e-4 * before.norm() and len(steps) == 2 * 18
+    assert (
+        not input_projections(attn)
+        and (check_tokens(model) - before).norm() > 1e-4 * before.norm()
+        and len(steps) == 2 * 18
+    )
 
 
 @pytest.mark.parametrize("part", ["attn_norm", "norm"])
 def test_a_wrapped_norm(teachers, steps, part):
     model = copy.deepcopy(teachers["llama"])
-    before, owner = check_tokens(model), model.model.layers[0] if part == "attn_norm" else model.model
+    before, owner = (
+        check_tokens(model),
+        model.model.layers[0] if part == "attn_norm" else model.model,
+    )
     setattr(owner, part, Half(getattr(owner, part)))
     assert (check_tokens(model) - before).norm() > 0.01 * before.norm() and len(steps) == 2 * 18
 

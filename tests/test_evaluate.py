@@ -10,33 +10,25 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from runtime.checkpoints import sha256
+from runtime.data import load_tokenizer, open_chunks
+
 import datasets
+import pytest
+import torch
+from conftest import begin_with_bos, random_teacher, save_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
 import eval_compare
 import eval_ruler
 import eval_tables
 import evaluate
-import pytest
-import torch
-from conftest import begin_with_bos, random_teacher, save_tokenizer
 from convert import load_teacher
 from distill_model import StudentForCausalLM
 from evaluate import Unit, recall_documents
 from layer_selection.tasks import answer_accuracy
-from pipeline.checkpoints import sha256
-from pipeline.data import load_tokenizer, open_chunks
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def student_dir(teacher_dir, tmp_path_factory):
-    """A random hybrid of the teacher, with a tokenizer, as training exports it."""
-    folder = tmp_path_factory.mktemp("run") / "converted-hf"
-    torch.manual_seed(1)
-    StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", [1])[0].save_pretrained(folder)
-    save_tokenizer(folder)
-    return str(folder)
 
 
 def run(*argv):
@@ -48,20 +40,38 @@ def read(output):
 
 
 def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, capsys):
-    """Teacher and student, both through lm-evaluation-harness; every figure against one that it had no part in."""
-    options = ("--tasks", "local", "--seq_lens", "128,200", "--data", data_dir, "--teacher", teacher_dir, "--limit", 6,
-               "--output", tmp_path)  # fmt: skip
+    """Teacher and student, both through lm-evaluation-harness; every figure against one that it had
+    no part in."""
+    options = (
+        "--tasks",
+        "local",
+        "--seq_lens",
+        "128,200",
+        "--data",
+        data_dir,
+        "--teacher",
+        teacher_dir,
+        "--limit",
+        6,
+        "--output",
+        tmp_path,
+    )
     assert run(teacher_dir, student_dir, *options) == 0
     found = read(tmp_path)
     teacher, student = (found[label] for label in (Path(teacher_dir).name, Path(student_dir).parent.name))
     assert {key.split("@")[0] for key in teacher} == set(evaluate.LOCAL) and list(teacher) == list(student)
     assert teacher["heldout_kl"]["score"] == pytest.approx(0, abs=1e-6)
 
-    tokenizer, model = load_tokenizer(student_dir), AutoModelForCausalLM.from_pretrained(student_dir).eval()
+    tokenizer, model = (
+        load_tokenizer(student_dir),
+        AutoModelForCausalLM.from_pretrained(student_dir).eval(),
+    )
     for task in evaluate.RECALL_TASKS:
         for length in (128, 200):
             documents = recall_documents(task, length, evaluate.NUM_WORDS, tokenizer)[:6]
-            assert student[f"{task}@{length}"]["score"] == pytest.approx(answer_accuracy(model, tokenizer, documents)), task
+            assert student[f"{task}@{length}"]["score"] == pytest.approx(
+                answer_accuracy(model, tokenizer, documents)
+            ), task
             assert student[f"{task}@{length}"]["samples"] == 6
     ids = torch.tensor(open_chunks(data_dir, 32).heldout[:6]["input_ids"], dtype=torch.long)
     with torch.no_grad():
@@ -88,7 +98,18 @@ def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, ca
 
 def test_results_of_an_older_procedure_are_measured_again(teacher_dir, data_dir, tmp_path, monkeypatch):
     """But for those on chunks, of which there has been one procedure."""
-    options = ("--tasks", "copying,recall_generation,heldout_perplexity", "--seq_lens", 128, "--data", data_dir, "--limit", 1, "--output", tmp_path)
+    options = (
+        "--tasks",
+        "copying,recall_generation,heldout_perplexity",
+        "--seq_lens",
+        128,
+        "--data",
+        data_dir,
+        "--limit",
+        1,
+        "--output",
+        tmp_path,
+    )
     assert run(teacher_dir, *options) == 0
     (file,) = tmp_path.glob("*/results.json")
     content = json.loads(file.read_text())
@@ -102,7 +123,8 @@ def test_results_of_an_older_procedure_are_measured_again(teacher_dir, data_dir,
 
 
 def test_an_export_written_again_is_known_by_its_content(teacher_dir, tmp_path, capsys, monkeypatch):
-    """Its weights are read for that once, and again only when their file has changed; other weights are another checkpoint."""
+    """Its weights are read for that once, and again only when their file has changed; other weights
+    are another checkpoint."""
     folder, read_files = tmp_path / "run" / "converted-hf", []
     student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", [1])[0]
     student.save_pretrained(folder)
@@ -125,9 +147,13 @@ def test_an_export_written_again_is_known_by_its_content(teacher_dir, tmp_path, 
 
 
 class Oracle:
-    """A model that has read the documents: it writes them on from any of their beginnings, or errs in every token."""
+    """A model that has read the documents: it writes them on from any of their beginnings, or errs
+    in every token."""
 
-    device, config = torch.device("cpu"), SimpleNamespace(model_type="qwen3", max_position_embeddings=4096, vocab_size=96)
+    device, config = (
+        torch.device("cpu"),
+        SimpleNamespace(model_type="qwen3", max_position_embeddings=4096, vocab_size=96),
+    )
 
     def __init__(self, tokenizer, texts, wrong):
         self.documents = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -158,7 +184,22 @@ def test_gold_answers_score_one_and_wrong_ones_zero(teacher_dir, tmp_path, monke
     oracle = Oracle(tokenizer, [document.text for documents in made for document in documents], wrong)
     monkeypatch.setattr(evaluate, "load_model", lambda checkpoint: oracle)
     tasks = ",".join((*evaluate.RECALL_TASKS, evaluate.RECALL_GENERATION))
-    assert run(teacher_dir, "--tasks", tasks, "--seq_lens", 160, "--limit", 9, "--batch_size", 4, "--output", tmp_path) == 0
+    assert (
+        run(
+            teacher_dir,
+            "--tasks",
+            tasks,
+            "--seq_lens",
+            160,
+            "--limit",
+            9,
+            "--batch_size",
+            4,
+            "--output",
+            tmp_path,
+        )
+        == 0
+    )
     results = read(tmp_path)[Path(teacher_dir).name]
     assert len(results) == 4 and {r["score"] for r in results.values()} == {score}
     assert len(oracle.batches) == 3
@@ -166,34 +207,69 @@ def test_gold_answers_score_one_and_wrong_ones_zero(teacher_dir, tmp_path, monke
 
 @pytest.mark.parametrize("name", ["teacher", "gdn_v4", "fox_v1"])
 def test_long_prompts_are_read_in_pieces(teacher_dir, tmp_path, monkeypatch, name):
-    """As a needle at 262144 tokens needs it; not by a layer that would read all but the first piece token by token."""
+    """As a needle at 262144 tokens needs it; not by a layer that would read all but the first piece
+    token by token."""
     folder, pieces, forward = teacher_dir, [], torch.nn.Embedding.forward
     if name != "teacher":
         folder = tmp_path / name
         StudentForCausalLM.from_teacher(load_teacher(teacher_dir), name, [1])[0].save_pretrained(folder)
         save_tokenizer(folder)
     monkeypatch.setattr(evaluate, "PREFILL", 64)
-    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: (pieces.append(ids.shape[1]), forward(self, ids))[1])
-    assert run(folder, "--tasks", "recall_generation", "--seq_lens", 200, "--limit", 2, "--output", tmp_path / "out") == 0
+    monkeypatch.setattr(
+        torch.nn.Embedding,
+        "forward",
+        lambda self, ids: (pieces.append(ids.shape[1]), forward(self, ids))[1],
+    )
+    assert (
+        run(
+            folder,
+            "--tasks",
+            "recall_generation",
+            "--seq_lens",
+            200,
+            "--limit",
+            2,
+            "--output",
+            tmp_path / "out",
+        )
+        == 0
+    )
     first = pieces[: pieces.index(1)]
-    assert sum(first) > 128 and (first[:-1] == [64] * (len(first) - 1) and first[-1] <= 64 if name != "fox_v1" else len(first) == 1)
+    assert sum(first) > 128 and (
+        first[:-1] == [64] * (len(first) - 1) and first[-1] <= 64 if name != "fox_v1" else len(first) == 1
+    )
 
 
 def test_prompts_under_dynamic_rope_are_read_as_a_whole(teacher_dir, tmp_path):
     model = load_teacher(teacher_dir)
     model.config.rope_parameters |= {"rope_type": "dynamic", "factor": 2.0}
     model.save_pretrained(tmp_path)
-    prefill = [evaluate.load_model(str(folder)).generation_config.prefill_chunk_size for folder in (teacher_dir, tmp_path)]
+    prefill = [
+        evaluate.load_model(str(folder)).generation_config.prefill_chunk_size for folder in (teacher_dir, tmp_path)
+    ]
     assert prefill == [evaluate.PREFILL, None]
 
 
-SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2,
-            "min_length": 60, "bad_words_ids": [[5]], "suppress_tokens": [*range(5, 40)], "sequence_bias": [[[7], 9.0]],
-            "forced_eos_token_id": 3, "exponential_decay_length_penalty": [1, 9.0], "renormalize_logits": True}  # fmt: skip
+SAMPLING = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
+    "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 2,
+    "min_length": 60,
+    "bad_words_ids": [[5]],
+    "suppress_tokens": [*range(5, 40)],
+    "sequence_bias": [[[7], 9.0]],
+    "forced_eos_token_id": 3,
+    "exponential_decay_length_penalty": [1, 9.0],
+    "renormalize_logits": True,
+}
 
 
 def test_generation_is_greedy_whatever_the_checkpoint_says(tmp_path):
-    """Against the likeliest token of a full forward pass; the checkpoint's end tokens hold, and what a task asks for."""
+    """Against the likeliest token of a full forward pass; the checkpoint's end tokens hold, and
+    what a task asks for."""
     from lm_eval.api.instance import Instance
 
     model = random_teacher(tmp_path, "qwen2")
@@ -220,14 +296,34 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(tmp_path):
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch, ends):
-    """In all tasks of our own, as in training; their lengths count it. EOS, which a tokenizer may put behind a text, is left out."""
+    """In all tasks of our own, as in training; their lengths count it. EOS, which a tokenizer may
+    put behind a text, is left out."""
     random_teacher(tmp_path)
     save_tokenizer(tmp_path)
     bos, seen, forward = begin_with_bos(tmp_path, ends), [], torch.nn.Embedding.forward
-    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: (seen.extend(ids.tolist()), forward(self, ids))[1])
+    monkeypatch.setattr(
+        torch.nn.Embedding,
+        "forward",
+        lambda self, ids: (seen.extend(ids.tolist()), forward(self, ids))[1],
+    )
     for task in (*evaluate.RECALL_TASKS, evaluate.RECALL_GENERATION):
         seen.clear()
-        assert run(tmp_path, "--tasks", task, "--seq_lens", 100, "--limit", 3, "--batch_size", 1, "--output", tmp_path / "out") == 0
+        assert (
+            run(
+                tmp_path,
+                "--tasks",
+                task,
+                "--seq_lens",
+                100,
+                "--limit",
+                3,
+                "--batch_size",
+                1,
+                "--output",
+                tmp_path / "out",
+            )
+            == 0
+        )
         texts = [row for row in seen if len(row) > 1]
         assert len(texts) >= 3 and all(row[0] == bos and row.count(bos) == 1 and len(row) <= 100 for row in texts), task
         assert not any(load_tokenizer(str(tmp_path)).eos_token_id in row for row in texts), task
@@ -235,13 +331,32 @@ def test_every_text_begins_with_the_tokenizers_bos(tmp_path, monkeypatch, ends):
 
 def test_the_mean_over_lengths_is_of_the_same_tasks():
     """A task that a length or a checkpoint lacks would move it."""
-    def scores(**tasks):
-        return {Unit(task, n).key: result(task, score, 0.1, n) for task, found in tasks.items() for n, score in found.items()}
 
-    results = {"a": scores(copying={96: 0.5, 200: 0.25}, multi_hop_recall={96: 0.9, 200: 0.7}, associative_recall={96: 1.0}),
-               "b": scores(copying={96: 0.1, 200: 0.0}, multi_hop_recall={96: 0.9})}  # fmt: skip
-    assert eval_tables.over_lengths(eval_tables.rows(results), ["a", "b"]) == ([96, 200], {"a": [0.5, 0.25], "b": [0.1, 0.0]}, 1)
-    assert eval_tables.over_lengths(eval_tables.rows({"b": scores(copying={96: 0.1})}), ["b"]) == ([], {}, 0)
+    def scores(**tasks):
+        return {
+            Unit(task, n).key: result(task, score, 0.1, n)
+            for task, found in tasks.items()
+            for n, score in found.items()
+        }
+
+    results = {
+        "a": scores(
+            copying={96: 0.5, 200: 0.25},
+            multi_hop_recall={96: 0.9, 200: 0.7},
+            associative_recall={96: 1.0},
+        ),
+        "b": scores(copying={96: 0.1, 200: 0.0}, multi_hop_recall={96: 0.9}),
+    }
+    assert eval_tables.over_lengths(eval_tables.rows(results), ["a", "b"]) == (
+        [96, 200],
+        {"a": [0.5, 0.25], "b": [0.1, 0.0]},
+        1,
+    )
+    assert eval_tables.over_lengths(eval_tables.rows({"b": scores(copying={96: 0.1})}), ["b"]) == (
+        [],
+        {},
+        0,
+    )
 
 
 def test_a_panel_for_every_metric_where_lower_is_better(tmp_path, monkeypatch):
@@ -250,10 +365,20 @@ def test_a_panel_for_every_metric_where_lower_is_better(tmp_path, monkeypatch):
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: figures.append(self))
-    tasks = {r["task"]: r for r in (result("piqa", 0.5, 0.1), result("heldout_perplexity", 300.0, 9.0, higher=False, metric="perplexity"),
-                                    result("heldout_kl", 0.2, 0.01, higher=False, metric="nats"))}  # fmt: skip
+    tasks = {
+        r["task"]: r
+        for r in (
+            result("piqa", 0.5, 0.1),
+            result("heldout_perplexity", 300.0, 9.0, higher=False, metric="perplexity"),
+            result("heldout_kl", 0.2, 0.01, higher=False, metric="nats"),
+        )
+    }
     eval_tables.plot({"a": tasks, "b": tasks}, tmp_path / "x.png")
-    assert [axis.get_xlabel() for axis in figures[0].axes] == ["score", "perplexity, lower is better", "nats, lower is better"]
+    assert [axis.get_xlabel() for axis in figures[0].axes] == [
+        "score",
+        "perplexity, lower is better",
+        "nats, lower is better",
+    ]
     assert [bar.get_width() for bar in figures[0].axes[2].patches] == [0.2, 0.2]
 
 
@@ -264,7 +389,9 @@ def test_recall_documents_fill_their_length_and_stay_the_same(teacher_dir, task)
         documents = recall_documents(task, length, 32, tokenizer, 20)
         longest = max(len(ids) for ids in tokenizer([d.text for d in documents])["input_ids"])
         assert length / 2 < longest <= length
-        assert documents == recall_documents(task, length, 32, tokenizer, 20) and len(set(d.text for d in documents)) == 20
+        assert (
+            documents == recall_documents(task, length, 32, tokenizer, 20) and len(set(d.text for d in documents)) == 20
+        )
     with pytest.raises(ValueError, match="SEQ_LENS: 10 tokens are too few"):
         recall_documents(task, 10, 32, tokenizer)
     if task != "copying":
@@ -273,7 +400,8 @@ def test_recall_documents_fill_their_length_and_stay_the_same(teacher_dir, task)
 
 
 def test_a_failing_task_does_not_take_the_others_with_it(teacher_dir, tmp_path, capfd, monkeypatch):
-    """One lacks the network, one its length, one breaks while it is measured; two are done, and the rest is tried again."""
+    """One lacks the network, one its length, one breaks while it is measured; two are done, and the
+    rest is tried again."""
     inner = evaluate.measure
 
     def broken(unit, *args):
@@ -281,8 +409,16 @@ def test_a_failing_task_does_not_take_the_others_with_it(teacher_dir, tmp_path, 
             raise RuntimeError("no such kernel\nand a traceback")
         return inner(unit, *args)
 
-    options = ("--tasks", "niah_single_2,copying,ruler_cwe,associative_recall,multi_hop_recall", "--seq_lens", 128, "--limit", 2,
-               "--output", tmp_path)  # fmt: skip
+    options = (
+        "--tasks",
+        "niah_single_2,copying,ruler_cwe,associative_recall,multi_hop_recall",
+        "--seq_lens",
+        128,
+        "--limit",
+        2,
+        "--output",
+        tmp_path,
+    )
     monkeypatch.setattr(evaluate, "measure", broken)
     monkeypatch.setitem(eval_ruler.SHORTEST, "niah_single_2", 1)
     assert run(teacher_dir, *options) == 1
@@ -307,7 +443,20 @@ def test_a_model_that_diverged_has_no_score(teacher_dir, data_dir, tmp_path):
     model.model.norm.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "nan")
     save_tokenizer(tmp_path / "nan")
-    assert run(tmp_path / "nan", "--tasks", "copying,heldout_perplexity", "--seq_lens", 128, "--data", data_dir, "--output", tmp_path / "out") == 1
+    assert (
+        run(
+            tmp_path / "nan",
+            "--tasks",
+            "copying,heldout_perplexity",
+            "--seq_lens",
+            128,
+            "--data",
+            data_dir,
+            "--output",
+            tmp_path / "out",
+        )
+        == 1
+    )
     (results,) = read(tmp_path / "out").values()
     assert len(results) == 2 and all("not finite" in result["error"] for result in results.values())
 
@@ -323,26 +472,44 @@ def test_a_checkpoint_that_does_not_load_leaves_the_others(teacher_dir, tmp_path
     assert "error" in results["broken"]["copying@128"] and "score" in results[Path(teacher_dir).name]["copying@128"]
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--tasks", "rular"], r"TASKS: 'rular' is unknown; did you mean ruler"),
-    (["--tasks", "heldout_kl", "--teacher", "TEACHER"], "DATA: heldout_kl needs"),
-    (["--tasks", "heldout_kl", "--data", "DATA"], "TEACHER: heldout_kl needs"),
-    (["--data", "/nowhere"], "^DATA: /nowhere: no such folder; make it with preprocess_chunk.py$"),
-    (["--data", "TEACHER"], "^DATA: .*: holds no readable metadata.json; make"),
-    (["--data", "TOKENS"], "^DATA: .*tokenized holds no chunks; cut its documents with preprocess_chunk.py --tokenized_dataset_path"),
-    (["--teacher", "/nowhere"], "TEACHER: '/nowhere' is neither a folder"),
-    (["--seq_lens", "4k"], "SEQ_LENS: '4k' must be numbers"),
-    (["--limit", "0"], "LIMIT: 0 must be at least 1"),
-    (["--num_words", "100000"], "NUM_WORDS: 100000 must be at most [0-9]+, the words that there are"),
-    (["--batch_size", "many"], "BATCH_SIZE: 'many' must be a number, or auto"),
-    (["--tasks", " , "], "TASKS: names no task"),
-    (["TEACHER"], "is named twice"),
-    (["no/such-model"], "CHECKPOINT: 'no/such-model' is neither a folder"),
-    (["/no/such/folder"], "CHECKPOINT: '/no/such/folder' is neither a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tasks", "rular"], r"TASKS: 'rular' is unknown; did you mean ruler"),
+        (["--tasks", "heldout_kl", "--teacher", "TEACHER"], "DATA: heldout_kl needs"),
+        (["--tasks", "heldout_kl", "--data", "DATA"], "TEACHER: heldout_kl needs"),
+        (
+            ["--data", "/nowhere"],
+            "^DATA: /nowhere: no such folder; make it with preprocess_chunk.py$",
+        ),
+        (["--data", "TEACHER"], "^DATA: .*: holds no readable metadata.json; make"),
+        (
+            ["--data", "TOKENS"],
+            "^DATA: .*tokenized holds no chunks; cut its documents with preprocess_chunk.py --tokenized_dataset_path",
+        ),
+        (["--teacher", "/nowhere"], "TEACHER: '/nowhere' is neither a folder"),
+        (["--seq_lens", "4k"], "SEQ_LENS: '4k' must be numbers"),
+        (["--limit", "0"], "LIMIT: 0 must be at least 1"),
+        (
+            ["--num_words", "100000"],
+            "NUM_WORDS: 100000 must be at most [0-9]+, the words that there are",
+        ),
+        (["--batch_size", "many"], "BATCH_SIZE: 'many' must be a number, or auto"),
+        (["--tasks", " , "], "TASKS: names no task"),
+        (["TEACHER"], "is named twice"),
+        (["no/such-model"], "CHECKPOINT: 'no/such-model' is neither a folder"),
+        (["/no/such/folder"], "CHECKPOINT: '/no/such/folder' is neither a folder"),
+    ],
+)
 def test_bad_input_ends_at_the_door(teacher_dir, data_dir, tmp_path, options, message):
-    options = [{"TEACHER": teacher_dir, "DATA": data_dir, "TOKENS": str(Path(data_dir).parent / "tokenized")}.get(option, option)
-               for option in options]  # fmt: skip
+    options = [
+        {
+            "TEACHER": teacher_dir,
+            "DATA": data_dir,
+            "TOKENS": str(Path(data_dir).parent / "tokenized"),
+        }.get(option, option)
+        for option in options
+    ]
     with pytest.raises(ValueError, match=message) as error:
         run(teacher_dir, *options, "--output", tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
@@ -353,7 +520,10 @@ def test_a_checkpoint_of_the_predecessor_is_refused_by_name(teacher_dir, tmp_pat
     (tmp_path / "config.json").write_text('{"model_type": "student"}')
     with pytest.raises(ValueError, match="model_type: 'student' is a student of the KL-guided .* orders K and V"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    for argv in ([tmp_path, "--tasks", "copying"], [teacher_dir, "--tasks", "copying", "--teacher", tmp_path]):
+    for argv in (
+        [tmp_path, "--tasks", "copying"],
+        [teacher_dir, "--tasks", "copying", "--teacher", tmp_path],
+    ):
         with pytest.raises(ValueError, match=f": '{tmp_path}' is a student of the KL-guided .* orders K and V"):
             run(*argv, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -367,8 +537,20 @@ def test_an_output_that_cannot_be_ends_in_one_line(teacher_dir, student_dir, tmp
     damaged.parent.mkdir(parents=True)
     damaged.write_text('{"tasks": ')
     monkeypatch.setattr(evaluate, "work", None)
-    for output, message in ((tmp_path / "file", f"{tmp_path / 'file'}.*: Not a directory"), (tmp_path / "out", f"OUTPUT: {damaged} holds no")):
-        argv = [teacher_dir, student_dir, "--tasks", "copying", "--output", str(output), "--num_gpus", "1"]
+    for output, message in (
+        (tmp_path / "file", f"{tmp_path / 'file'}.*: Not a directory"),
+        (tmp_path / "out", f"OUTPUT: {damaged} holds no"),
+    ):
+        argv = [
+            teacher_dir,
+            student_dir,
+            "--tasks",
+            "copying",
+            "--output",
+            str(output),
+            "--num_gpus",
+            "1",
+        ]
         with pytest.raises(SystemExit, match=f"^a.py: error: {message}") as error:
             evaluate.command("a.py", lambda: main(argv))
         assert "\n" not in str(error.value.code)
@@ -389,9 +571,14 @@ def test_groups_and_lengths(data_dir):
 
 def test_names_in_tables_tell_checkpoints_apart():
     assert evaluate.labels(["a/stage2/converted-hf", "a/stage3/converted-hf"]) == {
-        "a/stage2/converted-hf": "stage2", "a/stage3/converted-hf": "stage3"}  # fmt: skip
+        "a/stage2/converted-hf": "stage2",
+        "a/stage3/converted-hf": "stage3",
+    }
     assert list(evaluate.labels(["a/stage3/converted-hf", "/b/stage3/converted-hf", "Qwen/Qwen3-1.7B"]).values()) == [
-        "a/stage3", "b/stage3", "Qwen/Qwen3-1.7B"]  # fmt: skip
+        "a/stage3",
+        "b/stage3",
+        "Qwen/Qwen3-1.7B",
+    ]
 
 
 def test_every_task_of_the_groups_is_known_and_its_download_named():
@@ -403,7 +590,15 @@ def test_every_task_of_the_groups_is_known_and_its_download_named():
     assert {name for name in fetched if name not in evaluate.LOCAL} <= set(manager.all_tasks)
     assert fetched["hellaswag"] == "Rowan/hellaswag" and fetched["mmlu"] == "cais/mmlu" and "gsm8k" in fetched["gsm8k"]
     offline = {name for name, source in fetched.items() if source is None}
-    assert offline == {*evaluate.LOCAL, "niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"}
+    assert offline == {
+        *evaluate.LOCAL,
+        "niah_single_1",
+        "niah_multikey_2",
+        "niah_multikey_3",
+        "ruler_vt",
+        "ruler_cwe",
+        "ruler_fwe",
+    }
     units = evaluate.plan(SimpleNamespace(tasks=["ai2_arc"], seq_lens=[], data=None, teacher=None), manager)
     assert [unit.key for unit in units] == ["arc_challenge", "arc_easy"], "a tag is its tasks"
 
@@ -437,12 +632,24 @@ def test_rulers_documents_do_not_depend_on_the_tasks_before(ruler, rulers_cache)
     assert all(texts(unit) == first[unit] for unit in reversed(units))
 
 
-@pytest.mark.parametrize("unit", [Unit("ruler_cwe", 2100), Unit("niah_single_1", 1100), Unit("niah_multikey_3", 1100), Unit("ruler_fwe", 1100)],
-                         ids=lambda unit: unit.key)  # fmt: skip
+@pytest.mark.parametrize(
+    "unit",
+    [
+        Unit("ruler_cwe", 2100),
+        Unit("niah_single_1", 1100),
+        Unit("niah_multikey_3", 1100),
+        Unit("ruler_fwe", 1100),
+    ],
+    ids=lambda unit: unit.key,
+)
 def test_no_more_of_rulers_documents_are_made_than_are_asked_for(ruler, unit, monkeypatch):
     """They are the first of all, which are 500."""
     encoded, inner = [], PreTrainedTokenizerFast.__call__
-    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", lambda self, text: (encoded.append(text), inner(self, text))[1])
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast,
+        "__call__",
+        lambda self, text: (encoded.append(text), inner(self, text))[1],
+    )
     few = list(ruler(unit, limit=3).test_docs())
     assert len(few) == 3 and len(encoded) < 200
     assert few == list(ruler(unit).test_docs())[:3] and len(encoded) > 500
@@ -451,10 +658,30 @@ def test_no_more_of_rulers_documents_are_made_than_are_asked_for(ruler, unit, mo
 def test_rulers_documents_are_made_once_for_a_tokenizer(teacher_dir, student_dir, tmp_path, monkeypatch):
     """For teacher and student, and for a later call; not for another tokenizer."""
     made, inner = [], eval_ruler.generate
-    monkeypatch.setattr(eval_ruler, "generate", lambda unit, tokenizer, count: (made.append((unit.seq_len, count)), inner(unit, tokenizer, count))[1])
+    monkeypatch.setattr(
+        eval_ruler,
+        "generate",
+        lambda unit, tokenizer, count: (
+            made.append((unit.seq_len, count)),
+            inner(unit, tokenizer, count),
+        )[1],
+    )
 
     def evaluated(output, checkpoints):
-        assert run(*checkpoints, "--tasks", "niah_single_1", "--seq_lens", 1030, "--limit", 1, "--output", tmp_path / output) == 0
+        assert (
+            run(
+                *checkpoints,
+                "--tasks",
+                "niah_single_1",
+                "--seq_lens",
+                1030,
+                "--limit",
+                1,
+                "--output",
+                tmp_path / output,
+            )
+            == 0
+        )
 
     evaluated("a", (teacher_dir, student_dir))
     evaluated("b", (teacher_dir,))
@@ -484,16 +711,36 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path, teacher_dir):
     folder = tmp_path / "checkpoint"
     shutil.copytree(teacher_dir, folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}))
-    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Mine\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"auto_map": {"AutoTokenizer": [None, "mine.Mine"]}})
+    )
+    (folder / "mine.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Mine\n"
+    )
     (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(*args): pass\n")
-    assert run(folder, "--tasks", "niah_single_1,copying", "--seq_lens", 1024, "--limit", 1, "--output", tmp_path / "out") == 0
+    (folder / "custom_generate" / "generate.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(*args): pass\n"
+    )
+    assert (
+        run(
+            folder,
+            "--tasks",
+            "niah_single_1,copying",
+            "--seq_lens",
+            1024,
+            "--limit",
+            1,
+            "--output",
+            tmp_path / "out",
+        )
+        == 0
+    )
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_a_task_does_not_need_is_not_fetched(ruler, monkeypatch):
-    """nltk's sentence splitter, which is fetched where the generators are imported, though only the tasks with essays use it."""
+    """nltk's sentence splitter, which is fetched where the generators are imported, though only the
+    tasks with essays use it."""
     import nltk
 
     for module in ("prepare_niah", "niah_utils"):
@@ -524,7 +771,8 @@ def test_rulers_gold_answers_score_one(ruler):
 
 
 def test_ruler_through_the_harness(teacher_dir, tmp_path, monkeypatch):
-    """A length that its configuration does not list, longer than the model's config allows: nothing is cut."""
+    """A length that its configuration does not list, longer than the model's config allows: nothing
+    is cut."""
     from lm_eval.models.huggingface import HFLM
 
     prompts = []
@@ -538,8 +786,22 @@ def test_ruler_through_the_harness(teacher_dir, tmp_path, monkeypatch):
         return torch.cat([context, torch.tensor([ids + [0] * (width - len(ids)) for ids in new])], 1)
 
     monkeypatch.setattr(HFLM, "_model_generate", generate)
-    assert run(teacher_dir, "--tasks", "niah_single_1", "--seq_lens", "1024,1536", "--limit", 4, "--batch_size", 4,
-               "--output", tmp_path) == 0  # fmt: skip
+    assert (
+        run(
+            teacher_dir,
+            "--tasks",
+            "niah_single_1",
+            "--seq_lens",
+            "1024,1536",
+            "--limit",
+            4,
+            "--batch_size",
+            4,
+            "--output",
+            tmp_path,
+        )
+        == 0
+    )
     results = read(tmp_path)[Path(teacher_dir).name]
     assert len(prompts) == 8 and all(prompt.startswith("A special magic number is hidden") for prompt in prompts)
     for length in (1024, 1536):
@@ -554,13 +816,29 @@ def test_variable_tracking_that_would_not_end_is_refused(ruler):
 
 # ------------------------------------------------------------------------------------------------ comparison
 def result(task, score, stderr, seq_len=None, higher=True, metric="acc", **settings):
-    return {"task": task, "seq_len": seq_len, "metric": metric, "score": score, "stderr": stderr, "higher_is_better": higher,
-            "samples": 10, "settings": {"checkpoint": "x", "limit": None, **settings}}  # fmt: skip
+    return {
+        "task": task,
+        "seq_len": seq_len,
+        "metric": metric,
+        "score": score,
+        "stderr": stderr,
+        "higher_is_better": higher,
+        "samples": 10,
+        "settings": {"checkpoint": "x", "limit": None, **settings},
+    }
 
 
 def write(folder, *results, failed=()):
     tasks = {Unit(r["task"], r["seq_len"]).key: r for r in results}
-    tasks |= {key: {"task": key, "seq_len": None, "error": "no network", "settings": {"checkpoint": "x", "limit": None}} for key in failed}
+    tasks |= {
+        key: {
+            "task": key,
+            "seq_len": None,
+            "error": "no network",
+            "settings": {"checkpoint": "x", "limit": None},
+        }
+        for key in failed
+    }
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps({"checkpoint": str(folder), "tasks": tasks}))
     return str(folder / "results.json")
@@ -570,13 +848,26 @@ def test_comparison_recomputed_by_hand(tmp_path, capsys):
     ruler = [result(task, 0.8, 0.03, 4096) for task in evaluate.RULER]
     worse = [result(task, 0.6, 0.04, 4096) for task in evaluate.RULER]
     files = [
-        write(tmp_path / "teacher", result("piqa", 0.8, 0.02), result("arc_easy", 0.5, 0.05), result("boolq", 0.0, 0.0),
-              result("heldout_perplexity", 10.0, 0.5, higher=False, metric="perplexity"),
-              result("heldout_kl", 0.0, 0.0, higher=False, metric="nats"), *ruler),
-        write(tmp_path / "hybrid", result("piqa", 0.6, 0.03), result("arc_easy", 0.5, 0.05), result("boolq", 0.5, 0.1),
-              result("heldout_perplexity", 12.5, 0.5, higher=False, metric="perplexity"),
-              result("heldout_kl", 0.2, 0.01, higher=False, metric="nats"), result("gsm8k", 0.1, 0.1), *worse),
-    ]  # fmt: skip
+        write(
+            tmp_path / "teacher",
+            result("piqa", 0.8, 0.02),
+            result("arc_easy", 0.5, 0.05),
+            result("boolq", 0.0, 0.0),
+            result("heldout_perplexity", 10.0, 0.5, higher=False, metric="perplexity"),
+            result("heldout_kl", 0.0, 0.0, higher=False, metric="nats"),
+            *ruler,
+        ),
+        write(
+            tmp_path / "hybrid",
+            result("piqa", 0.6, 0.03),
+            result("arc_easy", 0.5, 0.05),
+            result("boolq", 0.5, 0.1),
+            result("heldout_perplexity", 12.5, 0.5, higher=False, metric="perplexity"),
+            result("heldout_kl", 0.2, 0.01, higher=False, metric="nats"),
+            result("gsm8k", 0.1, 0.1),
+            *worse,
+        ),
+    ]
     assert eval_compare.main([*files, "--output", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert found["teacher"] == "teacher"
@@ -590,9 +881,13 @@ def test_comparison_recomputed_by_hand(tmp_path, capsys):
     assert tasks["ruler"]["student"]["score"] == pytest.approx(0.6) and tasks["ruler"]["share"] == pytest.approx(0.75)
     assert tasks["ruler"]["student"]["stderr"] == pytest.approx(0.04 / math.sqrt(13))
     assert "commonsense" not in tasks, "not all of it was measured"
-    assert found["students"]["hybrid"]["all"] == pytest.approx((0.6 + 0.5 + 0.5 + 13 * 0.6) / (0.8 + 0.5 + 0 + 13 * 0.8))
+    assert found["students"]["hybrid"]["all"] == pytest.approx(
+        (0.6 + 0.5 + 0.5 + 13 * 0.6) / (0.8 + 0.5 + 0 + 13 * 0.8)
+    )
     table = (tmp_path / "out" / "compare.md").read_text()
-    assert "| piqa |  | acc | 0.800 ± 0.020 | 0.600 ± 0.030 | 75.0% ± 4.2% |" in table and table in capsys.readouterr().out
+    assert (
+        "| piqa |  | acc | 0.800 ± 0.020 | 0.600 ± 0.030 | 75.0% ± 4.2% |" in table and table in capsys.readouterr().out
+    )
     assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
 
 
@@ -603,10 +898,18 @@ def test_comparison_of_what_cannot_be_compared(tmp_path):
     other = write(tmp_path / "c", result("boolq", 0.8, 0.02))
     failed, tables = write(tmp_path / "d", failed=["piqa"]), str(tmp_path / "tables.json")
     Path(tables).write_text('{"a": {"piqa": {"score": 0.8}}}')  # what one call writes of all its checkpoints
-    for files, message in (((teacher, limited), "another limit"), ((teacher, newer), r"another procedure \(2\)"), ((teacher, other), "no task in common"),
-                           ((teacher,), "one alone"), ((teacher, "folder"), "files alone, or checkpoints alone"),
-                           ((teacher, str(tmp_path / "none.json")), r"none.json is no results.json .* to OUTPUT/PATH__OF__CHECKPOINT/results.json$"),
-                           ((teacher, tables), "tables.json is no results.json of a checkpoint")):  # fmt: skip
+    for files, message in (
+        ((teacher, limited), "another limit"),
+        ((teacher, newer), r"another procedure \(2\)"),
+        ((teacher, other), "no task in common"),
+        ((teacher,), "one alone"),
+        ((teacher, "folder"), "files alone, or checkpoints alone"),
+        (
+            (teacher, str(tmp_path / "none.json")),
+            r"none.json is no results.json .* to OUTPUT/PATH__OF__CHECKPOINT/results.json$",
+        ),
+        ((teacher, tables), "tables.json is no results.json of a checkpoint"),
+    ):
         with pytest.raises(ValueError, match=message):
             eval_compare.main([*files, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
@@ -615,23 +918,55 @@ def test_comparison_of_what_cannot_be_compared(tmp_path):
 
 
 def test_comparison_evaluates_checkpoints(teacher_dir, student_dir, data_dir, tmp_path):
-    options = ("--tasks", "associative_recall,heldout_kl,heldout_perplexity", "--seq_lens", "96", "--limit", "3", "--data", data_dir)
+    options = (
+        "--tasks",
+        "associative_recall,heldout_kl,heldout_perplexity",
+        "--seq_lens",
+        "96",
+        "--limit",
+        "3",
+        "--data",
+        data_dir,
+    )
     assert eval_compare.main([teacher_dir, student_dir, *options, "--output", str(tmp_path), "--num_gpus", "1"]) == 0
     found = json.loads((tmp_path / "compare.json").read_text())
     rows = {row["task"]: row for row in found["students"][Path(student_dir).parent.name]["tasks"]}
-    assert rows["heldout_kl"]["teacher"]["score"] == pytest.approx(0, abs=1e-6) and rows["heldout_kl"]["student"]["score"] > 0.01
+    assert (
+        rows["heldout_kl"]["teacher"]["score"] == pytest.approx(0, abs=1e-6)
+        and rows["heldout_kl"]["student"]["score"] > 0.01
+    )
     ratio = rows["heldout_perplexity"]["teacher"]["score"] / rows["heldout_perplexity"]["student"]["score"]
     assert rows["heldout_perplexity"]["share"] == pytest.approx(ratio)
 
 
 # ------------------------------------------------------------------------------------------------ the script
 def script(*checkpoints, **environment):
-    environment = os.environ | {"VENV": os.environ.get("VIRTUAL_ENV", ".venv"), "DEVICE": "cpu", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(["bash", "eval.sh", *checkpoints], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    environment = os.environ | {
+        "VENV": os.environ.get("VIRTUAL_ENV", ".venv"),
+        "DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    return subprocess.run(
+        ["bash", "eval.sh", *checkpoints],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
 
 
 def test_the_script_hands_its_knobs_on(student_dir, tmp_path):
-    done = script(student_dir, TASKS="copying", SEQ_LENS="128", LIMIT="3", BATCH_SIZE="2", NUM_WORDS="16", OUTPUT=str(tmp_path))
+    done = script(
+        student_dir,
+        TASKS="copying",
+        SEQ_LENS="128",
+        LIMIT="3",
+        BATCH_SIZE="2",
+        NUM_WORDS="16",
+        OUTPUT=str(tmp_path),
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = read(tmp_path)[Path(student_dir).parent.name]["copying@128"]
     assert found["samples"] == 3 and found["settings"]["limit"] == 3 and found["settings"]["num_words"] == 16
@@ -648,7 +983,8 @@ def test_the_script_says_what_is_wrong(tmp_path):
 
 
 def same_scores(one, two, rel):
-    """Of two results of a checkpoint, and which tasks failed. rel: of a score; a standard error may be off ten times as far."""
+    """Of two results of a checkpoint, and which tasks failed. rel: of a score; a standard error may
+    be off ten times as far."""
     assert one.keys() == two.keys()
     for key, result in one.items():
         if "error" in result:
@@ -661,12 +997,19 @@ def same_scores(one, two, rel):
 
 @pytest.mark.slow
 def test_two_processes_score_as_one(teacher_dir, student_dir, data_dir, tmp_path):
-    """An odd number of documents is dealt out to two; what breaks in the middle of a task ends the processes, and they come back."""
+    """An odd number of documents is dealt out to two; what breaks in the middle of a task ends the
+    processes, and they come back."""
     other = tmp_path / "other"  # a teacher with another vocabulary: the KL to it breaks while it is measured
     random_teacher(other, vocab_size=100)
     save_tokenizer(other)
     tasks = "associative_recall,heldout_kl,recall_generation,ruler_cwe,heldout_perplexity"
-    knobs = {"TASKS": tasks, "SEQ_LENS": "96", "LIMIT": "7", "DATA": data_dir, "TEACHER": str(other)}
+    knobs = {
+        "TASKS": tasks,
+        "SEQ_LENS": "96",
+        "LIMIT": "7",
+        "DATA": data_dir,
+        "TEACHER": str(other),
+    }
     found = []
     for count in ("1", "2"):
         done = script(student_dir, **knobs, OUTPUT=str(tmp_path / count), NUM_GPUS=count)
@@ -674,6 +1017,9 @@ def test_two_processes_score_as_one(teacher_dir, student_dir, data_dir, tmp_path
         found.append(read(tmp_path / count)[Path(student_dir).parent.name])
     one, two = found
     same_scores(one, two, 1e-5)
-    assert len(one) == 5 and all(result["samples"] == (7 if "@" in key else min(7, result["samples"]))
-                                 for key, result in one.items() if "error" not in result)  # fmt: skip
+    assert len(one) == 5 and all(
+        result["samples"] == (7 if "@" in key else min(7, result["samples"]))
+        for key, result in one.items()
+        if "error" not in result
+    )
     assert [key for key in one if "error" in one[key]] == ["heldout_kl", "ruler_cwe@96"]

@@ -37,7 +37,8 @@ def closure(*names):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A folder that has nothing but torch, transformers, flash-linear-attention and triton to import."""
+    """A folder that has nothing but torch, transformers, flash-linear-attention and triton to
+    import."""
     folder = tmp_path_factory.mktemp("bare")
     for package in closure("torch", "transformers", "flash-linear-attention", "triton"):
         for top in {Path(file).parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
@@ -58,14 +59,26 @@ def save(model, folder):
 
 
 def python(script, *options, cwd, **environment):
-    environment = {"HF_HOME": str(cwd / "hf"), "PATH": os.defpath, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run([sys.executable, *options, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True)
+    environment = {
+        "HF_HOME": str(cwd / "hf"),
+        "PATH": os.defpath,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    } | environment
+    done = subprocess.run(
+        [sys.executable, *options, "-c", script],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name, dtype", [("gdn_v4", torch.float32), ("path_fox_v1", torch.bfloat16)])
 def test_it_loads_in_a_bare_environment(teacher, bare, tmp_path, name, dtype):
-    """Logits, text, dtype and ties are the model's own; what it saves in turn holds the same, code included."""
+    """Logits, text, dtype and ties are the model's own; what it saves in turn holds the same, code
+    included."""
     model = trained(hybrid(teacher, name)).to(dtype)
     script = f"""
 import importlib.util, torch
@@ -110,13 +123,19 @@ assert not any(name.startswith("transformers_modules.") for name in sys.modules)
 
 
 def test_device_maps(teacher, tmp_path):
-    """On a machine without a GPU auto is the CPU; layers that lie on disk are fetched when their turn comes."""
+    """On a machine without a GPU auto is the CPU; layers that lie on disk are fetched when their
+    turn comes."""
     model = trained(hybrid(teacher))
     folder = save(model, tmp_path / "given")
     with torch.no_grad():
         logits = model(IDS).logits
-    places = {"model.embeddings": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
-              **{f"model.layers.{i}": "disk" if i in (1, 2) else "cpu" for i in range(4)}}  # fmt: skip
+    places = {
+        "model.embeddings": "cpu",
+        "lm_head": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        **{f"model.layers.{i}": "disk" if i in (1, 2) else "cpu" for i in range(4)},
+    }
     for device_map in ("auto", places):
         mapped = StudentForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
         assert mapped.lm_head.weight is mapped.model.embeddings.weight
@@ -130,17 +149,30 @@ def test_device_maps(teacher, tmp_path):
 def wide(tmp_path_factory):
     """A teacher that is large enough for blocks of 64 weights."""
     folder = tmp_path_factory.mktemp("wide")
-    random_teacher(folder, "qwen3", tie_word_embeddings=True, hidden_size=128, intermediate_size=256, head_dim=32)
+    random_teacher(
+        folder,
+        "qwen3",
+        tie_word_embeddings=True,
+        hidden_size=128,
+        intermediate_size=256,
+        head_dim=32,
+    )
     return load_teacher(folder)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_what_bitsandbytes_would_replace(wide, name):
-    """Exactly nn.Linear: not what makes a number a head, nor a weight that a kernel reads, nor the head."""
+    """Exactly nn.Linear: not what makes a number a head, nor a weight that a kernel reads, nor the
+    head."""
     model = hybrid(wide, name)
     replaced = {key for key, module in model.named_modules() if type(module) is nn.Linear}
-    assert {"model.layers.0.mlp.up_proj", "model.layers.1.attn.o_proj"} < replaced and "lm_head" not in replaced
-    assert all(min(model.get_submodule(key).weight.shape) >= 128 for key in replaced if key.startswith("model.layers.0"))
+    assert {
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.attn.o_proj",
+    } < replaced and "lm_head" not in replaced
+    assert all(
+        min(model.get_submodule(key).weight.shape) >= 128 for key in replaced if key.startswith("model.layers.0")
+    )
     first = {"mamba2_v1": "in_proj", "rwkv7_v1": "r_proj"}.get(name, "q_proj")
     last = {"mamba2_v1": "out_proj", "gsa_v1": None, "hgrn2_v1": None}.get(name, "o_proj")
     assert {f"model.layers.0.attn.{key}" for key in (first, last) if key} < replaced
@@ -161,7 +193,9 @@ def test_four_and_eight_bits(wide, tmp_path, name, kind):
     elif kind == "bitsandbytes int8":
         settings = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
         if name == "mamba2_v1" and not torch.cuda.is_available():
             pytest.skip("its in_proj has a number of rows that bitsandbytes does not pack on a CPU")
     model, ids = trained(hybrid(wide, name), 0.002), torch.randint(1, 96, (2, 70))
@@ -171,4 +205,6 @@ def test_four_and_eight_bits(wide, tmp_path, name, kind):
         exact, logits = model(ids).logits, small(ids).logits
     assert 0 < (logits - exact).norm() < (0.8 if "nf4" in kind else 0.15) * exact.norm()
     kwargs = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert small.generate(ids[:, :9], **kwargs).shape == (2, 14) and small.lm_head.weight is small.model.embeddings.weight
+    assert (
+        small.generate(ids[:, :9], **kwargs).shape == (2, 14) and small.lm_head.weight is small.model.embeddings.weight
+    )

@@ -22,9 +22,14 @@ ROPE = {
     "linear": {"rope_type": "linear", "factor": 2.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 32},
-}  # fmt: skip
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
 # Teacher's config, kept layers, options.
 HYBRIDS = {
     "tied": ({"tie_word_embeddings": True}, [1], {}),
@@ -131,7 +136,8 @@ def test_transformers_alone_gives_the_same(everywhere, case):
 
 @torch.no_grad()
 def test_beside_our_package_it_runs_on_a_cpu_too(everywhere):
-    """FLA is there in this process, and transformers calls it; our package has put plain PyTorch in its place."""
+    """FLA is there in this process, and transformers calls it; our package has put plain PyTorch in
+    its place."""
     root, _, results = everywhere
     model = AutoModelForCausalLM.from_pretrained(root / "tied" / "native").eval()
     ids, mask = torch.load(root / "tied" / "input.pt").values()
@@ -142,14 +148,20 @@ def test_beside_our_package_it_runs_on_a_cpu_too(everywhere):
 
 @torch.no_grad()
 def test_bf16_loses_no_more_than_ours(everywhere):
-    """Qwen3.5's norms multiply by 1 + weight, which bf16 resolves to 1/256 of 1 and not of the weight."""
+    """Qwen3.5's norms multiply by 1 + weight, which bf16 resolves to 1/256 of 1 and not of the
+    weight."""
     root, _, results = everywhere
     result, ids = results["bf16"], torch.load(root / "bf16" / "input.pt")["ids"]
     ours = StudentForCausalLM.from_pretrained(root / "bf16" / "ours").eval()(ids).logits
     assert (result["rounded"] - result["full"]).norm() < 1.3 * (ours - result["full"]).norm()
     held = load_file(root / "bf16" / "native" / "model.safetensors")
     assert {name.split(".")[-2] for name, tensor in held.items() if tensor.dtype != torch.bfloat16} <= {
-        "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"}  # fmt: skip
+        "input_layernorm",
+        "post_attention_layernorm",
+        "q_norm",
+        "k_norm",
+        "norm",
+    }
 
 
 @pytest.mark.parametrize("case", HYBRIDS)
@@ -157,13 +169,20 @@ def test_the_folder_is_whole(everywhere, case):
     """Class, tying, dtype, tokenizer and generation config are what they were."""
     root, models, results = everywhere
     ours, native, result = root / case / "ours", root / case / "native", results[case]
-    assert result["class"] == json.loads((native / "config.json").read_text())["architectures"][0] == "Qwen3_5ForCausalLM"
+    assert (
+        result["class"] == json.loads((native / "config.json").read_text())["architectures"][0] == "Qwen3_5ForCausalLM"
+    )
     assert result["tied"] == (case == "tied")
     assert result["dtypes"] == {torch.bfloat16 if case == "bf16" else torch.float32}
     assert result["prompt"] == AutoTokenizer.from_pretrained(ours)(PROMPT)["input_ids"]
     assert (native / "generation_config.json").read_text() == (ours / "generation_config.json").read_text()
     assert {file.suffix for file in native.iterdir()} == {".json", ".safetensors"}
-    assert sorted(file.name for file in (root / case).iterdir()) == ["input.pt", "native", "ours", "teacher"]
+    assert sorted(file.name for file in (root / case).iterdir()) == [
+        "input.pt",
+        "native",
+        "ours",
+        "teacher",
+    ]
 
 
 def config_of(name="gdn_v8", options=None, **values):
@@ -184,16 +203,28 @@ def test_students_that_are_no_layer_of_qwen3_5_are_refused(name):
     "config, reason",
     [
         (config_of("gdn_v3"), "gdn_v3 has a sigmoid in its gate; train"),
-        (config_of("gdn_v5"), "gdn_v5 has no short convolution, a sigmoid in its gate, factored K and V; train"),
-        (config_of(options={"conv_bias": True}), "gdn_v8 has conv_bias; train gdn_v8 with none of that"),
+        (
+            config_of("gdn_v5"),
+            "gdn_v5 has no short convolution, a sigmoid in its gate, factored K and V; train",
+        ),
+        (
+            config_of(options={"conv_bias": True}),
+            "gdn_v8 has conv_bias; train gdn_v8 with none of that",
+        ),
         (config_of(options={"allow_neg_eigval": True}), "gdn_v8 has allow_neg_eigval; train"),
-        (config_of(qk_norm=False), "no q/k norms, and no norm does nothing; distil a Qwen3 teacher"),
-        (config_of(qk_norm_eps=1e-5, rms_norm_eps=1e-6), "the q/k norms have eps 1e-05, the others 1e-06"),
+        (
+            config_of(qk_norm=False),
+            "no q/k norms, and no norm does nothing; distil a Qwen3 teacher",
+        ),
+        (
+            config_of(qk_norm_eps=1e-5, rms_norm_eps=1e-6),
+            "the q/k norms have eps 1e-05, the others 1e-06",
+        ),
         (config_of(mlp_bias=True), "the MLP has biases"),
         (config_of(hidden_act="gelu"), "activation is gelu"),
         (config_of(keep_full_attention_layers=[]), "no layer is full"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_expressed_is_refused(config, reason):
     assert reason in native_export_refusal(config)
 
@@ -202,9 +233,13 @@ def test_all_reasons_are_given_at_once_the_teachers_first():
     """In one line: who retrains for the student's reason alone would meet the teacher's afterwards."""
     config = config_of("gdn_v5", qk_norm=False, mlp_bias=True, hidden_act="gelu", keep_full_attention_layers=[])
     refusal = native_export_refusal(config)
-    parts = ["(1) the full attention has no q/k norms", "(2) the MLP has biases", "(3) the MLP's activation is gelu",
-             "(4) gdn_v5 has no short convolution, a sigmoid in its gate, factored K and V; train gdn_v8",
-             "(5) no layer is full"]  # fmt: skip
+    parts = [
+        "(1) the full attention has no q/k norms",
+        "(2) the MLP has biases",
+        "(3) the MLP's activation is gelu",
+        "(4) gdn_v5 has no short convolution, a sigmoid in its gate, factored K and V; train gdn_v8",
+        "(5) no layer is full",
+    ]
     places = [refusal.index(part) for part in parts]
     assert places == sorted(places) and "\n" not in refusal and "(6)" not in refusal
     assert "(1)" not in native_export_refusal(config_of("gdn_v3"))  # one reason needs no number
@@ -228,8 +263,16 @@ def test_refused_at_the_door(everywhere, tmp_path):
     for source, output, message in (
         (root / "tied" / "teacher", tmp_path / "a", "is of type qwen3, no hybrid of ours"),
         (tmp_path / "gdn_v4", tmp_path / "b", "gdn_v4 has no short convolution"),
-        (tmp_path / "absent", tmp_path / "c", f"--model: '{tmp_path / 'absent'}' is neither a folder"),
-        (tmp_path / "predecessor", tmp_path / "d", f"--model: '{tmp_path / 'predecessor'}' is a student of the KL-guided"),
+        (
+            tmp_path / "absent",
+            tmp_path / "c",
+            f"--model: '{tmp_path / 'absent'}' is neither a folder",
+        ),
+        (
+            tmp_path / "predecessor",
+            tmp_path / "d",
+            f"--model: '{tmp_path / 'predecessor'}' is a student of the KL-guided",
+        ),
         (root / "tied" / "ours", with_files, "is there already"),
     ):
         with pytest.raises(SystemExit) as error:
@@ -238,7 +281,9 @@ def test_refused_at_the_door(everywhere, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "gdn_v4", "predecessor"]
 
 
-@pytest.mark.parametrize("name", ["linear_attn.in_proj_qkv.weight", "self_attn.q_proj.weight", "input_layernorm.weight"])
+@pytest.mark.parametrize(
+    "name", ["linear_attn.in_proj_qkv.weight", "self_attn.q_proj.weight", "input_layernorm.weight"]
+)
 def test_an_export_that_differs_is_not_written(everywhere, tmp_path, monkeypatch, name):
     """The comparison on the way sees a mistake in any kind of layer."""
     right = export_native.native_block
@@ -257,7 +302,14 @@ def test_an_export_that_differs_is_not_written(everywhere, tmp_path, monkeypatch
 def test_from_the_command_line(everywhere, tmp_path):
     """As a user calls it, from elsewhere; the weights are those of the call in this process."""
     root = everywhere[0]
-    command = [sys.executable, export_native.__file__, "--model", str(root / "tied" / "ours"), "--output", "out"]
+    command = [
+        sys.executable,
+        export_native.__file__,
+        "--model",
+        str(root / "tied" / "ours"),
+        "--output",
+        "out",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "as Qwen3_5ForCausalLM" in done.stdout
     first, second = (load_file(folder / "model.safetensors") for folder in (root / "tied" / "native", tmp_path / "out"))
@@ -266,7 +318,8 @@ def test_from_the_command_line(everywhere, tmp_path):
 
 @pytest.mark.slow
 def test_distilled_exported_and_loaded_elsewhere(teacher_dir, data_dir, tmp_path):
-    """As the README has it: gdn_v8 from the start, calibrated, through stages 1 and 2; the same text by transformers alone."""
+    """As the README has it: gdn_v8 from the start, calibrated, through stages 1 and 2; the same
+    text by transformers alone."""
     for stage in (1, 2):
         options = ["student_model.name=gdn_v8", *(["train.calibrate_init=2"] if stage == 1 else [])]
         launch(write_config(tmp_path, stage, teacher_dir, data_dir), *options, processes=1)
@@ -274,7 +327,11 @@ def test_distilled_exported_and_loaded_elsewhere(teacher_dir, data_dir, tmp_path
     export_native.main(["--model", str(ours), "--output", str(tmp_path / "case" / "native")])
     ids, mask = torch.randint(1, 96, (2, 75)), torch.ones(2, 20, dtype=torch.long)
     torch.save({"ids": ids, "mask": mask}, tmp_path / "case" / "input.pt")
-    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path), '["case"]', str(NEW_TOKENS), PROMPT], check=True, cwd=tmp_path)
+    subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(tmp_path), '["case"]', str(NEW_TOKENS), PROMPT],
+        check=True,
+        cwd=tmp_path,
+    )
     result = torch.load(tmp_path / "results.pt", weights_only=False)["case"]
     model = StudentForCausalLM.from_pretrained(ours).eval()
     assert model.config.student_name == "gdn_v8" and model.config.keep_full_attention_layers == [1]
@@ -283,4 +340,8 @@ def test_distilled_exported_and_loaded_elsewhere(teacher_dir, data_dir, tmp_path
     text = model.generate(ids[:, :20], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     assert torch.equal(result["text"], text)
     card = (tmp_path / "case" / "native" / "README.md").read_text()
-    assert "trust_remote_code" not in card and "| 1, attention output alignment |" in card and "| 2, logit distillation |" in card
+    assert (
+        "trust_remote_code" not in card
+        and "| 1, attention output alignment |" in card
+        and "| 2, logit distillation |" in card
+    )

@@ -12,7 +12,15 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from distill_model import fused_ops
 from distill_model.decode_step import swiglu_rows
-from distill_model.fused_ops import decode_attention, mean_squared_error, project_swiglu, rms_norm, rotate, scaled, swiglu
+from distill_model.fused_ops import (
+    decode_attention,
+    mean_squared_error,
+    project_swiglu,
+    rms_norm,
+    rotate,
+    scaled,
+    swiglu,
+)
 
 SHAPES = [(1,), (3, 17), (2, 5, 60)]
 
@@ -38,7 +46,8 @@ def test_swiglu(shape):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_project_swiglu(checkpointed):
-    """With the gradients of all, and on a GPU without the product in memory, under gradient checkpointing as well."""
+    """With the gradients of all, and on a GPU without the product in memory, under gradient
+    checkpointing as well."""
     given, double = leaves((2, 5, 60), 2)
     projection, storages = nn.Linear(60, 7), []
 
@@ -50,7 +59,7 @@ def test_project_swiglu(checkpointed):
             return project_swiglu(gate, up, projection)
 
     out = checkpoint(project, *given, use_reentrant=False) if checkpointed else project(*given)
-    if fused_ops.fuses(out):
+    if fused_ops.use_triton(out):
         gc.collect()  # Triton's interpreter leaves a cycle
         assert storages[0].expired()
     expected = F.linear(F.silu(double[0]) * double[1], *(p.double() for p in projection.parameters()))
@@ -92,7 +101,8 @@ def test_rms_norm(shape):
 
 
 def test_rms_norm_of_what_is_kept():
-    """The sum is rounded first, so that the norm is of what the next block gets. In fp16, for Triton's interpreter cuts bf16 off."""
+    """The sum is rounded first, so that the norm is of what the next block gets. In fp16, for
+    Triton's interpreter cuts bf16 off."""
     torch.manual_seed(0)
     x, branch, weight = *torch.randn(2, 5, 40).half(), torch.rand(40).half()
     out, total = rms_norm(x, weight, 1e-6, branch)
@@ -133,7 +143,8 @@ def attend_naively(q, k, v, first, last):
 
 @pytest.mark.parametrize("length", [1, 30, 300])
 def test_decode_attention(length):
-    """Sequences that begin at different tokens, one of them at the last; buffers with room, in which anything may lie."""
+    """Sequences that begin at different tokens, one of them at the last; buffers with room, in
+    which anything may lie."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 6, 20), *torch.full((2, 3, length + 20, 2, 20), 1e4)
     first, last = torch.tensor([0, length // 4, length - 1]), torch.tensor([length - 1])
@@ -142,11 +153,18 @@ def test_decode_attention(length):
     torch.testing.assert_close(out.double(), attend_naively(q, k, v, first, last), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("step", [
-    lambda x: scaled(x, torch.tensor(2.0)), lambda x: swiglu(x, x), lambda x: swiglu_rows(x, x), lambda x: mean_squared_error(x, x),
-    lambda x: rms_norm(x, x[0, 0, 0], 1e-6), lambda x: rotate(x, *torch.ones(2, 1, 1, 4)),
-    lambda x: decode_attention(x, x, x, torch.tensor([0, 0]), torch.tensor([0])),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: scaled(x, torch.tensor(2.0)),
+        lambda x: swiglu(x, x),
+        lambda x: swiglu_rows(x, x),
+        lambda x: mean_squared_error(x, x),
+        lambda x: rms_norm(x, x[0, 0, 0], 1e-6),
+        lambda x: rotate(x, *torch.ones(2, 1, 1, 4)),
+        lambda x: decode_attention(x, x, x, torch.tensor([0, 0]), torch.tensor([0])),
+    ],
+)
 def test_kernels_start_where_their_tensors_are(step, monkeypatch):
     """Not on whatever GPU is the current one, as Triton would."""
     entered, x = [], torch.randn(2, 1, 3, 4)

@@ -4,11 +4,20 @@ import copy
 from functools import partial
 from threading import Thread
 
+from runtime.data import load_tokenizer
+
 import pytest
 import torch
 from conftest import save_tokenizer
 from test_model import STUDENTS, hybrid, trained
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StoppingCriteria, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
 from transformers.generation import (
     BaseStreamer,
     EosTokenCriteria,
@@ -22,7 +31,6 @@ from convert import load_teacher
 from distill_model import decode_loop, modeling_distilled_student
 from distill_model.cache import StaticCache, _tensors
 from distill_model.student_layers import restore_rows
-from pipeline.data import load_tokenizer
 
 GROWING = {"path_v1", "path_fox_v1", "fox_v1"}  # softmax in another form
 WINDOWED = {"swa_v1", "lolcats_v1"}
@@ -50,7 +58,10 @@ def models(teacher):
 def padded(length=12, rows=3, padding=5):
     """ids and mask [rows, length], the first row padded on the left; the same whatever ran before."""
     generator = torch.Generator().manual_seed(length)
-    ids, mask = torch.randint(1, 96, (rows, length), generator=generator), torch.ones(rows, length, dtype=torch.long)
+    ids, mask = (
+        torch.randint(1, 96, (rows, length), generator=generator),
+        torch.ones(rows, length, dtype=torch.long),
+    )
     mask[0, :padding] = 0
     return ids, mask
 
@@ -59,7 +70,12 @@ def read(model, ids, mask, *sizes):
     """Logits [B, T, vocabulary] of a text read in pieces of `sizes`, and the cache."""
     cache, logits, start = None, [], 0
     for size in sizes:
-        out = model(ids[:, start : start + size], attention_mask=mask[:, : start + size], past_key_values=cache, use_cache=True)
+        out = model(
+            ids[:, start : start + size],
+            attention_mask=mask[:, : start + size],
+            past_key_values=cache,
+            use_cache=True,
+        )
         logits.append(out.logits)
         cache, start = out.past_key_values, start + size
     assert start == ids.shape[1]
@@ -90,7 +106,8 @@ def test_the_cache_holds_keys_and_values_or_a_constant_state(models, name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_text_in_pieces_equals_the_full_forward(models, name):
-    """Pieces of one token, of fewer and more than FLA's chunk of 64, some of them all padding in a row."""
+    """Pieces of one token, of fewer and more than FLA's chunk of 64, some of them all padding in a
+    row."""
     ids, mask = padded(83, padding=11)
     mask[1, :79] = 0
     full = models(name)(ids, attention_mask=mask, use_cache=False).logits
@@ -99,19 +116,23 @@ def test_a_text_in_pieces_equals_the_full_forward(models, name):
         torch.testing.assert_close(logits[mask.bool()], full[mask.bool()], atol=5e-4, rtol=1e-3)
 
 
-# Rows of one batch, 0 for padding: on the right; on the left and inside; a whole piece; a late start; an early end.
-PADDED = [[1] * 20 + [0] * 4,
-          [0] * 3 + [1] * 5 + [0] * 5 + [1] * 4 + [0] * 2 + [1] * 5,
-          [1] * 10 + [0] * 9 + [1] * 5,
-          [0] * 16 + [1] * 8,
-          [1] * 7 + [0] * 17,
-          [1] * 24]  # fmt: skip
+# Rows of one batch, 0 for padding: on the right; on the left and inside; a whole piece; a late
+# start; an early end.
+PADDED = [
+    [1] * 20 + [0] * 4,
+    [0] * 3 + [1] * 5 + [0] * 5 + [1] * 4 + [0] * 2 + [1] * 5,
+    [1] * 10 + [0] * 9 + [1] * 5,
+    [0] * 16 + [1] * 8,
+    [1] * 7 + [0] * 17,
+    [1] * 24,
+]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["teacher", *STUDENTS])
 def test_padding_anywhere_leaves_the_text_as_it_is(models, name):
-    """At once, in training mode, in turns behind a warm cache, token by token: as each row's text alone."""
+    """At once, in training mode, in turns behind a warm cache, token by token: as each row's text
+    alone."""
     model, mask = models(name), torch.tensor(PADDED)
     ids = padded(mask.shape[1], rows=len(mask))[0]
     texts = torch.cat([model(row[real][None], use_cache=False).logits[0] for row, real in zip(ids, mask.bool())])
@@ -132,7 +153,10 @@ def test_a_static_cache_refuses_padding_that_is_not_on_the_left(models, name):
     """Whether the prompt was padded on the right, or a sequence ends while others go on."""
     model, (ids, mask) = models(name), padded(12)
     right = mask.flip(1)
-    for prompt, step in ((right, torch.ones(3, 1, dtype=torch.long)), (mask, torch.tensor([[1], [0], [1]]))):
+    for prompt, step in (
+        (right, torch.ones(3, 1, dtype=torch.long)),
+        (mask, torch.tensor([[1], [0], [1]])),
+    ):
         cache = StaticCache(model.config, 20)
         model(ids, attention_mask=prompt, past_key_values=cache)
         with pytest.raises(ValueError, match="attention_mask: a static cache takes padding on the left alone"):
@@ -150,10 +174,15 @@ def test_a_mask_of_another_length_is_refused(models):
 @torch.no_grad()
 @pytest.mark.parametrize("name", STUDENTS)
 def test_chunked_prefill_gives_the_same_text(models, name, monkeypatch):
-    """Greedy, sampled and beam search, beyond the teacher's 64 positions, and never more tokens at a time than asked for."""
+    """Greedy, sampled and beam search, beyond the teacher's 64 positions, and never more tokens at
+    a time than asked for."""
     model, (ids, mask) = models(name), padded(70, padding=23)
     generate = partial(model.generate, ids, attention_mask=mask, max_new_tokens=5, pad_token_id=0)
-    for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True, "top_k": 8}):
+    for options in (
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": True, "top_k": 8},
+    ):
         texts, lengths, embed = [], [], model.model.embeddings.forward
         for extra in ({}, {"use_cache": False}, {"prefill_chunk_size": 16}):
             torch.manual_seed(3)
@@ -192,7 +221,10 @@ def test_crop_forgets_or_says_why_not(models, teacher, name):
         rest = model(ids[:, 5:], attention_mask=mask, past_key_values=cache).logits
         torch.testing.assert_close(rest, model(ids, attention_mask=mask).logits[:, 5:], atol=2e-4, rtol=1e-3)
     else:
-        with pytest.raises(NotImplementedError, match=rf"{name} in layers \[0, 2, 3\] holds .* cannot forget its last 2 tokens"):
+        with pytest.raises(
+            NotImplementedError,
+            match=rf"{name} in layers \[0, 2, 3\] holds .* cannot forget its last 2 tokens",
+        ):
             cache.crop(-2)
         assert cache.get_seq_length() == 8 and cache[1]["attn_state"][0].shape[1] == 8
 
@@ -205,7 +237,10 @@ def test_a_chunk_behind_a_cache_of_the_users(models):
     for size in (None, 7):
         for given in (ids, ids[:, 11:]):
             cache = read(model, ids[:, :11], mask[:, :11], 11)[1]
-            assert torch.equal(generate(given, past_key_values=cache, prefill_chunk_size=size)[:, given.shape[1] :], text)
+            assert torch.equal(
+                generate(given, past_key_values=cache, prefill_chunk_size=size)[:, given.shape[1] :],
+                text,
+            )
 
 
 def test_caches_that_cannot_be_are_refused(models, teacher):
@@ -215,14 +250,22 @@ def test_caches_that_cannot_be_are_refused(models, teacher):
     with pytest.raises(ValueError, match="cache_implementation: 'quantized' has no place for the states"):
         model.generate(ids, cache_implementation="quantized", max_new_tokens=2)
     with pytest.raises(ValueError, match="both `cache_implementation`"):
-        model.generate(ids, cache_implementation="static", past_key_values=StaticCache(model.config, 9), max_new_tokens=2)
+        model.generate(
+            ids,
+            cache_implementation="static",
+            past_key_values=StaticCache(model.config, 9),
+            max_new_tokens=2,
+        )
     with pytest.raises(ValueError, match="prefill_chunk_size: 4 needs use_cache=True"):
         model.generate(ids, prefill_chunk_size=4, use_cache=False, max_new_tokens=2)
     with pytest.raises(ValueError, match="prefill_chunk_size: 0 must be at least 1"):
         model.generate(ids, prefill_chunk_size=0, max_new_tokens=2)
     with pytest.raises(ValueError, match="output_attentions: .* leave it out"):
         model.generate(ids, output_attentions=True, return_dict_in_generate=True, max_new_tokens=2)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="prefill_chunk_size: 4 cannot follow RoPE of type dynamic"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ValueError, match="prefill_chunk_size: 4 cannot follow RoPE of type dynamic"),
+    ):
         patch.setitem(model.config.rope_parameters, "rope_type", "dynamic")
         model.generate(ids, prefill_chunk_size=4, max_new_tokens=2)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
@@ -231,9 +274,20 @@ def test_caches_that_cannot_be_are_refused(models, teacher):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
 def test_strings_that_stop(models, teacher_dir, options):
-    """Of strings that every token holds one, its first token ends a text; one that does not come does not."""
-    model, tokenizer, ids = models("gdn_v4"), load_tokenizer(teacher_dir), torch.randint(1, 80, (1, 9))
-    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "tokenizer": tokenizer, **options}
+    """Of strings that every token holds one, its first token ends a text; one that does not come
+    does not."""
+    model, tokenizer, ids = (
+        models("gdn_v4"),
+        load_tokenizer(teacher_dir),
+        torch.randint(1, 80, (1, 9)),
+    )
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 12,
+        "pad_token_id": 0,
+        "tokenizer": tokenizer,
+        **options,
+    }
     every = [text for i in range(len(tokenizer)) if (text := tokenizer.decode([i]))]
     lengths = [model.generate(ids, stop_strings=strings, **options).shape[1] for strings in (every, ["def" * 13])]
     assert lengths == [10, 21]
@@ -243,11 +297,24 @@ def test_strings_that_stop(models, teacher_dir, options):
 @torch.no_grad()
 @pytest.mark.parametrize("name", STATIC)
 def test_a_static_cache_gives_the_same_text(models, name):
-    """Greedy, sampled, beams, a prompt in pieces, a batch padded on the left, beyond the teacher's 64 positions."""
+    """Greedy, sampled, beams, a prompt in pieces, a batch padded on the left, beyond the teacher's
+    64 positions."""
     model, (ids, mask) = models(name), padded(61, padding=23)
-    generate = partial(model.generate, ids, attention_mask=mask, max_new_tokens=9, pad_token_id=0, return_dict_in_generate=True)
-    for options in ({"do_sample": False}, {"do_sample": True, "top_k": 8}, {"do_sample": False, "num_beams": 3},
-                    {"do_sample": False, "prefill_chunk_size": 16}, {"do_sample": False, "eos_token_id": list(range(48))}):  # fmt: skip
+    generate = partial(
+        model.generate,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=9,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+    )
+    for options in (
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 8},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "prefill_chunk_size": 16},
+        {"do_sample": False, "eos_token_id": list(range(48))},
+    ):
         out = []
         for kind in (None, "static"):
             torch.manual_seed(3)
@@ -278,10 +345,24 @@ class Nines(StoppingCriteria):
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 @pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
 def test_its_loop_ends_where_transformers_does(models, monkeypatch, name, ahead):
-    """With tokens begun behind the last too: sequences that end one by one, one that ends at the greatest length, none that ends."""
+    """With tokens begun behind the last too: sequences that end one by one, one that ends at the
+    greatest length, none that ends."""
     model, (ids, mask) = models(name), padded(21, padding=4)
-    everything, lengths = {"attention_mask": mask, "pad_token_id": 0, "do_sample": False, "cache_implementation": "static"}, set()
-    for options in ({}, {"eos_token_id": list(range(1, 60, 2))}, {"eos_token_id": 7}, {"stopping_criteria": [Nines()]}):
+    everything, lengths = (
+        {
+            "attention_mask": mask,
+            "pad_token_id": 0,
+            "do_sample": False,
+            "cache_implementation": "static",
+        },
+        set(),
+    )
+    for options in (
+        {},
+        {"eos_token_id": list(range(1, 60, 2))},
+        {"eos_token_id": 7},
+        {"stopping_criteria": [Nines()]},
+    ):
         text = model.generate(ids, max_new_tokens=14, **everything, **options)[:, 21:]
         for most in sorted({1, 2, 14, text.shape[1], text.shape[1] + 1}):
             wanted = {"max_new_tokens": most, **everything, **options}
@@ -296,10 +377,16 @@ def test_its_loop_ends_where_transformers_does(models, monkeypatch, name, ahead)
 
 
 def test_its_loop_is_not_ahead_where_that_is_seen():
-    """Of a cache that somebody goes on with, of a streamer, and of what others wrote: it may not bear a token behind the last."""
-    gpu, theirs = torch.device("cuda"), (MinLengthLogitsProcessor(2, 7, device="cpu"), MaxLengthCriteria(9), EosTokenCriteria(7))
+    """Of a cache that somebody goes on with, of a streamer, and of what others wrote: it may not
+    bear a token behind the last."""
+    gpu, theirs = (
+        torch.device("cuda"),
+        (MinLengthLogitsProcessor(2, 7, device="cpu"), MaxLengthCriteria(9), EosTokenCriteria(7)),
+    )
     assert decode_loop.tokens_ahead(False, None, theirs, gpu) == 1
-    assert decode_loop.tokens_ahead(True, None, theirs, gpu) == decode_loop.tokens_ahead(False, Heard(), theirs, gpu) == 0
+    assert (
+        decode_loop.tokens_ahead(True, None, theirs, gpu) == decode_loop.tokens_ahead(False, Heard(), theirs, gpu) == 0
+    )
     for watcher in (Nines(), LogitsProcessor(), PrefixConstrainedLogitsProcessor(lambda *_: [], 1)):
         assert decode_loop.tokens_ahead(False, None, (*theirs, watcher), gpu) == (type(watcher) is LogitsProcessor)
 
@@ -308,7 +395,11 @@ class Half(MaxLengthCriteria):
     """Ends where half of what is left has come."""
 
     def __call__(self, input_ids, scores, **_):
-        return input_ids.new_full((len(input_ids),), input_ids.shape[1] >= 21 + (self.max_length - 21) // 2, dtype=torch.bool)
+        return input_ids.new_full(
+            (len(input_ids),),
+            input_ids.shape[1] >= 21 + (self.max_length - 21) // 2,
+            dtype=torch.bool,
+        )
 
 
 @torch.no_grad()
@@ -316,7 +407,12 @@ class Half(MaxLengthCriteria):
 def test_its_loop_asks_every_criterion(models, criteria, length):
     """A length of its own too, and the shorter of two."""
     model, (ids, _) = models("teacher"), padded(21, padding=0)
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "stopping_criteria": criteria}
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "stopping_criteria": criteria,
+    }
     out = model.generate(ids, cache_implementation="static", **options)
     assert out.shape[1] == length and torch.equal(out, model.generate(ids, **options))
 
@@ -324,14 +420,25 @@ def test_its_loop_asks_every_criterion(models, criteria, length):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
 def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name):
-    """A cache that is not to be used; an adapter that comes before the text, as PEFT's prompt tuning; ids on another device."""
+    """A cache that is not to be used; an adapter that comes before the text, as PEFT's prompt
+    tuning; ids on another device."""
     model, (ids, mask), used = models(name), padded(21, padding=0), []
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    monkeypatch.setattr(modeling_distilled_student, "sample", lambda *args, **kwargs: used.append(1) or decode_loop.sample(*args, **kwargs))
+    monkeypatch.setattr(
+        modeling_distilled_student,
+        "sample",
+        lambda *args, **kwargs: used.append(1) or decode_loop.sample(*args, **kwargs),
+    )
     expected = model.generate(ids, cache_implementation="static", **options)
     assert used.pop()
-    assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), use_cache=False, **options), expected)
-    assert [decode_loop.can_sample(model, ids.to(device), model.generation_config) for device in ("cpu", "meta")] == [True, False]
+    assert torch.equal(
+        model.generate(ids, past_key_values=StaticCache(model.config, 60), use_cache=False, **options),
+        expected,
+    )
+    assert [decode_loop.can_sample(model, ids.to(device), model.generation_config) for device in ("cpu", "meta")] == [
+        True,
+        False,
+    ]
     for asked in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         config = GenerationConfig(use_cache=True, **{asked: True})
         assert decode_loop.can_sample(model, ids, config)  # without return_dict_in_generate nobody gets them
@@ -343,12 +450,17 @@ def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name)
     with monkeypatch.context() as patch:
         patch.setattr(model.config, "output_hidden_states", True)
         assert not decode_loop.can_sample(model, ids, model.generation_config)
-    prepare, prompt = model.prepare_inputs_for_generation, model.get_input_embeddings()(torch.randint(1, 96, (3, 5)))
+    prepare, prompt = (
+        model.prepare_inputs_for_generation,
+        model.get_input_embeddings()(torch.randint(1, 96, (3, 5))),
+    )
 
     def with_prompt(input_ids, past_key_values=None, attention_mask=None, **kwargs):
         attention_mask = torch.cat((attention_mask.new_ones(3, 5), attention_mask), 1)
         first = past_key_values.get_seq_length() == 0
-        inputs = prepare(input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs) | {"position_ids": None}
+        inputs = prepare(input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs) | {
+            "position_ids": None
+        }
         if first:
             inputs |= {"inputs_embeds": torch.cat((prompt, model.get_input_embeddings()(inputs.pop("input_ids"))), 1)}
         return inputs
@@ -361,15 +473,26 @@ def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name)
 
 @torch.no_grad()
 def test_what_its_loop_hands_on(models, monkeypatch):
-    """Positions that are given; logits in fp32, of whatever model; and whether somebody goes on with the cache."""
+    """Positions that are given; logits in fp32, of whatever model; and whether somebody goes on
+    with the cache."""
     model, (ids, mask), kept = models("teacher"), padded(21, padding=0), []
-    options = {"attention_mask": mask, "position_ids": 3 * torch.arange(21)[None], "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options = {
+        "attention_mask": mask,
+        "position_ids": 3 * torch.arange(21)[None],
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     dtypes = [lambda _, scores: dtypes.append(scores.dtype) or scores]
     monkeypatch.setattr(decode_loop, "tokens_ahead", lambda *args: kept.append(bool(args[0])) or 0)
     expected = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
     assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), **options), expected)
-    options |= {"cache_implementation": "static", "return_dict_in_generate": True, "logits_processor": dtypes[:]}
+    options |= {
+        "cache_implementation": "static",
+        "return_dict_in_generate": True,
+        "logits_processor": dtypes[:],
+    }
     copy.deepcopy(model).bfloat16().generate(ids, **options)
     assert kept == [False, True, True] and dtypes[1:] == 6 * [torch.float32]
 
@@ -385,19 +508,29 @@ def test_its_loop_streams_and_leaves_a_cache_to_go_on_with(models, monkeypatch):
     first = model.generate(ids, past_key_values=cache, max_new_tokens=12, **options)
     assert torch.equal(first, whole) and cache.get_seq_length() == whole.shape[1] - 1
     longer = torch.cat((first, ids), 1)
-    options |= {"eos_token_id": None, "attention_mask": torch.ones_like(longer)}  # 0 may stand in the text
+    options |= {
+        "eos_token_id": None,
+        "attention_mask": torch.ones_like(longer),
+    }  # 0 may stand in the text
     again = model.generate(longer, past_key_values=cache, max_new_tokens=5, return_dict_in_generate=True, **options)
-    assert torch.equal(again.sequences, model.generate(longer, max_new_tokens=5, **options)) and again.past_key_values is cache
+    assert (
+        torch.equal(again.sequences, model.generate(longer, max_new_tokens=5, **options))
+        and again.past_key_values is cache
+    )
     monkeypatch.setattr(modeling_distilled_student, "sample", None)  # scores are transformers' to gather
-    options |= {"cache_implementation": "static", "return_dict_in_generate": True, "output_scores": True}
+    options |= {
+        "cache_implementation": "static",
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
     assert len(model.generate(longer, max_new_tokens=2, **options).scores) == 2
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", STATIC)
 def test_a_static_cache_keeps_its_place(models, name):
-    """No tensor of it moves or grows from step to step; its logits are those of the full forward, also when several tokens come
-    after single ones, and behind reordered rows."""
+    """No tensor of it moves or grows from step to step; its logits are those of the full forward,
+    also when several tokens come after single ones, and behind reordered rows."""
     model, (ids, mask) = models(name), padded(40, padding=7)
     full = model(ids, attention_mask=mask, use_cache=False).logits
     cache, places, start = StaticCache(model.config, 40), set(), 0
@@ -420,16 +553,31 @@ def test_a_static_cache_keeps_its_place(models, name):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [None, "static"])
 def test_hidden_states(models, teacher_dir, kind):
-    """Those of Hugging Face's model, from a forward pass and from `generate`, where a hybrid has as many."""
+    """Those of Hugging Face's model, from a forward pass and from `generate`, where a hybrid has as
+    many."""
     ids, theirs = torch.randint(1, 96, (2, 9)), AutoModelForCausalLM.from_pretrained(teacher_dir)
-    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True, "pad_token_id": 0}
+    options = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_hidden_states": True,
+        "pad_token_id": 0,
+    }
     expected = theirs(ids, output_hidden_states=True).hidden_states
     teacher = models("teacher")
-    for ours in (teacher(ids, output_hidden_states=True).hidden_states, teacher.model(ids, output_hidden_states=True).hidden_states):
+    for ours in (
+        teacher(ids, output_hidden_states=True).hidden_states,
+        teacher.model(ids, output_hidden_states=True).hidden_states,
+    ):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
     assert teacher(ids).hidden_states is None
     expected = theirs.generate(ids, **options).hidden_states
-    torch.testing.assert_close(teacher.generate(ids, cache_implementation=kind, **options).hidden_states, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        teacher.generate(ids, cache_implementation=kind, **options).hidden_states,
+        expected,
+        atol=1e-4,
+        rtol=1e-3,
+    )
     hybrid = models("gdn_v4").generate(ids, cache_implementation=kind, **options).hidden_states
     assert [[x.shape for x in step] for step in hybrid] == [[x.shape for x in step] for step in expected]
 
@@ -451,7 +599,10 @@ def test_what_a_static_cache_refuses(models, teacher):
     model(ids[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="input_ids: 1 sequences behind a static cache of 2"):
         model(ids[:1, :1], past_key_values=cache)
-    for change in (lambda: cache.batch_select_indices(torch.tensor([1])), lambda: cache.batch_repeat_interleave(2)):
+    for change in (
+        lambda: cache.batch_select_indices(torch.tensor([1])),
+        lambda: cache.batch_repeat_interleave(2),
+    ):
         with pytest.raises(ValueError, match="past_key_values: a static cache of 2 sequences cannot become one of"):
             change()
     with pytest.raises(ValueError, match="past_key_values: a static cache of 10 tokens is full"):
@@ -486,8 +637,12 @@ def test_a_static_cache_of_a_teacher_crops(teacher):
 
 @pytest.mark.parametrize("name", ["teacher", "fox_v1"])
 def test_speculation_where_the_cache_forgets(models, teacher, name):
-    """Prompt lookup guesses several tokens at a time, and crops the cache behind the first wrong one."""
-    model, ids = teacher if name == "teacher" else models(name), torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    """Prompt lookup guesses several tokens at a time, and crops the cache behind the first wrong
+    one."""
+    model, ids = (
+        teacher if name == "teacher" else models(name),
+        torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]]),
+    )
     generate = partial(model.generate, ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(generate(), generate(prompt_lookup_num_tokens=3))
 
@@ -497,8 +652,12 @@ def test_streaming_with_a_chat_template(models, tmp_path, name):
     save_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.chat_template = "{% for m in messages %}({{ m.role }}: {{ m.content }}){% endfor %}(a: "
-    inputs = tokenizer.apply_chat_template([{"role": "user", "content": "def f(x):"}], add_generation_prompt=True,
-                                           return_tensors="pt", return_dict=True)  # fmt: skip
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "def f(x):"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
     generate = partial(models(name).generate, **inputs, max_new_tokens=9, do_sample=False, pad_token_id=0)
     thread = Thread(target=generate, kwargs={"streamer": streamer})

@@ -6,6 +6,8 @@ import json
 import random
 import re
 
+from runtime.data import load_tokenizer
+
 import pytest
 import torch
 from conftest import begin_with_bos, save_tokenizer
@@ -16,10 +18,31 @@ from distill_model import StudentForCausalLM
 from layer_selection import evaluate_layer_importance
 from layer_selection.evaluate_layer_importance import SLACK, continuations
 from layer_selection.questions import TASKS, Options, Question, add_options, draw_questions
-from pipeline.data import load_tokenizer
 
-SMALL = ["--num_pairs", "3", "--num_chains", "2", "--num_hops", "2", "--freq_cw", "3", "--freq_ucw", "1", "--num_cw", "2",
-         "--num_ucw", "3", "--vocab_size", "30", "--num_words", "60", "--pb_min_len", "2", "--pb_max_len", "4"]  # fmt: skip
+SMALL = [
+    "--num_pairs",
+    "3",
+    "--num_chains",
+    "2",
+    "--num_hops",
+    "2",
+    "--freq_cw",
+    "3",
+    "--freq_ucw",
+    "1",
+    "--num_cw",
+    "2",
+    "--num_ucw",
+    "3",
+    "--vocab_size",
+    "30",
+    "--num_words",
+    "60",
+    "--pb_min_len",
+    "2",
+    "--pb_max_len",
+    "4",
+]
 
 
 def draw(task, *flags, seed=0, num_samples=5):
@@ -36,14 +59,27 @@ def test_only_the_answer_scores(task):
         gold = question.gold
         assert question.score(f"{gold}\n") == 1 and question.score(f"{gold}\nWhat is the number of x? 7\n") == 1
         assert question.score("") == question.score("\n") == question.score(" ,,\n") == 0
-        for wrong in ("{}7", "7{}", "not {}", "{} {}", "-{}", "{}."):  # they hold the right characters
+        for wrong in (
+            "{}7",
+            "7{}",
+            "not {}",
+            "{} {}",
+            "-{}",
+            "{}.",
+        ):  # they hold the right characters
             assert question.score(" " + ", ".join(wrong.format(a, a) for a in question.answers) + "\n") == 0
         assert question.score(gold) == pytest.approx(1 - 1 / len(question.answers))  # nothing ends it: it may go on
 
 
 def test_a_number_with_the_right_digits_is_wrong():
     question = Question("", ("1234567",))
-    assert [question.score(f" {text}\n") for text in ("1234567", "12345678", "01234567", "234567", "1 234567")] == [1, 0, 0, 0, 0]
+    assert [question.score(f" {text}\n") for text in ("1234567", "12345678", "01234567", "234567", "1 234567")] == [
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_several_answers_count_in_any_order_but_no_more_than_are_asked_for():
@@ -60,7 +96,10 @@ def test_questions_follow_from_seed_and_options(task):
 def test_the_text_holds_the_answers():
     """Each answer found again by other means than those that made it."""
     for question in draw("synthetic_retrieval", num_samples=20):
-        text, key = question.prompt.split("\n")[0], question.prompt.removesuffix("?").rsplit(" ", 1)[1]
+        text, key = (
+            question.prompt.split("\n")[0],
+            question.prompt.removesuffix("?").rsplit(" ", 1)[1],
+        )
         assert question.answers == (dict(re.findall(r"number of (\w+) is (\d+)", text))[key],)
         sentences = text.split(". ")
         assert sum("number of" in sentence for sentence in sentences) == len(sentences) / 2 == 16
@@ -75,7 +114,10 @@ def test_the_text_holds_the_answers():
             values[name] = values.get(value, value)  # assigned before it is used
         assert len(values) == 4 * 5 and len(question.answers) == 5
         assert set(question.answers) == {name for name, value in values.items() if value == re.search(r"\d+", asked)[0]}
-    for task, separator in (("common_words_extraction", r"\. (\w+)"), ("frequent_words_extraction", r"(\w+)")):
+    for task, separator in (
+        ("common_words_extraction", r"\. (\w+)"),
+        ("frequent_words_extraction", r"(\w+)"),
+    ):
         for question in draw(task):
             words = re.findall(separator, question.prompt.split("\n")[-2])
             most = sorted(set(words), key=words.count)[-len(question.answers) :]
@@ -132,14 +174,22 @@ def test_texts_that_cannot_be_made():
     rng = random.Random(0)
     with pytest.raises(ValueError, match="--num_pairs: needs 16 different words; set --vocab_size"):
         TASKS["associative_recall"](rng, Options(vocab_size=8))
-    with pytest.raises(ValueError, match="--num_words: 20 words, the most frequent coming .* do not tell 3 from the next"):
+    with pytest.raises(
+        ValueError,
+        match="--num_words: 20 words, the most frequent coming .* do not tell 3 from the next",
+    ):
         TASKS["frequent_words_extraction"](rng, Options(num_words=20))
     with pytest.raises(ValueError, match="--num_ucw: .* are too many"):
         TASKS["common_words_extraction"](rng, Options(num_ucw=5000))
 
 
 # ------------------------------------------------------------------------------------------------ ablations
-PROMPTS = ["a b c a b c", "x", "one two 12 34, one", "the quick brown fox jumps over"]  # of different lengths, so padded
+PROMPTS = [
+    "a b c a b c",
+    "x",
+    "one two 12 34, one",
+    "the quick brown fox jumps over",
+]  # of different lengths, so padded
 
 
 def greedy(model, tokenizer, prompt, steps):
@@ -151,11 +201,15 @@ def greedy(model, tokenizer, prompt, steps):
 
 @torch.no_grad()
 def test_ablations_equal_hugging_faces_model_with_a_zeroed_layer(teacher_dir):
-    """All layers at once, padded, with a cache, against one layer, one prompt, no cache, in another implementation."""
+    """All layers at once, padded, with a cache, against one layer, one prompt, no cache, in another
+    implementation."""
     tokenizer = load_tokenizer(teacher_dir)
     questions = [Question(prompt, ("a" * 8,), ends="\0") for prompt in PROMPTS]
     untouched, *without = continuations(load_teacher(teacher_dir), tokenizer, questions)
-    oracle, steps = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32).eval(), SLACK + 9
+    oracle, steps = (
+        AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32).eval(),
+        SLACK + 9,
+    )
 
     def expected():
         return [greedy(oracle, tokenizer, prompt, steps).partition("<eos>")[0] for prompt in PROMPTS]
@@ -163,7 +217,9 @@ def test_ablations_equal_hugging_faces_model_with_a_zeroed_layer(teacher_dir):
     assert [text.rstrip("\n") for text in untouched] == [text.rstrip("\n") for text in expected()]
     seen = {tuple(untouched)}
     for layer, texts in zip(oracle.model.layers, without, strict=True):
-        hook = layer.self_attn.register_forward_hook(lambda module, args, output: (torch.zeros_like(output[0]), *output[1:]))
+        hook = layer.self_attn.register_forward_hook(
+            lambda module, args, output: (torch.zeros_like(output[0]), *output[1:])
+        )
         assert [text.rstrip("\n") for text in texts] == [text.rstrip("\n") for text in expected()]
         hook.remove()
         seen.add(tuple(texts))
@@ -176,17 +232,23 @@ def test_prompts_begin_as_the_tokenizer_begins_texts(teacher_dir, tmp_path, monk
     save_tokenizer(tmp_path)
     bos, read = begin_with_bos(tmp_path, ends=True), []
     inner = evaluate_layer_importance.read_prompts
-    monkeypatch.setattr(evaluate_layer_importance, "read_prompts", lambda model, ids, mask: (read.append((ids, mask)), inner(model, ids, mask))[1])
+    monkeypatch.setattr(
+        evaluate_layer_importance,
+        "read_prompts",
+        lambda model, ids, mask: (read.append((ids, mask)), inner(model, ids, mask))[1],
+    )
     tokenizer = load_tokenizer(str(tmp_path))
     continuations(load_teacher(teacher_dir), tokenizer, [Question("a b c", ("d",)), Question("ab", ("d",))])
     ((ids, mask),) = read
     assert [row[kept.bool()].tolist() for row, kept in zip(ids, mask)] == [
-        [bos, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in ("a b c", "ab")]  # fmt: skip
+        [bos, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in ("a b c", "ab")
+    ]
 
 
 @pytest.mark.parametrize("student", ["gdn_v4", "gdn_v3", "gla_v1", "lolcats_v1"])
 def test_our_checkpoints(teacher_dir, tmp_path, student):
-    """A hybrid that was saved, its linear layers ablated too: against a model without the layer's attention, uncached."""
+    """A hybrid that was saved, its linear layers ablated too: against a model without the layer's
+    attention, uncached."""
     tokenizer = load_tokenizer(teacher_dir)
     torch.manual_seed(0)
     StudentForCausalLM.from_teacher(load_teacher(teacher_dir), student, [1])[0].save_pretrained(tmp_path)
@@ -194,7 +256,11 @@ def test_our_checkpoints(teacher_dir, tmp_path, student):
     questions = [Question(prompt, ("a" * 8,), ends="\0") for prompt in PROMPTS]
     untouched, *without = continuations(model, tokenizer, questions)
     for i, texts in enumerate([untouched, *without]):
-        hooks = [model.model.layers[i - 1].attn.register_forward_hook(lambda m, a, out: (out[0] * 0, *out[1:]))] if i else []
+        hooks = (
+            [model.model.layers[i - 1].attn.register_forward_hook(lambda m, a, out: (out[0] * 0, *out[1:]))]
+            if i
+            else []
+        )
         expected = [greedy(model, tokenizer, prompt, SLACK + 9).partition("<eos>")[0] for prompt in PROMPTS]
         assert [text.rstrip("\n") for text in texts] == [text.rstrip("\n") for text in expected]
         for hook in hooks:
@@ -220,22 +286,41 @@ def long_teacher(tmp_path_factory):
 def test_every_task_leaves_its_files(task, long_teacher, tmp_path, capsys):
     evaluate(long_teacher, tmp_path, "--task", task, "--num_samples", "3")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
-        f"plots/ablation_{task}.png", f"results/ablation_{task}.csv", f"results/baseline_{task}.json"]  # fmt: skip
+        f"plots/ablation_{task}.png",
+        f"results/ablation_{task}.csv",
+        f"results/baseline_{task}.json",
+    ]
     baseline = json.loads((tmp_path / "results" / f"baseline_{task}.json").read_text())
     rows = list(csv.DictReader((tmp_path / "results" / f"ablation_{task}.csv").open()))
     assert len(baseline["scores"]) == 3 and [int(row["layer"]) for row in rows] == [0, 1, 2, 3]
     assert all(float(row["drop"]) == pytest.approx(baseline["accuracy"] - float(row["accuracy"])) for row in rows)
-    assert baseline["accuracy"] == 0 and "the figures say nothing" in capsys.readouterr().out  # it has not learnt anything
+    assert (
+        baseline["accuracy"] == 0 and "the figures say nothing" in capsys.readouterr().out
+    )  # it has not learnt anything
 
 
 def test_results_whose_noise_ratio_was_a_share_are_another_ones(long_teacher, tmp_path):
-    options = ("--task", "variable_tracking", "--num_samples", "1", "--num_chains", "2", "--num_hops", "1", "--noise_ratio", "0.5")
+    options = (
+        "--task",
+        "variable_tracking",
+        "--num_samples",
+        "1",
+        "--num_chains",
+        "2",
+        "--num_hops",
+        "1",
+        "--noise_ratio",
+        "0.5",
+    )
     evaluate(long_teacher, tmp_path, *options)
     file = tmp_path / "results" / "baseline_variable_tracking.json"
     content = json.loads(file.read_text())
     del content["settings"]["noise_ratio_of"]
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="has this task with noise_ratio_of None, not 'the other sentences'; name another folder"):
+    with pytest.raises(
+        ValueError,
+        match="has this task with noise_ratio_of None, not 'the other sentences'; name another folder",
+    ):
         evaluate(long_teacher, tmp_path, *options)
 
 
@@ -243,7 +328,18 @@ def test_done_work_is_kept_and_other_settings_are_refused(long_teacher, tmp_path
     evaluate(long_teacher, tmp_path, "--task", "phone_book", "--num_samples", "2")
     file = tmp_path / "results" / "baseline_phone_book.json"
     written = file.stat().st_mtime_ns
-    evaluate(long_teacher, tmp_path, "--task", "phone_book", "--num_samples", "2", "--K", "3", "--pb_few_shots", "3")
+    evaluate(
+        long_teacher,
+        tmp_path,
+        "--task",
+        "phone_book",
+        "--num_samples",
+        "2",
+        "--K",
+        "3",
+        "--pb_few_shots",
+        "3",
+    )
     assert "is there already" in capsys.readouterr().out and file.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="has this task with num_samples 2, not 3; name another folder"):
         evaluate(long_teacher, tmp_path, "--task", "phone_book", "--num_samples", "3")
@@ -252,8 +348,10 @@ def test_done_work_is_kept_and_other_settings_are_refused(long_teacher, tmp_path
 def test_bad_input(teacher_dir, tmp_path):
     with pytest.raises(ValueError, match="a prompt has .* tokens, but the model reads 64; make the task smaller"):
         evaluate(teacher_dir, tmp_path, "--task", "phone_book", "--num_samples", "2")
-    for flag, message in (("--K", "--K: 4 must be 3: frequent_words_extraction asks for so many words; leave it out"),
-                          ("--pb_few_shots", "--pb_few_shots: 4 must be 3: phone_book shows two answered questions")):  # fmt: skip
+    for flag, message in (
+        ("--K", "--K: 4 must be 3: frequent_words_extraction asks for so many words; leave it out"),
+        ("--pb_few_shots", "--pb_few_shots: 4 must be 3: phone_book shows two answered questions"),
+    ):
         with pytest.raises(ValueError, match=message):
             evaluate(teacher_dir, tmp_path, "--task", "phone_book", flag, "4")
     with pytest.raises(ValueError, match="'nowhere'"):

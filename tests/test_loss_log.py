@@ -6,18 +6,27 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+from runtime.config import load_config
+
 import pytest
 import wandb
-from test_select_layers import stage2  # noqa: F401
 
-from layer_selection import generate_layer_configs_ga_s2, get_ranking_from_wandb_loss_log, retrieve_loss_log_from_wandb
-from pipeline.config import load_config
+from layer_selection import (
+    generate_layer_configs_ga_s2,
+    get_ranking_from_wandb_loss_log,
+    retrieve_loss_log_from_wandb,
+)
 
-LOSSES = {0: [0.9, 0.5, 0.3], 1: [0.8, 0.2, 0.1], 2: [0.7, 0.6, 0.4], 3: [0.9, 0.3, 0.2]}  # at steps 1, 10, 20
+LOSSES = {
+    0: [0.9, 0.5, 0.3],
+    1: [0.8, 0.2, 0.1],
+    2: [0.7, 0.6, 0.4],
+    3: [0.9, 0.3, 0.2],
+}  # at steps 1, 10, 20
 
 
 @pytest.fixture
-def runs(stage2, tmp_path):  # noqa: F811
+def runs(stage2, tmp_path):
     folder = tmp_path / "candidates"
     generate_layer_configs_ga_s2.main(["--cfg", str(stage2), "--output_dir", str(folder), "train.max_steps=20"])
     return folder
@@ -36,7 +45,11 @@ for name, rows in runs:
         run.log(row)
     run.finish()
 """
-    subprocess.run([sys.executable, "-c", script, json.dumps([str(folder), runs])], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", script, json.dumps([str(folder), runs])],
+        check=True,
+        capture_output=True,
+    )
 
 
 def rows_of(losses, steps=(1, 10, 20)):
@@ -47,8 +60,12 @@ def write_metrics(runs, losses=LOSSES, steps=(1, 10, 20)):
     for layer, values in losses.items():
         folder = runs / f"layer_{layer}" / "run"
         folder.mkdir(exist_ok=True)
-        lines = [json.dumps({"step": step, "loss": value if isinstance(value, str) else 2 * value}) + "\n" + json.dumps({"step": step, "eval_loss": value})
-                 for step, value in zip(steps, values)]  # fmt: skip
+        lines = [
+            json.dumps({"step": step, "loss": value if isinstance(value, str) else 2 * value})
+            + "\n"
+            + json.dumps({"step": step, "eval_loss": value})
+            for step, value in zip(steps, values)
+        ]
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -62,21 +79,27 @@ def rank(runs, *options):
     return json.loads((runs / "ranking.json").read_text())
 
 
-def test_a_config_for_every_layer_of_the_teacher(runs, stage2):  # noqa: F811
+def test_a_config_for_every_layer_of_the_teacher(runs, stage2):
     asked = load_config(stage2)
     for layer in range(4):
         cfg = load_config(runs / f"layer_{layer}" / "stage2.yaml")
         assert cfg.student_model.keep_full_attention_layers == [layer] and cfg.train.max_steps == 20
         assert cfg.train.output_dir == str(runs / f"layer_{layer}" / "run")
         assert cfg.train.student_init_ckpt == asked.train.student_init_ckpt
-    assert sorted(path.name for path in runs.iterdir()) == ["candidates.json", *(f"layer_{layer}" for layer in range(4))]
+    assert sorted(path.name for path in runs.iterdir()) == [
+        "candidates.json",
+        *(f"layer_{layer}" for layer in range(4)),
+    ]
     again = ["--cfg", str(stage2), "--output_dir", str(runs)]
     generate_layer_configs_ga_s2.main([*again, "train.max_steps=20"])
-    with pytest.raises(ValueError, match=r"layer_0/stage2.yaml is of other candidates \(train.max_steps is 20 there, 30 here\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"layer_0/stage2.yaml is of other candidates \(train.max_steps is 20 there, 30 here\)",
+    ):
         generate_layer_configs_ga_s2.main([*again, "train.max_steps=30"])
 
 
-def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2, monkeypatch):  # noqa: F811
+def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2, monkeypatch):
     """Layer 1's run was stopped and went on in a second W&B run, which repeats step 10."""
     write_metrics(runs)
     local = retrieve(runs, "--source", "metrics")
@@ -85,9 +108,16 @@ def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2, 
     logged += [(str(runs / "layer_1" / "run"), rows_of(LOSSES[1][1:], (10, 20)))]
     log_offline(tmp_path / "wandb", logged)
     log = retrieve(runs, "--source", "offline", "--wandb_dir", str(tmp_path / "wandb"))
-    assert log == local | {"source": "offline"} and log["layers"]["1"]["history"] == [[1, 0.8], [10, 0.2], [20, 0.1]]
+    assert log == local | {"source": "offline"} and log["layers"]["1"]["history"] == [
+        [1, 0.8],
+        [10, 0.2],
+        [20, 0.1],
+    ]
     ranking = rank(runs, "--ratio", "0.5", "--cfg", str(stage2))
-    assert [layer["layer"] for layer in ranking["layers"]] == [1, 3, 0, 2] and ranking["keep"] == [1, 3]
+    assert [layer["layer"] for layer in ranking["layers"]] == [1, 3, 0, 2] and ranking["keep"] == [
+        1,
+        3,
+    ]
     assert ranking["layers"][0]["importance"] == pytest.approx(-0.1) and ranking["facts"]["compared_at_step"] == 20
     (chosen,) = runs.glob("*_gdn_v4_hybrid_0_5_ga_s2")
     cfg = load_config(chosen / "stage2.yaml")
@@ -121,17 +151,25 @@ def test_a_damaged_metrics_file_is_named(runs):
     write_metrics(runs)
     file = runs / "layer_3" / "run" / "metrics.jsonl"
     file.write_text("nonsense\n" + file.read_text())
-    with pytest.raises(ValueError, match="layer_3/run/metrics.jsonl: has a line that is no JSON object; take it out"):
+    with pytest.raises(
+        ValueError,
+        match="layer_3/run/metrics.jsonl: has a line that is no JSON object; take it out",
+    ):
         retrieve(runs, "--source", "metrics")
 
 
 def test_stopped_by_rule_is_a_state(runs):
-    """Layers 2, 0 stop at step 10 and come behind 1 and 3, although layer 0 had a lower loss there than 3 in the end."""
+    """Layers 2, 0 stop at step 10 and come behind 1 and 3, although layer 0 had a lower loss there
+    than 3 in the end."""
     losses = {0: [0.9, 0.15], 1: LOSSES[1], 2: [0.7, 0.6], 3: LOSSES[3]}
     write_metrics(runs, losses)
     log = retrieve(runs, "--source", "metrics", "--stopped_at", "5", "10")
     assert {layer: (entry["state"], entry["steps"]) for layer, entry in log["layers"].items()} == {
-        "0": ("stopped by rule", 10), "1": ("finished", 20), "2": ("stopped by rule", 10), "3": ("finished", 20)}  # fmt: skip
+        "0": ("stopped by rule", 10),
+        "1": ("finished", 20),
+        "2": ("stopped by rule", 10),
+        "3": ("finished", 20),
+    }
     ranking = rank(runs, "--top-k", "2")
     assert [layer["layer"] for layer in ranking["layers"]] == [1, 3, 0, 2]
     assert ranking["facts"]["stopped_at_step"] == {"0": 10, "2": 10}
@@ -140,13 +178,22 @@ def test_stopped_by_rule_is_a_state(runs):
 def test_equal_losses_are_ties(runs):
     write_metrics(runs, LOSSES | {3: LOSSES[0]})
     retrieve(runs, "--source", "metrics")
-    assert [(layer["layer"], layer["ties"]) for layer in rank(runs, "--top-k", "2")["layers"]] == [(1, []), (0, [3]), (3, [0]), (2, [])]
+    assert [(layer["layer"], layer["ties"]) for layer in rank(runs, "--top-k", "2")["layers"]] == [
+        (1, []),
+        (0, [3]),
+        (3, [0]),
+        (2, []),
+    ]
     assert json.loads((runs / "ranking.json").read_text())["undecided"] == [0, 3]
 
 
 def test_the_training_loss_is_averaged_over_the_last_tenth(runs):
     steps = range(1, 21)
-    write_metrics(runs, {layer: [1.0] * 18 + [0.1 * layer + 0.5, 0.1 * layer - 0.1] for layer in range(4)}, steps)
+    write_metrics(
+        runs,
+        {layer: [1.0] * 18 + [0.1 * layer + 0.5, 0.1 * layer - 0.1] for layer in range(4)},
+        steps,
+    )
     retrieve(runs, "--source", "metrics", "--metric", "train/loss")
     ranking = rank(runs, "--top-k", "1")
     means = {layer["layer"]: layer["importance"] for layer in ranking["layers"]}
@@ -159,7 +206,10 @@ def test_bad_input(runs, tmp_path, capsys):
     with pytest.raises(ValueError, match="--wandb_dir: .* holds no W&B run"):
         retrieve(runs, "--source", "offline")
     write_metrics(runs)
-    with pytest.raises(ValueError, match="layer 0 has no eval/los in its log, only eval/loss, train/loss; layer 1 has no"):
+    with pytest.raises(
+        ValueError,
+        match="layer 0 has no eval/los in its log, only eval/loss, train/loss; layer 1 has no",
+    ):
         retrieve(runs, "--source", "metrics", "--metric", "eval/los")
     (tmp_path / "offline-run").mkdir()
     (tmp_path / "offline-run" / "run-x.wandb").write_bytes(b"no log")
@@ -171,8 +221,14 @@ def test_bad_input(runs, tmp_path, capsys):
     whole = json.loads(log.read_text())
     for break_it, message in (
         (lambda log: log["layers"].pop("2"), r"layers \[2\] of .* are missing"),
-        (lambda log: log["layers"]["1"].update(state="running"), r"layers \[1\] of .* are unfinished"),
-        (lambda log: log["layers"]["3"].update(history=[]), r"layers \[3\] of .* are without eval/loss"),
+        (
+            lambda log: log["layers"]["1"].update(state="running"),
+            r"layers \[1\] of .* are unfinished",
+        ),
+        (
+            lambda log: log["layers"]["3"].update(history=[]),
+            r"layers \[3\] of .* are without eval/loss",
+        ),
         (lambda log: log.pop("layers"), "is no loss log"),
     ):
         broken = json.loads(json.dumps(whole))
@@ -195,9 +251,18 @@ def test_bad_input(runs, tmp_path, capsys):
 def test_no_key(runs):
     """W&B's own client, in a process without a key."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {"HOME": str(runs), "NETRC": str(runs / "none"), "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = subprocess.run([sys.executable, retrieve_loss_log_from_wandb.__file__, "--runs", str(runs)], env=environment,
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL)  # fmt: skip
+    environment |= {
+        "HOME": str(runs),
+        "NETRC": str(runs / "none"),
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+    }
+    done = subprocess.run(
+        [sys.executable, retrieve_loss_log_from_wandb.__file__, "--runs", str(runs)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 1 and done.stderr.startswith("retrieve_loss_log_from_wandb.py: error: WANDB_API_KEY: ")
     assert "--source offline or --source metrics" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
@@ -215,13 +280,21 @@ class Service:
 
 
 def service_run(created, name, output_dir, rows):
-    return SimpleNamespace(created_at=created, name=name, config={"output_dir": output_dir}, scan_history=lambda: iter(rows))
+    return SimpleNamespace(
+        created_at=created,
+        name=name,
+        config={"output_dir": output_dir},
+        scan_history=lambda: iter(rows),
+    )
 
 
 def test_the_service(runs, monkeypatch):
-    """Runs renamed there are known by their output_dir, those of others are left alone, later ones go on from earlier ones."""
+    """Runs renamed there are known by their output_dir, those of others are left alone, later ones
+    go on from earlier ones."""
     folders = {layer: str(runs / f"layer_{layer}" / "run") for layer in range(4)}
-    there = [service_run("2026-01-01", f"renamed {layer}", folders[layer], rows_of(LOSSES[layer])) for layer in (0, 2, 3)]
+    there = [
+        service_run("2026-01-01", f"renamed {layer}", folders[layer], rows_of(LOSSES[layer])) for layer in (0, 2, 3)
+    ]
     there += [service_run("2026-02-02", folders[1], "x", rows_of(LOSSES[1][1:], (10, 20)))]
     there += [service_run("2026-01-01", "else", "y", [{}])]
     there += [service_run("2026-02-01", folders[1], "x", rows_of([0.8, 99.0], (1, 10)))]
@@ -232,7 +305,10 @@ def test_the_service(runs, monkeypatch):
     monkeypatch.setenv("WANDB_ENTITY", "me")
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     assert retrieve(runs) == log
-    with pytest.raises(ValueError, match="--project: W&B did not give me/other .*Could not find.*check --entity and --project"):
+    with pytest.raises(
+        ValueError,
+        match="--project: W&B did not give me/other .*Could not find.*check --entity and --project",
+    ):
         retrieve(runs, "--entity", "me", "--project", "other")
     there.pop(0)
     with pytest.raises(ValueError, match="layer 0 has no run .*layer_0/run in the project me/mine"):
@@ -240,14 +316,26 @@ def test_the_service(runs, monkeypatch):
 
 
 @pytest.mark.slow
-def test_by_hand_from_configs_to_a_ranking(stage2, tmp_path):  # noqa: F811
-    """The four scripts with real training runs that log to W&B offline: its logs say what metrics.jsonl says."""
+def test_by_hand_from_configs_to_a_ranking(stage2, tmp_path):
+    """The four scripts with real training runs that log to W&B offline: its logs say what
+    metrics.jsonl says."""
     generate_layer_configs_ga_s2.main(["--cfg", str(stage2), "--output_dir", str(tmp_path), "train.report_to=wandb"])
     root = os.path.dirname(os.path.dirname(retrieve_loss_log_from_wandb.__file__))
     for layer in range(4):
-        subprocess.run([sys.executable, f"{root}/train.py", "--cfg", str(tmp_path / f"layer_{layer}" / "stage2.yaml")], check=True,
-                       env=os.environ | {"WANDB_MODE": "offline", "DS_ACCELERATOR": "cpu"})  # fmt: skip
-    log, local = retrieve(tmp_path, "--source", "offline"), retrieve(tmp_path, "--source", "metrics")
+        subprocess.run(
+            [
+                sys.executable,
+                f"{root}/train.py",
+                "--cfg",
+                str(tmp_path / f"layer_{layer}" / "stage2.yaml"),
+            ],
+            check=True,
+            env=os.environ | {"WANDB_MODE": "offline", "DS_ACCELERATOR": "cpu"},
+        )
+    log, local = (
+        retrieve(tmp_path, "--source", "offline"),
+        retrieve(tmp_path, "--source", "metrics"),
+    )
     for layer, entry in log["layers"].items():
         assert entry["history"] == [[step, pytest.approx(value)] for step, value in local["layers"][layer]["history"]]
         assert entry["state"] == "finished" and entry["steps"] == 2

@@ -146,7 +146,10 @@ def test_alignment_loss():
 
 
 def test_triton_kernels_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -154,9 +157,10 @@ def test_triton_kernels_in_the_interpreter():
 if __name__ == "__main__":
     import test_decode_step
     import test_fused_ops
+
     from distill_model import decode_step, fused_ops
 
-    losses.fuses = fused_ops.fuses = decode_step.fuses = lambda tensor: True
+    losses.use_triton = fused_ops.use_triton = decode_step.use_triton = lambda tensor: True
     losses.BLOCK = fused_ops.BLOCK = 16  # 53 entries are three blocks and a part
     for shape in test_fused_ops.SHAPES:
         test_fused_ops.test_swiglu(shape)
@@ -169,7 +173,10 @@ if __name__ == "__main__":
     test_fused_ops.test_rotate(1)
     test_fused_ops.test_rotate(2)
     test_fused_ops.test_scaled()
-    fused_ops.PROCESSORS, fused_ops.NORM_WARPS = 3, 1  # three programs, of which each has several of the 10 rows, and not equally many
+    fused_ops.PROCESSORS, fused_ops.NORM_WARPS = (
+        3,
+        1,
+    )  # three programs, of which each has several of the 10 rows, and not equally many
     for shape in test_fused_ops.SHAPES:
         test_fused_ops.test_rms_norm(shape)
     test_fused_ops.test_rms_norm_of_what_is_kept()

@@ -10,6 +10,11 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from runtime.batch_plan import batch_plan
+from runtime.config import TrainConfig, load_config
+from runtime.data import open_chunks
+from runtime.old_flags import REPLACEMENTS
+
 import pytest
 import torch
 import transformers
@@ -27,10 +32,6 @@ from distill_model import StudentForCausalLM
 from distill_model.losses import alignment_loss
 from layer_selection import evaluate_layer_importance, generate_layer_configs_ga_s2
 from layer_selection.questions import TASKS, draw_questions
-from pipeline.batch_plan import batch_plan
-from pipeline.config import TrainConfig, load_config
-from pipeline.data import open_chunks
-from pipeline.old_flags import REPLACEMENTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "migration.md").read_text()
@@ -122,16 +123,18 @@ COMMANDS = {
         "--output_dir config/qwen; --teacher: say teacher_model.name=fla-hub/Qwen2.5-7B-Instruct; --student: say "
         "student_model.name=gdn_v4; --cache-stage2: say data.cache_dir=data_cache/chunked_context4096; "
         "--outputs-prefix: leave it out: the runs write to <output_dir>/layer_<N>/run; besides: --cfg, a YAML of stage 2 "
-        "with student_init_ckpt and all else (docs/migration.md)"),
+        "with student_init_ckpt and all else (docs/migration.md)",
+    ),
     "preprocess_chunk.py": (
         "--tokenized_dataset_path data_cache/tokenized --output_dir data_cache --npy_cache_path data_cache/all.npy",
         "--npy_cache_path: leave it out: tokens are read from --tokenized_dataset_path as they are needed "
-        "(docs/migration.md)"),
+        "(docs/migration.md)",
+    ),
     "evaluate_layer_importance.py": (
         "--task phone_book --model_name x --output_dir y --pb_few_shots 5",
-        "--pb_few_shots: 5 must be 3: phone_book shows two answered questions before the one that counts; leave it "
-        "out"),
-}  # fmt: skip
+        "--pb_few_shots: 5 must be 3: phone_book shows two answered questions before the one that counts; leave it out",
+    ),
+}
 
 
 @pytest.mark.parametrize("script", COMMANDS)
@@ -147,7 +150,11 @@ def test_it_says_so_in_one_line(tmp_path):
     command, message = COMMANDS["preprocess_chunk.py"]
     words = [sys.executable, str(ROOT / "preprocess_chunk.py"), *shlex.split(command)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr, done.stdout) == (1, f"preprocess_chunk.py: error: {message}\n", "")
+    assert (done.returncode, done.stderr, done.stdout) == (
+        1,
+        f"preprocess_chunk.py: error: {message}\n",
+        "",
+    )
 
 
 @pytest.mark.parametrize("row", [row for row in DEFAULTS if row[1].startswith("--")], ids=" ".join)
@@ -156,7 +163,10 @@ def test_defaults_of_flags(row, monkeypatch):
     parser = parser_of(where, monkeypatch)
     action = next(action for action in parser._actions if setting in action.option_strings)
     switch = {"on": True, "off": False}
-    shown = {None: ("by vocabulary", "that of every tensor"), os.cpu_count(): ("the machine's cores",)}
+    shown = {
+        None: ("by vocabulary", "that of every tensor"),
+        os.cpu_count(): ("the machine's cores",),
+    }
     if here == "required":
         assert action.default is None and action.dest in ("output_dir", "context_length")
     elif here in sum(shown.values(), ()):
@@ -194,7 +204,7 @@ def load_value(text: str):
 def test_the_default_of_the_evaluation():
     parser = argparse.ArgumentParser()
     evaluate.add_options(parser)
-    (_, setting, there, here, line), = [row for row in DEFAULTS if row[0] == "eval.sh"]  # fmt: skip
+    ((_, setting, there, here, line),) = [row for row in DEFAULTS if row[0] == "eval.sh"]
     assert parser.get_default("batch_size") == here and line == f"{setting}={there}"
     names = re.search(r"^for name in (.*); do$", (ROOT / "eval.sh").read_text(), re.MULTILINE)  # handed on as options
     assert setting in names[1].split()
@@ -234,7 +244,8 @@ def test_every_task_can_be_drawn_at_the_old_defaults(monkeypatch):
 
 
 def test_the_old_lines_train_as_there(tmp_path, teacher_dir, data_dir):
-    """Against transformers' schedule, PyTorch's AdamW and the formula of the loss, which are what is used there."""
+    """Against transformers' schedule, PyTorch's AdamW and the formula of the loss, which are what
+    is used there."""
     file = write_config(tmp_path, 2, teacher_dir, data_dir, max_steps=20, lr_scheduler_type="cosine")
     values = yaml.safe_load(file.read_text())
     for line in old_lines("train.py"):
@@ -266,11 +277,24 @@ def test_the_old_lines_preprocess_as_there(tmp_path, tokenizer_dir):
     texts = [f"def f{i}(x):\n    return {i} * x\n" * (i % 4 + 1) for i in range(30)]
     lines = [json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)]
     (tmp_path / "corpus.jsonl").write_text("".join(lines))
-    words = [*shlex.split(" ".join(old_lines("preprocess_download_tokenize.py"))), "--remove_columns"]
-    where = ["--dataset_name", str(tmp_path / "corpus.jsonl"), "--output_dir", str(tmp_path / "tokenized")]
+    words = [
+        *shlex.split(" ".join(old_lines("preprocess_download_tokenize.py"))),
+        "--remove_columns",
+    ]
+    where = [
+        "--dataset_name",
+        str(tmp_path / "corpus.jsonl"),
+        "--output_dir",
+        str(tmp_path / "tokenized"),
+    ]
     preprocess_download_tokenize.main([*where, "--tokenizer", tokenizer_dir, *words])
     words = shlex.split(" ".join(old_lines("preprocess_chunk.py")))
-    where = ["--output_dir", str(tmp_path / "data"), "--context_length", "16"]  # after those of the table
+    where = [
+        "--output_dir",
+        str(tmp_path / "data"),
+        "--context_length",
+        "16",
+    ]  # after those of the table
     preprocess_chunk.main([*words, "--tokenized_dataset_path", str(tmp_path / "tokenized"), *where])
     chunks = open_chunks(str(tmp_path / "data" / "chunked_context16"), 16)
     raw = Tokenizer.from_file(str(Path(tokenizer_dir) / "tokenizer.json"))
@@ -280,7 +304,7 @@ def test_the_old_lines_preprocess_as_there(tmp_path, tokenizer_dir):
 
 
 def test_the_command_that_adopts_is_taken():
-    command, = re.findall(r"^python preprocess_chunk.py (.* --adopt .*|--adopt .*)$", PAGE, re.MULTILINE)  # fmt: skip
+    (command,) = re.findall(r"^python preprocess_chunk.py (.* --adopt .*|--adopt .*)$", PAGE, re.MULTILINE)
     args = preprocess_chunk.parse_args(shlex.split(command))
     assert args.adopt == Path("data_cache/chunked_context512") and args.tokenizer and args.output_dir == Path("data")
 

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from conftest import random_teacher
 
 from convert import load_teacher
-from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM, check_student, cpu_ops
+from distill_model import (
+    STUDENT_ATTENTION_MAP,
+    StudentConfig,
+    StudentForCausalLM,
+    check_student,
+    cpu_ops,
+)
 from distill_model.student_layers import default_of, expand_kv_heads
 from train import checkpoint_activations
 
@@ -24,8 +30,12 @@ def teacher(teacher_dir):
 
 
 # Sizes that the tests' short sequences can tell apart.
-OPTIONS = {"swa_v1": {"window_size": 8}, "lolcats_v1": {"window_size": 8, "feature_dim": 12}, "gsa_v1": {"num_slots": 12},
-           "gla_v1": {"gate_logit_normalizer": 4}}  # fmt: skip
+OPTIONS = {
+    "swa_v1": {"window_size": 8},
+    "lolcats_v1": {"window_size": 8, "feature_dim": 12},
+    "gsa_v1": {"num_slots": 12},
+    "gla_v1": {"gate_logit_normalizer": 4},
+}
 
 
 def hybrid(teacher, name="gdn_v4", kept=(1,)):
@@ -43,7 +53,8 @@ def trained(model, scale=0.05):
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 2), (4, 1), (3, 3)])
 def test_expanded_kv_heads_give_the_teachers_attention(heads, kv_heads):
-    """A softmax attention with one kv head a query head, built from the expanded weights, equals the grouped one."""
+    """A softmax attention with one kv head a query head, built from the expanded weights, equals
+    the grouped one."""
     head_dim, hidden, x = 8, 20, torch.randn(2, 7, 20).double()
     q, k, v = (torch.randn(n * head_dim, hidden).double() for n in (heads, kv_heads, kv_heads))
 
@@ -83,13 +94,16 @@ def test_every_tensor_is_accounted_for(teacher, name):
     for name in report.transformed:
         expected = expand_kv_heads(theirs.get_parameter(ours.SOURCES[name]), theirs.num_kv_heads, theirs.num_heads)
         assert torch.equal(ours.get_parameter(name), expected)
-    for (name, a), (_, b) in zip(student.model.layers[0].named_parameters(), teacher.model.layers[0].named_parameters()):
+    for (name, a), (_, b) in zip(
+        student.model.layers[0].named_parameters(), teacher.model.layers[0].named_parameters()
+    ):
         assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_biases_and_norms_are_kept_where_the_student_has_them(tmp_path, name):
-    """A teacher with every bias: those that keep the teacher's attention take them all, and the layer uses them."""
+    """A teacher with every bias: those that keep the teacher's attention take them all, and the
+    layer uses them."""
     random_teacher(tmp_path, "qwen3", attention_bias=True)
     teacher = load_teacher(str(tmp_path))
     student, reports = StudentForCausalLM.from_teacher(teacher, name)
@@ -110,7 +124,8 @@ def test_biases_and_norms_are_kept_where_the_student_has_them(tmp_path, name):
 
 
 def test_gdn_v7_equals_its_formula(teacher):
-    """Convolution, SiLU on q and k, RoPE in the fastest quarter, L2 norms, gated delta rule, gated norm: token by token in float64."""
+    """Convolution, SiLU on q and k, RoPE in the fastest quarter, L2 norms, gated delta rule, gated
+    norm: token by token in float64."""
     attn = trained(hybrid(teacher, "gdn_v7", [])).model.layers[0].attn.double()
     torch.nn.init.normal_(attn.dt_bias, -1.0)
     x = torch.randn(1, 13, 48, dtype=torch.float64)
@@ -182,7 +197,8 @@ def test_lolcats_equals_its_formula(teacher):
 
 @pytest.mark.parametrize("name", ["path_v1", "path_fox_v1", "fox_v1"])
 def test_softmax_students_start_near_the_teacher_without_positions(teacher, name):
-    """Gates open and maps near the identity: what is left is the teacher's attention without RoPE (and q/k norms)."""
+    """Gates open and maps near the identity: what is left is the teacher's attention without RoPE
+    (and q/k norms)."""
     attn, theirs = hybrid(teacher, name, []).model.layers[0].attn, teacher.model.layers[0].attn
     x = torch.randn(2, 9, 48)
     q, k, v = (getattr(theirs, f"{n}_proj")(x).unflatten(-1, (-1, theirs.head_dim)) for n in "qkv")
@@ -200,8 +216,10 @@ def test_the_output_gate_starts_neutral(teacher, name):
     attn = hybrid(teacher, name, []).model.layers[0].attn
     plain = {"gdn_v3": "gdn_v1", "gdn_v4": "gdn_v2"}[name]
     other = hybrid(teacher, plain, []).model.layers[0].attn
-    other.load_state_dict({k: v for k, v in attn.state_dict().items() if k not in ("g_proj.weight", "o_norm.weight")}
-                          | {"o_norm.weight": torch.ones_like(other.o_norm.weight)})  # fmt: skip
+    other.load_state_dict(
+        {k: v for k, v in attn.state_dict().items() if k not in ("g_proj.weight", "o_norm.weight")}
+        | {"o_norm.weight": torch.ones_like(other.o_norm.weight)}
+    )
     x = torch.randn(2, 9, 48)
     torch.testing.assert_close(attn(x)[0], other(x)[0])
 
@@ -227,8 +245,12 @@ def test_prefill_and_decode_equal_the_full_forward(teacher, name, length):
         out = model(ids[:, :length], attention_mask=mask[:, :length], use_cache=True)
         steps = [out.logits]
         for t in range(length, length + 3):
-            out = model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=out.past_key_values,
-                        use_cache=True)  # fmt: skip
+            out = model(
+                ids[:, t : t + 1],
+                attention_mask=mask[:, : t + 1],
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
             steps.append(out.logits)
         steps = torch.cat(steps, 1)
         full = model(ids, attention_mask=mask, use_cache=False).logits
@@ -256,8 +278,11 @@ def test_losses_equal_the_naive_ones(teacher):
         logits, teacher_logits = model(ids).logits, teacher(ids).logits
         hidden = teacher.model(ids).last_hidden_state
     naive_ce = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    naive_kl = 4 * F.kl_div((logits / 2).log_softmax(-1).flatten(0, 1), (teacher_logits / 2).softmax(-1).flatten(0, 1),
-                            reduction="batchmean")  # fmt: skip
+    naive_kl = 4 * F.kl_div(
+        (logits / 2).log_softmax(-1).flatten(0, 1),
+        (teacher_logits / 2).softmax(-1).flatten(0, 1),
+        reduction="batchmean",
+    )
     torch.testing.assert_close(model(ids, labels=ids).loss, naive_ce)
     head = dict(teacher_hidden_states=hidden, teacher_head_weight=teacher.lm_head.weight, kl_temperature=2.0)
     torch.testing.assert_close(model(ids, **head).loss, naive_kl, atol=1e-5, rtol=1e-4)
@@ -289,8 +314,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(teacher, name):
 
 @pytest.mark.parametrize("what, forward_passes", [(False, 1), ("mlp", 2), (True, 2)])
 def test_gradient_checkpointing_computes_again_what_it_says(teacher, what, forward_passes):
-    model, ids, calls = hybrid(teacher).train(), torch.randint(0, 96, (1, 8)), {"gate": 0, "attention": 0}
-    for name, module in ("gate", model.model.layers[1].mlp.gate_proj), ("attention", model.model.layers[1].attn):
+    model, ids, calls = (
+        hybrid(teacher).train(),
+        torch.randint(0, 96, (1, 8)),
+        {"gate": 0, "attention": 0},
+    )
+    for name, module in (
+        ("gate", model.model.layers[1].mlp.gate_proj),
+        ("attention", model.model.layers[1].attn),
+    ):
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     checkpoint_activations(model, what)
     model(ids, labels=ids).loss.backward()
@@ -304,7 +336,10 @@ def test_restoring_all_layers_gives_the_teacher(teacher, monkeypatch):
     student = hybrid(teacher, kept=())
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight.copy_(teacher.model.layers[0].mlp.up_proj.weight)
-    restored, ids = student.restore_full_attention(teacher, range(4)).eval(), torch.randint(0, 96, (1, 11))
+    restored, ids = (
+        student.restore_full_attention(teacher, range(4)).eval(),
+        torch.randint(0, 96, (1, 11)),
+    )
     with torch.no_grad():
         assert torch.equal(restored(ids).logits, teacher(ids).logits)
     monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", None)  # no linear map is drawn, to be thrown away
@@ -330,8 +365,10 @@ def test_deltanet_spares_the_chunked_kernel_fp32(teacher, monkeypatch, dtype):
     """FLA's refuses it; its stand-in does not."""
     rules = []
     for name in ("chunk_delta_rule", "fused_recurrent_delta_rule"):
-        monkeypatch.setattr(f"fla.layers.delta_net.{name}",
-                            lambda *x, name=name, **k: (rules.append(name), cpu_ops.delta_rule(*x, **k))[1])  # fmt: skip
+        monkeypatch.setattr(
+            f"fla.layers.delta_net.{name}",
+            lambda *x, name=name, **k: (rules.append(name), cpu_ops.delta_rule(*x, **k))[1],
+        )
     hybrid(teacher, "deltanet_v1", [0, 1, 2]).to(dtype)(torch.randint(0, 96, (1, 70)))
     assert rules == ["fused_recurrent_delta_rule" if dtype == torch.float32 else "chunk_delta_rule"]
 
@@ -360,7 +397,8 @@ ALL_OPTIONS = [(name, key) for name in STUDENTS for key in options_of(name)]
 
 @pytest.mark.parametrize("name, key", ALL_OPTIONS)
 def test_every_option_works(teacher, tmp_path, name, key):
-    """A value other than the default, for a number the least: it shows, trains, decodes, and survives save and load."""
+    """A value other than the default, for a number the least: it shows, trains, decodes, and
+    survives save and load."""
     option, default = options_of(name)[key], default_of(STUDENT_ATTENTION_MAP[name].func, key)
     value = not default if option.kind is bool else option.minimum
     assert value != default
@@ -400,7 +438,9 @@ def test_every_option_is_checked(teacher, name, key):
     option = options_of(name)[key]
     wrong = [1, "true"] if option.kind is bool else [option.minimum - 1, option.maximum + 1, -3, True, "4", 4.5, [4]]
     for value in (*wrong, None):
-        with pytest.raises(ValueError, match=f"student_model.options.{key}: .* must be .*; {name} takes .*{key}: ") as error:
+        with pytest.raises(
+            ValueError, match=f"student_model.options.{key}: .* must be .*; {name} takes .*{key}: "
+        ) as error:
             check_student(name, {key: value}, teacher.config)
         assert "\n" not in str(error.value)
     check_student(name, {} if option.needs else {key: option.kind(option.minimum)}, teacher.config)
@@ -410,16 +450,56 @@ def test_every_option_is_checked(teacher, name, key):
     "name, options, head_dim, message",
     [
         ("gdn_v99", {}, 16, "student_model.name: 'gdn_v99' is unknown; choose one of .*gdn_v4"),
-        ("gdn_v4", {"num_slots": 3}, 16, "num_slots: unknown; gdn_v4 takes allow_neg_eigval: true or false$"),
-        ("gdn_v4", {"conv_size": 3}, 16, "conv_size: unknown; gdn_v4 takes"),  # it has no convolution
+        (
+            "gdn_v4",
+            {"num_slots": 3},
+            16,
+            "num_slots: unknown; gdn_v4 takes allow_neg_eigval: true or false$",
+        ),
+        (
+            "gdn_v4",
+            {"conv_size": 3},
+            16,
+            "conv_size: unknown; gdn_v4 takes",
+        ),  # it has no convolution
         ("fox_v1", {"num_slots": 3}, 16, "num_slots: unknown; fox_v1 takes none"),
-        ("gdn_v3", {"conv_size": 0}, 16, "conv_size: 0 must be an integer from 1 to 1048576; gdn_v3 takes conv_size"),
-        ("gla_v1", {"conv_size": 3}, 16, "conv_size: 3 does nothing without use_short_conv: true; set that, or leave"),
-        ("kda_v1", {"conv_bias": True, "use_short_conv": False}, 16, "conv_bias: True does nothing without use_short_conv"),
-        ("path_v1", {"conv_size": 2, "use_w_shortconv": False}, 16, "conv_size: 2 does nothing without use_w_shortconv"),
+        (
+            "gdn_v3",
+            {"conv_size": 0},
+            16,
+            "conv_size: 0 must be an integer from 1 to 1048576; gdn_v3 takes conv_size",
+        ),
+        (
+            "gla_v1",
+            {"conv_size": 3},
+            16,
+            "conv_size: 3 does nothing without use_short_conv: true; set that, or leave",
+        ),
+        (
+            "kda_v1",
+            {"conv_bias": True, "use_short_conv": False},
+            16,
+            "conv_bias: True does nothing without use_short_conv",
+        ),
+        (
+            "path_v1",
+            {"conv_size": 2, "use_w_shortconv": False},
+            16,
+            "conv_size: 2 does nothing without use_w_shortconv",
+        ),
         ("gsa_v1", {"num_slots": 8}, 16, "num_slots: 8 must be an integer from 9 to 1048576"),
-        ("mamba2_v1", {"conv_kernel": 10**12}, 16, "conv_kernel: 1000000000000 must be an integer from 1 to"),
-        ("path_v1", {}, 96, "path_v1 takes heads of size 16, 32, 64, 128, the teacher's have 96; choose another student"),
+        (
+            "mamba2_v1",
+            {"conv_kernel": 10**12},
+            16,
+            "conv_kernel: 1000000000000 must be an integer from 1 to",
+        ),
+        (
+            "path_v1",
+            {},
+            96,
+            "path_v1 takes heads of size 16, 32, 64, 128, the teacher's have 96; choose another student",
+        ),
         ("gdn_v4", {}, 512, "gdn_v4 takes heads of size 9 to 256, the teacher's have 512"),
         ("rwkv7_v1", {}, 8, "rwkv7_v1 takes heads of size 9 to 256, the teacher's have 8"),
     ],
@@ -444,8 +524,14 @@ def test_a_student_checks_its_options_before_it_is_built(teacher):
 
 
 def test_the_readme_lists_every_student_and_option():
-    rows = re.findall(r"^\| (`\w+_v\d`[^|]*) \|[^|]*\| *([^|]*?) *\|[^|]*\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    listed = {name: set(re.findall(r"\w+", options)) for names, options in rows for name in re.findall(r"`(\w+)`", names)}
+    rows = re.findall(
+        r"^\| (`\w+_v\d`[^|]*) \|[^|]*\| *([^|]*?) *\|[^|]*\|$",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    listed = {
+        name: set(re.findall(r"\w+", options)) for names, options in rows for name in re.findall(r"`(\w+)`", names)
+    }
     assert listed == {name: set(options_of(name)) for name in STUDENTS}
 
 

@@ -5,12 +5,13 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+from runtime.config import load_config
+
 import pytest
 import yaml
 
 from layer_selection.ranking import RATIOS, budget
 from layer_selection.write_configs import PUBLISHED, main, rows
-from pipeline.config import load_config
 
 ROOT = Path(__file__).parent.parent
 SETS = yaml.safe_load(PUBLISHED.read_text())
@@ -29,8 +30,12 @@ def test_a_row(row):
     """The folder's name says what the file holds."""
     cfg = load_config(ROOT / "configs" / row.folder / "stage2.yaml")
     teacher, size, kind, version, ratio, selector = re.fullmatch(
-        r"([a-z0-9.]+)_([0-9.]+b)_([a-z]+)_(v\d)_hybrid_(\d_\d+)_(\w+)", row.folder).groups()  # fmt: skip
-    facts, kept = SETS["teachers"][f"{teacher}_{size}"], cfg.student_model.keep_full_attention_layers
+        r"([a-z0-9.]+)_([0-9.]+b)_([a-z]+)_(v\d)_hybrid_(\d_\d+)_(\w+)", row.folder
+    ).groups()
+    facts, kept = (
+        SETS["teachers"][f"{teacher}_{size}"],
+        cfg.student_model.keep_full_attention_layers,
+    )
     name = cfg.teacher_model.name.partition("/")[2].lower().removesuffix("-instruct")
     assert name.replace("-", "") == f"{teacher}{size}" and cfg.teacher_model.name == facts["name"]
     assert cfg.student_model.name == f"{kind}_{version}" and selector in SETS["sources"]
@@ -38,14 +43,19 @@ def test_a_row(row):
     assert kept == sorted(set(kept)) and 0 <= kept[0] and kept[-1] < facts["layers"]
     start = load_config(ROOT / "configs" / f"{teacher}_{size}_{kind}_{version}" / "stage1.yaml")
     assert cfg.train.student_init_ckpt == f"{start.train.output_dir}/converted-hf"
-    assert (start.teacher_model, start.student_model.name) == (cfg.teacher_model, cfg.student_model.name)
+    assert (start.teacher_model, start.student_model.name) == (
+        cfg.teacher_model,
+        cfg.student_model.name,
+    )
 
 
 def test_the_readme_says_what_a_ratio_keeps():
     readme = (ROOT / "README.md").read_text()
     ratios = [float(ratio) for ratio in re.search(r"\| teacher \| layers \| (.*) \|", readme)[1].split(" | ")]
     lines = re.findall(r"^\| [^|]*(?:Qwen|Llama)[^|]* \| (\d+) \| ([\d |]+) \|$", readme, re.MULTILINE)
-    assert tuple(ratios) == RATIOS and {int(layers) for layers, _ in lines} == {f["layers"] for f in SETS["teachers"].values()}
+    assert tuple(ratios) == RATIOS and {int(layers) for layers, _ in lines} == {
+        f["layers"] for f in SETS["teachers"].values()
+    }
     for layers, kept in lines:
         assert [int(count) for count in kept.split(" | ")] == [budget(ratio, int(layers)) for ratio in ratios]
 
@@ -60,10 +70,18 @@ def test_every_published_set_has_its_rows():
             for selector, sets in facts.get("set", {}).items():
                 assert all((teacher, student, selector, tuple(layers)) in found for layers in sets)
     assert Counter(row.start for row in ROWS) == {
-        "qwen2.5_1.5b_gdn_v4": 9, "qwen2.5_1.5b_gla_v1": 9, "qwen2.5_3b_gdn_v4": 21, "qwen2.5_3b_gla_v1": 21,
-        "qwen2.5_7b_gdn_v4": 10, "qwen2.5_7b_gla_v1": 10, "llama3.2_3b_gdn_v4": 22, "llama3.2_3b_gla_v1": 22,
-        "qwen3_0.6b_gdn_v4": 1, "qwen3_1.7b_gdn_v4": 1, "qwen3_8b_gdn_v4": 1,
-    }  # fmt: skip
+        "qwen2.5_1.5b_gdn_v4": 9,
+        "qwen2.5_1.5b_gla_v1": 9,
+        "qwen2.5_3b_gdn_v4": 21,
+        "qwen2.5_3b_gla_v1": 21,
+        "qwen2.5_7b_gdn_v4": 10,
+        "qwen2.5_7b_gla_v1": 10,
+        "llama3.2_3b_gdn_v4": 22,
+        "llama3.2_3b_gla_v1": 22,
+        "qwen3_0.6b_gdn_v4": 1,
+        "qwen3_1.7b_gdn_v4": 1,
+        "qwen3_8b_gdn_v4": 1,
+    }
 
 
 def test_no_two_share_an_output_folder():
@@ -73,7 +91,9 @@ def test_no_two_share_an_output_folder():
 
 def test_stage_3_goes_on_from_the_stage_2_beside_it():
     files = [path for path in FILES if path.name == "stage3.yaml"]
-    assert {"qwen3_0.6b_gdn_v4_hybrid_0_25_uniform", "qwen3_8b_gdn_v4_hybrid_0_25_uniform"} <= {path.parent.name for path in files}
+    assert {"qwen3_0.6b_gdn_v4_hybrid_0_25_uniform", "qwen3_8b_gdn_v4_hybrid_0_25_uniform"} <= {
+        path.parent.name for path in files
+    }
     for path in files:
         cfg, before = load_config(path), load_config(path.with_name("stage2.yaml"))
         assert cfg.train.student_init_ckpt == f"{before.train.output_dir}/converted-hf"
@@ -87,8 +107,12 @@ def test_published_rankings_name_each_layer_once():
 
 
 def reproduce(row, **environment):
-    return subprocess.run(["bash", str(ROOT / "reproduce.sh"), row], env={"PATH": "/usr/bin:/bin", **environment},
-                          capture_output=True, text=True)  # fmt: skip
+    return subprocess.run(
+        ["bash", str(ROOT / "reproduce.sh"), row],
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_a_row_is_reproduced_from_preprocessing_to_ruler():
@@ -96,9 +120,14 @@ def test_a_row_is_reproduced_from_preprocessing_to_ruler():
     done = reproduce(row, DRY_RUN="1", MAX_TOKENS="1000")
     commands = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 0 and [command[:2] for command in commands] == [
-        ["python", "preprocess_download_tokenize.py"], ["python", "preprocess_chunk.py"], ["deepspeed", "train.py"],
-        ["python", "preprocess_chunk.py"], ["deepspeed", "train.py"], ["env", "TASKS=ruler"],
-        ["python", "convert_ckpt.py"]]  # fmt: skip
+        ["python", "preprocess_download_tokenize.py"],
+        ["python", "preprocess_chunk.py"],
+        ["deepspeed", "train.py"],
+        ["python", "preprocess_chunk.py"],
+        ["deepspeed", "train.py"],
+        ["env", "TASKS=ruler"],
+        ["python", "convert_ckpt.py"],
+    ]
     tokenize, short, stage1, long, stage2, evaluate, export = (dict(zip(command, command[1:])) for command in commands)
     first, second = load_config(ROOT / stage1["--cfg"]), load_config(ROOT / stage2["--cfg"])
     assert tokenize["--tokenizer"] == second.teacher_model.name and tokenize["--max_tokens"] == "1000"
@@ -110,7 +139,10 @@ def test_a_row_is_reproduced_from_preprocessing_to_ruler():
     assert f"OUTPUT={second.train.output_dir}/evaluation" in evaluate, "where the model card looks for results"
 
 
-@pytest.mark.parametrize("row", ["qwen2.5_1.5b_gdn_v4", "quickstart", "../configs/quickstart", "nowhere_hybrid_0_25_uniform"])
+@pytest.mark.parametrize(
+    "row",
+    ["qwen2.5_1.5b_gdn_v4", "quickstart", "../configs/quickstart", "nowhere_hybrid_0_25_uniform"],
+)
 def test_what_is_no_row_is_refused(row):
     done = reproduce(row)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"ROW: {row} is no published row")
@@ -118,25 +150,46 @@ def test_what_is_no_row_is_refused(row):
 
 @pytest.mark.parametrize("method, stage_2_jobs", [("ga_s2", 3), ("mse", 2)])
 def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path, method, stage_2_jobs):
-    """launch_pipeline.sh with a row: what it would hand to Slurm. Preprocessing takes tokenizer, folder and lengths from the configs; a
-    method that trains nothing has no array of candidates."""
+    """launch_pipeline.sh with a row: what it would hand to Slurm. Preprocessing takes tokenizer,
+    folder and lengths from the configs; a method that trains nothing has no array of candidates."""
     sbatch = tmp_path / "sbatch"
-    sbatch.write_text(f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\n'
-                      f'echo "${{TOKENIZER:-}} ${{DATA_DIR:-}} ${{CONTEXT_LENGTHS:-}}" >>{tmp_path}/data\necho 7\n')
+    sbatch.write_text(
+        f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\n'
+        f'echo "${{TOKENIZER:-}} ${{DATA_DIR:-}} ${{CONTEXT_LENGTHS:-}}" >>{tmp_path}/data\necho 7\n'
+    )
     sbatch.chmod(0o755)
     row = ROOT / "configs" / "qwen3_8b_gdn_v4_hybrid_0_25_uniform"
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row), "LAYERS": "36", "METHOD": method}
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "HOME": "/tmp",
+        "CONFIGS": str(row),
+        "LAYERS": "36",
+        "METHOD": method,
+    }
     done = subprocess.run(["bash", str(ROOT / "launch_pipeline.sh")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     stage1 = ROOT / "configs" / "qwen3_8b_gdn_v4" / "stage1.yaml"
     assert (tmp_path / "configs").read_text().split() == [
-        "none", str(stage1), *[f"{row}/stage2.yaml"] * stage_2_jobs, f"{row}/stage3.yaml", "none"]  # fmt: skip
+        "none",
+        str(stage1),
+        *[f"{row}/stage2.yaml"] * stage_2_jobs,
+        f"{row}/stage3.yaml",
+        "none",
+    ]
     stages = [load_config(file) for file in (stage1, row / "stage2.yaml", row / "stage3.yaml")]
     teacher, folder = stages[0].teacher_model.name, Path(stages[0].data.cache_dir).parent
     lengths = [str(stage.train.train_seq_len) for stage in stages]
-    assert (tmp_path / "data").read_text().splitlines()[0].split() == [teacher, str(folder), *lengths]
+    assert (tmp_path / "data").read_text().splitlines()[0].split() == [
+        teacher,
+        str(folder),
+        *lengths,
+    ]
 
 
 @pytest.mark.parametrize("file", ["README.md", "train.py", *(path.name for path in ROOT.glob("launch_*.sh"))])
 def test_configs_that_are_named_exist(file):
-    assert not [name for name in re.findall(r"configs/[\w.]+/\w+\.yaml", (ROOT / file).read_text()) if not (ROOT / name).is_file()]
+    assert not [
+        name
+        for name in re.findall(r"configs/[\w.]+/\w+\.yaml", (ROOT / file).read_text())
+        if not (ROOT / name).is_file()
+    ]

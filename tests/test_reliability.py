@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from runtime import files
+from runtime.files import FolderLockedError, atomic_directory, locked
+
 import pytest
 from processes import PATIENCE, free_port
 
 import hf_trainer
-from pipeline import files
-from pipeline.files import Busy, complete_or_absent, locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,17 +38,35 @@ def test_every_fault_has_a_line():
 
 
 def shell(text, **environment):
-    return subprocess.run(["bash", "-c", f"set -euo pipefail; source launch_common.sh; {text}"], cwd=ROOT, capture_output=True, text=True,
-                          env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "DEVICE": "cpu", **environment})  # fmt: skip
+    return subprocess.run(
+        ["bash", "-c", f"set -euo pipefail; source launch_common.sh; {text}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "DEVICE": "cpu", **environment},
+    )
 
 
 def test_the_deepspeed_env_is_private_and_holds_no_secret():
     show = 'make_job_dir; plan_nodes; write_deepspeed_env; stat -c "%a %n" "$JOB_DIR" "$DS_ENV_FILE"; cat "$DS_ENV_FILE"; cat "$JOB_DIR/hostfile"'
-    done = shell(show, HF_HOME="/hub", WANDB_PROJECT="p", MY_FLAG="1", DEEPSPEED_ENV="MY_FLAG", HF_TOKEN="hf_PLANTED", PROCESSES_PER_NODE="3")
+    done = shell(
+        show,
+        HF_HOME="/hub",
+        WANDB_PROJECT="p",
+        MY_FLAG="1",
+        DEEPSPEED_ENV="MY_FLAG",
+        HF_TOKEN="hf_PLANTED",
+        PROCESSES_PER_NODE="3",
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("700 ") and lines[1].startswith("600 ") and lines[1].endswith("/.deepspeed_env")
-    assert lines[2].startswith("TRITON_CACHE_DIR=/tmp/triton-") and lines[3:] == ["HF_HOME=/hub", "WANDB_PROJECT=p", "MY_FLAG=1", "localhost slots=3"]
+    assert lines[2].startswith("TRITON_CACHE_DIR=/tmp/triton-") and lines[3:] == [
+        "HF_HOME=/hub",
+        "WANDB_PROJECT=p",
+        "MY_FLAG=1",
+        "localhost slots=3",
+    ]
     assert not Path(lines[0].split()[1]).exists()
     done = shell(show, DEEPSPEED_ENV="HF_TOKEN", HF_TOKEN="hf_PLANTED")
     assert done.returncode == 1 and "HF_TOKEN looks like a secret" in done.stderr and "PLANTED" not in done.stderr
@@ -59,29 +78,47 @@ def test_what_looks_like_a_secret():
     assert "TOKENIZERS_PARALLELISM=false\n" in shell(show, DEEPSPEED_ENV="TOKENIZERS_PARALLELISM").stdout
     for name in ("my_token", "HF_TOKEN_2", "Api_Key", "DB_PASSWD"):
         done = shell(show, DEEPSPEED_ENV=name, **{name: "PLANTED"})
-        assert done.returncode == 1 and f"{name} looks like a secret" in done.stderr and "PLANTED" not in done.stdout + done.stderr
+        assert (
+            done.returncode == 1
+            and f"{name} looks like a secret" in done.stderr
+            and "PLANTED" not in done.stdout + done.stderr
+        )
 
 
 def test_jobs_do_not_share_a_folder():
     """A process' number on one machine may be that of another one's, or of a Slurm job."""
-    folders = [shell('make_job_dir; echo "$$ $JOB_DIR"', **environment).stdout.split() for environment in ({}, {"SLURM_JOB_ID": "17"})]
-    assert [Path(folder).name for _, folder in folders] == [f"{socket.gethostname()}-{folders[0][0]}", "17"]
+    folders = [
+        shell('make_job_dir; echo "$$ $JOB_DIR"', **environment).stdout.split()
+        for environment in ({}, {"SLURM_JOB_ID": "17"})
+    ]
+    assert [Path(folder).name for _, folder in folders] == [
+        f"{socket.gethostname()}-{folders[0][0]}",
+        "17",
+    ]
 
 
 def test_a_signal_before_the_run_listens(tmp_path):
-    """Its launcher ignores SIGUSR1, and so does Python until it is told otherwise: the run learns of it when it begins to listen."""
+    """Its launcher ignores SIGUSR1, and so does Python until it is told otherwise: the run learns
+    of it when it begins to listen."""
     code = f"""
 import os, pathlib, time
 pathlib.Path({str(tmp_path / "ready")!r}).touch()
 while not os.path.exists({str(tmp_path / "go")!r}):
     time.sleep(0.05)
-from pipeline.guard import StopSignals
+from runtime.guard import StopSignals
 with StopSignals():
     print("nobody told", flush=True)
 """
-    command = f"set -euo pipefail; source launch_common.sh; make_job_dir; plan_nodes; supervise python -c {shlex.quote(code)}"
-    job = subprocess.Popen(["bash", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                           env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "DEVICE": "cpu", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    command = (
+        f"set -euo pipefail; source launch_common.sh; make_job_dir; plan_nodes; supervise python -c {shlex.quote(code)}"
+    )
+    job = subprocess.Popen(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "DEVICE": "cpu", "PYTHONPATH": str(ROOT)},
+    )
     end = time.monotonic() + PATIENCE
     while not (tmp_path / "ready").exists():
         assert job.poll() is None and time.monotonic() < end
@@ -98,7 +135,8 @@ with StopSignals():
 
 
 def test_layer_selection_waits_for_the_run_that_saves(tmp_path):
-    """SIGTERM reaches both, or selection alone: it hands it on, and ends with the code for a requeue once the run has ended."""
+    """SIGTERM reaches both, or selection alone: it hands it on, and ends with the code for a
+    requeue once the run has ended."""
     run = f"""
 import pathlib, signal, sys, time
 def save(*_):
@@ -111,7 +149,12 @@ time.sleep(600)
 """
     (tmp_path / "run.py").write_text(run)
     code = "import sys; from layer_selection.full_runs import run_to_its_end; print(run_to_its_end(sys.argv[1:]))"
-    selection = subprocess.Popen([sys.executable, "-c", code, sys.executable, str(tmp_path / "run.py")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    selection = subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, str(tmp_path / "run.py")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     end = time.monotonic() + PATIENCE
     while not (tmp_path / "ready").exists():
         assert selection.poll() is None and time.monotonic() < end
@@ -121,7 +164,8 @@ time.sleep(600)
 
 
 def test_headers():
-    """Every script that trains asks for GPUs, a requeue and a signal to its shell; preprocessing asks for none."""
+    """Every script that trains asks for GPUs, a requeue and a signal to its shell; preprocessing
+    asks for none."""
     for script in ("stage1", "stage2", "stage3", "selection", "preprocess"):
         headers = re.findall(r"^#SBATCH --(.*)", (ROOT / f"launch_{script}.sh").read_text(), re.MULTILINE)
         assert "requeue" in headers and "open-mode=append" in headers
@@ -133,7 +177,7 @@ def test_headers():
 def test_a_signal_while_python_ends_changes_nothing(name):
     code = f"""
 import os, signal
-from pipeline.guard import StopSignals
+from runtime.guard import StopSignals
 
 class Late:
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.{name}):
@@ -150,7 +194,7 @@ def test_a_signal_in_the_middle_of_a_print():
     """It ends the process with its code all the same."""
     code = """
 import io, os, signal, sys
-from pipeline.guard import StopSignals
+from runtime.guard import StopSignals
 
 class Raw(io.RawIOBase):
     def writable(self):
@@ -173,7 +217,7 @@ def test_python_does_not_end_while_a_thread_is_in_the_store():
     code = """
 import sys, threading, time
 import torch.distributed as dist
-from pipeline.guard import Watchdog
+from runtime.guard import Watchdog
 
 rank, port = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -196,15 +240,16 @@ sys.exit(75)
 
 
 def test_norms_at_once_are_deepspeeds():
-    """On two ranks, clipped: the same weights to the bit and the same norms; a gradient that is not finite, on one rank and in one of
-    two groups, skips the step on both. And no gradient is looked at by itself."""
+    """On two ranks, clipped: the same weights to the bit and the same norms; a gradient that is not
+    finite, on one rank and in one of two groups, skips the step on both. And no gradient is looked
+    at by itself."""
     code = """
 import os, sys, torch
 os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2],
                "DS_ACCELERATOR": "cpu"}
 import deepspeed
 import deepspeed.runtime.zero.stage_1_and_2 as zero
-from hf_trainer import norms_at_once
+from hf_trainer import use_foreach_grad_norm
 rank, asked, ask = int(sys.argv[1]), [], zero.has_inf_or_nan
 zero.has_inf_or_nan = lambda x: asked.append(x) or ask(x)
 
@@ -216,7 +261,7 @@ def trained(stage, bf16, at_once, bad):
               "gradient_clipping": 0.5, "zero_allow_untested_optimizer": True}
     engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups), config=config)[0]
     if at_once:
-        norms_at_once(engine.optimizer)
+        use_foreach_grad_norm(engine.optimizer)
     asked.clear()
     norms = []
     for step in range(3):
@@ -239,13 +284,16 @@ for stage in (1, 2):
             assert not our_looks and (looks > 0) == bf16
 """
     port = free_port()
-    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(port)], cwd=ROOT, stdout=subprocess.DEVNULL) for rank in range(2)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank), str(port)], cwd=ROOT, stdout=subprocess.DEVNULL)
+        for rank in range(2)
+    ]
     assert [rank.wait(PATIENCE) for rank in ranks] == [0, 0]
 
 
 def test_training_takes_norms_at_once(monkeypatch):
     optimizer, given = object(), []
-    monkeypatch.setattr(hf_trainer, "norms_at_once", given.append)
+    monkeypatch.setattr(hf_trainer, "use_foreach_grad_norm", given.append)
     trainer = SimpleNamespace(finish_resuming=lambda: None, deepspeed=SimpleNamespace(optimizer=optimizer))
     state = SimpleNamespace(compute_steps=lambda *_: None, max_steps=1)
     hf_trainer.Guard(trainer, None, None).on_train_begin(None, state, None)
@@ -265,9 +313,11 @@ def test_an_export_that_is_stopped_between_its_renames_leaves_the_one_before(tmp
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", stopped)
-    with pytest.raises(SystemExit), complete_or_absent(folder, replace=True) as new:
+    with pytest.raises(SystemExit), atomic_directory(folder, replace=True) as new:
         (new / "config.json").write_text("after")
-    assert [(path.name, (path / "config.json").read_text()) for path in tmp_path.iterdir()] == [("converted-hf", "before")]
+    assert [(path.name, (path / "config.json").read_text()) for path in tmp_path.iterdir()] == [
+        ("converted-hf", "before")
+    ]
 
 
 def test_a_lock_that_goes_while_it_is_watched(tmp_path, monkeypatch):
@@ -278,17 +328,29 @@ def test_a_lock_that_goes_while_it_is_watched(tmp_path, monkeypatch):
     monkeypatch.setattr(files.time, "sleep", lambda seconds: lock.unlink())
     with locked(lock, "x"):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
-        with pytest.raises(Busy, match=f"x is being written by process {os.getpid()}"), locked(lock, "x"):
+        with (
+            pytest.raises(FolderLockedError, match=f"x is being written by process {os.getpid()}"),
+            locked(lock, "x"),
+        ):
             pass
     assert not lock.exists()
 
 
 def test_two_jobs_that_take_a_lock_together(tmp_path, monkeypatch):
     """On two machines whose locks do not know each other: the one that wrote last has it."""
-    lock, other = tmp_path / ".lock", json.dumps({"host": "elsewhere", "pid": 1, "job": "18", "since": "then"})
+    lock, other = (
+        tmp_path / ".lock",
+        json.dumps({"host": "elsewhere", "pid": 1, "job": "18", "since": "then"}),
+    )
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setattr(files.time, "sleep", lambda seconds: lock.write_text(other))
-    with pytest.raises(Busy, match="x is being written by process 1 on elsewhere, Slurm job 18, since then"), locked(lock, "x"):
+    with (
+        pytest.raises(
+            FolderLockedError,
+            match="x is being written by process 1 on elsewhere, Slurm job 18, since then",
+        ),
+        locked(lock, "x"),
+    ):
         pass
     assert lock.read_text() == other
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)

@@ -8,57 +8,55 @@ import subprocess
 import sys
 from pathlib import Path
 
+from runtime.config import load_config
+from runtime.data import open_chunks
+from runtime.guard import REQUEUE
+
 import pytest
 import torch
 import yaml
-from conftest import LENGTH, make_chunks
+from conftest import LENGTH
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
 from layer_selection import select_layers
 from layer_selection.full_runs import HELDOUT_KL, teacher_name
 from layer_selection.write_configs import PUBLISHED
-from pipeline.config import load_config
-from pipeline.data import open_chunks
-from pipeline.guard import REQUEUE
-
-
-@pytest.fixture(scope="module")
-def stage2(tmp_path_factory, teacher_dir):
-    """A stage-2 YAML with its data and an all-linear student of four layers, of which layer 2's output is far off."""
-    folder = tmp_path_factory.mktemp("selection")
-    texts = ("".join(f"def f{(i * j) % 97}(x): return {j * 13 % 101}\n" for j in range(20)) for i in range(20))
-    chunks = make_chunks(folder, teacher_dir, texts, holdout=0.2)
-    torch.manual_seed(0)
-    student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0]
-    with torch.no_grad():
-        student.model.layers[2].attn.o_proj.weight.mul_(20)
-    student.save_pretrained(folder / "student")
-    values = {
-        "stage": 2, "data": {"cache_dir": chunks}, "teacher_model": {"name": teacher_dir},
-        "student_model": {"name": "gdn_v4", "keep_full_attention_layers": [0]},
-        "train": {"output_dir": str(folder / "runs"), "student_init_ckpt": str(folder / "student"), "max_steps": 2,
-                  "batch_size": 2, "micro_batch_size": 2, "train_seq_len": LENGTH, "lr": 1e-4, "eval_batches": 1},
-    }  # fmt: skip
-    file = folder / "stage2.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return file
 
 
 def select(stage2, out, *options):
-    select_layers.main(["--cfg", str(stage2), "--output_dir", str(out), "--sequences", "6", "--batch_size", "4", *options])
+    select_layers.main(
+        [
+            "--cfg",
+            str(stage2),
+            "--output_dir",
+            str(out),
+            "--sequences",
+            "6",
+            "--batch_size",
+            "4",
+            *options,
+        ]
+    )
     return json.loads((out / "ranking.json").read_text()) if (out / "ranking.json").is_file() else None
 
 
 @pytest.mark.parametrize("method", ["scan", "ppl", "mse"])
 def test_the_layer_that_is_off_comes_first(stage2, tmp_path, method):
     ranking = select(stage2, tmp_path, "--method", method, "--ratio", "0.25")
-    assert ranking["keep"] == [2] and sorted(layer["layer"] for layer in ranking["layers"]) == [0, 1, 2, 3]
+    assert ranking["keep"] == [2] and sorted(layer["layer"] for layer in ranking["layers"]) == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert all(layer["low"] <= layer["importance"] <= layer["high"] for layer in ranking["layers"])
     folder = tmp_path / f"{Path(load_config(stage2).teacher_model.name).name}_0.1m_gdn_v4_hybrid_0_25_{method}"
     chosen, asked = load_config(folder / "stage2.yaml"), load_config(stage2)
     assert chosen.student_model.keep_full_attention_layers == [2]
-    assert chosen.train == dataclasses.replace(asked.train, output_dir=str(folder / "stage2")), "a run folder of its own"
+    assert chosen.train == dataclasses.replace(asked.train, output_dir=str(folder / "stage2")), (
+        "a run folder of its own"
+    )
 
 
 def test_scan_is_the_kl_with_one_layer_restored(stage2, tmp_path, teacher_dir):
@@ -78,8 +76,9 @@ def test_scan_is_the_kl_with_one_layer_restored(stage2, tmp_path, teacher_dir):
 def test_teachers_are_named_as_in_configs():
     for folder, facts in yaml.safe_load(PUBLISHED.read_text())["teachers"].items():
         assert teacher_name(facts["name"]) == folder
-    assert [teacher_name(name) for name in ("teachers/qwen2.5_1.5b", "fla-hub/transformer-1.3B-100B", "a/SmolLM2-135M")] == [
-        "qwen2.5_1.5b", "transformer_1.3b", "smollm2_135m"]  # fmt: skip
+    assert [
+        teacher_name(name) for name in ("teachers/qwen2.5_1.5b", "fla-hub/transformer-1.3B-100B", "a/SmolLM2-135M")
+    ] == ["qwen2.5_1.5b", "transformer_1.3b", "smollm2_135m"]
 
 
 def test_top_k_names_the_ratio_that_keeps_as_many(stage2, tmp_path):
@@ -90,8 +89,10 @@ def test_top_k_names_the_ratio_that_keeps_as_many(stage2, tmp_path):
 
 def test_uniform_and_random(stage2, tmp_path):
     assert select(stage2, tmp_path / "u", "--method", "uniform", "--top-k", "2")["keep"] == [1, 3]
-    first, again, other = (select(stage2, tmp_path / f"r{i}", "--method", "random", "--top-k", "2", "--seed", seed)["layers"]
-                           for i, seed in enumerate("112"))  # fmt: skip
+    first, again, other = (
+        select(stage2, tmp_path / f"r{i}", "--method", "random", "--top-k", "2", "--seed", seed)["layers"]
+        for i, seed in enumerate("112")
+    )
     assert first == again != other
 
 
@@ -115,24 +116,47 @@ def test_ga_s2_trains_what_is_missing(stage2, tmp_path):
     for layer in (0, 3):
         (tmp_path / f"layer_{layer}").mkdir()
         (tmp_path / f"layer_{layer}" / HELDOUT_KL).write_text(json.dumps([9.0] * 6))
-    assert select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "1", "--launcher", sys.executable, "--candidate", "1") is None
+    assert (
+        select(
+            stage2,
+            tmp_path,
+            "--method",
+            "ga_s2",
+            "--top-k",
+            "1",
+            "--launcher",
+            sys.executable,
+            "--candidate",
+            "1",
+        )
+        is None
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layer_0", "layer_1", "layer_3"]
     written = (tmp_path / "layer_1" / HELDOUT_KL).stat().st_mtime_ns
     ranking = select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "1", "--launcher", sys.executable)
     assert ranking["keep"] == [2] and (tmp_path / "layer_1" / HELDOUT_KL).stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--top-k", "5"], "--top-k: 5 must be between 1 and the teacher's 4 layers"),
-    (["--ratio", "0.01"], "--ratio: 0.01 of 4 layers keeps 0"),
-    (["--top-k", "1", "--candidate", "4"], "--candidate: 4 needs --method ga_s2 or gr_s2 or avg_s2 and a layer in 0..3"),
-    (["--top-k", "1", "--method", "mse", "--candidate", "1"], "--candidate: 1 needs --method ga_s2"),
-    (["--top-k", "1", "--rounds", "0"], "--rounds: 0 must be at least 1"),
-    (["--top-k", "1", "--sequences", "1"], "--sequences: 1 must be at least 2"),
-    (["--top-k", "1", "--batch_size", "0"], "--batch_size: 0 must be at least 1"),
-    (["--top-k", "1", "--correlation", "nan"], "--correlation: nan must be between -1 and 1"),
-    (["--top-k", "1", "stage=3"], "is of stage 3; name a stage-2 file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--top-k", "5"], "--top-k: 5 must be between 1 and the teacher's 4 layers"),
+        (["--ratio", "0.01"], "--ratio: 0.01 of 4 layers keeps 0"),
+        (
+            ["--top-k", "1", "--candidate", "4"],
+            "--candidate: 4 needs --method ga_s2 or gr_s2 or avg_s2 and a layer in 0..3",
+        ),
+        (
+            ["--top-k", "1", "--method", "mse", "--candidate", "1"],
+            "--candidate: 1 needs --method ga_s2",
+        ),
+        (["--top-k", "1", "--rounds", "0"], "--rounds: 0 must be at least 1"),
+        (["--top-k", "1", "--sequences", "1"], "--sequences: 1 must be at least 2"),
+        (["--top-k", "1", "--batch_size", "0"], "--batch_size: 0 must be at least 1"),
+        (["--top-k", "1", "--correlation", "nan"], "--correlation: nan must be between -1 and 1"),
+        (["--top-k", "1", "stage=3"], "is of stage 3; name a stage-2 file"),
+    ],
+)
 def test_bad_input(stage2, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         select(stage2, tmp_path / "out", *options)
@@ -171,11 +195,14 @@ def test_slurm_gets_what_is_missing_as_an_array_and_the_ranking_behind_it(stage2
     measured.parent.mkdir(parents=True)
     measured.write_text("[1.0, 1.0]")
     assert select(stage2, out, "--top-k", "2", "--slurm", "train.lr=1e-3") is None
-    same = (f"--partition=p --mem=1G launch_selection.sh --cfg {stage2} --full_runs --cfg {stage2} --output_dir {out} --sequences 6 "
-            "--batch_size 4 --top-k 2 train.lr=1e-3")  # fmt: skip
+    same = (
+        f"--partition=p --mem=1G launch_selection.sh --cfg {stage2} --full_runs --cfg {stage2} --output_dir {out} --sequences 6 "
+        "--batch_size 4 --top-k 2 train.lr=1e-3"
+    )
     assert slurm.read_text().splitlines() == [
         f"--parsable --job-name=candidates --array=0,2,3%8 {same}",
-        f"--parsable --job-name=selection --dependency=afterok:1 --kill-on-invalid-dep=yes {same}"]  # fmt: skip
+        f"--parsable --job-name=selection --dependency=afterok:1 --kill-on-invalid-dep=yes {same}",
+    ]
     for layer in (0, 2, 3):
         (out / f"layer_{layer}").mkdir()
         (out / f"layer_{layer}" / HELDOUT_KL).write_text("[1.0, 1.0]")
@@ -183,11 +210,20 @@ def test_slurm_gets_what_is_missing_as_an_array_and_the_ranking_behind_it(stage2
     assert slurm.read_text().splitlines()[2:] == [f"--parsable --job-name=selection {same}"]
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--method", "mse"], "--slurm: trains every layer to its end, with --method ga_s2 or gr_s2 or avg_s2"),
-    (["--halving"], "--slurm: trains every layer to its end"),
-    (["train.student_init_ckpt=/nowhere"], "train.student_init_ckpt: /nowhere holds no checkpoint"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--method", "mse"],
+            "--slurm: trains every layer to its end, with --method ga_s2 or gr_s2 or avg_s2",
+        ),
+        (["--halving"], "--slurm: trains every layer to its end"),
+        (
+            ["train.student_init_ckpt=/nowhere"],
+            "train.student_init_ckpt: /nowhere holds no checkpoint",
+        ),
+    ],
+)
 def test_nothing_wrong_is_submitted(stage2, tmp_path, slurm, monkeypatch, options, message):
     with pytest.raises(ValueError, match=message):
         select(stage2, tmp_path / "out", "--top-k", "2", "--slurm", *options)
@@ -205,14 +241,27 @@ def test_the_launch_script_hands_a_whole_command_on(tmp_path):
     (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path}/bin:$PATH\n")
     (tmp_path / "bin" / "python").write_text('#!/bin/bash\necho "python $*"\n')
     (tmp_path / "bin" / "python").chmod(0o755)
-    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path), "DEVICE": "cpu", "MASTER_PORT": "1", "SLURM_ARRAY_TASK_ID": "3"}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "VENV": str(tmp_path),
+        "DEVICE": "cpu",
+        "MASTER_PORT": "1",
+        "SLURM_ARRAY_TASK_ID": "3",
+    }
     for arguments, command in (
         ("--cfg a.yaml --top-k 2", "--cfg a.yaml --top-k 2 --candidate 3"),
         ("train.lr=1", "--cfg c.yaml --method ga_s2 --ratio 0.25 train.lr=1 --candidate 3"),
     ):
-        done = subprocess.run(["bash", str(select_layers.ROOT / "launch_selection.sh"), *arguments.split()], capture_output=True, text=True,
-                              env=environment | {"CFG": "c.yaml"})  # fmt: skip
-        assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"python layer_selection/select_layers.py {command}", done
+        done = subprocess.run(
+            ["bash", str(select_layers.ROOT / "launch_selection.sh"), *arguments.split()],
+            capture_output=True,
+            text=True,
+            env=environment | {"CFG": "c.yaml"},
+        )
+        assert (
+            done.returncode == 0
+            and done.stdout.splitlines()[-1] == f"python layer_selection/select_layers.py {command}"
+        ), done
 
 
 def test_a_file_in_the_place_of_the_folder(stage2, tmp_path):

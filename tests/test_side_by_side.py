@@ -5,19 +5,27 @@ import shutil
 import signal
 from types import SimpleNamespace
 
+from runtime.batch_plan import batch_plan
+from runtime.config import load_config
+
 import pytest
 import torch
-from benchmarks import selection_cost
 from test_cuda_graphs import use_stand_ins
-from test_select_layers import select, stage2  # noqa: F401
+from test_select_layers import select
 from tqdm import tqdm
 
 import cuda_graphs
+from benchmarks import selection_cost
 from layer_selection import compare_selectors, select_layers, side_by_side
 from layer_selection.select_layers import Bench
-from layer_selection.side_by_side import Candidate, Rounds, order_after, rank_correlation, settled, survivors
-from pipeline.batch_plan import batch_plan
-from pipeline.config import load_config
+from layer_selection.side_by_side import (
+    Candidate,
+    Rounds,
+    order_after,
+    rank_correlation,
+    settled,
+    survivors,
+)
 
 STEPS = ["train.max_steps=8", "train.lr=1e-3", "train.lr_attn=3e-3", "train.save_minutes=0"]
 
@@ -27,34 +35,67 @@ def history(folder):
     return [(entry["step"], entry["kl"]) for entry in entries]
 
 
-def test_a_finished_selection_trains_nothing(stage2, tmp_path, monkeypatch):  # noqa: F811
-    options = ["--method", "ga_s2", "--top-k", "1", "--rounds", "2", "--window", "0", "--sequences", "2", *STEPS]
+def test_a_finished_selection_trains_nothing(stage2, tmp_path, monkeypatch):
+    options = [
+        "--method",
+        "ga_s2",
+        "--top-k",
+        "1",
+        "--rounds",
+        "2",
+        "--window",
+        "0",
+        "--sequences",
+        "2",
+        *STEPS,
+    ]
     ranking = select(stage2, tmp_path, *options)
     assert ranking["facts"]["steps"] == 8 and not ranking["facts"]["stopped"]
     assert [step for step, _ in history(tmp_path)] == [4, 8] and not (tmp_path / "side_by_side" / "states").exists()
-    # The teacher's work, two parts of eight, is done once for four hybrids; the measurements come on top.
+    # The teacher's work, two parts of eight, is done once for four hybrids; the measurements come
+    # on top.
     assert 26 / 32 < ranking["facts"]["share_of_full_runs"] < 0.95
     monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
     assert select(stage2, tmp_path, *options) == ranking
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # what comes behind it in the process can be stopped again
+    assert (
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )  # what comes behind it in the process can be stopped again
 
 
-def test_it_ends_when_the_order_has_settled(stage2, tmp_path):  # noqa: F811
-    ranking = select(stage2, tmp_path, "--method", "gr_s2", "--top-k", "1", "--rounds", "8", "--window", "2", "--correlation", "-1", *STEPS)
+def test_it_ends_when_the_order_has_settled(stage2, tmp_path):
+    ranking = select(
+        stage2,
+        tmp_path,
+        "--method",
+        "gr_s2",
+        "--top-k",
+        "1",
+        "--rounds",
+        "8",
+        "--window",
+        "2",
+        "--correlation",
+        "-1",
+        *STEPS,
+    )
     rounds = [{int(k): sum(v) for k, v in kl.items()} for _, kl in history(tmp_path)]
     best = [max(scores, key=scores.get) for scores in rounds]
     assert best[-2] in {best[-1], *ranking["undecided"]} and ranking["keep"] == [best[-1]]
     assert ranking["facts"]["steps"] == len(rounds) < 8
 
 
-def test_what_other_rules_ended_is_not_trained_again(stage2, tmp_path, monkeypatch):  # noqa: F811
-    """Its states are gone: another K ranks what is there if told to, and never starts from the first step."""
+def test_what_other_rules_ended_is_not_trained_again(stage2, tmp_path, monkeypatch):
+    """Its states are gone: another K ranks what is there if told to, and never starts from the
+    first step."""
     options = ["--method", "ga_s2", "--rounds", "8", "--correlation", "-1", *STEPS]
     select(stage2, tmp_path, *options, "--top-k", "1", "--window", "2")
     known = history(tmp_path)
     assert len(known) < 8
     monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
-    with pytest.raises(ValueError, match=f"ended behind round {len(known)} of 8, before .* --top-k 2, --window 8 .*; --window 1 ranks"):
+    with pytest.raises(
+        ValueError,
+        match=f"ended behind round {len(known)} of 8, before .* --top-k 2, --window 8 .*; --window 1 ranks",
+    ):
         select(stage2, tmp_path, *options, "--top-k", "2", "--window", "8")
     assert history(tmp_path) == known
     assert len(select(stage2, tmp_path, *options, "--top-k", "2", "--window", "1")["keep"]) == 2
@@ -62,19 +103,38 @@ def test_what_other_rules_ended_is_not_trained_again(stage2, tmp_path, monkeypat
         select(stage2, tmp_path, *options, "--top-k", "1", "--window", "2", "--sequences", "5")
 
 
-def test_steps_are_those_of_a_plain_loop(stage2):  # noqa: F811
-    cfg = load_config(stage2, ["train.max_steps=5", "train.lr=1e-3", "train.lr_attn=3e-3", "train.weight_decay=0.1",
-                               "train.micro_batch_size=1", "train.ce_weight=0.5", "train.lr_scheduler_type=constant", "train.warmup_steps=0"])  # fmt: skip
+def test_steps_are_those_of_a_plain_loop(stage2):
+    cfg = load_config(
+        stage2,
+        [
+            "train.max_steps=5",
+            "train.lr=1e-3",
+            "train.lr_attn=3e-3",
+            "train.weight_decay=0.1",
+            "train.micro_batch_size=1",
+            "train.ce_weight=0.5",
+            "train.lr_scheduler_type=constant",
+            "train.warmup_steps=0",
+        ],
+    )
     bench, plan = Bench(cfg, 4, 2), batch_plan(cfg, 1)
-    assert bench.dtype == torch.float32 and Bench(load_config(stage2, ["train.dtype=bf16"]), 4, 2).dtype == torch.bfloat16
+    assert (
+        bench.dtype == torch.float32 and Bench(load_config(stage2, ["train.dtype=bf16"]), 4, 2).dtype == torch.bfloat16
+    )
     torch.manual_seed(0)
     ids = torch.randint(0, 90, (5, 2, 32))
     hybrid = bench.student.restore_full_attention(bench.teacher, [1])
     candidate = Candidate("one", bench.student.restore_full_attention(bench.teacher, [1]), cfg, plan)
     fast = {id(p) for i in (0, 2, 3) for p in hybrid.model.layers[i].attn.parameters()}
-    groups = [{"params": [p for p in hybrid.parameters() if (id(p) in fast) == linear and (p.ndim > 1) == matrix],
-               "lr": 3e-3 if linear else 1e-3, "weight_decay": 0.1 if matrix else 0.0}
-              for linear in (True, False) for matrix in (True, False)]  # fmt: skip
+    groups = [
+        {
+            "params": [p for p in hybrid.parameters() if (id(p) in fast) == linear and (p.ndim > 1) == matrix],
+            "lr": 3e-3 if linear else 1e-3,
+            "weight_decay": 0.1 if matrix else 0.0,
+        }
+        for linear in (True, False)
+        for matrix in (True, False)
+    ]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     for step, batch in enumerate(ids):
         with torch.no_grad():
@@ -91,10 +151,12 @@ def test_steps_are_those_of_a_plain_loop(stage2):  # noqa: F811
         adamw.zero_grad()
     start = dict(bench.student.restore_full_attention(bench.teacher, [1]).named_parameters())
     for (name, a), b in zip(candidate.hybrid.named_parameters(), hybrid.parameters()):
-        assert (a - b).norm() < 0.02 * (b - start[name]).norm(), name  # AdamW turns rounding of tiny gradients into steps
+        assert (a - b).norm() < 0.02 * (b - start[name]).norm(), (
+            name
+        )  # AdamW turns rounding of tiny gradients into steps
 
 
-def test_a_stopped_selection_goes_on_to_the_same_end(stage2, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stopped_selection_goes_on_to_the_same_end(stage2, tmp_path, monkeypatch):
     options = ["--method", "ga_s2", "--top-k", "1", "--rounds", "4", "--window", "0", *STEPS]
     select(stage2, tmp_path / "whole", *options)
     train = Candidate.train
@@ -113,7 +175,7 @@ def test_a_stopped_selection_goes_on_to_the_same_end(stage2, tmp_path, monkeypat
     assert history(tmp_path / "parts") == history(tmp_path / "whole")
 
 
-def test_waiting_in_memory_changes_nothing(stage2, tmp_path, monkeypatch):  # noqa: F811
+def test_waiting_in_memory_changes_nothing(stage2, tmp_path, monkeypatch):
     options = ["--method", "ga_s2", "--top-k", "1", "--rounds", "2", "--window", "0", *STEPS]
     select(stage2, tmp_path / "whole", *options)
     build = Rounds.build
@@ -123,16 +185,19 @@ def test_waiting_in_memory_changes_nothing(stage2, tmp_path, monkeypatch):  # no
     assert history(tmp_path / "parked") == history(tmp_path / "whole")
 
 
-def test_replayed_passes_train_the_same_candidates(stage2, tmp_path, monkeypatch):  # noqa: F811
+def test_replayed_passes_train_the_same_candidates(stage2, tmp_path, monkeypatch):
     """Beside each other, behind one teacher; a stand-in takes the place of the graphs."""
     monkeypatch.setattr(cuda_graphs, "_record", None)
     monkeypatch.setattr(cuda_graphs, "_free_memory", None)
     use_stand_ins()
-    cfg = load_config(stage2, ["train.max_steps=5", "train.micro_batch_size=1", "train.batch_size=1", "train.lr=1e-3"])
+    cfg = load_config(
+        stage2,
+        ["train.max_steps=5", "train.micro_batch_size=1", "train.batch_size=1", "train.lr=1e-3"],
+    )
     args = SimpleNamespace(rounds=1, window=0, correlation=1.0, halving=False, top_k=1)
     results = []
     for graphs in (True, False):
-        monkeypatch.setattr(side_by_side, "use_cuda_graphs", lambda *_: graphs)  # noqa: B023
+        monkeypatch.setattr(side_by_side, "use_cuda_graphs", lambda *_: graphs)
         rounds = Rounds(Bench(cfg, 2, 2), args, {0: [0], 2: [2]}, -1, tmp_path)
         rounds.build([0, 2], 0)
         results.append(rounds.train_round([0, 2], 0, 5, tqdm(disable=True)))
@@ -141,7 +206,7 @@ def test_replayed_passes_train_the_same_candidates(stage2, tmp_path, monkeypatch
     assert results[0] == results[1] and results[0][0] != results[0][2]
 
 
-def test_a_loss_that_is_not_finite_ends_it_wherever_in_a_step(stage2):  # noqa: F811
+def test_a_loss_that_is_not_finite_ends_it_wherever_in_a_step(stage2):
     cfg = load_config(stage2, ["train.micro_batch_size=1"])
     bench = Bench(cfg, 4, 2)
     candidate = Candidate("one", bench.student.restore_full_attention(bench.teacher, [1]), cfg, batch_plan(cfg, 1))
@@ -154,9 +219,25 @@ def test_a_loss_that_is_not_finite_ends_it_wherever_in_a_step(stage2):  # noqa: 
         candidate.check_losses()
 
 
-def test_halving_stops_the_worse_half_and_ranks_it_last(stage2, tmp_path):  # noqa: F811
-    ranking = select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "1", "--rounds", "4", "--window", "0", "--halving", *STEPS)
-    assert [sorted(kl) for _, kl in history(tmp_path)][1:] == [["0", "1", "2", "3"], *[sorted(map(str, ranking_ids(ranking)[:2]))] * 2]
+def test_halving_stops_the_worse_half_and_ranks_it_last(stage2, tmp_path):
+    ranking = select(
+        stage2,
+        tmp_path,
+        "--method",
+        "ga_s2",
+        "--top-k",
+        "1",
+        "--rounds",
+        "4",
+        "--window",
+        "0",
+        "--halving",
+        *STEPS,
+    )
+    assert [sorted(kl) for _, kl in history(tmp_path)][1:] == [
+        ["0", "1", "2", "3"],
+        *[sorted(map(str, ranking_ids(ranking)[:2]))] * 2,
+    ]
     assert ranking["facts"]["stopped"] == {str(layer): 4 for layer in sorted(ranking_ids(ranking)[2:])}
     assert ranking["layers"][-1]["low"] is None and ranking["keep"] == [2]
 
@@ -165,7 +246,7 @@ def ranking_ids(ranking):
     return [layer["layer"] for layer in ranking["layers"]]
 
 
-def test_other_candidates_are_refused(stage2, tmp_path):  # noqa: F811
+def test_other_candidates_are_refused(stage2, tmp_path):
     options = ["--method", "ga_s2", "--top-k", "1", "--window", "0"]
     select(stage2, tmp_path, *options, "--rounds", "2", *STEPS)
     with pytest.raises(ValueError, match="--rounds 2"):
@@ -174,32 +255,58 @@ def test_other_candidates_are_refused(stage2, tmp_path):  # noqa: F811
         select(stage2, tmp_path, *options, "--rounds", "2", *STEPS, "train.lr=5e-3")
 
 
-def test_another_optimizer_is_refused_before_a_model_is_read(stage2, tmp_path, monkeypatch):  # noqa: F811
+def test_another_optimizer_is_refused_before_a_model_is_read(stage2, tmp_path, monkeypatch):
     for where in (select_layers, side_by_side):
         monkeypatch.setattr(where, "StudentForCausalLM", None)
     monkeypatch.setattr(select_layers, "load_teacher", lambda *_: pytest.fail("read the teacher"))
     for method in ("ga_s2", "gr_s2", "avg_s2"):
-        with pytest.raises(ValueError, match="^train.optimizer: adamw_8bit: side by side, .*; set that, or take --full_runs$"):
-            select(stage2, tmp_path / "out", "--method", method, "--top-k", "1", "train.optimizer=adamw_8bit")
+        with pytest.raises(
+            ValueError,
+            match="^train.optimizer: adamw_8bit: side by side, .*; set that, or take --full_runs$",
+        ):
+            select(
+                stage2,
+                tmp_path / "out",
+                "--method",
+                method,
+                "--top-k",
+                "1",
+                "train.optimizer=adamw_8bit",
+            )
     with pytest.raises(ValueError, match="^train.optimizer: adamw_8bit"):
-        compare_selectors.main(["--cfg", str(stage2), "--ratio", "0.25", "--methods", "scan", "--output_dir", str(tmp_path / "out"),
-                                "--overrides", "train.optimizer=adamw_8bit"])  # fmt: skip
+        compare_selectors.main(
+            [
+                "--cfg",
+                str(stage2),
+                "--ratio",
+                "0.25",
+                "--methods",
+                "scan",
+                "--output_dir",
+                str(tmp_path / "out"),
+                "--overrides",
+                "train.optimizer=adamw_8bit",
+            ]
+        )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_history_of_an_older_version_is_refused(stage2, tmp_path):  # noqa: F811
+def test_a_history_of_an_older_version_is_refused(stage2, tmp_path):
     options = ["--method", "ga_s2", "--top-k", "1", "--window", "0", "--rounds", "2", *STEPS]
     select(stage2, tmp_path, *options)
     file = tmp_path / "side_by_side" / "rounds.json"
     known = json.loads(file.read_text())
     del known["over"]
     file.write_text(json.dumps(known))
-    with pytest.raises(ValueError, match=f"^--output_dir: {file} is of an older version, without over; remove that folder or name"):
+    with pytest.raises(
+        ValueError,
+        match=f"^--output_dir: {file} is of an older version, without over; remove that folder or name",
+    ):
         select(stage2, tmp_path, *options)
     assert json.loads(file.read_text()) == known
 
 
-def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):  # noqa: F811
+def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):
     options = ["--method", "ga_s2", "--top-k", "1", "--window", "0", "--rounds", "2", *STEPS]
     with pytest.raises(ValueError, match="its loss is not finite at step .*; try a lower train.lr"):
         select(stage2, tmp_path, *options, "train.lr=1e30", "train.lr_attn=1e30")
@@ -209,26 +316,50 @@ def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):  # noq
 def test_rules():
     a, b, c = {0: 3.0, 1: 2.0, 2: 1.0}, {0: 2.0, 1: 3.0, 2: 1.0}, {0: 3.1, 1: 1.0, 2: 2.0}
     assert rank_correlation(a, a) == 1 and rank_correlation(a, b) == 0.5
-    rounds = {name: {layer: [score, score + 0.2] for layer, score in scores.items()} for name, scores in {"a": a, "b": b, "c": c}.items()}
+    rounds = {
+        name: {layer: [score, score + 0.2] for layer, score in scores.items()}
+        for name, scores in {"a": a, "b": b, "c": c}.items()
+    }
     tied = {0: [3.0, 1.9], 1: [2.0, 2.95], 2: [1.0, 1.0]}  # 0 or 1, as the sequence has it
     a, b, c = rounds.values()
     assert settled([c, a, a], 1, 2, 0.9) and not settled([a], 1, 2, 0.0) and not settled([a, a], 1, 0, 0.0)
     assert settled([a, b], 2, 2, 0.4) and not settled([a, b], 2, 2, 0.6) and not settled([a, b], 1, 2, 0.0)
     assert settled([a, tied], 1, 2, 0.4) and settled([b, tied], 1, 2, 0.4) and not settled([c, tied], 2, 2, -1.0)
-    # Those that stopped keep their places behind the rest: two that swap at the top of four are 0.8 of Spearman's, not -1.
+    # Those that stopped keep their places behind the rest: two that swap at the top of four are 0.8
+    # of Spearman's, not -1.
     four = {layer: [float(-layer)] for layer in range(4)}
     halved = [four, four, {0: [0.0], 1: [0.5]}]
-    assert order_after([{k: v[0] for k, v in scores.items()} for scores in halved]) == {1: 0, 0: -1, 2: -2, 3: -3}
+    assert order_after([{k: v[0] for k, v in scores.items()} for scores in halved]) == {
+        1: 0,
+        0: -1,
+        2: -2,
+        3: -3,
+    }
     assert settled(halved, 2, 2, 0.8) and not settled(halved, 2, 2, 0.9) and not settled(halved, 1, 2, 0.0)
     eight = {layer: float(layer) for layer in range(8)}
     assert survivors(eight, 2, 1) == survivors(eight, 2, 3) == list(range(8)) and survivors(eight, 2, 2) == [4, 5, 6, 7]
     assert survivors({layer: float(layer) for layer in range(4, 8)}, 2, 4) == [5, 6, 7]
 
 
-def test_what_it_costs(stage2, tmp_path, capsys, monkeypatch):  # noqa: F811
-    """All of the rounds cost what full runs do, less the teacher's work that is not done again; half of them half of it."""
-    options = ["--cfg", str(stage2), "--ratio", "0.25", "--seeds", "2", "--rounds", "4", "--sequences", "1", "--correlation", "-1",
-               "--output_dir", str(tmp_path)]  # fmt: skip
+def test_what_it_costs(stage2, tmp_path, capsys, monkeypatch):
+    """All of the rounds cost what full runs do, less the teacher's work that is not done again;
+    half of them half of it."""
+    options = [
+        "--cfg",
+        str(stage2),
+        "--ratio",
+        "0.25",
+        "--seeds",
+        "2",
+        "--rounds",
+        "4",
+        "--sequences",
+        "1",
+        "--correlation",
+        "-1",
+        "--output_dir",
+        str(tmp_path),
+    ]
     selection_cost.main([*options, "--window", "0", *STEPS])
     whole = json.loads((tmp_path / "cost.json").read_text())
     assert [len(row["full"]) for row in whole] == [1, 1] and all(row["same"] and row["steps"] == 8 for row in whole)
@@ -239,4 +370,8 @@ def test_what_it_costs(stage2, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(side_by_side, "settled", lambda rounds, *_: len(rounds) == 2)
     selection_cost.main([*options, *STEPS])
     for row, before in zip(json.loads((tmp_path / "cost.json").read_text()), whole):
-        assert row["steps"] == 4 and row["flops"] == pytest.approx(before["flops"] / 2) and row["full_seconds"] == before["full_seconds"]
+        assert (
+            row["steps"] == 4
+            and row["flops"] == pytest.approx(before["flops"] / 2)
+            and row["full_seconds"] == before["full_seconds"]
+        )

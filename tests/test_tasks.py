@@ -3,15 +3,23 @@
 import random
 import re
 
+from runtime.data import load_tokenizer
+
 import pytest
 import torch
 from conftest import begin_with_bos, save_tokenizer
 from transformers.modeling_outputs import CausalLMOutput
 
 from layer_selection.tasks import (
-    RECALL_TASKS, WORDS, Document, answer_accuracy, associative_recall, copying, encode, multi_hop_recall,
-)  # fmt: skip
-from pipeline.data import load_tokenizer
+    RECALL_TASKS,
+    WORDS,
+    Document,
+    answer_accuracy,
+    associative_recall,
+    copying,
+    encode,
+    multi_hop_recall,
+)
 from quickstart.train_tokenizer import train_tokenizer
 
 
@@ -100,11 +108,17 @@ def test_accuracy_counts_whole_answers(name, tokenizer):
     documents = [RECALL_TASKS[name](random.Random(seed)) for seed in range(5)]
     vocab_size, count = len(tokenizer), len(documents[0].answers)
     assert answer_accuracy(Scripted(vocab_size), tokenizer, documents, batch_size=2) == 1
-    wrong = answer_accuracy(Scripted(vocab_size, lambda ids: torch.ones_like(ids, dtype=torch.bool)), tokenizer, documents)
+    wrong = answer_accuracy(
+        Scripted(vocab_size, lambda ids: torch.ones_like(ids, dtype=torch.bool)),
+        tokenizer,
+        documents,
+    )
     assert wrong == 0
 
     def last_answer_token(ids):  # the token before the newline, so the model errs in predicting it
         newline = tokenizer.convert_tokens_to_ids("Ċ")
         return ids.roll(-2, 1) == newline
 
-    assert answer_accuracy(Scripted(vocab_size, last_answer_token), tokenizer, documents) == pytest.approx(1 - 1 / count)
+    assert answer_accuracy(Scripted(vocab_size, last_answer_token), tokenizer, documents) == pytest.approx(
+        1 - 1 / count
+    )

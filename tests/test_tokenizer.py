@@ -6,24 +6,49 @@ import subprocess
 import sys
 from pathlib import Path
 
-import preprocess_download_tokenize
+from runtime.config import load_config
+from runtime.data import (
+    DataError,
+    data_fingerprint,
+    fix_tokenizer_class,
+    load_tokenizer,
+    open_chunks,
+    open_split,
+    tokenizer_fingerprint,
+)
+
 import pytest
-import train
 from conftest import make_chunks, random_teacher, save_tokenizer, write_config
 from lm_eval.api.instance import Instance
-from pipeline.config import load_config
-from pipeline.data import (
-    DataError, data_fingerprint, load_tokenizer, fix_tokenizer_class, open_chunks, open_split, tokenizer_fingerprint,
-)  # fmt: skip
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer
+
+import preprocess_download_tokenize
+import train
 
 TEXT = "the quick  brown fox jumps over 1234 lazy dogs;\n    if x:\n\treturn cafés, naïve cafe\u0301s 日本語 😀 <eos>x <eos> don't"
 WORDS = ["the quick brown fox jumps over the lazy dog and returns 12 cafés"] * 9
 
 
 def trained(tokenizer, trainer=trainers.BpeTrainer, **options):
-    tokenizer.train_from_iterator(WORDS, trainer(vocab_size=400, special_tokens=["<unk>", "<bos>", "<eos>", "<|endoftext|>"], show_progress=False, **options))
+    tokenizer.train_from_iterator(
+        WORDS,
+        trainer(
+            vocab_size=400,
+            special_tokens=["<unk>", "<bos>", "<eos>", "<|endoftext|>"],
+            show_progress=False,
+            **options,
+        ),
+    )
     return tokenizer
 
 
@@ -33,7 +58,9 @@ def byte_level():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer = trained(tokenizer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
     return tokenizer
 
 
@@ -41,7 +68,9 @@ def digit_groups():
     """As Llama 3's: digits by three, words of the vocabulary that no merge makes."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+|\s+|[^\s\p{L}\p{N}]+"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     state = json.loads(trained(tokenizer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()).to_str())
     state["model"]["vocab"] |= {"Ġlazydog": len(state["model"]["vocab"])}
@@ -78,7 +107,11 @@ def publish(folder, raw, class_name, model_type=None, **settings):
     """A tokenizer as a checkpoint has it; returns the folder's name."""
     folder.mkdir(parents=True, exist_ok=True)
     raw.save(str(folder / "tokenizer.json"))
-    values = {"bos_token": "<bos>", "eos_token": "<eos>"} | ({"tokenizer_class": class_name} if class_name else {}) | settings
+    values = (
+        {"bos_token": "<bos>", "eos_token": "<eos>"}
+        | ({"tokenizer_class": class_name} if class_name else {})
+        | settings
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     if model_type:
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -86,14 +119,28 @@ def publish(folder, raw, class_name, model_type=None, **settings):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("class_name", ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GPT2TokenizerFast", "GemmaTokenizerFast",
-                                        "PreTrainedTokenizerFast", "TokenizersBackend", "NobodysTokenizer", None])  # fmt: skip
+@pytest.mark.parametrize(
+    "class_name",
+    [
+        "LlamaTokenizerFast",
+        "LlamaTokenizer",
+        "Qwen2Tokenizer",
+        "GPT2TokenizerFast",
+        "GemmaTokenizerFast",
+        "PreTrainedTokenizerFast",
+        "TokenizersBackend",
+        "NobodysTokenizer",
+        None,
+    ],
+)
 def test_the_file_encodes_whatever_class_is_named(tmp_path, kind, class_name):
     raw = kind()
     for model_type in ("llama", "qwen2", "qwen3", "mistral"):
         tokenizer = load_tokenizer(publish(tmp_path / model_type, raw, class_name, model_type))
         assert tokenizer(TEXT)["input_ids"] == raw.encode(TEXT).ids, model_type
-        assert tokenizer.decode(tokenizer(TEXT)["input_ids"], clean_up_tokenization_spaces=False) == raw.decode(raw.encode(TEXT).ids, skip_special_tokens=False)
+        assert tokenizer.decode(tokenizer(TEXT)["input_ids"], clean_up_tokenization_spaces=False) == raw.decode(
+            raw.encode(TEXT).ids, skip_special_tokens=False
+        )
 
 
 def qwen2():
@@ -103,27 +150,52 @@ def qwen2():
     tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix=""))
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return trained(tokenizer, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 
-@pytest.mark.parametrize("kind, class_name, model_type", [(qwen2, "Qwen2Tokenizer", "qwen2"), (qwen2, "Qwen2Tokenizer", "qwen3"),
-                                                          (digit_groups, "PreTrainedTokenizerFast", "llama"),
-                                                          (byte_level, "TokenizersBackend", "mistral")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, class_name, model_type",
+    [
+        (qwen2, "Qwen2Tokenizer", "qwen2"),
+        (qwen2, "Qwen2Tokenizer", "qwen3"),
+        (digit_groups, "PreTrainedTokenizerFast", "llama"),
+        (byte_level, "TokenizersBackend", "mistral"),
+    ],
+)
 def test_data_of_ordinary_tokenizers_stays_usable(tmp_path, kind, class_name, model_type):
     """Their fingerprint is that of what transformers reads, as it was when the data was made."""
-    folder = publish(tmp_path, kind(), class_name, model_type, add_bos_token=False, clean_up_tokenization_spaces=False)
+    folder = publish(
+        tmp_path,
+        kind(),
+        class_name,
+        model_type,
+        add_bos_token=False,
+        clean_up_tokenization_spaces=False,
+    )
     assert tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder))
 
 
 def test_settings_beside_the_file_are_kept(tmp_path):
     """Where another class takes the named one's place."""
-    settings = {"pad_token": "<unk>", "unk_token": "<unk>", "chat_template": "{{ messages[0].content }}", "model_max_length": 77,
-                "padding_side": "left", "additional_special_tokens": ["<more>"]}  # fmt: skip
+    settings = {
+        "pad_token": "<unk>",
+        "unk_token": "<unk>",
+        "chat_template": "{{ messages[0].content }}",
+        "model_max_length": 77,
+        "padding_side": "left",
+        "additional_special_tokens": ["<more>"],
+    }
     raw = byte_level()
     tokenizer = load_tokenizer(publish(tmp_path, raw, "LlamaTokenizerFast", "llama", **settings))
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<bos>", "<eos>", "<unk>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<bos>",
+        "<eos>",
+        "<unk>",
+    )
     assert tokenizer.chat_template == settings["chat_template"]
     assert (tokenizer.model_max_length, tokenizer.padding_side) == (77, "left")
     assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
@@ -134,7 +206,14 @@ def test_settings_beside_the_file_are_kept(tmp_path):
 def test_added_tokens_have_the_files_properties(tmp_path):
     """Not those that the settings beside it claim: here to swallow the spaces around them."""
     raw = byte_level()
-    properties = {"content": "<eos>", "lstrip": True, "rstrip": True, "normalized": False, "single_word": False, "special": True}
+    properties = {
+        "content": "<eos>",
+        "lstrip": True,
+        "rstrip": True,
+        "normalized": False,
+        "single_word": False,
+        "special": True,
+    }
     added = {"added_tokens_decoder": {str(raw.token_to_id("<eos>")): properties}}
     text = "a <eos> b"
     tokenizer = load_tokenizer(publish(tmp_path, raw, "PreTrainedTokenizerFast", "llama", **added))
@@ -151,7 +230,10 @@ def test_truncation_in_the_file_cuts_nothing(tmp_path):
 
 def test_an_eos_token_that_the_vocabulary_lacks_is_refused(tmp_path):
     folder = publish(tmp_path, byte_level(), "LlamaTokenizerFast", "llama", eos_token="<|im_end|>")
-    with pytest.raises(DataError, match=r"^--tokenizer: '.*' has the EOS token '<\|im_end\|>', which its tokenizer.json lacks; set eos_token") as error:
+    with pytest.raises(
+        DataError,
+        match=r"^--tokenizer: '.*' has the EOS token '<\|im_end\|>', which its tokenizer.json lacks; set eos_token",
+    ) as error:
         load_tokenizer(folder, "--tokenizer")
     assert "\n" not in str(error.value)
 
@@ -161,7 +243,13 @@ def test_code_of_a_checkpoint_does_not_run(tmp_path):
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast\nclass Mine(PreTrainedTokenizerFast): pass\n"
     raw = byte_level()
     for class_name in ("Mine", "LlamaTokenizerFast", "PreTrainedTokenizerFast"):
-        folder = publish(tmp_path / class_name, raw, class_name, "llama", auto_map={"AutoTokenizer": [None, "mine.Mine"]})
+        folder = publish(
+            tmp_path / class_name,
+            raw,
+            class_name,
+            "llama",
+            auto_map={"AutoTokenizer": [None, "mine.Mine"]},
+        )
         Path(folder, "mine.py").write_text(code)
         assert load_tokenizer(folder)(TEXT)["input_ids"] == raw.encode(TEXT).ids
     assert not (tmp_path / "ran").exists()
@@ -180,23 +268,41 @@ def test_a_name_in_the_hubs_cache(tmp_path, monkeypatch):
 
 
 def test_a_corpus_is_tokenised_as_the_file_says(tmp_path):
-    """DeepSeek's distilled models are published so: byte-level, under the name of a class that drops the spaces."""
+    """DeepSeek's distilled models are published so: byte-level, under the name of a class that
+    drops the spaces."""
     raw = byte_level()
     folder = publish(tmp_path / "teacher", raw, "LlamaTokenizerFast", "llama")
     (tmp_path / "text.txt").write_text(TEXT[:40])
-    preprocess_download_tokenize.main(["--dataset_name", str(tmp_path / "text.txt"), "--tokenizer", folder,
-                                       "--output_dir", str(tmp_path / "out"), "--holdout", "0"])  # fmt: skip
+    preprocess_download_tokenize.main(
+        [
+            "--dataset_name",
+            str(tmp_path / "text.txt"),
+            "--tokenizer",
+            folder,
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--holdout",
+            "0",
+        ]
+    )
     assert raw.decode(open_split(tmp_path / "out", "train")[0]["input_ids"]) == TEXT[:40]
 
 
 # ------------------------------------------------------------------------------------------------ exports
 @pytest.mark.parametrize("model_type", ["distilled_student", "qwen3_5_text", "transformer"])
 def test_an_exported_tokenizer_loads_as_the_file_says(tmp_path, model_type):
-    """By AutoTokenizer, under every model type that is written; and it names no code of the teacher."""
+    """By AutoTokenizer, under every model type that is written; and it names no code of the
+    teacher."""
     raw = digit_groups()
     for class_name in ("LlamaTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "Mine", None):
-        folder = publish(tmp_path / str(class_name), raw, class_name, model_type, auto_map={"AutoTokenizer": [None, "mine.Mine"]},
-                         chat_template="{{ 1 }}")  # fmt: skip
+        folder = publish(
+            tmp_path / str(class_name),
+            raw,
+            class_name,
+            model_type,
+            auto_map={"AutoTokenizer": [None, "mine.Mine"]},
+            chat_template="{{ 1 }}",
+        )
         before = (Path(folder) / "tokenizer.json").read_bytes()
         fix_tokenizer_class(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -214,11 +320,17 @@ def test_a_tokenizer_that_loads_well_is_exported_as_it_is(tmp_path):
 
 @pytest.fixture
 def teacher(tmp_path):
-    """A checkpoint whose byte-level tokenizer bears the name of another class, and code that wants to be run."""
+    """A checkpoint whose byte-level tokenizer bears the name of another class, and code that wants
+    to be run."""
     folder = tmp_path / "teacher"
     random_teacher(folder, "qwen3", vocab_size=512, head_dim=12, rms_norm_eps=1e-5)
     config = (folder / "config.json").read_text()
-    publish(folder, byte_level(), "LlamaTokenizerFast", auto_map={"AutoTokenizer": [None, "tokenizer_of_mine.Mine"]})
+    publish(
+        folder,
+        byte_level(),
+        "LlamaTokenizerFast",
+        auto_map={"AutoTokenizer": [None, "tokenizer_of_mine.Mine"]},
+    )
     (folder / "config.json").write_text(config)
     (folder / "tokenizer_of_mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     return str(folder)
@@ -237,7 +349,8 @@ def written_by_training(teacher, folder, monkeypatch):
 
 
 def test_every_way_to_write_a_checkpoint_keeps_the_tokenizer(teacher, tmp_path, monkeypatch):
-    """What training, the conversions and the native export write, read by plain transformers in a process of its own."""
+    """What training, the conversions and the native export write, read by plain transformers in a
+    process of its own."""
     from convert.converter import convert_checkpoint
     from convert.export_native import export_native
 
@@ -249,10 +362,18 @@ def test_every_way_to_write_a_checkpoint_keeps_the_tokenizer(teacher, tmp_path, 
     export_native(str(folders[0]), folders[3])
     fix_tokenizer_class(folders[0])
     assert not list(tmp_path.glob("[!t]*/tokenizer*.py")) and not (folders[0] / "tokenizer_of_mine.py").exists()
-    code = ("import sys, json, transformers\n"
-            f"print(json.dumps([transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)({TEXT!r})['input_ids']"
-            " for folder in sys.argv[1:]]))")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, *map(str, folders)], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    code = (
+        "import sys, json, transformers\n"
+        f"print(json.dumps([transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)({TEXT!r})['input_ids']"
+        " for folder in sys.argv[1:]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, folders)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     expected = Tokenizer.from_file(f"{teacher}/tokenizer.json").encode(TEXT).ids
     assert json.loads(done.stdout.splitlines()[-1]) == [expected] * 4
@@ -260,18 +381,30 @@ def test_every_way_to_write_a_checkpoint_keeps_the_tokenizer(teacher, tmp_path, 
 
 
 # ------------------------------------------------------------------------------------------------ against the model
-TEXTS = ["\n".join(f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9)) for i in range(12)]
+TEXTS = [
+    "\n".join(f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9)) for i in range(12)
+]
 
 
 def grown(folder, **settings):
-    """A teacher with 96 embeddings whose tokenizer has a token 96, <|im_end|>; settings: of the tokenizer. Returns its name."""
+    """A teacher with 96 embeddings whose tokenizer has a token 96, <|im_end|>; settings: of the
+    tokenizer. Returns its name."""
     random_teacher(folder, "qwen3")
     save_tokenizer(folder)
     state = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = state["model"]["vocab"]
     vocabulary |= {f"filler{i}": i for i in range(len(vocabulary), 96)}
-    state["added_tokens"].append({"id": 96, "content": "<|im_end|>", "single_word": False, "lstrip": False, "rstrip": False,
-                                  "normalized": False, "special": True})  # fmt: skip
+    state["added_tokens"].append(
+        {
+            "id": 96,
+            "content": "<|im_end|>",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+    )
     (folder / "tokenizer.json").write_text(json.dumps(state))
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
@@ -295,19 +428,36 @@ def test_an_eos_token_that_the_model_lacks_is_refused_everywhere(tmp_path):
 
     name = grown(tmp_path / "teacher", eos_token="<|im_end|>")
     data = make_chunks(tmp_path, name, TEXTS)
-    message = rf": EOS of '{name}', '<\|im_end\|>', has the id 96, but the model has a vocabulary of 96; take the tokenizer"
+    message = (
+        rf": EOS of '{name}', '<\|im_end\|>', has the id 96, but the model has a vocabulary of 96; take the tokenizer"
+    )
     stage1, stage2 = (str(write_config(tmp_path, stage, name, data, batch_size=2)) for stage in (1, 2))
     in_one_line(f"^teacher_model.name{message}", dry_run, stage1)
     in_one_line(f"^teacher_model.name{message}", select_layers.Bench, load_config(stage2), 4, 2)
     in_one_line(f"^--model{message}", chat.main, ["--model", name])
-    in_one_line(f"^CHECKPOINT{message}", evaluate.main, [name, "--tasks", "copying", "--output", str(tmp_path / "out"), "--num_gpus", "1"])
-    in_one_line(f"^--model_name{message}", evaluate_layer_importance.main, [
-        "--task", "phone_book", "--model_name", name, "--output_dir", str(tmp_path / "importance")])  # fmt: skip
+    in_one_line(
+        f"^CHECKPOINT{message}",
+        evaluate.main,
+        [name, "--tasks", "copying", "--output", str(tmp_path / "out"), "--num_gpus", "1"],
+    )
+    in_one_line(
+        f"^--model_name{message}",
+        evaluate_layer_importance.main,
+        [
+            "--task",
+            "phone_book",
+            "--model_name",
+            name,
+            "--output_dir",
+            str(tmp_path / "importance"),
+        ],
+    )
     assert not any((tmp_path / folder).exists() for folder in ("stage1", "out", "importance"))
 
 
 def test_chunks_are_checked_by_the_ids_that_they_hold(tmp_path):
-    """In every part, in folders of earlier versions too, which do not name their largest id; not by the tokenizer's size."""
+    """In every part, in folders of earlier versions too, which do not name their largest id; not by
+    the tokenizer's size."""
     texts = [*TEXTS, "a<|im_end|>b" * 40]
     data = Path(make_chunks(tmp_path, grown(tmp_path / "teacher"), texts, options=["--allow_special_tokens"]))
     metadata = json.loads((data / "metadata.json").read_text())
@@ -316,7 +466,15 @@ def test_chunks_are_checked_by_the_ids_that_they_hold(tmp_path):
     old = {name: value for name, value in metadata.items() if name != "max_token_id"}
     for content in (metadata, old):
         (data / "metadata.json").write_text(json.dumps(content))
-        in_one_line(f"^DATA: {data} holds the token id 96, but the model has a vocabulary of 96; take", open_chunks, data, 32, None, "DATA", 96)
+        in_one_line(
+            f"^DATA: {data} holds the token id 96, but the model has a vocabulary of 96; take",
+            open_chunks,
+            data,
+            32,
+            None,
+            "DATA",
+            96,
+        )
         assert open_chunks(str(data), 32, vocab_size=97).heldout is not None
     assert data_fingerprint(old) == data_fingerprint(metadata), "a run goes on with chunks that were made again"
     cfg = write_config(tmp_path, 1, str(tmp_path / "teacher"), str(data), batch_size=2)
@@ -337,7 +495,13 @@ def test_a_number_that_cannot_hold_an_id_is_refused(tmp_path):
     state["model"]["vocab"] |= {"Ġgap": 70_000}
     state["model"]["ignore_merges"] = True
     name = publish(tmp_path / "teacher", Tokenizer.from_str(json.dumps(state)), "PreTrainedTokenizerFast")
-    in_one_line("^--dtype: uint16 cannot hold the token id 70000; take int32$", make_chunks, tmp_path, name, ["a gap of words " * 20] * 3)
+    in_one_line(
+        "^--dtype: uint16 cannot hold the token id 70000; take int32$",
+        make_chunks,
+        tmp_path,
+        name,
+        ["a gap of words " * 20] * 3,
+    )
 
 
 def test_a_token_in_a_text_that_the_model_lacks(tmp_path):
@@ -348,10 +512,16 @@ def test_a_token_in_a_text_that_the_model_lacks(tmp_path):
     name = grown(tmp_path / "teacher", pad_token="<|im_end|>")
     lm = evaluate.harness_model(name, "2")
     arguments = {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 3}
-    texts = [[Instance("generate_until", {}, (text, arguments), i) for i, text in enumerate(pair)] for pair in (("abc", "a"), ("abc<|im_end|>", "a"))]
+    texts = [
+        [Instance("generate_until", {}, (text, arguments), i) for i, text in enumerate(pair)]
+        for pair in (("abc", "a"), ("abc<|im_end|>", "a"))
+    ]
     alone = evaluate.harness_model(name, "1").generate_until(texts[0], disable_tqdm=True)
     assert lm.generate_until(texts[0], disable_tqdm=True) == alone
-    in_one_line(r"^CHECKPOINT: '<\|im_end\|>' in a text has the id 96, but", lambda: lm.generate_until(texts[1], disable_tqdm=True))
+    in_one_line(
+        r"^CHECKPOINT: '<\|im_end\|>' in a text has the id 96, but",
+        lambda: lm.generate_until(texts[1], disable_tqdm=True),
+    )
     conversation = chat.Conversation(load_tokenizer(name), 96, None)
-    assert conversation.say("abc")["input_ids"].shape == (1, 3)
-    in_one_line(r"^--model: '<\|im_end\|>' in the text has the id 96, but", conversation.say, "<|im_end|>")
+    assert conversation.log("abc")["input_ids"].shape == (1, 3)
+    in_one_line(r"^--model: '<\|im_end\|>' in the text has the id 96, but", conversation.log, "<|im_end|>")

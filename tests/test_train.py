@@ -12,28 +12,29 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from runtime.batch_plan import batch_plan
+from runtime.checkpoints import checkpoints, fingerprint
+from runtime.config import load_config
+from runtime.data import collate, open_chunks
+from runtime.environment import set_up_process, wandb_wanted
+from runtime.model_card import stage_record, write_card, write_native_card
+from runtime.run_folder import check_run_folder, record_run
+
 import pytest
 import torch
+from conftest import KEPT, LENGTH, SHAPE, random_teacher, save_tokenizer, write_config
 from httpx import HTTPError
 from huggingface_hub import ModelCard
+from processes import free_port
 from transformers import AutoModelForCausalLM
 
 import convert_ckpt
 import train
-from conftest import KEPT, LENGTH, SHAPE, random_teacher, save_tokenizer, write_config
 from convert import load_teacher, load_teacher_config
 from convert_ckpt import export_checkpoint
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, is_student_attention
 from distill_model.losses import alignment_loss
 from distill_model.modeling_distilled_student import StudentBlock
-from pipeline.batch_plan import batch_plan
-from pipeline.config import load_config
-from pipeline.data import collate, open_chunks
-from pipeline.environment import set_up_process, wandb_wanted
-from pipeline.checkpoints import checkpoints, fingerprint
-from pipeline.model_card import stage_record, write_card, write_native_card
-from pipeline.run_folder import check_run_folder, record_run
-from processes import free_port
 from wrapper import AttentionAlignmentModel, student_attention_state
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,17 @@ def run(*command):
 
 def launch(file, *options, processes=2):
     launcher = Path(sys.executable).with_name("deepspeed")
-    return run(launcher, "--num_gpus", processes, "--master_port", free_port(), "train.py", "--cfg", file, *options)
+    return run(
+        launcher,
+        "--num_gpus",
+        processes,
+        "--master_port",
+        free_port(),
+        "train.py",
+        "--cfg",
+        file,
+        *options,
+    )
 
 
 def prepare(file, *options):
@@ -66,12 +77,14 @@ def logged(folder, name):
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory, teacher_dir, data_dir):
-    """A folder with stage1 (ZeRO-1), stage2 (ZeRO-2, the teacher sharded by ZeRO-3) and stage3 (ZeRO-3), two processes, which compute
-    activations again."""
+    """A folder with stage1 (ZeRO-1), stage2 (ZeRO-2, the teacher sharded by ZeRO-3) and stage3
+    (ZeRO-3), two processes, which compute activations again."""
     folder = tmp_path_factory.mktemp("stages")
     for stage, changes in (
-        (1, {}), (2, {"kd_teacher_shard": "always", "gradient_checkpointing": "mlp"}), (3, {"gradient_checkpointing": True}),
-    ):  # fmt: skip
+        (1, {}),
+        (2, {"kd_teacher_shard": "always", "gradient_checkpointing": "mlp"}),
+        (3, {"gradient_checkpointing": True}),
+    ):
         (folder / f"stage{stage}.out").write_text(launch(write_config(folder, stage, teacher_dir, data_dir, **changes)))
     return folder
 
@@ -91,7 +104,12 @@ def test_a_stage_runs_and_explains_itself(stages, stage):
     facts = json.loads((folder / "run.json").read_text())
     assert facts["world_size"] == 2 and facts["versions"]["torch"] and facts["device"] == "cpu"
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "modeling_distilled_student.py"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "modeling_distilled_student.py",
+    ):
         assert (folder / "converted-hf" / name).is_file(), name
 
 
@@ -122,7 +140,8 @@ def test_stage_1_logs_every_layer_and_the_export_has_that_loss(stages, teacher_d
 
 
 def test_stage_1_logs_and_names_relative_errors(stages, teacher_dir, data_dir):
-    """Each layer's loss over the variance of Hugging Face's attention output; the worst are named at the end."""
+    """Each layer's loss over the variance of Hugging Face's attention output; the worst are named
+    at the end."""
     outputs = []
     theirs = AutoModelForCausalLM.from_pretrained(teacher_dir).eval()
     for layer in theirs.model.layers:
@@ -170,8 +189,11 @@ def test_stage_2_starts_from_stage_1_with_the_teachers_layers(stages, teacher_di
     linear = StudentForCausalLM.from_pretrained(stages / "stage1" / "converted-hf")
     hybrid = linear.restore_full_attention(teacher, KEPT)
     with torch.no_grad():
-        loss = hybrid(ids, teacher_hidden_states=teacher.model(ids).last_hidden_state,
-                      teacher_head_weight=teacher.lm_head.weight).loss.item()  # fmt: skip
+        loss = hybrid(
+            ids,
+            teacher_hidden_states=teacher.model(ids).last_hidden_state,
+            teacher_head_weight=teacher.lm_head.weight,
+        ).loss.item()
     assert logged(stages / "stage2", "eval_loss")[0] == pytest.approx(loss, rel=1e-4)
 
 
@@ -210,8 +232,18 @@ def test_the_export_script_refuses_another_runs_checkpoint(stages, tmp_path):
     """Its frozen weights would come from another teacher, of the same shape."""
     folder, teacher = tmp_path / "run", tmp_path / "another"
     shutil.copytree(stages / "stage1", folder)
-    with pytest.raises(ValueError, match=f"is not of the run in {folder} .*teacher_model.name is .* there, '{teacher}' here.*; name {folder}/config.yaml"):
-        convert_ckpt.main(["--cfg", str(stages / "stage1.yaml"), f"train.output_dir={folder}", f"teacher_model.name={teacher}"])
+    with pytest.raises(
+        ValueError,
+        match=f"is not of the run in {folder} .*teacher_model.name is .* there, '{teacher}' here.*; name {folder}/config.yaml",
+    ):
+        convert_ckpt.main(
+            [
+                "--cfg",
+                str(stages / "stage1.yaml"),
+                f"train.output_dir={folder}",
+                f"teacher_model.name={teacher}",
+            ]
+        )
 
 
 def test_a_copied_runs_config_does_not_export_into_the_original(stages, tmp_path):
@@ -219,7 +251,10 @@ def test_a_copied_runs_config_does_not_export_into_the_original(stages, tmp_path
     folder, original = tmp_path / "copy", stages / "stage1"
     shutil.copytree(original, folder)
     before = (original / "converted-hf").stat().st_ino
-    with pytest.raises(ValueError, match=f"train.output_dir: {original} is not where {folder}/config.yaml lies; add train.output_dir={folder}"):
+    with pytest.raises(
+        ValueError,
+        match=f"train.output_dir: {original} is not where {folder}/config.yaml lies; add train.output_dir={folder}",
+    ):
         convert_ckpt.main(["--cfg", str(folder / "config.yaml")])
     assert (original / "converted-hf").stat().st_ino == before
     convert_ckpt.main(["--cfg", str(folder / "config.yaml"), f"train.output_dir={folder}"])
@@ -227,15 +262,25 @@ def test_a_copied_runs_config_does_not_export_into_the_original(stages, tmp_path
 
 def test_a_run_folder_as_the_start_is_told_from_its_export(tmp_path, teacher_dir):
     (tmp_path / "stage1" / "converted-hf").mkdir(parents=True)
-    cfg = load_config(write_config(tmp_path, 2, teacher_dir, "no data"), [f"train.student_init_ckpt={tmp_path}/stage1"])
-    with pytest.raises(ValueError, match=f"student_init_ckpt: {tmp_path}/stage1 holds no checkpoint; name {tmp_path}/stage1/converted-hf$"):
+    cfg = load_config(
+        write_config(tmp_path, 2, teacher_dir, "no data"),
+        [f"train.student_init_ckpt={tmp_path}/stage1"],
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"student_init_ckpt: {tmp_path}/stage1 holds no checkpoint; name {tmp_path}/stage1/converted-hf$",
+    ):
         train.check_models(cfg)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_export_script_gives_what_training_exported(stages, tmp_path, monkeypatch, stage):
-    """From ZeRO-1, 2 and 3; an earlier checkpoint, where it is named, is another model; large ones are sharded."""
-    folder, options = tmp_path / "run", ["--cfg", str(stages / f"stage{stage}.yaml"), f"train.output_dir={tmp_path / 'run'}"]
+    """From ZeRO-1, 2 and 3; an earlier checkpoint, where it is named, is another model; large ones
+    are sharded."""
+    folder, options = (
+        tmp_path / "run",
+        ["--cfg", str(stages / f"stage{stage}.yaml"), f"train.output_dir={tmp_path / 'run'}"],
+    )
     shutil.copytree(stages / f"stage{stage}", folder)
     shutil.rmtree(folder / "converted-hf")
     monkeypatch.setattr(convert_ckpt, "SHARD_SIZE", "50KB")
@@ -245,7 +290,9 @@ def test_the_export_script_gives_what_training_exported(stages, tmp_path, monkey
     ours = StudentForCausalLM.from_pretrained(folder / "converted-hf")
     for (name, a), (_, b) in zip(ours.state_dict().items(), trained.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
-    assert (folder / "converted-hf" / "README.md").read_text() == (stages / f"stage{stage}/converted-hf/README.md").read_text()
+    assert (folder / "converted-hf" / "README.md").read_text() == (
+        stages / f"stage{stage}/converted-hf/README.md"
+    ).read_text()
     convert_ckpt.main([*options, "--checkpoint", str(folder / "checkpoint-2")])
     half = StudentForCausalLM.from_pretrained(folder / "converted-hf")
     moved = [not torch.equal(a, b) for a, b in zip(half.state_dict().values(), trained.state_dict().values())]
@@ -256,21 +303,57 @@ def test_the_card_tells_the_story_of_all_stages(stages, teacher_dir, tmp_path):
     folder = stages / "stage3" / "converted-hf"
     history = json.loads((folder / "training.json").read_text())
     assert [stage["stage"] for stage in history["stages"]] == [1, 2, 3]
-    assert history["student"] == {"name": "gdn_v4", "options": {}, "layers": 4, "keep_full_attention_layers": KEPT}
+    assert history["student"] == {
+        "name": "gdn_v4",
+        "options": {},
+        "layers": 4,
+        "keep_full_attention_layers": KEPT,
+    }
     card, body = ModelCard.load(folder / "README.md"), (folder / "README.md").read_text()
     assert card.data.license == "cc-by-4.0" and "gdn_v4" in card.data.tags and "its licence (cc-by-4.0) holds" in body
-    assert card.data.base_model is None and Path(teacher_dir).name in body and str(stages) not in body + json.dumps(history)
+    assert (
+        card.data.base_model is None
+        and Path(teacher_dir).name in body
+        and str(stages) not in body + json.dumps(history)
+    )
     for number, record in enumerate(history["stages"], 1):
         losses, heldout = (logged(stages / f"stage{number}", name) for name in ("loss", "eval_loss"))
-        assert record["loss"] == [losses[0], losses[-1]] and record["heldout_loss"] == [heldout[0], heldout[-1]]
+        assert record["loss"] == [losses[0], losses[-1]] and record["heldout_loss"] == [
+            heldout[0],
+            heldout[-1],
+        ]
         assert record["tokens"] == 4 * 4 * LENGTH and record["versions"]["torch"] and record["world_size"] == 2
-        assert f"| {record['objective']} | {losses[0]:.4g} → {losses[-1]:.4g} | {heldout[0]:.4g} → {heldout[-1]:.4g} |" in body
-        assert f"| {4 * 4 * LENGTH} | {LENGTH} | 4 | 0.004 → 0.001 | {'frozen' if number == 1 else '0.002 → 0.001'} | cosine |" in body
+        assert (
+            f"| {record['objective']} | {losses[0]:.4g} → {losses[-1]:.4g} | {heldout[0]:.4g} → {heldout[-1]:.4g} |"
+            in body
+        )
+        assert (
+            f"| {4 * 4 * LENGTH} | {LENGTH} | 4 | 0.004 → 0.001 | {'frozen' if number == 1 else '0.002 → 0.001'} | cosine |"
+            in body
+        )
     assert "## Evaluation" not in body
-    snippet = re.search("```python\n(.*?)```", body, re.DOTALL)[1].replace("folder = ...", f"folder = {str(folder)!r}").replace("50)", "2)")
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("def main(") and "[y/N]" not in done.stdout + done.stderr, done.stderr
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE", "modeling_distilled_student.py"):
+    snippet = (
+        re.search("```python\n(.*?)```", body, re.DOTALL)[1]
+        .replace("folder = ...", f"folder = {str(folder)!r}")
+        .replace("50)", "2)")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("def main(") and "[y/N]" not in done.stdout + done.stderr, (
+        done.stderr
+    )
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "LICENSE",
+        "modeling_distilled_student.py",
+    ):
         assert (folder / name).is_file(), name
 
 
@@ -282,7 +365,8 @@ def test_the_record_of_a_checkpoint_before_the_first_evaluation(stages):
 
 
 def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
-    """The teacher's licence and name, what is not recorded, and lm-evaluation-harness' files beside the export."""
+    """The teacher's licence and name, what is not recorded, and lm-evaluation-harness' files beside
+    the export."""
     cfg = load_config(write_config(tmp_path, 2, "owner/teacher", data_dir, kl_weight=0.5, ce_weight=0.25))
     folder, config = tmp_path / "stage2" / "converted-hf", load_teacher_config(teacher_dir)
     config.student_name, config.keep_full_attention_layers = "gdn_v4", [1]
@@ -291,27 +375,60 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.2\nlicense_link: LICENSE\n---\n# T\n")
     arc = {"task": "arc_easy", "seq_len": None, "metric": "acc", "score": 0.5, "stderr": 0.01}
     records = {
-        "eval/hybrid": {"checkpoint": str(folder), "tasks": {
-            "a": arc | {"settings": measured}, "b": {"task": "mmlu", "seq_len": None, "error": "x"},
-            "c": arc | {"task": "boolq", "settings": measured | {"limit": 5}},
-            "d": arc | {"task": "winogrande", "settings": measured | {"checkpoint": "of weights that were there before"}},
-            "e": arc | {"task": "openbookqa"}}},
-        "eval/teacher": {"checkpoint": "owner/teacher", "tasks": {"a": arc | {"task": "piqa", "settings": measured}}},
-        "harness": {"model_name": str(folder), "results": {"ruler_vt": {"alias": "x", "4096,none": 0.25, "8192,none": -1,
-                                                                        "4096_stderr,none": "N/A"}}},
-    }  # fmt: skip
+        "eval/hybrid": {
+            "checkpoint": str(folder),
+            "tasks": {
+                "a": arc | {"settings": measured},
+                "b": {"task": "mmlu", "seq_len": None, "error": "x"},
+                "c": arc | {"task": "boolq", "settings": measured | {"limit": 5}},
+                "d": arc
+                | {
+                    "task": "winogrande",
+                    "settings": measured | {"checkpoint": "of weights that were there before"},
+                },
+                "e": arc | {"task": "openbookqa"},
+            },
+        },
+        "eval/teacher": {
+            "checkpoint": "owner/teacher",
+            "tasks": {"a": arc | {"task": "piqa", "settings": measured}},
+        },
+        "harness": {
+            "model_name": str(folder),
+            "results": {
+                "ruler_vt": {
+                    "alias": "x",
+                    "4096,none": 0.25,
+                    "8192,none": -1,
+                    "4096_stderr,none": "N/A",
+                }
+            },
+        },
+    }
     for name, record in records.items():
         (folder.parent / name).mkdir(parents=True)
         (folder.parent / name / "results.json").write_text(json.dumps(record))
     write_card(cfg, folder.parent / "checkpoint-8", folder, config)
     body, data = (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
-    assert data.base_model == "owner/teacher" and (data.license, data.license_name) == ("other", "llama3.2")
-    for line in ("[owner/teacher](https://huggingface.co/owner/teacher)", "its licence (llama3.2) holds",
-                 "| arc_easy |  | acc | 0.5000 ± 0.0100 |",
-                 "| boolq |  | acc | 0.5000 ± 0.0100, with a limit of 5 documents |", "| ruler_vt | 4096 | match | 0.2500 |", "Of stage 1 there is no record", "not recorded",
-                 "0.5 x KL to the teacher (temperature 1) + 0.25 x cross-entropy"):  # fmt: skip
+    assert data.base_model == "owner/teacher" and (data.license, data.license_name) == (
+        "other",
+        "llama3.2",
+    )
+    for line in (
+        "[owner/teacher](https://huggingface.co/owner/teacher)",
+        "its licence (llama3.2) holds",
+        "| arc_easy |  | acc | 0.5000 ± 0.0100 |",
+        "| boolq |  | acc | 0.5000 ± 0.0100, with a limit of 5 documents |",
+        "| ruler_vt | 4096 | match | 0.2500 |",
+        "Of stage 1 there is no record",
+        "not recorded",
+        "0.5 x KL to the teacher (temperature 1) + 0.25 x cross-entropy",
+    ):
         assert line in body, line
-    assert not any(word in body for word in ("8192", "mmlu", "piqa", "winogrande", "openbookqa")) and "trust_remote_code=True" in body
+    assert (
+        not any(word in body for word in ("8192", "mmlu", "piqa", "winogrande", "openbookqa"))
+        and "trust_remote_code=True" in body
+    )
     (tmp_path / "native").mkdir()
     write_native_card(folder, tmp_path / "native", "Qwen3_5ForCausalLM")
     native = (tmp_path / "native" / "README.md").read_text()
@@ -321,7 +438,10 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
 @pytest.mark.parametrize("theirs", ["# no metadata", "---\n: [\n---\n", None])
 def test_a_teacher_without_a_licence(tmp_path, teacher_dir, data_dir, theirs):
     """Never invented, and no reason for an export to fail."""
-    cfg, config = load_config(write_config(tmp_path, 1, teacher_dir, data_dir)), load_teacher_config(teacher_dir)
+    cfg, config = (
+        load_config(write_config(tmp_path, 1, teacher_dir, data_dir)),
+        load_teacher_config(teacher_dir),
+    )
     config.student_name, config.keep_full_attention_layers = "gdn_v4", []
     if theirs is not None:
         (tmp_path / "README.md").write_text(theirs)
@@ -336,30 +456,62 @@ def hub(monkeypatch):
     calls = []
     monkeypatch.setattr(convert_ckpt.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(convert_ckpt, "get_token", lambda: "token")
-    monkeypatch.setattr(convert_ckpt.HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)))
-    monkeypatch.setattr(convert_ckpt.HfApi, "upload_folder", lambda self, *, repo_id, folder_path, **_: calls.append(
-        (repo_id, sorted(path.name for path in folder_path.iterdir()))))  # fmt: skip
+    monkeypatch.setattr(
+        convert_ckpt.HfApi,
+        "create_repo",
+        lambda self, name, **options: calls.append((name, options)),
+    )
+    monkeypatch.setattr(
+        convert_ckpt.HfApi,
+        "upload_folder",
+        lambda self, *, repo_id, folder_path, **_: calls.append(
+            (repo_id, sorted(path.name for path in folder_path.iterdir()))
+        ),
+    )
     return calls
 
 
 def test_push_to_hub(stages, tmp_path, hub, monkeypatch):
     shutil.copytree(stages / "stage2", tmp_path / "run")
-    options = ["--cfg", str(stages / "stage2.yaml"), f"train.output_dir={tmp_path / 'run'}", "--push-to-hub"]
+    options = [
+        "--cfg",
+        str(stages / "stage2.yaml"),
+        f"train.output_dir={tmp_path / 'run'}",
+        "--push-to-hub",
+    ]
     convert_ckpt.main([*options, "me/hybrid"])
     assert hub[0] == ("me/hybrid", {"exist_ok": True}) and hub[1][0] == "me/hybrid" and len(hub) == 2
-    assert {"README.md", "training.json", "config.json", "model.safetensors", "modeling_distilled_student.py"} <= set(hub[1][1])
+    assert {
+        "README.md",
+        "training.json",
+        "config.json",
+        "model.safetensors",
+        "modeling_distilled_student.py",
+    } <= set(hub[1][1])
 
     def refused(*_, **__):
         raise HTTPError("403 Forbidden\nand a page more")
 
     for change, name, message in (
-        ((convert_ckpt.HfApi, "create_repo", refused), "me/hybrid", r"the hub failed \(403 Forbidden\)"),
-        ((convert_ckpt, "get_token", lambda: None), "me/hybrid", "--push-to-hub: me/hybrid: nobody is logged in; run `hf auth login`"),
+        (
+            (convert_ckpt.HfApi, "create_repo", refused),
+            "me/hybrid",
+            r"the hub failed \(403 Forbidden\)",
+        ),
+        (
+            (convert_ckpt, "get_token", lambda: None),
+            "me/hybrid",
+            "--push-to-hub: me/hybrid: nobody is logged in; run `hf auth login`",
+        ),
         ((convert_ckpt.constants, "HF_HUB_OFFLINE", True), "me/hybrid", "HF_HUB_OFFLINE is set"),
         ((convert_ckpt, "get_token", lambda: None), "a/b/c", "a/b/c"),
     ):
         monkeypatch.setattr(*change)
-        monkeypatch.setattr(convert_ckpt, "export_checkpoint", lambda *_: pytest.fail("exported before the hub was asked"))
+        monkeypatch.setattr(
+            convert_ckpt,
+            "export_checkpoint",
+            lambda *_: pytest.fail("exported before the hub was asked"),
+        )
         with pytest.raises(ValueError, match=message):
             convert_ckpt.main([*options, name])
     assert len(hub) == 2
@@ -373,12 +525,13 @@ def test_an_optimiser_that_is_not_installed(tmp_path, teacher_dir, data_dir, mon
 
 
 def test_one_process_needs_no_port():
-    """DeepSpeed's launcher gives every run the same, and one that is free may be taken before it is used."""
+    """DeepSpeed's launcher gives every run the same, and one that is free may be taken before it is
+    used."""
     code = """
-from pipeline.environment import join_ranks, set_up_device, set_up_process
+from runtime.environment import init_distributed, set_up_device, set_up_process
 set_up_process()
 device = set_up_device()
-join_ranks(device, 5)
+init_distributed(device, 5)
 import deepspeed, torch
 ones = torch.ones(1, device=device)
 deepspeed.comm.all_reduce(ones)
@@ -387,14 +540,23 @@ assert deepspeed.comm.get_world_size() == ones.item() == 1
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for port in ({}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}):
-            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | port, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=ROOT,
+                env=environment | port,
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 0, done.stderr
 
 
 def test_the_process_environment(tmp_path, monkeypatch):
     """Triton's cache is a rank's own; W&B reports when it is set up or asked for."""
-    for launched, expected in (({}, (0, 1)), ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
-                               ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8))):  # fmt: skip
+    for launched, expected in (
+        ({}, (0, 1)),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
+    ):
         monkeypatch.setattr(os, "environ", {"TRITON_CACHE_DIR": str(tmp_path)} | launched)
         assert set_up_process() == expected and os.environ["TRITON_CACHE_DIR"] == str(tmp_path / f"rank{expected[0]}")
     assert not wandb_wanted("auto") and wandb_wanted("wandb")
@@ -412,9 +574,18 @@ def test_every_student_goes_through_both_stages(tmp_path, teacher_dir, data_dir,
     """Stage 1, export, stage 2, generate."""
     options = {"window_size": 8} if name in ("swa_v1", "lolcats_v1") else {}  # the default is longer than the text
     for stage in (1, 2):
-        run(sys.executable, "train.py", "--cfg", write_config(tmp_path, stage, teacher_dir, data_dir),
-            f"student_model.name={name}", f"student_model.options={options}", "train.max_steps=8",
-            "train.lr=3e-4", "train.lr_attn=2e-3", "train.micro_batch_size=4")  # fmt: skip
+        run(
+            sys.executable,
+            "train.py",
+            "--cfg",
+            write_config(tmp_path, stage, teacher_dir, data_dir),
+            f"student_model.name={name}",
+            f"student_model.options={options}",
+            "train.max_steps=8",
+            "train.lr=3e-4",
+            "train.lr_attn=2e-3",
+            "train.micro_batch_size=4",
+        )
         losses = logged(tmp_path / f"stage{stage}", "eval_loss")
         assert losses[-1] < losses[0]
     report = json.loads((tmp_path / "stage1" / "init_report.json").read_text())
@@ -422,18 +593,26 @@ def test_every_student_goes_through_both_stages(tmp_path, teacher_dir, data_dir,
     model = StudentForCausalLM.from_pretrained(tmp_path / "stage2" / "converted-hf")
     ids = heldout(data_dir)[:, :9]
     tokens = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert torch.equal(tokens, model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False))
+    assert torch.equal(
+        tokens,
+        model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False),
+    )
 
 
 @pytest.mark.parametrize("name", ["gdn_v4", "gdn_v8", "kda_v1", "mamba2_v1", "swa_v1"])
 def test_the_report_has_what_calibration_changed(tmp_path, teacher_dir, data_dir, name):
     file = write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=2, micro_batch_size=2)
-    model = train.build_student_for_stage1(load_config(file, [f"student_model.name={name}", "student_model.options={}"]), torch.float32)
+    model = train.build_student_for_stage1(
+        load_config(file, [f"student_model.name={name}", "student_model.options={}"]), torch.float32
+    )
     students = [block.attn.student_attn for block in model.model.layers]
     before = [{n: p.detach().clone() for n, p in student.named_parameters()} for student in students]
     train.calibrate_students(model, open_chunks(data_dir, LENGTH), 2, 2)
     for layer, student in enumerate(students):
-        report, changed = model.init_report[layer], {n for n, p in student.named_parameters() if not torch.equal(p, before[layer][n])}
+        report, changed = (
+            model.init_report[layer],
+            {n for n, p in student.named_parameters() if not torch.equal(p, before[layer][n])},
+        )
         assert changed and set(report["calibrated"]) == changed
         tensors = [n for kind in ("copied", "transformed", "fresh", "calibrated") for n in report[kind]]
         assert sorted(tensors) == sorted(before[layer])
@@ -463,7 +642,8 @@ def test_calibration_without_held_out_chunks_says_so(tmp_path, teacher_dir, data
 
 
 def test_calibration_on_fewer_tokens_than_inputs_is_warned_of(tmp_path, teacher_dir, data_dir, capsys):
-    """The teacher's heads are 4 x 16 wide, which is more than its hidden_size; a batch has 32 tokens."""
+    """The teacher's heads are 4 x 16 wide, which is more than its hidden_size; a batch has 32
+    tokens."""
     for batches, warned in ((1, True), (2, False)):
         prepare(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=batches), "--dry-run")
         out = capsys.readouterr().out
@@ -484,7 +664,7 @@ def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
 # ------------------------------------------------------------------------------------------------ the environment
 def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
     """By the GPU's compute capability; the user's own variables win."""
-    from pipeline import environment
+    from runtime import environment
 
     (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$GPU"\n')
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -509,25 +689,30 @@ def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
     monkeypatch.delenv("FLA_CACHE_MODE")
     environment.use_kernel_configs()
     folder = Path(os.environ.pop("FLA_CONFIG_DIR"))
-    assert os.environ.pop("FLA_CACHE_MODE") == "fuzzy" and folder == ROOT / "pipeline" / "kernel_configs" / "sm_90"
+    assert os.environ.pop("FLA_CACHE_MODE") == "fuzzy" and folder == ROOT / "runtime" / "kernel_configs" / "sm_90"
     for file in folder.iterdir():
         for entry in json.loads(file.read_text())["autotune_entries"].values():
             assert {"kwargs", "num_warps", "num_stages", "num_ctas"} <= entry["config"].keys()
 
 
 def test_kernel_configs_are_not_given_to_others_of_their_name(monkeypatch):
-    """FLA looks for a kernel by its name, and then for tensors and sizes of the same number. DeltaNet's are called as Gated DeltaNet's, and
-    one of them is miscompiled for Hopper with the 4 warps that suit the other."""
+    """FLA looks for a kernel by its name, and then for tensors and sizes of the same number.
+    DeltaNet's are called as Gated DeltaNet's, and one of them is miscompiled for Hopper with the 4
+    warps that suit the other."""
+    from runtime.environment import KERNEL_CONFIGS
+
     from fla.ops.delta_rule import wy_fast as delta
     from fla.ops.gated_delta_rule import wy_fast as gated_delta
     from fla.ops.utils import cache
 
-    from pipeline.environment import KERNEL_CONFIGS
-
     def key_of(kernel, dtype):
         while not hasattr(kernel, "keys"):
             kernel = kernel.fn
-        tensors = [name for name in kernel.arg_names[: kernel.arg_names.index("T")] if name not in ("cu_seqlens", "chunk_indices")]
+        tensors = [
+            name
+            for name in kernel.arg_names[: kernel.arg_names.index("T")]
+            if name not in ("cu_seqlens", "chunk_indices")
+        ]
         return [False if name.startswith("IS_") else 64 for name in kernel.keys] + [dtype] * len(tensors)
 
     monkeypatch.setattr(cache, "FLA_CACHE_MODE", cache.FlaCacheMode.FUZZY)
@@ -535,18 +720,32 @@ def test_kernel_configs_are_not_given_to_others_of_their_name(monkeypatch):
     for name in ("prepare_wy_repr_bwd_kernel", "recompute_w_u_fwd_kernel"):
         (entry,) = json.loads((KERNEL_CONFIGS / "sm_90" / f"{name}.json").read_text())["autotune_entries"].values()
         ours, theirs = (key_of(getattr(module, name), "torch.bfloat16") for module in (gated_delta, delta))
-        assert len(ours) == len(entry["autotune_key"]) and cache.load_cached_config(name, cache.AutotuneKey(tuple(entry["autotune_key"])))
+        assert len(ours) == len(entry["autotune_key"]) and cache.load_cached_config(
+            name, cache.AutotuneKey(tuple(entry["autotune_key"]))
+        )
         assert len(theirs) != len(ours) and cache.load_cached_config(name, cache.AutotuneKey(tuple(theirs))) is None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["chat", "evaluate", "train", "quickstart.report", "layer_selection.scan_layers", "benchmarks.decode",
-                                    "benchmarks.compare_students"])  # fmt: skip
+@pytest.mark.parametrize(
+    "module",
+    [
+        "chat",
+        "evaluate",
+        "train",
+        "quickstart.report",
+        "layer_selection.scan_layers",
+        "benchmarks.decode",
+        "benchmarks.compare_students",
+    ],
+)
 def test_every_script_that_runs_kernels_uses_their_configs(module, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 9.0\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("FLA_")} | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    code = f"import {module}; from fla.ops.utils import cache; print(cache.FLA_CACHE_MODE.value, cache.get_fla_config_dir().name)"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FLA_")} | {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    }
+    code = f"import {module}; from runtime.environment import use_kernel_configs; use_kernel_configs(); from fla.ops.utils import cache; print(cache.FLA_CACHE_MODE.value, cache.get_fla_config_dir().name)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.split()[-2:] == ["fuzzy", "sm_90"], done.stderr
 
@@ -554,7 +753,9 @@ def test_every_script_that_runs_kernels_uses_their_configs(module, tmp_path):
 # ------------------------------------------------------------------------------------------------ its parts
 def graph(node):
     """The names of the operations that a backward pass would go through."""
-    return {node.name().rpartition("::")[2]}.union(*(graph(below) for below, _ in node.next_functions if below is not None))
+    return {node.name().rpartition("::")[2]}.union(
+        *(graph(below) for below, _ in node.next_functions if below is not None)
+    )
 
 
 @pytest.mark.parametrize("kind", ["mse", "l2"])
@@ -576,7 +777,12 @@ def test_alignment_gradients_equal_direct_ones(teacher_dir, kind, recompute):
     model = AttentionAlignmentModel(teacher, student, kind, recompute).train()
     loss = model(ids)["loss"]
     if not recompute:  # no layer's graph is left, only its gradients
-        assert graph(loss.grad_fn) == {"MeanBackward0", "StackBackward0", "_LossAndGradientsBackward", "AccumulateGrad"}
+        assert graph(loss.grad_fn) == {
+            "MeanBackward0",
+            "StackBackward0",
+            "_LossAndGradientsBackward",
+            "AccumulateGrad",
+        }
     loss.backward()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert student_attention_state(trainable).keys() == expected.keys()
@@ -589,13 +795,13 @@ def test_alignment_gradients_equal_direct_ones(teacher_dir, kind, recompute):
 def test_a_sharded_teacher_is_gathered_by_blocks(tmp_path, teacher_dir, data_dir):
     file = write_config(tmp_path, 2, teacher_dir, data_dir, student_init_ckpt="none", kd_teacher_shard="always")
     code = f"""
-from pipeline.environment import join_ranks, set_up_device, set_up_process
-set_up_process(), join_ranks(set_up_device(), 5)
+from runtime.environment import init_distributed, set_up_device, set_up_process
+set_up_process(), init_distributed(set_up_device(), 5)
 import torch
 from deepspeed.utils import z3_leaf_module
 import hf_trainer, train
 from convert import load_teacher
-from pipeline.config import load_config
+from runtime.config import load_config
 cfg, plain, sharded = load_config({str(file)!r}), *(load_teacher({teacher_dir!r}) for _ in range(2))
 sharded = hf_trainer.FrozenTeacher(sharded, "cpu", train.teacher_engine_config(cfg, sharded, "cpu", 1, print))
 assert sharded.model.model.layers[0].mlp.up_proj.weight.numel() == 0  # its values are elsewhere
@@ -609,7 +815,13 @@ assert torch.equal(sharded.hidden_states(ids), hf_trainer.FrozenTeacher(plain, "
 def test_keys_of_another_stage_are_said_to_have_no_effect(tmp_path, teacher_dir, data_dir, capsys, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     config = write_config(tmp_path, 1, teacher_dir, data_dir)
-    prepare(config, "--dry-run", "train.kd_teacher_offload=cpu", "train.kl_weight=0.5", "train.alignment_loss=l2")
+    prepare(
+        config,
+        "--dry-run",
+        "train.kd_teacher_offload=cpu",
+        "train.kl_weight=0.5",
+        "train.alignment_loss=l2",
+    )
     lines = [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line]
     assert lines == [f"train.{name}: has no effect in stage 1" for name in ("kl_weight", "kd_teacher_offload")]
 
@@ -626,12 +838,21 @@ def test_max_grad_norm_is_what_deepspeed_clips_at(tmp_path, stage, norm):
     assert config.config["gradient_clipping"] == norm
 
 
-@pytest.mark.parametrize("shard, offload, expected", [
-    ("auto", "none", None), ("never", "none", None), ("always", "none", "none"), ("auto", "cpu", "cpu"), ("always", "cpu", "cpu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shard, offload, expected",
+    [
+        ("auto", "none", None),
+        ("never", "none", None),
+        ("always", "none", "none"),
+        ("auto", "cpu", "cpu"),
+        ("always", "cpu", "cpu"),
+    ],
+)
 def test_where_a_teachers_weights_are(tmp_path, teacher_dir, data_dir, shard, offload, expected):
     """In DeepSpeed's config, for one process; None: whole on each device."""
-    cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, kd_teacher_shard=shard, kd_teacher_offload=offload))
+    cfg = load_config(
+        write_config(tmp_path, 2, teacher_dir, data_dir, kd_teacher_shard=shard, kd_teacher_offload=offload)
+    )
     engine = train.teacher_engine_config(cfg, load_teacher(teacher_dir), "cpu", 1, print)
     assert (engine and engine["zero_optimization"].get("offload_param", {"device": "none"})["device"]) == expected
 
@@ -657,10 +878,23 @@ def test_parameter_groups(teacher_dir, tmp_path, data_dir, scope):
             assert settings[id(p)] == (4e-3 if fast else 2e-3, 0.1 if p.ndim > 1 else 0.0), f"{name}.{parameter_name}"
 
 
-@pytest.mark.parametrize("name, vectors", [
-    ("gdn_v7", {"A_log", "dt_bias", "q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight", "o_norm.weight"}),
-    ("rwkv7_v1", {"x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "r_k"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, vectors",
+    [
+        (
+            "gdn_v7",
+            {
+                "A_log",
+                "dt_bias",
+                "q_conv1d.weight",
+                "k_conv1d.weight",
+                "v_conv1d.weight",
+                "o_norm.weight",
+            },
+        ),
+        ("rwkv7_v1", {"x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "r_k"}),
+    ],
+)
 def test_only_matrices_decay(teacher_dir, tmp_path, data_dir, name, vectors):
     """Not a filter of a channel, nor a vector with dimensions of 1 around it."""
     cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, weight_decay=0.1))
@@ -668,11 +902,14 @@ def test_only_matrices_decay(teacher_dir, tmp_path, data_dir, name, vectors):
     decay = {id(p): group.weight_decay for group in train.parameter_groups(model, cfg) for p in group.params}
     found = dict(model.model.layers[0].attn.named_parameters())
     assert vectors <= found.keys() and all(decay[id(found[parameter])] == 0 for parameter in vectors)
-    assert all(decay[id(parameter)] == 0.1 for parameter in found.values() if sum(size > 8 for size in parameter.shape) > 1)
+    assert all(
+        decay[id(parameter)] == 0.1 for parameter in found.values() if sum(size > 8 for size in parameter.shape) > 1
+    )
 
 
 def test_groups_of_8_bits_stay_countable(teacher_dir, tmp_path, data_dir, monkeypatch):
-    """Kernels that count in 32 bits would leave out what is beyond, or fail: ZeRO makes one tensor of a group."""
+    """Kernels that count in 32 bits would leave out what is beyond, or fail: ZeRO makes one tensor
+    of a group."""
     model, limit = load_teacher(teacher_dir), 5000
     cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, weight_decay=0.1, optimizer="adamw_8bit"))
     whole = train.get_optimizer(model, cfg).param_groups
@@ -680,13 +917,20 @@ def test_groups_of_8_bits_stay_countable(teacher_dir, tmp_path, data_dir, monkey
     cut = train.get_optimizer(model, cfg).param_groups
     assert max(sum(p.numel() for p in group["params"]) for group in whole) > 2 * limit
     assert all(len(group["params"]) == 1 or sum(p.numel() for p in group["params"]) <= limit for group in cut)
-    settings = [[(id(p), group["lr"], group["weight_decay"]) for group in groups for p in group["params"]] for groups in (whole, cut)]
+    settings = [
+        [(id(p), group["lr"], group["weight_decay"]) for group in groups for p in group["params"]]
+        for groups in (whole, cut)
+    ]
     assert settings[0] == settings[1]
 
 
 def test_the_schedule_reaches_its_floor(tmp_path, teacher_dir, data_dir):
     file = write_config(tmp_path, 1, teacher_dir, data_dir, max_steps=100, warmup_steps=5)
-    for kind, middle, end in (("constant", 4e-3, 4e-3), ("linear", 2.5e-3, 1e-3), ("cosine", 2.5e-3, 1e-3)):
+    for kind, middle, end in (
+        ("constant", 4e-3, 4e-3),
+        ("linear", 2.5e-3, 1e-3),
+        ("cosine", 2.5e-3, 1e-3),
+    ):
         cfg = load_config(file, [f"train.lr_scheduler_type={kind}"])
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=4e-3)
         scheduler = train.get_scheduler(optimizer, cfg, batch_plan(cfg, 1))
@@ -712,7 +956,8 @@ def test_dry_run_writes_nothing(tmp_path, teacher_dir, data_dir, capsys, monkeyp
 
 
 def test_a_dry_run_warns_of_data_that_is_not_as_wanted(tmp_path, teacher_dir, data_dir, capsys, monkeypatch):
-    """Too many epochs, EOS that the config does not want, and options that the stage has no use for; silent otherwise."""
+    """Too many epochs, EOS that the config does not want, and options that the stage has no use
+    for; silent otherwise."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     chunks = len(open_chunks(data_dir, LENGTH).train)
     chunks -= chunks % 4  # whole batches
@@ -720,13 +965,29 @@ def test_a_dry_run_warns_of_data_that_is_not_as_wanted(tmp_path, teacher_dir, da
     few, many = chunks, chunks + 1  # steps of 4 sequences
     prepare(config, "--dry-run", f"train.max_steps={few}", "train.add_eos_token=true")
     out = capsys.readouterr().out
-    assert f"data: {chunks} chunks for {4 * few:,} sequences: 4.0 epochs" in out and "warning" not in out and "has no effect" not in out
-    prepare(config, "--dry-run", f"train.max_steps={many}", "train.add_eos_token=false", "train.gradient_checkpointing=true")
+    assert (
+        f"data: {chunks} chunks for {4 * few:,} sequences: 4.0 epochs" in out
+        and "warning" not in out
+        and "has no effect" not in out
+    )
+    prepare(
+        config,
+        "--dry-run",
+        f"train.max_steps={many}",
+        "train.add_eos_token=false",
+        "train.gradient_checkpointing=true",
+    )
     out = capsys.readouterr().out
-    assert f"warning: data: {chunks} chunks for {4 * many:,} sequences: 4.0 epochs; repeated more than 4 times, text adds little; preprocess" in out
+    assert (
+        f"warning: data: {chunks} chunks for {4 * many:,} sequences: 4.0 epochs; repeated more than 4 times, text adds little; preprocess"
+        in out
+    )
     assert f"warning: train.add_eos_token: false has no effect; documents end with EOS in {data_dir}" in out
     assert "train.gradient_checkpointing: has no effect in stage 1" in out
-    cfg, chunks = load_config(str(config), ["train.add_eos_token=false"]), open_chunks(data_dir, LENGTH)
+    cfg, chunks = (
+        load_config(str(config), ["train.add_eos_token=false"]),
+        open_chunks(data_dir, LENGTH),
+    )
     adopted = dataclasses.replace(chunks, metadata=chunks.metadata | {"eos_tokens": 0})
     assert not train.notes_on_data(cfg, batch_plan(cfg, 1), adopted)  # there is no EOS in them
 
@@ -734,8 +995,9 @@ def test_a_dry_run_warns_of_data_that_is_not_as_wanted(tmp_path, teacher_dir, da
 @pytest.mark.parametrize("event", ["setup", "on_train_begin", "on_log", "on_save", "on_train_end"])
 def test_wandb_does_not_end_a_run(monkeypatch, capsys, event):
     """Whichever of its callbacks its service dies at; none of the others is called from there on."""
-    from hf_trainer import Wandb
     from transformers.integrations import WandbCallback
+
+    from hf_trainer import Wandb
 
     def broken(self, *args, **options):
         called.append(event)
@@ -790,17 +1052,32 @@ def test_bad_input_ends_in_one_line(stages, tmp_path, monkeypatch, teacher_dir, 
     "change, message",
     [
         ({}, None),
-        ({"student_name": "gdn_v3"}, "has student_name 'gdn_v3', this run 'gdn_v4'; use one of its own kind"),
-        ({"student_name": None, "keep_full_attention_layers": [0, 1, 2, 3]}, "has student_name None, this run 'gdn_v4'"),
+        (
+            {"student_name": "gdn_v3"},
+            "has student_name 'gdn_v3', this run 'gdn_v4'; use one of its own kind",
+        ),
+        (
+            {"student_name": None, "keep_full_attention_layers": [0, 1, 2, 3]},
+            "has student_name None, this run 'gdn_v4'",
+        ),
         ({"student_options": {"allow_neg_eigval": False}}, None),
         ({"student_options": {"unheard": 1}}, "has student_options {'unheard': 1}, this run {}"),
-        ({"student_options": {"allow_neg_eigval": True}}, "has student_options {'allow_neg_eigval': True}, this run {}"),
+        (
+            {"student_options": {"allow_neg_eigval": True}},
+            "has student_options {'allow_neg_eigval': True}, this run {}",
+        ),
         ({"num_hidden_layers": 3}, "has num_hidden_layers 3, this run 4"),
         ({"num_key_value_heads": 4}, "has num_key_value_heads 4, this run 2"),
         ({"head_dim": 12}, "has head_dim 12, this run 16"),
         ({"keep_full_attention_layers": [7]}, r"cannot be read: keep_full_attention_layers: \[7\]"),
-        ({"keep_full_attention_layers": [0, 1]}, r"keeps full attention in \[0, 1\], of which this run drops \[0\]"),
-        ({"model_type": "student"}, "cannot be read: model_type: 'student' is a student of the KL-guided layer selection"),
+        (
+            {"keep_full_attention_layers": [0, 1]},
+            r"keeps full attention in \[0, 1\], of which this run drops \[0\]",
+        ),
+        (
+            {"model_type": "student"},
+            "cannot be read: model_type: 'student' is a student of the KL-guided layer selection",
+        ),
         ({"model_type": "qwen3"}, "cannot be read: model_type: 'qwen3' is not distilled_student"),
         ("{", "has a config.json that cannot be read"),
         (None, "holds no checkpoint; run stage 1 first"),
@@ -825,7 +1102,12 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path, teacher_dir, change, me
 
 def test_the_script_exits_non_zero_with_one_line(tmp_path, teacher_dir, data_dir):
     file = write_config(tmp_path, 1, teacher_dir, data_dir)
-    done = subprocess.run([sys.executable, "train.py", "--cfg", file, "stage=4"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--cfg", file, "stage=4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0 and done.stderr.strip().splitlines()[-1].startswith("train.py: error:")
     assert "Traceback" not in done.stderr
 
@@ -847,7 +1129,10 @@ def test_another_tokenizer_and_an_unsupported_teacher(tmp_path, monkeypatch, tea
     with pytest.raises(ValueError, match="which is not the teacher's"):
         prepare(file)
     (tmp_path / "teacher" / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="^teacher_model.name: '.*teacher' has no tokenizer that loads .*; name a folder or") as error:
+    with pytest.raises(
+        ValueError,
+        match="^teacher_model.name: '.*teacher' has no tokenizer that loads .*; name a folder or",
+    ) as error:
         prepare(file)
     assert "\n" not in str(error.value)
     save_tokenizer(tmp_path / "teacher")
@@ -862,9 +1147,20 @@ def test_a_folder_belongs_to_one_run(tmp_path, teacher_dir, data_dir):
     cfg = load_config(file)
     check_run_folder(cfg)
     record_run(cfg, ROOT, 0)
-    for same in ("train.save_steps=1", "train.logging_steps=7", "train.eval_steps=3", "train.report_to=none", "train.save_minutes=1"):
+    for same in (
+        "train.save_steps=1",
+        "train.logging_steps=7",
+        "train.eval_steps=3",
+        "train.report_to=none",
+        "train.save_minutes=1",
+    ):
         check_run_folder(load_config(file, [same]))
-    for other in ("train.lr=1e-5", "train.seed=1", "student_model.name=gdn_v2", "train.batch_size=8"):
+    for other in (
+        "train.lr=1e-5",
+        "train.seed=1",
+        "student_model.name=gdn_v2",
+        "train.batch_size=8",
+    ):
         with pytest.raises(ValueError, match=f"stage1 holds another run .{other.split('=')[0]} is"):
             check_run_folder(load_config(file, [other]))
     with pytest.raises(ValueError, match="resume_from_checkpoint: None, but .* holds this run with 0 checkpoints"):
@@ -878,8 +1174,12 @@ def test_a_folder_belongs_to_one_run(tmp_path, teacher_dir, data_dir):
     assert checkpoints(found.parent) == [found]
     check_run_folder(load_config(file, [f"train.resume_from_checkpoint={found}"]))
     (tmp_path / "link").symlink_to(tmp_path)
-    for spelling in (f"train.output_dir={tmp_path}/stage1/", f"train.output_dir={tmp_path}/link/stage1", f"data.cache_dir={data_dir}/",
-                     f"teacher_model.name={teacher_dir}/."):  # fmt: skip
+    for spelling in (
+        f"train.output_dir={tmp_path}/stage1/",
+        f"train.output_dir={tmp_path}/link/stage1",
+        f"data.cache_dir={data_dir}/",
+        f"teacher_model.name={teacher_dir}/.",
+    ):
         check_run_folder(load_config(file, [spelling]))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")

@@ -36,10 +36,18 @@ def interpret() -> None:
         fn.__globals__.setdefault("range", _range)
         interpreted_init(self, fn, **kwargs)
 
-    interpreted_init, interpreter.InterpretedFunction.__init__ = interpreter.InterpretedFunction.__init__, with_range
+    interpreted_init, interpreter.InterpretedFunction.__init__ = (
+        interpreter.InterpretedFunction.__init__,
+        with_range,
+    )
     Autotuner.run = run_first_config
-    precisions = (*interpreter.InterpreterOptions.allowed_dot_input_precisions, "bf16x3")  # FLA asks for it on Hopper
+    precisions = (
+        *interpreter.InterpreterOptions.allowed_dot_input_precisions,
+        "bf16x3",
+    )  # FLA asks for it on Hopper
     builder = interpreter.interpreter_builder
     builder.options = interpreter.InterpreterOptions(allowed_dot_input_precisions=precisions)
     builder.codegen_fns["min_dot_size"] = min_dot_size(None)  # as strict as a GPU with small blocks
-    del triton.language.gather  # FLA keeps the compiled one, which the interpreter cannot run; without it, it does without
+    del (
+        triton.language.gather
+    )  # FLA keeps the compiled one, which the interpreter cannot run; without it, it does without

@@ -16,21 +16,25 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' own modules
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
 
-from processes import Child, import_once, start  # noqa: E402
-from test_faults import SETTINGS, metrics, preprocess  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from runtime.guard import REQUEUE
 
-from conftest import random_teacher, save_tokenizer, write_config  # noqa: E402
-from pipeline.guard import REQUEUE  # noqa: E402
+from conftest import random_teacher, save_tokenizer, write_config
+from processes import Child, import_once, start
+from test_faults import SETTINGS, metrics, preprocess
+from tqdm import tqdm
 
 ENDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 
 
 def prepare(folder: Path, stage: int, ranks: int) -> tuple[Path, float]:
-    """Teacher, data, and the untouched run in folder/whole; returns its config and the seconds that it took."""
+    """Teacher, data, and the untouched run in folder/whole; returns its config and the seconds that
+    it took."""
     (folder / "corpus").mkdir()
     for i in range(14):
         lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(3))
@@ -45,7 +49,13 @@ def prepare(folder: Path, stage: int, ranks: int) -> tuple[Path, float]:
     preprocess(folder / "corpus", str(folder / "teacher"), folder)
     seconds = 0.0
     for number in range(1, stage + 1):
-        file = write_config(folder, number, str(folder / "teacher"), str(folder / "chunked_context32"), **SETTINGS | {"max_steps": 60})
+        file = write_config(
+            folder,
+            number,
+            str(folder / "teacher"),
+            str(folder / "chunked_context32"),
+            **SETTINGS | {"max_steps": 60},
+        )
         begin = time.monotonic()
         job = start(file, log=folder / f"log.whole{number}", ranks=ranks)
         assert job.wait() == 0, job.output()
@@ -56,7 +66,9 @@ def prepare(folder: Path, stage: int, ranks: int) -> tuple[Path, float]:
 def must_equal(run: Path, whole: Path) -> None:
     assert metrics(run) == metrics(whole), f"{run}: other metrics than {whole}"
     for name in ("model.safetensors", "config.json"):
-        assert (run / "converted-hf" / name).read_bytes() == (whole / "converted-hf" / name).read_bytes(), f"{run}: another {name}"
+        assert (run / "converted-hf" / name).read_bytes() == (whole / "converted-hf" / name).read_bytes(), (
+            f"{run}: another {name}"
+        )
     left = [path.name for path in run.iterdir() if path.name[0] == "."]
     assert not left, f"{run}: leaves {left}"
 
@@ -79,7 +91,12 @@ def main() -> None:
                 run = folder / f"run{runs}"
                 finished = False
                 while not finished and progress.n < args.cycles:
-                    job = start(file, f"train.output_dir={run}", log=folder / f"log{progress.n}", ranks=args.ranks)
+                    job = start(
+                        file,
+                        f"train.output_dir={run}",
+                        log=folder / f"log{progress.n}",
+                        ranks=args.ranks,
+                    )
                     number = chance.choice(ENDS)
                     end = time.monotonic() + chance.uniform(0.2, 0.8) * seconds
                     while time.monotonic() < end and job.ranks[0].poll() is None:
@@ -90,15 +107,19 @@ def main() -> None:
                     code = job.wait()
                     finished = code == 0
                     if not finished:
-                        assert code in (-signal.SIGKILL, REQUEUE), f"exit code {code} after {number.name}:\n{job.output()[-3000:]}"
+                        assert code in (-signal.SIGKILL, REQUEUE), (
+                            f"exit code {code} after {number.name}:\n{job.output()[-3000:]}"
+                        )
                         ends[number.name] = ends.get(number.name, 0) + 1
                         progress.update()
                 if not finished:
                     job = start(file, f"train.output_dir={run}", log=folder / "log.last", ranks=args.ranks)
                     assert job.wait() == 0, job.output()[-3000:]
                 must_equal(run, folder / f"stage{args.stage}")
-        print(f"{args.cycles} cycles ({', '.join(f'{count} {name}' for name, count in sorted(ends.items()))}) over {runs} runs of "
-              f"stage {args.stage} on {args.ranks} processes: metrics and weights of all equal the untouched run's to the bit")  # fmt: skip
+        print(
+            f"{args.cycles} cycles ({', '.join(f'{count} {name}' for name, count in sorted(ends.items()))}) over {runs} runs of "
+            f"stage {args.stage} on {args.ranks} processes: metrics and weights of all equal the untouched run's to the bit"
+        )
 
 
 if __name__ == "__main__":

@@ -14,20 +14,29 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from runtime.checkpoints import INDEX, checkpoints, read_index
+from runtime.data import data_fingerprint, read_metadata
+from runtime.guard import HUNG, REQUEUE
+
 import pytest
-from processes import PATIENCE, ROOT, Child, import_once, start
 from conftest import write_config
+from processes import PATIENCE, ROOT, Child, import_once, start
 
 import preprocess_chunk
 import preprocess_download_tokenize
-from pipeline.checkpoints import INDEX, checkpoints, read_index
-from pipeline.data import data_fingerprint, read_metadata
-from pipeline.guard import HUNG, REQUEUE
 
 pytestmark = pytest.mark.faults
 STEPS, SAVE, LENGTH = 20, 3, 32
 # Checkpoints fall between logs (2 steps) and on ends of epochs (6 steps).
-SETTINGS = {"max_steps": STEPS, "micro_batch_size": 2, "save_steps": SAVE, "logging_steps": 2, "eval_steps": 7, "report_to": "none", "weight_decay": 0.1}
+SETTINGS = {
+    "max_steps": STEPS,
+    "micro_batch_size": 2,
+    "save_steps": SAVE,
+    "logging_steps": 2,
+    "eval_steps": 7,
+    "report_to": "none",
+    "weight_decay": 0.1,
+}
 RANKS = {1: 1, 2: 2, 3: 2}  # by stage: ZeRO-1 alone, ZeRO-2 and ZeRO-3 on two
 VOLATILE = ("seconds", "runtime", "per_second", "total_flos")
 
@@ -43,13 +52,31 @@ def corpus(tmp_path_factory):
 
 
 def tokenize(corpus, teacher, folder):
-    preprocess_download_tokenize.main(["--dataset_name", str(corpus), "--tokenizer", teacher, "--output_dir", str(folder / "tokenized"),
-                                       "--holdout", "0.17"])  # fmt: skip
+    preprocess_download_tokenize.main(
+        [
+            "--dataset_name",
+            str(corpus),
+            "--tokenizer",
+            teacher,
+            "--output_dir",
+            str(folder / "tokenized"),
+            "--holdout",
+            "0.17",
+        ]
+    )
 
 
 def chunk(folder):
-    preprocess_chunk.main(["--tokenized_dataset_path", str(folder / "tokenized"), "--context_length", str(LENGTH),
-                           "--output_dir", str(folder)])  # fmt: skip
+    preprocess_chunk.main(
+        [
+            "--tokenized_dataset_path",
+            str(folder / "tokenized"),
+            "--context_length",
+            str(LENGTH),
+            "--output_dir",
+            str(folder),
+        ]
+    )
 
 
 def preprocess(corpus, teacher, folder, hook=lambda: None, code=0):
@@ -82,7 +109,11 @@ def whole(tmp_path_factory, teacher_dir, small_data):
     import_once()
     folder = tmp_path_factory.mktemp("whole")
     for stage, ranks in RANKS.items():
-        job = start(write_config(folder, stage, teacher_dir, small_data, **SETTINGS), log=folder / f"log{stage}", ranks=ranks)
+        job = start(
+            write_config(folder, stage, teacher_dir, small_data, **SETTINGS),
+            log=folder / f"log{stage}",
+            ranks=ranks,
+        )
         assert job.wait() == 0, job.output()
     return folder
 
@@ -91,7 +122,13 @@ class Run:
     """One stage in a folder of its own, to be broken."""
 
     def __init__(self, stage, whole, folder, teacher, data, settings):
-        self.stage, self.whole, self.ranks, self.starts, self.root = stage, whole / f"stage{stage}", RANKS[stage], 0, folder
+        self.stage, self.whole, self.ranks, self.starts, self.root = (
+            stage,
+            whole / f"stage{stage}",
+            RANKS[stage],
+            0,
+            folder,
+        )
         if stage > 1:
             (folder / f"stage{stage - 1}").symlink_to(whole / f"stage{stage - 1}")
         self.file = write_config(folder, stage, teacher, data, **SETTINGS | settings)
@@ -111,7 +148,9 @@ class Run:
     def must_equal_the_whole(self):
         assert metrics(self.folder) == metrics(self.whole)
         for name in ("model.safetensors", "config.json"):
-            assert (self.folder / "converted-hf" / name).read_bytes() == (self.whole / "converted-hf" / name).read_bytes(), name
+            assert (self.folder / "converted-hf" / name).read_bytes() == (
+                self.whole / "converted-hf" / name
+            ).read_bytes(), name
         left = [path.name for path in self.folder.iterdir() if path.name[0] == "."]
         assert not left and len(checkpoints(self.folder)) == len(list(self.folder.glob("checkpoint-*"))) == 2
 
@@ -124,7 +163,9 @@ def make_run(whole, tmp_path, teacher_dir, small_data):
 def metrics(folder):
     """Every logged line, less what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.endswith(VOLATILE)} for line in lines if "train_runtime" not in line]
+    return [
+        {k: v for k, v in line.items() if not k.endswith(VOLATILE)} for line in lines if "train_runtime" not in line
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ the means of breaking
@@ -133,7 +174,8 @@ def die():
 
 
 def on_call(module, name, act, nth=1, when=lambda *a, **k: True, after=False):
-    """In this process, the nth call of module.name for which when(arguments) holds does act(), before or after it."""
+    """In this process, the nth call of module.name for which when(arguments) holds does act(),
+    before or after it."""
     original, calls = getattr(module, name), [0]
 
     def wrapped(*arguments, **options):
@@ -201,9 +243,9 @@ def while_random_state_is_written():
 
 
 def before_the_index():
-    import pipeline.checkpoints as module
+    import runtime.checkpoints as module
 
-    on_call(module, "write_whole", die, nth=2)
+    on_call(module, "atomic_write_text", die, nth=2)
 
 
 def before_the_rename():
@@ -215,7 +257,9 @@ def after_the_rename():
 
 
 def while_pruning():
-    on_call(shutil, "rmtree", die, nth=2, when=lambda path, **k: str(path).endswith("checkpoint-6"))  # the first makes room for it
+    on_call(
+        shutil, "rmtree", die, nth=2, when=lambda path, **k: str(path).endswith("checkpoint-6")
+    )  # the first makes room for it
 
 
 def while_exporting():
@@ -260,7 +304,10 @@ def test_killed(make_run, name):
     assert run.start(hook=on_rank(rank, hook)).wait() == -signal.SIGKILL
     assert not (run.folder / "converted-hf").exists()
     output = run.to_the_end()
-    assert "going on from" in output or name in ("after the last step, before the export", "while exporting")
+    assert "going on from" in output or name in (
+        "after the last step, before the export",
+        "while exporting",
+    )
     run.must_equal_the_whole()
 
 
@@ -277,14 +324,15 @@ def test_killed_before_the_first_checkpoint_and_while_it_starts_again(make_run):
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "tok')
-    rewriting = lambda: on_call(os, "replace", die, when=lambda a, b: str(b).endswith("metrics.jsonl"))  # noqa: E731
+    rewriting = lambda: on_call(os, "replace", die, when=lambda a, b: str(b).endswith("metrics.jsonl"))
     assert run.start(hook=on_rank(0, rewriting)).wait() == -signal.SIGKILL
     run.to_the_end()
     run.must_equal_the_whole()
 
 
 def test_killed_between_the_renames_of_a_second_export(make_run):
-    """The old export is moved away, the new one not yet in its place: convert_ckpt.py makes it whole again."""
+    """The old export is moved away, the new one not yet in its place: convert_ckpt.py makes it
+    whole again."""
     import convert_ckpt
 
     run = make_run()
@@ -298,7 +346,7 @@ def test_killed_between_the_renames_of_a_second_export(make_run):
         sys.argv = command
         convert_ckpt.main()
 
-    between = lambda: on_call(os, "replace", die, when=lambda a, b: str(a).endswith(".converted-hf.new"))  # noqa: E731
+    between = lambda: on_call(os, "replace", die, when=lambda a, b: str(a).endswith(".converted-hf.new"))
     assert Child(lambda: export(between), run.root / "export1", {}).wait() == -signal.SIGKILL
     assert not (run.folder / "converted-hf").exists() and (run.folder / ".converted-hf.old").exists()
     assert Child(export, run.root / "export2", {}).wait() == 0
@@ -307,7 +355,8 @@ def test_killed_between_the_renames_of_a_second_export(make_run):
 
 @pytest.mark.parametrize("nth, folder", [(2, "tokenized"), (4, f"chunked_context{LENGTH}")], ids=["tokens", "chunks"])
 def test_killed_while_preprocessing(tmp_path, teacher_dir, corpus, small_data, nth, folder):
-    """Nothing that could be taken for data is left; the same commands make what untouched ones make."""
+    """Nothing that could be taken for data is left; the same commands make what untouched ones
+    make."""
 
     def fault():
         import datasets.arrow_writer
@@ -348,8 +397,13 @@ def remove_the_index(checkpoint):
     (checkpoint / INDEX).unlink()
 
 
-DAMAGES = {truncate: "of .* bytes", flip_a_bit: "is not what was written", remove_a_file: "scheduler.pt is missing",
-           tear_the_index: "missing or damaged", remove_the_index: "missing or damaged"}  # fmt: skip
+DAMAGES = {
+    truncate: "of .* bytes",
+    flip_a_bit: "is not what was written",
+    remove_a_file: "scheduler.pt is missing",
+    tear_the_index: "missing or damaged",
+    remove_the_index: "missing or damaged",
+}
 
 
 @pytest.mark.parametrize("harm", DAMAGES, ids=lambda harm: harm.__name__)
@@ -360,7 +414,10 @@ def test_a_damaged_newest_checkpoint(make_run, harm):
     before, newest = checkpoints(run.folder)
     harm(newest)
     output = run.to_the_end()
-    assert re.search(f"{newest.name}: damaged .*{DAMAGES[harm]}.*set aside", output) and f"going on from {before}" in output
+    assert (
+        re.search(f"{newest.name}: damaged .*{DAMAGES[harm]}.*set aside", output)
+        and f"going on from {before}" in output
+    )
     assert (run.folder / f"set-aside-{newest.name}").is_dir()
     run.must_equal_the_whole()
 
@@ -418,8 +475,18 @@ def term_while_exporting():
 
 
 SIGNALS = {
-    "SIGUSR1 to one of two ranks": (2, 1, usr1_in_a_step, "SIGUSR1: stopped at step|signal to another rank: stopped at step"),
-    "SIGTERM in a step": (1, 0, term_in_a_step, "SIGTERM: stopped at step 4 of 20; checkpoint-4 is whole"),
+    "SIGUSR1 to one of two ranks": (
+        2,
+        1,
+        usr1_in_a_step,
+        "SIGUSR1: stopped at step|signal to another rank: stopped at step",
+    ),
+    "SIGTERM in a step": (
+        1,
+        0,
+        term_in_a_step,
+        "SIGTERM: stopped at step 4 of 20; checkpoint-4 is whole",
+    ),
     "SIGTERM while saving": (1, 0, term_while_saving, "SIGTERM: stopped at step"),
     "SIGTERM to ZeRO-3": (3, 0, term_in_a_step, "SIGTERM: stopped at step"),
     "SIGTERM before the first step": (1, 0, term_before_training, "SIGTERM: stopping"),
@@ -440,7 +507,8 @@ def test_signalled(make_run, name):
 
 
 def test_term_to_all_processes_of_a_run(make_run):
-    """As Slurm and DeepSpeed's launcher send it: W&B's service dies of it before the run has saved, and that is no matter."""
+    """As Slurm and DeepSpeed's launcher send it: W&B's service dies of it before the run has saved,
+    and that is no matter."""
     import hf_trainer
 
     run = make_run(report_to="wandb")
@@ -455,7 +523,7 @@ def test_term_to_all_processes_of_a_run(make_run):
         psutil.wait_procs(children, timeout=60)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    hook = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", term_all, nth=8)  # noqa: E731
+    hook = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", term_all, nth=8)
     job = run.start(hook=on_rank(0, hook), environment={"WANDB_MODE": "offline"})
     assert job.wait() == REQUEUE, job.output()
     assert "W&B ended" in job.output() and "SIGTERM: stopped at step 4 of 20; checkpoint-4 is whole" in job.output()
@@ -465,10 +533,19 @@ def test_term_to_all_processes_of_a_run(make_run):
 
 @pytest.fixture
 def launched(make_run):
-    """`bash launch_stage1.sh` with two ranks, in the midst of training: its process, its log, its run."""
+    """`bash launch_stage1.sh` with two ranks, in the midst of training: its process, its log, its
+    run."""
     run = make_run()
-    environment = os.environ | {"CFG": str(run.file), "DEVICE": "cpu", "PROCESSES_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
-    path, command = run.root / "launch.log", ["bash", str(ROOT / "launch_stage1.sh"), "train.max_steps=2000"]
+    environment = os.environ | {
+        "CFG": str(run.file),
+        "DEVICE": "cpu",
+        "PROCESSES_PER_NODE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    path, command = (
+        run.root / "launch.log",
+        ["bash", str(ROOT / "launch_stage1.sh"), "train.max_steps=2000"],
+    )
     with path.open("w") as log:
         job = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     end = time.monotonic() + PATIENCE
@@ -528,15 +605,51 @@ def break_layer(layer, gradient):
         part = blocks[layer].mlp if RANKS[2] == trainers[0].args.world_size else blocks[layer].attn.student_attn.o_proj
         part.register_forward_hook(hook)
 
-    on_call(hf_trainer.StageTrainer, "compute_loss", act, nth=7, when=lambda self, *a, **k: not trainers.append(self))
+    on_call(
+        hf_trainer.StageTrainer,
+        "compute_loss",
+        act,
+        nth=7,
+        when=lambda self, *a, **k: not trainers.append(self),
+    )
 
 
 DIVERGED = {
-    "loss, stage 1": (1, 0, 2, False, r"step 4: the output of model.layers.2.attn.student_attn.o_proj is not finite on rank 0 .*in layer 2;"),
-    "gradient, stage 1": (1, 0, 1, True, r"step 4: the gradient of model.layers.1.attn.student_attn.o_proj.weight is not finite .*layer 1;"),
-    "loss, stage 2": (2, 1, 2, False, r"step 7: the output of model.layers.2.mlp is not finite on rank 1 .*in layer 2;"),
-    "gradient, stage 2": (2, 1, 2, True, r"step 7: the gradient of model.layers.2.mlp.down_proj.weight is not finite on rank 1 .*layer 2;"),
-    "gradient, ZeRO-3": (3, 0, 2, True, r"step 7: the gradient of model.layers.2.mlp.down_proj.weight is not finite on rank 0 .*layer 2;"),
+    "loss, stage 1": (
+        1,
+        0,
+        2,
+        False,
+        r"step 4: the output of model.layers.2.attn.student_attn.o_proj is not finite on rank 0 .*in layer 2;",
+    ),
+    "gradient, stage 1": (
+        1,
+        0,
+        1,
+        True,
+        r"step 4: the gradient of model.layers.1.attn.student_attn.o_proj.weight is not finite .*layer 1;",
+    ),
+    "loss, stage 2": (
+        2,
+        1,
+        2,
+        False,
+        r"step 7: the output of model.layers.2.mlp is not finite on rank 1 .*in layer 2;",
+    ),
+    "gradient, stage 2": (
+        2,
+        1,
+        2,
+        True,
+        r"step 7: the gradient of model.layers.2.mlp.down_proj.weight is not finite on rank 1 .*layer 2;",
+    ),
+    "gradient, ZeRO-3": (
+        3,
+        0,
+        2,
+        True,
+        r"step 7: the gradient of model.layers.2.mlp.down_proj.weight is not finite on rank 0 .*layer 2;",
+    ),
 }
 
 
@@ -570,13 +683,18 @@ def test_out_of_memory(make_run):
     assert job.wait() == 1
     (line,) = (line for line in job.output().splitlines() if "out of GPU memory" in line)
     assert line.startswith("train.py: error: rank 1 of 2") and "(20.00 GiB more were wanted)" in line
-    assert "train.micro_batch_size below 2" in line and "train.kd_teacher_shard=always" in line and "gradient_checkpointing" not in line
+    assert (
+        "train.micro_batch_size below 2" in line
+        and "train.kd_teacher_shard=always" in line
+        and "gradient_checkpointing" not in line
+    )
     run.to_the_end()
     run.must_equal_the_whole()
 
 
 def at_step_8(act):
-    """From here on this rank waits no longer than 10 s for the others. Patience is long until then: a busy machine starts slowly."""
+    """From here on this rank waits no longer than 10 s for the others. Patience is long until then:
+    a busy machine starts slowly."""
     import hf_trainer
 
     trainers = []
@@ -585,14 +703,30 @@ def at_step_8(act):
         trainers[0].watchdog.seconds = 10.0
         act()
 
-    on_call(hf_trainer.StageTrainer, "compute_loss", hook, nth=8, when=lambda self, *a, **k: not trainers.append(self))
+    on_call(
+        hf_trainer.StageTrainer,
+        "compute_loss",
+        hook,
+        nth=8,
+        when=lambda self, *a, **k: not trainers.append(self),
+    )
 
 
-@pytest.mark.parametrize("rank, act, says", [(1, lambda: time.sleep(600), "rank 1 of 2|waiting for rank 1"),
-                                             (0, lambda: os.kill(os.getpid(), signal.SIGSTOP), "waiting for rank 0, which does not answer")],
-                         ids=["sleeps", "first rank is stopped"])  # fmt: skip
+@pytest.mark.parametrize(
+    "rank, act, says",
+    [
+        (1, lambda: time.sleep(600), "rank 1 of 2|waiting for rank 1"),
+        (
+            0,
+            lambda: os.kill(os.getpid(), signal.SIGSTOP),
+            "waiting for rank 0, which does not answer",
+        ),
+    ],
+    ids=["sleeps", "first rank is stopped"],
+)
 def test_a_rank_hangs(make_run, rank, act, says):
-    """The time-out names it, and where it is. The store that the ranks tell that in is the first one's."""
+    """The time-out names it, and where it is. The store that the ranks tell that in is the first
+    one's."""
     run = make_run(2)
     job = run.start(hook=lambda ours: at_step_8(act if ours == rank else lambda: None))
     assert job.wait() == HUNG
@@ -604,7 +738,10 @@ def test_a_rank_hangs(make_run, rank, act, says):
 # ------------------------------------------------------------------------------------------------ file systems
 @contextmanager
 def mounted(folder, options):
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode
+    ):
         pytest.skip("needs root and leave to mount a tmpfs")
     try:
         yield
@@ -640,9 +777,12 @@ def full_while_exporting(folder):
     on_call(convert_ckpt, "trained_state", fill(folder))
 
 
-@pytest.mark.parametrize("fault", [full_while_saving, full_while_logging, full_while_exporting], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fault", [full_while_saving, full_while_logging, full_while_exporting], ids=lambda f: f.__name__
+)
 def test_full_file_system(make_run, fault):
-    """A line that says so; nothing half-written passes for whole; with room again the run ends as if nothing had been."""
+    """A line that says so; nothing half-written passes for whole; with room again the run ends as
+    if nothing had been."""
     run = make_run()
     run.folder.mkdir()
     with mounted(run.folder, "size=16m"):
@@ -693,12 +833,25 @@ def own_data(run):
 
 
 DATA = {
-    "train.arrow vanished": (lambda data: (data / "train.arrow").unlink(), "train.arrow: missing or damaged"),
-    "train.arrow cut": (lambda data: os.truncate(data / "train.arrow", 900), "train.arrow: .*damaged"),
-    "metadata.json torn": (lambda data: os.truncate(data / "metadata.json", 40), "holds no readable metadata.json"),
-    "other data": (lambda data: (data / "metadata.json").write_text((data / "metadata.json").read_text().replace("local-", "local-0")),
-                   "has other data than .*checkpoint-6 was trained on"),
-}  # fmt: skip
+    "train.arrow vanished": (
+        lambda data: (data / "train.arrow").unlink(),
+        "train.arrow: missing or damaged",
+    ),
+    "train.arrow cut": (
+        lambda data: os.truncate(data / "train.arrow", 900),
+        "train.arrow: .*damaged",
+    ),
+    "metadata.json torn": (
+        lambda data: os.truncate(data / "metadata.json", 40),
+        "holds no readable metadata.json",
+    ),
+    "other data": (
+        lambda data: (data / "metadata.json").write_text(
+            (data / "metadata.json").read_text().replace("local-", "local-0")
+        ),
+        "has other data than .*checkpoint-6 was trained on",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -721,8 +874,11 @@ def test_data_cut_while_it_is_read(make_run):
 
     run = make_run()
     source, data = own_data(run)
-    cut = lambda: os.truncate(data / "train.arrow", 0)  # noqa: E731
-    assert run.start(hook=on_rank(0, lambda: on_call(hf_trainer.StageTrainer, "compute_loss", cut, nth=15))).wait() == -signal.SIGBUS
+    cut = lambda: os.truncate(data / "train.arrow", 0)
+    assert (
+        run.start(hook=on_rank(0, lambda: on_call(hf_trainer.StageTrainer, "compute_loss", cut, nth=15))).wait()
+        == -signal.SIGBUS
+    )
     assert "Fatal Python error: Bus error" in run.job.output()
     shutil.copytree(source, data, dirs_exist_ok=True)
     run.to_the_end()
@@ -753,7 +909,8 @@ def test_two_jobs_on_one_folder(make_run):
 
 @pytest.mark.parametrize("alive", [False, True], ids=["dead", "alive"])
 def test_a_lock_of_another_machine(make_run, alive):
-    """Without locks across machines: a holder that shows no sign of life is replaced, one that does is respected."""
+    """Without locks across machines: a holder that shows no sign of life is replaced, one that does
+    is respected."""
     run = make_run()
     run.folder.mkdir()
     lock = run.folder / ".lock"
@@ -765,9 +922,9 @@ def test_a_lock_of_another_machine(make_run, alive):
             time.sleep(0.3)
 
     def soon():
-        import pipeline.files
+        import runtime.files
 
-        pipeline.files.WATCH = 3.0
+        runtime.files.WATCH = 3.0
 
     holder = Child(beat, run.root / "holder", {}) if alive else None
     code = run.start(hook=None if alive else on_rank(0, soon)).wait()
@@ -783,15 +940,19 @@ def test_null_with_a_run_in_the_folder(make_run):
     run = make_run()
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     assert run.start("train.resume_from_checkpoint=null").wait() == 1
-    assert "say auto to go on from the newest, name one of them to go on from that, or remove the folder" in run.job.output()
+    assert (
+        "say auto to go on from the newest, name one of them to go on from that, or remove the folder"
+        in run.job.output()
+    )
     run.to_the_end()
     run.must_equal_the_whole()
     assert "this run is finished; its result is" in run.to_the_end()
 
 
 def test_going_on_from_a_named_checkpoint(make_run):
-    """Later ones are set aside, so that auto follows this choice. The same command, as a scheduler gives it after a time limit, goes on
-    with what it has begun, where the one that was named may be gone, and is done at last."""
+    """Later ones are set aside, so that auto follows this choice. The same command, as a scheduler
+    gives it after a time limit, goes on with what it has begun, where the one that was named may be
+    gone, and is done at last."""
     run = make_run()
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     named = f"train.resume_from_checkpoint={run.folder}/checkpoint-3"
@@ -835,19 +996,30 @@ def test_an_export_in_mid_run_does_not_end_it(make_run):
     assert seconds == sorted(seconds)  # of both parts together
 
 
-@pytest.mark.parametrize("stage, before, after, zero", [
-    (1, 1, 2, None), (1, 2, 1, None), (2, 2, 1, None), (2, 1, 2, None), (3, 2, 1, None), (3, 1, 2, None), (2, 1, 2, 2), (3, 1, 2, 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, before, after, zero",
+    [
+        (1, 1, 2, None),
+        (1, 2, 1, None),
+        (2, 2, 1, None),
+        (2, 1, 2, None),
+        (3, 2, 1, None),
+        (3, 1, 2, None),
+        (2, 1, 2, 2),
+        (3, 1, 2, 3),
+    ],
+)
 def test_another_number_of_processes(make_run, stage, before, after, zero):
-    """The losses of an untouched run, within what another order of summation does: optimiser states arrive. At these learning
-    rates that is 3e-6; at ten times these, the other tests', Adam's first steps magnify it to percents on some processors."""
+    """The losses of an untouched run, within what another order of summation does: optimiser states
+    arrive. At these learning rates that is 3e-6; at ten times these, the other tests', Adam's first
+    steps magnify it to percents on some processors."""
     import hf_trainer
 
     rates = {"lr": 2e-4, "lr_attn": 4e-4, "final_lr": 1e-4}
     run = make_run(stage, **rates, **{"zero_stage": zero} if zero else {})
     untouched = run.root / "untouched"
     run.to_the_end(f"train.output_dir={untouched}")
-    kill = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=2 * 7 // before + 1)  # noqa: E731
+    kill = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=2 * 7 // before + 1)
     assert run.start(hook=on_rank(0, kill), ranks=before).wait() == -signal.SIGKILL
     output = run.to_the_end(ranks=after)
     assert f"{before} processes saved checkpoint-6, {after} go on from it" in output
@@ -861,32 +1033,43 @@ def test_another_number_of_processes(make_run, stage, before, after, zero):
 
 
 def test_another_number_of_processes_with_weights_that_stay_behind(make_run):
-    """Stage 1 under ZeRO-3: DeepSpeed's universal checkpoint has no frozen weights; said so, and with the old number it goes on."""
+    """Stage 1 under ZeRO-3: DeepSpeed's universal checkpoint has no frozen weights; said so, and
+    with the old number it goes on."""
     import hf_trainer
 
     run = make_run(zero_stage=3)
-    kill = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=8)  # noqa: E731
+    kill = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=8)
     assert run.start(hook=on_rank(0, kill), ranks=2).wait() == -signal.SIGKILL
     job = run.start(ranks=1)
     assert job.wait() == 1
-    assert "2 processes saved checkpoint-6, 1 go on from it: with train.zero_stage 3" in job.output() and "start 2 processes" in job.output()
+    assert (
+        "2 processes saved checkpoint-6, 1 go on from it: with train.zero_stage 3" in job.output()
+        and "start 2 processes" in job.output()
+    )
     assert "Traceback" not in job.output()
     run.to_the_end(ranks=2)
 
 
 @pytest.mark.parametrize("stage", RANKS)
 def test_optimiser_states_of_8_bits(make_run, stage):
-    """They take a fourth of their place, train nearly as well, and go on to the bit, but not on another number of processes."""
+    """They take a fourth of their place, train nearly as well, and go on to the bit, but not on
+    another number of processes."""
     run = make_run(stage, optimizer="adamw_8bit")
     untouched = run.root / "untouched"
     run.to_the_end(f"train.output_dir={untouched}")
     ours, theirs = ([line["loss"] for line in metrics(folder) if "loss" in line] for folder in (untouched, run.whole))
     assert ours != theirs and ours == pytest.approx(theirs, rel=0.05)
-    sizes = [sum(file.stat().st_size for file in checkpoints(folder)[-1].rglob("*optim_states.pt")) for folder in (untouched, run.whole)]
+    sizes = [
+        sum(file.stat().st_size for file in checkpoints(folder)[-1].rglob("*optim_states.pt"))
+        for folder in (untouched, run.whole)
+    ]
     assert sizes[0] < 0.6 * sizes[1]
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     job = run.start(ranks=3 - run.ranks)
-    assert job.wait() == 1 and "with train.optimizer adamw_8bit, DeepSpeed's universal checkpoint cannot cut the states" in job.output()
+    assert (
+        job.wait() == 1
+        and "with train.optimizer adamw_8bit, DeepSpeed's universal checkpoint cannot cut the states" in job.output()
+    )
     run.to_the_end()
     run.whole = untouched
     run.must_equal_the_whole()
@@ -909,15 +1092,29 @@ def test_a_checkpoint_of_somebody_else_is_not_unpickled(make_run):
     shutil.copytree(checkpoints(run.whole)[0], foreign)
     for path in foreign.rglob("*.pt"):
         torch.save(Bomb(run.root / "boom"), path)
-    for command in (lambda: run.start(f"train.resume_from_checkpoint={foreign}").wait(), lambda: export_foreign(run, foreign)):
+    for command in (
+        lambda: run.start(f"train.resume_from_checkpoint={foreign}").wait(),
+        lambda: export_foreign(run, foreign),
+    ):
         assert command() == 1
         assert not (run.root / "boom").exists()
     assert "is no whole checkpoint of" in run.job.output()
 
 
 def export_foreign(run, foreign):
-    done = subprocess.run([os.sys.executable, "convert_ckpt.py", "--cfg", str(run.file), "--checkpoint", str(foreign)], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [
+            os.sys.executable,
+            "convert_ckpt.py",
+            "--cfg",
+            str(run.file),
+            "--checkpoint",
+            str(foreign),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert "no whole checkpoint of" in done.stderr, done.stderr
     return done.returncode
 
@@ -932,9 +1129,11 @@ def test_code_and_pickles_of_a_teacher_are_not_run(make_run, teacher_dir):
     code = f"import os\nos.mkdir({str(run.root / 'boom')!r})\n"
     for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py"):
         (evil / name).write_text(code)
-    for name, key, target in (("config.json", "AutoModelForCausalLM", "modeling_evil.Evil"),
-                              ("config.json", "AutoConfig", "configuration_evil.Evil"),
-                              ("tokenizer_config.json", "AutoTokenizer", ["tokenization_evil.Evil", None])):  # fmt: skip
+    for name, key, target in (
+        ("config.json", "AutoModelForCausalLM", "modeling_evil.Evil"),
+        ("config.json", "AutoConfig", "configuration_evil.Evil"),
+        ("tokenizer_config.json", "AutoTokenizer", ["tokenization_evil.Evil", None]),
+    ):
         content = json.loads((evil / name).read_text())
         content.setdefault("auto_map", {})[key] = target
         (evil / name).write_text(json.dumps(content))
@@ -948,8 +1147,11 @@ def test_code_and_pickles_of_a_teacher_are_not_run(make_run, teacher_dir):
     assert not (run.root / "boom").exists()
 
 
-KEYS = {"HF_TOKEN": "hf_PLANTED0123456789abcdefghijklmnopqr", "WANDB_API_KEY": "PLANTED89abcdef0123456789abcdef01234567",
-        "AWS_SECRET_ACCESS_KEY": "PLANTEDsecretaccesskey0123456789abcdefgh"}  # fmt: skip
+KEYS = {
+    "HF_TOKEN": "hf_PLANTED0123456789abcdefghijklmnopqr",
+    "WANDB_API_KEY": "PLANTED89abcdef0123456789abcdef01234567",
+    "AWS_SECRET_ACCESS_KEY": "PLANTEDsecretaccesskey0123456789abcdefgh",
+}
 
 
 def test_no_key_is_written_anywhere(make_run):
@@ -966,7 +1168,8 @@ def test_no_key_is_written_anywhere(make_run):
 
 
 def test_nothing_is_written_outside_the_run_folder(make_run):
-    """Every file that a run opens for writing, makes, renames or removes, as Python's audit events tell."""
+    """Every file that a run opens for writing, makes, renames or removes, as Python's audit events
+    tell."""
     run = make_run()
     log = run.root / "audit"
     (run.root / "tmp").mkdir()
@@ -980,11 +1183,17 @@ def test_nothing_is_written_outside_the_run_folder(make_run):
         import tempfile
 
         tempfile.tempdir = str(run.root / "tmp")
-        file = open(log, "a", buffering=1)  # noqa: SIM115
+        file = open(log, "a", buffering=1)
 
         def hook(event, arguments):
-            if event == "open" and isinstance(arguments[0], (str, bytes)) and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                paths = [] if "/" not in os.fsdecode(arguments[0]) else [name(arguments[0])]  # else: by a folder's descriptor, as rmtree does
+            if (
+                event == "open"
+                and isinstance(arguments[0], (str, bytes))
+                and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            ):
+                paths = (
+                    [] if "/" not in os.fsdecode(arguments[0]) else [name(arguments[0])]
+                )  # else: by a folder's descriptor, as rmtree does
             elif event in ("os.remove", "os.rmdir", "os.mkdir", "os.truncate"):
                 paths = [name(arguments[0], arguments[-1] if event != "os.truncate" else -1)]
             elif event == "os.rename":
@@ -995,7 +1204,10 @@ def test_nothing_is_written_outside_the_run_folder(make_run):
 
         sys.addaudithook(hook)
 
-    run.to_the_end(hook=on_rank(0, audit), environment={"TORCHINDUCTOR_CACHE_DIR": str(run.root / "tmp" / "inductor")})
+    run.to_the_end(
+        hook=on_rank(0, audit),
+        environment={"TORCHINDUCTOR_CACHE_DIR": str(run.root / "tmp" / "inductor")},
+    )
     paths = {Path(line) for line in log.read_text().splitlines()}
     assert len(paths) > 20
     allowed = (run.folder, run.root / "tmp", Path("/dev"), Path("/proc"))

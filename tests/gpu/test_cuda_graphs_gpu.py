@@ -11,24 +11,39 @@ from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausal
 from train import checkpoint_activations
 from wrapper import AttentionAlignmentModel
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 CALLS, ACCUMULATED, BATCH, LENGTH = EAGER_CALLS + 5, 2, 2, 131
-CONFIG = StudentConfig(hidden_size=128, intermediate_size=192, vocab_size=509, num_attention_heads=2, num_key_value_heads=1, head_dim=64,
-                       num_hidden_layers=3, keep_full_attention_layers=[0, 1, 2], tie_word_embeddings=True)  # fmt: skip
+CONFIG = StudentConfig(
+    hidden_size=128,
+    intermediate_size=192,
+    vocab_size=509,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=64,
+    num_hidden_layers=3,
+    keep_full_attention_layers=[0, 1, 2],
+    tie_word_embeddings=True,
+)
 
 
 def models(name, stage):
     """(what trains, its teacher)."""
     torch.manual_seed(0)
     teacher = StudentForCausalLM(CONFIG).to("cuda", torch.bfloat16).eval()
-    student = StudentForCausalLM.from_teacher(teacher, name, [1] if stage > 1 else [], OPTIONS.get(name))[0].to("cuda", torch.bfloat16)
+    student = StudentForCausalLM.from_teacher(teacher, name, [1] if stage > 1 else [], OPTIONS.get(name))[0].to(
+        "cuda", torch.bfloat16
+    )
     if stage == 1:
         return AttentionAlignmentModel(copy.deepcopy(teacher), student).train(), teacher
     return student.train(), teacher
 
 
 def train(name, stage, graphed, checkpointing=False):
-    """Losses and weights of CALLS micro-batches, with an optimiser's step after every ACCUMULATED ones."""
+    """Losses and weights of CALLS micro-batches, with an optimiser's step after every ACCUMULATED
+    ones."""
     model, teacher = models(name, stage)
     if stage > 1:
         checkpoint_activations(model, checkpointing)
@@ -46,7 +61,11 @@ def train(name, stage, graphed, checkpointing=False):
         if stage == 2:
             with torch.no_grad():
                 hidden = read(input_ids=ids, use_cache=False)["last_hidden_state"]
-            inputs |= {"teacher_hidden_states": hidden, "teacher_head_weight": teacher.lm_head.weight, "ce_weight": 0.5}
+            inputs |= {
+                "teacher_hidden_states": hidden,
+                "teacher_head_weight": teacher.lm_head.weight,
+                "ce_weight": 0.5,
+            }
         loss = forward(**inputs)["loss"]
         (loss / 3).backward()  # no power of two: where the scale enters shows in the last bit
         losses.append(loss.detach())

@@ -10,7 +10,10 @@ from test_decode_step import LowRank
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
 from distill_model.cache import StaticCache, _tensors
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 STATIC = [name for name, student in STUDENT_ATTENTION_MAP.items() if student.func.CONSTANT_STATE]
 
 
@@ -18,36 +21,79 @@ STATIC = [name for name, student in STUDENT_ATTENTION_MAP.items() if student.fun
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["teacher", *STATIC])
 def test_a_graph_decodes_what_single_kernels_do(name, dtype):
-    config = StudentConfig(vocab_size=96, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-                           num_hidden_layers=3, attention_bias=True, qk_norm=True, initializer_range=0.1)  # fmt: skip
+    config = StudentConfig(
+        vocab_size=96,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_hidden_layers=3,
+        attention_bias=True,
+        qk_norm=True,
+        initializer_range=0.1,
+    )
     torch.manual_seed(0)
     model = StudentForCausalLM(config)
     if name != "teacher":
         model = StudentForCausalLM.from_teacher(model, name, [1])[0]
     model = model.to("cuda", dtype).eval()
-    ids, mask = torch.randint(1, 96, (3, 60), device="cuda"), torch.ones(3, 60, dtype=torch.long, device="cuda")
+    ids, mask = (
+        torch.randint(1, 96, (3, 60), device="cuda"),
+        torch.ones(3, 60, dtype=torch.long, device="cuda"),
+    )
     mask[0, :17] = 0
     exact = copy.deepcopy(model).float()(ids, attention_mask=mask).logits
-    growing, static, errors = None, StaticCache(config if name == "teacher" else model.config, 60), []
+    growing, static, errors = (
+        None,
+        StaticCache(config if name == "teacher" else model.config, 60),
+        [],
+    )
     for first, last in ((0, 40), *((at, at + 1) for at in range(40, 60))):
-        out = model(ids[:, first:last], attention_mask=mask[:, :last], past_key_values=growing, use_cache=True)
+        out = model(
+            ids[:, first:last],
+            attention_mask=mask[:, :last],
+            past_key_values=growing,
+            use_cache=True,
+        )
         growing = out.past_key_values
         ours = model(ids[:, first:last], attention_mask=mask[:, :last], past_key_values=static).logits
-        errors.append([((x[:, -1] - exact[:, last - 1]).norm() / exact[:, last - 1].norm()).item() for x in (ours, out.logits)])
-    ours, theirs = (sum(each) / len(each) for each in zip(*errors))  # the largest of two roundings' errors is a matter of luck
+        errors.append(
+            [((x[:, -1] - exact[:, last - 1]).norm() / exact[:, last - 1].norm()).item() for x in (ours, out.logits)]
+        )
+    ours, theirs = (
+        sum(each) / len(each) for each in zip(*errors)
+    )  # the largest of two roundings' errors is a matter of luck
     assert ours < {torch.float32: 1e-3, torch.bfloat16: 1.3 * theirs}[dtype], (ours, theirs)
     assert static.graph is not None
     for num_beams in (1, 3):
-        options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "num_beams": num_beams, "pad_token_id": 0}
+        options = {
+            "attention_mask": mask,
+            "max_new_tokens": 12,
+            "do_sample": False,
+            "num_beams": num_beams,
+            "pad_token_id": 0,
+        }
         if dtype == torch.float32:
-            assert torch.equal(model.generate(ids, **options), model.generate(ids, cache_implementation="static", **options))
+            assert torch.equal(
+                model.generate(ids, **options),
+                model.generate(ids, cache_implementation="static", **options),
+            )
 
 
 def deep(name, layers, hidden_size=1024):
-    """A model in bf16 with the last layer kept, behind 20 tokens of two sequences, and its static cache."""
-    config = StudentConfig(vocab_size=96, hidden_size=hidden_size, intermediate_size=2 * hidden_size, head_dim=128,
-                           num_attention_heads=hidden_size // 128, num_key_value_heads=2, num_hidden_layers=layers,
-                           attention_bias=True)  # fmt: skip
+    """A model in bf16 with the last layer kept, behind 20 tokens of two sequences, and its static
+    cache."""
+    config = StudentConfig(
+        vocab_size=96,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        head_dim=128,
+        num_attention_heads=hidden_size // 128,
+        num_key_value_heads=2,
+        num_hidden_layers=layers,
+        attention_bias=True,
+    )
     torch.manual_seed(0)
     model = StudentForCausalLM(config)
     if name != "teacher":
@@ -60,7 +106,8 @@ def deep(name, layers, hidden_size=1024):
 @torch.no_grad()
 @pytest.mark.parametrize("name, most", [("teacher", 10), *((f"gdn_v{i}", 10 if i == 5 else 8) for i in range(1, 9))])
 def test_kernels_of_a_layer(name, most):
-    """What six layers have more than two, and three more for sums that a matrix product leaves to a kernel of its own."""
+    """What six layers have more than two, and three more for sums that a matrix product leaves to a
+    kernel of its own."""
     counts = []
     for layers in (2, 6):
         model, cache = deep(name, layers)
@@ -77,7 +124,8 @@ def test_kernels_of_a_layer(name, most):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
 def test_weights_are_held_once(name):
-    """In the memory that they had, but for what a graph and cuBLAS take. What an optimiser writes to them the graph reads."""
+    """In the memory that they had, but for what a graph and cuBLAS take. What an optimiser writes
+    to them the graph reads."""
     model, cache = deep(name, 8, 2048)
     size, before = sum(p.nbytes for p in model.parameters()), torch.cuda.memory_allocated()
     token = torch.ones(2, 1, dtype=torch.long, device="cuda")
@@ -120,18 +168,38 @@ def test_adapters_and_hooks_are_decoded(name):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("split", [False, True])
 def test_a_gpu_that_is_not_the_current_one(split):
-    """The whole model, decoded by a graph; or the last layers, as device_map="auto" lays them, decoded without."""
-    config = StudentConfig(vocab_size=96, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-                           num_hidden_layers=3, initializer_range=0.1)  # fmt: skip
+    """The whole model, decoded by a graph; or the last layers, as device_map="auto" lays them,
+    decoded without."""
+    config = StudentConfig(
+        vocab_size=96,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_hidden_layers=3,
+        initializer_range=0.1,
+    )
     torch.manual_seed(0)
     model = StudentForCausalLM.from_teacher(StudentForCausalLM(config), "gdn_v4", [2])[0].to("cuda:1").eval()
     ids = torch.randint(1, 96, (2, 20), device="cuda:1")
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+    }
     expected = model.generate(ids, **options).sequences
     if split:
         from accelerate import dispatch_model
 
-        places = {"model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1, "model.norm": 1, "lm_head": 1}
+        places = {
+            "model.layers.0": 0,
+            "model.layers.1": 1,
+            "model.layers.2": 1,
+            "model.norm": 1,
+            "lm_head": 1,
+        }
         model = dispatch_model(model, {"model.embeddings": 0, "model.rotary_emb": 0} | places, main_device=0)
         ids = ids.to("cuda:0")
     out = model.generate(ids, cache_implementation="static", **options)

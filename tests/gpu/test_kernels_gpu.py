@@ -5,19 +5,24 @@ import test_decode_step
 import torch
 import torch.nn.functional as F
 from test_fused_ops import attend_naively
-
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from distill_model.fused_ops import decode_attention, mean_squared_error, rms_norm, rotate, swiglu
 from distill_model.losses import forward_kl, linear_cross_entropy
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def tensors(dtype, *shapes):
     """Leaves on the GPU, whose products are of the size of logits, and the same in float64."""
-    given = [torch.randn(shape, device="cuda", dtype=dtype).mul_(shape[-1] ** -0.25 * 1.5).requires_grad_() for shape in shapes]
+    given = [
+        torch.randn(shape, device="cuda", dtype=dtype).mul_(shape[-1] ** -0.25 * 1.5).requires_grad_()
+        for shape in shapes
+    ]
     return given, [t.detach().double().requires_grad_() for t in given]
 
 
@@ -48,7 +53,13 @@ def test_linear_cross_entropy(dtype, vocab, chunk_size):
     given, (h, w) = tensors(dtype, (257, 64), (vocab, 64))
     labels = torch.randint(0, vocab, (257,), device="cuda")
     labels[::5] = -100
-    check(linear_cross_entropy(*given, labels, chunk_size), F.cross_entropy(h @ w.T, labels), given, (h, w), LIMITS[dtype])
+    check(
+        linear_cross_entropy(*given, labels, chunk_size),
+        F.cross_entropy(h @ w.T, labels),
+        given,
+        (h, w),
+        LIMITS[dtype],
+    )
 
 
 def check_step(out, expected, given, references, limit):
@@ -83,10 +94,22 @@ def test_rms_norm(dtype, shape):
     for total in (x, x + branch):
         expected = weight * total / (total.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         if total is x:
-            check_step(rms_norm(given[0], given[2], 1e-6), expected, given[::2], (x, weight), LIMITS[dtype] / 2)
+            check_step(
+                rms_norm(given[0], given[2], 1e-6),
+                expected,
+                given[::2],
+                (x, weight),
+                LIMITS[dtype] / 2,
+            )
         else:
             out, kept = rms_norm(given[0], given[2], 1e-6, given[1])
-            check_step(torch.stack((out, kept)), torch.stack((expected, total)), given, (x, branch, weight), LIMITS[dtype] / 2)
+            check_step(
+                torch.stack((out, kept)),
+                torch.stack((expected, total)),
+                given,
+                (x, branch, weight),
+                LIMITS[dtype] / 2,
+            )
         for tensor in (*given, x, branch, weight):
             tensor.grad = None
 
@@ -105,13 +128,22 @@ def test_decode_attention(dtype, heads, kv_heads, size):
 
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_kernels_of_a_decoded_token(dtype):
-    """Those of test_decode_step.py, and sizes of published teachers: of one part of the state, of many, with all that a kernel can do."""
+    """Those of test_decode_step.py, and sizes of published teachers: of one part of the state, of
+    many, with all that a kernel can do."""
     options = {"conv_bias": True, "allow_neg_eigval": True}
-    published = [(name, size, options if name in ("gdn_v3", "gdn_v7") else {}) for name in ("gdn_v3", "gdn_v4", "gdn_v7")
-                 for size in (64, 80, 128, 256)]  # fmt: skip
+    published = [
+        (name, size, options if name in ("gdn_v3", "gdn_v7") else {})
+        for name in ("gdn_v3", "gdn_v4", "gdn_v7")
+        for size in (64, 80, 128, 256)
+    ]
     for case in (*test_decode_step.GDN, *published):
         test_decode_step.test_gated_delta_token(*case, dtype, device="cuda")
-    for case in (*test_decode_step.PLACES, (12, 2, 128, False), (32, 8, 128, True), (14, 2, 64, False)):
+    for case in (
+        *test_decode_step.PLACES,
+        (12, 2, 128, False),
+        (32, 8, 128, True),
+        (14, 2, 64, False),
+    ):
         test_decode_step.test_place_token(*case, dtype, device="cuda")
     for case in ((1, 7), (3, 1030), (16, 8960)):
         test_decode_step.test_swiglu_rows(*case, dtype, device="cuda")

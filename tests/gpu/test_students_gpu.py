@@ -8,8 +8,9 @@ import contextlib
 import functools
 import os
 
-# Triton's default for fp32 is TF32, in whose ten bits of mantissa the gradients of decays, sums of many terms that cancel, are off
-# by percents; the kernels shall be compared, not their rounding. bf16 is not touched.
+# Triton's default for fp32 is TF32, in whose ten bits of mantissa the gradients of decays, sums of
+# many terms that cancel, are off by percents; the kernels shall be compared, not their rounding.
+# bf16 is not touched.
 os.environ["TRITON_F32_DEFAULT"] = "ieee"
 
 import pytest
@@ -20,12 +21,23 @@ from triton.runtime.autotuner import Autotuner
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, cpu_ops, get_student_attention_class
 from distill_model.attention import RotaryEmbedding
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 DEVICE = "cuda"
 # One set of shapes for all: each new one costs compilations.
 BATCH, PADDING, STEPS = 2, 5, 3
-CONFIG = StudentConfig(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, num_hidden_layers=1,
-                       attention_bias=True, qk_norm=True, student_name="gdn_v4")  # fmt: skip
+CONFIG = StudentConfig(
+    hidden_size=128,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=64,
+    num_hidden_layers=1,
+    attention_bias=True,
+    qk_norm=True,
+    student_name="gdn_v4",
+)
 OPTIONS = {"swa_v1": {"window_size": 8}, "lolcats_v1": {"window_size": 8}}  # shorter than the text
 # The most that an error may be: a floor, and a multiple of what the stand-ins lose in bf16.
 LIMITS = {torch.float32: (3e-3, 0.0), torch.bfloat16: (1e-2, 3.0)}
@@ -33,7 +45,8 @@ LIMITS = {torch.float32: (3e-3, 0.0), torch.bfloat16: (1e-2, 3.0)}
 
 @pytest.fixture(autouse=True, scope="module")
 def one_config():
-    """Of each kernel only a configuration with the fewest stages, so the least shared memory: all would take half an hour on a cold machine."""
+    """Of each kernel only a configuration with the fewest stages, so the least shared memory: all
+    would take half an hour on a cold machine."""
     everything = Autotuner.prune_configs
 
     def smallest(self, kwargs):
@@ -56,7 +69,8 @@ def stand_ins():
 
 
 def build(name, dtype, device):
-    """A layer a little off its start, so that no gate is neutral and no gradient 0; its weights fit into bf16."""
+    """A layer a little off its start, so that no gate is neutral and no gradient 0; its weights fit
+    into bf16."""
     torch.manual_seed(0)
     layer = get_student_attention_class(name)(CONFIG, 0, **OPTIONS.get(name, {}))
     layer.init_fresh()
@@ -86,8 +100,8 @@ def train(layer, length):
 
 @torch.no_grad()
 def decode(layer, pieces):
-    """Outputs of a prompt that is read in `pieces` of these lengths, the first sequence padded on the left, the second
-    inside its second piece, and of single steps."""
+    """Outputs of a prompt that is read in `pieces` of these lengths, the first sequence padded on
+    the left, the second inside its second piece, and of single steps."""
     layer.eval()
     sizes = (*pieces, *[1] * STEPS)
     x = random(BATCH, sum(sizes), CONFIG.hidden_size, like=layer.o_proj.weight)
@@ -99,8 +113,13 @@ def decode(layer, pieces):
     cache, outputs, start = Cache(), {}, 0
     for size in sizes:
         part = slice(start, start := start + size)
-        output = layer(x[:, part], attention_mask=mask[:, :start], past_key_values=cache, use_cache=True,
-                       position_embeddings=(cos[:, part], sin[:, part]))[0]  # fmt: skip
+        output = layer(
+            x[:, part],
+            attention_mask=mask[:, :start],
+            past_key_values=cache,
+            use_cache=True,
+            position_embeddings=(cos[:, part], sin[:, part]),
+        )[0]
         outputs[f"output of {part.start} to {start}"] = output[mask[:, part].bool()]
     return outputs
 
@@ -127,7 +146,8 @@ def expected(name, scenario):
 
 
 def error(got, exact):
-    """Relative to the size of the tensor; to 1 a number where that is 0, for there kernels leave rounding errors."""
+    """Relative to the size of the tensor; to 1 a number where that is 0, for there kernels leave
+    rounding errors."""
     one = exact.numel() ** 0.5
     return ((got - exact).norm() / (exact.norm() if exact.norm() > 1e-3 * one else one)).item()
 

@@ -10,22 +10,31 @@ import time
 from functools import cache
 from pathlib import Path
 
+from runtime.guard import REQUEUE
+
 import psutil
 import pytest
 import torch
-
 from conftest import write_config
-from distill_model import StudentForCausalLM
-from pipeline.guard import REQUEUE
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+from distill_model import StudentForCausalLM
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 ROOT = Path(__file__).parents[2]
 STEPS = 24
 
 
 def start(file, *options, gpu=True, rank=0, world_size=1):
-    environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                                "MASTER_PORT": str(12000 + hash(str(file)) % 20000)}  # fmt: skip
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(12000 + hash(str(file)) % 20000),
+    }
     if not gpu:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     log = Path(file).with_suffix(".log").open("a")
@@ -44,7 +53,16 @@ def losses(folder, name="loss"):
 
 def configs(folder, teacher_dir, data_dir, stage, **changes):
     folder.mkdir(exist_ok=True)
-    return write_config(folder, stage, teacher_dir, data_dir, max_steps=STEPS, eval_steps=STEPS, save_steps=6, **changes)
+    return write_config(
+        folder,
+        stage,
+        teacher_dir,
+        data_dir,
+        max_steps=STEPS,
+        eval_steps=STEPS,
+        save_steps=6,
+        **changes,
+    )
 
 
 def start_of(folder, stage):
@@ -53,11 +71,13 @@ def start_of(folder, stage):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, teacher_dir, data_dir):
-    """Folders with the three stages: of the GPU in bf16, and of the CPU in fp32. The GPU's start where the CPU's do, so that
-    bf16's errors of three stages do not add up."""
+    """Folders with the three stages: of the GPU in bf16, and of the CPU in fp32. The GPU's start
+    where the CPU's do, so that bf16's errors of three stages do not add up."""
     folder = tmp_path_factory.mktemp("both")
     for stage in (1, 2, 3):
-        files = [configs(folder / name, teacher_dir, data_dir, stage, **start_of(folder, stage)) for name in ("gpu", "cpu")]
+        files = [
+            configs(folder / name, teacher_dir, data_dir, stage, **start_of(folder, stage)) for name in ("gpu", "cpu")
+        ]
         runs = [start(files[0]), start(files[1], gpu=False)]
         for process, file in zip(runs, files):
             finish(process, file)
@@ -78,11 +98,20 @@ def test_losses_fall_and_follow_the_cpu(both, stage):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_cuda_graphs_change_no_loss_and_no_weight(both, tmp_path, teacher_dir, data_dir, stage):
-    file = configs(tmp_path / "replayed", teacher_dir, data_dir, stage, cuda_graphs=True, **start_of(both, stage))
+    file = configs(
+        tmp_path / "replayed",
+        teacher_dir,
+        data_dir,
+        stage,
+        cuda_graphs=True,
+        **start_of(both, stage),
+    )
     finish(start(file), file)
     folders = [folder / f"stage{stage}" for folder in (tmp_path / "replayed", both / "gpu")]
     assert torch.equal(*map(losses, folders))
-    replayed, launched = (StudentForCausalLM.from_pretrained(folder / "converted-hf").state_dict() for folder in folders)
+    replayed, launched = (
+        StudentForCausalLM.from_pretrained(folder / "converted-hf").state_dict() for folder in folders
+    )
     assert all(torch.equal(weight, launched[name]) for name, weight in replayed.items())
 
 
@@ -92,8 +121,14 @@ def term_all(process):
         each.terminate()
 
 
-@pytest.mark.parametrize("stage, end, code", [(1, subprocess.Popen.kill, -signal.SIGKILL), (2, subprocess.Popen.kill, -signal.SIGKILL),
-                                              (1, term_all, REQUEUE)])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, end, code",
+    [
+        (1, subprocess.Popen.kill, -signal.SIGKILL),
+        (2, subprocess.Popen.kill, -signal.SIGKILL),
+        (1, term_all, REQUEUE),
+    ],
+)
 def test_killed_and_resumed(both, tmp_path, teacher_dir, data_dir, stage, end, code):
     file = configs(tmp_path / "run", teacher_dir, data_dir, stage, **start_of(both, stage))
     output = tmp_path / "run" / f"stage{stage}"
@@ -105,22 +140,49 @@ def test_killed_and_resumed(both, tmp_path, teacher_dir, data_dir, stage, end, c
     assert process.wait(60) == code, file.with_suffix(".log").read_text()[-3000:]
     finish(start(file), file)
     assert "resum" in file.with_suffix(".log").read_text().lower()
-    lines = {line["step"]: line["loss"] for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "loss" in line}
-    torch.testing.assert_close(torch.tensor([lines[step] for step in sorted(lines)]), losses(both / "gpu" / f"stage{stage}"), rtol=0.02, atol=1e-3)
+    lines = {
+        line["step"]: line["loss"]
+        for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        if "loss" in line
+    }
+    torch.testing.assert_close(
+        torch.tensor([lines[step] for step in sorted(lines)]),
+        losses(both / "gpu" / f"stage{stage}"),
+        rtol=0.02,
+        atol=1e-3,
+    )
 
 
 # Of the student's optimiser, and whether the teacher is sharded by ZeRO-3.
-SHARDING = {"ZeRO-1": (1, "never"), "ZeRO-2": (2, "never"), "ZeRO-2, teacher ZeRO-3": (2, "always"), "ZeRO-3": (3, "never")}
+SHARDING = {
+    "ZeRO-1": (1, "never"),
+    "ZeRO-2": (2, "never"),
+    "ZeRO-2, teacher ZeRO-3": (2, "always"),
+    "ZeRO-3": (3, "never"),
+}
 LIMITS = {"fp32": 1e-3, "bf16": 2e-2}  # relative, of a loss
 
 
 def distil(folder, teacher_dir, data_dir, stage1, dtype, world_size, zero_stage, shard):
-    """The losses of 20 steps of stage 2 on a global batch of 4 sequences. Adam's first steps magnify rounding: on a CPU two processes
-    are within 5e-7 of one in fp32 at these learning rates, but within 6e-5 at ten times these, the other tests'."""
+    """The losses of 20 steps of stage 2 on a global batch of 4 sequences. Adam's first steps
+    magnify rounding: on a CPU two processes are within 5e-7 of one in fp32 at these learning rates,
+    but within 6e-5 at ten times these, the other tests'."""
     folder.mkdir()
     rates = {"lr": 2e-4, "lr_attn": 4e-4, "final_lr": 1e-4}
-    file = write_config(folder, 2, teacher_dir, data_dir, max_steps=20, save_steps=20, eval_steps=20, dtype=dtype, zero_stage=zero_stage,
-                        kd_teacher_shard=shard, student_init_ckpt=str(stage1), **rates)  # fmt: skip
+    file = write_config(
+        folder,
+        2,
+        teacher_dir,
+        data_dir,
+        max_steps=20,
+        save_steps=20,
+        eval_steps=20,
+        dtype=dtype,
+        zero_stage=zero_stage,
+        kd_teacher_shard=shard,
+        student_init_ckpt=str(stage1),
+        **rates,
+    )
     ranks = [start(file, rank=rank, world_size=world_size) for rank in range(world_size)]
     try:
         for process in ranks:
@@ -140,7 +202,12 @@ def alone(tmp_path_factory, teacher_dir, data_dir):
         file = write_config(folder, 1, teacher_dir, data_dir)
         finish(start(file, gpu=False), file)
         stage1 = folder / "stage1" / "converted-hf"
-        yield cache(lambda dtype: (stage1, distil(folder / dtype, teacher_dir, data_dir, stage1, dtype, 1, 1, "never")))
+        yield cache(
+            lambda dtype: (
+                stage1,
+                distil(folder / dtype, teacher_dir, data_dir, stage1, dtype, 1, 1, "never"),
+            )
+        )
 
 
 @pytest.mark.parametrize("sharding", SHARDING)

@@ -25,7 +25,10 @@ MISSING = [name for name in NEEDED if not shutil.which(name)]
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(os.geteuid() != 0, reason="a cluster in namespaces needs root"),
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {' '.join(MISSING)} (Debian: slurmctld slurmd slurm-client munge iproute2)"),
+    pytest.mark.skipif(
+        bool(MISSING),
+        reason=f"not installed: {' '.join(MISSING)} (Debian: slurmctld slurmd slurm-client munge iproute2)",
+    ),
 ]
 LENGTH, SECRET = 32, "hf_PLANTED0123456789abcdefghijklmnopqr"
 
@@ -50,13 +53,31 @@ class Cluster:
 
     def run(self, *command, environment=None, check=True):
         """The output of a command on the login node, in the project's folder."""
-        command = ["nsenter", "-t", str(self.inside), "-m", "-u", "-n", "-p", "env", "-C", str(ROOT), *map(str, command)]
+        command = [
+            "nsenter",
+            "-t",
+            str(self.inside),
+            "-m",
+            "-u",
+            "-n",
+            "-p",
+            "env",
+            "-C",
+            str(ROOT),
+            *map(str, command),
+        ]
         done = subprocess.run(command, env=os.environ | (environment or {}), capture_output=True, text=True)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + (done.stderr if not check else "")
 
     def submit(self, script, *arguments, sbatch=(), **environment):
-        environment = {"DEVICE": "cpu", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_TOKEN": SECRET, **environment}
+        environment = {
+            "DEVICE": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "disabled",
+            "HF_TOKEN": SECRET,
+            **environment,
+        }
         output = f"--output={self.folder}/job-%j.log"
         job = self.run("sbatch", "--parsable", output, *sbatch, script, *arguments, environment=environment).strip()
         return job
@@ -71,7 +92,13 @@ class Cluster:
     def wait(self, job, seconds=PATIENCE):
         """The job's last state."""
         end = time.monotonic() + seconds
-        while (state := self.fact(job, "JobState")) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):
+        while (state := self.fact(job, "JobState")) in (
+            "PENDING",
+            "RUNNING",
+            "COMPLETING",
+            "CONFIGURING",
+            "REQUEUED",
+        ):
             assert time.monotonic() < end, f"{state} ({self.fact(job, 'Reason')})\n{self.log(job)[-3000:]}"
             time.sleep(0.3)
         return state
@@ -123,8 +150,16 @@ def cluster():
 def teacher(tmp_path_factory):
     """Random weights in the shape of quickstart.sh's teacher."""
     folder = tmp_path_factory.mktemp("teacher")
-    random_teacher(folder, "qwen3", tie_word_embeddings=True, hidden_size=192, intermediate_size=576, num_hidden_layers=8,
-                   head_dim=32, initializer_range=0.05)  # fmt: skip
+    random_teacher(
+        folder,
+        "qwen3",
+        tie_word_embeddings=True,
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=8,
+        head_dim=32,
+        initializer_range=0.05,
+    )
     save_tokenizer(folder)
     return str(folder)
 
@@ -137,8 +172,14 @@ def data(cluster, teacher, tmp_path_factory):
     for i in range(40):
         lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9))
         (folder / "corpus" / f"{i}.py").write_text("\n".join(lines))
-    job = cluster.submit("launch_preprocess.sh", DATASET=str(folder / "corpus"), TOKENIZER=teacher, DATA_DIR=str(folder / "made"),
-                         CONTEXT_LENGTHS=f"{LENGTH}", HOLDOUT="0.1")  # fmt: skip
+    job = cluster.submit(
+        "launch_preprocess.sh",
+        DATASET=str(folder / "corpus"),
+        TOKENIZER=teacher,
+        DATA_DIR=str(folder / "made"),
+        CONTEXT_LENGTHS=f"{LENGTH}",
+        HOLDOUT="0.1",
+    )
     facts = cluster.run("scontrol", "show", "job", "-o", job)
     assert "gpu" not in facts.lower()
     assert cluster.wait(job) == "COMPLETED", cluster.log(job)
@@ -168,13 +209,19 @@ def test_slurm_accepts_the_headers(cluster):
 
 
 def test_stages_on_two_nodes(cluster, teacher, data, tmp_path):
-    """Stage 1, then 2 behind it, on two nodes: the losses of one process; nothing of a key in any log or file."""
+    """Stage 1, then 2 behind it, on two nodes: the losses of one process; nothing of a key in any
+    log or file."""
     files = {stage: write_config(tmp_path, stage, teacher, data, max_steps=6, report_to="none") for stage in (1, 2)}
     first = cluster.submit("launch_stage1.sh", sbatch=["--nodes=2"], CFG=str(files[1]))
     ranking = tmp_path / "ranking.json"
     ranking.write_text(json.dumps({"keep": [1, 5]}))
-    second = cluster.submit("launch_stage2.sh", sbatch=["--nodes=2", f"--dependency=afterok:{first}"], CFG=str(files[2]),
-                            RANKING=str(ranking), OVERRIDES="train.lr=1e-3 train.kd_teacher_shard=always")  # fmt: skip
+    second = cluster.submit(
+        "launch_stage2.sh",
+        sbatch=["--nodes=2", f"--dependency=afterok:{first}"],
+        CFG=str(files[2]),
+        RANKING=str(ranking),
+        OVERRIDES="train.lr=1e-3 train.kd_teacher_shard=always",
+    )
     assert cluster.wait(first) == "COMPLETED", cluster.log(first)
     assert cluster.wait(second) == "COMPLETED", cluster.log(second)
     assert "on 2 x 1 processes (cpu): node1 node2" in cluster.log(first)
@@ -208,22 +255,39 @@ def test_a_rank_that_fails(cluster, teacher, data, tmp_path):
 
 
 def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, data, tmp_path):
-    """Four jobs at a time: each goes on by itself to the end of a run that nobody touched, but for the cancelled one."""
+    """Four jobs at a time: each goes on by itself to the end of a run that nobody touched, but for
+    the cancelled one."""
     # Enough for each to be found training, after the seconds that Slurm and the other jobs take.
     steps = {"requeued": 500, "limited": 3000, "cancelled": 100_000, "lost": 500}
     jobs, folders = {}, {name: tmp_path / name for name in steps}
-    settings = {"report_to": "none", "save_steps": 25, "micro_batch_size": 4, "logging_steps": 5, "eval_steps": 10000}
+    settings = {
+        "report_to": "none",
+        "save_steps": 25,
+        "micro_batch_size": 4,
+        "logging_steps": 5,
+        "eval_steps": 10000,
+    }
     config = write_config(tmp_path, 1, teacher_dir, data, **settings)
 
     def saved(name):
         return list(folders[name].glob("checkpoint-*/index.json"))
 
-    # The cancelled one holds most of node1's GPUs, so that the one that gets lost starts on node2, and finds room on node1 later.
-    for name, gpus, sbatch in (("limited", 1, ["--nodelist=node1", "--time=60", "--signal=B:USR1@120"]),
-                               ("cancelled", 6, ["--nodelist=node1"]), ("requeued", 1, ["--nodelist=node1"]), ("lost", 6, [])):  # fmt: skip
+    # The cancelled one holds most of node1's GPUs, so that the one that gets lost starts on node2,
+    # and finds room on node1 later.
+    for name, gpus, sbatch in (
+        ("limited", 1, ["--nodelist=node1", "--time=60", "--signal=B:USR1@120"]),
+        ("cancelled", 6, ["--nodelist=node1"]),
+        ("requeued", 1, ["--nodelist=node1"]),
+        ("lost", 6, []),
+    ):
         sbatch = [*sbatch, f"--gpus-per-node={gpus}", "--mem=8G", "--cpus-per-task=4"]
-        jobs[name] = cluster.submit("launch_stage1.sh", f"train.output_dir={folders[name]}", f"train.max_steps={steps[name]}",
-                                    CFG=str(config), sbatch=sbatch)  # fmt: skip
+        jobs[name] = cluster.submit(
+            "launch_stage1.sh",
+            f"train.output_dir={folders[name]}",
+            f"train.max_steps={steps[name]}",
+            CFG=str(config),
+            sbatch=sbatch,
+        )
         if name == "limited":  # once it trains its limit is one to two minutes away: the signal comes at once
             cluster.wait_for(lambda: saved("limited"))
             hours, minutes, _ = map(int, cluster.fact(jobs[name], "RunTime").split(":"))
@@ -248,7 +312,9 @@ def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, dat
         cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
     for name in ("requeued", "limited"):
         assert cluster.wait(jobs[name]) == "COMPLETED", cluster.log(jobs[name])[-3000:]
-    assert cluster.fact(jobs["cancelled"], "JobState") == "CANCELLED" and "; requeued," not in cluster.log(jobs["cancelled"])
+    assert cluster.fact(jobs["cancelled"], "JobState") == "CANCELLED" and "; requeued," not in cluster.log(
+        jobs["cancelled"]
+    )
     for name in ("requeued", "limited", "lost"):
         assert int(cluster.fact(jobs[name], "Restarts")) >= 1
         assert re.search("going on from .*checkpoint-", cluster.log(jobs[name]))
@@ -265,13 +331,33 @@ def test_the_pipeline_is_submitted(cluster, teacher, tmp_path):
     """Each job behind the one before, the selection as an array; the ids are printed."""
     for stage in (1, 2, 3):
         write_config(tmp_path, stage, teacher, str(tmp_path / "data"))
-    environment = {"CONFIGS": str(tmp_path), "SBATCH_ARGS": f"--begin=now+1hour --output={tmp_path}/%j.log", "SBATCH_TRAIN": "--nodes=2"}
-    printed = dict(re.findall(r"^(\w+) +(\d+)", cluster.run("bash", "launch_pipeline.sh", environment=environment), re.MULTILINE))
-    assert list(printed) == ["preprocess", "stage1", "candidates", "selection", "stage2", "stage3", "evaluation"]
+    environment = {
+        "CONFIGS": str(tmp_path),
+        "SBATCH_ARGS": f"--begin=now+1hour --output={tmp_path}/%j.log",
+        "SBATCH_TRAIN": "--nodes=2",
+    }
+    printed = dict(
+        re.findall(
+            r"^(\w+) +(\d+)",
+            cluster.run("bash", "launch_pipeline.sh", environment=environment),
+            re.MULTILINE,
+        )
+    )
+    assert list(printed) == [
+        "preprocess",
+        "stage1",
+        "candidates",
+        "selection",
+        "stage2",
+        "stage3",
+        "evaluation",
+    ]
     before = None
     for name, job in printed.items():
         facts = cluster.run("scontrol", "show", "job", "-o", job)
-        assert f"JobName={name}" in facts and ("Dependency=(null)" in facts if before is None else f"afterok:{before}" in facts), facts
+        assert f"JobName={name}" in facts and (
+            "Dependency=(null)" in facts if before is None else f"afterok:{before}" in facts
+        ), facts
         assert ("NumNodes=2" in facts) == name.startswith("stage"), facts
         if name == "candidates":
             assert "ArrayTaskId=0-7" in facts, facts
@@ -281,26 +367,52 @@ def test_the_pipeline_is_submitted(cluster, teacher, tmp_path):
 
 @pytest.mark.slow
 def test_the_pipeline_runs(cluster, teacher_dir, tmp_path):
-    """From a corpus to a hybrid whose layers an array of jobs has chosen, each job behind the one before."""
+    """From a corpus to a hybrid whose layers an array of jobs has chosen, each job behind the one
+    before."""
     (tmp_path / "corpus").mkdir()
     for i in range(40):
         lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9))
         (tmp_path / "corpus" / f"{i}.py").write_text("\n".join(lines))
     for stage in (1, 2, 3):
-        write_config(tmp_path, stage, teacher_dir, str(tmp_path / "data" / f"chunked_context{LENGTH}"), report_to="none")
+        write_config(
+            tmp_path,
+            stage,
+            teacher_dir,
+            str(tmp_path / "data" / f"chunked_context{LENGTH}"),
+            report_to="none",
+        )
     environment = {
-        "CONFIGS": str(tmp_path), "DATASET": str(tmp_path / "corpus"), "HOLDOUT": "0.1", "DEVICE": "cpu", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled",
-        "SBATCH_ARGS": f"--output={tmp_path}/%x-%j.log --mem=8G --cpus-per-task=4", "SBATCH_TRAIN": "--gpus-per-node=1",
-        "TASKS": "heldout_perplexity", "DATA": str(tmp_path / "data" / f"chunked_context{LENGTH}"), "OUTPUT": str(tmp_path / "evaluation"),
-    }  # fmt: skip
-    jobs = dict(re.findall(r"^(\w+) +(\d+)", cluster.run("bash", "launch_pipeline.sh", environment=environment), re.MULTILINE))
+        "CONFIGS": str(tmp_path),
+        "DATASET": str(tmp_path / "corpus"),
+        "HOLDOUT": "0.1",
+        "DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "disabled",
+        "SBATCH_ARGS": f"--output={tmp_path}/%x-%j.log --mem=8G --cpus-per-task=4",
+        "SBATCH_TRAIN": "--gpus-per-node=1",
+        "TASKS": "heldout_perplexity",
+        "DATA": str(tmp_path / "data" / f"chunked_context{LENGTH}"),
+        "OUTPUT": str(tmp_path / "evaluation"),
+    }
+    jobs = dict(
+        re.findall(
+            r"^(\w+) +(\d+)",
+            cluster.run("bash", "launch_pipeline.sh", environment=environment),
+            re.MULTILINE,
+        )
+    )
     for name in ("preprocess", "stage1", "selection", "stage2", "stage3", "evaluation"):
-        log = lambda name=name: "".join(path.read_text() for path in tmp_path.glob(f"{name}-*.log"))[-3000:]  # noqa: E731
+        log = lambda name=name: "".join(path.read_text() for path in tmp_path.glob(f"{name}-*.log"))[-3000:]
         assert cluster.wait(jobs[name]) == "COMPLETED", log()
     keep = json.loads((tmp_path / "stage2_ga_s2" / "ranking.json").read_text())["keep"]
     assert len(keep) == 1
-    assert {path.name for path in (tmp_path / "stage2_ga_s2").glob("layer_*")} == {f"layer_{layer}" for layer in range(4)}
-    assert StudentForCausalLM.from_pretrained(tmp_path / "stage3" / "converted-hf").config.keep_full_attention_layers == keep
+    assert {path.name for path in (tmp_path / "stage2_ga_s2").glob("layer_*")} == {
+        f"layer_{layer}" for layer in range(4)
+    }
+    assert (
+        StudentForCausalLM.from_pretrained(tmp_path / "stage3" / "converted-hf").config.keep_full_attention_layers
+        == keep
+    )
     assert "heldout_perplexity" in (tmp_path / "evaluation" / "results.md").read_text()
     # The same selection from one command, whose jobs train only what is missing.
     out = tmp_path / "again"
@@ -310,6 +422,8 @@ def test_the_pipeline_runs(cluster, teacher_dir, tmp_path):
     shown = cluster.run("python", "layer_selection/select_layers.py", *command, environment=environment)
     jobs = dict(re.findall(r"^(\w+) +(\d+)", shown, re.MULTILINE))
     assert list(jobs) == ["candidates", "selection"]
-    assert cluster.wait(jobs["selection"]) == "COMPLETED", "".join(path.read_text() for path in tmp_path.glob("selection-*.log"))[-3000:]
+    assert cluster.wait(jobs["selection"]) == "COMPLETED", "".join(
+        path.read_text() for path in tmp_path.glob("selection-*.log")
+    )[-3000:]
     assert json.loads((out / "ranking.json").read_text())["keep"] == keep
     assert {path.parent.name for path in out.glob("layer_*/run")} == {f"layer_{layer}" for layer in (1, 2, 3)}

@@ -30,8 +30,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.data import DataError
-from pipeline.files import one_line
+from runtime.data import DataError
+from runtime.files import one_line
 
 PIECE, LINE = 1 << 20, 1 << 12  # characters of a text file read at a time, and the most of a line
 HEAD = 1 << 16  # bytes at the beginning of a file that tell what it is
@@ -42,7 +42,11 @@ DOCUMENTATION = re.compile(
     "(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|code_of_conduct|dataset_card)([._-].*)?",
     re.IGNORECASE,
 )
-DATASET_INFO = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # which the datasets library writes
+DATASET_INFO = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+)  # which the datasets library writes
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CONTAINERS = {
@@ -66,13 +70,26 @@ CONTAINERS = {
     b"WARC/1.": "a WARC archive",
 }
 # Suffixes of containers that their first bytes do not identify, or not always.
-CONTAINER_SUFFIXES = (".arrow", ".bin", ".br", ".lzma", ".npy", ".orc", ".pickle", ".pkl", ".tar", ".tfrecord", ".zip")
+CONTAINER_SUFFIXES = (
+    ".arrow",
+    ".bin",
+    ".br",
+    ".lzma",
+    ".npy",
+    ".orc",
+    ".pickle",
+    ".pkl",
+    ".tar",
+    ".tfrecord",
+    ".zip",
+)
 
 
 class Document(NamedTuple):
     """A document of a corpus, or a part of a large one.
 
-    ends: whether the document ends with this part. heldout: whether it is held out; None where the caller chooses.
+    ends: whether the document ends with this part. heldout: whether it is held out; None where the
+    caller chooses.
     """
 
     text: str
@@ -103,7 +120,8 @@ def _no_column(column: str, columns) -> DataError:
 
 
 def _json_rows(file: Path, text_field: str) -> Iterator[dict | None]:
-    """The values of JSON Lines, None for a blank line. An array, or an object over several lines, is read whole."""
+    """The values of JSON Lines, None for a blank line. An array, or an object over several lines,
+    is read whole."""
     with _open(file) as lines:
         for number, line in enumerate(lines):
             text = line.decode("utf-8-sig" if number == 0 else "utf-8")
@@ -141,10 +159,15 @@ def _parquet_rows(file: Path, text_field: str) -> Iterator[dict]:
 
 
 TABLES = {
-    ".json": _json_rows, ".jsonl": _json_rows, ".ndjson": _json_rows, ".parquet": _parquet_rows,
-    ".csv": partial(_csv_rows, delimiter=","), ".tsv": partial(_csv_rows, delimiter="\t"),
-}  # fmt: skip
-# What the readers raise for a damaged file. The errors of pyarrow, of JSON and of UTF-8 are subclasses of these.
+    ".json": _json_rows,
+    ".jsonl": _json_rows,
+    ".ndjson": _json_rows,
+    ".parquet": _parquet_rows,
+    ".csv": partial(_csv_rows, delimiter=","),
+    ".tsv": partial(_csv_rows, delimiter="\t"),
+}
+# What the readers raise for a damaged file. The errors of pyarrow, of JSON and of UTF-8 are
+# subclasses of these.
 FAULTS = (OSError, EOFError, ValueError, RuntimeError, csv.Error, zlib.error, lzma.LZMAError)
 
 
@@ -229,7 +252,8 @@ def _pieces(lines: Iterator[str], heldout: bool | None = None) -> Iterator[Docum
 
 
 def _end_and_beginning(file: Path, beginning: float) -> Iterator[Document]:
-    """A text file as two documents, cut after about `beginning` characters: the end, held out, and then the beginning.
+    """A text file as two documents, cut after about `beginning` characters: the end, held out, and
+    then the beginning.
 
     Neither is empty.
     """
@@ -284,7 +308,8 @@ def _begins_as_csv(head: str, whole: bool, text_field: str) -> bool:
 def _is_text(file: Path, text_field: str) -> bool:
     """Whether a file without a table's suffix begins as text.
 
-    Raises DataError for what must not be read as text: a container, or a table under another suffix.
+    Raises DataError for what must not be read as text: a container, or a table under another
+    suffix.
     """
     with file.open("rb") as stream:
         head = stream.read(HEAD)
@@ -325,12 +350,13 @@ def _is_local(name: str) -> bool:
 class Corpus:
     """A hub dataset, or the local files that are read and what is left out of them.
 
-    name: a file, a folder or a hub dataset. text_field: the column of a table that holds the text. config, split and
-    remove_columns: of a hub dataset. skip_bad_files: local files that cannot be read are left out and counted; of one
-    that breaks off, the rows before the fault are kept.
+    name: a file, a folder or a hub dataset. text_field: the column of a table that holds the text.
+    config, split and remove_columns: of a hub dataset. skip_bad_files: local files that cannot be
+    read are left out and counted; of one that breaks off, the rows before the fault are kept.
 
-    `key` identifies the corpus: the hub name, or a hash of the names, sizes and times of the files that are read.
-    Raises DataError, of one line: here for files that must not be read, in `documents` for what turns out when reading.
+    `key` identifies the corpus: the hub name, or a hash of the names, sizes and times of the files
+    that are read. Raises DataError, of one line: here for files that must not be read, in
+    `documents` for what turns out when reading.
     """
 
     def __init__(
@@ -436,7 +462,8 @@ class Corpus:
         self._leave_out("bad files", f"{source}: {reason}")
 
     def _list_left_out(self, prefix: str) -> str:
-        """All that was left out since the last call, by kind: how many, and the first; empty if there is nothing."""
+        """All that was left out since the last call, by kind: how many, and the first; empty if
+        there is nothing."""
         kinds = []
         for why, (count, first) in self._left_out.items():
             kinds.append(f"{count:,} {why} ({'' if count == 1 else 'the first: '}{first})")
@@ -445,7 +472,8 @@ class Corpus:
         return text.encode(errors="backslashreplace").decode()  # names that are no UTF-8 could not be printed
 
     def selection(self) -> str:
-        """Which files are read, and which are not, by kind and number; what reading finds, `left_out` says."""
+        """Which files are read, and which are not, by kind and number; what reading finds,
+        `left_out` says."""
         if not self.files:
             return f"corpus: {self.name} of the hub, split {self.split}"
         kinds = Counter(_suffix(file) or "without suffix" for file in self.files).most_common()
@@ -460,7 +488,8 @@ class Corpus:
 
     # -------------------------------------------------------------------------------------------- reading
     def _text(self, row: int, value, columns: dict) -> str | None:
-        """The text of a row; None where it has none. Adds its columns to the keys of `columns`. Raises DataError."""
+        """The text of a row; None where it has none. Adds its columns to the keys of `columns`.
+        Raises DataError."""
         if not isinstance(value, dict):
             cure = f"write one with the column {self.text_field!r}"
             raise DataError(f"row {row}: is of type {type(value).__name__}, not an object with columns; {cure}")

@@ -14,18 +14,42 @@ from pathlib import Path
 
 from .checkpoints import checkpoints, damage, newest_good, set_aside, step_of
 from .config import Config, ConfigError, dump_config, load_config, to_dict
-from .files import write_whole
+from .files import atomic_write_text
 
 CONFIG, RUN, METRICS, EXPORT = "config.yaml", "run.json", "metrics.jsonl", "converted-hf"
 HISTORY = "training.json"  # in an export: the stages that it went through
 INIT_REPORT = "init_report.json"  # stage 1: where each tensor of the students came from
-# These may change between the parts of one run: how often something is written, and how the work is spread.
+# These may change between the parts of one run: how often something is written, and how the work is
+# spread.
 FREE_KEYS = {
-    "logging_steps", "save_steps", "save_minutes", "save_total_limit", "hang_minutes", "eval_steps", "eval_batches", "report_to", "resume_from_checkpoint",
-    "micro_batch_size", "gradient_checkpointing", "cuda_graphs", "kd_teacher_shard", "kd_teacher_offload", "kd_teacher_use_cache",
-    "max_length", "add_eos_token", "output_dir",
-}  # fmt: skip
-PACKAGES = ("torch", "transformers", "flash-linear-attention", "deepspeed", "triton", "accelerate", "datasets")
+    "logging_steps",
+    "save_steps",
+    "save_minutes",
+    "save_total_limit",
+    "hang_minutes",
+    "eval_steps",
+    "eval_batches",
+    "report_to",
+    "resume_from_checkpoint",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "cuda_graphs",
+    "kd_teacher_shard",
+    "kd_teacher_offload",
+    "kd_teacher_use_cache",
+    "max_length",
+    "add_eos_token",
+    "output_dir",
+}
+PACKAGES = (
+    "torch",
+    "transformers",
+    "flash-linear-attention",
+    "deepspeed",
+    "triton",
+    "accelerate",
+    "datasets",
+)
 
 
 def _place(value):
@@ -34,15 +58,27 @@ def _place(value):
 
 
 def _identity(cfg: Config) -> dict:
-    flat = {f"{section}.{key}": _place(value) for section, values in to_dict(cfg).items() if isinstance(values, dict)
-            for key, value in values.items() if key not in FREE_KEYS}  # fmt: skip
+    flat = {
+        f"{section}.{key}": _place(value)
+        for section, values in to_dict(cfg).items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if key not in FREE_KEYS
+    }
     return flat | {"stage": cfg.stage}
 
 
 def difference(theirs: Config, ours: Config) -> str | None:
     """What first makes two configs different runs, as a few words, or None."""
     theirs, ours = _identity(theirs), _identity(ours)
-    return next((f"{name} is {theirs.get(name)!r} there, {ours[name]!r} here" for name in ours if ours[name] != theirs.get(name)), None)
+    return next(
+        (
+            f"{name} is {theirs.get(name)!r} there, {ours[name]!r} here"
+            for name in ours
+            if ours[name] != theirs.get(name)
+        ),
+        None,
+    )
 
 
 def read_json(path: Path) -> dict:
@@ -56,8 +92,8 @@ def _named(cfg: Config) -> Path | None:
 
 
 def _goes_on(cfg: Config) -> bool:
-    """Whether the newest checkpoint is meant: by `auto`, or by the name of one that the run has set out from already, for the same
-    command goes on with what it has begun."""
+    """Whether the newest checkpoint is meant: by `auto`, or by the name of one that the run has set
+    out from already, for the same command goes on with what it has begun."""
     if (named := _named(cfg)) is None:
         return cfg.train.resume_from_checkpoint in ("auto", True)
     folder, named = Path(cfg.train.output_dir).resolve(), named.resolve()
@@ -65,8 +101,8 @@ def _goes_on(cfg: Config) -> bool:
 
 
 def check_run_folder(cfg: Config) -> None:
-    """Raises ConfigError if the folder belongs to another run, or holds a run and the config says not to resume, or the
-    checkpoint to resume from is none of its own. Writes nothing."""
+    """Raises ConfigError if the folder belongs to another run, or holds a run and the config says
+    not to resume, or the checkpoint to resume from is none of its own. Writes nothing."""
     folder, resume = Path(cfg.train.output_dir), cfg.train.resume_from_checkpoint
     key = f"train.output_dir: {folder}"
     if folder.exists() and not folder.is_dir():
@@ -89,16 +125,18 @@ def check_run_folder(cfg: Config) -> None:
             )
 
 
-def resume_point(cfg: Config, say=print) -> Path | None:
-    """The checkpoint to go on from, or None to start anew; all ranks call it together, after check_run_folder.
+def resume_point(cfg: Config, log=print) -> Path | None:
+    """The checkpoint to go on from, or None to start anew; all ranks call it together, after
+    check_run_folder.
 
-    Raises CheckpointError if there are only damaged ones, ConfigError if the one that was named is damaged.
+    Raises CheckpointError if there are only damaged ones, ConfigError if the one that was named is
+    damaged.
     """
     import torch.distributed as dist
 
     folder, resume = Path(cfg.train.output_dir), cfg.train.resume_from_checkpoint
     if (named := _named(cfg)) is None or _goes_on(cfg):
-        return newest_good(folder, say)
+        return newest_good(folder, log)
     named, rank = folder / named.name, dist.get_rank()
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, damage(named, rank, len(parts)))
@@ -107,14 +145,14 @@ def resume_point(cfg: Config, say=print) -> Path | None:
     if rank == 0:  # a later auto shall follow this run, not the one that it leaves
         for later in checkpoints(folder):
             if step_of(later) > step_of(named):
-                say(f"{later} comes after {named.name}; set aside as {set_aside(later).name}")
+                log(f"{later} comes after {named.name}; set aside as {set_aside(later).name}")
     dist.barrier()
     return named
 
 
 def is_finished(cfg: Config, steps: int) -> bool:
-    """Whether the run has exported its last step already, and not set out again since. Never when it is to set out from a checkpoint
-    that was named."""
+    """Whether the run has exported its last step already, and not set out again since. Never when
+    it is to set out from a checkpoint that was named."""
     folder = Path(cfg.train.output_dir)
     stages, left = read_json(folder / EXPORT / HISTORY).get("stages"), checkpoints(folder)
     return _goes_on(cfg) and bool(stages) and stages[-1]["steps"] == steps and (not left or step_of(left[-1]) == steps)
@@ -128,10 +166,11 @@ def _version(package: str) -> str | None:
 
 
 def record_run(cfg: Config, root: Path, resume_step: int, **facts) -> None:
-    """Writes config.yaml and run.json, and cuts metrics.jsonl back to the step that the run goes on from."""
+    """Writes config.yaml and run.json, and cuts metrics.jsonl back to the step that the run goes on
+    from."""
     folder = Path(cfg.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / CONFIG, dump_config(cfg))
+    atomic_write_text(folder / CONFIG, dump_config(cfg))
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
     run = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -143,14 +182,15 @@ def record_run(cfg: Config, root: Path, resume_step: int, **facts) -> None:
         "set_out_from": named.name if (named := _named(cfg)) else None,
         **facts,
     }
-    write_whole(folder / RUN, json.dumps(run, indent=2))
+    atomic_write_text(folder / RUN, json.dumps(run, indent=2))
     if (folder / METRICS).is_file():
         lines = metrics_until(folder, resume_step) if resume_step else []
-        write_whole(folder / METRICS, "".join(f"{line}\n" for line in lines))
+        atomic_write_text(folder / METRICS, "".join(f"{line}\n" for line in lines))
 
 
 def metrics_until(folder: Path, step: int) -> list[str]:
-    """The lines of metrics.jsonl up to and with `step`, without one whose writer was killed half-way; [] without the file."""
+    """The lines of metrics.jsonl up to and with `step`, without one whose writer was killed
+    half-way; [] without the file."""
     metrics = folder / METRICS
     return [line for line in metrics.read_text().splitlines() if _step(line) <= step] if metrics.is_file() else []
 

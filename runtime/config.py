@@ -23,9 +23,14 @@ class ConfigError(ValueError):
 
 
 def key(
-    default: Any = MISSING, help: str = "", choices: tuple = (), minimum: float | None = None, stages: tuple = (1, 2, 3)
+    default: Any = MISSING,
+    help: str = "",
+    choices: tuple = (),
+    minimum: float | None = None,
+    stages: tuple = (1, 2, 3),
 ) -> Any:
-    """A config field: what it means (for the README), what values it takes, and the stages that read it."""
+    """A config field: what it means (for the README), what values it takes, and the stages that
+    read it."""
     metadata = {"help": help, "choices": choices, "minimum": minimum, "stages": stages}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -56,47 +61,116 @@ class TrainConfig:
     train_seq_len: int = key(help="tokens per sequence; the context length of the chunks", minimum=2)
     lr: float = key(help="peak learning rate of everything that is not linear attention", minimum=0)
     micro_batch_size: int = key(1, help="sequences per device and forward pass", minimum=1)
-    target_tokens: int | None = key(None, help="training tokens; steps = target_tokens // (batch_size x train_seq_len)", minimum=1)
+    target_tokens: int | None = key(
+        None,
+        help="training tokens; steps = target_tokens // (batch_size x train_seq_len)",
+        minimum=1,
+    )
     max_steps: int | None = key(None, help="optimiser steps, instead of target_tokens", minimum=1)
     lr_attn: float | None = key(None, help="peak learning rate of the linear attention modules; null: lr", minimum=0)
-    lr_attn_scope: str = key("linear", help="what takes lr_attn: the linear attentions, or all attentions", choices=("linear", "all"))
+    lr_attn_scope: str = key(
+        "linear",
+        help="what takes lr_attn: the linear attentions, or all attentions",
+        choices=("linear", "all"),
+    )
     lr_scheduler_type: str = key("cosine", help="shape of the learning rate after warm-up", choices=SCHEDULERS)
     warmup_steps: int = key(50, help="steps of linear warm-up (at most a tenth of the run)", minimum=0)
     final_lr: float = key(1e-5, help="learning rate at the end of cosine and linear, at most the peak", minimum=0)
     weight_decay: float = key(0.0, help="AdamW's decay, on matrices only", minimum=0)
     betas: list[float] = key([0.9, 0.95], help="AdamW's betas")
-    optimizer: str = key("adamw", help="adamw, or adamw_8bit (bitsandbytes): its states take 2 bytes a parameter instead of 8", choices=("adamw", "adamw_8bit"))
+    optimizer: str = key(
+        "adamw",
+        help="adamw, or adamw_8bit (bitsandbytes): its states take 2 bytes a parameter instead of 8",
+        choices=("adamw", "adamw_8bit"),
+    )
     max_grad_norm: float = key(1.0, help="gradient norm at which gradients are clipped; 0: never", minimum=0)
     student_init_ckpt: str | None = key(None, help="start of stage 2 (stage 1's converted-hf) and stage 3 (stage 2's)")
     max_length: int | None = key(None, help="accepted; must equal train_seq_len")
-    add_eos_token: bool | None = key(None, help="accepted; preprocessing always puts EOS between documents, so that false is a warning")
-    resume_from_checkpoint: str | bool | None = key("auto", help="auto or true: go on from the newest undamaged checkpoint in output_dir, if any; null: refuse if output_dir holds a run; a checkpoint-N folder of output_dir: from that one, once; given again, from the newest")
-    gradient_checkpointing: bool | str = key(False, help="stages 2 and 3: what backward computes again instead of storing it: mlp, what is inside the MLPs, or true, all of a layer but its input; stage 1 never stores more than a layer's", choices=(False, True, "mlp"))
-    alignment_loss: str = key("mse", help="stage 1: mse, or l2 (norm over sqrt(D), RADLADS)", choices=("mse", "l2"), stages=(1,))
-    calibrate_init: int = key(0, help="stage 1: fit decay and output projections to so many batches of micro_batch_size sequences before the first step; 0: none", minimum=0)
+    add_eos_token: bool | None = key(
+        None,
+        help="accepted; preprocessing always puts EOS between documents, so that false is a warning",
+    )
+    resume_from_checkpoint: str | bool | None = key(
+        "auto",
+        help="auto or true: go on from the newest undamaged checkpoint in output_dir, if any; null: refuse if output_dir holds a run; a checkpoint-N folder of output_dir: from that one, once; given again, from the newest",
+    )
+    gradient_checkpointing: bool | str = key(
+        False,
+        help="stages 2 and 3: what backward computes again instead of storing it: mlp, what is inside the MLPs, or true, all of a layer but its input; stage 1 never stores more than a layer's",
+        choices=(False, True, "mlp"),
+    )
+    alignment_loss: str = key(
+        "mse",
+        help="stage 1: mse, or l2 (norm over sqrt(D), RADLADS)",
+        choices=("mse", "l2"),
+        stages=(1,),
+    )
+    calibrate_init: int = key(
+        0,
+        help="stage 1: fit decay and output projections to so many batches of micro_batch_size sequences before the first step; 0: none",
+        minimum=0,
+    )
     kl_temperature: float = key(1.0, help="stage 2: temperature tau; the loss is tau^2 KL", minimum=1e-3, stages=(2,))
     kl_weight: float = key(1.0, help="stage 2: weight of the KL", minimum=0, stages=(2,))
     ce_weight: float = key(0.0, help="stage 2: weight of the next-token cross-entropy", minimum=0, stages=(2,))
-    kd_teacher_shard: str = key("auto", help="stage 2: shard the teacher with ZeRO-3; auto: replicate it where it fits", choices=("auto", "always", "never"), stages=(2,))
-    kd_teacher_offload: str = key("none", help="stage 2: keep a sharded teacher's weights in CPU memory", choices=("none", "cpu"), stages=(2,))
-    kd_teacher_use_cache: bool = key(False, help="accepted; the teacher's forward pass has no use for a KV cache", stages=(2,))
-    zero_stage: int | None = key(None, help="DeepSpeed ZeRO stage; null: the training stage's own number, but 1 for one process, where there is nothing to shard; a run that goes on keeps its own, so say 3 if more GPUs shall go on with it", choices=(None, 1, 2, 3))
-    cuda_graphs: bool = key(False, help="on a GPU: replay a step's forward and backward passes as CUDA graphs, so that the GPU does not wait for Python: several times as fast for a small model, for memory of their own (see Performance); not under ZeRO-3, nor with a sharded teacher")
-    dtype: str = key("auto", help="compute dtype; auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "bf16", "fp32"))
+    kd_teacher_shard: str = key(
+        "auto",
+        help="stage 2: shard the teacher with ZeRO-3; auto: replicate it where it fits",
+        choices=("auto", "always", "never"),
+        stages=(2,),
+    )
+    kd_teacher_offload: str = key(
+        "none",
+        help="stage 2: keep a sharded teacher's weights in CPU memory",
+        choices=("none", "cpu"),
+        stages=(2,),
+    )
+    kd_teacher_use_cache: bool = key(
+        False, help="accepted; the teacher's forward pass has no use for a KV cache", stages=(2,)
+    )
+    zero_stage: int | None = key(
+        None,
+        help="DeepSpeed ZeRO stage; null: the training stage's own number, but 1 for one process, where there is nothing to shard; a run that goes on keeps its own, so say 3 if more GPUs shall go on with it",
+        choices=(None, 1, 2, 3),
+    )
+    cuda_graphs: bool = key(
+        False,
+        help="on a GPU: replay a step's forward and backward passes as CUDA graphs, so that the GPU does not wait for Python: several times as fast for a small model, for memory of their own (see Performance); not under ZeRO-3, nor with a sharded teacher",
+    )
+    dtype: str = key(
+        "auto",
+        help="compute dtype; auto: bf16 on a GPU, fp32 on a CPU",
+        choices=("auto", "bf16", "fp32"),
+    )
     save_steps: int | None = key(None, help="steps between checkpoints; null: a tenth of the run", minimum=1)
-    save_minutes: float | None = key(30.0, help="minutes after which a checkpoint is due, besides save_steps; null: never", minimum=0)
+    save_minutes: float | None = key(
+        30.0,
+        help="minutes after which a checkpoint is due, besides save_steps; null: never",
+        minimum=0,
+    )
     save_total_limit: int = key(2, help="checkpoints kept", minimum=1)
     eval_steps: int | None = key(None, help="steps between held-out evaluations; null: a tenth of the run", minimum=1)
     eval_batches: int = key(16, help="micro-batches of a held-out evaluation during training", minimum=1)
     logging_steps: int = key(10, help="steps between logged metrics", minimum=1)
-    report_to: str = key("auto", help="wandb or none; auto: wandb if WANDB_API_KEY or WANDB_MODE is set", choices=("auto", "wandb", "none"))
-    hang_minutes: float = key(30.0, help="minutes without progress after which a rank that hangs ends the run", minimum=0.01)
+    report_to: str = key(
+        "auto",
+        help="wandb or none; auto: wandb if WANDB_API_KEY or WANDB_MODE is set",
+        choices=("auto", "wandb", "none"),
+    )
+    hang_minutes: float = key(
+        30.0,
+        help="minutes without progress after which a rank that hangs ends the run",
+        minimum=0.01,
+    )
     seed: int = key(42, help="seed of data order and fresh weights", minimum=0)
 
 
 @dataclass(frozen=True)
 class Config:
-    stage: int = key(help="1 align attention outputs, 2 distil logits, 3 finetune on long context", choices=(1, 2, 3))
+    stage: int = key(
+        help="1 align attention outputs, 2 distil logits, 3 finetune on long context",
+        choices=(1, 2, 3),
+    )
     data: DataConfig = key()
     teacher_model: TeacherConfig = key()
     student_model: StudentModelConfig = key()
@@ -104,7 +178,8 @@ class Config:
 
 
 def convert_value(path: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`, or ConfigError. Numbers that YAML 1.1 leaves as text (1e-4, 600_000_000) become numbers."""
+    """`value` as `kind`, or ConfigError. Numbers that YAML 1.1 leaves as text (1e-4, 600_000_000)
+    become numbers."""
     if value == "None":
         value = None
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
@@ -122,7 +197,9 @@ def convert_value(path: str, value: Any, kind: Any) -> Any:
     if type(value) is int and float in origins and int not in origins:
         value = float(value)
     if type(value) not in origins:
-        wanted = " or ".join("null" if option is type(None) else getattr(option, "__name__", str(option)) for option in options)
+        wanted = " or ".join(
+            "null" if option is type(None) else getattr(option, "__name__", str(option)) for option in options
+        )
         raise ConfigError(f"{path}: {value!r} is of type {type(value).__name__}; it must be {wanted}")
     for option in options:
         if typing.get_origin(option) is list and isinstance(value, list):
@@ -163,7 +240,9 @@ def _check(cfg: Config) -> None:
     if (train.target_tokens is None) == (train.max_steps is None):
         raise ConfigError("train.target_tokens: give either target_tokens or train.max_steps, and not both")
     if train.max_length not in (None, train.train_seq_len):
-        raise ConfigError(f"train.max_length: {train.max_length} must equal train.train_seq_len ({train.train_seq_len})")
+        raise ConfigError(
+            f"train.max_length: {train.max_length} must equal train.train_seq_len ({train.train_seq_len})"
+        )
     if len(set(kept)) != len(kept):
         raise ConfigError(f"student_model.keep_full_attention_layers: {kept} names a layer twice; list each once")
     if any(layer < 0 for layer in kept):
@@ -171,15 +250,21 @@ def _check(cfg: Config) -> None:
     if cfg.stage == 1 and kept:
         raise ConfigError(f"student_model.keep_full_attention_layers: {kept} must be [] in stage 1, which trains all")
     if cfg.stage > 1 and not train.student_init_ckpt:
-        raise ConfigError(f"train.student_init_ckpt: missing; stage {cfg.stage} starts from stage {cfg.stage - 1}'s converted-hf")
+        raise ConfigError(
+            f"train.student_init_ckpt: missing; stage {cfg.stage} starts from stage {cfg.stage - 1}'s converted-hf"
+        )
     if cfg.stage > 1 and train.calibrate_init:
-        raise ConfigError(f"train.calibrate_init: {train.calibrate_init} is for stage 1, whose students start from the teacher; remove it")
+        raise ConfigError(
+            f"train.calibrate_init: {train.calibrate_init} is for stage 1, whose students start from the teacher; remove it"
+        )
     if cfg.stage == 1 and train.student_init_ckpt:
         raise ConfigError("train.student_init_ckpt: stage 1 starts from the teacher; remove it")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise ConfigError(f"train.betas: {train.betas} must be two numbers in [0, 1)")
     if cfg.stage == 2 and train.kd_teacher_offload == "cpu" and train.kd_teacher_shard == "never":
-        raise ConfigError("train.kd_teacher_offload: cpu is for a sharded teacher, but train.kd_teacher_shard is never; say auto")
+        raise ConfigError(
+            "train.kd_teacher_offload: cpu is for a sharded teacher, but train.kd_teacher_shard is never; say auto"
+        )
     if cfg.stage == 2 and train.kl_weight == train.ce_weight == 0:
         raise ConfigError("train.kl_weight: 0 with train.ce_weight 0 leaves no loss; give one of them a weight")
 
@@ -252,8 +337,11 @@ def reference() -> str:
         parts = fields(hints[section.name]) if is_dataclass(hints[section.name]) else [section]
         for spec in parts:
             name = spec.name if spec is section else f"{section.name}.{spec.name}"
-            default = spec.default if spec.default is not MISSING else (
-                "required" if spec.default_factory is MISSING else spec.default_factory())  # fmt: skip
+            default = (
+                spec.default
+                if spec.default is not MISSING
+                else ("required" if spec.default_factory is MISSING else spec.default_factory())
+            )
             default = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
             lines.append(f"| `{name}` | {default} | {spec.metadata['help']} |")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from .files import sync, why_not_written, write_whole
+from .files import atomic_write_text, sync, why_not_written
 
 INDEX, PARTIAL, UNIVERSAL, ASIDE = "index.json", ".saving", ".universal", "set-aside"
 
@@ -33,7 +33,10 @@ def step_of(checkpoint: Path) -> int:
 
 def _folders(run: Path) -> list[Path]:
     """checkpoint-<step>, whole or not, oldest first."""
-    return sorted((path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()), key=step_of)
+    return sorted(
+        (path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
+        key=step_of,
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -42,7 +45,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def read_index(checkpoint: Path) -> dict:
-    """What the checkpoint's writer recorded: facts, and files {name: [bytes, SHA-256]}. Raises CheckpointError."""
+    """What the checkpoint's writer recorded: facts, and files {name: [bytes, SHA-256]}. Raises
+    CheckpointError."""
     try:
         index = json.loads((checkpoint / INDEX).read_text())
         assert isinstance(index["files"], dict)
@@ -53,7 +57,9 @@ def read_index(checkpoint: Path) -> dict:
 
 def fingerprint(export: Path, digest=None) -> str:
     """A hash of an export's config and weights. digest: of a file's content, `sha256` unless given."""
-    weights = [(f.name, (digest or sha256)(f)) for f in sorted(export.iterdir()) if f.suffix in (".safetensors", ".bin")]
+    weights = [
+        (f.name, (digest or sha256)(f)) for f in sorted(export.iterdir()) if f.suffix in (".safetensors", ".bin")
+    ]
     return hashlib.sha256(f"{(export / 'config.json').read_text()} {weights}".encode()).hexdigest()[:16]
 
 
@@ -66,7 +72,8 @@ def sha256(path: Path) -> str:
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with the checkpoint, or None. Of `parts` callers each reads every parts-th file."""
+    """What is wrong with the checkpoint, or None. Of `parts` callers each reads every parts-th
+    file."""
     try:
         files = read_index(checkpoint)["files"]
     except CheckpointError as error:
@@ -89,8 +96,9 @@ def _writer(name: str) -> int:
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[], None], facts: dict, keep: int) -> None:
-    """Makes run/checkpoint-<step>; all ranks call it. write() writes to run/PARTIAL/checkpoint-<step>; facts go into the
-    index; of all checkpoints the newest `keep` stay. Raises CheckpointError, on the rank that could not write."""
+    """Makes run/checkpoint-<step>; all ranks call it. write() writes to
+    run/PARTIAL/checkpoint-<step>; facts go into the index; of all checkpoints the newest `keep`
+    stay. Raises CheckpointError, on the rank that could not write."""
     import torch.distributed as dist
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -113,7 +121,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[], None], facts: dict
         dist.all_gather_object(parts, ours)
         if rank == 0:
             files = {name: entry for part in parts for name, entry in part.items()}
-            write_whole(partial / INDEX, json.dumps(facts | {"step": step, "files": files}, indent=1))
+            atomic_write_text(partial / INDEX, json.dumps(facts | {"step": step, "files": files}, indent=1))
             for path in (p for p in (*partial.rglob("*"), partial) if p.is_dir()):
                 sync(path)
             shutil.rmtree(target, ignore_errors=True)
@@ -136,7 +144,8 @@ def save_checkpoint(run: Path, step: int, write: Callable[[], None], facts: dict
 
 
 def clear_pruned(run: Path) -> None:
-    """Removes what a kill left of checkpoints that were being removed: those without an index, older than all with it."""
+    """Removes what a kill left of checkpoints that were being removed: those without an index,
+    older than all with it."""
     if whole := checkpoints(run):
         for rest in _folders(run)[: _folders(run).index(whole[0])]:
             shutil.rmtree(rest, ignore_errors=True)
@@ -150,9 +159,10 @@ def set_aside(checkpoint: Path) -> Path:
     return aside
 
 
-def newest_good(run: Path, say=print) -> Path | None:
-    """The newest undamaged checkpoint, or None where there is none at all; all ranks call it. Damaged ones are reported
-    and set aside. Raises CheckpointError if there are only damaged ones."""
+def newest_good(run: Path, log=print) -> Path | None:
+    """The newest undamaged checkpoint, or None where there is none at all; all ranks call it.
+    Damaged ones are reported and set aside. Raises CheckpointError if there are only damaged ones.
+    """
     import torch.distributed as dist
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -168,14 +178,17 @@ def newest_good(run: Path, say=print) -> Path | None:
             return checkpoint
         if rank == 0:
             aside = set_aside(checkpoint)
-            say(f"{checkpoint}: damaged ({wrong}); set aside as {aside.name}, going on from the one before it")
+            log(f"{checkpoint}: damaged ({wrong}); set aside as {aside.name}, going on from the one before it")
     if found[0]:
-        raise CheckpointError(f"{run}: all its checkpoints are damaged and set aside; bring one back or remove the folder")
+        raise CheckpointError(
+            f"{run}: all its checkpoints are damaged and set aside; bring one back or remove the folder"
+        )
     return None
 
 
 def universal_checkpoint(checkpoint: Path) -> Path:
-    """The checkpoint for another number of processes, in DeepSpeed's universal format; all ranks call it together.
+    """The checkpoint for another number of processes, in DeepSpeed's universal format; all ranks
+    call it together.
 
     It lies in UNIVERSAL beside the checkpoint and needs as much room; remove it once it is loaded.
     """
@@ -188,9 +201,14 @@ def universal_checkpoint(checkpoint: Path) -> Path:
         folder.mkdir(parents=True)
         tag = (checkpoint / "latest").read_text().strip()
         options = argparse.Namespace(
-            input_folder=str(checkpoint / tag), output_folder=str(folder / tag), num_extract_workers=1, num_merge_workers=1,
-            keep_temp_folder=False, strict=True, inject_missing_state=True,
-        )  # fmt: skip
+            input_folder=str(checkpoint / tag),
+            output_folder=str(folder / tag),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
         try:
             with redirect_stdout(io.StringIO()):
                 ds_to_universal.main(options)
@@ -199,6 +217,8 @@ def universal_checkpoint(checkpoint: Path) -> Path:
                     shutil.copy(path, folder)
         except (OSError, RuntimeError) as error:
             why = why_not_written(error, checkpoint.parent)
-            raise CheckpointError(f"{checkpoint} could not be converted for another number of processes: {why}") from error
+            raise CheckpointError(
+                f"{checkpoint} could not be converted for another number of processes: {why}"
+            ) from error
     dist.barrier()
     return folder

@@ -17,16 +17,20 @@ REQUEUE = 75  # exit code of a run that was told to stop and goes on when it is 
 HUNG = 70  # exit code of a run whose ranks no longer move (EX_SOFTWARE)
 
 
-class Diverged(RuntimeError):
-    """A loss or gradient that is not finite; the message is one line with step, rank, layer and what to try."""
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite; the message is one line with step, rank, layer and
+    what to try."""
 
 
 class StopSignals:
-    """SIGTERM (preemption) and SIGUSR1 (a time limit is near). While `saving` is set they are remembered in `received`,
-    for the training loop to save; before and after, with nothing to save, they end the process at once, with REQUEUE.
-    So does the file $STOP_FILE of the launch scripts: one came before this process listened, and was lost.
+    """SIGTERM (preemption) and SIGUSR1 (a time limit is near). While `saving` is set they are
+    remembered in `received`, for the training loop to save; before and after, with nothing to save,
+    they end the process at once, with REQUEUE. So does the file $STOP_FILE of the launch scripts:
+    one came before this process listened, and was lost.
 
-    As a context, until its body ends, and the process with it; or, with `to_the_end` False, until the process goes on."""
+    As a context, until its body ends, and the process with it; or, with `to_the_end` False, until
+    the process goes on.
+    """
 
     def __init__(self, to_the_end: bool = True):
         self.received: str | None = None
@@ -39,7 +43,8 @@ class StopSignals:
     def _handle(self, number, frame):
         self.received = signal.Signals(number).name
         if not self.saving:
-            # Not by print: the signal may have come while the same thread was in one, which would raise instead.
+            # Not by print: the signal may have come while the same thread was in one, which would
+            # raise instead.
             os.write(1, f"{self.received}: stopping; run the same command again\n".encode())
             raise SystemExit(REQUEUE)
 
@@ -47,18 +52,19 @@ class StopSignals:
         return self
 
     def __exit__(self, error, *_) -> None:
-        """Where the process ends both are ignored from here on: Python's own end brings back their defaults, of which a process
-        that has done its work, or has its exit code, would die."""
+        """Where the process ends both are ignored from here on: Python's own end brings back their
+        defaults, of which a process that has done its work, or has its exit code, would die."""
         for number, before in self.before.items():
             signal.signal(number, signal.SIG_IGN if self.to_the_end or error is not None else before)
 
 
 class Watchdog:
-    """Ends the process, with every rank's position and the stack, once this rank has not moved for `seconds`.
+    """Ends the process, with every rank's position and the stack, once this rank has not moved for
+    `seconds`.
 
-    The ranks tell each other their positions through a store of rank 0's, so that the message can name the one that
-    hangs: the others only wait for it. All ranks construct it together, after torch.distributed is initialised. As a
-    context it watches its body.
+    The ranks tell each other their positions through a store of rank 0's, so that the message can
+    name the one that hangs: the others only wait for it. All ranks construct it together, after
+    torch.distributed is initialised. As a context it watches its body.
     """
 
     def __init__(self, seconds: float):
@@ -73,10 +79,14 @@ class Watchdog:
             address = [None]
             if self.rank == 0:
                 host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-                self.server = dist.TCPStore(host, 0, self.world_size, True, timedelta(seconds=60), wait_for_workers=False)
+                self.server = dist.TCPStore(
+                    host, 0, self.world_size, True, timedelta(seconds=60), wait_for_workers=False
+                )
                 address = [(host, self.server.port)]
             dist.broadcast_object_list(address)
-            self.store = dist.TCPStore(*address[0], self.world_size, False, timedelta(seconds=60), wait_for_workers=False)
+            self.store = dist.TCPStore(
+                *address[0], self.world_size, False, timedelta(seconds=60), wait_for_workers=False
+            )
             self.sharing = threading.Thread(target=self._share, daemon=True)
             self.sharing.start()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -89,13 +99,15 @@ class Watchdog:
         return self
 
     def __exit__(self, *_) -> None:
-        """Ends the watch. Python must not end while a thread is inside the store, which is C++: that would abort the process."""
+        """Ends the watch. Python must not end while a thread is inside the store, which is C++:
+        that would abort the process."""
         self.done.set()
         if self.sharing is not None:
             self.sharing.join(self.patience)
 
     def _share(self) -> None:
-        """Tells the others where this rank is. A thread of its own: a store that does not answer must not stop the watch."""
+        """Tells the others where this rank is. A thread of its own: a store that does not answer
+        must not stop the watch."""
         told = None
         while not self.done.wait(min(1.0, self.seconds / 8)):
             if told != self.moves:
@@ -132,7 +144,9 @@ class Watchdog:
         others = [rank for rank in behind if rank != self.rank]
         if len(behind) < self.world_size and others:
             where = positions[others[0]]
-            why = f"waiting for rank {', '.join(map(str, others))}, which " + (f"is at {where[1]}" if where else "does not answer")
+            why = f"waiting for rank {', '.join(map(str, others))}, which " + (
+                f"is at {where[1]}" if where else "does not answer"
+            )
         elif len(behind) < self.world_size or self.world_size == 1:
             why = "this rank hangs"
         else:
@@ -142,8 +156,9 @@ class Watchdog:
             f"train.py: rank {self.rank} of {self.world_size} on {socket.gethostname()}: no progress for {self.seconds:.0f} s at "
             f"{self.where}: {why}; checkpoints are kept, the same command goes on (train.hang_minutes sets the patience). "
             "Its stack:",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
         faulthandler.dump_traceback(all_threads=True)
         os._exit(HUNG)
 
@@ -169,8 +184,9 @@ def _hooks(handles: list) -> Iterator[None]:
 
 
 def first_not_finite(model, forward: Callable[[], object], backward: Callable[[object], None] | None) -> str | None:
-    """Runs forward() and names the first module of `model` with an output that is not finite; or, if backward is given, runs
-    backward(forward()) too and names the first parameter with such a gradient. None if all are finite."""
+    """Runs forward() and names the first module of `model` with an output that is not finite; or,
+    if backward is given, runs backward(forward()) too and names the first parameter with such a
+    gradient. None if all are finite."""
     found: list[str] = []
 
     def output_of(name):

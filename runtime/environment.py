@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,12 +16,18 @@ WANDB_PROJECT = "hybrid-distillation"  # where runs are logged unless the enviro
 
 
 def set_up_process() -> tuple[int, int]:
-    """Sets what DeepSpeed, Triton and PyTorch read from the environment; returns (rank, world size).
+    """Sets what DeepSpeed, Triton and PyTorch read from the environment; returns (rank, world
+    size).
 
     Call it before they are imported. A process that no launcher started becomes rank 0 of 1.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"), "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
+            "WORLD_SIZE": "1",
+            "LOCAL_WORLD_SIZE": "1",
+        }
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # Ranks that share a cache folder, perhaps over a network, race for its files.
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
@@ -33,9 +40,13 @@ def set_up_process() -> tuple[int, int]:
 
 
 def use_kernel_configs() -> None:
-    """Lets FLA take the configurations of its kernels from `kernel_configs/`, where there are some for the compute capability that
-    all GPUs of this machine have, instead of trying all of them for a minute or two.
-    benchmarks/train_throughput.py --save_kernel_configs writes them; what the user has set in FLA's own variables stays."""
+    """Lets FLA's autotuner read its kernels' configurations from `kernel_configs/` instead of
+    measuring for a minute or two.
+
+    Only where the folder has configurations for the compute capability that all GPUs of this
+    machine share. FLA_CACHE_MODE and FLA_CONFIG_DIR, if the user has set them, stay.
+    benchmarks/train_throughput.py --save_kernel_configs writes the files.
+    """
     if not shutil.which("nvidia-smi") or {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & set(os.environ):
         return
     try:
@@ -44,14 +55,23 @@ def use_kernel_configs() -> None:
     except subprocess.SubprocessError:  # no driver, or a GPU that hangs
         return
     capabilities = {line.strip().replace(".", "") for line in done.stdout.splitlines()}
-    if len(capabilities) == 1 and (folder := KERNEL_CONFIGS / f"sm_{capabilities.pop()}").is_dir():
-        # fuzzy: what was measured at one number of heads serves others; dtypes and switches must be the same.
-        os.environ |= {"FLA_CACHE_MODE": "fuzzy", "FLA_CONFIG_DIR": str(folder)}
+    if len(capabilities) != 1:
+        return
+    folder = KERNEL_CONFIGS / f"sm_{capabilities.pop()}"
+    if not folder.is_dir():
+        return
+    # fuzzy: what was measured at one number of heads serves others; dtypes and switches must be the
+    # same.
+    os.environ["FLA_CACHE_MODE"] = "fuzzy"
+    os.environ["FLA_CONFIG_DIR"] = str(folder)
+    cache = sys.modules.get("fla.ops.utils.cache")
+    if cache is not None:  # FLA reads the mode when it is imported, the folder at each lookup
+        cache.FLA_CACHE_MODE = cache.FlaCacheMode.FUZZY
 
 
 def set_up_device() -> str:
-    """Returns "cuda" or "cpu", and tells DeepSpeed which. On a CPU its shared-memory collectives stay off: they would
-    be compiled for a minute, and gloo does the same."""
+    """Returns "cuda" or "cpu", and tells DeepSpeed which. On a CPU its shared-memory collectives
+    stay off: they would be compiled for a minute, and gloo does the same."""
     import torch
 
     if torch.cuda.is_available():
@@ -64,25 +84,32 @@ def set_up_device() -> str:
     return "cpu"
 
 
-def join_ranks(device: str, hang_minutes: float) -> None:
-    """Initialises torch.distributed and DeepSpeed; call it after `set_up_device`. PyTorch's own time-outs come after
-    the watchdog's, whose message is clearer.
+def init_distributed(device: str, hang_minutes: float) -> None:
+    """Initialises torch.distributed and DeepSpeed; call it after `set_up_device`. PyTorch's own
+    time-outs come after the watchdog's, whose message is clearer.
 
-    One process needs no port, so that runs of one do not get into each other's way on a machine; others need a --master_port each.
+    One process needs no port, so that runs of one do not get into each other's way on a machine;
+    others need a --master_port each.
     """
     from datetime import timedelta
 
     import deepspeed
     import torch
 
-    backend, timeout = "nccl" if device == "cuda" else "gloo", timedelta(minutes=1.5 * hang_minutes + 5)
+    backend, timeout = (
+        "nccl" if device == "cuda" else "gloo",
+        timedelta(minutes=1.5 * hang_minutes + 5),
+    )
     if os.environ["WORLD_SIZE"] == "1":
-        torch.distributed.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=torch.distributed.HashStore())
+        torch.distributed.init_process_group(
+            backend, timeout=timeout, rank=0, world_size=1, store=torch.distributed.HashStore()
+        )
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 def wandb_wanted(report_to: str) -> bool:
-    """Whether to report to Weights & Biases: as asked, or if its own variables say that the user has it set up.
+    """Whether to report to Weights & Biases: as asked, or if its own variables say that the user
+    has it set up.
 
     Raises ValueError if it was asked for and is not installed.
     """

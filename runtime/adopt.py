@@ -12,23 +12,28 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
+from runtime.data import METADATA, DataError, is_saved_dataset
+from runtime.files import one_line
+
 import numpy
 import pyarrow
 import pyarrow.compute
 from tqdm import tqdm
 
-from pipeline.data import METADATA, DataError, is_saved_dataset
-from pipeline.files import one_line
-
 READ = ("input_ids", "attention_mask")  # columns; the latter only to refuse padding
-HELDOUT_SPLITS = ("heldout", "validation", "test")  # of a folder with several splits, the first of these is held out
+HELDOUT_SPLITS = (
+    "heldout",
+    "validation",
+    "test",
+)  # of a folder with several splits, the first of these is held out
 AGAIN = "make the chunks anew with preprocess_download_tokenize.py and preprocess_chunk.py"
 TOKENS_AT_A_TIME = 1 << 21  # that are checked
 SAMPLED_ROWS = 32
 SAMPLED_TOKENS = 512  # the first ones of a sampled row
-# The right tokenizer gives back 99.4 % and more of a row of 512 tokens: not some at ends of rows and documents, which
-# are cut through, or joined without EOS. Wrong ones gave back at most 91 % over all rows: Qwen2.5's and Llama 3's, each
-# reading the other's ids, and BPEs of 4096 entries that were trained on different texts.
+# The right tokenizer gives back 99.4 % and more of a row of 512 tokens: not some at ends of rows
+# and documents, which are cut through, or joined without EOS. Wrong ones gave back at most 91 %
+# over all rows: Qwen2.5's and Llama 3's, each reading the other's ids, and BPEs of 4096 entries
+# that were trained on different texts.
 LEAST_GIVEN_BACK = 0.95
 
 
@@ -49,7 +54,8 @@ def source_key(folder: Path) -> str:
 
 
 def open_saved(folder: Path) -> Saved:
-    """Opens a folder that `datasets` saved, memory-mapped. Raises DataError if it is none, or holds no token ids."""
+    """Opens a folder that `datasets` saved, memory-mapped. Raises DataError if it is none, or holds
+    no token ids."""
     from datasets import Dataset, load_from_disk
 
     if (folder / METADATA).is_file():
@@ -60,7 +66,12 @@ def open_saved(folder: Path) -> Saved:
         )
     try:
         loaded = load_from_disk(str(folder))
-    except (OSError, ValueError, LookupError, TypeError) as error:  # a file is missing or cut short, or there is no row
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as error:  # a file is missing or cut short, or there is no row
         raise DataError(f"--adopt: {folder} does not open ({one_line(error)}); copy it again, or {AGAIN}") from None
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
     if "train" not in splits:
@@ -94,7 +105,8 @@ def _check_columns(folder: Path, split: str, dataset) -> None:
 def check_rows(folder: Path, split: str, dataset, length: int, vocab_size: int, eos: int) -> int:
     """Reads all of a split; returns how many EOS it holds.
 
-    Raises DataError, naming the row, if it has not `length` ids, holds one outside 0 .. vocab_size - 1, or is padded.
+    Raises DataError, naming the row, if it has not `length` ids, holds one outside 0 .. vocab_size
+    - 1, or is padded.
     """
     start, count = 0, 0
 
@@ -110,7 +122,11 @@ def check_rows(folder: Path, split: str, dataset, length: int, vocab_size: int, 
             columns = {}
             for name in batch.column_names:
                 lengths = pyarrow.compute.fill_null(pyarrow.compute.list_value_length(batch[name]), 0).to_numpy()
-                refuse(lengths != length, lengths, f"{{row}} has {{value}} values in {name}, not {length}; {AGAIN}")
+                refuse(
+                    lengths != length,
+                    lengths,
+                    f"{{row}} has {{value}} values in {name}, not {length}; {AGAIN}",
+                )
                 flat = batch[name].combine_chunks().flatten()
                 nulls = flat.is_null().to_numpy(zero_copy_only=False).reshape(-1, length)
                 refuse(nulls, nulls, f"{{row}} has a null in {name}; {AGAIN}")
@@ -118,8 +134,12 @@ def check_rows(folder: Path, split: str, dataset, length: int, vocab_size: int, 
             ids = columns["input_ids"]
             mask = columns.get("attention_mask")
             outside = (ids < 0) | (ids >= vocab_size)
-            refuse(outside, ids, "{row} holds the id {value}, which is none of the tokenizer's, 0 to "
-                   f"{vocab_size - 1}; name in --tokenizer the one that made the chunks")  # fmt: skip
+            refuse(
+                outside,
+                ids,
+                "{row} holds the id {value}, which is none of the tokenizer's, 0 to "
+                f"{vocab_size - 1}; name in --tokenizer the one that made the chunks",
+            )
             if mask is not None:
                 refuse(mask == 0, mask, f"{{row}} is padded (its attention_mask has a 0); {AGAIN}")
             count += int((ids == eos).sum())
@@ -129,7 +149,8 @@ def check_rows(folder: Path, split: str, dataset, length: int, vocab_size: int, 
 
 
 def given_back(tokenizer, segments: list[list[int]]) -> float:
-    """The share of the tokens of `segments` that stand there again when these are decoded and encoded."""
+    """The share of the tokens of `segments` that stand there again when these are decoded and
+    encoded."""
     kept = total = 0
     for ids in segments:
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -140,7 +161,8 @@ def given_back(tokenizer, segments: list[list[int]]) -> float:
 
 
 def sample_segments(dataset, added: set[int]) -> list[list[int]]:
-    """Runs of token ids from rows all over a dataset, without the ids `added`: added tokens such as EOS."""
+    """Runs of token ids from rows all over a dataset, without the ids `added`: added tokens such as
+    EOS."""
     rows = min(SAMPLED_ROWS, len(dataset))
     segments = []
     for i in range(rows):
@@ -158,8 +180,9 @@ def sample_segments(dataset, added: set[int]) -> list[list[int]]:
 def check_tokenizer(folder: Path, dataset, tokenizer, name: str) -> str | None:
     """Whether the tokenizer `name` made these ids.
 
-    A tokenizer encodes a text in one way only; the ids of another one, decoded by it, are seldom encoded to the same.
-    Returns a warning where this tokenizer gives back any ids. Raises DataError if it is the wrong one.
+    A tokenizer encodes a text in one way only; the ids of another one, decoded by it, are seldom
+    encoded to the same. Returns a warning where this tokenizer gives back any ids. Raises DataError
+    if it is the wrong one.
     """
     added = set(tokenizer.added_tokens_decoder)
     segments = sample_segments(dataset, added)

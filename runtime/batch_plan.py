@@ -32,7 +32,8 @@ class BatchPlan:
         return max(1, self.steps // 10)
 
     def every(self, steps: int | None) -> int:
-        """`steps`, or a tenth of the run; never beyond the run's end, so that at least one save and one eval happen."""
+        """`steps`, or a tenth of the run; never beyond the run's end, so that at least one save and
+        one eval happen."""
         return min(self.steps, steps or max(1, self.steps // 10))
 
     def epochs(self, num_chunks: int) -> float:
@@ -51,5 +52,10 @@ def batch_plan(cfg: Config, world_size: int) -> BatchPlan:
         )
     steps = train.max_steps or max(1, train.target_tokens // (train.batch_size * train.train_seq_len))
     return BatchPlan(
-        steps, train.batch_size, train.micro_batch_size, train.batch_size // per_pass, world_size, train.train_seq_len
+        steps,
+        train.batch_size,
+        train.micro_batch_size,
+        train.batch_size // per_pass,
+        world_size,
+        train.train_seq_len,
     )

@@ -23,7 +23,8 @@ REPLACEMENTS = {
 
 
 def refuse_old_flags(script: str, argv: list[str], needed: str = "") -> None:
-    """Raises ValueError, of one line that says what to type instead, if `argv` holds one of the script's old flags.
+    """Raises ValueError, of one line that says what to type instead, if `argv` holds one of the
+    script's old flags.
 
     needed: what such a command lacks besides.
     """
@@ -33,7 +34,10 @@ def refuse_old_flags(script: str, argv: list[str], needed: str = "") -> None:
         if flag not in REPLACEMENTS[script]:
             continue
         if not equals:
-            value = next((following for following in argv[i + 1 : i + 2] if not following.startswith("--")), "VALUE")
+            value = next(
+                (following for following in argv[i + 1 : i + 2] if not following.startswith("--")),
+                "VALUE",
+            )
         replaced.append(f"{flag}: {REPLACEMENTS[script][flag].format(value)}")
     if replaced:
         raise ValueError("; ".join([*replaced, *([needed] if needed else [])]) + " (docs/migration.md)")

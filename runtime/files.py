@@ -19,7 +19,7 @@ WATCH = 35.0  # seconds without one after which a holder on another machine coun
 SETTLE = 3.0  # seconds in which a job on another machine that starts at the same time has written its name, too
 
 
-class Busy(ValueError):
+class FolderLockedError(ValueError):
     """Another process writes there; the message is one line that names it."""
 
 
@@ -32,7 +32,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Writes a file, whole or not at all; one that was there stays until then."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text)
@@ -77,7 +77,8 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _watch(path: Path) -> bool:
-    """Whether the lock's holder shows a sign of life within WATCH seconds. Counts changes: clocks of machines differ."""
+    """Whether the lock's holder shows a sign of life within WATCH seconds. Counts changes: clocks
+    of machines differ."""
     first, end = _stat(path), time.monotonic() + WATCH
     while first is not None and time.monotonic() < end:
         time.sleep(1)
@@ -89,18 +90,22 @@ def _watch(path: Path) -> bool:
     return False
 
 
-def _busy(what: str, them: dict) -> Busy:
+def _busy(what: str, them: dict) -> FolderLockedError:
     job = f", Slurm job {them['job']}" if them.get("job") else ""
     who = f"process {them['pid']} on {them['host']}{job}, since {them['since']}" if them else "another process"
-    return Busy(f"{what} is being written by {who}; wait for it, end it, or name another folder")
+    return FolderLockedError(f"{what} is being written by {who}; wait for it, end it, or name another folder")
 
 
 def _take(path: Path, what: str):
     """The open, locked file. Raises Busy."""
-    us = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"),
-          "since": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
+    us = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
     while True:
-        file = open(path, "a+")  # noqa: SIM115
+        file = open(path, "a+")
         locks_work, free = True, True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,8 +114,8 @@ def _take(path: Path, what: str):
         except OSError:  # some network file systems have no locks
             locks_work = False
         them = _holder(file)
-        # A lock that the kernel gives may still be held on another machine, where the file system's locks are local.
-        # A requeued job keeps its id, and Slurm runs it once.
+        # A lock that the kernel gives may still be held on another machine, where the file system's
+        # locks are local. A requeued job keeps its id, and Slurm runs it once.
         elsewhere = bool(them) and them["host"] != us["host"] and (them["job"] is None or them["job"] != us["job"])
         here = bool(them) and not locks_work and them["host"] == us["host"] and Path(f"/proc/{them['pid']}").exists()
         if not free or here or elsewhere and _watch(path):
@@ -122,7 +127,8 @@ def _take(path: Path, what: str):
             file.write(json.dumps(us))
             file.flush()
             if us["job"] is not None:
-                # Two jobs that start together on two machines both come this far where locks are local: the last to write stays.
+                # Two jobs that start together on two machines both come this far where locks are
+                # local: the last to write stays.
                 os.fsync(file.fileno())
                 time.sleep(SETTLE)
                 with open(path) as again:
@@ -160,12 +166,12 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------ folders
 @contextmanager
-def complete_or_absent(folder: Path, replace: bool = False) -> Iterator[Path]:
+def atomic_directory(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends, and vanishes if it raises.
 
-    replace: a `folder` that is there stays until the block has ended, and is then replaced. Without it, one that is
-    there and not empty makes the end raise OSError. What a killed process left is cleared away. Raises Busy if another
-    process makes the same folder.
+    replace: a `folder` that is there stays until the block has ended, and is then replaced. Without
+    it, one that is there and not empty makes the end raise OSError. What a killed process left is
+    cleared away. Raises Busy if another process makes the same folder.
     """
     temporary, old, lock = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old", "lock"))
     with locked(lock, str(folder)):
