@@ -158,7 +158,42 @@ def files(published: dict) -> dict[str, str]:
             "students"
         ][0]:
             add(3, row.folder, row, row.layers)
+    made["README.md"] = readme(published, everything, made)
     return made
+
+
+README = """\
+# Configurations
+
+This page lists what is in each folder: teacher, student, ratio, selector and kept layers. It is written, like the folders themselves, by
+`python layer_selection/write_configs.py` from `layer_selection/published.yaml`; do not edit it by hand. `quickstart/` is the quickstart's.
+[docs/layer_selection.md](../docs/layer_selection.md) explains the selectors, [docs/config.md](../docs/config.md) the keys.
+
+- `{teacher}_{student}/stage1.yaml` is the stage 1 that all hybrids of that teacher and student start from.
+- `{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml` is a hybrid. Folders marked with * also have a `stage3.yaml`.
+
+| selector | source |
+|---|---|
+"""
+
+
+def readme(published: dict, hybrids: list[Row], made: dict[str, str]) -> str:
+    """The content of README.md: a table per teacher. `made`: the files that are written beside it, by path."""
+    text = README + "".join(f"| `{name}` | {source} |\n" for name, source in published["sources"].items())
+    for teacher, facts in published["teachers"].items():
+        starts = ", ".join(f"[{student}]({teacher}_{student}/stage1.yaml)" for student in facts["students"])
+        text += f"\n## {teacher}\n\n`{facts['name']}`, {facts['layers']} layers. Stage 1: {starts}.\n\n"
+        text += "| ratio | selector | kept layers | stage 2 |\n|--:|---|---|---|\n"
+        folders: dict[tuple, list[str]] = {}
+        for row in hybrids:
+            if row.teacher == teacher:
+                mark = " *" if f"{row.folder}/stage3.yaml" in made else ""
+                link = f"[{row.student}]({row.folder}/stage2.yaml){mark}"
+                folders.setdefault((row.ratio, row.selector, tuple(row.layers)), []).append(link)
+        for (ratio, selector, layers), links in folders.items():
+            kept = " ".join(map(str, layers))
+            text += f"| {ratio:g} | `{selector}` | {len(layers)}: {kept} | {', '.join(links)} |\n"
+    return text
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -179,11 +179,6 @@ def test_students_whose_range_touches_the_best_are_ties():
     ]
 
 
-def test_the_readme_has_the_table_of_the_stored_runs():
-    runs = json.loads((ROOT / "docs" / "students.json").read_text())["runs"]
-    assert compare_students.table(runs, 200) in (ROOT / "README.md").read_text()
-
-
 def init_rows(monkeypatch, capsys, *options):
     """The rows of the table, cells a row, and the first lines before it."""
     monkeypatch.setattr(sys, "argv", ["student_init.py", *map(str, options)])
