@@ -190,11 +190,13 @@ def by_student(runs: list[dict]) -> dict[str, list[dict]]:
     students: dict[str, list[dict]] = {}
     for run in runs:
         students.setdefault(run["student"], []).append(run)
-    return dict(sorted(students.items(), key=lambda item: statistics.fmean(run["kl"] for run in item[1])))
+    order = sorted(students, key=lambda name: statistics.fmean(run["kl"] for run in students[name]))
+    return {name: students[name] for name in order}
 
 
 def table(runs: list[dict], stage1_steps: int) -> str:
-    """A Markdown table, lowest KL after stage 2 first; * marks the best and those whose range touches the best one's."""
+    """A Markdown table, lowest KL after stage 2 first; * marks the best and those whose range
+    touches the best one's."""
     students = by_student(runs)
     best = next(iter(students.values()))
     highest = max(run["kl"] for run in best)
@@ -219,7 +221,10 @@ def table(runs: list[dict], stage1_steps: int) -> str:
 
 
 def plot(runs: list[dict], path: Path) -> None:
-    """Associative recall of each student, all-linear and as a hybrid: a dot for the mean of its seeds, a bar for their range."""
+    """Associative recall of each student, all-linear and as a hybrid.
+
+    A dot is the mean over the seeds, the bar behind it their range.
+    """
     students = by_student(runs)
     names = list(students)[::-1]  # the first is drawn at the bottom
     figure, axis = pyplot.subplots(figsize=(8, 1 + 0.24 * len(names)), layout="constrained")
@@ -228,15 +233,13 @@ def plot(runs: list[dict], path: Path) -> None:
         for key, label, colour in RECALL_SERIES:
             values = [100 * run[key] for run in students[name]]
             means.append(statistics.fmean(values))
-            axis.plot(
-                [min(values), max(values)], [place, place], color=colour, linewidth=5, alpha=0.45, solid_capstyle="butt"
-            )
+            axis.barh(place, max(values) - min(values), 0.28, min(values), color=colour, alpha=0.45)
             axis.plot(means[-1], place, "o", color=colour, label=None if place else label)
         axis.plot(means, [place, place], color="gray", linewidth=1, zorder=0)
     axis.set_yticks(range(len(names)), names)
     axis.set(xlim=(-2, 102), ylim=(-0.7, len(names) - 0.3))
     axis.set_xlabel("associative recall, % of answers that are correct")
-    axis.set_title("Recall lost by linear attention, and restored by the kept layers", fontsize=11, loc="left")
+    axis.set_title("Recall lost by linear attention, and restored by the kept layers", loc="left")
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     if names:

@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 from runtime.command import run_main
@@ -39,7 +40,7 @@ from layer_selection.ranking import evenly_spaced
 
 PREFILL, WARM = 4096, 4  # tokens read at a time; tokens whose times do not count
 TEACHER, HYBRID, LOOP = "teacher", "hybrid", "hybrid, FLA's loop"
-COLOURS = ["#c98a2b", "#3f6fb5", "#5a9367", "#8250df"]
+COLOURS = ("#c98a2b", "#3f6fb5", "#5a9367", "#8250df")  # of the batch sizes
 
 
 class Clock(LogitsProcessor):
@@ -181,8 +182,8 @@ def ratios(points: list[dict]) -> list[str]:
     for point in points:
         where = f"context {point['context']:,}, batch {point['batch_size']}"
         lines.append(
-            f"{where}: cache {point['cache_share']:.1%} of the teacher's, {point['speed_up']:.2f} times its tokens/s; "
-            f"roofline {point['roofline_speed_up']:.2f}"
+            f"{where}: cache {point['cache_share']:.1%} of the teacher's, "
+            f"{point['speed_up']:.2f} times its tokens/s; roofline {point['roofline_speed_up']:.2f}"
         )
         if "speed_up_over_loop" in point:
             lines.append(f"{where}: {point['speed_up_over_loop']:.2f} times the tokens/s of FLA's loop")
@@ -190,26 +191,24 @@ def ratios(points: list[dict]) -> list[str]:
 
 
 def plot(points: list[dict], path: Path) -> None:
-    """The hybrid's decoding speed-up over the teacher and its share of the teacher's cache, over the context."""
+    """The hybrid's decoding speed-up and its share of the teacher's cache, over the context."""
     figure, (speed, cache) = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    contexts = sorted({point["context"] for point in points})
-    apart = [context for context in contexts if context > 0.05 * contexts[-1]]  # labels that do not overlap
-    for index, batch_size in enumerate(sorted({point["batch_size"] for point in points})):
-        own = sorted((p for p in points if p["batch_size"] == batch_size), key=lambda p: p["context"])
-        x, colour = [p["context"] for p in own], COLOURS[index % len(COLOURS)]
-        speed.plot(x, [p["speed_up"] for p in own], "o-", color=colour, label=f"batch {batch_size}")
-        speed.plot(x, [p["roofline_speed_up"] for p in own], ":", color=colour, label=f"batch {batch_size}, roofline")
-        cache.plot(x, [100 * p["cache_share"] for p in own], "o-", color="dimgray")  # the same for every batch size
+    for colour, batch_size in zip(cycle(COLOURS), sorted({point["batch_size"] for point in points})):
+        own = [point for point in points if point["batch_size"] == batch_size]
+        own.sort(key=lambda point: point["context"])
+        contexts = [point["context"] for point in own]
+        label = f"batch {batch_size}"
+        speed.plot(contexts, [point["speed_up"] for point in own], "o-", color=colour, label=label)
+        roofline = [point["roofline_speed_up"] for point in own]
+        speed.plot(contexts, roofline, ":", color=colour, label=f"{label}, roofline")
+        # The share is the same for every batch size.
+        cache.plot(contexts, [100 * point["cache_share"] for point in own], "o-", color="dimgray")
     speed.axhline(1, color="gray", linewidth=1)
-    speed.set_title("Decoding speed-up over the teacher", fontsize=11, loc="left")
-    cache.set_title("Hybrid's cache, % of the teacher's", fontsize=11, loc="left")
+    speed.set_title("Decoding speed-up over the teacher", loc="left")
+    cache.set_title("Hybrid's cache, % of the teacher's", loc="left")
     cache.set_ylim(top=100)
     for axis in (speed, cache):
-        axis.set_xlabel("context, tokens")
-        axis.set_xticks(apart, [_thousands(context) for context in apart])
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        _context_axis(axis, sorted({point["context"] for point in points}))
     if points:
         speed.legend(loc="lower right", ncols=2, fontsize=9)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
@@ -217,8 +216,15 @@ def plot(points: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _thousands(context: int) -> str:
-    return f"{context // 1024}k" if context % 1024 == 0 else f"{context:,}"
+def _context_axis(axis, contexts: list[int]) -> None:
+    """Linear axes from 0; labels at those of the contexts that lie apart."""
+    labelled = [context for context in contexts if context > 0.05 * contexts[-1]]
+    names = [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in labelled]
+    axis.set_xlabel("context, tokens")
+    axis.set_xticks(labelled, names)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def main(argv: list[str] | None = None) -> None:

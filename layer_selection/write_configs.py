@@ -165,12 +165,16 @@ def files(published: dict) -> dict[str, str]:
 README = """\
 # Configurations
 
-This page lists what is in each folder: teacher, student, ratio, selector and kept layers. It is written, like the folders themselves, by
-`python layer_selection/write_configs.py` from `layer_selection/published.yaml`; do not edit it by hand. `quickstart/` is the quickstart's.
-[docs/layer_selection.md](../docs/layer_selection.md) explains the selectors, [docs/config.md](../docs/config.md) the keys.
+This page lists what is in each folder: teacher, student, ratio, selector and kept layers.
+[docs/layer_selection.md](../docs/layer_selection.md) explains the selectors,
+[docs/config.md](../docs/config.md) the keys.
 
-- `{teacher}_{student}/stage1.yaml` is the stage 1 that all hybrids of that teacher and student start from.
-- `{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml` is a hybrid. Folders marked with * also have a `stage3.yaml`.
+`python layer_selection/write_configs.py` writes this page and the folders from
+`layer_selection/published.yaml`; do not edit them by hand. `quickstart/` belongs to `quickstart.sh`.
+
+- `{teacher}_{student}/stage1.yaml`: the stage 1 that all hybrids of that pair start from.
+- `{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml`: a hybrid. Where the table has a *,
+  `stage3.yaml` lies beside it.
 
 | selector | source |
 |---|---|
@@ -178,22 +182,28 @@ This page lists what is in each folder: teacher, student, ratio, selector and ke
 
 
 def readme(published: dict, hybrids: list[Row], made: dict[str, str]) -> str:
-    """The content of README.md: a table per teacher. `made`: the files that are written beside it, by path."""
-    text = README + "".join(f"| `{name}` | {source} |\n" for name, source in published["sources"].items())
+    """The content of README.md, a table per teacher. `made`: the other files, by path."""
+    parts = [README]
+    parts += [f"| `{name}` | {source} |\n" for name, source in published["sources"].items()]
     for teacher, facts in published["teachers"].items():
-        starts = ", ".join(f"[{student}]({teacher}_{student}/stage1.yaml)" for student in facts["students"])
-        text += f"\n## {teacher}\n\n`{facts['name']}`, {facts['layers']} layers. Stage 1: {starts}.\n\n"
-        text += "| ratio | selector | kept layers | stage 2 |\n|--:|---|---|---|\n"
-        folders: dict[tuple, list[str]] = {}
-        for row in hybrids:
-            if row.teacher == teacher:
-                mark = " *" if f"{row.folder}/stage3.yaml" in made else ""
-                link = f"[{row.student}]({row.folder}/stage2.yaml){mark}"
-                folders.setdefault((row.ratio, row.selector, tuple(row.layers)), []).append(link)
-        for (ratio, selector, layers), links in folders.items():
+        stage1 = [f"[{student}]({teacher}_{student}/stage1.yaml)" for student in facts["students"]]
+        parts.append(f"\n## {teacher}\n\n`{facts['name']}`, {facts['layers']} layers. ")
+        parts.append(f"Stage 1: {', '.join(stage1)}.\n\n")
+        parts.append("| ratio | selector | kept layers | stage 2 |\n|--:|---|---|---|\n")
+        by_choice: dict[tuple, list[Row]] = {}
+        for row in (row for row in hybrids if row.teacher == teacher):
+            by_choice.setdefault((row.ratio, row.selector), []).append(row)
+        for (ratio, selector), same in by_choice.items():  # all students keep the same layers
+            layers = same[0].layers
             kept = " ".join(map(str, layers))
-            text += f"| {ratio:g} | `{selector}` | {len(layers)}: {kept} | {', '.join(links)} |\n"
-    return text
+            links = ", ".join(_link(row, made) for row in same)
+            parts.append(f"| {ratio:g} | `{selector}` | {len(layers)}: {kept} | {links} |\n")
+    return "".join(parts)
+
+
+def _link(row: Row, made: dict[str, str]) -> str:
+    mark = " *" if f"{row.folder}/stage3.yaml" in made else ""
+    return f"[{row.student}]({row.folder}/stage2.yaml){mark}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -458,7 +458,7 @@ def test_decode(tmp_path, monkeypatch, capsys):
     assert teacher["bytes"] == teacher["cache"] + 4 * (4 * (layer + 4 * 32 * 64 - 2 * 32 * 32) + 32 + 32 * 100)
     more = by["hybrid", 90, 2]["bytes"] - by["hybrid", 90, 1]["bytes"]
     assert more == keys_and_values + 2 * 3 * state and hybrid["bytes"] > hybrid["cache"] + 2 * 3 * state + 4 * 4 * layer
-    assert f"the bytes of a token allow {teacher['bytes'] / hybrid['bytes']:.2f}" in shown
+    assert f"roofline {teacher['bytes'] / hybrid['bytes']:.2f}" in shown
     share = f"context 90, batch 2: cache {(keys_and_values + 3 * state) / (4 * keys_and_values):.1%} of the teacher's"
     assert share in shown and shown.count("of FLA's loop") == 2
     for options, message in (
