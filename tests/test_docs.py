@@ -6,6 +6,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 from runtime.config import reference
+from runtime.run_folder import FREE_KEYS
 
 import pytest
 import yaml
@@ -140,6 +141,11 @@ def test_the_front_page_has_figures_of_the_performance_page():
     lines = read("docs/performance.md").splitlines()
     for speed, memory in rows:
         assert any(f"| {speed} |" in line and f"| {memory} |" in line for line in lines), speed
+
+
+def test_the_keys_that_a_resumed_run_may_change_are_listed():
+    section = read("docs/reliability.md").partition("## What may change")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", section)) - {"train"} == FREE_KEYS
 
 
 def test_the_version_is_the_same_everywhere():
