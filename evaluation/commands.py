@@ -25,7 +25,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def process():
+def as_script():
     """Runs its body as a script: a stop signal ends the process in order, transformers shows no
     bar per file."""
     disable_progress_bar()
@@ -41,7 +41,7 @@ def evaluate_checkpoints(argv: list[str] | None = None, description: str | None 
     add_options(parser)
     parser.add_argument("--teacher", help=f"the checkpoint that {KL} is measured against")
     args = parser.parse_args(argv)
-    with process():
+    with as_script():
         results = evaluate(read_options(args), argv)
         if is_worker():
             return 0
@@ -62,7 +62,7 @@ def compare_with_teacher(argv: list[str] | None = None, description: str | None 
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="the teacher first")
     add_options(parser)
     args = parser.parse_args(argv)
-    with process():
+    with as_script():
         table, labels = compared_results(args, argv)
         teacher, *students = labels
         text = comparison_table(table, teacher, students)
