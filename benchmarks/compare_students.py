@@ -37,7 +37,7 @@ from convert import load_teacher
 from convert.export_native import native_export_refusal
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate
 from layer_selection.ranking import budget, evenly_spaced
-from quickstart.report import alignment, measure
+from quickstart.measure import alignment
 from quickstart.train_teacher import token_ids
 from recall_tasks import RECALL_TASKS, answer_accuracy
 
