@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from distill_model import StudentConfig, StudentForCausalLM
 
 from .families import FAMILIES
-from .loader import INDEX, SINGLE, Checkpoint, copy_sidecars
+from .loader import INDEX, SINGLE, ModelFolder, copy_sidecars
 from .verify import TOLERANCE, largest_difference
 
 SHARD_BYTES = 500 * 1000**2  # tensors that are held until their file is written
@@ -137,7 +137,7 @@ def convert_checkpoint(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output: {output} is there already; remove it or name another folder")
-    source = Checkpoint(name_or_path)
+    source = ModelFolder(name_or_path)
     if source.model_type not in (*families, "transformer", StudentConfig.model_type):
         raise ValueError(
             f"--model: {name_or_path} is of type {source.model_type}; this script is for {', '.join(families)}"
@@ -178,7 +178,7 @@ def convert_checkpoint(
 
         total = write_weights(converted(), folder)
         if verify:
-            difference = largest_difference(source, Checkpoint(str(folder)), dtype)
+            difference = largest_difference(source, ModelFolder(str(folder)), dtype)
             log(f"largest difference to the source: {difference:.1e}")
             if not difference <= TOLERANCE:
                 raise ValueError(

@@ -26,7 +26,7 @@ from transformers.utils.logging import set_verbosity_error
 
 from convert.converter import write_weights
 from convert.families import ACTIVATIONS, SAME
-from convert.loader import KEY, Checkpoint, copy_sidecars
+from convert.loader import KEY, ModelFolder, copy_sidecars
 from convert.verify import TOKENS, TOLERANCE
 from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig
 from distill_model.attention import RotaryEmbedding
@@ -174,7 +174,7 @@ def native_block(block: dict[str, torch.Tensor], native: Qwen3_5TextConfig, full
 
 @torch.no_grad()
 def native_tensors(
-    source: Checkpoint, native: Qwen3_5TextConfig, differences: list[torch.Tensor]
+    source: ModelFolder, native: Qwen3_5TextConfig, differences: list[torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every (their name, tensor) in fp32. On the way random tokens, at positions from 0 and from
     beyond the context length, run through each block of both models, and `differences` gets the
@@ -238,7 +238,7 @@ def export_native(name_or_path: str, output: Path) -> None:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output: {output} is there already; remove it or name another folder")
-    source = Checkpoint(name_or_path)
+    source = ModelFolder(name_or_path)
     if source.model_type != StudentConfig.model_type:
         raise ValueError(
             f"--model: {name_or_path} is of type {source.model_type}, no hybrid of ours; name a converted-hf folder"

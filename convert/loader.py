@@ -135,7 +135,7 @@ def check_sizes(values: dict) -> None:
 
 def check_values(config: PreTrainedConfig) -> None:
     """Raises an error if values of a family's config, or of ours, do not go together."""
-    ours = config if isinstance(config, StudentConfig) else student_config(config)
+    ours = config if isinstance(config, StudentConfig) else to_student_config(config)
     if ours.num_attention_heads % ours.num_key_value_heads:
         raise ValueError(
             f"num_key_value_heads: {ours.num_key_value_heads} must divide the {ours.num_attention_heads} "
@@ -205,10 +205,10 @@ def config_alone(name_or_path: str) -> StudentConfig:
             "most of its frequencies are wrong; name the original, such as meta-llama/Llama-3.2-3B-Instruct",
             stacklevel=2,
         )
-    return student_config(config)
+    return to_student_config(config)
 
 
-def student_config(config: PreTrainedConfig) -> StudentConfig:
+def to_student_config(config: PreTrainedConfig) -> StudentConfig:
     """A family's config in our terms."""
     family = FAMILIES[config.model_type]
     values = {
@@ -297,7 +297,7 @@ def copy_sidecars(name_or_path: str, folder: Path) -> None:
         shutil.copy(file, folder)
 
 
-class Checkpoint:
+class ModelFolder:
     """The safetensors files of a checkpoint, under our parameter names.
 
     config: the model's StudentConfig. model_type: of the checkpoint. folder: where it lies. shapes:
@@ -427,7 +427,7 @@ def load_teacher(name_or_path: str, dtype: torch.dtype = torch.float32) -> Stude
     Raises ValueError if the checkpoint cannot be expressed exactly, is damaged, lacks a tensor or
     holds one too many.
     """
-    checkpoint = Checkpoint(name_or_path)
+    checkpoint = ModelFolder(name_or_path)
     with no_init_weights():
         model = StudentForCausalLM._from_config(checkpoint.config, dtype=dtype)
     model.tie_weights()

@@ -16,7 +16,7 @@ from distill_model import StudentForCausalLM
 from distill_model.attention import RotaryEmbedding
 
 from .families import HUGGING_FACE_NAMES
-from .loader import Checkpoint, rows_of, source_config
+from .loader import ModelFolder, rows_of, source_config
 
 TOLERANCE = 1e-3
 TOKENS = 256
@@ -27,7 +27,7 @@ class _LayerByLayer:
     """Our reading of a conversion: a model whose layers come into memory one after the other, in
     fp32."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: ModelFolder):
         self.checkpoint = checkpoint
         with torch.device("meta"):
             self.model = StudentForCausalLM(checkpoint.config).eval()
@@ -79,7 +79,7 @@ class _AsTransformersReads:
     a dtype that weights pass through. Raises ValueError if FLA's class cannot be built here.
     """
 
-    def __init__(self, source: Checkpoint, round_to: torch.dtype | None):
+    def __init__(self, source: ModelFolder, round_to: torch.dtype | None):
         self.round_to = round_to
         config = source_config(str(source.folder))
         places = None
@@ -144,7 +144,7 @@ class _AsTransformersReads:
 
 
 @torch.no_grad()
-def largest_difference(source: Checkpoint, result: Checkpoint, round_to: torch.dtype | None = None) -> float:
+def largest_difference(source: ModelFolder, result: ModelFolder, round_to: torch.dtype | None = None) -> float:
     """The largest difference of the two in fp32, over random tokens at positions from 0 and from
     beyond the original context length: of any logit, and of any layer's output relative to its
     largest number.

@@ -21,7 +21,7 @@ from convert import converter, load_teacher, load_teacher_config
 from convert.command import main as convert
 from convert.converter import PUBLISHED, check_size, write_weights
 from convert.families import FAMILIES
-from convert.loader import Checkpoint, copy_sidecars, student_config
+from convert.loader import ModelFolder, copy_sidecars, to_student_config
 from convert_ckpt import student_config as trained_config
 from distill_model import StudentForCausalLM
 
@@ -252,7 +252,7 @@ def test_a_checkpoint_that_must_be_fetched_first_is_read_alike(tmp_path, monkeyp
     monkeypatch.setattr("convert.loader.local_folder", lambda name: None)
     assert load_teacher_config(str(tmp_path / "source")).tie_word_embeddings
     config = load_teacher(str(tmp_path / "source")).config
-    assert not config.tie_word_embeddings and Checkpoint(str(tmp_path / "source")).config.dtype == torch.bfloat16
+    assert not config.tie_word_embeddings and ModelFolder(str(tmp_path / "source")).config.dtype == torch.bfloat16
 
 
 def test_that_a_head_is_not_tied_is_said_once(tmp_path, recwarn):
@@ -260,7 +260,7 @@ def test_that_a_head_is_not_tied_is_said_once(tmp_path, recwarn):
     edited(tmp_path, add_head)
     load_teacher_config(str(tmp_path))
     load_teacher_config(str(tmp_path))
-    Checkpoint(str(tmp_path))
+    ModelFolder(str(tmp_path))
     assert len([w for w in recwarn if "read as not tied" in str(w.message)]) == 1
 
 
@@ -396,7 +396,7 @@ def test_published_sizes_have_the_same_parameters(kind, size):
     )
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config)
-        ours = StudentForCausalLM(student_config(config))
+        ours = StudentForCausalLM(to_student_config(config))
     ours.tie_weights()
     theirs.tie_weights()
     expected = {FAMILIES[kind].rename(name): p.shape for name, p in theirs.named_parameters()}
