@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -283,7 +284,7 @@ def test_the_proof_does_not_share_our_reading(tmp_path, monkeypatch):
     monkeypatch.setattr("convert.loader.has_own_head", lambda *_: False)
     arguments = ["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
     for precision in ([], ["--precision", "bfloat16"]):
-        with pytest.raises(SystemExit, match="and its conversion differ by"):
+        with pytest.raises(ValueError, match="and its conversion differ by"):
             convert("", "llama", argv=[*arguments, *precision])
         assert not (tmp_path / "out").exists()
 
@@ -349,7 +350,7 @@ def test_no_tensor_is_made_up_or_dropped(tmp_path, change, message):
 def test_what_fla_cannot_express_takes_our_format(tmp_path, capsys, kind, overrides, reason):
     random_teacher(tmp_path / "source", kind, **overrides)
     arguments = ["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="--format: fla cannot express"):
+    with pytest.raises(ValueError, match="--format: fla cannot express"):
         convert("", kind, argv=[*arguments, "--format", "fla"])
     assert not (tmp_path / "out").exists()
     convert("", kind, argv=arguments)
@@ -750,7 +751,7 @@ def test_a_damaged_checkpoint_is_named_and_leaves_nothing(tmp_path, damage, mess
     damage(tmp_path / "source")
     with pytest.raises(ValueError, match=message):
         load_teacher(str(tmp_path / "source"))
-    with pytest.raises(SystemExit, match=message) as error:
+    with pytest.raises(ValueError, match=message) as error:
         convert(
             "",
             "qwen3",
@@ -766,7 +767,7 @@ def test_a_conversion_that_differs_fails_and_leaves_nothing(tmp_path, monkeypatc
         return write_weights(((name, t + 0.01 if "layers.3.mlp.up" in name else t) for name, t in tensors), folder)
 
     monkeypatch.setattr(converter, "write_weights", spoiled)
-    with pytest.raises(SystemExit, match="--verify: .* differ by"):
+    with pytest.raises(ValueError, match="--verify: .* differ by"):
         convert(
             "",
             "qwen3",
@@ -782,7 +783,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(converter, "save_file", full)
-    with pytest.raises(SystemExit, match="out: No space left on device; nothing was written"):
+    with pytest.raises(ValueError, match="out: No space left on device; nothing was written"):
         convert(
             "",
             "qwen3",
@@ -796,16 +797,24 @@ def test_an_existing_output_and_another_family_are_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     arguments = ["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="--output: .*out is there already"):
+    with pytest.raises(ValueError, match="--output: .*out is there already"):
         convert("", "qwen3", argv=arguments)
     shutil.rmtree(tmp_path / "out")
-    with pytest.raises(SystemExit, match="of type qwen3; this script is for qwen2"):
+    with pytest.raises(ValueError, match="of type qwen3; this script is for qwen2"):
         convert("", "qwen2", argv=arguments)
-    with pytest.raises(SystemExit, match="--config: the checkpoint is no 8b: layers 4 instead of 36"):
+    with pytest.raises(ValueError, match="--config: the checkpoint is no 8b: layers 4 instead of 36"):
         convert("", "qwen3", argv=[*arguments, "--config", "8b"])
-    with pytest.raises(SystemExit, match="--config: 9b is no published size"):
+    with pytest.raises(ValueError, match="--config: 9b is no published size"):
         convert("", "qwen3", argv=[*arguments, "--config", "9b"])
     assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_script_ends_with_its_name_and_the_error(tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("")
+    script = ROOT / "convert" / "convert_from_qwen3.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--model", "x", "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="^convert_from_qwen3.py: error: --output: .*out is there already"):
+        runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.parametrize("script, kind", [("qwen2.5", "qwen2"), ("qwen3", "qwen3"), ("llama3.2", "llama")])
