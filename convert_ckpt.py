@@ -3,8 +3,8 @@
     python convert_ckpt.py --cfg configs/quickstart/stage1.yaml [--checkpoint outputs/stage1/checkpoint-100]
     python convert_ckpt.py --cfg configs/quickstart/stage2.yaml --push-to-hub me/my-hybrid
 
-train.py calls `export_checkpoint` at the end of a run. The script is for checkpoints of unfinished runs, for updating the
-model card with later evaluation results, and for uploading to the hub.
+train.py calls `export_checkpoint` at the end of a run. The script is for checkpoints of unfinished
+runs, for updating the model card with later evaluation results, and for uploading to the hub.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def student_config(cfg: Config, teacher: StudentConfig) -> StudentConfig:
 
 
 def trained_state(cfg: Config, checkpoint: Path, config: StudentConfig) -> dict[str, torch.Tensor]:
-    """All weights of the trained model in fp32, by parameter name, from DeepSpeed's shards (ZeRO 1, 2 or 3)."""
+    """All weights of the trained model in fp32, by parameter name, from DeepSpeed's shards (ZeRO 1,
+    2 or 3)."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))

@@ -2,13 +2,13 @@
 
     python preprocess_chunk.py --tokenized_dataset_path data/tokenized --context_length 512 --output_dir data
 
-writes data/chunked_context512/. Documents are joined end to end (EOS stands between them); the held-out part stays
-apart; the last, incomplete chunk of each part is dropped.
+writes data/chunked_context512/. Documents are joined end to end (EOS stands between them); the
+held-out part stays apart; the last, incomplete chunk of each part is dropped.
 
     python preprocess_chunk.py --adopt data_cache/chunked_context512 --tokenizer TEACHER --output_dir data
 
-converts chunks that `datasets` saved: a folder of rows of input_ids, as hybrid-distillation makes it. They are checked
-against the tokenizer and copied; the folder itself is not changed.
+converts chunks that `datasets` saved: a folder of rows of input_ids, as hybrid-distillation makes
+it. They are checked against the tokenizer and copied; the folder itself is not changed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ HOLDOUT = 0.01  # default fraction of the chunks of --adopt
 
 
 def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> tuple[int, int]:
-    """Writes the chunks of `dataset` to the arrow file `path`; returns their number and their largest token id.
+    """Writes the chunks of `dataset` to the arrow file `path`; returns their number and their
+    largest token id.
 
     Raises DataError if `dtype` cannot hold an id.
     """

@@ -3,11 +3,12 @@
     python preprocess_download_tokenize.py --dataset_name robbiegwaldd/dclm-10B --tokenizer Qwen/Qwen2.5-1.5B-Instruct \
         --output_dir data/tokenized
 
-Documents end with the tokenizer's EOS, and begin with its BOS if the tokenizer puts one before every text. Every k-th
-document is held out and never trained on; of a text file that is large, or the only one, the end is. The name of a
-control token in a text (`<|im_end|>` in a web page) is encoded as text, unless --allow_special_tokens is given. The
-result is keyed by corpus, tokenizer and options: the same command does nothing again, and another one with the same
---output_dir is refused.
+Documents end with the tokenizer's EOS, and begin with its BOS if the tokenizer puts one before
+every text. Every k-th document is held out and never trained on; of a text file that is large, or
+the only one, the end is. The name of a control token in a text (`<|im_end|>` in a web page) is
+encoded as text, unless --allow_special_tokens is given. The result is keyed by corpus, tokenizer
+and options: the same command does nothing again, and another one with the same --output_dir is
+refused.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def held_out(index: int, share: float) -> bool:
-    """Whether document `index` is held out: the first one and evenly spread others, at any corpus length."""
+    """Whether document `index` is held out: the first one and evenly spread others, at any corpus
+    length."""
     return math.floor(index * share) != math.floor((index - 1) * share)
 
 
@@ -193,7 +195,8 @@ class SplitWriters:
 
 
 class DocumentBuilder:
-    """Turns encoded parts of documents into training ids: adds BOS and EOS, cuts at --max_length, chooses the split.
+    """Turns encoded parts of documents into training ids: adds BOS and EOS, cuts at --max_length,
+    chooses the split.
 
     split: that of the last part.
     """

@@ -2,11 +2,12 @@
 
     python benchmarks/convert_memory.py [--gigabytes 4]
 
-Writes a synthetic Qwen2.5 checkpoint in bf16, in four shards, to a temporary folder, converts it in separate processes,
-and prints the largest resident memory of each, mapped file pages included. The last column is the peak minus the largest
-shard; without verification, the goal is at most 1.5 GB. Converting to fp32 needs more by the size of the largest tensor,
-which is held in both dtypes. So does verification, for which transformers maps all shards of the source; the system can
-reclaim those pages.
+Writes a synthetic Qwen2.5 checkpoint in bf16, in four shards, to a temporary folder, converts it in
+separate processes, and prints the largest resident memory of each, mapped file pages included. The
+last column is the peak minus the largest shard; without verification, the goal is at most 1.5 GB.
+Converting to fp32 needs more by the size of the largest tensor, which is held in both dtypes. So
+does verification, for which transformers maps all shards of the source; the system can reclaim
+those pages.
 """
 
 from __future__ import annotations

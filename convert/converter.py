@@ -1,4 +1,5 @@
-"""Converts a teacher to FLA's `transformer` format or this project's, one tensor at a time, and verifies the result."""
+"""Converts a teacher to FLA's `transformer` format or this project's, one tensor at a time, and
+verifies the result."""
 
 from __future__ import annotations
 
@@ -47,7 +48,10 @@ def check_size(config: StudentConfig, family: str, size: str) -> None:
     size: a key of published.yaml such as 7b or 3.2-3b; the part after the dash (3b) is enough.
     """
     sizes = yaml.safe_load(PUBLISHED.read_text()).get(family, {})
-    candidates = {name: shape for name, shape in sizes.items() if size in (name, name.rpartition("-")[2])}
+    candidates = {}
+    for name, shape in sizes.items():
+        if size in (name, name.rpartition("-")[2]):
+            candidates[name] = shape
     if not candidates:
         raise ValueError(f"--config: {size} is no published size; choose one of {', '.join(sizes)}")
     found = shape_of(config)
@@ -81,8 +85,10 @@ def fla_config(config: StudentConfig):
     """The model as FLA's TransformerConfig; `fla_lacks` must be None."""
     from fla.models import TransformerConfig
 
-    same = {name: field for name, field in FAMILIES["transformer"].config.items() if isinstance(field, str)}
-    values = {field: getattr(config, name) for name, field in same.items()}
+    values = {}
+    for name, field in FAMILIES["transformer"].config.items():
+        if isinstance(field, str):
+            values[field] = getattr(config, name)
     values["hidden_act"] = "swish"  # FLA's name for silu
     return TransformerConfig(
         **values,

@@ -1,10 +1,11 @@
-"""Writes a hybrid as `Qwen3_5ForCausalLM`, which transformers, vLLM and SGLang load without this project's code.
+"""Writes a hybrid as `Qwen3_5ForCausalLM`, which transformers, vLLM and SGLang load without this
+project's code.
 
     python convert/export_native.py --model outputs/qwen3_1.7b/stage2/converted-hf --output DIR
 
-That architecture's linear layers are gated delta nets with short convolutions and a SiLU gate. Its full layers are
-Qwen3's attention with an output gate; the export sets that gate to 1/2 and doubles o_proj. Hybrids that it cannot
-express are refused.
+That architecture's linear layers are gated delta nets with short convolutions and a SiLU gate. Its
+full layers are Qwen3's attention with an output gate; the export sets that gate to 1/2 and doubles
+o_proj. Hybrids that it cannot express are refused.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ LINEAR = {
 
 
 def student_lacks(student: partial, options: dict) -> list[str]:
-    """How an entry of STUDENT_ATTENTION_MAP, with these options, differs from Qwen3.5's linear attention."""
+    """How an entry of STUDENT_ATTENTION_MAP, with these options, differs from Qwen3.5's linear
+    attention."""
     if student.func is not GatedDeltaNetStudent:
         return ["another layer than its gated delta net"]
 
@@ -165,7 +167,8 @@ def with_norms_near_one(block: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def native_block(block: dict[str, torch.Tensor], native: Qwen3_5TextConfig, full: bool) -> dict[str, torch.Tensor]:
-    """A block's tensors under their names, from those under our names (both without the block's prefix)."""
+    """A block's tensors under their names, from those under our names (both without the block's
+    prefix)."""
     block = with_norms_near_one(block)
     attn = {name.removeprefix("attn."): tensor for name, tensor in block.items() if name.startswith("attn.")}
     return {
@@ -188,7 +191,8 @@ def native_tensors(
     """Every (their name, tensor) in fp32.
 
     Random tokens, at positions from 0 and from beyond the context length, run through each block of
-    both models as it is converted; the relative difference of its outputs is added to `differences`.
+    both models as it is converted; the relative difference of its outputs is added to
+    `differences`.
     """
     # Imported after distill_model: without a GPU this module imports FLA's functions, which
     # distill_model has replaced by plain PyTorch.

@@ -1,7 +1,7 @@
 """The teacher families, one declarative spec per family; no other code knows a family's name.
 
-To add a family, add an entry to `FAMILIES`, a line to tests/test_convert.py and, for `--config`, its sizes to
-published.yaml.
+To add a family, add an entry to `FAMILIES`, a line to tests/test_convert.py and, for `--config`,
+its sizes to published.yaml.
 """
 
 from __future__ import annotations
@@ -130,6 +130,10 @@ def _fla_intermediate(config: PreTrainedConfig) -> int:
     return math.ceil(wanted / 256) * 256
 
 
+def _sliding_window(size: int | None) -> str | None:
+    return f"sliding-window attention over {size} tokens" if size else None
+
+
 FAMILIES = {
     "qwen2": Family(fixed={"attention_bias": True}),
     "qwen3": Family(
@@ -144,7 +148,7 @@ FAMILIES = {
             "mlp_bias": "mlp_bias",
         },
     ),
-    "mistral": Family(refused={"sliding_window": lambda size: size and f"sliding-window attention over {size} tokens"}),
+    "mistral": Family(refused={"sliding_window": _sliding_window}),
     # FLA's TransformerForCausalLM, whose names we use. It has neither head_dim nor RoPE scaling.
     "transformer": Family(
         config={name: theirs for name, theirs in SAME.items() if name != "rope_parameters"}
@@ -163,7 +167,7 @@ FAMILIES = {
         fixed={"qk_norm_eps": 1e-5},
         weights={},
         refused={
-            "window_size": lambda size: size and f"sliding-window attention over {size} tokens",
+            "window_size": _sliding_window,
             "attnres_block_size": lambda size: size and "attention residuals",
             "rope_theta": lambda theta: None if theta else "no rotary embedding",
         },
@@ -177,17 +181,19 @@ def unsupported(config: PreTrainedConfig) -> str | None:
     """All reasons why a teacher cannot be expressed exactly, in one line, or None if it can."""
     if config.model_type not in FAMILIES:
         return f"model_type {config.model_type!r}; supported are {', '.join(FAMILIES)}"
-    reasons = [reason(getattr(config, name)) for name, reason in FAMILIES[config.model_type].refused.items()]
+    refused = FAMILIES[config.model_type].refused
+    reasons = [reason(getattr(config, name)) for name, reason in refused.items()]
     rope = getattr(config, "rope_parameters", None) or {}
     layer_types = getattr(config, "layer_types", None) or []
     rope_type = rope.get("rope_type", "default")
     rotary_factor = rope.get("partial_rotary_factor", 1.0)
+    quantized = bool(getattr(config, "quantization_config", None))
     others = {
         "sliding-window attention": any(kind != "full_attention" for kind in layer_types),
         f"hidden_act {config.hidden_act!r}; supported is silu": config.hidden_act not in ACTIVATIONS,
         f"rope_type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}": rope_type not in ROPE_TYPES,
         f"partial rotary embedding ({rotary_factor})": rotary_factor != 1.0,
-        "quantized weights; name the original checkpoint instead": bool(getattr(config, "quantization_config", None)),
+        "quantized weights; name the original checkpoint instead": quantized,
     }
     reasons += [reason for reason, lacking in others.items() if lacking]
     return "; ".join(filter(None, reasons)) or None

@@ -1,7 +1,7 @@
 """Loads a teacher, from a folder or a hub name, into `StudentForCausalLM` with every layer kept.
 
-Weights stream from the safetensors files, one tensor at a time. Names and shapes are checked against the config before
-the first tensor is read.
+Weights stream from the safetensors files, one tensor at a time. Names and shapes are checked
+against the config before the first tensor is read.
 """
 
 from __future__ import annotations
@@ -222,7 +222,9 @@ def to_student_config(config: PreTrainedConfig) -> StudentConfig:
 def model_folder(name_or_path: str, *patterns: str) -> Path:
     """A model's folder; for a hub name, the cached one, with files of these patterns downloaded."""
     folder = Path(name_or_path)
-    return folder if folder.is_dir() else Path(snapshot_download(name_or_path, allow_patterns=list(patterns)))
+    if folder.is_dir():
+        return folder
+    return Path(snapshot_download(name_or_path, allow_patterns=list(patterns)))
 
 
 def local_folder(name_or_path: str) -> Path | None:
@@ -257,7 +259,8 @@ def open_weights(file: Path):
 def rows_of(file: Path, name: str, index: slice | torch.Tensor) -> torch.Tensor:
     """Rows of a file's tensor."""
     with open_weights(file) as tensors:
-        return tensors.get_slice(name)[index] if isinstance(index, slice) else tensors.get_tensor(name)[index]
+        tensor = tensors.get_slice(name) if isinstance(index, slice) else tensors.get_tensor(name)
+        return tensor[index]
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
@@ -298,7 +301,8 @@ def has_own_head(folder: Path, family: Family) -> bool:
 
 
 def copy_sidecars(name_or_path: str, folder: Path) -> None:
-    """Copies a model's tokenizer, chat template, generation config, card and licence unchanged; no code."""
+    """Copies a model's tokenizer, chat template, generation config, card and licence unchanged; no
+    code."""
     source = model_folder(name_or_path, *SIDECARS)
     for pattern in SIDECARS:
         for file in source.glob(pattern):
@@ -333,7 +337,8 @@ class ModelFolder:
         self._check_shapes()
 
     def _read_headers(self) -> None:
-        """Fills `shapes` and `_where` from the headers of the files, and checks the files against the index."""
+        """Fills `shapes` and `_where` from the headers of the files, and checks the files against
+        the index."""
         stored: dict[str, str] = {}  # the files' tensor names -> file name
         frequencies = {}
         for file in self.files:
@@ -376,10 +381,12 @@ class ModelFolder:
                 raise ValueError(f"{self.folder / INDEX}: {name} is not in {file}; fetch the checkpoint again")
 
     def _check_frequencies(self, frequencies: dict[str, torch.Tensor]) -> None:
-        """Warns if stored RoPE frequencies differ from the config's, which are used, as in transformers."""
+        """Warns if stored RoPE frequencies differ from the config's, which are used, as in
+        transformers."""
         expected = RotaryEmbedding(self.config).inv_freq
         for name, tensor in frequencies.items():
-            if tensor.shape != expected.shape or not torch.allclose(tensor.float(), expected, rtol=1e-2, atol=0):
+            same_shape = tensor.shape == expected.shape
+            if not same_shape or not torch.allclose(tensor.float(), expected, rtol=1e-2, atol=0):
                 warnings.warn(
                     f"{self.folder}: {name} differs from config.json's rotary embedding, which is taken, "
                     "as in transformers",

@@ -1,4 +1,5 @@
-"""Compares a converted model with its source as transformers itself loads it, one layer of each in memory at a time."""
+"""Compares a converted model with its source as transformers itself loads it, one layer of each in
+memory at a time."""
 
 from __future__ import annotations
 

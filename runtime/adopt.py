@@ -1,6 +1,8 @@
-"""Opens and checks chunk folders that `datasets` saved, as hybrid-distillation's preprocess_chunk.py does.
+"""Opens and checks chunk folders that `datasets` saved, as hybrid-distillation's
+preprocess_chunk.py does.
 
-Such a folder holds rows of `input_ids`, but does not record which tokenizer made them. It is never written to.
+Such a folder holds rows of `input_ids`, but does not record which tokenizer made them. It is never
+written to.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ LEAST_GIVEN_BACK = 0.95
 
 
 class Saved(NamedTuple):
-    """The splits of a folder, with the columns in READ. left_out names the other splits and columns."""
+    """The splits of a folder, with the columns in READ. left_out names the other splits and
+    columns."""
 
     train: object
     heldout: object | None  # None if the folder has no such split
@@ -43,7 +46,8 @@ class Saved(NamedTuple):
 
 
 def source_key(folder: Path) -> str:
-    """Identifies a folder's content by a hash of the names, sizes and modification times of its files."""
+    """Identifies a folder's content by a hash of the names, sizes and modification times of its
+    files."""
     stats = []
     for file in sorted(folder.rglob("*")):
         if file.is_file():
@@ -53,8 +57,8 @@ def source_key(folder: Path) -> str:
 
 
 def open_saved(folder: Path) -> Saved:
-    """Opens a folder that `datasets` saved, memory-mapped. Raises DataError if it is no such folder,
-    or holds no token ids."""
+    """Opens a folder that `datasets` saved, memory-mapped. Raises DataError if it is no such
+    folder, or holds no token ids."""
     splits = _load(folder)
     if "train" not in splits:
         names = ", ".join(splits)
@@ -65,7 +69,8 @@ def open_saved(folder: Path) -> Saved:
     for name, dataset in wanted.items():
         _check_columns(folder, name, dataset)
         read = [column for column in READ if column in dataset.column_names]
-        left_out += [f"column {column} of {name}" for column in dataset.column_names if column not in read]
+        ignored = [column for column in dataset.column_names if column not in read]
+        left_out += [f"column {column} of {name}" for column in ignored]
         wanted[name] = dataset.select_columns(read)
     return Saved(wanted["train"], wanted.get(heldout_name), heldout_name, left_out)
 
@@ -133,7 +138,8 @@ def check_rows(folder: Path, split: str, dataset, length: int, vocab_size: int, 
     with tqdm(total=len(dataset), desc=f"checking {split}", unit=" chunks", unit_scale=True) as progress:
         for batch in dataset.with_format("arrow").iter(batch_size=max(1, TOKENS_AT_A_TIME // length)):
             for name in batch.column_names:
-                lengths = pyarrow.compute.fill_null(pyarrow.compute.list_value_length(batch[name]), 0).to_numpy()
+                lengths = pyarrow.compute.list_value_length(batch[name])
+                lengths = pyarrow.compute.fill_null(lengths, 0).to_numpy()
                 other_length = f"{{row}} has {{value}} values in {name}, not {length}; {AGAIN}"
                 refuse(lengths != length, lengths, other_length)
                 flat = batch[name].combine_chunks().flatten()
@@ -196,7 +202,8 @@ def check_tokenizer(folder: Path, dataset, tokenizer, name: str) -> str | None:
     if share < LEAST_GIVEN_BACK:
         raise DataError(
             f"--tokenizer: {name} did not make {folder}: of a sample, decoded and encoded again, {share:.0%} of the "
-            f"tokens come back, of the right one's at least {LEAST_GIVEN_BACK:.0%}; name the one that made it"
+            f"tokens come back, of the right one's at least {LEAST_GIVEN_BACK:.0%}; "
+            "name the one that made it"
         )
     rng = random.Random(0)
     shuffled = [rng.sample(segment, len(segment)) for segment in segments]

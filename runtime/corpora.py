@@ -1,13 +1,14 @@
-"""Reads a corpus document by document: a dataset of the Hugging Face hub, or local text files and tables.
+"""Reads a corpus document by document: a dataset of the Hugging Face hub, or local text files and
+tables.
 
-A folder is read with its subfolders, symlinked ones included. A file's suffix, in upper or lower case, decides how it
-is read:
+A folder is read with its subfolders, symlinked ones included. A file's suffix, in upper or lower
+case, decides how it is read:
 
 - tables (TABLES, all but parquet also compressed) give one document per row, from the column `text_field`;
 - every other file that is UTF-8 is one document.
 
-Hidden files, documentation beside tables, and files that are not text are left out and counted. Archives, and tables
-whose suffix does not say that they are tables, are refused by name.
+Hidden files, documentation beside tables, and files that are not text are left out and counted.
+Archives, and tables whose suffix does not say that they are tables, are refused by name.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Document(NamedTuple):
     heldout: bool | None = None
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 def _zstd(file: Path) -> io.BufferedReader:
     import pyarrow
 
@@ -216,7 +217,7 @@ def _well_formed(text: str) -> str:
     return text
 
 
-# ------------------------------------------------------------------------------------------------ text files
+# --------------------------------------------------------------------------------------- text files
 def _characters(file: Path) -> int | None:
     """The number of characters of a text file; None if it is not UTF-8 or has NUL characters."""
     size = 0
@@ -252,8 +253,8 @@ def _parts(lines: Iterator[str], heldout: bool | None = None) -> Iterator[Docume
 
 
 def _end_and_beginning(file: Path, beginning: float) -> Iterator[Document]:
-    """A text file as two documents, cut after about `beginning` characters: first the end, held out,
-    then the beginning.
+    """A text file as two documents, cut after about `beginning` characters: first the end, held
+    out, then the beginning.
 
     Neither is empty.
     """
@@ -272,9 +273,10 @@ def _end_and_beginning(file: Path, beginning: float) -> Iterator[Document]:
         yield from _parts(itertools.islice(_lines(text), lines), False)
 
 
-# ------------------------------------------------------------------------------------------------ what a file is
+# ----------------------------------------------------------------------------------- what a file is
 def _begins_as_json(head: str, whole: bool) -> bool:
-    """Whether a text seems, by its first characters, to consist of JSON objects or an array of them.
+    """Whether a text seems, by its first characters, to consist of JSON objects or an array of
+    them.
 
     It does not if prose follows an object. whole: whether `head` is the whole text.
     """
@@ -349,7 +351,7 @@ def _is_text(file: Path, text_field: str) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------ corpora
+# ------------------------------------------------------------------------------------------ corpora
 def _is_local(name: str) -> bool:
     path = Path(name).expanduser()
     if path.exists():
@@ -407,7 +409,7 @@ class Corpus:
                 stats.append((str(file.relative_to(self.root)), stat.st_size, stat.st_mtime_ns))
             self.key = f"local-{hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]}"
 
-    # -------------------------------------------------------------------------------------------- which files
+    # ---------------------------------------------------------------------------------- which files
     def _candidates(self) -> list[Path]:
         """The files that are not hidden, each once."""
         if self.root.is_file():
@@ -478,7 +480,7 @@ class Corpus:
                 raise DataError(f"{file}: is a pointer of Git LFS and not the file itself; run git lfs pull")
         return _reader(file) is not None or _is_text(file, self.text_field)
 
-    # -------------------------------------------------------------------------------------------- what was left out
+    # ---------------------------------------------------------------------------- what was left out
     def _leave_out(self, why: str, what: str | Path) -> None:
         self._left_out.setdefault(why, [0, str(what)])[0] += 1
 
@@ -491,7 +493,8 @@ class Corpus:
         self._leave_out("bad files", f"{source}: {reason}")
 
     def _list_left_out(self, prefix: str) -> str:
-        """What was left out since the last call, by reason: the number and the first one; "" if nothing was."""
+        """What was left out since the last call, by reason: the number and the first one; "" if
+        nothing was."""
         reasons = []
         for why, (count, first) in self._left_out.items():
             example = first if count == 1 else f"the first: {first}"
@@ -514,7 +517,7 @@ class Corpus:
         """One line: what was left out while reading; "" if nothing was."""
         return self._list_left_out("corpus: left out ")
 
-    # -------------------------------------------------------------------------------------------- reading
+    # -------------------------------------------------------------------------------------- reading
     def _text(self, row: int, value, columns: dict) -> str | None:
         """The text of a row, None if it has none. Adds the row's columns to the keys of `columns`.
         Raises DataError."""
@@ -572,7 +575,8 @@ class Corpus:
     def documents(self, holdout: float = 0.0) -> Iterator[Document]:
         """Streams the documents.
 
-        holdout: the fraction held out of a large text file, or of the only one; it is cut off the end.
+        holdout: the fraction held out of a large text file, or of the only one; it is cut off the
+        end.
         """
         if not self.files:
             yield from self._table(self._hub_rows(), f"--dataset_name: {self.name}")

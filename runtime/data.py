@@ -1,7 +1,9 @@
-"""Tokenizers, tokenised documents and fixed-length chunks on disk, with metadata that records how they were made.
+"""Tokenizers, tokenised documents and fixed-length chunks on disk, with metadata that records how
+they were made.
 
-Every data folder holds `train.arrow`, `heldout.arrow` and `metadata.json`; the arrow files are memory-mapped, so
-neither writing nor reading needs memory for the corpus. Folders are written atomically: one that exists is complete.
+Every data folder holds `train.arrow`, `heldout.arrow` and `metadata.json`; the arrow files are
+memory-mapped, so neither writing nor reading needs memory for the corpus. Folders are written
+atomically: one that exists is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class DataError(ValueError):
     """Data that cannot be used; its message is one line naming file or option, value and cure."""
 
 
-# ------------------------------------------------------------------------------------------------ tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 # Classes of transformers that use tokenizer.json unchanged; the others build their own normalizer
@@ -96,8 +98,10 @@ def _read_tokenizer(name_or_path: str):
     first = AutoTokenizer
     # AutoTokenizer prefers config.json's model_type to the tokenizer's own class, and would replace
     # a custom tokenizer by Qwen2's.
-    if settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") in GENERIC:
-        first = PreTrainedTokenizerFast
+    if settings.is_file():
+        values = json.loads(settings.read_text(encoding="utf-8"))
+        if values.get("tokenizer_class") in GENERIC:
+            first = PreTrainedTokenizerFast
     if file is None:
         return first.from_pretrained(name_or_path, trust_remote_code=False), None
     raw = Tokenizer.from_file(str(file))
@@ -157,9 +161,9 @@ def _evenly(values):
 
 
 def fix_tokenizer_class(folder: Path) -> None:
-    """Makes AutoTokenizer load the exported model `folder`'s tokenizer as tokenizer.json says: where
-    it would not, tokenizer_config.json is changed to name the generic class. References to code of
-    the teacher are removed.
+    """Makes AutoTokenizer load the exported model `folder`'s tokenizer as tokenizer.json says:
+    where it would not, tokenizer_config.json is changed to name the generic class. References to
+    code of the teacher are removed.
 
     Raises DataError if AutoTokenizer still loads another tokenizer.
     """
@@ -201,7 +205,8 @@ def beginning(tokenizer) -> list[int]:
 
 
 def end_no_text(tokenizer) -> None:
-    """Makes a tokenizer that appends EOS to every text stop doing so, so that a model can continue the text."""
+    """Makes a tokenizer that appends EOS to every text stop doing so, so that a model can continue
+    the text."""
     from tokenizers.processors import TemplateProcessing
 
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -221,7 +226,8 @@ def out_of_vocabulary(what: str, token_id: int, vocab_size: int) -> DataError:
     """The error for a token id that a model has no embedding for. what: the option, and where the
     id was found."""
     return DataError(
-        f"{what} {token_id}, but the model has a vocabulary of {vocab_size}; take the tokenizer that belongs to the "
+        f"{what} {token_id}, but the model has a vocabulary of {vocab_size}; "
+        "take the tokenizer that belongs to the "
         "model, or resize the model's embedding (resize_token_embeddings)"
     )
 
@@ -239,10 +245,11 @@ def check_special_tokens(tokenizer, vocab_size: int, key: str) -> None:
 
 
 def encode_beginnings(tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids of texts for a model to continue: with BOS if the tokenizer puts it before every text,
-    as in the training data, and without EOS."""
+    """The ids of texts for a model to continue: with BOS if the tokenizer puts it before every
+    text, as in the training data, and without EOS."""
     bos = beginning(tokenizer)
-    return [bos + ids for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [bos + ids for ids in encoded]
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
@@ -254,7 +261,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------ folders
+# ------------------------------------------------------------------------------------------ folders
 def data_fingerprint(metadata: dict) -> str:
     """A hash of the metadata that decides a data folder's content: without the paths of corpus and
     tokenizer, and without what follows from the rest."""
@@ -300,7 +307,7 @@ def is_done(folder: Path, key: dict) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------ chunks
+# ------------------------------------------------------------------------------------------- chunks
 @dataclass(frozen=True)
 class Chunks:
     """Fixed-length token sequences: datasets with a column `input_ids`, and their metadata."""
@@ -361,8 +368,8 @@ def open_chunks_for(
     key: str = "data.cache_dir",
     model_key: str = "teacher_model.name",
 ) -> Chunks:
-    """The chunks of `cache_dir`, checked against a tokenizer, and that against the vocabulary of the
-    model that the option `model_key` names."""
+    """The chunks of `cache_dir`, checked against a tokenizer, and that against the vocabulary of
+    the model that the option `model_key` names."""
     check_special_tokens(tokenizer, vocab_size, model_key)
     return open_chunks(cache_dir, train_seq_len, tokenizer_fingerprint(tokenizer), key, vocab_size)
 
@@ -370,7 +377,8 @@ def open_chunks_for(
 def largest_id(dataset) -> int:
     """The largest token id in a split of chunks; its Arrow file is read without a copy."""
     parts = dataset.data.column("input_ids").chunks
-    return max(int(part.flatten().to_numpy(zero_copy_only=True).max()) for part in parts if len(part))
+    arrays = [part.flatten().to_numpy(zero_copy_only=True) for part in parts if len(part)]
+    return max(int(array.max()) for array in arrays)
 
 
 def open_split(folder: Path, split: str, rows: int | None = None):
@@ -396,4 +404,5 @@ def collate(rows: list[dict]) -> dict:
     import numpy
     import torch
 
-    return {"input_ids": torch.from_numpy(numpy.stack([row["input_ids"] for row in rows]).astype("int64"))}
+    ids = numpy.stack([row["input_ids"] for row in rows]).astype("int64")
+    return {"input_ids": torch.from_numpy(ids)}

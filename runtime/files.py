@@ -60,7 +60,7 @@ def why_not_written(error: BaseException, folder: Path) -> str:
     return FULL if shutil.disk_usage(folder).free < 1 << 20 else one_line(error)
 
 
-# ------------------------------------------------------------------------------------------------ locks
+# -------------------------------------------------------------------------------------------- locks
 def _holder(file) -> dict:
     """What the holder wrote into its lock file (host, pid, job, since), or {}."""
     file.seek(0)
@@ -151,7 +151,8 @@ def _take(path: Path, what: str):
 
 
 def _write_holder(file, path: Path, what: str, us: dict) -> None:
-    """Writes who holds the lock into the file. Raises FolderLockedError if another job did the same later."""
+    """Writes who holds the lock into the file. Raises FolderLockedError if another job did the same
+    later."""
     file.truncate(0)
     file.write(json.dumps(us))
     file.flush()
@@ -194,7 +195,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         file.close()
 
 
-# ------------------------------------------------------------------------------------------------ folders
+# ------------------------------------------------------------------------------------------ folders
 @contextmanager
 def atomic_directory(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that is renamed to `folder` when the block ends, and removed if it raises.

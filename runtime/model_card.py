@@ -1,6 +1,8 @@
-"""What an exported model documents about itself: `training.json`, a record of its stages, and `README.md`, its model card.
+"""What an exported model documents about itself: `training.json`, a record of its stages, and
+`README.md`, its model card.
 
-A stage's record is made from its run folder; those of earlier stages are copied from the model it was initialised from.
+A stage's record is made from its run folder; those of earlier stages are copied from the model it
+was initialised from.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ def objective(cfg: Config) -> str:
 
 
 def stage_record(cfg: Config, checkpoint: Path) -> dict:
-    """The settings, data, losses and versions that led to `checkpoint`; what the run folder does not
-    record is None."""
+    """The settings, data, losses and versions that led to `checkpoint`; what the run folder does
+    not record is None."""
     train = cfg.train
     step = step_of(checkpoint)
     folder = Path(train.output_dir)
@@ -88,7 +90,8 @@ def stage_record(cfg: Config, checkpoint: Path) -> dict:
 
 
 def teacher_record(cfg: Config, folder: Path) -> dict:
-    """The teacher's name and licence; the latter from a copy of the teacher's card in `folder`, if any."""
+    """The teacher's name and licence; the latter from a copy of the teacher's card in `folder`, if
+    any."""
     name = cfg.teacher_model.name
     card = folder / CARD
     try:
@@ -114,7 +117,8 @@ def _harness_results(record: dict) -> list[dict]:
     rows = []
     limit = record.get("config", {}).get("limit")
     for task, values in record.get("results", {}).items():
-        scores = {key: value for key, value in values.items() if isinstance(value, (int, float)) and "," in key}
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        scores = {key: value for key, value in numbers.items() if "," in key}
         for key, score in scores.items():
             metric, filter_name = key.split(",", 1)
             # RULER's metrics are sequence lengths; a score of -1 marks one that was not run.
@@ -162,7 +166,8 @@ def write_card(cfg: Config, checkpoint: Path, folder: Path, config) -> None:
 
     config: the export's StudentConfig.
     """
-    before = read_json(Path(cfg.train.student_init_ckpt) / HISTORY) if cfg.train.student_init_ckpt else {}
+    start = cfg.train.student_init_ckpt
+    before = read_json(Path(start) / HISTORY) if start else {}
     history = {
         "teacher": teacher_record(cfg, folder),
         "student": {
@@ -181,7 +186,8 @@ def write_card(cfg: Config, checkpoint: Path, folder: Path, config) -> None:
 def write_native_card(source: Path, folder: Path, architecture: str) -> None:
     """The same for the export `folder` of `source` in an `architecture` of transformers.
 
-    If `source` has no record, only its copied card is removed, which describes how to load `source`.
+    If `source` has no record, only its copied card is removed, which describes how to load
+    `source`.
     """
     (folder / CARD).unlink(missing_ok=True)
     if history := read_json(source / HISTORY):
@@ -208,14 +214,14 @@ def _learning_rate(peak: float, stage: dict) -> str:
 
 def _metadata(history: dict, architecture: str | None) -> ModelCardData:
     teacher = history["teacher"]
-    datasets = {stage["dataset"] for stage in history["stages"] if stage["dataset_on_hub"] and stage["dataset"]}
+    datasets = {stage["dataset"] for stage in history["stages"] if stage["dataset_on_hub"]}
     tags = ["linear-attention", "hybrid", "distillation", history["student"]["name"]]
     if architecture is None:
         tags.append("custom_code")
     return ModelCardData(
         **{key: teacher[key] for key in LICENCE if teacher[key]},
         base_model=teacher["name"] if teacher["on_hub"] else None,
-        datasets=sorted(datasets) or None,
+        datasets=sorted(filter(None, datasets)) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=tags,

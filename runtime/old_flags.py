@@ -1,4 +1,5 @@
-"""Flags of hybrid-distillation (the code of arXiv 2512.20569) that scripts of the same names here do not have.
+"""Flags of hybrid-distillation (the code of arXiv 2512.20569) that scripts of the same names here
+do not have.
 
 docs/migration.md lists all its scripts, and the defaults that differ.
 """
@@ -23,7 +24,8 @@ REPLACEMENTS = {
 
 
 def refuse_old_flags(script: str, argv: list[str], needed: str = "") -> None:
-    """Raises ValueError if `argv` has old flags of the script; its one line says what to type instead.
+    """Raises ValueError if `argv` has old flags of the script; its one line says what to type
+    instead.
 
     needed: what else such a command lacks.
     """

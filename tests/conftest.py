@@ -1,4 +1,5 @@
-"""Fixtures and helpers of all tests: tiny random teachers, students, data and configs. Nothing needs a network."""
+"""Fixtures and helpers of all tests: tiny random teachers, students, data and configs. Nothing
+needs a network."""
 
 import json
 import os
@@ -102,7 +103,8 @@ def signals():
 
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory):
-    """A tiny random Qwen3 model: grouped-query attention, head_dim other than hidden / heads, tied head."""
+    """A tiny random Qwen3 model: grouped-query attention, head_dim other than hidden / heads, tied
+    head."""
     folder = tmp_path_factory.mktemp("teacher")
     random_teacher(folder, "qwen3", tie_word_embeddings=True)
     save_tokenizer(folder)

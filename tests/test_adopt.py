@@ -1,4 +1,5 @@
-"""Chunk folders that `datasets` saved are adopted if they are valid and made by the tokenizer; else one line says why not."""
+"""Chunk folders that `datasets` saved are adopted if they are valid and made by the tokenizer; else
+one line says why not."""
 
 import argparse
 import hashlib

@@ -1,4 +1,5 @@
-"""Teachers that we load, and their conversions, give Hugging Face's logits; what cannot be exact is refused by name."""
+"""Teachers that we load, and their conversions, give Hugging Face's logits; what cannot be exact is
+refused by name."""
 
 import errno
 import json

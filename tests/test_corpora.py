@@ -1,4 +1,5 @@
-"""Corpora: which files are read as documents, what is left out and reported, what is refused, and how tables are read."""
+"""Corpora: which files are read as documents, what is left out and reported, what is refused, and
+how tables are read."""
 
 import bz2
 import csv
@@ -75,7 +76,7 @@ def zstd(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 TABLES = {
     ".jsonl": jsonl(ROWS),
     ".ndjson": "\ufeff" + jsonl(ROWS).replace("\n", "\r\n\r\n"),
@@ -180,7 +181,7 @@ def test_unpaired_surrogates_are_replaced(tmp_path):
     assert texts_of(file) == ["cut \ufffd here, not \U0001f600"]
 
 
-# ------------------------------------------------------------------------------------------------ bad and empty files
+# ------------------------------------------------------------------------------ bad and empty files
 LINES = jsonl(ROWS).encode()
 BROKEN = {
     "latin.jsonl": (
@@ -256,7 +257,7 @@ def test_a_folder_of_empty_files_is_refused(tmp_path):
     assert "holds no files to read: left out 2 empty (the first: " in refusal(corpus)
 
 
-# ------------------------------------------------------------------------------------------------ which files are read
+# ----------------------------------------------------------------------------- which files are read
 def test_a_file_name_that_is_not_utf8_can_be_printed(tmp_path):
     corpus = write(tmp_path, {"a.txt": "one", os.fsdecode(b".\xfe"): "hidden"})
     _, line = said(corpus)

@@ -1,4 +1,5 @@
-"""Native exports give our logits, decoding and text in transformers, without our package and without FLA."""
+"""Native exports give our logits, decoding and text in transformers, without our package and
+without FLA."""
 
 import copy
 import json

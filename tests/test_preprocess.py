@@ -1,4 +1,5 @@
-"""Preprocessing keeps every token once and in order, recognises what is done, and names bad input without leaving output."""
+"""Preprocessing keeps every token once and in order, recognises what is done, and names bad input
+without leaving output."""
 
 import gzip
 import itertools

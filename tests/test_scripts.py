@@ -1,4 +1,5 @@
-"""Every script can be started: with the installation, from an unpacked archive without it, and by a Python that lacks everything."""
+"""Every script can be started: with the installation, from an unpacked archive without it, and by a
+Python that lacks everything."""
 
 import os
 import re
@@ -55,7 +56,8 @@ for script in sys.argv[1:]:
 
 
 def without_installation(*command, project, cwd):
-    """Runs Python with the installed libraries and the folder `project` on PYTHONPATH, but without this project's installation.
+    """Runs Python with the installed libraries and the folder `project` on PYTHONPATH, but without
+    this project's installation.
 
     -S leaves out the .pth files of site-packages, one of which is the editable installation.
     """
@@ -96,7 +98,8 @@ def test_a_script_in_a_folder_of_an_archive_can_be_run_by_its_path(archive, tmp_
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_outside_the_environment_says_how_to_enter_it(script):
-    """In a Python without site-packages. Scripts in folders find the project by PYTHONPATH, or by its installation."""
+    """In a Python without site-packages. Scripts in folders find the project by PYTHONPATH, or by
+    its installation."""
     environment = {} if "/" not in script else {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-S", script]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,5 @@
-"""Published tokenizers encode as their tokenizer.json says, whatever class and settings are named beside it."""
+"""Published tokenizers encode as their tokenizer.json says, whatever class and settings are named
+beside it."""
 
 import json
 import shutil
@@ -159,7 +160,8 @@ def qwen2():
     ],
 )
 def test_data_made_with_ordinary_tokenizers_stays_usable(tmp_path, kind, class_name, model_type):
-    """Their fingerprint is that of the tokenizer that transformers loads, as when the data was made."""
+    """Their fingerprint is that of the tokenizer that transformers loads, as when the data was
+    made."""
     settings = {"add_bos_token": False, "clean_up_tokenization_spaces": False}
     folder = publish(tmp_path, kind(), class_name, model_type, **settings)
     assert tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder))
@@ -256,7 +258,7 @@ def test_a_corpus_is_tokenised_as_the_file_says(tmp_path):
     assert raw.decode(open_split(tmp_path / "out", "train")[0]["input_ids"]) == TEXT[:40]
 
 
-# ------------------------------------------------------------------------------------------------ exports
+# ------------------------------------------------------------------------------------------ exports
 @pytest.mark.parametrize("model_type", ["distilled_student", "qwen3_5_text", "transformer"])
 def test_an_exported_tokenizer_loads_as_the_file_says(tmp_path, model_type):
     """By AutoTokenizer, under every model type that we write, and without references to the
@@ -333,13 +335,13 @@ def test_every_export_keeps_the_tokenizer(teacher, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-# ------------------------------------------------------------------------------------------------ against the model
+# -------------------------------------------------------------------------------- against the model
 TEXTS = python_texts(12)
 
 
 def grown(folder, **settings):
-    """Saves a teacher with 96 embeddings whose tokenizer also has the token 96, <|im_end|>. settings:
-    of the tokenizer. Returns the folder's name."""
+    """Saves a teacher with 96 embeddings whose tokenizer also has the token 96, <|im_end|>.
+    settings: of the tokenizer. Returns the folder's name."""
     random_teacher(folder, "qwen3")
     save_tokenizer(folder)
     state = json.loads((folder / "tokenizer.json").read_text())

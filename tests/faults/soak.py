@@ -1,11 +1,11 @@
-"""Kills and resumes a tiny run at random moments, many times, and compares it with an uninterrupted one.
+"""Kills and resumes a tiny run at random moments and compares it with an uninterrupted one.
 
     python tests/faults/soak.py [--cycles 100] [--seed 0] [--ranks 1] [--stage 1]
 
-In a cycle, the run is started and ended by SIGKILL, SIGTERM or SIGUSR1 after a random time: mostly in training, sometimes
-while it starts, saves or exports. After the last cycle the run is started once more and finishes; its metrics and weights
-must equal the uninterrupted run's bit for bit. A run that finishes earlier is followed by another, until all cycles are
-done.
+In a cycle, the run is started and ended by SIGKILL, SIGTERM or SIGUSR1 after a random time: mostly
+in training, sometimes while it starts, saves or exports. After the last cycle the run is started
+once more and finishes; its metrics and weights must equal the uninterrupted run's bit for bit. A
+run that finishes earlier is followed by another, until all cycles are done.
 """
 
 import argparse

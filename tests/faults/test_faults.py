@@ -1,7 +1,7 @@
 """Injects faults into real processes and files, and checks what must hold after each.
 
-A run that was interrupted and started again must give the metrics and weights of an uninterrupted run, bit for bit.
-FAULTS.md beside this file lists all faults with their tests.
+A run that was interrupted and started again must give the metrics and weights of an uninterrupted
+run, bit for bit. FAULTS.md beside this file lists all faults with their tests.
 """
 
 import json
@@ -44,7 +44,7 @@ RANKS = {1: 1, 2: 2, 3: 2}  # by stage: ZeRO-1 on one process, ZeRO-2 and ZeRO-3
 VOLATILE = ("seconds", "runtime", "per_second", "total_flos")
 
 
-# ------------------------------------------------------------------------------------------------ fixtures
+# ----------------------------------------------------------------------------------------- fixtures
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
@@ -143,14 +143,14 @@ def metrics(folder):
     return found
 
 
-# ------------------------------------------------------------------------------------------------ fault injection
+# ---------------------------------------------------------------------------------- fault injection
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def on_call(module, name, act, nth=1, when=lambda *a, **k: True, after=False):
-    """In this process, the nth call of module.name for which when(arguments) holds also calls act(),
-    before or after the original."""
+    """In this process, the nth call of module.name for which when(arguments) holds also calls
+    act(), before or after the original."""
     original = getattr(module, name)
     calls = 0
 
@@ -269,7 +269,7 @@ KILLS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ kills
+# -------------------------------------------------------------------------------------------- kills
 @pytest.mark.parametrize("name", KILLS)
 def test_killed(make_run, name):
     """After SIGKILL at that moment, the same command gives the metrics and weights of an
@@ -332,7 +332,8 @@ def test_killed_between_the_renames_of_a_second_export(make_run):
 
 @pytest.mark.parametrize("nth, folder", [(2, "tokenized"), (4, f"chunked_context{LENGTH}")], ids=["tokens", "chunks"])
 def test_killed_while_preprocessing(tmp_path, teacher_dir, corpus, small_data, nth, folder):
-    """No folder that looks like data is left; the same commands give the data of uninterrupted ones."""
+    """No folder that looks like data is left; the same commands give the data of uninterrupted
+    ones."""
 
     def fault():
         import datasets.arrow_writer
@@ -348,7 +349,7 @@ def test_killed_while_preprocessing(tmp_path, teacher_dir, corpus, small_data, n
     assert not [path for path in tmp_path.iterdir() if path.name[0] == "."]
 
 
-# ------------------------------------------------------------------------------------------------ damaged checkpoints
+# ------------------------------------------------------------------------------ damaged checkpoints
 def truncate(checkpoint):
     path = next(checkpoint.glob("global_step*/*optim_states.pt"))
     os.truncate(path, path.stat().st_size // 2)
@@ -409,7 +410,7 @@ def test_all_checkpoints_damaged(make_run):
     assert "all its checkpoints are damaged and set aside" in run.job.output()
 
 
-# ------------------------------------------------------------------------------------------------ signals
+# ------------------------------------------------------------------------------------------ signals
 def send(number):
     return lambda: os.kill(os.getpid(), number)
 
@@ -472,7 +473,8 @@ SIGNALS = {
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_signalled(make_run, name):
-    """It saves and exits with the code for a requeue; the same command resumes, with the same result."""
+    """It saves and exits with the code for a requeue; the same command resumes, with the same
+    result."""
     stage, rank, hook, says = SIGNALS[name]
     run = make_run(stage)
     assert run.start(hook=on_rank(rank, hook)).wait() == REQUEUE, run.job.output()
@@ -563,7 +565,7 @@ def test_checkpoints_by_minutes(make_run):
     run.must_equal_the_whole()
 
 
-# ------------------------------------------------------------------------------------------------ values and ranks
+# --------------------------------------------------------------------------------- values and ranks
 def break_layer(layer, gradient):
     """From the 7th micro-batch on, the layer's output, or its gradient, is infinite."""
     import hf_trainer
@@ -707,7 +709,7 @@ def test_a_rank_hangs(make_run, rank, act, says):
     run.must_equal_the_whole()
 
 
-# ------------------------------------------------------------------------------------------------ file systems
+# ------------------------------------------------------------------------------------- file systems
 @contextmanager
 def mounted(folder, mount_options):
     command = ["mount", "-t", "tmpfs", "-o", mount_options, "tmpfs", folder]
@@ -859,7 +861,7 @@ def test_data_cut_while_it_is_read(make_run):
     run.must_equal_the_whole()
 
 
-# ------------------------------------------------------------------------------------------------ one run, one folder
+# ------------------------------------------------------------------------------ one run, one folder
 def test_two_jobs_on_one_folder(make_run):
     """The second is refused and names the first, which continues."""
     import hf_trainer
@@ -924,9 +926,9 @@ def test_null_with_a_run_in_the_folder(make_run):
 
 
 def test_going_on_from_a_named_checkpoint(make_run):
-    """Later ones are set aside, so that `auto` follows this choice. The same command, as a scheduler
-    repeats it after a time limit, resumes from its own newer checkpoints, even if the named one is
-    gone, and finishes."""
+    """Later ones are set aside, so that `auto` follows this choice. The same command, as a
+    scheduler repeats it after a time limit, resumes from its own newer checkpoints, even if the
+    named one is gone, and finishes."""
     run = make_run()
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     named = f"train.resume_from_checkpoint={run.folder}/checkpoint-3"
@@ -1055,7 +1057,7 @@ def test_optimiser_states_of_8_bits(make_run, stage):
     run.must_equal_the_whole()
 
 
-# ------------------------------------------------------------------------------------------------ trust
+# -------------------------------------------------------------------------------------------- trust
 class Bomb:
     """Creates a folder when it is unpickled."""
 

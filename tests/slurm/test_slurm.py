@@ -1,4 +1,5 @@
-"""The launch scripts on a real two-node Slurm cluster: training on both nodes, requeues, time limits, a lost node."""
+"""The launch scripts on a real two-node Slurm cluster: training on both nodes, requeues, time
+limits, a lost node."""
 
 import contextlib
 import json
@@ -186,7 +187,7 @@ def one_process(file, folder, log):
     return losses(folder)
 
 
-# ------------------------------------------------------------------------------------------------ the scripts
+# -------------------------------------------------------------------------------------- the scripts
 def test_slurm_accepts_the_headers(cluster):
     """As they are, on nodes with 8 GPUs."""
     for script in ("preprocess", "stage1", "stage2", "stage3", "selection"):
@@ -262,8 +263,8 @@ def lose_the_node(cluster, job):
 
 
 def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, data, tmp_path):
-    """Four jobs at a time: all but the cancelled one resume by themselves, and give the losses of an
-    uninterrupted run."""
+    """Four jobs at a time: all but the cancelled one resume by themselves, and give the losses of
+    an uninterrupted run."""
     # Enough that each is still training when it is interrupted, however slow Slurm and the others are.
     steps = {"requeued": 500, "limited": 3000, "cancelled": 100_000, "lost": 500}
     jobs = {}
