@@ -24,12 +24,12 @@ from tokenizers import Tokenizer
 
 import convert.command
 import convert_ckpt
-import evaluate
 import preprocess_chunk
 import preprocess_download_tokenize
 import train
 from distill_model import StudentForCausalLM
 from distill_model.losses import alignment_loss
+from evaluation.options import add_options
 from layer_selection import evaluate_layer_importance, generate_layer_configs_ga_s2
 from layer_selection.questions import TASKS, draw_questions
 
@@ -203,7 +203,7 @@ def load_value(text: str):
 
 def test_the_default_of_the_evaluation():
     parser = argparse.ArgumentParser()
-    evaluate.add_options(parser)
+    add_options(parser)
     ((_, setting, there, here, line),) = [row for row in DEFAULTS if row[0] == "eval.sh"]
     assert parser.get_default("batch_size") == here and line == f"{setting}={there}"
     names = re.search(r"^for name in (.*); do$", (ROOT / "eval.sh").read_text(), re.MULTILINE)  # handed on as options

@@ -731,7 +731,7 @@ def test_kernel_configs_are_not_given_to_others_of_their_name(monkeypatch):
     "module",
     [
         "chat",
-        "evaluate",
+        "evaluation.commands",
         "train",
         "quickstart.report",
         "layer_selection.scan_layers",

@@ -380,7 +380,7 @@ def test_the_pipeline_runs(cluster, teacher_dir, tmp_path):
     assert tried == {"layer_0", "layer_1", "layer_2", "layer_3"}
     hybrid = StudentForCausalLM.from_pretrained(tmp_path / "stage3" / "converted-hf")
     assert hybrid.config.keep_full_attention_layers == keep
-    assert "heldout_perplexity" in (tmp_path / "evaluation" / "results.md").read_text()
+    assert "held-out perplexity" in (tmp_path / "evaluation" / "results.md").read_text()
     # The same selection from one command, whose jobs train only what is missing.
     out = tmp_path / "again"
     (out / "layer_0").mkdir(parents=True)
