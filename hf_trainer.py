@@ -19,12 +19,22 @@ from runtime.guard import NonFiniteError, StopSignals, Watchdog, first_not_finit
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cuda_graphs import GraphedForward, switch_off_all
 from distill_model import StudentForCausalLM
+
+# What the progress bar shows, and how.
+BAR_FORMATS = {
+    "loss": "{:.3g}",
+    "eval_loss": "{:.3g}",
+    "learning_rate": "{:.3g}",
+    "tokens_per_second": "{:,.0f}",
+    "mfu": "{:.1%}",
+}
 
 
 class MetricsFile(TrainerCallback):
@@ -78,20 +88,73 @@ class Wandb(WandbCallback):
     )
 
 
-class LossBar(ProgressCallback):
-    """A progress bar that shows loss and learning rate in place, instead of a printed line a step."""
+class ProgressBar(ProgressCallback):
+    """A progress bar with loss, learning rate, tokens/s and MFU, instead of a printed line per log.
+
+    Its estimate of the time left counts the steps of this process alone, so that it is right after
+    a resume too.
+    """
 
     def __init__(self):
         super().__init__()
-        self.shown = {}
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+        self.current_step = state.global_step
 
     def on_prediction_step(self, args, state, control, **_):
-        """No bar within the bar: an evaluation takes a few batches."""
+        """No second bar: an evaluation takes a few batches."""
 
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero and self.training_bar is not None:
-            self.shown |= {name: f"{logs[name]:.3g}" for name in ("loss", "eval_loss", "learning_rate") if name in logs}
+            for name, form in BAR_FORMATS.items():
+                if name in logs:
+                    self.shown[name] = form.format(logs[name])
             self.training_bar.set_postfix(self.shown, refresh=False)
+
+
+class Throughput(TrainerCallback):
+    """Tokens per second over all GPUs, and MFU, of the steps since they were last logged. Evaluations and
+    checkpoints are not counted.
+
+    flops_per_token: of a training step, see mfu.py. peak_flops: of all GPUs together, or None where
+    it is not known; MFU is left out then. Add it after `Guard`, which waits for the GPU after each
+    step.
+    """
+
+    def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float | None):
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.steps = 0
+        self.seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **_):
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **_):
+        now = time.perf_counter()
+        self.seconds += now - self.begin
+        self.steps += 1
+        self.begin = now
+
+    def on_evaluate(self, args, state, control, **_):
+        self.begin = time.perf_counter()
+
+    def on_save(self, args, state, control, **_):
+        self.begin = time.perf_counter()
+
+    def figures(self) -> dict[str, float]:
+        """tokens_per_second and, where the peak is known, mfu; starts counting anew."""
+        tokens_per_second = self.steps * self.tokens_per_step / self.seconds
+        self.steps = 0
+        self.seconds = 0.0
+        figures = {"tokens_per_second": round(tokens_per_second, 1)}
+        if self.peak_flops is not None:
+            figures["mfu"] = round(tokens_per_second * self.flops_per_token / self.peak_flops, 4)
+        return figures
 
 
 class Guard(TrainerCallback):
@@ -176,7 +239,7 @@ class StageTrainer(Trainer):
         make_optimizer,
         make_scheduler,
         metrics_path: Path,
-        tokens_per_step: int,
+        throughput: Throughput,
         facts: dict,
         stop: StopSignals | None = None,
         save_minutes: float | None = None,
@@ -195,10 +258,12 @@ class StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(LossBar)
-        self.add_callback(MetricsFile(metrics_path, tokens_per_step))
+        self.add_callback(ProgressBar)
+        self.add_callback(MetricsFile(metrics_path, throughput.tokens_per_step))
         self.guard = Guard(self, stop, save_minutes)
         self.add_callback(self.guard)
+        self.throughput = throughput
+        self.add_callback(throughput)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         self.resumed_from = resume_from_checkpoint
@@ -212,6 +277,11 @@ class StageTrainer(Trainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.lr_scheduler = self.make_scheduler(optimizer or self.optimizer)
         return self.lr_scheduler
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs = logs | self.throughput.figures()
+        super().log(logs, *args, **kwargs)
 
     def forward_loss(self, model, inputs) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say how its loss is computed")

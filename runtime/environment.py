@@ -11,6 +11,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from .config import ConfigError
+
 KERNEL_CONFIGS = Path(__file__).with_name("kernel_configs")
 WANDB_PROJECT = "hybrid-distillation"  # where runs are logged unless the environment says otherwise
 
@@ -107,14 +109,32 @@ def init_distributed(device: str, hang_minutes: float) -> None:
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
+def check_optimizer(name: str) -> None:
+    """Raises ConfigError if train.optimizer `name` needs a package that is not installed."""
+    if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; install it or set it to adamw"
+        )
+
+
+def mark_done(rank: int) -> None:
+    """Creates the file done_<rank> in $JOB_DIR, which tells the launch scripts that this rank has finished.
+
+    A launcher that was killed exits with 0 too.
+    """
+    job = os.environ.get("JOB_DIR", "")
+    if os.path.isdir(job):
+        Path(job, f"done_{rank}").touch()
+
+
 def wandb_wanted(report_to: str) -> bool:
     """Whether to report to Weights & Biases: as asked, or if its own variables say that the user
     has it set up.
 
-    Raises ValueError if it was asked for and is not installed.
+    Raises ConfigError if it was asked for and is not installed.
     """
     installed = importlib.util.find_spec("wandb") is not None
     if report_to == "wandb" and not installed:
-        raise ValueError("train.report_to: wandb is not installed; install it or say none")
-    set_up = {"WANDB_API_KEY", "WANDB_MODE"} & set(os.environ)
-    return report_to == "wandb" or report_to == "auto" and installed and bool(set_up)
+        raise ConfigError("train.report_to: wandb is not installed; install it or set it to none")
+    is_set_up = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
+    return report_to == "wandb" or (report_to == "auto" and installed and is_set_up)

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-REQUEUE = 75  # exit code of a run that was told to stop and goes on when it is started again (sysexits.h: EX_TEMPFAIL)
-HUNG = 70  # exit code of a run whose ranks no longer move (EX_SOFTWARE)
+from .checkpoints import CheckpointError, checkpoints
+from .config import ConfigError
+from .data import DataError
+from .files import FolderLockedError, one_line
+
+if TYPE_CHECKING:
+    from .context import RunContext
+
+# Exit code of a run that was told to stop and resumes when it is started again (EX_TEMPFAIL of sysexits.h).
+REQUEUE = 75
+# Exit code of a run whose ranks make no progress (EX_SOFTWARE).
+HUNG = 70
 
 
 class NonFiniteError(RuntimeError):
@@ -161,6 +175,71 @@ class Watchdog:
         )
         faulthandler.dump_traceback(all_threads=True)
         os._exit(HUNG)
+
+
+# ------------------------------------------------------------------------------------------------ errors in one line
+@contextmanager
+def failures_in_one_line(rank: int, world_size: int) -> Iterator[None]:
+    """Ends the process with one line for an error that the user can correct, and with a traceback and
+    one line that names the rank for any other."""
+    who = f"rank {rank} of {world_size} on {socket.gethostname()}"
+    try:
+        yield
+    except NonFiniteError as error:  # all ranks raise the same one
+        sys.exit(f"train.py: error: {error}" if rank == 0 else 1)
+    except (ConfigError, DataError, FolderLockedError, CheckpointError, OSError) as error:
+        sys.exit(f"train.py: error: {who}: {one_line(error)}")
+    except Exception as error:
+        if re.search("Connection (closed|reset) by peer", str(error)):
+            sys.exit(f"train.py: {who}: another rank ended first; see its own message")
+        if "No space left" in str(error):
+            sys.exit(f"train.py: error: {who}: {one_line(error)}")
+        traceback.print_exc()
+        sys.exit(f"train.py: {who} failed: {type(error).__name__}: {one_line(error)}")
+
+
+@contextmanager
+def memory_advice(ctx: RunContext) -> Iterator[None]:
+    """Turns an out-of-memory error of the GPU into a ConfigError that names the settings that can
+    still be changed, those that cost least first."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        settings = "; ".join(settings_that_save_memory(ctx))
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        amount = f" ({wanted[1]} more were wanted)" if wanted else ""
+        raise ConfigError(f"out of GPU memory{amount}; try {settings}") from None
+
+
+def settings_that_save_memory(ctx: RunContext) -> list[str]:
+    """The settings that would lower the run's memory per GPU, those that cost least first.
+
+    A resumed run keeps its optimiser and its ZeRO stage.
+    """
+    train, stage = ctx.cfg.train, ctx.cfg.stage
+    several = ctx.world_size > 1
+    sharded_weights = ctx.zero_stage == 3
+    fresh = not checkpoints(Path(train.output_dir))
+    advice = []
+    if train.micro_batch_size > 1:
+        advice.append(f"train.micro_batch_size below {train.micro_batch_size}, which changes no result")
+    if train.cuda_graphs and not sharded_weights:
+        advice.append("train.cuda_graphs=false, which changes no result")
+    if train.optimizer == "adamw" and fresh:
+        advice.append("train.optimizer=adamw_8bit")
+    if stage > 1 and not train.gradient_checkpointing:
+        advice.append("train.gradient_checkpointing=mlp")
+    if stage > 1 and train.gradient_checkpointing is not True:
+        advice.append("train.gradient_checkpointing=true")
+    if stage == 2 and train.kd_teacher_shard != "always" and several:
+        advice.append("train.kd_teacher_shard=always")
+    if stage == 2 and train.kd_teacher_offload == "none":
+        advice.append("train.kd_teacher_offload=cpu")
+    if stage > 1 and not sharded_weights and several and fresh:
+        advice.append("train.zero_stage=3")
+    return [*advice, "more GPUs"]
 
 
 # ------------------------------------------------------------------------------------------------ what is not finite

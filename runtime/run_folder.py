@@ -6,15 +6,32 @@ A run is its config, less the keys that do not change what is learnt. Another ru
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .checkpoints import checkpoints, damage, newest_good, set_aside, step_of
+from .checkpoints import (
+    PARTIAL,
+    UNIVERSAL,
+    checkpoints,
+    damage,
+    newest_good,
+    read_index,
+    set_aside,
+    step_of,
+    universal_checkpoint,
+)
 from .config import Config, ConfigError, dump_config, load_config, to_dict
-from .files import atomic_write_text
+from .files import atomic_write_text, locked
+
+if TYPE_CHECKING:
+    from .context import RunContext
 
 CONFIG, RUN, METRICS, EXPORT = "config.yaml", "run.json", "metrics.jsonl", "converted-hf"
 HISTORY = "training.json"  # in an export: the stages that it went through
@@ -117,12 +134,12 @@ def check_run_folder(cfg: Config) -> None:
                 f"train.resume_from_checkpoint: {resume}, but {folder} holds this run with {len(checkpoints(folder))} checkpoints; "
                 "say auto to go on from the newest, name one of them to go on from that, or remove the folder to start anew"
             )
-    if (named := _named(cfg)) and not _goes_on(cfg):
-        if named.absolute() not in [path.absolute() for path in checkpoints(folder)]:
-            raise ConfigError(
-                f"train.resume_from_checkpoint: {resume} is no whole checkpoint of {folder}; say auto or name a "
-                "checkpoint-N folder in it (another run's would be unpickled, and could run code)"
-            )
+    named = _named(cfg)
+    if named and not _goes_on(cfg) and named.absolute() not in [path.absolute() for path in checkpoints(folder)]:
+        raise ConfigError(
+            f"train.resume_from_checkpoint: {resume} is no whole checkpoint of {folder}; say auto or name a "
+            "checkpoint-N folder in it (another run's would be unpickled, and could run code)"
+        )
 
 
 def resume_point(cfg: Config, log=print) -> Path | None:
@@ -148,6 +165,63 @@ def resume_point(cfg: Config, log=print) -> Path | None:
                 log(f"{later} comes after {named.name}; set aside as {set_aside(later).name}")
     dist.barrier()
     return named
+
+
+def zero_stage_of_run(cfg: Config, world_size: int) -> int:
+    """The DeepSpeed ZeRO stage of the student; reads the index of the newest checkpoint, if there is one.
+
+    A resumed run keeps its ZeRO stage: DeepSpeed loads no checkpoint of ZeRO-3 into ZeRO-1. One
+    process has nothing to shard, and ZeRO-1 copies its gradients once per step instead of once per
+    micro-batch.
+    """
+    if saved := checkpoints(Path(cfg.train.output_dir)):
+        return read_index(saved[-1])["zero_stage"]
+    if cfg.train.zero_stage is not None:
+        return cfg.train.zero_stage
+    return 1 if world_size == 1 else cfg.stage
+
+
+def loadable_checkpoint(ctx: RunContext) -> Path | None:
+    """ctx.resume as the run's processes can load it: in DeepSpeed's universal format where their number
+    has changed. All ranks call it together. Raises ConfigError if the run cannot resume from it."""
+    checkpoint = ctx.resume
+    if checkpoint is None:
+        return None
+    saved = read_index(checkpoint)
+    if saved["data"] != ctx.checkpoint_facts["data"]:
+        raise ConfigError(
+            f"data.cache_dir: has other data than {checkpoint} was trained on; make that again, or name another "
+            "train.output_dir"
+        )
+    before = saved["world_size"]
+    if before == ctx.world_size:
+        return checkpoint
+    change = f"{checkpoint.name} was saved by {before} processes and is resumed by {ctx.world_size}"
+    if ctx.cfg.train.optimizer == "adamw_8bit":
+        raise ConfigError(
+            f"{change}: with train.optimizer adamw_8bit, DeepSpeed's universal checkpoint cannot split the optimiser "
+            f"states; start {before} processes"
+        )
+    if ctx.zero_stage == 3 and ctx.cfg.stage == 1:
+        raise ConfigError(
+            f"{change}: with train.zero_stage 3, stage 1's frozen weights are sharded over the ranks, which "
+            f"DeepSpeed's universal checkpoint leaves out; start {before} processes"
+        )
+    ctx.log(f"{change}: converting it to DeepSpeed's universal format")
+    return universal_checkpoint(checkpoint)
+
+
+@contextmanager
+def run_lock(folder: Path, rank: int) -> Iterator[None]:
+    """Holds the lock of the run folder on rank 0; the other ranks wait until it is held."""
+    import torch.distributed as dist
+
+    with locked(folder / ".lock", f"train.output_dir: {folder}") if rank == 0 else nullcontext():
+        if rank == 0:
+            for leftover in (PARTIAL, UNIVERSAL):  # of a process that was killed
+                shutil.rmtree(folder / leftover, ignore_errors=True)
+        dist.barrier()
+        yield
 
 
 def is_finished(cfg: Config, steps: int) -> bool:

@@ -8,7 +8,7 @@ from test_students_gpu import OPTIONS, one_config  # noqa: F401
 
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
-from train import checkpoint_activations
+from stages import checkpoint_activations
 from wrapper import AttentionAlignmentModel
 
 pytestmark = [
