@@ -1018,7 +1018,7 @@ def test_wandb_does_not_end_a_run(monkeypatch, capsys, event):
     for each in events:
         getattr(callback, each)(None, state, None, model=None, logs={"loss": 1.0})
     assert called == [*events[: events.index(event) if event in events else 0], event]
-    assert capsys.readouterr().out == "W&B ended (the service is gone); metrics.jsonl goes on without it\n"
+    assert capsys.readouterr().out == "W&B ended (the service is gone); metrics.jsonl continues without it\n"
 
 
 # ------------------------------------------------------------------------------------------------ bad input
