@@ -1,9 +1,11 @@
-"""Model FLOPs utilisation (MFU): the FLOPs that a training step needs, over what the GPUs could do in its time.
+"""Model FLOPs utilisation (MFU): the FLOPs that a training step needs, over what the GPUs could do
+in its time.
 
-The FLOPs of a model and the definition of MFU are those of PaLM (Chowdhery et al., arXiv 2204.02311, appendix B): 2 per
-weight of a GEMM and token forward, 4 backward, and softmax attention over the whole sequence. Not counted are what the
-backward pass computes again and, beyond their projections, the student attentions: the FLOPs of their recurrences depend
-on the kernel and are about 1 % of a layer's GEMMs.
+The FLOPs of a model and the definition of MFU are those of PaLM (Chowdhery et al., arXiv
+2204.02311, appendix B): 2 per weight of a GEMM and token forward, 4 backward, and softmax attention
+over the whole sequence. Not counted are what the backward pass computes again and, beyond their
+projections, the student attentions: the FLOPs of their recurrences depend on the kernel and are
+about 1 % of a layer's GEMMs.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from torch import nn
 from distill_model import is_student_attention
 from distill_model.attention import SoftmaxAttention
 
-# Peak FLOP/s of dense bf16 GEMMs (no sparsity), from NVIDIA's data sheets. The first entry whose words are all in
-# torch.cuda.get_device_name() counts.
+# Peak FLOP/s of dense bf16 GEMMs (no sparsity), from NVIDIA's data sheets. The first entry whose
+# words are all in torch.cuda.get_device_name() counts.
 PEAK_BF16_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -35,7 +37,8 @@ PEAK_BF16_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The peak FLOP/s of a GPU in bf16, or None if it is not known. A MIG slice is a part of its GPU, so it has none."""
+    """The peak FLOP/s of a GPU in bf16, or None if it is not known. A MIG slice is a part of its
+    GPU, so it has none."""
     if "MIG" in device_name:
         return None
     words = re.split("[ -]", device_name)
@@ -58,8 +61,9 @@ def _gemm_weights(module: nn.Module) -> int:
 
 
 def _attention_flops(module: nn.Module, seq_len: int) -> int:
-    """Forward FLOPs per token of a model's full softmax attentions: QK' and the weighted sum of V, each 2 seq_len
-    head_dim per head. As in PaLM, the half that the causal mask saves is not subtracted."""
+    """Forward FLOPs per token of a model's full softmax attentions: QK' and the weighted sum of V,
+    each 2 seq_len head_dim per head. As in PaLM, the half that the causal mask saves is not
+    subtracted."""
     flops = 0
     for m in module.modules():
         if isinstance(m, SoftmaxAttention) and not is_student_attention(m):
@@ -86,8 +90,9 @@ def alignment_flops_per_token(model: nn.Module, seq_len: int) -> int:
 
 
 def training_flops_per_token(model: nn.Module, seq_len: int, teacher: nn.Module | None = None) -> int:
-    """FLOPs per token of a training step of stages 2 and 3: the student's forward and backward passes (three times
-    the forward), and the forward pass of the frozen teacher, if there is one."""
+    """FLOPs per token of a training step of stages 2 and 3: the student's forward and backward
+    passes (three times the forward), and the forward pass of the frozen teacher, if there is
+    one."""
     flops = 3 * _forward_flops(model, seq_len)
     if teacher is not None:
         flops += _forward_flops(teacher, seq_len)

@@ -1,4 +1,5 @@
-"""The optimiser of a training stage: parameter groups, AdamW in fp32 or 8 bits, and the learning-rate schedule."""
+"""The optimiser of a training stage: parameter groups, AdamW in fp32 or 8 bits, and the
+learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from distill_model.attention import SoftmaxAttention
 
 # Bytes of optimiser state per parameter: an fp32 master copy, and two moments in fp32 or 8 bits.
 STATE_BYTES = {"adamw": 12, "adamw_8bit": 6}
-# Elements per 8-bit group: ZeRO-1 and ZeRO-2 flatten a group into one tensor, and bitsandbytes' GPU kernels index it
-# with 32 bits.
+# Elements per 8-bit group: ZeRO-1 and ZeRO-2 flatten a group into one tensor, and bitsandbytes' GPU
+# kernels index it with 32 bits.
 GROUP_OF_8_BITS = 2**30
 
 
@@ -54,7 +55,8 @@ def _vector_ids(model: nn.Module) -> set[int]:
 
 
 def _attention_ids(model: nn.Module, scope: str) -> set[int]:
-    """The ids of the parameters of linear attentions; with scope "all", of softmax attentions too."""
+    """The ids of the parameters of linear attentions; with scope "all", of softmax attentions
+    too."""
     found = set()
     for module in model.modules():
         if is_student_attention(module) or (scope == "all" and isinstance(module, SoftmaxAttention)):
@@ -87,7 +89,8 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[ParameterGroup]:
 
 
 def split_by_size(params: list[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
-    """The parameters, in order, as lists of at most `limit` elements each; a larger parameter is alone in its list."""
+    """The parameters, in order, as lists of at most `limit` elements each; a larger parameter is
+    alone in its list."""
     lists: list[list[nn.Parameter]] = [[]]
     size = 0
     for p in params:
@@ -119,7 +122,8 @@ def get_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
 
 
 def get_scheduler(optimizer: torch.optim.Optimizer, cfg: Config, plan: BatchPlan) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up to each group's peak, then constant, or linear or cosine decay to train.final_lr."""
+    """Linear warm-up to each group's peak, then constant, or linear or cosine decay to
+    train.final_lr."""
     train = cfg.train
     warmup = min(train.warmup_steps, plan.warmup_limit)
 

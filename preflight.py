@@ -1,4 +1,5 @@
-"""What is checked and reported before a training run starts: models, data, options without effect, and the plan.
+"""What is checked and reported before a training run starts: models, data, options without effect,
+and the plan.
 
 It reads configs and data, no weights, and writes nothing.
 """
@@ -38,7 +39,8 @@ SHAPE = (
 
 
 def check_run(cfg: Config, plan: BatchPlan, log: Callable[[str], None]) -> Chunks:
-    """Checks models and data, logs warnings, and returns the chunks. Raises ValueError for what the user can correct."""
+    """Checks models and data, logs warnings, and returns the chunks. Raises ValueError for what the
+    user can correct."""
     read_metadata(cfg.data.cache_dir, "data.cache_dir")  # a missing folder is named before a model's config is fetched
     check_models(cfg)  # before the tokenizer: it says more about a wrong teacher
     for line in options_without_effect(cfg):
@@ -53,7 +55,8 @@ def check_run(cfg: Config, plan: BatchPlan, log: Callable[[str], None]) -> Chunk
 
 # ------------------------------------------------------------------------------------------------ models
 def check_models(cfg: Config) -> None:
-    """Raises ValueError if teacher, student and initial checkpoint do not fit together. Reads configs, no weights."""
+    """Raises ValueError if teacher, student and initial checkpoint do not fit together. Reads
+    configs, no weights."""
     teacher = load_teacher_config(cfg.teacher_model.name)
     check_kept_layers(cfg, teacher.num_hidden_layers)
     check_student(cfg.student_model.name, cfg.student_model.options, teacher)
@@ -64,7 +67,8 @@ def check_models(cfg: Config) -> None:
 
 
 def _check_initial_student(cfg: Config, teacher: StudentConfig) -> None:
-    """Raises ConfigError unless train.student_init_ckpt holds a student of this run's kind and teacher."""
+    """Raises ConfigError unless train.student_init_ckpt holds a student of this run's kind and
+    teacher."""
     key = f"train.student_init_ckpt: {cfg.train.student_init_ckpt}"
     student = _read_student_config(cfg, key)
     expected = {"student_name": cfg.student_model.name}
@@ -91,7 +95,8 @@ def _check_initial_student(cfg: Config, teacher: StudentConfig) -> None:
 
 
 def _read_student_config(cfg: Config, key: str) -> StudentConfig:
-    """The config of train.student_init_ckpt. Raises ConfigError if there is none, or none of a student."""
+    """The config of train.student_init_ckpt. Raises ConfigError if there is none, or none of a
+    student."""
     folder = Path(cfg.train.student_init_ckpt)
     if not (folder / "config.json").is_file():
         exported = folder / EXPORT
@@ -177,7 +182,8 @@ def _whole_eval_batches(heldout, cfg: Config, plan: BatchPlan):
 
 
 def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
-    """What the user should know about the data: how often it is repeated, and an EOS that the config does not want."""
+    """What the user should know about the data: how often it is repeated, and an EOS that the
+    config does not want."""
     notes = []
     num_chunks = len(chunks.train)
     epochs = plan.epochs(num_chunks)
@@ -198,7 +204,8 @@ def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ --dry-run
 def print_plan(ctx: RunContext) -> None:
-    """Logs steps, tokens, parameters, and an estimate of the memory per GPU for weights, gradients and optimiser."""
+    """Logs steps, tokens, parameters, and an estimate of the memory per GPU for weights, gradients
+    and optimiser."""
     cfg, plan = ctx.cfg, ctx.plan
     teacher_config = load_teacher_config(cfg.teacher_model.name)
     with torch.device("meta"):

@@ -1,6 +1,7 @@
 """Building a training stage: its models, the teacher's engine, and the trainer.
 
-A `Stage` is what is trained and how; `build_stage` makes it from a config, `build_trainer` the trainer from a stage.
+A `Stage` is what is trained and how; `build_stage` makes it from a config, `build_trainer` the
+trainer from a stage.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from mfu import alignment_flops_per_token, device_peak_flops, training_flops_per
 from optim import STATE_BYTES, get_optimizer, get_scheduler, parameter_groups
 from wrapper import AttentionAlignmentModel, calibrate
 
-# hf_trainer and transformers' Trainer are imported where they are used: layer selection needs neither.
+# hf_trainer and transformers' Trainer are imported where they are used: layer selection needs
+# neither.
 
 ROOT = Path(__file__).resolve().parent
 GIB = 2**30
@@ -53,7 +55,8 @@ class Stage:
 
 
 def build_stage(ctx: RunContext) -> Stage:
-    """The stage of the config: models with their weights loaded, calibrated where that is asked for."""
+    """The stage of the config: models with their weights loaded, calibrated where that is asked
+    for."""
     from transformers import set_seed
 
     set_seed(ctx.cfg.train.seed)
@@ -121,7 +124,8 @@ def build_student_for_stage1(
     log: Log = print,
     recompute: bool = False,
 ) -> tuple[AttentionAlignmentModel, dict[int, dict]]:
-    """The teacher with a linear attention beside each of its attentions; only the linear ones train.
+    """The teacher with a linear attention beside each of its attentions; only the linear ones
+    train.
 
     recompute: see `AttentionAlignmentModel`. Returns the model and, by layer, the fields of the
     layer's `InitReport`.
@@ -207,8 +211,8 @@ def with_calibrated(init_report: dict[int, dict], fitted: dict[int, list[str]]) 
 
 
 def checkpoint_activations(model: StudentForCausalLM, mode: bool | str) -> None:
-    """Sets activation checkpointing of a hybrid, as train.gradient_checkpointing says: off, "mlp", or
-    whole layers (True)."""
+    """Sets activation checkpointing of a hybrid, as train.gradient_checkpointing says: off, "mlp",
+    or whole layers (True)."""
     if mode is True:
         # Nothing in the layers is random, so no random state needs to be restored.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -228,7 +232,8 @@ def student_engine_config(ctx: RunContext) -> dict:
     """DeepSpeed's config of the model that trains."""
     config = deepspeed_config(f"stage_{ctx.zero_stage}")
     if ctx.cfg.stage == 1:
-        # Stage 1 calls the modules of a block one by one: ZeRO-3 cannot gather a block when it is called.
+        # Stage 1 calls the modules of a block one by one: ZeRO-3 cannot gather a block when it is
+        # called.
         config["zero_optimization"].pop("leaf_module", None)
     if ctx.resume and ctx.resume.parent.name == UNIVERSAL:
         config["checkpoint"] = {"load_universal": True}
@@ -243,8 +248,8 @@ def use_cuda_graphs(
     log: Log = print,
     sharded_teacher: bool = False,
 ) -> bool:
-    """Whether the passes of a training step run as CUDA graphs. Logs the reason where train.cuda_graphs
-    asks for them on a GPU and they cannot be used."""
+    """Whether the passes of a training step run as CUDA graphs. Logs the reason where
+    train.cuda_graphs asks for them on a GPU and they cannot be used."""
     if not cfg.train.cuda_graphs or device != "cuda":
         return False
     reason = None
@@ -260,7 +265,8 @@ def use_cuda_graphs(
 
 
 def _shard_teacher(cfg: Config, size: int, device: str, world_size: int) -> tuple[bool, str]:
-    """Whether to shard a teacher of `size` bytes, and why. All ranks call it together and decide alike."""
+    """Whether to shard a teacher of `size` bytes, and why. All ranks call it together and decide
+    alike."""
     mode = cfg.train.kd_teacher_shard
     if mode != "auto":
         return mode == "always", f"kd_teacher_shard is {mode}"
@@ -273,8 +279,8 @@ def _shard_teacher(cfg: Config, size: int, device: str, world_size: int) -> tupl
     least = torch.tensor(torch.cuda.mem_get_info()[0], device="cuda")
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
     free = least.item()
-    # A student of the teacher's size takes weights and gradients in the same dtype, and its shard of the
-    # optimiser's states.
+    # A student of the teacher's size takes weights and gradients in the same dtype, and its shard
+    # of the optimiser's states.
     need = 3 * size + size // 2 * STATE_BYTES[cfg.train.optimizer] // world_size
     return need > 0.7 * free, f"student and teacher take {need / GIB:.1f} of {free / GIB:.1f} GiB free"
 
@@ -286,7 +292,8 @@ def teacher_engine_config(
     world_size: int,
     log: Log,
 ) -> dict | None:
-    """DeepSpeed's config of a teacher that is sharded with ZeRO-3, or None where every device holds a replica."""
+    """DeepSpeed's config of a teacher that is sharded with ZeRO-3, or None where every device holds
+    a replica."""
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
     shard, why = _shard_teacher(cfg, size, device, world_size)
     log(f"teacher: {'sharded with ZeRO-3' if shard else 'replicated'} ({size / GIB:.2f} GiB; {why})")
@@ -334,8 +341,8 @@ def training_arguments(ctx: RunContext):
         eval_on_start=has_heldout and ctx.resume is None,
         logging_nan_inf_filter=False,  # it would hide the NaN that ends the run
         dataloader_drop_last=True,
-        # A SIGTERM to all processes of a job would end the workers, and the run with them. Reading a batch takes less
-        # than a millisecond.
+        # A SIGTERM to all processes of a job would end the workers, and the run with them. Reading
+        # a batch takes less than a millisecond.
         dataloader_num_workers=0,
         dataloader_pin_memory=ctx.device == "cuda",
         remove_unused_columns=False,

@@ -4,8 +4,9 @@
     python train.py --cfg configs/quickstart/stage1.yaml train.lr=1e-3    # one process; overrides after the file
     python train.py --cfg configs/quickstart/stage2.yaml --dry-run        # steps, tokens, parameters, memory; then stops
 
-Stage 1 aligns attention outputs, stage 2 distils the teacher's logits, stage 3 finetunes on long context. The result is
-`<output_dir>/converted-hf/`, a Hugging Face folder that the next stage starts from.
+Stage 1 aligns attention outputs, stage 2 distils the teacher's logits, stage 3 finetunes on long
+context. The result is `<output_dir>/converted-hf/`, a Hugging Face folder that the next stage
+starts from.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from runtime.run_folder import (
     zero_stage_of_run,
 )
 
-# Modules that import torch or DeepSpeed are imported in functions, after set_up_process() and set_up_device().
+# Modules that import torch or DeepSpeed are imported in functions, after set_up_process() and
+# set_up_device().
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -118,7 +120,8 @@ def run(ctx: RunContext) -> None:
 
 
 def train_stage(ctx: RunContext) -> None:
-    """Trains from ctx.resume, or from the start. After a signal it exits with REQUEUE, its checkpoint saved."""
+    """Trains from ctx.resume, or from the start. After a signal it exits with REQUEUE, its
+    checkpoint saved."""
     from stages import build_stage, build_trainer
 
     cfg, checkpoint = ctx.cfg, ctx.resume
@@ -150,7 +153,8 @@ def train_stage(ctx: RunContext) -> None:
 
 
 def export(ctx: RunContext) -> None:
-    """Writes converted-hf from the last checkpoint, on one rank alone; the others may have ended."""
+    """Writes converted-hf from the last checkpoint, on one rank alone; the others may have
+    ended."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from convert_ckpt import export_checkpoint

@@ -14,7 +14,8 @@ from .guard import StopSignals, Watchdog
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the parts of a training run share. The fields with defaults are set once the ranks have met.
+    """What the parts of a training run share. The fields with defaults are set once the ranks have
+    met.
 
     rank: of this process. log: prints a line on rank 0 and does nothing on the others.
     report_to_wandb: log to Weights & Biases too, beside metrics.jsonl. device: "cuda" or "cpu".

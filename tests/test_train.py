@@ -1038,7 +1038,7 @@ BAD = {
     "student_model.name=gdn_v3": "has student_name 'gdn_v4', this run 'gdn_v3'",
     "train.student_init_ckpt=nowhere": "train.student_init_ckpt: nowhere holds no checkpoint; run stage 1 first",
     "teacher_model.name=no/such/folder": "teacher_model.name: 'no/such/folder' is neither a folder",
-    "train.resume_from_checkpoint=nowhere": "train.resume_from_checkpoint: nowhere is no whole checkpoint",
+    "train.resume_from_checkpoint=nowhere": "train.resume_from_checkpoint: nowhere is not a complete checkpoint",
     "stage=3": r"keep_full_attention_layers: \[1\] must be those of .*stage1/converted-hf, \[\]",
 }
 
@@ -1174,7 +1174,7 @@ def test_a_folder_belongs_to_one_run(tmp_path, teacher_dir, data_dir):
     found = tmp_path / "stage1" / "checkpoint-2"
     found.mkdir()
     assert checkpoints(found.parent) == []  # not complete
-    with pytest.raises(ValueError, match="checkpoint-2 is no whole checkpoint of"):
+    with pytest.raises(ValueError, match="checkpoint-2 is not a complete checkpoint of"):
         check_run_folder(load_config(file, [f"train.resume_from_checkpoint={found}"]))
     (found / "index.json").write_text("{}")
     assert checkpoints(found.parent) == [found]

@@ -941,7 +941,7 @@ def test_null_with_a_run_in_the_folder(make_run):
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     assert run.start("train.resume_from_checkpoint=null").wait() == 1
     assert (
-        "say auto to go on from the newest, name one of them to go on from that, or remove the folder"
+        "set it to auto to resume from the latest checkpoint, or to one of them to resume from that, or remove the folder"
         in run.job.output()
     )
     run.to_the_end()
@@ -1098,7 +1098,7 @@ def test_a_checkpoint_of_somebody_else_is_not_unpickled(make_run):
     ):
         assert command() == 1
         assert not (run.root / "boom").exists()
-    assert "is no whole checkpoint of" in run.job.output()
+    assert "is not a complete checkpoint of" in run.job.output()
 
 
 def export_foreign(run, foreign):
