@@ -37,7 +37,8 @@ from cuda_graphs import GraphedForward
 from distill_model import StudentForCausalLM
 from layer_selection.full_runs import train_hybrid
 from layer_selection.ranking import Layer, Ranking, rank_samples
-from train import checkpoint_activations, get_scheduler, parameter_groups, use_cuda_graphs
+from optim import get_scheduler, parameter_groups
+from stages import checkpoint_activations, use_cuda_graphs
 
 HISTORY, CONFIG, STATES = "rounds.json", "candidates.yaml", "states"
 CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at a time

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 import convert.command
 import convert_ckpt
+import optim
 import preprocess_chunk
 import preprocess_download_tokenize
 import train
@@ -254,15 +255,15 @@ def test_the_old_lines_train_as_there(tmp_path, teacher_dir, data_dir):
     cfg = load_config(file)
     weight = torch.nn.Parameter(torch.zeros(1))
     ours, theirs = (torch.optim.AdamW([weight], lr=cfg.train.lr) for _ in range(2))
-    schedule = train.get_scheduler(ours, cfg, batch_plan(cfg, 1))
+    schedule = optim.get_scheduler(ours, cfg, batch_plan(cfg, 1))
     expected = transformers.get_scheduler("cosine", theirs, num_warmup_steps=0, num_training_steps=20)
     for _ in range(21):
         assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], abs=1e-12)
         for step in (ours, theirs, schedule, expected):
             step.step()
     model = StudentForCausalLM.from_teacher(convert.load_teacher(teacher_dir), "gdn_v4", [1])[0]
-    rates = {id(p): group.lr for group in train.parameter_groups(model, cfg) for p in group.params}
-    decays = {id(p): group.weight_decay for group in train.parameter_groups(model, cfg) for p in group.params}
+    rates = {id(p): group.lr for group in optim.parameter_groups(model, cfg) for p in group.params}
+    decays = {id(p): group.weight_decay for group in optim.parameter_groups(model, cfg) for p in group.params}
     for name, parameter in model.named_parameters():
         assert rates[id(parameter)] == (cfg.train.lr_attn if ".attn." in name else cfg.train.lr)
         if name.endswith("_proj.weight"):

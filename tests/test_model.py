@@ -18,7 +18,7 @@ from distill_model import (
     cpu_ops,
 )
 from distill_model.student_layers import default_of, expand_kv_heads
-from train import checkpoint_activations
+from stages import checkpoint_activations
 
 ROOT = Path(__file__).parent.parent
 STUDENTS = sorted(STUDENT_ATTENTION_MAP)

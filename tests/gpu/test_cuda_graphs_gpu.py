@@ -8,7 +8,7 @@ from test_students_gpu import OPTIONS, one_config  # noqa: F401
 
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
-from train import checkpoint_activations
+from stages import checkpoint_activations
 from wrapper import AttentionAlignmentModel
 
 pytestmark = [
@@ -109,7 +109,7 @@ def test_another_call_than_the_recorded_one_is_refused():
     with pytest.raises(RuntimeError, match="use_cache"):
         forward(input_ids=ids, labels=ids, use_cache=True)
     model.to("cpu").to("cuda")
-    with pytest.raises(RuntimeError, match="lie elsewhere"):
+    with pytest.raises(RuntimeError, match="have moved in memory since"):
         forward(input_ids=ids, labels=ids, use_cache=False)
 
 

@@ -307,7 +307,7 @@ def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, dat
     assert "; requeued," not in cluster.log(jobs["cancelled"])
     for name in ("requeued", "limited", "lost"):
         assert int(cluster.fact(jobs[name], "Restarts")) >= 1
-        assert re.search("going on from .*checkpoint-", cluster.log(jobs[name]))
+        assert re.search("resuming from .*checkpoint-", cluster.log(jobs[name]))
         assert sorted(losses(folders[name])) == [1, *range(5, steps[name] + 1, 5)]
     assert re.search("SIGUSR1: stopped at step .*; requeued, it will resume", cluster.log(jobs["limited"]), re.DOTALL)
     values = yaml.safe_load(config.read_text())
