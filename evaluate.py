@@ -462,7 +462,7 @@ def load_model(checkpoint: str):
         getattr(model.config, "rope_parameters", None) or {},
     )
     reads_on = (
-        get_student_attention_class(student).func.supports_chunked_prefill
+        get_student_attention_class(student).supports_chunked_prefill
         if student
         else model.config.model_type in {*FAMILIES, StudentConfig.model_type}
     )

@@ -569,14 +569,7 @@ def parameter_groups(model, cfg: Config) -> list[ParameterGroup]:
 def checkpoint_activations(model, what: bool | str) -> None:
     """Makes a hybrid compute again in the backward pass what `train.gradient_checkpointing` says:
     nothing, "mlp" or all (True)."""
-    if what is True:
-        model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "preserve_rng_state": False}
-        )  # nothing in it is random
-    else:
-        model.gradient_checkpointing_disable()
-    for block in model.model.layers:
-        block.mlp.checkpointed = what == "mlp"
+    model.set_activation_checkpointing(what)
 
 
 def get_optimizer(model, cfg: Config):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from runtime.command import run_main
@@ -28,9 +27,9 @@ from convert.converter import write_weights
 from convert.families import ACTIVATIONS, SAME
 from convert.loader import KEY, Checkpoint, copy_sidecars
 from convert.verify import TOKENS, TOLERANCE
-from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig
+from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig, StudentSpec
 from distill_model.attention import RotaryEmbedding
-from distill_model.student_layers import GatedDeltaNetStudent, default_of
+from distill_model.student_deltanet import GatedDeltaNetStudent
 
 ARCHITECTURE = "Qwen3_5ForCausalLM"
 # Of a linear layer: theirs -> ours, of which q, k and v lie one below the other in theirs; and ours
@@ -47,14 +46,14 @@ LINEAR = {
 }
 
 
-def student_lacks(student: partial, options: dict) -> list[str]:
+def student_lacks(student: StudentSpec, options: dict) -> list[str]:
     """What keeps a linear attention, an entry of STUDENT_ATTENTION_MAP with options, from being
     Qwen3.5's."""
-    if student.func is not GatedDeltaNetStudent:
+    if student.layer is not GatedDeltaNetStudent:
         return ["another layer than its gated delta net"]
 
     def setting(name):
-        return (student.keywords | options).get(name, default_of(student.func, name))
+        return student.value_of(name, options)
 
     reasons = {
         "no short convolution": not setting("use_short_conv"),

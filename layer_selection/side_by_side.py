@@ -34,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cuda_graphs import GraphedForward
-from distill_model import StudentForCausalLM
+from distill_model import DistillationLoss, StudentForCausalLM
 from layer_selection.full_runs import train_hybrid
 from layer_selection.ranking import Layer, Ranking, rank_samples
 from train import checkpoint_activations, get_scheduler, parameter_groups, use_cuda_graphs
@@ -164,10 +164,8 @@ class Candidate:
                 labels=ids if train.ce_weight else None,
                 teacher_hidden_states=hidden.to(device),
                 teacher_head_weight=head_weight,
+                distillation=DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight),
                 use_cache=False,
-                kl_temperature=train.kl_temperature,
-                kl_weight=train.kl_weight,
-                ce_weight=train.ce_weight,
             )["loss"]
             (loss / len(micro_batches)).backward()
             losses.append(loss.detach())

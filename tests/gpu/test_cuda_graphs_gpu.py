@@ -7,7 +7,7 @@ import torch
 from test_students_gpu import OPTIONS, one_config  # noqa: F401
 
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
-from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
+from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM
 from train import checkpoint_activations
 from wrapper import AttentionAlignmentModel
 
@@ -64,7 +64,7 @@ def train(name, stage, graphed, checkpointing=False):
             inputs |= {
                 "teacher_hidden_states": hidden,
                 "teacher_head_weight": teacher.lm_head.weight,
-                "ce_weight": 0.5,
+                "distillation": DistillationLoss(ce_weight=0.5),
             }
         loss = forward(**inputs)["loss"]
         (loss / 3).backward()  # no power of two: where the scale enters shows in the last bit
