@@ -107,7 +107,7 @@ def native_config(config: StudentConfig) -> Qwen3_5TextConfig:
     layer_types = ["linear_attention"] * config.num_hidden_layers
     for layer in config.keep_full_attention_layers:
         layer_types[layer] = "full_attention"
-    conv_size = config.student_options.get("conv_size", default_of(GatedDeltaNetStudent, "conv_size"))
+    conv_size = STUDENT_ATTENTION_MAP[config.student_name].value_of("conv_size", config.student_options)
     values = {name: getattr(config, name) for name in SAME} | {
         "hidden_act": "silu",
         "head_dim": config.head_dim,
