@@ -8,7 +8,7 @@
 # CORPUS: a hub dataset's name, a file or folder of text or tables. A teacher is trained from scratch on it.
 # --train_teacher: train the teacher that recalls instead of taking the one that comes along; half an hour on two cores.
 # --skip_bad_files: leave out and count files of CORPUS that cannot be read.
-# --tiny (or QUICKSTART_TINY=1): fewer steps and questions.
+# --tiny (or QUICKSTART_TINY=1): fewer steps and questions, without the comparison of kept layers.
 # QUICKSTART_OUT: the folder for all results (quickstart_out). Run again, it resumes after the last completed step.
 set -euo pipefail
 
@@ -42,13 +42,23 @@ if ! python -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null; then
     export DS_ACCELERATOR=cpu
 fi
 
-CONTEXT=256 LONG=512
-DATA=$OUT/data LIMIT=64 CONTEXTS=(256 1024 4096 16384)
-# What is trained: nothing to override unless --tiny or CORPUS.
-STAGE1=() STAGE2=() STAGE3=()
-if [[ $TINY ]]; then
+CONTEXT=256 LONG=512 DATA=$OUT/data LIMIT=64 CONTEXTS=(256 1024 4096 16384)
+STAGE1=() STAGE2=() STAGE3=() # overrides of configs/quickstart/stageN.yaml
+VOCABULARY=() TOKENS=(--holdout 0.02) TEACHER_SIZE=() REPORT=()
+if [[ $CORPUS && $TINY ]]; then # to see that every step runs; nothing is learnt
+    CONTEXT=64 LONG=128 LIMIT=4 CONTEXTS=(256 1024)
+    VOCABULARY=(--vocab_size 512) TOKENS=(--max_tokens 60000 --holdout 0.2) TEACHER_SIZE=(--tiny --steps 20) REPORT=(--tiny)
+    STAGE1=(train.max_steps=4 train.save_steps=4 train.eval_steps=2 train.eval_batches=1 train.batch_size=2 train.micro_batch_size=2)
+    STAGE2=("${STAGE1[@]}" "train.train_seq_len=$CONTEXT") STAGE3=("${STAGE1[@]}" "train.train_seq_len=$LONG")
+    STAGE1+=("train.train_seq_len=$CONTEXT")
+elif [[ $CORPUS ]]; then # a larger teacher, on text alone
+    TOKENS=(--max_tokens 4000000 --holdout 0.02)
+    STAGE1=(train.max_steps=100 train.save_steps=100 train.batch_size=4 train.micro_batch_size=4)
+    STAGE2=(train.max_steps=120 train.save_steps=120 train.batch_size=4 train.micro_batch_size=4)
+    STAGE3=(train.max_steps=100 train.save_steps=100 train.batch_size=8 train.micro_batch_size=8 train.lr=1e-3 train.final_lr=5e-5)
+elif [[ $TINY ]]; then
     LIMIT=16 CONTEXTS=(256 1024 4096)
-    STAGE1=(train.max_steps=60 train.save_steps=60) STAGE2=(train.max_steps=24 train.save_steps=24)
+    STAGE2=(train.max_steps=24 train.save_steps=24)
     STAGE3=(train.max_steps=8 train.save_steps=8 train.eval_steps=4)
 fi
 SHORT_DATA=$DATA/chunked_context$CONTEXT LONG_DATA=$DATA/chunked_context$LONG
@@ -64,8 +74,8 @@ stage_overrides() {
     if [[ $OUT != quickstart_out || $folder != stage$stage ]]; then
         printf '%s\n' "train.output_dir=$OUT/$folder"
     fi
+    [[ $OUT == quickstart_out && $CONTEXT == 256 ]] || printf '%s\n' "data.cache_dir=$data"
     if [[ $OUT != quickstart_out ]]; then
-        printf '%s\n' "data.cache_dir=$data"
         [[ $stage == 1 ]] || printf '%s\n' "train.student_init_ckpt=$OUT/stage$((stage - 1))/converted-hf"
     fi
     [[ -z $kept ]] || printf '%s\n' "student_model.keep_full_attention_layers=$kept"
@@ -77,7 +87,7 @@ stage_overrides() {
 }
 
 # step NAME PRODUCT TEXT COMMAND...: runs the command, unless the same one has made PRODUCT before.
-STEP=0 STEPS=12
+STEP=0 STEPS=11
 step() {
     local name=$1 product=$2 text=$3 start=$SECONDS stamp=$OUT/.done/$1
     shift 3
@@ -111,18 +121,25 @@ train() {
         python train.py --cfg "configs/quickstart/stage$stage.yaml" ${overrides[@]+"${overrides[@]}"}
 }
 
+[[ $CORPUS || $TINY ]] || STEPS=$((STEPS + 1)) # the comparison of kept layers
 mkdir -p "$OUT/.done"
+SETTINGS="tiny=${TINY:-0} train_teacher=${TRAIN_TEACHER:-0} corpus=$CORPUS ${BAD_FILES[*]-}"
+if [[ -e $OUT/.done/settings && "$(<"$OUT/.done/settings")" != "$SETTINGS" ]]; then
+    die "$OUT: holds the results of another quickstart ($(<"$OUT/.done/settings")); remove it or set QUICKSTART_OUT to another folder."
+fi
+printf '%s\n' "$SETTINGS" >"$OUT/.done/settings"
 BEGIN=$SECONDS
 if [[ $CORPUS ]]; then
-    STEPS=11 TOKENIZER=$OUT/tokenizer DATASET=$CORPUS TOKENS=(--max_tokens 4000000)
-    say "Quickstart: results in $OUT; a teacher is trained on $CORPUS, at most 10 minutes on two cores"
+    TOKENIZER=$OUT/tokenizer DATASET=$CORPUS
+    say "Quickstart: results in $OUT; a teacher is trained on $CORPUS, $([[ $TINY ]] && echo 3 || echo 15) minutes on two cores"
     step tokenizer "$OUT/tokenizer/tokenizer.json" "BPE tokenizer" \
-        python -m quickstart.train_tokenizer --corpus "$CORPUS" --output_dir "$TOKENIZER" ${BAD_FILES[@]+"${BAD_FILES[@]}"}
+        python -m quickstart.train_tokenizer --corpus "$CORPUS" --output_dir "$TOKENIZER" \
+        ${VOCABULARY[@]+"${VOCABULARY[@]}"} ${BAD_FILES[@]+"${BAD_FILES[@]}"}
 else
-    TOKENIZER=$TEACHER DATASET=$OUT/corpus TOKENS=()
+    TOKENIZER=$TEACHER DATASET=$OUT/corpus
     say "Quickstart: results in $OUT, at most $([[ $TINY ]] && echo 2 || echo 6) minutes on two cores$([[ $TRAIN_TEACHER ]] && echo ', after the training of the teacher')"
     if [[ $TRAIN_TEACHER ]]; then
-        STEPS=13
+        STEPS=$((STEPS + 1))
         step teacher "$TEACHER/config.json" "Teacher: a small Qwen3 that recalls, from scratch" \
             python benchmarks/recall_teacher.py --size quickstart --seed 1 --output_dir "$OUT/recall_teacher"
     fi
@@ -131,14 +148,15 @@ else
 fi
 step tokens "$DATA/tokenized" "Corpus to tokens" \
     python preprocess_download_tokenize.py --dataset_name "$DATASET" --tokenizer "$TOKENIZER" --output_dir "$DATA/tokenized" \
-    --holdout 0.02 ${TOKENS[@]+"${TOKENS[@]}"} ${BAD_FILES[@]+"${BAD_FILES[@]}"}
+    "${TOKENS[@]}" ${BAD_FILES[@]+"${BAD_FILES[@]}"}
 step chunks "$SHORT_DATA/metadata.json" "Chunks of $CONTEXT tokens, for stages 1 and 2" \
     python preprocess_chunk.py --tokenized_dataset_path "$DATA/tokenized" --context_length "$CONTEXT" --output_dir "$DATA"
 step long_chunks "$LONG_DATA/metadata.json" "Chunks of $LONG tokens, for stage 3" \
     python preprocess_chunk.py --tokenized_dataset_path "$DATA/tokenized" --context_length "$LONG" --output_dir "$DATA"
 if [[ $CORPUS ]]; then
     step teacher "$TEACHER/config.json" "Teacher: a small Qwen3 from scratch, 2 to 3 minutes" \
-        python -m quickstart.train_teacher --data "$SHORT_DATA" --tokenizer "$TOKENIZER" --output_dir "$TEACHER"
+        python -m quickstart.train_teacher --data "$SHORT_DATA" --tokenizer "$TOKENIZER" --output_dir "$TEACHER" \
+        ${TEACHER_SIZE[@]+"${TEACHER_SIZE[@]}"}
 fi
 train 1 "Stage 1: each layer's linear attention learns the teacher's attention output"
 mapfile -t OVERRIDES < <(stage_overrides 2)
@@ -148,10 +166,13 @@ step selection "$OUT/selection/ranking.json" "Layer selection: which quarter of 
 KEPT=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["keep"])' "$OUT/selection/ranking.json")
 train 2 "Stage 2: the hybrid learns the teacher's logits" stage2 "${KEPT// /}"
 if [[ $CORPUS ]]; then
-    EVALUATED=(stage1 stage2 stage3) TASKS=(--tasks heldout_perplexity,heldout_kl) REPORT=()
+    EVALUATED=(stage1 stage2 stage3) TASKS=(--tasks heldout_perplexity,heldout_kl)
 else
-    EVALUATED=(stage1 stage2 even stage3) TASKS=(--tasks local --seq_lens "$CONTEXT" --num_words 64) REPORT=(--recall)
-    train 2 "Stage 2 again, for comparison: as many layers kept, evenly spaced" even "[1,4]"
+    EVALUATED=(stage1 stage2 stage3) TASKS=(--tasks local --seq_lens "$CONTEXT" --num_words 64) REPORT=(--recall)
+    if [[ ! $TINY ]]; then
+        EVALUATED+=(even)
+        train 2 "Stage 2 again, for comparison: as many layers kept, evenly spaced" even "[1,4]"
+    fi
 fi
 EVALUATED=("${EVALUATED[@]/#/$OUT/}")
 EVALUATED=("${EVALUATED[@]/%//converted-hf}")

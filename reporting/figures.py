@@ -35,7 +35,7 @@ def loss_curves(panels: dict[str, tuple[Curve, Curve]]) -> str:
     panels = {title: curves for title, curves in panels.items() if curves[0]}
     if not panels:
         return ""
-    figure = Figure(figsize=(min(13, 4.4 * len(panels)), 3))
+    figure = Figure(figsize=(min(10.5, 4.4 * len(panels)), 3))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, (train, heldout)) in zip(axes, panels.items()):
         _draw_losses(axis, train, heldout, title)
@@ -85,7 +85,7 @@ def alignment_figure(steps: list[int], errors: list[list[float]], kept: list[int
     if not steps:
         return ""
     before, after = errors[0], errors[-1]
-    figure = Figure(figsize=(13, 3.2))
+    figure = Figure(figsize=(10.5, 3.2))
     bars, curves = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_bars(bars, before, after, kept, (f"step {steps[0]}", f"step {steps[-1]}"))
     count = len(before)

@@ -18,7 +18,7 @@ table.text td, table.text th { text-align: left; }
 code, pre { font: 13px/1.5 ui-monospace, monospace; }
 pre { background: #f6f6f4; padding: .7rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 img { max-width: 100%; } .note { color: #666; max-width: 50rem; }
-.good { color: #2c6e49; } .bad { color: #b3261e; } .failed { color: #b3261e; font-weight: 600; }
+mark { background: #ffe9a8; } .good { color: #2c6e49; } .bad { color: #b3261e; } .failed { color: #b3261e; font-weight: 600; }
 """
 
 
