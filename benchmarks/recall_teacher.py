@@ -4,15 +4,17 @@
     python benchmarks/recall_teacher.py --output_dir recall_out --size tiny             # a CPU, some minutes
     python benchmarks/recall_teacher.py --output_dir recall_out --size quickstart --seed 1   # made quickstart/teacher
 
-A Qwen3-type model of 40M parameters (quickstart: 0.7M, tiny: 0.6M) learns from the standard library's source text, the
-files of --text, and the recall tasks of recall_tasks.py. Of the tasks only the answers count at first: next to the
-random words around them, which cannot be predicted, recall is learnt ten times later. Training continues at a constant
-learning rate until 95 % of every task's held-out questions are answered (or for four fifths of --max_steps), then the
-learning rate decays while all words count. The exit code is 1 if held-out recall ends below 90 %.
+A Qwen3-type model of 40M parameters (quickstart: 0.7M, tiny: 0.6M) learns from the standard
+library's source text, the files of --text, and the recall tasks of recall_tasks.py. Of the tasks
+only the answers count at first: next to the random words around them, which cannot be predicted,
+recall is learnt ten times later. Training continues at a constant learning rate until 95 % of
+every task's held-out questions are answered (or for four fifths of --max_steps), then the learning
+rate decays while all words count. The exit code is 1 if held-out recall ends below 90 %.
 
-OUTPUT_DIR gets tokenizer/, data/chunked_context<N> for the stages, teacher/ (a plain Hugging Face checkpoint),
-teacher.json and teacher.png with the training curves. Run again, the command does only what is missing, with the exit
-code of the first time. A folder belongs to one size, text and seed (settings.json).
+OUTPUT_DIR gets tokenizer/, data/chunked_context<N> for the stages, teacher/ (a plain Hugging Face
+checkpoint), teacher.json and teacher.png with the training curves. Run again, the command does
+only what is missing, with the exit code of the first time. A folder belongs to one size, text and
+seed (settings.json).
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ QUESTIONS = 32  # held-out documents of each task
 class Scale:
     """Model, data and training.
 
-    A batch has text_rows and task_rows. text_weight: of the loss on text; the loss on answers has weight 1. text_files:
-    of the standard library, all if None.
+    A batch has text_rows and task_rows. text_weight: of the loss on text; the loss on answers has
+    weight 1. text_files: of the standard library, all if None.
     """
 
     shape: dict
@@ -110,7 +112,8 @@ FULL = Scale(
     learning_rate=1e-3,
     max_steps=4000,
 )
-# Heads of size 16 recall 32 pairs by softmax attention; a linear attention's state of 16 x 16 per head cannot.
+# Heads of size 16 recall 32 pairs by softmax attention; a linear attention's state of 16 x 16 per
+# head cannot.
 QUICKSTART = Scale(
     shape=dict(
         hidden_size=96,
@@ -166,36 +169,63 @@ def scale_of(size: str) -> Scale:
     return {"full": FULL, "quickstart": QUICKSTART, "tiny": TINY}[size]
 
 
-# ------------------------------------------------------------------------------------------------ data
+# ---------------------------------------------------------------------------------- data
 def make_chunks(corpus: Path, tokenizer: Path, folder: Path, context_length: int) -> None:
-    """Tokenizes the texts in `corpus` and writes `folder`/chunked_context<N>; a part of them is held out."""
+    """Tokenizes the texts in `corpus` and writes `folder`/chunked_context<N>; a part of them is
+    held out."""
     tokenized = str(folder / "tokenized")
     preprocess_download_tokenize.main(
-        ["--dataset_name", str(corpus), "--tokenizer", str(tokenizer), "--holdout", "0.02", "--output_dir", tokenized]
+        [
+            "--dataset_name",
+            str(corpus),
+            "--tokenizer",
+            str(tokenizer),
+            "--holdout",
+            "0.02",
+            "--output_dir",
+            tokenized,
+        ]
     )
     preprocess_chunk.main(
-        ["--tokenized_dataset_path", tokenized, "--output_dir", str(folder), "--context_length", str(context_length)]
+        [
+            "--tokenized_dataset_path",
+            tokenized,
+            "--output_dir",
+            str(folder),
+            "--context_length",
+            str(context_length),
+        ]
     )
 
 
 def prepare(out: Path, scale: Scale, text: Path | None, seed: int) -> None:
-    """Makes what is missing under `out`: corpus, tokenizer, chunks of everything (data) and of text alone (data/text)."""
+    """Makes what is missing under `out`: corpus, tokenizer, chunks of everything (data) and of
+    text alone (data/text)."""
     make_corpus(out / "corpus", scale.tasks, scale.task_documents, scale.text_files, seed, text)
     if not (out / "tokenizer").is_dir():
         tasks = "".join(document.text for document in scale.tasks.interleaved(seed + 1, 1000))
         texts = (document.text for document in Corpus(str(out / "corpus" / "text")).documents())
-        tokenizer = train_tokenizer(itertools.chain([tasks], limited(texts, len(tasks))), scale.vocab_size)
+        tokenizer = train_tokenizer(
+            itertools.chain([tasks], limited(texts, len(tasks))),
+            scale.vocab_size,
+        )
         with atomic_directory(out / "tokenizer") as folder:
             tokenizer.save_pretrained(folder)
     make_chunks(out / "corpus", out / "tokenizer", out / "data", scale.context_length)
-    make_chunks(out / "corpus" / "text", out / "tokenizer", out / "data" / "text", scale.context_length)
+    make_chunks(
+        out / "corpus" / "text",
+        out / "tokenizer",
+        out / "data" / "text",
+        scale.context_length,
+    )
 
 
 class TaskRows(IterableDataset):
-    """Endless fresh task documents packed into rows: (token ids [T], whether each belongs to an answer [T]).
+    """Endless fresh task documents packed into rows: (token ids [T], whether each belongs to an
+    answer [T]).
 
-    They are fresh because a model learns a finite set of questions by heart before it learns to look up. No document is
-    cut; the rest of a row is EOS.
+    They are fresh because a model learns a finite set of questions by heart before it learns to
+    look up. No document is cut; the rest of a row is EOS.
     """
 
     def __init__(self, tokenizer, scale: Scale, seed: int):
@@ -242,10 +272,11 @@ def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterato
             yield order[start : start + batch_size]
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------- training
 @dataclass
 class Schedule:
-    """Warm-up, a constant part, and a linear decay that begins at `cool_from` and ends training at `cool_to`."""
+    """Warm-up, a constant part, and a linear decay that begins at `cool_from` and ends training at
+    `cool_to`."""
 
     cool_from: int
     cool_to: int
@@ -275,7 +306,11 @@ class Training:
         self.schedule = Schedule.of(max_steps)
         on_gpu = model.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), scale.learning_rate, (0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=on_gpu
+            model.parameters(),
+            scale.learning_rate,
+            (0.9, 0.95),
+            weight_decay=WEIGHT_DECAY,
+            fused=on_gpu,
         )
         self.autocast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=on_gpu)
         self.questions = scale.tasks.documents(seed + 2, QUESTIONS, hardest=True)
@@ -294,7 +329,11 @@ class Training:
             group["lr"] = scale.learning_rate * self.schedule.factor(step)
         with self.autocast():
             logits = self.model(input_ids=ids).logits[:, :-1]
-            losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+            losses = F.cross_entropy(
+                logits.flatten(0, 1).float(),
+                ids[:, 1:].flatten(),
+                reduction="none",
+            )
             losses = losses.view(len(ids), -1)
         on_text = losses[: scale.text_rows].mean()
         on_tasks = losses[scale.text_rows :]
@@ -310,12 +349,20 @@ class Training:
         """Task -> share of its held-out questions that are answered."""
         self.model.eval()
         with self.autocast():
-            found = {task: answer_accuracy(self.model, self.tokenizer, asked) for task, asked in self.questions.items()}
+            found = {
+                task: answer_accuracy(
+                    self.model,
+                    self.tokenizer,
+                    asked,
+                )
+                for task, asked in self.questions.items()
+            }
         self.model.train()
         return found
 
     def run(self) -> list[dict]:
-        """Step, learning rate, mean loss on text and on answers, and accuracy by task, every CHECK_STEPS and at the end."""
+        """Step, learning rate, mean loss on text and on answers, and accuracy by task, every
+        CHECK_STEPS and at the end."""
         history = []
         losses = []
         step = 0
@@ -330,7 +377,9 @@ class Training:
                 text_loss, answer_loss = torch.stack(losses).mean(0).tolist()
                 losses.clear()
                 lr = self.scale.learning_rate * self.schedule.factor(step)
-                history.append(dict(step=step, lr=lr, text_loss=text_loss, answer_loss=answer_loss, **accuracies))
+                history.append(
+                    dict(step=step, lr=lr, text_loss=text_loss, answer_loss=answer_loss, **accuracies),
+                )
                 shown = {task: f"{accuracy:.1%}" for task, accuracy in accuracies.items()}
                 bar.set_postfix({"text": f"{text_loss:.3f}", **shown})
                 if step < self.schedule.cool_from and min(accuracies.values()) >= ENOUGH:
@@ -347,7 +396,13 @@ def plot(history: list[dict], path: Path) -> None:
         axis.plot(steps, [row[task] for row in history], label=task.replace("_", " "))
     axis.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1.02))
     loss = axis.twinx()
-    loss.plot(steps, [row["text_loss"] for row in history], color="grey", linestyle=":", label="loss on text (right)")
+    loss.plot(
+        steps,
+        [row["text_loss"] for row in history],
+        color="grey",
+        linestyle=":",
+        label="loss on text (right)",
+    )
     loss.set_ylabel("nats per token")
     handles = [*axis.get_lines(), *loss.get_lines()]
     axis.legend(handles, [line.get_label() for line in handles], loc="center right")
@@ -362,16 +417,18 @@ def demand(recall: float) -> None:
 
 
 def make_deterministic() -> None:
-    """A seed gives the same teacher: some CUDA kernels sum in the order of threads otherwise, and cuDNN's attention
-    has no deterministic backward."""
+    """A seed gives the same teacher: some CUDA kernels sum in the order of threads otherwise, and
+    cuDNN's attention has no deterministic backward."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)  # a warning instead would leave flash attention's backward as it is
+    torch.use_deterministic_algorithms(
+        True,
+    )  # a warning instead would leave flash attention's backward as it is
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def train_teacher(out: Path, scale: Scale, max_steps: int, seed: int) -> dict:
-    """Trains on what `prepare` made, writes teacher/, teacher.json and teacher.png, and returns the content of
-    teacher.json."""
+    """Trains on what `prepare` made, writes teacher/, teacher.json and teacher.png, and returns
+    the content of teacher.json."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork of the loader's workers
     make_deterministic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -415,17 +472,37 @@ def train_teacher(out: Path, scale: Scale, max_steps: int, seed: int) -> dict:
     return result
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ---------------------------------------------------------------------------------- command line
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Raises ValueError for options that cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--text", type=Path, help="a folder of text files to learn beside the standard library")
-    parser.add_argument(
-        "--size", choices=("full", "quickstart", "tiny"), default="full", help="model, data and questions"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="the same as --size tiny")
-    parser.add_argument("--max_steps", type=int, help="the most steps to take; default: as the size needs")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="a folder of text files to learn beside the standard library",
+    )
+    parser.add_argument(
+        "--size",
+        choices=("full", "quickstart", "tiny"),
+        default="full",
+        help="model, data and questions",
+    )
+    parser.add_argument(
+        "--tiny",
+        dest="size",
+        action="store_const",
+        const="tiny",
+        help="the same as --size tiny",
+    )
+    parser.add_argument(
+        "--max_steps",
+        type=int,
+        help="the most steps to take; default: as the size needs",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.text and not args.text.is_dir():
@@ -436,8 +513,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def claim_folder(args: argparse.Namespace) -> None:
-    """Binds the output folder to this size, text and seed. Raises ValueError if it is bound to others."""
-    settings = {"size": args.size, "text": args.text and str(args.text.resolve()), "seed": args.seed}
+    """Binds the output folder to this size, text and seed. Raises ValueError if it is bound to
+    others."""
+    settings = {
+        "size": args.size,
+        "text": args.text and str(args.text.resolve()),
+        "seed": args.seed,
+    }
     file = args.output_dir / "settings.json"
     if file.is_file():
         found = json.loads(file.read_text())
@@ -469,7 +551,9 @@ def main(argv: list[str] | None = None) -> None:
     text = f"held-out loss on text {result['heldout_loss']:.3f}, unigram entropy {result['unigram_entropy']:.3f}"
     speed = f"{result['tokens'] / result['seconds']:,.0f} tokens/s"
     steps = result["history"][-1]["step"]
-    print(f"Teacher: {accuracies}; {text}; {steps} steps, {speed}; {time.monotonic() - start:.0f} s in all")
+    print(
+        f"Teacher: {accuracies}; {text}; {steps} steps, {speed}; {time.monotonic() - start:.0f} s in all",
+    )
     demand(result["associative_recall"])
 
 

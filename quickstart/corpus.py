@@ -2,8 +2,9 @@
 
     python -m quickstart.corpus --output_dir quickstart_out/corpus
 
-The text is always there; the documents (recall_tasks.py) ask for words that stood before, which only a model that reads
-its context can answer. OUTPUT_DIR gets text/stdlib/ and tasks.jsonl, and is written atomically.
+The text is always there; the documents (recall_tasks.py) ask for words that stood before, which
+only a model that reads its context can answer. OUTPUT_DIR gets text/stdlib/ and tasks.jsonl, and
+is written atomically.
 """
 
 from __future__ import annotations
@@ -21,15 +22,26 @@ from runtime.files import atomic_directory
 
 from recall_tasks import RECALL_TASKS, Document
 
-# encodings/ is tables of characters: a sixth of the bytes, next to nothing to learn, and noise in every loss curve.
-NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings"}
+# encodings/ is tables of characters: a sixth of the bytes, next to nothing to learn, and noise in
+# every loss curve.
+NOT_CORPUS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib2to3",
+    "encodings",
+}
 
 
 @dataclass(frozen=True)
 class TaskMix:
     """Recall tasks of varying difficulty.
 
-    ranges: task -> option of its generator -> (easiest, hardest). num_words: the words that documents draw from.
+    ranges: task -> option of its generator -> (easiest, hardest). num_words: the words that
+    documents draw from.
     """
 
     ranges: dict[str, dict[str, tuple[int, int]]]
@@ -42,7 +54,12 @@ class TaskMix:
             options[name] = highest if hardest else rng.randint(easiest, highest)
         return RECALL_TASKS[task](rng, num_words=self.num_words, **options)
 
-    def documents(self, seed: int | str, count: int, hardest: bool = False) -> dict[str, list[Document]]:
+    def documents(
+        self, seed: int | str, count: int, hardest: bool = False
+    ) -> dict[
+        str,
+        list[Document],
+    ]:
         """`count` documents of every task."""
         rng = random.Random(seed)
         return {task: [self.draw(rng, task, hardest) for _ in range(count)] for task in self.ranges}
@@ -67,17 +84,25 @@ TASK_DOCUMENTS = 10_000
 
 
 def stdlib_files() -> list[Path]:
-    """The Python files of the running interpreter's standard library, sorted, without tests, character tables
-    and installed packages."""
+    """The Python files of the running interpreter's standard library, sorted, without tests,
+    character tables and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return sorted(f for f in root.rglob("*.py") if not NOT_CORPUS & set(f.relative_to(root).parts[:-1]))
+    return sorted(
+        f
+        for f in root.rglob("*.py")
+        if not NOT_CORPUS
+        & set(
+            f.relative_to(root).parts[:-1],
+        )
+    )
 
 
 def copy_stdlib(folder: Path, max_files: int | None = None) -> int:
-    """Copies the standard library's readable files to `folder`, atomically, and returns their number.
+    """Copies the standard library's readable files to `folder`, atomically, and returns their
+    number.
 
-    A `folder` that exists is left alone. max_files: take every n-th file, so that there are about as many. Raises
-    ValueError if this interpreter comes without sources.
+    A `folder` that exists is left alone. max_files: take every n-th file, so that there are about
+    as many. Raises ValueError if this interpreter comes without sources.
     """
     if folder.is_dir():
         return sum(1 for _ in folder.rglob("*.py"))
@@ -105,12 +130,17 @@ def copy_stdlib(folder: Path, max_files: int | None = None) -> int:
 
 
 def make_corpus(
-    folder: Path, tasks: TaskMix, task_documents: int, text_files: int | None, seed: int, text: Path | None = None
+    folder: Path,
+    tasks: TaskMix,
+    task_documents: int,
+    text_files: int | None,
+    seed: int,
+    text: Path | None = None,
 ) -> None:
     """Writes text/ and tasks.jsonl to `folder`, atomically; a folder that exists is left alone.
 
-    task_documents: of all tasks together. text_files: of the standard library, all if None. text: a folder of text
-    files to add.
+    task_documents: of all tasks together. text_files: of the standard library, all if None. text:
+    a folder of text files to add.
     """
     if folder.is_dir():
         return
@@ -124,13 +154,18 @@ def make_corpus(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0, help="of the tasks' documents (%(default)s)")
     args = parser.parse_args(argv)
     make_corpus(args.output_dir, QUICKSTART_TASKS, TASK_DOCUMENTS, TEXT_FILES, args.seed)
     files = sum(1 for _ in (args.output_dir / "text").rglob("*.py"))
-    print(f"Corpus: {files} files of the standard library and {TASK_DOCUMENTS:,} task documents in {args.output_dir}")
+    print(
+        f"Corpus: {files} files of the standard library and {TASK_DOCUMENTS:,} task documents in {args.output_dir}",
+    )
 
 
 if __name__ == "__main__":

@@ -18,8 +18,22 @@ def decoding_figure(speeds: list[Decoding]) -> str:
     for name, color in zip(names, COLORS):
         points = [speed for speed in speeds if speed.name == name]
         contexts = [point.context for point in points]
-        panels[0].plot(contexts, [p.cache_bytes / 2**20 for p in points], "o-", ms=4, color=color, label=name)
-        panels[1].plot(contexts, [p.tokens_per_second for p in points], "o-", ms=4, color=color, label=name)
+        panels[0].plot(
+            contexts,
+            [p.cache_bytes / 2**20 for p in points],
+            "o-",
+            ms=4,
+            color=color,
+            label=name,
+        )
+        panels[1].plot(
+            contexts,
+            [p.tokens_per_second for p in points],
+            "o-",
+            ms=4,
+            color=color,
+            label=name,
+        )
     contexts = sorted({speed.context for speed in speeds})
     for panel, label in zip(panels, ("cache, MiB", "decoded tokens/s")):
         panel.set_title(label, fontsize=10)

@@ -1,4 +1,5 @@
-"""What the quickstart's report measures: held-out figures, recall, answers to questions, decoding speed."""
+"""What the quickstart's report measures: held-out figures, recall, answers to questions, decoding
+speed."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ WARM_TOKENS = 4  # decoded before the times count
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """A model on held-out text: loss and KL in nats per token, top-1 agreement with the teacher, the loss at the longer
-    context, and associative recall (None where the teacher has not learnt it)."""
+    """A model on held-out text: loss and KL in nats per token, top-1 agreement with the teacher,
+    the loss at the longer context, and associative recall (None where the teacher has not learnt
+    it)."""
 
     name: str
     heldout_loss: float
@@ -33,7 +35,8 @@ class ModelFigures:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Decoding one token at a time after `context` tokens: tokens per second, and bytes of the cache."""
+    """Decoding one token at a time after `context` tokens: tokens per second, and bytes of the
+    cache."""
 
     name: str
     context: int
@@ -43,8 +46,8 @@ class Decoding:
 
 @dataclass(frozen=True)
 class HeldoutData:
-    """ids and long_ids: held-out tokens [N, T] at both context lengths. teacher_outputs: for ids in batches.
-    documents: of associative recall, or none."""
+    """ids and long_ids: held-out tokens [N, T] at both context lengths. teacher_outputs: for ids
+    in batches. documents: of associative recall, or none."""
 
     ids: torch.Tensor
     long_ids: torch.Tensor
@@ -75,10 +78,15 @@ def mean_loss(model: StudentForCausalLM, ids: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def alignment(student: StudentForCausalLM, teacher: StudentForCausalLM, ids: torch.Tensor) -> list[float]:
-    """Relative alignment error of each layer on ids [N, T]: the mean squared error of the student's attention output, given
-    the teacher's hidden states, over the variance of the teacher's attention output (its mean squared deviation from each
-    feature's mean over the tokens). 0 is perfect, 1 as good as a constant. Stage 1 logs the same as layer_error/00 ..."""
+def alignment(
+    student: StudentForCausalLM,
+    teacher: StudentForCausalLM,
+    ids: torch.Tensor,
+) -> list[float]:
+    """Relative alignment error of each layer on ids [N, T]: the mean squared error of the
+    student's attention output, given the teacher's hidden states, over the variance of the
+    teacher's attention output (its mean squared deviation from each feature's mean over the
+    tokens). 0 is perfect, 1 as good as a constant. Stage 1 logs the same as layer_error/00 ..."""
     errors = []
 
     def compare(index):
@@ -105,16 +113,23 @@ def alignment(student: StudentForCausalLM, teacher: StudentForCausalLM, ids: tor
 @torch.no_grad()
 def generated(model: StudentForCausalLM, tokenizer, prompt: str, new_tokens: int) -> str:
     """The greedy continuation of a text."""
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(
+        model.device,
+    )
     pad = model.config.eos_token_id or 0
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
     )
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def answer(model: StudentForCausalLM, tokenizer, document: Document) -> str:
-    """What the model writes for the last answer of a document, up to the comma or line end that follows it."""
+    """What the model writes for the last answer of a document, up to the comma or line end that
+    follows it."""
     length = len(tokenizer(f" {document.answer}", add_special_tokens=False)["input_ids"])
     text = generated(model, tokenizer, document.prompt, length + 4)
     return text.replace("\n", ",").partition(",")[0].strip()
@@ -135,10 +150,12 @@ class Clock(LogitsProcessor):
 
 @torch.no_grad()
 def decoding(name: str, model: StudentForCausalLM, context: int, new_tokens: int = 32) -> Decoding:
-    """Decodes greedily after `context` random tokens with a static cache, at batch size 1. The speed is that of the median
-    token, which what is read or decoded does not change."""
+    """Decodes greedily after `context` random tokens with a static cache, at batch size 1. The
+    speed is that of the median token, which what is read or decoded does not change."""
     generator = torch.Generator().manual_seed(context)
-    ids = torch.randint(1, model.config.vocab_size, (1, context), generator=generator).to(model.device)
+    ids = torch.randint(1, model.config.vocab_size, (1, context), generator=generator).to(
+        model.device,
+    )
     clock = Clock()
     output = model.generate(
         ids,
@@ -151,5 +168,11 @@ def decoding(name: str, model: StudentForCausalLM, context: int, new_tokens: int
         logits_processor=[clock],
         return_dict_in_generate=True,
     )
-    seconds = [stop - start for start, stop in zip(clock.times[WARM_TOKENS:], clock.times[WARM_TOKENS + 1 :])]
+    seconds = [
+        stop - start
+        for start, stop in zip(
+            clock.times[WARM_TOKENS:],
+            clock.times[WARM_TOKENS + 1 :],
+        )
+    ]
     return Decoding(name, context, 1 / statistics.median(seconds), output.past_key_values.nbytes)

@@ -1,9 +1,11 @@
-"""The quickstart's report: every model measured on held-out text, its recall, its answers, its decoding speed.
+"""The quickstart's report: every model measured on held-out text, its recall, its answers, its
+decoding speed.
 
     python -m quickstart.report --out quickstart_out --teacher quickstart/teacher --recall
 
-It writes report.html, report.json and report.txt, the table that quickstart.sh prints last. The exit code is 1 if one of
-the measures fails (`recall_measures`, `heldout_measures`, `loss_measures`), unless --tiny.
+It writes report.html, report.json and report.txt, the table that quickstart.sh prints last. The
+exit code is 1 if one of the measures fails (`recall_measures`, `heldout_measures`,
+`loss_measures`), unless --tiny.
 """
 
 from __future__ import annotations
@@ -30,7 +32,16 @@ from evaluation.tables import FIGURES, cell_text
 from evaluation.tables import rows as evaluation_rows
 from heldout import read_chunks
 from quickstart.decoding_figure import decoding_figure
-from quickstart.measure import BATCH_SIZE, Decoding, HeldoutData, ModelFigures, answer, decoding, figures_of, generated
+from quickstart.measure import (
+    BATCH_SIZE,
+    Decoding,
+    HeldoutData,
+    ModelFigures,
+    answer,
+    decoding,
+    figures_of,
+    generated,
+)
 from quickstart.train_teacher import unigram_entropy
 from reporting.figures import loss_curves
 from reporting.page import note, page, table
@@ -61,14 +72,15 @@ STAGE_3_NOTE = "Stage 3 trains on text, without the teacher: the loss on text fa
 
 @dataclass(frozen=True)
 class Sample:
-    """A text and how the models continue it. expected: the right answer, or None where there is none."""
+    """A text and how the models continue it. expected: the right answer, or None where there is
+    none."""
 
     prompt: str
     written: dict[str, str]
     expected: str | None = None
 
 
-# ------------------------------------------------------------------------------------------------ what must be seen
+# ---------------------------------------------------------------------------------- what must be seen
 def loss_measures(losses: dict[int, Curve]) -> list[tuple[str, bool]]:
     """losses: training losses by stage."""
     checks = []
@@ -78,7 +90,10 @@ def loss_measures(losses: dict[int, Curve]) -> list[tuple[str, bool]]:
         first = sum(steps[:tenth]) / tenth
         last = sum(steps[-tenth:]) / tenth
         checks.append(
-            (f"stage {stage}: mean loss of the last tenth {last:.4f} below the first's {first:.4f}", last < first)
+            (
+                f"stage {stage}: mean loss of the last tenth {last:.4f} below the first's {first:.4f}",
+                last < first,
+            )
         )
     return checks
 
@@ -96,17 +111,22 @@ def heldout_measures(results: dict[str, ModelFigures], entropy: float) -> list[t
     text = f"held-out KL after stage 2 {hybrid.heldout_kl:.4f} at most half of that after stage 1 {before:.4f}"
     checks.append((text, hybrid.heldout_kl <= before / 2))
     excess = hybrid.heldout_loss / teacher.heldout_loss - 1
-    checks.append((f"held-out loss after stage 2 within 2 % of the teacher's: {excess:+.2%}", excess <= 0.02))
+    checks.append(
+        (f"held-out loss after stage 2 within 2 % of the teacher's: {excess:+.2%}", excess <= 0.02),
+    )
     return checks
 
 
 def recall_measures(results: dict[str, ModelFigures]) -> list[tuple[str, bool]]:
-    """Associative recall is there in the teacher, lost without full attention, and back in the hybrid, but only with the
-    layers that were selected."""
+    """Associative recall is there in the teacher, lost without full attention, and back in the
+    hybrid, but only with the layers that were selected."""
     recall = {name: figures.associative_recall for name, figures in results.items()}
     teacher = recall[TEACHER]
     checks = [
-        (f"teacher recalls: {teacher:.1%}, at least {TEACHER_RECALL:.0%}", teacher >= TEACHER_RECALL),
+        (
+            f"teacher recalls: {teacher:.1%}, at least {TEACHER_RECALL:.0%}",
+            teacher >= TEACHER_RECALL,
+        ),
         (
             f"{ALL_LINEAR}, does not: {recall[ALL_LINEAR]:.1%}, at most {ALL_LINEAR_RECALL:.0%}",
             recall[ALL_LINEAR] <= ALL_LINEAR_RECALL,
@@ -122,7 +142,7 @@ def recall_measures(results: dict[str, ModelFigures]) -> list[tuple[str, bool]]:
     return checks
 
 
-# ------------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------- measuring
 class Quickstart:
     """The quickstart's folder: its models, and the data that they are measured on."""
 
@@ -132,14 +152,24 @@ class Quickstart:
         self.tokenizer = load_tokenizer(args.teacher, "--teacher")
         self.teacher = load_teacher(args.teacher).to(self.device).eval()
         stages = (1, 2, 3)
-        self.runs: dict[int, RunRecord] = {stage: read_run(args.out / f"stage{stage}") for stage in stages}
+        self.runs: dict[int, RunRecord] = {
+            stage: read_run(
+                args.out / f"stage{stage}",
+            )
+            for stage in stages
+        }
         self.kept = self.runs[2].config.student_model.keep_full_attention_layers
 
     def heldout(self, stage: int, count: int) -> torch.Tensor:
         """At most `count` held-out sequences of a stage's data, [N, T]."""
         config = self.runs[stage].config
         vocab_size = self.teacher.config.vocab_size
-        chunks = open_chunks_for(self.tokenizer, vocab_size, config.data.cache_dir, config.train.train_seq_len).heldout
+        chunks = open_chunks_for(
+            self.tokenizer,
+            vocab_size,
+            config.data.cache_dir,
+            config.train.train_seq_len,
+        ).heldout
         rows = chunks[: min(count, len(chunks))]["input_ids"]
         return torch.as_tensor(rows, dtype=torch.long, device=self.device)
 
@@ -158,12 +188,23 @@ class Quickstart:
 
     def exported(self, name: str) -> StudentForCausalLM:
         folder = self.args.out / name / "converted-hf"
-        return StudentForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
+        return (
+            StudentForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            .to(
+                self.device,
+            )
+            .eval()
+        )
 
     def untrained(self) -> StudentForCausalLM:
         student = self.runs[1].config.student_model
         torch.manual_seed(0)
-        return StudentForCausalLM.from_teacher(self.teacher, student.name, [], student.options)[0].eval()
+        return StudentForCausalLM.from_teacher(
+            self.teacher,
+            student.name,
+            [],
+            student.options,
+        )[0].eval()
 
     def models(self) -> dict[str, Callable[[], StudentForCausalLM]]:
         """Name -> what loads or builds it."""
@@ -171,7 +212,14 @@ class Quickstart:
             TEACHER: lambda: self.teacher,
             UNTRAINED: self.untrained,
             ALL_LINEAR: lambda: self.exported("stage1"),
-            RESTORED: lambda: self.exported("stage1").restore_full_attention(self.teacher, self.kept).eval(),
+            RESTORED: lambda: (
+                self.exported("stage1")
+                .restore_full_attention(
+                    self.teacher,
+                    self.kept,
+                )
+                .eval()
+            ),
             EVEN: lambda: self.exported("even"),
             HYBRID: lambda: self.exported("stage2"),
             LONG: lambda: self.exported("stage3"),
@@ -181,28 +229,60 @@ class Quickstart:
         return found
 
     def samples(self, models: dict[str, StudentForCausalLM], ids: torch.Tensor) -> list[Sample]:
-        """Questions with the models' answers where the teacher recalls, else continuations of held-out text."""
+        """Questions with the models' answers where the teacher recalls, else continuations of
+        held-out text."""
         if self.args.recall:
-            documents = [d for task, count in QUESTIONS.items() for d in self.documents(task)[-count:]]
+            documents = [
+                d
+                for task, count in QUESTIONS.items()
+                for d in self.documents(
+                    task,
+                )[-count:]
+            ]
             return [
-                Sample(d.prompt, {name: answer(m, self.tokenizer, d) for name, m in models.items()}, d.answer)
+                Sample(
+                    d.prompt,
+                    {name: answer(m, self.tokenizer, d) for name, m in models.items()},
+                    d.answer,
+                )
                 for d in documents
             ]
         prompt = self.tokenizer.decode(ids[len(ids) // 2, :PROMPT_TOKENS])
-        written = {name: generated(model, self.tokenizer, prompt, SAMPLE_TOKENS) for name, model in models.items()}
+        written = {
+            name: generated(
+                model,
+                self.tokenizer,
+                prompt,
+                SAMPLE_TOKENS,
+            )
+            for name, model in models.items()
+        }
         return [Sample(prompt, written)]
 
 
-# ------------------------------------------------------------------------------------------------ the report
+# ---------------------------------------------------------------------------------- the report
 def number(value: float | None, kind: str) -> str:
     return "" if value is None else format(value, kind)
 
 
-def summary(results: dict[str, ModelFigures], speeds: list[Decoding], names: tuple[str, ...]) -> tuple[list, list]:
-    """(head, rows) of the models' table; the cache and the speed are those at the longest context."""
+def summary(
+    results: dict[str, ModelFigures], speeds: list[Decoding], names: tuple[str, ...]
+) -> tuple[
+    list,
+    list,
+]:
+    """(head, rows) of the models' table; the cache and the speed are those at the longest
+    context."""
     context = max(speed.context for speed in speeds)
     at_context = {speed.name: speed for speed in speeds if speed.context == context}
-    recall, kl, agreement = (FIGURES[key] for key in ("associative_recall", "heldout_kl", "top1_agreement"))
+    recall, kl, agreement = (
+        FIGURES[key]
+        for key in (
+            "associative_recall",
+            "heldout_kl",
+            "top1_agreement",
+        )
+    )
     head = ["model", recall, kl, agreement, f"cache at {context:,} tokens", "decode tokens/s"]
     rows = []
     for name in names:
@@ -226,7 +306,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def marked(sample: Sample) -> str:
-    """A question's prompt as HTML: the question bold, and the pair that answers it marked where it stands."""
+    """A question's prompt as HTML: the question bold, and the pair that answers it marked where it
+    stands."""
     context, _, question = sample.prompt.rpartition(",")
     first_word = sample.expected.split()[0]
     pair = escape(f"{question} {first_word}")
@@ -238,7 +319,9 @@ def sample_section(samples: list[Sample]) -> str:
     for sample in samples:
         if sample.expected is None:
             for name, text in sample.written.items():
-                parts.append(f"<h3>{escape(name)}</h3><pre><b>{escape(sample.prompt)}</b>{escape(text)}</pre>")
+                parts.append(
+                    f"<h3>{escape(name)}</h3><pre><b>{escape(sample.prompt)}</b>{escape(text)}</pre>",
+                )
             continue
         answers = []
         for name, text in sample.written.items():
@@ -268,7 +351,9 @@ def evaluation_section(out: Path) -> str:
     for row in evaluation_rows(results):
         cells = [cell_text(row.cells.get(label)) for label in results]
         rows.append([row.title, str(row.seq_len or ""), row.metric, *cells])
-    return table(("task", "length", "metric", *results), rows) + note("By evaluate.py, as for any checkpoint.")
+    return table(("task", "length", "metric", *results), rows) + note(
+        "By evaluate.py, as for any checkpoint.",
+    )
 
 
 def measures_section(checks: list[tuple[str, bool]]) -> str:
@@ -282,7 +367,9 @@ def measures_section(checks: list[tuple[str, bool]]) -> str:
 def introduction(recall: bool, kept: list[int]) -> str:
     layers = f"layers {' and '.join(map(str, kept))}"
     if not recall:
-        return note(f"The hybrid keeps full attention in {layers}. Losses and KL in nats per token, on held-out text.")
+        return note(
+            f"The hybrid keeps full attention in {layers}. Losses and KL in nats per token, on held-out text.",
+        )
     return note(
         "The teacher answers questions about words that it has read. The same model with linear attention in every layer "
         f"cannot. The hybrid, with full attention in {layers} alone, can, with a smaller cache and faster decoding at long "
@@ -307,29 +394,65 @@ def report_page(
         "Models": table(head, rows) + note(STAGE_3_NOTE),
         "Questions and answers" if quickstart.args.recall else "Samples": sample_section(samples),
         "Cache and decoding speed": decoding_figure(speeds)
-        + note("Measured in this run, one sequence, after as many random tokens; the time of the median token."),
+        + note(
+            "Measured in this run, one sequence, after as many random tokens; the time of the median token.",
+        ),
         "What must be seen": measures_section(checks),
         "Which layers keep full attention": selection_section(out, quickstart.kept),
         "Training": loss_curves(curves),
-        "Alignment of each layer's attention in stage 1": alignment_section(runs[1], quickstart.kept),
+        "Alignment of each layer's attention in stage 1": alignment_section(
+            runs[1],
+            quickstart.kept,
+        ),
         FIGURES["heldout_loss"].capitalize(): table(
             ("model", FIGURES["heldout_loss"], f"at {long_context} tokens"), losses
         ),
         "Evaluation": evaluation_section(out),
         "Environment": environment(runs[2]),
     }
-    return page("From a softmax teacher to a hybrid", introduction(quickstart.args.recall, quickstart.kept), sections)
+    return page(
+        "From a softmax teacher to a hybrid",
+        introduction(quickstart.args.recall, quickstart.kept),
+        sections,
+    )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, required=True, help="the quickstart's folder")
     parser.add_argument("--teacher", required=True)
-    parser.add_argument("--recall", action="store_true", help="the teacher recalls: measure that too")
-    parser.add_argument("--num_words", type=int, default=64, help="of the recall documents (%(default)s)")
-    parser.add_argument("--chunks", type=int, default=64, help="held-out chunks and documents (%(default)s)")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 16384], help="to decode after")
-    parser.add_argument("--tiny", action="store_true", help="measure, but exit with 0 whatever was seen")
+    parser.add_argument(
+        "--recall",
+        action="store_true",
+        help="the teacher recalls: measure that too",
+    )
+    parser.add_argument(
+        "--num_words",
+        type=int,
+        default=64,
+        help="of the recall documents (%(default)s)",
+    )
+    parser.add_argument(
+        "--chunks",
+        type=int,
+        default=64,
+        help="held-out chunks and documents (%(default)s)",
+    )
+    parser.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[256, 1024, 4096, 16384],
+        help="to decode after",
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="measure, but exit with 0 whatever was seen",
+    )
     return parser.parse_args(argv)
 
 
@@ -347,13 +470,22 @@ def main(argv: list[str] | None = None) -> int:
             shown[name] = model
     samples = quickstart.samples(shown, data.ids)
     pairs = [(name, context) for context in args.contexts for name in shown]
-    speeds = [decoding(name, shown[name], context) for name, context in tqdm(pairs, desc="decoding")]
+    speeds = [
+        decoding(name, shown[name], context)
+        for name, context in tqdm(
+            pairs,
+            desc="decoding",
+        )
+    ]
     losses = {stage: run.curve("loss") for stage, run in quickstart.runs.items()}
     checks = heldout_measures(results, unigram_entropy(data.ids.cpu())) + loss_measures(losses)
     if args.recall:
         checks = recall_measures(results) + checks
     names = tuple(name for name in SHOWN_LAST if name in results)
-    (args.out / "report.html").write_text(report_page(quickstart, results, speeds, samples, checks), encoding="utf-8")
+    (args.out / "report.html").write_text(
+        report_page(quickstart, results, speeds, samples, checks),
+        encoding="utf-8",
+    )
     (args.out / "report.txt").write_text(markdown(*summary(results, speeds, names)))
     content = {
         "models": [asdict(figures) for figures in results.values()],

@@ -1,11 +1,13 @@
-"""A small Qwen3 teacher, trained from scratch with Hugging Face's own Qwen3ForCausalLM in a plain loop.
+"""A small Qwen3 teacher, trained from scratch with Hugging Face's own Qwen3ForCausalLM in a plain
+loop.
 
     python -m quickstart.train_teacher --data quickstart_out/data/chunked_context256 \
         --tokenizer quickstart_out/tokenizer --output_dir quickstart_out/teacher
 
-It trains on the chunks that the distillation trains on, and is judged on the part held out from both. The result is a
-plain Hugging Face checkpoint with its tokenizer; <output_dir>.json says what it reached. Unless --tiny it must predict:
-the held-out loss at least half a nat under the unigram entropy, or the exit code is 1.
+It trains on the chunks that the distillation trains on, and is judged on the part held out from
+both. The result is a plain Hugging Face checkpoint with its tokenizer; <output_dir>.json says what
+it reached. Unless --tiny it must predict: the held-out loss at least half a nat under the unigram
+entropy, or the exit code is 1.
 """
 
 from __future__ import annotations
@@ -60,7 +62,12 @@ def unigram_entropy(ids: torch.Tensor) -> float:
 def heldout_loss(model, ids: torch.Tensor) -> float:
     """Mean next-token cross-entropy over ids [N, T]."""
     model.eval()
-    losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in ids.split(8)]
+    losses = [
+        model(input_ids=batch, labels=batch).loss.item() * len(batch)
+        for batch in ids.split(
+            8,
+        )
+    ]
     model.train()
     return sum(losses) / len(ids)
 
@@ -68,12 +75,24 @@ def heldout_loss(model, ids: torch.Tensor) -> float:
 def train(model, chunks, steps: int, device: torch.device, seed: int) -> list[float]:
     """Trains in place on random chunks, without repeats within an epoch; returns the loss of every
     step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.95),
+        weight_decay=WEIGHT_DECAY,
+    )
     warmup = min(WARMUP_STEPS, steps // 5)
-    scheduler = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=0.1)
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer,
+        warmup,
+        steps,
+        min_lr_rate=0.1,
+    )
     generator = torch.Generator().manual_seed(seed)
     epochs = math.ceil(steps * BATCH_SIZE / len(chunks))
-    order = torch.cat([torch.randperm(len(chunks), generator=generator) for _ in range(epochs)]).tolist()
+    order = torch.cat(
+        [torch.randperm(len(chunks), generator=generator) for _ in range(epochs)],
+    ).tolist()
     losses = []
     with tqdm(range(steps), desc="teacher", unit="step") as bar:
         for step in bar:
@@ -90,20 +109,33 @@ def train(model, chunks, steps: int, device: torch.device, seed: int) -> list[fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", required=True, help="a folder written by preprocess_chunk.py")
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="a smaller model, and no demand on its loss")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="a smaller model, and no demand on its loss",
+    )
     args = parser.parse_args()
 
     disable_progress_bar()  # transformers' own, a line for every file written
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
-    chunks = open_chunks_for(tokenizer, len(tokenizer), args.data, key="--data", model_key="--tokenizer")
+    chunks = open_chunks_for(
+        tokenizer,
+        len(tokenizer),
+        args.data,
+        key="--data",
+        model_key="--tokenizer",
+    )
     context = chunks.metadata["context_length"]
     heldout = token_ids(chunks.heldout, range(min(EVAL_CHUNKS, len(chunks.heldout))))
     config = Qwen3Config(
@@ -132,11 +164,17 @@ def main() -> None:
     with atomic_directory(args.output_dir, replace=True) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        args.output_dir.with_name(args.output_dir.name + ".json").write_text(json.dumps(result) + "\n")
+        args.output_dir.with_name(args.output_dir.name + ".json").write_text(
+            json.dumps(result) + "\n",
+        )
     verdict = f"held-out loss {result['heldout_loss']:.3f}, unigram entropy {result['unigram_entropy']:.3f}"
-    print(f"Teacher: {verdict}; {result['tokens'] / seconds:.0f} tokens/s; saved in {args.output_dir}")
+    print(
+        f"Teacher: {verdict}; {result['tokens'] / seconds:.0f} tokens/s; saved in {args.output_dir}",
+    )
     if not args.tiny and result["heldout_loss"] > result["unigram_entropy"] - 0.5:
-        sys.exit(f"--steps {args.steps}: too few for the teacher to predict ({verdict}); give it more")
+        sys.exit(
+            f"--steps {args.steps}: too few for the teacher to predict ({verdict}); give it more",
+        )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def limited(texts: Iterator[str], max_chars: int) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int):
-    """A byte-level BPE tokenizer over `texts`, a PreTrainedTokenizerFast with EOS as its only special token."""
+    """A byte-level BPE tokenizer over `texts`, a PreTrainedTokenizerFast with EOS as its only
+    special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -47,13 +48,33 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True, help="a file or folder of text or tables, or a hub dataset's name")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--corpus",
+        required=True,
+        help="a file or folder of text or tables, or a hub dataset's name",
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--text_field", default="text", help="the column of a table that holds the text")
-    parser.add_argument("--skip_bad_files", action="store_true", help="leave out files that cannot be read")
+    parser.add_argument(
+        "--text_field",
+        default="text",
+        help="the column of a table that holds the text",
+    )
+    parser.add_argument(
+        "--skip_bad_files",
+        action="store_true",
+        help="leave out files that cannot be read",
+    )
     parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--max_chars", type=int, default=20_000_000, help="how much text the tokenizer learns from")
+    parser.add_argument(
+        "--max_chars",
+        type=int,
+        default=20_000_000,
+        help="how much text the tokenizer learns from",
+    )
     args = parser.parse_args(argv)
     start = time.monotonic()
     source = Corpus(args.corpus, args.text_field, skip_bad_files=args.skip_bad_files)
@@ -63,7 +84,9 @@ def main(argv: list[str] | None = None) -> None:
     if left_out := source.left_out():
         print(left_out)
     tokenizer.save_pretrained(args.output_dir)
-    print(f"Tokenizer: {len(tokenizer)} entries in {args.output_dir}, {time.monotonic() - start:.0f} s")
+    print(
+        f"Tokenizer: {len(tokenizer)} entries in {args.output_dir}, {time.monotonic() - start:.0f} s",
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def _draw_losses(axis, train: Curve, heldout: Curve, title: str) -> None:
 
 
 def loss_curves(panels: dict[str, tuple[Curve, Curve]]) -> str:
-    """Side by side, of every title: the training loss, and the held-out loss where it was measured."""
+    """Side by side, of every title: the training loss, and the held-out loss where it was
+    measured."""
     panels = {title: curves for title, curves in panels.items() if curves[0]}
     if not panels:
         return ""
@@ -67,18 +68,34 @@ def progress_curves(run: RunRecord) -> str:
     return image(figure, "learning rate and speed over the steps")
 
 
-def _draw_bars(axis, before: list[float], after: list[float], kept: list[int], labels: tuple[str, str]) -> None:
+def _draw_bars(
+    axis,
+    before: list[float],
+    after: list[float],
+    kept: list[int],
+    labels: tuple[str, str],
+) -> None:
     layers = range(len(before))
     axis.bar([layer - 0.2 for layer in layers], before, 0.38, color=SAND, label=labels[0])
     axis.bar([layer + 0.2 for layer in layers], after, 0.38, color=BLUE, label=labels[1])
-    axis.set_xticks(list(layers), [f"{layer}\nkept" if layer in kept else str(layer) for layer in layers])
+    axis.set_xticks(
+        list(layers),
+        [f"{layer}\nkept" if layer in kept else str(layer) for layer in layers],
+    )
     axis.set_xlabel("layer", fontsize=9)
     axis.set_ylabel("error / variance of the teacher's output", fontsize=8)
-    axis.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))  # above the bars
+    axis.legend(
+        fontsize=8,
+        frameon=False,
+        ncols=2,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+    )  # above the bars
 
 
 def alignment_figure(steps: list[int], errors: list[list[float]], kept: list[int]) -> str:
-    """Relative alignment error of every layer at the first and last measurement of stage 1, and in between.
+    """Relative alignment error of every layer at the first and last measurement of stage 1, and in
+    between.
 
     steps, errors: of `RunRecord.layer_errors`. kept: layers that a hybrid keeps, marked.
     """
@@ -95,7 +112,13 @@ def alignment_figure(steps: list[int], errors: list[list[float]], kept: list[int
         curves.plot(steps, values, "o-", ms=2.5, lw=1, color=color, label=f"layer {layer}")
     curves.set_xlabel("step", fontsize=9)
     columns = -(-count // 12)
-    curves.legend(fontsize=7, frameon=False, ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
+    curves.legend(
+        fontsize=7,
+        frameon=False,
+        ncols=columns,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
     for axis in (bars, curves):
         axis.set_yscale("log")
     _tidy((bars, curves))

@@ -23,7 +23,8 @@ mark { background: #ffe9a8; } .good { color: #2c6e49; } .bad { color: #b3261e; }
 
 
 def table(head: Iterable[str], body: Iterable[Iterable[str]], kind: str = "") -> str:
-    """A table of plain texts. kind: a class of STYLE, such as "text" for columns that are no numbers."""
+    """A table of plain texts. kind: a class of STYLE, such as "text" for columns that are no
+    numbers."""
 
     def row(cells: Iterable[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -45,7 +46,8 @@ def note(text: str) -> str:
 
 
 def page(title: str, introduction: str, sections: dict[str, str]) -> str:
-    """A page. introduction and the sections, heading -> content, are HTML; empty sections are left out."""
+    """A page. introduction and the sections, heading -> content, are HTML; empty sections are left
+    out."""
     parts = [f"<h2>{escape(heading)}</h2>\n{content}" for heading, content in sections.items() if content]
     body = "\n".join(parts)
     return f"""<!doctype html>

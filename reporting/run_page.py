@@ -55,7 +55,13 @@ def heldout_table(run: RunRecord) -> str:
     for name, label in (("loss", "training loss"), ("eval_loss", "held-out loss")):
         if curve := run.curve(name):
             (first_step, first), (last_step, last) = curve[0], curve[-1]
-            rows.append((label, f"{number(first)} (step {first_step})", f"{number(last)} (step {last_step})"))
+            rows.append(
+                (
+                    label,
+                    f"{number(first)} (step {first_step})",
+                    f"{number(last)} (step {last_step})",
+                )
+            )
     return table(("", "first", "last"), rows) if rows else ""
 
 
@@ -65,13 +71,26 @@ def evaluation_table(run: RunRecord) -> str:
     for result in run.evaluations:
         name = FIGURES.get(result["task"], result["task"])
         length = result.get("seq_len")
-        rows.append((name, str(length or ""), result.get("metric", ""), cell_text({"stderr": None, **result})))
+        rows.append(
+            (
+                name,
+                str(length or ""),
+                result.get("metric", ""),
+                cell_text({"stderr": None, **result}),
+            )
+        )
     return table(("task", "length", "metric", "score"), rows) if rows else ""
 
 
 def environment(run: RunRecord) -> str:
     facts = run.facts
-    versions = [(package, version or "not installed") for package, version in facts.get("versions", {}).items()]
+    versions = [
+        (package, version or "not installed")
+        for package, version in facts.get(
+            "versions",
+            {},
+        ).items()
+    ]
     rows = [
         ("started", str(facts.get("started"))),
         ("commit", facts.get("git") or "unknown"),
@@ -106,7 +125,10 @@ def alignment_section(run: RunRecord, kept: list[int] | None = None) -> str:
 def run_sections(run: RunRecord, samples: list[tuple[str, str]]) -> dict[str, str]:
     return {
         "Run": facts_table(run),
-        "Loss": heldout_table(run) + loss_curves({run.title: (run.curve("loss"), run.curve("eval_loss"))}),
+        "Loss": heldout_table(run)
+        + loss_curves(
+            {run.title: (run.curve("loss"), run.curve("eval_loss"))},
+        ),
         "Progress": progress_curves(run),
         "Alignment of each layer's attention": alignment_section(run),
         "Evaluation": evaluation_table(run),
@@ -117,7 +139,8 @@ def run_sections(run: RunRecord, samples: list[tuple[str, str]]) -> dict[str, st
 
 
 def write_run_report(folder: Path, samples: int = 0) -> Path:
-    """Writes `folder`/report.html and returns its path. Raises ValueError if `folder` is no run folder.
+    """Writes `folder`/report.html and returns its path. Raises ValueError if `folder` is no run
+    folder.
 
     samples: how many held-out beginnings the run's export continues; it is loaded for that.
     """

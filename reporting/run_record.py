@@ -10,14 +10,19 @@ from runtime.config import Config, load_config
 from runtime.model_card import evaluation
 from runtime.run_folder import CONFIG, EXPORT, METRICS, RUN, read_json
 
-STAGES = {1: "Stage 1: attention alignment", 2: "Stage 2: logit distillation", 3: "Stage 3: longer context"}
+STAGES = {
+    1: "Stage 1: attention alignment",
+    2: "Stage 2: logit distillation",
+    3: "Stage 3: longer context",
+}
 
 Curve = list[tuple[int, float]]  # (step, value), by step
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run: its resolved config, run.json, the lines of metrics.jsonl, and the evaluations of its export.
+    """A run: its resolved config, run.json, the lines of metrics.jsonl, and the evaluations of its
+    export.
 
     evaluations: dicts with task, seq_len, metric, score and stderr.
     """
@@ -33,13 +38,21 @@ class RunRecord:
         return STAGES[self.config.stage]
 
     def curve(self, name: str) -> Curve:
-        """The values of a logged figure. Of a step that was logged twice, by a run that was interrupted and resumed, the
-        later value counts."""
-        values = {int(line["step"]): float(line[name]) for line in self.metrics if line.get(name) is not None}
+        """The values of a logged figure. Of a step that was logged twice, by a run that was
+        interrupted and resumed, the later value counts."""
+        values = {
+            int(line["step"]): float(line[name])
+            for line in self.metrics
+            if line.get(
+                name,
+            )
+            is not None
+        }
         return sorted(values.items())
 
     def per_layer(self, name: str) -> tuple[list[int], list[list[float]]]:
-        """(steps, at each of them the value of every layer) of a figure logged as name/00, name/01 ..."""
+        """(steps, at each of them the value of every layer) of a figure logged as name/00, name/01
+        ..."""
         found = {}
         for line in self.metrics:
             keys = sorted(key for key in line if key.startswith(f"{name}/"))
@@ -49,14 +62,15 @@ class RunRecord:
         return steps, [found[step] for step in steps]
 
     def layer_errors(self) -> tuple[list[int], list[list[float]]]:
-        """(steps, relative alignment error of every layer) of stage 1: on held-out text, or on training text where there
-        is none held out."""
+        """(steps, relative alignment error of every layer) of stage 1: on held-out text, or on
+        training text where there is none held out."""
         steps, errors = self.per_layer("eval_layer_error")
         return (steps, errors) if steps else self.per_layer("layer_error")
 
 
 def per_step(curve: Curve) -> list[float]:
-    """The loss of every step, from a curve whose points are means over the steps since the point before."""
+    """The loss of every step, from a curve whose points are means over the steps since the point
+    before."""
     losses = []
     for step, loss in curve:
         losses += [loss] * (step - len(losses))
@@ -79,10 +93,20 @@ def read_metrics(file: Path) -> list[dict]:
 def read_run(folder: Path) -> RunRecord:
     """Raises ValueError if `folder` is no run folder, or has logged nothing yet."""
     if not (folder / CONFIG).is_file() or not (folder / RUN).is_file():
-        raise ValueError(f"RUN: {folder} holds no run of train.py ({CONFIG}, {RUN}); name its train.output_dir")
+        raise ValueError(
+            f"RUN: {folder} holds no run of train.py ({CONFIG}, {RUN}); name its train.output_dir",
+        )
     metrics = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
     if not metrics:
-        raise ValueError(f"RUN: {folder} has logged no step yet ({METRICS}); wait for the first, or resume the run")
+        raise ValueError(
+            f"RUN: {folder} has logged no step yet ({METRICS}); wait for the first, or resume the run",
+        )
     export = folder / EXPORT
     evaluations = evaluation(folder, export) if export.is_dir() else []
-    return RunRecord(folder, load_config(folder / CONFIG), read_json(folder / RUN), metrics, evaluations)
+    return RunRecord(
+        folder,
+        load_config(folder / CONFIG),
+        read_json(folder / RUN),
+        metrics,
+        evaluations,
+    )

@@ -43,8 +43,8 @@ def quickstart(out, *arguments):
 
 @pytest.mark.slow
 def test_the_tiny_quickstart_tells_who_recalls(tmp_path):
-    """Teacher, all-linear student and hybrid in the table that it prints last, with all measures met; run again, it
-    resumes; another one is refused there."""
+    """Teacher, all-linear student and hybrid in the table that it prints last, with all measures
+    met; run again, it resumes; another one is refused there."""
     out = tmp_path / "out"
     first = quickstart(out, "--tiny")
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
@@ -75,7 +75,10 @@ def test_the_tiny_quickstart_tells_who_recalls(tmp_path):
     evaluated = json.loads((out / "evaluation" / "results.json").read_text())
     figures = {model["name"]: model for model in report["models"]}
     for name, label in (("teacher", "teacher"), ("hybrid, after stage 2", "stage2")):
-        for figure, key in (("associative_recall", "associative_recall@256"), ("heldout_kl", "heldout_kl")):
+        for figure, key in (
+            ("associative_recall", "associative_recall@256"),
+            ("heldout_kl", "heldout_kl"),
+        ):
             assert figures[name][figure] == pytest.approx(evaluated[label][key]["score"], rel=1e-3, abs=1e-4)
 
     second = quickstart(out, "--tiny")
@@ -105,7 +108,8 @@ def test_a_corpus_of_ones_own_gets_a_teacher_of_its_own(tmp_path):
 
 
 def test_the_teacher_that_comes_along_is_the_one_that_its_manifest_names():
-    """Its files have the hashes that are written down beside them, with the command and the seed that made them."""
+    """Its files have the hashes that are written down beside them, with the command and the seed
+    that made them."""
     manifest = json.loads((ROOT / "quickstart" / "teacher.json").read_text())
     folder = ROOT / "quickstart" / "teacher"
     files = sorted(folder.iterdir())
@@ -299,7 +303,11 @@ def test_measures_of_heldout_text(change, failed):
 def test_measures_of_losses():
     falling = [(step, 1 / step) for step in range(1, 21)]
     rising = [(step, loss) for step, (_, loss) in enumerate(falling[::-1], 1)]
-    assert [met for _, met in loss_measures({1: falling, 2: rising, 3: falling})] == [True, False, True]
+    assert [met for _, met in loss_measures({1: falling, 2: rising, 3: falling})] == [
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +333,10 @@ def test_the_table_leaves_out_what_was_not_measured():
 
     speeds = [Decoding("teacher", 64, 9, 2**20), Decoding("teacher", 128, 5, 2**21)]
     head, rows = summary(model_figures(), speeds, NAMES[:3])
-    assert head[1] == "associative recall" and head[-2:] == ["cache at 128 tokens", "decode tokens/s"]
+    assert head[1] == "associative recall" and head[-2:] == [
+        "cache at 128 tokens",
+        "decode tokens/s",
+    ]
     assert rows[0][-2:] == ["2.00 MiB", "5"] and rows[2][1] == "5.0%" and rows[2][-1] == ""
     head, rows = summary(model_figures(recall=[None] * 7), speeds, NAMES[:3])
     assert head[1] == "held-out KL" and len(rows[0]) == len(head) == 5

@@ -30,8 +30,17 @@ def run_folder(folder, lines, stage=1):
         "stage": stage,
         "data": {"cache_dir": "chunks"},
         "teacher_model": {"name": "a <teacher>"},
-        "student_model": {"name": "gdn_v4", "keep_full_attention_layers": [] if stage == 1 else [1]},
-        "train": {"output_dir": str(folder), "batch_size": 4, "train_seq_len": 32, "lr": 1e-3, "max_steps": 2},
+        "student_model": {
+            "name": "gdn_v4",
+            "keep_full_attention_layers": [] if stage == 1 else [1],
+        },
+        "train": {
+            "output_dir": str(folder),
+            "batch_size": 4,
+            "train_seq_len": 32,
+            "lr": 1e-3,
+            "max_steps": 2,
+        },
     }
     if stage > 1:
         settings["train"]["student_init_ckpt"] = "stage1/converted-hf"
@@ -45,7 +54,14 @@ def run_folder(folder, lines, stage=1):
 
 LINES = [
     {"step": 0, "eval_loss": 4.0, "eval_layer_error/00": 8.0, "eval_layer_error/01": 16.0},
-    {"step": 1, "tokens": 128, "seconds": 2.0, "loss": 3.0, "learning_rate": 1e-3, "layer_error/00": 0.5},
+    {
+        "step": 1,
+        "tokens": 128,
+        "seconds": 2.0,
+        "loss": 3.0,
+        "learning_rate": 1e-3,
+        "layer_error/00": 0.5,
+    },
     {"step": 2, "tokens": 256, "seconds": 4.0, "loss": 2.0, "tokens_per_second": 64.0, "mfu": 0.25},
     {
         "step": 2,
@@ -117,7 +133,13 @@ def test_a_step_logged_twice_counts_once_and_a_broken_line_not_at_all(tmp_path):
 
 def test_layer_errors_are_of_heldout_text_where_there_is_some(tmp_path):
     """Of a step that an interrupted run logged twice, the last."""
-    train = {"step": 1, "loss": 3.0, "layer_loss/00": 9.0, "layer_error/00": 0.5, "layer_error/01": 0.25}
+    train = {
+        "step": 1,
+        "loss": 3.0,
+        "layer_loss/00": 9.0,
+        "layer_error/00": 0.5,
+        "layer_error/01": 0.25,
+    }
     assert read_run(run_folder(tmp_path / "train", [train])).layer_errors() == ([1], [[0.5, 0.25]])
     pairs = ((4, 9), (0, 8), (4, 1))
     heldout = [{"step": step, "eval_layer_error/01": 2 * error, "eval_layer_error/00": error} for step, error in pairs]
