@@ -40,7 +40,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
-from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 matplotlib.use("Agg")
@@ -49,7 +48,7 @@ from matplotlib import pyplot
 import preprocess_chunk
 import preprocess_download_tokenize
 from quickstart.corpus import QUICKSTART_TASKS, TASK_DOCUMENTS, TEXT_FILES, TaskMix, make_corpus
-from quickstart.train_teacher import heldout_loss, token_ids, unigram_entropy
+from quickstart.train_teacher import heldout_loss, token_ids, unigram_entropy, untrained_teacher
 from quickstart.train_tokenizer import limited, train_tokenizer
 from recall_tasks import RECALL_TASKS, Document, answer_accuracy, encode
 
@@ -436,15 +435,7 @@ def train_teacher(out: Path, scale: Scale, max_steps: int, seed: int) -> dict:
     tokenizer = load_tokenizer(str(out / "tokenizer"))
     chunks = str(out / "data" / "text" / f"chunked_context{scale.context_length}")
     text = open_chunks_for(tokenizer, len(tokenizer), chunks, scale.context_length)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        **scale.shape,
-    )
-    model = Qwen3ForCausalLM(config).to(device)
+    model = untrained_teacher(tokenizer, scale.shape).to(device)
     tokens_per_step = (scale.text_rows + scale.task_rows) * scale.context_length
     print(
         f"Teacher: {model.num_parameters() / 1e6:.1f}M parameters on {device.type}, {tokens_per_step} tokens per step"

@@ -462,7 +462,8 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     quickstart = Quickstart(args)
     data = quickstart.data()
-    results, shown = {}, {}
+    results = {}
+    shown = {}
     for name, build in tqdm(quickstart.models().items(), desc="models", unit="model"):
         model = build()
         results[name] = figures_of(name, model, quickstart.tokenizer, data)
