@@ -69,5 +69,6 @@ set_up() {
 set_up
 source "$SETUP_ROOT/.venv/bin/activate"
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-# OpenMP's threads wait for each other by spinning, which wastes most of the time of a shared CPU.
+# OpenMP's threads wait for each other by spinning, which wastes most of the time of a shared CPU:
+# see docs/performance.md.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from runtime.command import run_main
@@ -29,9 +28,9 @@ from convert.converter import check_output, write_weights
 from convert.families import ACTIVATIONS, SAME
 from convert.loader import KEY, ModelFolder, copy_sidecars
 from convert.verify import TOKENS, TOLERANCE
-from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig
+from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig, StudentSpec
 from distill_model.attention import RotaryEmbedding
-from distill_model.student_layers import GatedDeltaNetStudent, default_of
+from distill_model.student_deltanet import GatedDeltaNetStudent
 
 ARCHITECTURE = "Qwen3_5ForCausalLM"
 # Parameters of a linear layer. Theirs -> ours, where theirs stacks those of q, k and v:
@@ -48,14 +47,14 @@ LINEAR = {
 }
 
 
-def student_lacks(student: partial, options: dict) -> list[str]:
-    """How an entry of STUDENT_ATTENTION_MAP, with these options, differs from Qwen3.5's linear
-    attention."""
-    if student.func is not GatedDeltaNetStudent:
+def student_lacks(student: StudentSpec, options: dict) -> list[str]:
+    """What keeps a linear attention, an entry of STUDENT_ATTENTION_MAP with options, from being
+    Qwen3.5's."""
+    if student.layer is not GatedDeltaNetStudent:
         return ["another layer than its gated delta net"]
 
     def setting(name):
-        return (student.keywords | options).get(name, default_of(student.func, name))
+        return student.value_of(name, options)
 
     reasons = {
         "no short convolution": not setting("use_short_conv"),

@@ -21,7 +21,7 @@ from convert import load_teacher_config
 from convert.loader import ModelFolder
 from distill_model import StudentForCausalLM
 from layer_selection.ranking import Ranking, hybrid_folder, ratio_of
-from train import check_models
+from preflight import check_models
 
 ROOT = Path(__file__).resolve().parents[1]
 HELDOUT_KL, STAGE_2 = "heldout_kl.json", "stage2.yaml"

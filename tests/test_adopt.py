@@ -291,7 +291,8 @@ def test_a_run_trains_on_adopted_chunks(tmp_path, tokenizers):
     source = save_as_hybrid_distillation(tmp_path / "source", chunk_rows(tokenizers["code"]))
     folder = adopt(source, tmp_path / "teacher", tmp_path / "data")
     file = write_config(tmp_path, 1, str(tmp_path / "teacher"), folder)
-    cfg, plan, chunks, _ = train.prepare(train.parse_args(["--cfg", str(file)]))
+    ctx = train.prepare(train.parse_args(["--cfg", str(file)]))
+    plan, chunks = ctx.plan, ctx.chunks
     rows = chunk_rows(tokenizers["code"]).tolist()
     assert chunks.metadata["num_chunks"] + chunks.metadata["heldout_chunks"] == len(rows)
     assert plan.steps == 4 and chunks.train["input_ids"][:] == rows[: len(chunks.train)] and chunks.heldout

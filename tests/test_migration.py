@@ -24,12 +24,13 @@ from tokenizers import Tokenizer
 
 import convert.command
 import convert_ckpt
-import evaluate
+import optim
 import preprocess_chunk
 import preprocess_download_tokenize
 import train
 from distill_model import StudentForCausalLM
 from distill_model.losses import alignment_loss
+from evaluation.options import add_options
 from layer_selection import evaluate_layer_importance, generate_layer_configs_ga_s2
 from layer_selection.questions import TASKS, draw_questions
 
@@ -203,7 +204,7 @@ def load_value(text: str):
 
 def test_the_default_of_the_evaluation():
     parser = argparse.ArgumentParser()
-    evaluate.add_options(parser)
+    add_options(parser)
     ((_, setting, there, here, line),) = [row for row in DEFAULTS if row[0] == "eval.sh"]
     assert parser.get_default("batch_size") == here and line == f"{setting}={there}"
     names = re.search(r"^for name in (.*); do$", (ROOT / "eval.sh").read_text(), re.MULTILINE)  # handed on as options
@@ -254,15 +255,15 @@ def test_the_old_lines_train_as_there(tmp_path, teacher_dir, data_dir):
     cfg = load_config(file)
     weight = torch.nn.Parameter(torch.zeros(1))
     ours, theirs = (torch.optim.AdamW([weight], lr=cfg.train.lr) for _ in range(2))
-    schedule = train.get_scheduler(ours, cfg, batch_plan(cfg, 1))
+    schedule = optim.get_scheduler(ours, cfg, batch_plan(cfg, 1))
     expected = transformers.get_scheduler("cosine", theirs, num_warmup_steps=0, num_training_steps=20)
     for _ in range(21):
         assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], abs=1e-12)
         for step in (ours, theirs, schedule, expected):
             step.step()
     model = StudentForCausalLM.from_teacher(convert.load_teacher(teacher_dir), "gdn_v4", [1])[0]
-    rates = {id(p): group.lr for group in train.parameter_groups(model, cfg) for p in group.params}
-    decays = {id(p): group.weight_decay for group in train.parameter_groups(model, cfg) for p in group.params}
+    rates = {id(p): group.lr for group in optim.parameter_groups(model, cfg) for p in group.params}
+    decays = {id(p): group.weight_decay for group in optim.parameter_groups(model, cfg) for p in group.params}
     for name, parameter in model.named_parameters():
         assert rates[id(parameter)] == (cfg.train.lr_attn if ".attn." in name else cfg.train.lr)
         if name.endswith("_proj.weight"):
@@ -297,7 +298,3 @@ def test_the_adopt_command_on_the_page_is_accepted():
     (command,) = re.findall(r"^python preprocess_chunk.py (.* --adopt .*|--adopt .*)$", PAGE, re.MULTILINE)
     args = preprocess_chunk.parse_args(shlex.split(command))
     assert args.adopt == Path("data_cache/chunked_context512") and args.tokenizer and args.output_dir == Path("data")
-
-
-def test_the_readme_names_the_page():
-    assert "docs/migration.md" in (ROOT / "README.md").read_text()

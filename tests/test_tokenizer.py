@@ -367,7 +367,7 @@ def dry_run(cfg):
 
 def test_an_eos_token_that_the_model_lacks_is_refused_everywhere(tmp_path):
     import chat
-    import evaluate
+    from evaluation.commands import evaluate_checkpoints
     from layer_selection import evaluate_layer_importance, select_layers
 
     name = grown(tmp_path / "teacher", eos_token="<|im_end|>")
@@ -381,7 +381,7 @@ def test_an_eos_token_that_the_model_lacks_is_refused_everywhere(tmp_path):
     in_one_line(f"^--model{message}", chat.main, ["--model", name])
     in_one_line(
         f"^CHECKPOINT{message}",
-        evaluate.main,
+        evaluate_checkpoints,
         [name, "--tasks", "copying", "--output", str(tmp_path / "out"), "--num_gpus", "1"],
     )
     in_one_line(
@@ -440,21 +440,21 @@ def test_a_dtype_too_small_for_an_id_is_refused(tmp_path):
 def test_a_text_with_a_token_outside_the_vocabulary_is_refused(tmp_path):
     """Padding, which is masked, may be such a token."""
     import chat
-    import evaluate
+    from evaluation.harness import harness_model
 
     name = grown(tmp_path / "teacher", pad_token="<|im_end|>")
-    lm = evaluate.harness_model(name, "2")
+    lm = harness_model(name, "2")
     arguments = {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 3}
     texts = [
         [Instance("generate_until", {}, (text, arguments), i) for i, text in enumerate(pair)]
         for pair in (("abc", "a"), ("abc<|im_end|>", "a"))
     ]
-    alone = evaluate.harness_model(name, "1").generate_until(texts[0], disable_tqdm=True)
+    alone = harness_model(name, "1").generate_until(texts[0], disable_tqdm=True)
     assert lm.generate_until(texts[0], disable_tqdm=True) == alone
     in_one_line(
         r"^CHECKPOINT: '<\|im_end\|>' in a text has the id 96, but",
         lambda: lm.generate_until(texts[1], disable_tqdm=True),
     )
     conversation = chat.Conversation(load_tokenizer(name), 96, None)
-    assert conversation.log("abc")["input_ids"].shape == (1, 3)
-    in_one_line(r"^--model: '<\|im_end\|>' in the text has the id 96, but", conversation.log, "<|im_end|>")
+    assert conversation.add_user("abc")["input_ids"].shape == (1, 3)
+    in_one_line(r"^--model: '<\|im_end\|>' in the text has the id 96, but", conversation.add_user, "<|im_end|>")

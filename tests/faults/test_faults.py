@@ -1,7 +1,7 @@
 """Injects faults into real processes and files, and checks what must hold after each.
 
 A run that was interrupted and started again must give the metrics and weights of an uninterrupted
-run, bit for bit. FAULTS.md beside this file lists all faults with their tests.
+run, bit for bit. FAULTS.md beside this file lists all faults with their tests; docs/reliability.md says which promise each checks.
 """
 
 import json
@@ -279,7 +279,7 @@ def test_killed(make_run, name):
     assert run.start(hook=on_rank(rank, hook)).wait() == -signal.SIGKILL
     assert not (run.folder / "converted-hf").exists()
     output = run.to_the_end()
-    assert "going on from" in output or name in (
+    assert "resuming from" in output or name in (
         "after the last step, before the export",
         "while exporting",
     )
@@ -393,7 +393,7 @@ def test_a_damaged_newest_checkpoint(make_run, harm):
     output = run.to_the_end()
     assert (
         re.search(f"{newest.name}: damaged .*{DAMAGES[harm]}.*set aside", output)
-        and f"going on from {before}" in output
+        and f"resuming from {before}" in output
     )
     assert (run.folder / f"set-aside-{newest.name}").is_dir()
     run.must_equal_the_whole()
@@ -440,9 +440,9 @@ def term_while_saving():
 
 
 def term_before_training():
-    import train
+    import stages
 
-    on_call(train, "build_trainer", send(signal.SIGTERM))
+    on_call(stages, "build_trainer", send(signal.SIGTERM))
 
 
 def term_while_exporting():
@@ -462,7 +462,7 @@ SIGNALS = {
         1,
         0,
         term_in_a_step,
-        "SIGTERM: stopped at step 4 of 20; checkpoint-4 is whole",
+        "SIGTERM: stopped at step 4 of 20; checkpoint-4 is complete",
     ),
     "SIGTERM while saving": (1, 0, term_while_saving, "SIGTERM: stopped at step"),
     "SIGTERM to ZeRO-3": (3, 0, term_in_a_step, "SIGTERM: stopped at step"),
@@ -506,7 +506,7 @@ def test_term_to_all_processes_of_a_run(make_run):
 
     job = run.start(hook=on_rank(0, hook), environment={"WANDB_MODE": "offline"})
     assert job.wait() == REQUEUE, job.output()
-    assert "W&B ended" in job.output() and "SIGTERM: stopped at step 4 of 20; checkpoint-4 is whole" in job.output()
+    assert "W&B ended" in job.output() and "SIGTERM: stopped at step 4 of 20; checkpoint-4 is complete" in job.output()
     run.to_the_end(environment={"WANDB_MODE": "offline"})
     run.must_equal_the_whole()
 
@@ -539,7 +539,7 @@ def test_the_launch_script_hands_signals_on(launched):
     job.send_signal(signal.SIGTERM)
     assert job.wait(PATIENCE) == REQUEUE, log.read_text()[-3000:]
     (checkpoint,) = checkpoints(run.folder)[-1:]
-    assert f"{checkpoint.name} is whole" in log.read_text() and "ended with exit code 75" in log.read_text()
+    assert f"{checkpoint.name} is complete" in log.read_text() and "ended with exit code 75" in log.read_text()
 
 
 def test_a_launcher_that_is_killed(launched):
@@ -917,7 +917,7 @@ def test_null_with_a_run_in_the_folder(make_run):
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     assert run.start("train.resume_from_checkpoint=null").wait() == 1
     assert (
-        "say auto to go on from the newest, name one of them to go on from that, or remove the folder"
+        "set it to auto to resume from the latest checkpoint, or to one of them to resume from that, or remove the folder"
         in run.job.output()
     )
     run.to_the_end()
@@ -936,7 +936,7 @@ def test_going_on_from_a_named_checkpoint(make_run):
     assert "checkpoint-6 comes after checkpoint-3; set aside" in run.job.output()
     stopped = checkpoints(run.folder)[-1].name
     assert run.start(named, hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
-    assert f"going on from {run.folder}/{stopped}" in run.job.output() and not (run.folder / "checkpoint-3").exists()
+    assert f"resuming from {run.folder}/{stopped}" in run.job.output() and not (run.folder / "checkpoint-3").exists()
     run.to_the_end(named)
     run.must_equal_the_whole()
     assert "this run is finished" in run.to_the_end(named)
@@ -949,7 +949,7 @@ def test_setting_out_again_from_a_checkpoint_of_a_finished_run(make_run):
     named = f"train.resume_from_checkpoint={checkpoints(run.folder)[0]}"
     assert run.start(named, hook=on_rank(0, in_the_next_step)).wait() == -signal.SIGKILL
     output = run.to_the_end(named)
-    assert "going on from" in output and "this run is finished" not in output
+    assert "resuming from" in output and "this run is finished" not in output
     run.must_equal_the_whole()
 
 
@@ -1001,7 +1001,7 @@ def test_another_number_of_processes(make_run, stage, before, after, zero):
 
     assert run.start(hook=on_rank(0, kill), ranks=before).wait() == -signal.SIGKILL
     output = run.to_the_end(ranks=after)
-    assert f"{before} processes saved checkpoint-6, {after} go on from it" in output
+    assert f"checkpoint-6 was saved by {before} processes and is resumed by {after}" in output
     assert read_index(checkpoints(run.folder)[-1])["zero_stage"] == (zero or (1 if before == 1 else stage))
     ours, theirs = metrics(run.folder), metrics(untouched)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
@@ -1025,7 +1025,7 @@ def test_another_number_of_processes_with_weights_that_stay_behind(make_run):
     job = run.start(ranks=1)
     assert job.wait() == 1
     assert (
-        "2 processes saved checkpoint-6, 1 go on from it: with train.zero_stage 3" in job.output()
+        "checkpoint-6 was saved by 2 processes and is resumed by 1: with train.zero_stage 3" in job.output()
         and "start 2 processes" in job.output()
     )
     assert "Traceback" not in job.output()
@@ -1082,7 +1082,7 @@ def test_a_checkpoint_of_somebody_else_is_not_unpickled(make_run):
     ):
         assert command() == 1
         assert not (run.root / "boom").exists()
-    assert "is no whole checkpoint of" in run.job.output()
+    assert "is not a complete checkpoint of" in run.job.output()
 
 
 def export_foreign(run, foreign):

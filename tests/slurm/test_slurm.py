@@ -307,7 +307,7 @@ def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, dat
     assert "; requeued," not in cluster.log(jobs["cancelled"])
     for name in ("requeued", "limited", "lost"):
         assert int(cluster.fact(jobs[name], "Restarts")) >= 1
-        assert re.search("going on from .*checkpoint-", cluster.log(jobs[name]))
+        assert re.search("resuming from .*checkpoint-", cluster.log(jobs[name]))
         assert sorted(losses(folders[name])) == [1, *range(5, steps[name] + 1, 5)]
     assert re.search("SIGUSR1: stopped at step .*; requeued, it will resume", cluster.log(jobs["limited"]), re.DOTALL)
     values = yaml.safe_load(config.read_text())
@@ -380,7 +380,7 @@ def test_the_pipeline_runs(cluster, teacher_dir, tmp_path):
     assert tried == {"layer_0", "layer_1", "layer_2", "layer_3"}
     hybrid = StudentForCausalLM.from_pretrained(tmp_path / "stage3" / "converted-hf")
     assert hybrid.config.keep_full_attention_layers == keep
-    assert "heldout_perplexity" in (tmp_path / "evaluation" / "results.md").read_text()
+    assert "held-out perplexity" in (tmp_path / "evaluation" / "results.md").read_text()
     # The same selection from one command, whose jobs train only what is missing.
     out = tmp_path / "again"
     (out / "layer_0").mkdir(parents=True)
