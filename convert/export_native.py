@@ -31,6 +31,7 @@ from convert.verify import TOKENS, TOLERANCE
 from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig, StudentSpec
 from distill_model.attention import RotaryEmbedding
 from distill_model.student_deltanet import GatedDeltaNetStudent
+from distill_model.student_layers import default_of
 
 ARCHITECTURE = "Qwen3_5ForCausalLM"
 # Parameters of a linear layer. Theirs -> ours, where theirs stacks those of q, k and v:
