@@ -120,9 +120,9 @@ COMMANDS = {
     "generate_layer_configs_ga_s2.py": (
         "--num-layers 28 --config-root config/qwen --teacher fla-hub/Qwen2.5-7B-Instruct --student=gdn_v4 "
         "--cache-stage2 data_cache/chunked_context4096 --outputs-prefix checkpoints/qwen_{index}",
-        "--num-layers: leave it out: the teacher's config says how many layers there are; --config-root: say "
-        "--output_dir config/qwen; --teacher: say teacher_model.name=fla-hub/Qwen2.5-7B-Instruct; --student: say "
-        "student_model.name=gdn_v4; --cache-stage2: say data.cache_dir=data_cache/chunked_context4096; "
+        "--num-layers: leave it out: the teacher's config says how many layers there are; --config-root: use "
+        "--output_dir config/qwen; --teacher: use teacher_model.name=fla-hub/Qwen2.5-7B-Instruct; --student: use "
+        "student_model.name=gdn_v4; --cache-stage2: use data.cache_dir=data_cache/chunked_context4096; "
         "--outputs-prefix: leave it out: the runs write to <output_dir>/layer_<N>/run; besides: --cfg, a YAML of stage 2 "
         "with student_init_ckpt and all else (docs/migration.md)",
     ),

@@ -96,6 +96,18 @@ def test_a_script_in_a_folder_of_an_archive_can_be_run_by_its_path(archive, tmp_
     assert done.stdout.startswith("usage: write_configs.py")
 
 
+def test_cluster_jobs_find_the_project_without_its_installation(tmp_path):
+    """In any virtual environment, from any folder."""
+    activate = tmp_path / "venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f"PATH={Path(sys.executable).parent}:$PATH\n")
+    find = "import importlib.util; print(importlib.util.find_spec('runtime').origin)"
+    command = f'source "{ROOT}/launch_common.sh"; cd /; python -S -c "{find}"'
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "VENV": str(tmp_path / "venv")}
+    done = subprocess.run(["bash", "-euc", command], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / "runtime" / "__init__.py"), done.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_outside_the_environment_says_how_to_enter_it(script):
     """In a Python without site-packages. Scripts in folders find the project by PYTHONPATH, or by

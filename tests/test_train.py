@@ -506,7 +506,7 @@ def test_push_to_hub(stages, tmp_path, hub, monkeypatch):
         (
             (convert_ckpt, "get_token", lambda: None),
             "me/hybrid",
-            "--push-to-hub: me/hybrid: nobody is logged in; run `hf auth login`",
+            "--push-to-hub: me/hybrid: not logged in; run `hf auth login`",
         ),
         ((convert_ckpt.constants, "HF_HUB_OFFLINE", True), "me/hybrid", "HF_HUB_OFFLINE is set"),
         ((convert_ckpt, "get_token", lambda: None), "a/b/c", "a/b/c"),
