@@ -64,7 +64,7 @@ def prefills_in_chunks(config) -> bool:
         return False
     student = getattr(config, "student_name", None)
     if student:
-        return get_student_attention_class(student).func.supports_chunked_prefill
+        return get_student_attention_class(student).supports_chunked_prefill
     return config.model_type in {*FAMILIES, StudentConfig.model_type}
 
 
