@@ -118,7 +118,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# ------------------------------------------------------------------------ what is measured
 def published_config(shape: str, layers: int | None) -> StudentConfig:
     """The teacher's config of a shape such as qwen2.5-1.5b or of a checkpoint's folder, with other
     `layers` if they are given."""
@@ -218,7 +218,7 @@ def gemm_rate(device: str) -> float:
     return 2 * size**3 / seconds
 
 
-# ------------------------------------------------------------------------------------------------ where the time goes
+# ------------------------------------------------------------------------ where the time goes
 class Parts:
     """The GPU's time by part of a step, gaps included. A mark says which part the kernels that are
     launched after it belong to."""
