@@ -552,6 +552,19 @@ def test_a_static_cache_keeps_its_place(models, name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
+def test_chunked_prefill_after_decoding_with_the_same_static_cache(models, name):
+    model, (ids, _) = models(name), padded(20, rows=1, padding=0)
+    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 5}
+    cache = StaticCache(model.config, 60)
+    first = model.generate(ids, past_key_values=cache, **options)
+    longer = torch.cat((first, ids), 1)
+    options["attention_mask"] = torch.ones_like(longer)
+    again = model.generate(longer, past_key_values=cache, prefill_chunk_size=4, **options)
+    assert torch.equal(again, model.generate(longer, **options))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", [None, "static"])
 def test_hidden_states(models, teacher_dir, kind):
     """Those of Hugging Face's model, from a forward pass and from `generate`, where a hybrid has as

@@ -530,7 +530,7 @@ def test_the_readme_lists_every_student_and_option():
     listed = {
         name: set(re.findall(r"\w+", options)) for names, options in rows for name in re.findall(r"`(\w+)`", names)
     }
-    assert listed == {name: set(options_of(name)) for name in STUDENTS}
+    assert listed == {name: set(STUDENT_ATTENTION_MAP[name].options) for name in STUDENTS}
 
 
 @pytest.mark.parametrize("hidden, heads, head_dim", [(448, 61, 64), (704, 15, 64), (5120, 64, 128)])
