@@ -31,6 +31,7 @@ from convert.verify import TOKENS, TOLERANCE
 from distill_model import STUDENT_ATTENTION_MAP, StudentBlock, StudentConfig, StudentSpec
 from distill_model.attention import RotaryEmbedding
 from distill_model.student_deltanet import GatedDeltaNetStudent
+from distill_model.student_layers import default_of
 
 ARCHITECTURE = "Qwen3_5ForCausalLM"
 # Parameters of a linear layer. Theirs -> ours, where theirs stacks those of q, k and v:
@@ -107,7 +108,7 @@ def native_config(config: StudentConfig) -> Qwen3_5TextConfig:
     layer_types = ["linear_attention"] * config.num_hidden_layers
     for layer in config.keep_full_attention_layers:
         layer_types[layer] = "full_attention"
-    conv_size = STUDENT_ATTENTION_MAP[config.student_name].value_of("conv_size", config.student_options)
+    conv_size = config.student_options.get("conv_size", default_of(GatedDeltaNetStudent, "conv_size"))
     values = {name: getattr(config, name) for name in SAME} | {
         "hidden_act": "silu",
         "head_dim": config.head_dim,

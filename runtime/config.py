@@ -124,7 +124,7 @@ class TrainConfig:
     betas: list[float] = key([0.9, 0.95], help="AdamW's betas")
     optimizer: str = key(
         "adamw",
-        help=("adamw, or adamw_8bit (bitsandbytes), whose moments take 2 bytes per parameter instead of 8"),
+        help="adamw, or adamw_8bit (bitsandbytes): 2 bytes of moments per parameter, not 8",
         choices=("adamw", "adamw_8bit"),
     )
     max_grad_norm: float = key(
@@ -142,15 +142,15 @@ class TrainConfig:
     )
     add_eos_token: bool | None = key(
         None,
-        help=("accepted for old configs; preprocessing always puts EOS between documents, so false gives a warning"),
+        help="accepted for old configs; EOS always separates documents, so false gives a warning",
     )
     resume_from_checkpoint: str | bool | None = key(
         "auto",
         help=(
             "auto or true: resume from the newest undamaged checkpoint in output_dir, if any; "
             "null: refuse to start if output_dir holds a run; "
-            "a checkpoint-N folder of output_dir: resume from it once, and from the newest when the "
-            "same command is run again"
+            "a checkpoint-N folder of output_dir: resume from it once, and from the newest when "
+            "the same command is run again"
         ),
     )
     gradient_checkpointing: bool | str = key(
@@ -170,8 +170,8 @@ class TrainConfig:
     calibrate_init: int = key(
         0,
         help=(
-            "stage 1: fit decay, gates and output projections in closed form before the first step, "
-            "on this many batches of micro_batch_size sequences; 0: no calibration"
+            "stage 1: fit decay, gates and output projections in closed form before the first "
+            "step, on this many batches of micro_batch_size sequences; 0: no calibration"
         ),
         minimum=0,
     )
@@ -195,7 +195,7 @@ class TrainConfig:
     )
     kd_teacher_shard: str = key(
         "auto",
-        help=("stage 2: shard the teacher with ZeRO-3; auto: only if a replica does not fit on every device"),
+        help="stage 2: shard the teacher with ZeRO-3; auto: if its replicas do not fit",
         choices=("auto", "always", "never"),
         stages=(2,),
     )
@@ -222,9 +222,9 @@ class TrainConfig:
     cuda_graphs: bool = key(
         False,
         help=(
-            "on a GPU: replay the forward and backward passes of a step as CUDA graphs, which avoids "
-            "the overhead of kernel launches: several times as fast for a small model, at the cost of "
-            "extra memory (see Performance); not used with ZeRO-3 or a sharded teacher"
+            "on a GPU: replay the forward and backward passes of a step as CUDA graphs, which "
+            "avoids the overhead of kernel launches: several times as fast for a small model, at "
+            "the cost of extra memory (see Performance); not used with ZeRO-3 or a sharded teacher"
         ),
     )
     dtype: str = key(
@@ -291,7 +291,7 @@ class Config:
     train: TrainConfig = key()
 
 
-# ------------------------------------------------------------------------------------------------ values
+# ------------------------------------------------------------------------ values
 def convert_value(path: str, value: Any, kind: Any) -> Any:
     """`value` as a value of the annotation `kind`, or ConfigError, which names it `path`."""
     if value == "None":
@@ -304,12 +304,19 @@ def convert_value(path: str, value: Any, kind: Any) -> Any:
         value = _number_from_text(value)
     value = _as_wanted_number(value, allowed)
     if type(value) not in allowed:
-        names = ["null" if option is type(None) else getattr(option, "__name__", str(option)) for option in options]
-        raise ConfigError(f"{path}: {value!r} is of type {type(value).__name__}; it must be {' or '.join(names)}")
+        wanted = " or ".join(_shown_type(option) for option in options)
+        raise ConfigError(f"{path}: {value!r} is of type {type(value).__name__}; it must be {wanted}")
     if not isinstance(value, list):
         return value
-    (item_kind,) = next(typing.get_args(option) for option in options if typing.get_origin(option) is list)
+    (list_kind,) = (option for option in options if typing.get_origin(option) is list)
+    (item_kind,) = typing.get_args(list_kind)
     return [convert_value(f"{path}[{i}]", item, item_kind) for i, item in enumerate(value)]
+
+
+def _shown_type(kind: Any) -> str:
+    if kind is type(None):
+        return "null"
+    return getattr(kind, "__name__", str(kind))
 
 
 def _number_from_text(text: str) -> float | str:
@@ -367,7 +374,7 @@ def _check_value(path: str, value: Any, spec: Field) -> None:
         raise ConfigError(f"{path}: {value} must be at least {minimum}")
 
 
-# ------------------------------------------------------------------------------------------------ combinations
+# ------------------------------------------------------------------------ combinations
 def _check(cfg: Config) -> None:
     """Raises ConfigError for combinations that no run can have."""
     _check_numbers(cfg.train)
@@ -426,7 +433,7 @@ def _check_distillation(train: TrainConfig) -> None:
         raise ConfigError("train.kl_weight: 0 with train.ce_weight 0 leaves no loss; give one of them a weight")
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------ files
 def _override(values: dict, override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
@@ -464,8 +471,12 @@ def load_config(path: str | Path, overrides: typing.Iterable[str] = ()) -> Confi
 
 def keys_of_other_stages(cfg: Config) -> list[str]:
     """The keys of `train` that are set to something and that the config's stage does not read."""
-    unread = [spec for spec in fields(TrainConfig) if cfg.stage not in spec.metadata["stages"]]
-    return [f"train.{spec.name}" for spec in unread if getattr(cfg.train, spec.name) != spec.default]
+    names = []
+    for spec in fields(TrainConfig):
+        is_set = getattr(cfg.train, spec.name) != spec.default
+        if is_set and cfg.stage not in spec.metadata["stages"]:
+            names.append(f"train.{spec.name}")
+    return names
 
 
 def check_kept_layers(cfg: Config, num_layers: int) -> None:
