@@ -51,7 +51,7 @@ def progress_curves(run: RunRecord) -> str:
         "learning_rate": "learning rate",
         "grad_norm": "gradient norm",
         "tokens_per_second": "tokens/s",
-        "mfu": "MFU (peak in run.json)",
+        "mfu": "MFU",
     }
     curves = {label: run.curve(name) for name, label in names.items()}
     curves = {label: curve for label, curve in curves.items() if curve}
