@@ -31,6 +31,19 @@ from evaluation.own_tasks import recall_documents
 from evaluation.tables import FIGURES, cell_text
 from evaluation.tables import rows as evaluation_rows
 from heldout import read_chunks
+from quickstart.checks import (
+    ALL_LINEAR,
+    EVEN,
+    HYBRID,
+    LONG,
+    RESTORED,
+    TEACHER,
+    UNTRAINED,
+    Check,
+    heldout_measures,
+    loss_measures,
+    recall_measures,
+)
 from quickstart.decoding_figure import decoding_figure
 from quickstart.measure import (
     BATCH_SIZE,
@@ -43,24 +56,13 @@ from quickstart.measure import (
     generated,
 )
 from quickstart.train_teacher import unigram_entropy
+from recall_tasks import Document
 from reporting.figures import loss_curves
 from reporting.page import note, page, table
 from reporting.run_page import alignment_section, environment
-from reporting.run_record import Curve, RunRecord, per_step, read_run
+from reporting.run_record import read_run
 
-TEACHER = "teacher"
-UNTRAINED = "all-linear, before stage 1"
-ALL_LINEAR = "all-linear, after stage 1"
-RESTORED = "hybrid, before stage 2"
-HYBRID = "hybrid, after stage 2"
-EVEN = "hybrid, evenly spaced layers"
-LONG = "hybrid, after stage 3"
 SHOWN_LAST = (TEACHER, ALL_LINEAR, EVEN, HYBRID, LONG)  # in the terminal
-
-TEACHER_RECALL = 0.95  # the least that the teacher must recall
-ALL_LINEAR_RECALL = 0.3  # the most that the all-linear student may
-HYBRID_RECALL = 0.9  # the least of the hybrid, as a share of the teacher's
-EVEN_RECALL = 0.5  # the most of the hybrid with evenly spaced layers, as a share of the hybrid's
 
 PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 60
@@ -68,6 +70,7 @@ QUESTIONS = {"associative_recall": 2, "multi_hop_recall": 1}  # shown with the a
 
 
 STAGE_3_NOTE = "Stage 3 trains on text, without the teacher: the loss on text falls, the KL to the teacher rises."
+DECODING_NOTE = "Measured in this run, for one sequence after as many random tokens: the median token's time."
 
 
 @dataclass(frozen=True)
@@ -80,68 +83,6 @@ class Sample:
     expected: str | None = None
 
 
-# ---------------------------------------------------------------------------------- what must be seen
-def loss_measures(losses: dict[int, Curve]) -> list[tuple[str, bool]]:
-    """losses: training losses by stage."""
-    checks = []
-    for stage, curve in losses.items():
-        steps = per_step(curve)
-        tenth = max(1, len(steps) // 10)
-        first = sum(steps[:tenth]) / tenth
-        last = sum(steps[-tenth:]) / tenth
-        checks.append(
-            (
-                f"stage {stage}: mean loss of the last tenth {last:.4f} below the first's {first:.4f}",
-                last < first,
-            )
-        )
-    return checks
-
-
-def heldout_measures(results: dict[str, ModelFigures], entropy: float) -> list[tuple[str, bool]]:
-    """entropy: of the tokens' frequencies."""
-    teacher, hybrid = results[TEACHER], results[HYBRID]
-    text = f"teacher: held-out loss {teacher.heldout_loss:.3f} at least 0.5 under the unigram entropy {entropy:.3f}"
-    checks = [(text, teacher.heldout_loss <= entropy - 0.5)]
-    order = [results[name] for name in (UNTRAINED, ALL_LINEAR, RESTORED, HYBRID)]
-    for worse, better in zip(order, order[1:]):
-        text = f"held-out KL falls: {worse.name} {worse.heldout_kl:.4f} > {better.name} {better.heldout_kl:.4f}"
-        checks.append((text, better.heldout_kl < worse.heldout_kl))
-    before = results[ALL_LINEAR].heldout_kl
-    text = f"held-out KL after stage 2 {hybrid.heldout_kl:.4f} at most half of that after stage 1 {before:.4f}"
-    checks.append((text, hybrid.heldout_kl <= before / 2))
-    excess = hybrid.heldout_loss / teacher.heldout_loss - 1
-    checks.append(
-        (f"held-out loss after stage 2 within 2 % of the teacher's: {excess:+.2%}", excess <= 0.02),
-    )
-    return checks
-
-
-def recall_measures(results: dict[str, ModelFigures]) -> list[tuple[str, bool]]:
-    """Associative recall is there in the teacher, lost without full attention, and back in the
-    hybrid, but only with the layers that were selected."""
-    recall = {name: figures.associative_recall for name, figures in results.items()}
-    teacher = recall[TEACHER]
-    checks = [
-        (
-            f"teacher recalls: {teacher:.1%}, at least {TEACHER_RECALL:.0%}",
-            teacher >= TEACHER_RECALL,
-        ),
-        (
-            f"{ALL_LINEAR}, does not: {recall[ALL_LINEAR]:.1%}, at most {ALL_LINEAR_RECALL:.0%}",
-            recall[ALL_LINEAR] <= ALL_LINEAR_RECALL,
-        ),
-    ]
-    for name in (HYBRID, LONG):
-        share = recall[name] / teacher if teacher else 0.0
-        text = f"{name}, recalls again: {recall[name]:.1%}, at least {HYBRID_RECALL:.0%} of the teacher's"
-        checks.append((text, share >= HYBRID_RECALL))
-    if EVEN in recall:
-        text = f"{EVEN}, does not: {recall[EVEN]:.1%}, at most half of the selected layers' {recall[HYBRID]:.1%}"
-        checks.append((text, recall[EVEN] <= EVEN_RECALL * recall[HYBRID]))
-    return checks
-
-
 # ---------------------------------------------------------------------------------- measuring
 class Quickstart:
     """The quickstart's folder: its models, and the data that they are measured on."""
@@ -151,13 +92,7 @@ class Quickstart:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = load_tokenizer(args.teacher, "--teacher")
         self.teacher = load_teacher(args.teacher).to(self.device).eval()
-        stages = (1, 2, 3)
-        self.runs: dict[int, RunRecord] = {
-            stage: read_run(
-                args.out / f"stage{stage}",
-            )
-            for stage in stages
-        }
+        self.runs = {stage: read_run(args.out / f"stage{stage}") for stage in (1, 2, 3)}
         self.kept = self.runs[2].config.student_model.keep_full_attention_layers
 
     def heldout(self, stage: int, count: int) -> torch.Tensor:
@@ -181,30 +116,24 @@ class Quickstart:
         outputs = [read_chunks(self.teacher, batch) for batch in ids.split(BATCH_SIZE)]
         return HeldoutData(ids, long_ids, outputs, documents)
 
-    def documents(self, task: str):
+    def documents(self, task: str) -> list[Document]:
         """Those of evaluate.py at the context length of stage 2."""
         length = self.runs[2].config.train.train_seq_len
         return recall_documents(task, length, self.args.num_words, self.tokenizer)
 
     def exported(self, name: str) -> StudentForCausalLM:
         folder = self.args.out / name / "converted-hf"
-        return (
-            StudentForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            .to(
-                self.device,
-            )
-            .eval()
-        )
+        model = StudentForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.to(self.device).eval()
 
     def untrained(self) -> StudentForCausalLM:
         student = self.runs[1].config.student_model
         torch.manual_seed(0)
-        return StudentForCausalLM.from_teacher(
-            self.teacher,
-            student.name,
-            [],
-            student.options,
-        )[0].eval()
+        model, _ = StudentForCausalLM.from_teacher(self.teacher, student.name, [], student.options)
+        return model.eval()
+
+    def restored(self) -> StudentForCausalLM:
+        return self.exported("stage1").restore_full_attention(self.teacher, self.kept).eval()
 
     def models(self) -> dict[str, Callable[[], StudentForCausalLM]]:
         """Name -> what loads or builds it."""
@@ -212,51 +141,31 @@ class Quickstart:
             TEACHER: lambda: self.teacher,
             UNTRAINED: self.untrained,
             ALL_LINEAR: lambda: self.exported("stage1"),
-            RESTORED: lambda: (
-                self.exported("stage1")
-                .restore_full_attention(
-                    self.teacher,
-                    self.kept,
-                )
-                .eval()
-            ),
+            RESTORED: self.restored,
             EVEN: lambda: self.exported("even"),
             HYBRID: lambda: self.exported("stage2"),
             LONG: lambda: self.exported("stage3"),
         }
-        if not (self.args.out / "even").is_dir():  # the comparison is left out with --tiny, and without recall
+        if not (self.args.out / "even").is_dir():  # left out with --tiny, and without recall
             del found[EVEN]
         return found
+
+    def question(self, models: dict[str, StudentForCausalLM], document: Document) -> Sample:
+        """A document's last question, with the answer of every model."""
+        written = {name: answer(model, self.tokenizer, document) for name, model in models.items()}
+        return Sample(document.prompt, written, document.answer)
 
     def samples(self, models: dict[str, StudentForCausalLM], ids: torch.Tensor) -> list[Sample]:
         """Questions with the models' answers where the teacher recalls, else continuations of
         held-out text."""
         if self.args.recall:
-            documents = [
-                d
-                for task, count in QUESTIONS.items()
-                for d in self.documents(
-                    task,
-                )[-count:]
-            ]
             return [
-                Sample(
-                    d.prompt,
-                    {name: answer(m, self.tokenizer, d) for name, m in models.items()},
-                    d.answer,
-                )
-                for d in documents
+                self.question(models, document)
+                for task, count in QUESTIONS.items()
+                for document in self.documents(task)[-count:]
             ]
         prompt = self.tokenizer.decode(ids[len(ids) // 2, :PROMPT_TOKENS])
-        written = {
-            name: generated(
-                model,
-                self.tokenizer,
-                prompt,
-                SAMPLE_TOKENS,
-            )
-            for name, model in models.items()
-        }
+        written = {name: generated(model, self.tokenizer, prompt, SAMPLE_TOKENS) for name, model in models.items()}
         return [Sample(prompt, written)]
 
 
@@ -275,26 +184,23 @@ def summary(
     context."""
     context = max(speed.context for speed in speeds)
     at_context = {speed.name: speed for speed in speeds if speed.context == context}
-    recall, kl, agreement = (
-        FIGURES[key]
-        for key in (
-            "associative_recall",
-            "heldout_kl",
-            "top1_agreement",
-        )
-    )
-    head = ["model", recall, kl, agreement, f"cache at {context:,} tokens", "decode tokens/s"]
+    keys = ("associative_recall", "heldout_kl", "top1_agreement")
+    head = ["model", *(FIGURES[key] for key in keys)]
+    head += [f"cache at {context:,} tokens", "decode tokens/s"]
     rows = []
     for name in names:
-        figures, speed = results[name], at_context.get(name)
-        rows.append([
+        figures = results[name]
+        row = [
             name,
             number(figures.associative_recall, ".1%"),
             f"{figures.heldout_kl:.4f}",
             f"{figures.top1_agreement:.1%}",
-            f"{speed.cache_bytes / 2**20:.2f} MiB" if speed else "",
-            f"{speed.tokens_per_second:,.0f}" if speed else "",
-        ])  # fmt: skip
+        ]
+        if speed := at_context.get(name):
+            row += [f"{speed.cache_bytes / 2**20:.2f} MiB", f"{speed.tokens_per_second:,.0f}"]
+        else:
+            row += ["", ""]
+        rows.append(row)
     used = [i for i in range(len(head)) if any(row[i] for row in rows)]
     return [head[i] for i in used], [[row[i] for i in used] for row in rows]
 
@@ -311,7 +217,8 @@ def marked(sample: Sample) -> str:
     context, _, question = sample.prompt.rpartition(",")
     first_word = sample.expected.split()[0]
     pair = escape(f"{question} {first_word}")
-    return f"{escape(context).replace(pair, f'<mark>{pair}</mark>', 1)},<b>{escape(question)} ...?</b>"
+    context = escape(context).replace(pair, f"<mark>{pair}</mark>", 1)
+    return f"{context},<b>{escape(question)} ...?</b>"
 
 
 def sample_section(samples: list[Sample]) -> str:
@@ -319,9 +226,8 @@ def sample_section(samples: list[Sample]) -> str:
     for sample in samples:
         if sample.expected is None:
             for name, text in sample.written.items():
-                parts.append(
-                    f"<h3>{escape(name)}</h3><pre><b>{escape(sample.prompt)}</b>{escape(text)}</pre>",
-                )
+                written = f"<b>{escape(sample.prompt)}</b>{escape(text)}"
+                parts.append(f"<h3>{escape(name)}</h3><pre>{written}</pre>")
             continue
         answers = []
         for name, text in sample.written.items():
@@ -339,8 +245,9 @@ def selection_section(out: Path, kept: list[int]) -> str:
         mark = "kept" if layer["layer"] in kept else ""
         rows.append([str(layer["layer"]), f"{-layer['importance']:.4f}", mark])
     text = (
-        f"layer_selection/select_layers.py --method {ranking['method']}: held-out KL to the teacher with full attention "
-        "restored in that layer alone, without training. The layers with the lowest keep full attention."
+        f"layer_selection/select_layers.py --method {ranking['method']}: held-out KL to the teacher "
+        "with full attention restored in that layer alone, without training. The layers with the "
+        "lowest keep full attention."
     )
     return table(("layer", FIGURES["heldout_kl"], ""), rows) + note(text)
 
@@ -356,7 +263,7 @@ def evaluation_section(out: Path) -> str:
     )
 
 
-def measures_section(checks: list[tuple[str, bool]]) -> str:
+def measures_section(checks: list[Check]) -> str:
     items = []
     for text, met in checks:
         kind, word = ("good", "met") if met else ("failed", "FAILED")
@@ -367,15 +274,20 @@ def measures_section(checks: list[tuple[str, bool]]) -> str:
 def introduction(recall: bool, kept: list[int]) -> str:
     layers = f"layers {' and '.join(map(str, kept))}"
     if not recall:
-        return note(
-            f"The hybrid keeps full attention in {layers}. Losses and KL in nats per token, on held-out text.",
-        )
+        return note(f"The hybrid keeps full attention in {layers}. Losses and KL in nats per token, on held-out text.")
     return note(
-        "The teacher answers questions about words that it has read. The same model with linear attention in every layer "
-        f"cannot. The hybrid, with full attention in {layers} alone, can, with a smaller cache and faster decoding at long "
-        "context. Held-out KL in nats per token, on documents that no student was trained on; they are made like those of "
-        "the training data."
+        "The teacher answers questions about words that it has read. The same model with linear "
+        f"attention in every layer cannot. The hybrid, with full attention in {layers} alone, can, "
+        "with a smaller cache. Held-out KL in nats per token, on documents that no student was "
+        "trained on; they are made like those of the training data."
     )
+
+
+def losses_table(quickstart: Quickstart, results: dict[str, ModelFigures]) -> str:
+    """Held-out loss at both context lengths."""
+    lengths = [quickstart.runs[stage].config.train.train_seq_len for stage in (2, 3)]
+    rows = [[r.name, f"{r.heldout_loss:.3f}", f"{r.long_loss:.3f}"] for r in results.values()]
+    return table(("model", *(f"{length} tokens" for length in lengths)), rows)
 
 
 def report_page(
@@ -383,38 +295,27 @@ def report_page(
     results: dict[str, ModelFigures],
     speeds: list[Decoding],
     samples: list[Sample],
-    checks: list[tuple[str, bool]],
+    checks: list[Check],
 ) -> str:
-    out, runs = quickstart.args.out, quickstart.runs
+    out = quickstart.args.out
+    runs = quickstart.runs
+    kept = quickstart.kept
+    recall = quickstart.args.recall
     head, rows = summary(results, speeds, tuple(results))
-    losses = [[r.name, f"{r.heldout_loss:.3f}", f"{r.long_loss:.3f}"] for r in results.values()]
-    long_context = runs[3].config.train.train_seq_len
     curves = {run.title: (run.curve("loss"), run.curve("eval_loss")) for run in runs.values()}
     sections = {
         "Models": table(head, rows) + note(STAGE_3_NOTE),
-        "Questions and answers" if quickstart.args.recall else "Samples": sample_section(samples),
-        "Cache and decoding speed": decoding_figure(speeds)
-        + note(
-            "Measured in this run, one sequence, after as many random tokens; the time of the median token.",
-        ),
+        "Questions and answers" if recall else "Samples": sample_section(samples),
+        "Cache and decoding speed": decoding_figure(speeds) + note(DECODING_NOTE),
         "What must be seen": measures_section(checks),
-        "Which layers keep full attention": selection_section(out, quickstart.kept),
+        "Which layers keep full attention": selection_section(out, kept),
         "Training": loss_curves(curves),
-        "Alignment of each layer's attention in stage 1": alignment_section(
-            runs[1],
-            quickstart.kept,
-        ),
-        FIGURES["heldout_loss"].capitalize(): table(
-            ("model", FIGURES["heldout_loss"], f"at {long_context} tokens"), losses
-        ),
+        "Alignment of each layer's attention in stage 1": alignment_section(runs[1], kept),
+        FIGURES["heldout_loss"].capitalize(): losses_table(quickstart, results),
         "Evaluation": evaluation_section(out),
         "Environment": environment(runs[2]),
     }
-    return page(
-        "From a softmax teacher to a hybrid",
-        introduction(quickstart.args.recall, quickstart.kept),
-        sections,
-    )
+    return page("From a softmax teacher to a hybrid", introduction(recall, kept), sections)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -471,22 +372,15 @@ def main(argv: list[str] | None = None) -> int:
             shown[name] = model
     samples = quickstart.samples(shown, data.ids)
     pairs = [(name, context) for context in args.contexts for name in shown]
-    speeds = [
-        decoding(name, shown[name], context)
-        for name, context in tqdm(
-            pairs,
-            desc="decoding",
-        )
-    ]
+    bar = tqdm(pairs, desc="decoding")
+    speeds = [decoding(name, shown[name], context) for name, context in bar]
     losses = {stage: run.curve("loss") for stage, run in quickstart.runs.items()}
     checks = heldout_measures(results, unigram_entropy(data.ids.cpu())) + loss_measures(losses)
     if args.recall:
         checks = recall_measures(results) + checks
     names = tuple(name for name in SHOWN_LAST if name in results)
-    (args.out / "report.html").write_text(
-        report_page(quickstart, results, speeds, samples, checks),
-        encoding="utf-8",
-    )
+    html = report_page(quickstart, results, speeds, samples, checks)
+    (args.out / "report.html").write_text(html, encoding="utf-8")
     (args.out / "report.txt").write_text(markdown(*summary(results, speeds, names)))
     content = {
         "models": [asdict(figures) for figures in results.values()],

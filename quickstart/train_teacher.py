@@ -112,7 +112,8 @@ def train(model, chunks, steps: int, device: torch.device, seed: int) -> list[fl
 
 
 def untrained_teacher(tokenizer, shape: dict) -> Qwen3ForCausalLM:
-    """A Qwen3 with the tokenizer's vocabulary and random weights. shape: the sizes of its config."""
+    """A Qwen3 with the tokenizer's vocabulary and random weights. shape: the sizes of its
+    config."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         max_position_embeddings=2048,

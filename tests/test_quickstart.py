@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import recall_teacher
 from heldout import read_chunks
+from quickstart.checks import heldout_measures, loss_measures, recall_measures
 from quickstart.corpus import QUICKSTART_TASKS
 from quickstart.measure import ModelFigures
-from quickstart.report import heldout_measures, loss_measures, recall_measures
 from recall_tasks import answer_accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
