@@ -204,19 +204,13 @@ def prepare(out: Path, scale: Scale, text: Path | None, seed: int) -> None:
     if not (out / "tokenizer").is_dir():
         tasks = "".join(document.text for document in scale.tasks.interleaved(seed + 1, 1000))
         texts = (document.text for document in Corpus(str(out / "corpus" / "text")).documents())
-        tokenizer = train_tokenizer(
-            itertools.chain([tasks], limited(texts, len(tasks))),
-            scale.vocab_size,
-        )
+        learnt_from = itertools.chain([tasks], limited(texts, len(tasks)))
+        tokenizer = train_tokenizer(learnt_from, scale.vocab_size)
         with atomic_directory(out / "tokenizer") as folder:
             tokenizer.save_pretrained(folder)
     make_chunks(out / "corpus", out / "tokenizer", out / "data", scale.context_length)
-    make_chunks(
-        out / "corpus" / "text",
-        out / "tokenizer",
-        out / "data" / "text",
-        scale.context_length,
-    )
+    text_chunks = out / "data" / "text"
+    make_chunks(out / "corpus" / "text", out / "tokenizer", text_chunks, scale.context_length)
 
 
 class TaskRows(IterableDataset):

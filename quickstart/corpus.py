@@ -55,11 +55,11 @@ class TaskMix:
         return RECALL_TASKS[task](rng, num_words=self.num_words, **options)
 
     def documents(
-        self, seed: int | str, count: int, hardest: bool = False
-    ) -> dict[
-        str,
-        list[Document],
-    ]:
+        self,
+        seed: int | str,
+        count: int,
+        hardest: bool = False,
+    ) -> dict[str, list[Document]]:
         """`count` documents of every task."""
         rng = random.Random(seed)
         return {task: [self.draw(rng, task, hardest) for _ in range(count)] for task in self.ranges}
@@ -87,14 +87,12 @@ def stdlib_files() -> list[Path]:
     """The Python files of the running interpreter's standard library, sorted, without tests,
     character tables and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return sorted(
-        f
-        for f in root.rglob("*.py")
-        if not NOT_CORPUS
-        & set(
-            f.relative_to(root).parts[:-1],
-        )
-    )
+    files = []
+    for file in root.rglob("*.py"):
+        folders = file.relative_to(root).parts[:-1]
+        if not NOT_CORPUS.intersection(folders):
+            files.append(file)
+    return sorted(files)
 
 
 def copy_stdlib(folder: Path, max_files: int | None = None) -> int:
@@ -163,9 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     make_corpus(args.output_dir, QUICKSTART_TASKS, TASK_DOCUMENTS, TEXT_FILES, args.seed)
     files = sum(1 for _ in (args.output_dir / "text").rglob("*.py"))
-    print(
-        f"Corpus: {files} files of the standard library and {TASK_DOCUMENTS:,} task documents in {args.output_dir}",
-    )
+    content = f"{files} files of the standard library and {TASK_DOCUMENTS:,} task documents"
+    print(f"Corpus: {content} in {args.output_dir}")
 
 
 if __name__ == "__main__":

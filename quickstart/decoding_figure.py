@@ -18,22 +18,9 @@ def decoding_figure(speeds: list[Decoding]) -> str:
     for name, color in zip(names, COLORS):
         points = [speed for speed in speeds if speed.name == name]
         contexts = [point.context for point in points]
-        panels[0].plot(
-            contexts,
-            [p.cache_bytes / 2**20 for p in points],
-            "o-",
-            ms=4,
-            color=color,
-            label=name,
-        )
-        panels[1].plot(
-            contexts,
-            [p.tokens_per_second for p in points],
-            "o-",
-            ms=4,
-            color=color,
-            label=name,
-        )
+        style = dict(marker="o", markersize=4, color=color, label=name)
+        panels[0].plot(contexts, [point.cache_bytes / 2**20 for point in points], **style)
+        panels[1].plot(contexts, [point.tokens_per_second for point in points], **style)
     contexts = sorted({speed.context for speed in speeds})
     for panel, label in zip(panels, ("cache, MiB", "decoded tokens/s")):
         panel.set_title(label, fontsize=10)

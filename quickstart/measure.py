@@ -113,9 +113,8 @@ def alignment(
 @torch.no_grad()
 def generated(model: StudentForCausalLM, tokenizer, prompt: str, new_tokens: int) -> str:
     """The greedy continuation of a text."""
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(
-        model.device,
-    )
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    ids = encoded["input_ids"].to(model.device)
     pad = model.config.eos_token_id or 0
     output = model.generate(
         ids,
@@ -153,12 +152,10 @@ def decoding(name: str, model: StudentForCausalLM, context: int, new_tokens: int
     """Decodes greedily after `context` random tokens with a static cache, at batch size 1. The
     speed is that of the median token, which what is read or decoded does not change."""
     generator = torch.Generator().manual_seed(context)
-    ids = torch.randint(1, model.config.vocab_size, (1, context), generator=generator).to(
-        model.device,
-    )
+    ids = torch.randint(1, model.config.vocab_size, (1, context), generator=generator)
     clock = Clock()
     output = model.generate(
-        ids,
+        ids.to(model.device),
         max_new_tokens=new_tokens,
         do_sample=False,
         eos_token_id=None,
@@ -168,11 +165,6 @@ def decoding(name: str, model: StudentForCausalLM, context: int, new_tokens: int
         logits_processor=[clock],
         return_dict_in_generate=True,
     )
-    seconds = [
-        stop - start
-        for start, stop in zip(
-            clock.times[WARM_TOKENS:],
-            clock.times[WARM_TOKENS + 1 :],
-        )
-    ]
-    return Decoding(name, context, 1 / statistics.median(seconds), output.past_key_values.nbytes)
+    times = clock.times[WARM_TOKENS:]
+    token_seconds = statistics.median(stop - start for start, stop in zip(times, times[1:]))
+    return Decoding(name, context, 1 / token_seconds, output.past_key_values.nbytes)

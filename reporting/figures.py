@@ -84,13 +84,8 @@ def _draw_bars(
     )
     axis.set_xlabel("layer", fontsize=9)
     axis.set_ylabel("error / variance of the teacher's output", fontsize=8)
-    axis.legend(
-        fontsize=8,
-        frameon=False,
-        ncols=2,
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-    )  # above the bars
+    # Above the bars.
+    axis.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def alignment_figure(steps: list[int], errors: list[list[float]], kept: list[int]) -> str:
@@ -101,7 +96,8 @@ def alignment_figure(steps: list[int], errors: list[list[float]], kept: list[int
     """
     if not steps:
         return ""
-    before, after = errors[0], errors[-1]
+    before = errors[0]
+    after = errors[-1]
     figure = Figure(figsize=(10.5, 3.2))
     bars, curves = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_bars(bars, before, after, kept, (f"step {steps[0]}", f"step {steps[-1]}"))

@@ -30,19 +30,22 @@ def number(value: float) -> str:
 def facts_table(run: RunRecord) -> str:
     """Model, data, schedule and speed."""
     config = run.config
-    student, train = config.student_model, config.train
+    student = config.student_model
+    train = config.train
     last = run.metrics[-1]
+    tokens = last.get("tokens", 0)
     kept = student.keep_full_attention_layers
+    layers = f"full attention in layers {kept}" if kept else "all layers"
     rows = {
         "teacher": config.teacher_model.name,
-        "student": f"{student.name}; full attention in layers {kept}" if kept else f"{student.name}; all layers",
+        "student": f"{student.name}; {layers}",
         "data": f"{config.data.cache_dir}, {train.train_seq_len} tokens per sequence",
         "steps": f"{last['step']}, {train.batch_size} sequences each",
-        "tokens": f"{last.get('tokens', 0):,}",
+        "tokens": f"{tokens:,}",
         "device": f"{run.facts.get('world_size', 1)} x {run.facts.get('device', 'unknown')}",
     }
     if seconds := last.get("seconds"):
-        rows["time"] = f"{seconds:,.0f} s, {last.get('tokens', 0) / seconds:,.0f} tokens/s on average"
+        rows["time"] = f"{seconds:,.0f} s, {tokens / seconds:,.0f} tokens/s on average"
     speeds = [value for _, value in run.curve("mfu")]
     if speeds:
         rows["MFU"] = f"{speeds[-1]:.1%} at the last step"
@@ -54,14 +57,8 @@ def heldout_table(run: RunRecord) -> str:
     rows = []
     for name, label in (("loss", "training loss"), ("eval_loss", "held-out loss")):
         if curve := run.curve(name):
-            (first_step, first), (last_step, last) = curve[0], curve[-1]
-            rows.append(
-                (
-                    label,
-                    f"{number(first)} (step {first_step})",
-                    f"{number(last)} (step {last_step})",
-                )
-            )
+            ends = [f"{number(value)} (step {step})" for step, value in (curve[0], curve[-1])]
+            rows.append((label, *ends))
     return table(("", "first", "last"), rows) if rows else ""
 
 
@@ -70,27 +67,22 @@ def evaluation_table(run: RunRecord) -> str:
     rows = []
     for result in run.evaluations:
         name = FIGURES.get(result["task"], result["task"])
-        length = result.get("seq_len")
-        rows.append(
-            (
-                name,
-                str(length or ""),
-                result.get("metric", ""),
-                cell_text({"stderr": None, **result}),
-            )
-        )
+        length = str(result.get("seq_len") or "")
+        score = cell_text({"stderr": None, **result})
+        rows.append((name, length, result.get("metric", ""), score))
     return table(("task", "length", "metric", "score"), rows) if rows else ""
+
+
+def folded(title: str, text: str) -> str:
+    """A text that a click unfolds."""
+    summary = f"<summary>{escape(title)}</summary>"
+    return f"<details>{summary}<pre>{escape(text)}</pre></details>"
 
 
 def environment(run: RunRecord) -> str:
     facts = run.facts
-    versions = [
-        (package, version or "not installed")
-        for package, version in facts.get(
-            "versions",
-            {},
-        ).items()
-    ]
+    packages = facts.get("versions", {})
+    versions = [(package, version or "not installed") for package, version in packages.items()]
     rows = [
         ("started", str(facts.get("started"))),
         ("commit", facts.get("git") or "unknown"),
@@ -98,8 +90,8 @@ def environment(run: RunRecord) -> str:
         *versions,
     ]
     command = " ".join(facts.get("command", []))
-    config = f"<details><summary>Resolved config</summary><pre>{escape(dump_config(run.config))}</pre></details>"
-    return f"<pre>{escape(command)}</pre>{table(('', ''), rows, 'text')}{config}"
+    config = folded("Resolved config", dump_config(run.config))
+    return f"<pre>{escape(command)}</pre>" + table(("", ""), rows, "text") + config
 
 
 def initialisation(run: RunRecord) -> str:
@@ -107,8 +99,7 @@ def initialisation(run: RunRecord) -> str:
     file = run.folder / INIT_REPORT
     if not file.is_file():
         return ""
-    text = json.dumps(json.loads(file.read_text()), indent=1)
-    return f"<details><summary>init_report.json</summary><pre>{escape(text)}</pre></details>"
+    return folded(INIT_REPORT, json.dumps(json.loads(file.read_text()), indent=1))
 
 
 def samples_section(samples: list[tuple[str, str]]) -> str:
