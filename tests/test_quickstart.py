@@ -37,7 +37,7 @@ def quickstart(out, *arguments):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
 
 
