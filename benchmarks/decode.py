@@ -153,15 +153,22 @@ def table(rows: list[dict]) -> str:
         "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        head = f"| {row['model']} | {row['context']:,} | {row['batch_size']} | "
+        cells = [row["model"], f"{row['context']:,}", f"{row['batch_size']}"]
         if "decode" not in row:
-            lines.append(head + "out of memory | | | | | | | |")
+            lines.append(f"| {' | '.join(cells)} | out of memory | | | | | | | |")
             continue
-        peak = f"{row['peak'] / 2**30:.1f}" if row["peak"] else ""
-        alone = f"{row['alone']:.2f}" if row["alone"] else ""
-        speed = f"{row['prefill']:,.0f} | {row['decode']:,.1f} | {row['ms']:.2f} | {alone}"
-        moved = f"{row['bytes'] / 1e9:.2f} | {row['bytes'] / row['ms'] / 1e9:.2f}"
-        lines.append(head + f"{speed} | {moved} | {row['cache'] / 2**20:,.1f} | {peak} |")
+        gigabytes = row["bytes"] / 1e9
+        cells += [
+            f"{row['prefill']:,.0f}",
+            f"{row['decode']:,.1f}",
+            f"{row['ms']:.2f}",
+            f"{row['alone']:.2f}" if row["alone"] else "",
+            f"{gigabytes:.2f}",
+            f"{gigabytes / row['ms']:.2f}",
+            f"{row['cache'] / 2**20:,.1f}",
+            f"{row['peak'] / 2**30:.1f}" if row["peak"] else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
