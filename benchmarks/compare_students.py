@@ -7,8 +7,9 @@
 Each run is stage 1 of the all-linear student, then stage 2 of a hybrid that keeps evenly spaced layers. Its figures, on
 held-out text and tasks, lie in <output_dir>/runs/<student>-seed<N>.json; run again, the command does only what is missing, and
 --shard I/N does a part of it, for several processes at once. The table, of means and half ranges over seeds, is printed
-and written to students.md, all runs with their settings to students.json (docs/students.json: those of the README). `NAME+calibrated` starts as with train.calibrate_init. Students within the best one's spread are
-marked as ties with it.
+and written to students.md, their recall is plotted in students.png, and all runs with their settings go to students.json
+(docs/students.json: those of the documentation). `NAME+calibrated` starts as with train.calibrate_init. Students within the
+best one's spread are marked as ties with it.
 """
 
 from __future__ import annotations
@@ -16,28 +17,37 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import time
 from pathlib import Path
 
 from runtime.command import run_main
 from runtime.data import load_tokenizer, open_chunks_for
 
+import matplotlib
 import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
 
 from benchmarks.training import stage_1, stage_2
 from convert import load_teacher
 from convert.export_native import native_export_refusal
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate
 from layer_selection.ranking import budget, evenly_spaced
-from layer_selection.tasks import RECALL_TASKS, answer_accuracy
 from quickstart.report import alignment, measure
 from quickstart.train_teacher import token_ids
+from recall_tasks import RECALL_TASKS, answer_accuracy
 
 OPTIONS = {"swa_v1": {"window_size": 64}}  # its default sees all of a chunk
 CALIBRATED, CALIBRATION_BATCHES, STATE_LENGTH = "+calibrated", 8, 256
 QUESTIONS = 64  # documents of each task
+RECALL_SERIES = [
+    ("all_linear_recall", "all-linear, after stage 1", "#c98a2b"),
+    ("associative_recall", "hybrid, after stage 2", "#3f6fb5"),
+]
 
 
 @torch.no_grad()
@@ -175,25 +185,27 @@ def spread(values: list[float], digits: int, percent: bool = False) -> str:
     return f"{mean * scale:.{digits}f} ± {half * scale:.{digits}f}"
 
 
-def table(runs: list[dict], stage1_steps: int) -> str:
-    """A Markdown table, lowest KL after stage 2 first; * marks the best and those whose range
-    touches the best one's."""
+def by_student(runs: list[dict]) -> dict[str, list[dict]]:
+    """The runs of each student, lowest mean KL after stage 2 first."""
     students: dict[str, list[dict]] = {}
     for run in runs:
         students.setdefault(run["student"], []).append(run)
+    order = sorted(students, key=lambda name: statistics.fmean(run["kl"] for run in students[name]))
+    return {name: students[name] for name in order}
 
-    def mean(name: str, key: str = "kl") -> float:
-        return sum(run[key] for run in students[name]) / len(students[name])
 
-    order = sorted(students, key=mean)
-    highest = max(run["kl"] for run in students[order[0]])
+def table(runs: list[dict], stage1_steps: int) -> str:
+    """A Markdown table, lowest KL after stage 2 first; * marks the best and those whose range
+    touches the best one's."""
+    students = by_student(runs)
+    best = next(iter(students.values()))
+    highest = max(run["kl"] for run in best)
     lines = [
-        "| student | alignment error | KL, half of stage 1 | after stage 1 | after stage 2 | recall | two hops | copying | "
-        "state a layer | parameters a layer | native export |",
+        "| student | alignment error | KL, half of stage 1 | after stage 1 | after stage 2 | recall | two-hop recall | copying | "
+        "state per layer | parameters per layer | native export |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|:--|",
     ]
-    for name in order:
-        runs = students[name]
+    for name, runs in students.items():
         column = {key: [run[key] for run in runs] for key in runs[0] if key != "student"}
         tie = " *" if min(column["kl"]) <= highest else ""
         grows = " at 256 tokens, grows" if runs[0]["state_grows"] else ""
@@ -206,6 +218,35 @@ def table(runs: list[dict], stage1_steps: int) -> str:
             f"{'yes' if runs[0]['native_export'] else ''} |"
         )
     return "\n".join(lines)
+
+
+def plot(runs: list[dict], path: Path) -> None:
+    """Associative recall of each student, all-linear and as a hybrid.
+
+    A dot is the mean over the seeds, the bar behind it their range.
+    """
+    students = by_student(runs)
+    names = list(students)[::-1]  # the first is drawn at the bottom
+    figure, axis = pyplot.subplots(figsize=(8, 1 + 0.24 * len(names)), layout="constrained")
+    for place, name in enumerate(names):
+        means = []
+        for key, label, colour in RECALL_SERIES:
+            values = [100 * run[key] for run in students[name]]
+            means.append(statistics.fmean(values))
+            axis.barh(place, max(values) - min(values), 0.28, min(values), color=colour, alpha=0.45)
+            axis.plot(means[-1], place, "o", color=colour, label=None if place else label)
+        axis.plot(means, [place, place], color="gray", linewidth=1, zorder=0)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlim=(-2, 102), ylim=(-0.7, len(names) - 0.3))
+    axis.set_xlabel("associative recall, % of answers that are correct")
+    axis.set_title("Recall lost by linear attention, and restored by the kept layers", loc="left")
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    if names:
+        axis.legend(loc="lower right")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def stored(settings: dict, runs: list[dict]) -> str:
@@ -285,6 +326,7 @@ def main() -> None:
         text += f"\n\n{len(wanted) - len(runs)} of {len(wanted)} runs are missing."
     (args.output_dir / "students.md").write_text(text + "\n")
     (args.output_dir / "students.json").write_text(stored(settings, runs))
+    plot(runs, args.output_dir / "students.png")
     print(text)
 
 

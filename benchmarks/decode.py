@@ -1,9 +1,9 @@
 """Prefill and decode speed of a teacher, a hybrid of its shape, and that hybrid with FLA's own
 decoding, in one run.
 
-    python benchmarks/decode.py --shape qwen2.5-1.5b --kept 7 --output_dir decode_out python
-    benchmarks/decode.py --shape qwen2.5-0.5b --layers 4 --kept 1 --contexts 256 1024
-    --batch_sizes 1 2   # a CPU
+    python benchmarks/decode.py --shape qwen2.5-1.5b --kept 7 --output_dir decode_out
+    # on a CPU:
+    python benchmarks/decode.py --shape qwen2.5-0.5b --layers 4 --kept 1 --contexts 256 1024 --batch_sizes 1 2
 
 Random weights of a published shape and random prompts, through `generate`, greedily. Teacher (all
 layers kept) and hybrid decode with cache_implementation="static", on a GPU one CUDA graph replay
@@ -25,6 +25,7 @@ import json
 import statistics
 import sys
 import time
+from itertools import cycle
 from pathlib import Path
 
 from runtime.command import run_main
@@ -47,6 +48,7 @@ WARM = 4  # tokens whose times do not count
 TEACHER = "teacher"
 HYBRID = "hybrid"
 LOOP = "hybrid, FLA's loop"
+COLOURS = ("#c98a2b", "#3f6fb5", "#5a9367", "#8250df")  # of the batch sizes
 
 
 class Clock(LogitsProcessor):
@@ -172,60 +174,75 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def ratios(rows: list[dict]) -> list[str]:
-    """The hybrid's cache and speed relative to the teacher's, and to FLA's loop, wherever both were
-    measured."""
+def compared(rows: list[dict]) -> list[dict]:
+    """The hybrid beside the teacher, for each context and batch size at which both were measured."""
     found = {(row["model"], row["context"], row["batch_size"]): row for row in rows if "decode" in row}
-    lines = []
-    for (model, context, batch_size), row in found.items():
-        if model != HYBRID:
-            continue
-        where = f"context {context:,}, batch {batch_size}"
+    points = []
+    for (model, context, batch_size), hybrid in found.items():
         teacher = found.get((TEACHER, context, batch_size))
-        loop = found.get((LOOP, context, batch_size))
-        if teacher:
-            cache_share = row["cache"] / teacher["cache"]
-            speed_up = row["decode"] / teacher["decode"]
-            roofline = teacher["bytes"] / row["bytes"]
-            lines.append(
-                f"{where}: cache {cache_share:.1%} of the teacher's, {speed_up:.2f} times its tokens/s; "
-                f"the bytes of a token allow {roofline:.2f}"
-            )
-        if loop:
-            lines.append(f"{where}: {row['decode'] / loop['decode']:.2f} times the tokens/s of FLA's loop")
+        if model == HYBRID and teacher:
+            point = {
+                "batch_size": batch_size,
+                "context": context,
+                "speed_up": hybrid["decode"] / teacher["decode"],
+                "roofline_speed_up": teacher["bytes"] / hybrid["bytes"],
+                "cache_share": hybrid["cache"] / teacher["cache"],
+            }
+            if loop := found.get((LOOP, context, batch_size)):
+                point["speed_up_over_loop"] = hybrid["decode"] / loop["decode"]
+            points.append(point)
+    return points
+
+
+def ratios(points: list[dict]) -> list[str]:
+    """A line for each of the hybrid's figures relative to the teacher and to FLA's loop."""
+    lines = []
+    for point in points:
+        where = f"context {point['context']:,}, batch {point['batch_size']}"
+        lines.append(
+            f"{where}: cache {point['cache_share']:.1%} of the teacher's, "
+            f"{point['speed_up']:.2f} times its tokens/s; roofline {point['roofline_speed_up']:.2f}"
+        )
+        if "speed_up_over_loop" in point:
+            lines.append(f"{where}: {point['speed_up_over_loop']:.2f} times the tokens/s of FLA's loop")
     return lines
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Decode tokens/s and bytes of the cache over the context."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    series: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if "decode" in row:
-            series.setdefault((row["batch_size"], row["model"]), []).append(row)
-    colours = {TEACHER: "C3", HYBRID: "C0", LOOP: "C7"}
-    styles = ["-", "--", ":", "-."]
-    batch_sizes = sorted({batch_size for batch_size, _ in series})
-    for (batch_size, model), points in series.items():
-        how = dict(
-            color=colours[model],
-            linestyle=styles[batch_sizes.index(batch_size) % len(styles)],
-            marker="o",
-            markersize=3,
-        )
-        contexts = [p["context"] for p in points]
-        axes[0].plot(contexts, [p["decode"] for p in points], label=f"{model}, batch {batch_size}", **how)
-        if model != LOOP:
-            axes[1].plot(contexts, [p["cache"] / 2**20 for p in points], **how)
-    contexts = sorted({row["context"] for row in rows})
-    for axis, label in zip(axes, ("decode tokens/s", "cache MiB")):
-        axis.set(xlabel="context", ylabel=label, xscale="log", yscale="log")
-        axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    figure.legend(loc="outside right", fontsize=8)
+def plot(points: list[dict], path: Path) -> None:
+    """The hybrid's decoding speed-up and its share of the teacher's cache, over the context."""
+    figure, (speed, cache) = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for colour, batch_size in zip(cycle(COLOURS), sorted({point["batch_size"] for point in points})):
+        own = [point for point in points if point["batch_size"] == batch_size]
+        own.sort(key=lambda point: point["context"])
+        contexts = [point["context"] for point in own]
+        label = f"batch {batch_size}"
+        speed.plot(contexts, [point["speed_up"] for point in own], "o-", color=colour, label=label)
+        roofline = [point["roofline_speed_up"] for point in own]
+        speed.plot(contexts, roofline, ":", color=colour, label=f"{label}, roofline")
+        # The share is the same for every batch size.
+        cache.plot(contexts, [100 * point["cache_share"] for point in own], "o-", color="dimgray")
+    speed.axhline(1, color="gray", linewidth=1)
+    speed.set_title("Decoding speed-up over the teacher", loc="left")
+    cache.set_title("Hybrid's cache, % of the teacher's", loc="left")
+    cache.set_ylim(top=100)
+    for axis in (speed, cache):
+        _context_axis(axis, sorted({point["context"] for point in points}))
+    if points:
+        speed.legend(loc="lower right", ncols=2, fontsize=9)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _context_axis(axis, contexts: list[int]) -> None:
+    """Linear axes from 0; labels at those of the contexts that lie apart."""
+    labelled = [context for context in contexts if context > 0.05 * contexts[-1]]
+    names = [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in labelled]
+    axis.set_xlabel("context, tokens")
+    axis.set_xticks(labelled, names)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -279,13 +296,14 @@ def main(argv: list[str] | None = None) -> None:
         f"{device_name}, torch {torch.__version__}, {dtype}; "
         f"{args.shape}, {layers} layers, {args.student}, {args.kept} kept"
     )
-    text = "\n".join([setup, "", table(rows), "", *ratios(rows)])
+    points = compared(rows)
+    text = "\n".join([setup, "", table(rows), "", *ratios(points)])
     print(text)
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         (args.output_dir / "decode.md").write_text(text + "\n")
         (args.output_dir / "decode.json").write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
-        plot(rows, args.output_dir / "decode.png")
+        plot(points, args.output_dir / "decode.png")
 
 
 if __name__ == "__main__":
