@@ -1,4 +1,5 @@
-"""Configs: every shipped file parses, users' files load unchanged, bad input ends in one line that names the key."""
+"""Configs: every shipped file parses, users' files load unchanged, bad input ends in one line that
+names the key."""
 
 import json
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_bad_input(tmp_path, override):
     assert "\n" not in str(error.value)
 
 
-def test_an_offloaded_teacher_is_a_sharded_one(tmp_path):
+def test_an_offloaded_teacher_must_be_sharded(tmp_path):
     load(tmp_path, "train.kd_teacher_offload=cpu")
     with pytest.raises(
         ConfigError,

@@ -1,4 +1,5 @@
-"""FLOPs of a training step against PyTorch's own count of the operations that run, and the throughput in the logs."""
+"""FLOPs of a training step against PyTorch's own count of the operations that run, and the
+throughput in the logs."""
 
 from types import SimpleNamespace
 
@@ -42,8 +43,8 @@ def count(step, only=None) -> float:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_finetuning_takes_what_runs(tied):
-    """Of a softmax model, whose every operation PyTorch counts. Logits are made whole here: the fused head
-    computes some of them again, which is no FLOP of the model."""
+    """Of a softmax model, whose every operation PyTorch counts. Logits are made whole here: the
+    fused head computes some of them again, which is no FLOP of the model."""
     model = model_of(tie_word_embeddings=tied)
     ids = torch.randint(0, 100, (ROWS, LENGTH))
 
@@ -79,8 +80,8 @@ def test_gemms_of_a_hybrid(name):
 
 
 def test_alignment_takes_what_runs():
-    """The teacher's blocks without lm_head and the last MLP; students forward and backward. The gates
-    that read what o_proj reads are projections of the input, whose gradient nobody needs."""
+    """The teacher's blocks without lm_head and the last MLP; students forward and backward. The
+    gates that read what o_proj reads are projections of the input, whose gradient nobody needs."""
     teacher = model_of()
     student = StudentForCausalLM.from_teacher(teacher, "gdn_v4")[0]
     model = AttentionAlignmentModel(teacher, student).train()
@@ -163,7 +164,8 @@ def test_throughput_of_known_times(clock, peak):
 
 
 def test_time_left_after_a_resume(monkeypatch):
-    """Step 91 to 100 of 100, a second each: the 90 steps of the process before are no part of the rate."""
+    """Step 91 to 100 of 100, a second each: the 90 steps of the process before are no part of the
+    rate."""
     import tqdm.std
 
     now = SimpleNamespace(value=0.0)
