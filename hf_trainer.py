@@ -152,7 +152,7 @@ class Throughput(TrainerCallback):
         self.begin = time.perf_counter()
 
     def figures(self) -> dict[str, float]:
-        """tokens_per_second and, where the peak is known, mfu; starts counting anew."""
+        """tokens_per_second and, where the peak is known, mfu; resets the counters."""
         tokens_per_second = self.steps * self.tokens_per_step / self.seconds
         self.steps = 0
         self.seconds = 0.0

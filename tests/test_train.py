@@ -1068,7 +1068,7 @@ def test_bad_input_ends_in_one_line(stages, tmp_path, monkeypatch, teacher_dir, 
         ({}, None),
         (
             {"student_name": "gdn_v3"},
-            "has student_name 'gdn_v3', this run 'gdn_v4'; use one of its own kind",
+            "has student_name 'gdn_v3', this run 'gdn_v4'; use one that matches",
         ),
         (
             {"student_name": None, "keep_full_attention_layers": [0, 1, 2, 3]},
