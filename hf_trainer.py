@@ -27,7 +27,7 @@ from transformers.integrations import WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cuda_graphs import GraphedForward, switch_off_all
-from distill_model import StudentForCausalLM
+from distill_model import DistillationLoss, StudentForCausalLM
 
 # What the progress bar shows, and how.
 BAR_FORMATS = {
@@ -564,22 +564,18 @@ class KDTrainer(StageTrainer):
     ):
         super().__init__(*args, **kwargs)
         self.teacher = teacher
-        self.loss_options = {
-            "kl_temperature": kl_temperature,
-            "kl_weight": kl_weight,
-            "ce_weight": ce_weight,
-        }
+        self.distillation = DistillationLoss(kl_temperature, kl_weight, ce_weight)
 
     def forward_loss(self, model, inputs):
         hidden_states = self.teacher.hidden_states(inputs["input_ids"])
         with self.teacher.gathered_head():
             return model(
                 **inputs,
-                labels=inputs["input_ids"] if self.loss_options["ce_weight"] else None,
+                labels=inputs["input_ids"] if self.distillation.ce_weight else None,
                 teacher_hidden_states=hidden_states,
                 teacher_head_weight=self.teacher.head_weight,
+                distillation=self.distillation,
                 use_cache=False,
-                **self.loss_options,
             )["loss"]
 
 

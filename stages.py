@@ -99,7 +99,7 @@ def logit_stage(cfg: Config, model: StudentForCausalLM, teacher: StudentForCausa
     from hf_trainer import FinetuneTrainer, KDTrainer
 
     train = cfg.train
-    checkpoint_activations(model, train.gradient_checkpointing)
+    model.set_activation_checkpointing(train.gradient_checkpointing)
     flops = training_flops_per_token(model, train.train_seq_len, teacher)
     if teacher is None:
         return Stage(model, FinetuneTrainer, flops)
@@ -208,18 +208,6 @@ def with_calibrated(init_report: dict[int, dict], fitted: dict[int, list[str]]) 
         for origin in ("copied", "transformed", "fresh"):
             updated[layer][origin] = [name for name in report[origin] if name not in fitted[layer]]
     return updated
-
-
-def checkpoint_activations(model: StudentForCausalLM, mode: bool | str) -> None:
-    """Sets activation checkpointing of a hybrid, as train.gradient_checkpointing says: off, "mlp",
-    or whole layers (True)."""
-    if mode is True:
-        # Nothing in the layers is random, so no random state needs to be restored.
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    else:
-        model.gradient_checkpointing_disable()
-    for block in model.model.layers:
-        block.mlp.checkpointed = mode == "mlp"
 
 
 # ------------------------------------------------------------------------ engines

@@ -25,7 +25,7 @@ import stages
 import train
 from convert import load_teacher, load_teacher_config
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
-from distill_model import StudentConfig, StudentForCausalLM
+from distill_model import DistillationLoss, StudentConfig, StudentForCausalLM
 
 ROOT = Path(__file__).parents[1]
 
@@ -253,7 +253,7 @@ def test_parameters_are_the_models_own_again(model):
     "changes, message",
     [
         ({"use_cache": True}, "recorded with use_cache False, and is called with use_cache True"),
-        ({"ce_weight": 0.5}, "ce_weight"),
+        ({"distillation": DistillationLoss(ce_weight=0.5)}, "ce_weight"),
         (inputs(1), r"recorded with input_ids \(2, 9\)"),
     ],
 )

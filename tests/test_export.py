@@ -1,4 +1,5 @@
-"""The exported folder in the hands of somebody who has nothing of ours: four packages and what those need, any directory."""
+"""An exported folder in an environment without this project: four packages and their
+requirements, any directory."""
 
 import importlib.metadata
 import os
@@ -10,19 +11,22 @@ import pytest
 import torch
 from conftest import random_teacher, save_tokenizer
 from packaging.requirements import Requirement
+from safetensors.torch import load_file
 from test_model import STUDENTS, hybrid, trained
 from torch import nn
 
 from convert import load_teacher
-from distill_model import StudentForCausalLM
+from distill_model import StudentConfig, StudentForCausalLM
 
 ROOT = Path(__file__).parent.parent
+STORED = Path(__file__).parent / "data" / "export_2026"  # an export of an earlier version, with its code
 IDS = torch.arange(1, 82)[None]
 
 
 def closure(*names):
-    """The installed packages of these names and all that they require."""
-    found, queue = {}, list(names)
+    """The installed packages of these names and all of their requirements."""
+    found = {}
+    queue = list(names)
     while queue:
         name = queue.pop()
         try:
@@ -37,8 +41,8 @@ def closure(*names):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A folder that has nothing but torch, transformers, flash-linear-attention and triton to
-    import."""
+    """A folder from which only torch, transformers, flash-linear-attention, triton and their
+    requirements can be imported."""
     folder = tmp_path_factory.mktemp("bare")
     for package in closure("torch", "transformers", "flash-linear-attention", "triton"):
         for top in {Path(file).parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
@@ -77,12 +81,12 @@ def python(script, *options, cwd, **environment):
 
 @pytest.mark.parametrize("name, dtype", [("gdn_v4", torch.float32), ("path_fox_v1", torch.bfloat16)])
 def test_it_loads_in_a_bare_environment(teacher, bare, tmp_path, name, dtype):
-    """Logits, text, dtype and ties are the model's own; what it saves in turn holds the same, code
-    included."""
+    """Logits, text, dtype and tied weights equal the model's; saving it again keeps them, and the
+    code."""
     model = trained(hybrid(teacher, name)).to(dtype)
     script = f"""
 import importlib.util, torch
-for missing in ("deepspeed", "wandb", "datasets", "lm_eval", "accelerate", "distill_model", "pipeline", "convert", "pytest"):
+for missing in ("deepspeed", "wandb", "datasets", "lm_eval", "accelerate", "distill_model", "runtime", "convert", "pytest"):
     assert importlib.util.find_spec(missing) is None, missing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "given")!r})
@@ -96,7 +100,8 @@ for folder in ({str(tmp_path / "given")!r}, "again"):
 text = model.generate(**tokenizer("def f(x):", return_tensors="pt"), max_new_tokens=6, do_sample=False, pad_token_id=0)
 torch.save(text, "text.pt")
 """
-    folder, elsewhere = save(model, tmp_path / "given"), tmp_path / "elsewhere"
+    folder = save(model, tmp_path / "given")
+    elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     python(script, "-S", cwd=elsewhere, PYTHONPATH=str(bare))
     with torch.no_grad():
@@ -107,6 +112,34 @@ torch.save(text, "text.pt")
     assert torch.equal(model.generate(text[:, :-6], max_new_tokens=6, do_sample=False, pad_token_id=0), text)
     code = {file.name for file in Path(folder).glob("*.py")}
     assert code == {file.name for file in (elsewhere / "again").glob("*.py")} and "cache.py" in code
+
+
+def test_a_stored_export_loads_with_its_own_code(bare, tmp_path):
+    """Its expected logits are those of the version that wrote it."""
+    script = f"""
+import importlib.util, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+assert importlib.util.find_spec("distill_model") is None
+model = AutoModelForCausalLM.from_pretrained({str(STORED)!r}, trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules.")
+expected = load_file({str(STORED / "expected.safetensors")!r})
+with torch.no_grad():
+    torch.testing.assert_close(model(expected["input_ids"]).logits, expected["logits"])
+model.generate(expected["input_ids"], max_new_tokens=3, do_sample=False, cache_implementation="static", pad_token_id=0)
+"""
+    python(script, "-S", cwd=tmp_path, PYTHONPATH=str(bare))
+
+
+def test_a_stored_export_loads_into_todays_classes():
+    expected = load_file(STORED / "expected.safetensors")
+    model = StudentForCausalLM(StudentConfig.from_pretrained(STORED)).eval()
+    state = load_file(STORED / "model.safetensors")
+    state["lm_head.weight"] = state["model.embeddings.weight"]  # tied, and saved once
+    model.load_state_dict(state, strict=True)
+    assert model.lm_head.weight is model.model.embeddings.weight
+    with torch.no_grad():
+        torch.testing.assert_close(model(expected["input_ids"]).logits, expected["logits"])
 
 
 def test_it_loads_without_the_flag_once_our_package_is_imported(teacher, tmp_path):
@@ -123,8 +156,8 @@ assert not any(name.startswith("transformers_modules.") for name in sys.modules)
 
 
 def test_device_maps(teacher, tmp_path):
-    """On a machine without a GPU auto is the CPU; layers that lie on disk are fetched when their
-    turn comes."""
+    """Without a GPU "auto" is the CPU; layers that are offloaded to disk are loaded when
+    they run."""
     model = trained(hybrid(teacher))
     folder = save(model, tmp_path / "given")
     with torch.no_grad():
@@ -147,7 +180,7 @@ def test_device_maps(teacher, tmp_path):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A teacher that is large enough for blocks of 64 weights."""
+    """A teacher that is large enough for quantisation in blocks of 64 weights."""
     folder = tmp_path_factory.mktemp("wide")
     random_teacher(
         folder,
@@ -162,8 +195,8 @@ def wide(tmp_path_factory):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_what_bitsandbytes_would_replace(wide, name):
-    """Exactly nn.Linear: not what makes a number a head, nor a weight that a kernel reads, nor the
-    head."""
+    """Exactly nn.Linear: not the projections to one number per head, nor a weight that a kernel
+    reads, nor the output projection."""
     model = hybrid(wide, name)
     replaced = {key for key, module in model.named_modules() if type(module) is nn.Linear}
     assert {
@@ -198,7 +231,8 @@ def test_four_and_eight_bits(wide, tmp_path, name, kind):
         )
         if name == "mamba2_v1" and not torch.cuda.is_available():
             pytest.skip("its in_proj has a number of rows that bitsandbytes does not pack on a CPU")
-    model, ids = trained(hybrid(wide, name), 0.002), torch.randint(1, 96, (2, 70))
+    model = trained(hybrid(wide, name), 0.002)
+    ids = torch.randint(1, 96, (2, 70))
     model.save_pretrained(tmp_path)
     small = StudentForCausalLM.from_pretrained(tmp_path, quantization_config=settings).eval()
     with torch.no_grad():

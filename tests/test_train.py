@@ -504,7 +504,7 @@ def test_push_to_hub(stages, tmp_path, hub, monkeypatch):
         (
             (convert_ckpt, "get_token", lambda: None),
             "me/hybrid",
-            "--push-to-hub: me/hybrid: nobody is logged in; run `hf auth login`",
+            "--push-to-hub: me/hybrid: not logged in; run `hf auth login`",
         ),
         ((convert_ckpt.constants, "HF_HUB_OFFLINE", True), "me/hybrid", "HF_HUB_OFFLINE is set"),
         ((convert_ckpt, "get_token", lambda: None), "a/b/c", "a/b/c"),
@@ -744,7 +744,7 @@ def test_kernel_configs_are_not_given_to_others_of_their_name(monkeypatch):
     "module",
     [
         "chat",
-        "evaluate",
+        "evaluation.commands",
         "train",
         "quickstart.report",
         "layer_selection.scan_layers",

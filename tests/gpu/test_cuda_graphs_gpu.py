@@ -8,8 +8,7 @@ import torch
 from test_students_gpu import OPTIONS, one_config  # noqa: F401
 
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
-from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
-from stages import checkpoint_activations
+from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM
 from wrapper import AttentionAlignmentModel
 
 pytestmark = [
@@ -47,7 +46,7 @@ def train(name, stage, graphed, checkpointing=False):
     ones."""
     model, teacher = models(name, stage)
     if stage > 1:
-        checkpoint_activations(model, checkpointing)
+        model.set_activation_checkpointing(checkpointing)
     parameters = [p for p in model.parameters() if p.requires_grad]
     forward, read = model, teacher.model
     if graphed:
@@ -65,7 +64,7 @@ def train(name, stage, graphed, checkpointing=False):
             inputs |= {
                 "teacher_hidden_states": hidden,
                 "teacher_head_weight": teacher.lm_head.weight,
-                "ce_weight": 0.5,
+                "distillation": DistillationLoss(ce_weight=0.5),
             }
         loss = forward(**inputs)["loss"]
         (loss / 3).backward()  # not a power of two, so that the last bit shows where the scale enters
