@@ -468,8 +468,7 @@ class DistillTrainer(StageTrainer):
         super().log(logs, *args, **kwargs)
 
     def _layer_figures(self, training: bool) -> dict[str, float]:
-        """The mean losses and relative errors of all layers since they were last logged; starts
-        anew."""
+        """The mean losses and relative errors of all layers since the last log; resets the sums."""
         total, count = self._layers[training]
         losses, variances = self.accelerator.reduce(total / count, reduction="mean")
         errors = self.model.relative_errors(losses, variances)
