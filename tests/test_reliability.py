@@ -61,8 +61,11 @@ def test_the_deepspeed_env_is_private_and_holds_no_secret():
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("700 ") and lines[1].startswith("600 ") and lines[1].endswith("/.deepspeed_env")
-    assert lines[2].startswith("TRITON_CACHE_DIR=/tmp/triton-") and lines[3:] == [
+    assert lines[0].startswith("700 ")
+    assert lines[1].startswith("600 ")
+    assert lines[1].endswith("/.deepspeed_env")
+    assert lines[2].startswith("TRITON_CACHE_DIR=/tmp/triton-")
+    assert lines[3:] == [
         "HF_HOME=/hub",
         "WANDB_PROJECT=p",
         "MY_FLAG=1",
@@ -70,7 +73,9 @@ def test_the_deepspeed_env_is_private_and_holds_no_secret():
     ]
     assert not Path(lines[0].split()[1]).exists()
     done = shell(show, DEEPSPEED_ENV="HF_TOKEN", HF_TOKEN="hf_PLANTED")
-    assert done.returncode == 1 and "HF_TOKEN looks like a secret" in done.stderr and "PLANTED" not in done.stderr
+    assert done.returncode == 1
+    assert "HF_TOKEN looks like a secret" in done.stderr
+    assert "PLANTED" not in done.stderr
 
 
 def test_what_looks_like_a_secret():
@@ -79,11 +84,9 @@ def test_what_looks_like_a_secret():
     assert "TOKENIZERS_PARALLELISM=false\n" in shell(show, DEEPSPEED_ENV="TOKENIZERS_PARALLELISM").stdout
     for name in ("my_token", "HF_TOKEN_2", "Api_Key", "DB_PASSWD"):
         done = shell(show, DEEPSPEED_ENV=name, **{name: "PLANTED"})
-        assert (
-            done.returncode == 1
-            and f"{name} looks like a secret" in done.stderr
-            and "PLANTED" not in done.stdout + done.stderr
-        )
+        assert done.returncode == 1
+        assert f"{name} looks like a secret" in done.stderr
+        assert "PLANTED" not in done.stdout + done.stderr
 
 
 def test_jobs_do_not_share_a_folder():
@@ -122,16 +125,20 @@ with StopSignals():
     )
     end = time.monotonic() + PATIENCE
     while not (tmp_path / "ready").exists():
-        assert job.poll() is None and time.monotonic() < end
+        assert job.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
     (folder,) = (ROOT / ".launch").glob(f"*-{job.pid}")
     while not (folder / "stop").exists():
-        assert job.poll() is None and time.monotonic() < end
+        assert job.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.05)
     (tmp_path / "go").touch()
     output = job.communicate(timeout=PATIENCE)[0]
-    assert job.returncode == 75 and "SIGUSR1: stopping" in output and "not stopped" not in output
+    assert job.returncode == 75
+    assert "SIGUSR1: stopping" in output
+    assert "not stopped" not in output
     assert not folder.exists()
 
 
@@ -158,10 +165,12 @@ time.sleep(600)
     )
     end = time.monotonic() + PATIENCE
     while not (tmp_path / "ready").exists():
-        assert selection.poll() is None and time.monotonic() < end
+        assert selection.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.05)
     selection.terminate()
-    assert selection.communicate(timeout=PATIENCE)[0] == "(1, True)\n" and (tmp_path / "saved").exists()
+    assert selection.communicate(timeout=PATIENCE)[0] == "(1, True)\n"
+    assert (tmp_path / "saved").exists()
 
 
 def test_headers():
@@ -169,7 +178,8 @@ def test_headers():
     requests no GPU and no signal."""
     for script in ("stage1", "stage2", "stage3", "selection", "preprocess"):
         headers = re.findall(r"^#SBATCH --(.*)", (ROOT / f"launch_{script}.sh").read_text(), re.MULTILINE)
-        assert "requeue" in headers and "open-mode=append" in headers
+        assert "requeue" in headers
+        assert "open-mode=append" in headers
         assert any("gpu" in line for line in headers) == (script != "preprocess")
         assert ("signal=B:USR1@600" in headers) == (script != "preprocess")
 
@@ -210,7 +220,8 @@ with StopSignals():
     print("a line", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 75 and done.stdout == "SIGTERM: stopping; run the same command again\n", done
+    assert done.returncode == 75, done
+    assert done.stdout == "SIGTERM: stopping; run the same command again\n", done
 
 
 def test_python_does_not_exit_while_a_thread_uses_the_store():

@@ -103,13 +103,18 @@ def heldout(data_dir, rows=2):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_stage_runs_and_explains_itself(stages, stage):
     folder = stages / f"stage{stage}"
-    assert len(logged(folder, "loss")) == 4 and len(logged(folder, "eval_loss")) == 2
+    assert len(logged(folder, "loss")) == 4
+    assert len(logged(folder, "eval_loss")) == 2
     assert logged(folder, "eval_loss")[1] < logged(folder, "eval_loss")[0]
     rates = logged(folder, "tokens_per_second")
-    assert len(rates) == 4 and min(rates) > 0 and not logged(folder, "mfu")  # a CPU's peak is not known
+    assert len(rates) == 4
+    assert min(rates) > 0
+    assert not logged(folder, "mfu")  # a CPU's peak is not known
     assert load_config(folder / "config.yaml").stage == stage
     facts = json.loads((folder / "run.json").read_text())
-    assert facts["world_size"] == 2 and facts["versions"]["torch"] and facts["device"] == "cpu"
+    assert facts["world_size"] == 2
+    assert facts["versions"]["torch"]
+    assert facts["device"] == "cpu"
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
     for name in (
         "config.json",
@@ -124,7 +129,8 @@ def test_weights_and_biases_offline(stages):
     """conftest.py sets WANDB_MODE; the run is named after its folder."""
     (record,) = (stages / "stage1" / "wandb").glob("offline-run-*/run-*.wandb")
     content = record.read_bytes()
-    assert str(stages / "stage1").encode() in content and b"train/layer_loss/00" in content
+    assert str(stages / "stage1").encode() in content
+    assert b"train/layer_loss/00" in content
 
 
 def test_the_schedule_is_ours(stages):
@@ -301,7 +307,8 @@ def test_the_export_script_gives_what_training_exported(stages, tmp_path, monkey
     convert_ckpt.main([*options, "--checkpoint", str(folder / "checkpoint-2")])
     half = StudentForCausalLM.from_pretrained(folder / "converted-hf")
     moved = [not torch.equal(a, b) for a, b in zip(half.state_dict().values(), trained.state_dict().values())]
-    assert any(moved) and json.loads((folder / "converted-hf/training.json").read_text())["stages"][-1]["steps"] == 2
+    assert any(moved)
+    assert json.loads((folder / "converted-hf/training.json").read_text())["stages"][-1]["steps"] == 2
 
 
 def test_the_card_describes_all_stages(stages, teacher_dir, tmp_path):
@@ -315,19 +322,22 @@ def test_the_card_describes_all_stages(stages, teacher_dir, tmp_path):
         "keep_full_attention_layers": KEPT,
     }
     card, body = ModelCard.load(folder / "README.md"), (folder / "README.md").read_text()
-    assert card.data.license == "cc-by-4.0" and "gdn_v4" in card.data.tags and "its licence (cc-by-4.0) holds" in body
-    assert (
-        card.data.base_model is None
-        and Path(teacher_dir).name in body
-        and str(stages) not in body + json.dumps(history)
-    )
+    assert card.data.license == "cc-by-4.0"
+    assert "gdn_v4" in card.data.tags
+    assert "its licence (cc-by-4.0) holds" in body
+    assert card.data.base_model is None
+    assert Path(teacher_dir).name in body
+    assert str(stages) not in body + json.dumps(history)
     for number, record in enumerate(history["stages"], 1):
         losses, heldout = (logged(stages / f"stage{number}", name) for name in ("loss", "eval_loss"))
-        assert record["loss"] == [losses[0], losses[-1]] and record["heldout_loss"] == [
+        assert record["loss"] == [losses[0], losses[-1]]
+        assert record["heldout_loss"] == [
             heldout[0],
             heldout[-1],
         ]
-        assert record["tokens"] == 4 * 4 * LENGTH and record["versions"]["torch"] and record["world_size"] == 2
+        assert record["tokens"] == 4 * 4 * LENGTH
+        assert record["versions"]["torch"]
+        assert record["world_size"] == 2
         assert (
             f"| {record['objective']} | {losses[0]:.4g} → {losses[-1]:.4g} | {heldout[0]:.4g} → {heldout[-1]:.4g} |"
             in body
@@ -349,9 +359,9 @@ def test_the_card_describes_all_stages(stages, teacher_dir, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and done.stdout.startswith("def main(") and "[y/N]" not in done.stdout + done.stderr, (
-        done.stderr
-    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def main("), done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr, done.stderr
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",
@@ -366,7 +376,9 @@ def test_the_record_of_a_checkpoint_before_the_first_evaluation(stages):
     """Its only held-out loss is the one before training."""
     record = stage_record(load_config(stages / "stage2.yaml"), stages / "stage2" / "checkpoint-2")
     before = logged(stages / "stage2", "eval_loss")[0]
-    assert record["steps"] == 2 and record["heldout_loss"] == [before, None] and all(record["loss"])
+    assert record["steps"] == 2
+    assert record["heldout_loss"] == [before, None]
+    assert all(record["loss"])
 
 
 def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
@@ -415,7 +427,8 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
         (folder.parent / name / "results.json").write_text(json.dumps(record))
     write_card(cfg, folder.parent / "checkpoint-8", folder, config)
     body, data = (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
-    assert data.base_model == "owner/teacher" and (data.license, data.license_name) == (
+    assert data.base_model == "owner/teacher"
+    assert (data.license, data.license_name) == (
         "other",
         "llama3.2",
     )
@@ -430,14 +443,14 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
         "0.5 x KL to the teacher (temperature 1) + 0.25 x cross-entropy",
     ):
         assert line in body, line
-    assert (
-        not any(word in body for word in ("8192", "mmlu", "piqa", "winogrande", "openbookqa"))
-        and "trust_remote_code=True" in body
-    )
+    assert not any(word in body for word in ("8192", "mmlu", "piqa", "winogrande", "openbookqa"))
+    assert "trust_remote_code=True" in body
     (tmp_path / "native").mkdir()
     write_native_card(folder, tmp_path / "native", "Qwen3_5ForCausalLM")
     native = (tmp_path / "native" / "README.md").read_text()
-    assert "trust_remote_code" not in native and "`Qwen3_5ForCausalLM`" in native and "| arc_easy |  | acc |" in native
+    assert "trust_remote_code" not in native
+    assert "`Qwen3_5ForCausalLM`" in native
+    assert "| arc_easy |  | acc |" in native
 
 
 @pytest.mark.parametrize("theirs", ["# no metadata", "---\n: [\n---\n", None])
@@ -483,7 +496,9 @@ def test_push_to_hub(stages, tmp_path, hub, monkeypatch):
         "--push-to-hub",
     ]
     convert_ckpt.main([*options, "me/hybrid"])
-    assert hub[0] == ("me/hybrid", {"exist_ok": True}) and hub[1][0] == "me/hybrid" and len(hub) == 2
+    assert hub[0] == ("me/hybrid", {"exist_ok": True})
+    assert hub[1][0] == "me/hybrid"
+    assert len(hub) == 2
     assert {
         "README.md",
         "training.json",
@@ -561,10 +576,13 @@ def test_the_process_environment(tmp_path, monkeypatch):
         ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
     ):
         monkeypatch.setattr(os, "environ", {"TRITON_CACHE_DIR": str(tmp_path)} | launched)
-        assert set_up_process() == expected and os.environ["TRITON_CACHE_DIR"] == str(tmp_path / f"rank{expected[0]}")
-    assert not wandb_wanted("auto") and wandb_wanted("wandb")
+        assert set_up_process() == expected
+        assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / f"rank{expected[0]}")
+    assert not wandb_wanted("auto")
+    assert wandb_wanted("wandb")
     os.environ["WANDB_MODE"] = "offline"
-    assert wandb_wanted("auto") and not wandb_wanted("none")
+    assert wandb_wanted("auto")
+    assert not wandb_wanted("none")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not wandb_wanted("auto")
     with pytest.raises(ValueError, match="train.report_to: wandb is not installed"):
@@ -603,7 +621,8 @@ def test_every_student_goes_through_both_stages(tmp_path, teacher_dir, data_dir,
         losses = logged(tmp_path / f"stage{stage}", "eval_loss")
         assert losses[-1] < losses[0]
     report = json.loads((tmp_path / "stage1" / "init_report.json").read_text())
-    assert list(report) == [str(i) for i in range(SHAPE["num_hidden_layers"])] and report["0"]["copied"]
+    assert list(report) == [str(i) for i in range(SHAPE["num_hidden_layers"])]
+    assert report["0"]["copied"]
     model = StudentForCausalLM.from_pretrained(tmp_path / "stage2" / "converted-hf")
     ids = heldout(data_dir)[:, :9]
     tokens = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -626,7 +645,8 @@ def test_the_report_has_what_calibration_changed(tmp_path, teacher_dir, data_dir
         report = init_report[layer]
         parameters = student.named_parameters()
         changed = {name for name, p in parameters if not torch.equal(p, before[layer][name])}
-        assert changed and set(report["calibrated"]) == changed
+        assert changed
+        assert set(report["calibrated"]) == changed
         tensors = [n for kind in ("copied", "transformed", "fresh", "calibrated") for n in report[kind]]
         assert sorted(tensors) == sorted(before[layer])
 
@@ -642,7 +662,8 @@ def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir, capfd):
     losses.append(model(test)["loss"].item())
     pattern = r"calibrated on 256 tokens: alignment loss (\S+) -> (\S+) on ([\d,]+) held-out tokens"
     *reported, tokens = re.fullmatch(pattern, said[-1]).groups()
-    assert [float(x) for x in reported] == pytest.approx(losses, rel=1e-3) and losses[1] < 0.9 * losses[0]
+    assert [float(x) for x in reported] == pytest.approx(losses, rel=1e-3)
+    assert losses[1] < 0.9 * losses[0]
     assert int(tokens.replace(",", "")) == test.numel()
     assert "calibrating: 100%" in capfd.readouterr().err
 
@@ -661,7 +682,8 @@ def test_calibration_on_fewer_tokens_than_inputs_is_warned_of(tmp_path, teacher_
         prepare(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=batches), "--dry-run")
         out = capsys.readouterr().out
         said = "warning: train.calibrate_init: 1 is 32 tokens, fewer than the 64 inputs to fit"
-        assert (said in out and "set it to 2 or more\n" in out) == warned and ("warning" in out) == warned
+        assert (said in out and "set it to 2 or more\n" in out) == warned
+        assert ("warning" in out) == warned
 
 
 def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
@@ -670,7 +692,8 @@ def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
     with pytest.raises(RuntimeError, match="Missing key|Unexpected key|size mismatch"):
         export_checkpoint(cfg, tmp_path / "stage2" / "checkpoint-4", tmp_path / "stage2" / "converted-hf")
     names = {path.name for path in (tmp_path / "stage2").iterdir()}
-    assert "converted-hf" in names and not any(name.startswith(".") for name in names)
+    assert "converted-hf" in names
+    assert not any(name.startswith(".") for name in names)
     assert StudentForCausalLM.from_pretrained(tmp_path / "stage2" / "converted-hf")
 
 
@@ -702,7 +725,8 @@ def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
     monkeypatch.delenv("FLA_CACHE_MODE")
     environment.use_kernel_configs()
     folder = Path(os.environ.pop("FLA_CONFIG_DIR"))
-    assert os.environ.pop("FLA_CACHE_MODE") == "fuzzy" and folder == ROOT / "runtime" / "kernel_configs" / "sm_90"
+    assert os.environ.pop("FLA_CACHE_MODE") == "fuzzy"
+    assert folder == ROOT / "runtime" / "kernel_configs" / "sm_90"
     for file in folder.iterdir():
         for entry in json.loads(file.read_text())["autotune_entries"].values():
             assert {"kwargs", "num_warps", "num_stages", "num_ctas"} <= entry["config"].keys()
@@ -733,10 +757,10 @@ def test_kernel_configs_are_not_given_to_others_of_their_name(monkeypatch):
     for name in ("prepare_wy_repr_bwd_kernel", "recompute_w_u_fwd_kernel"):
         (entry,) = json.loads((KERNEL_CONFIGS / "sm_90" / f"{name}.json").read_text())["autotune_entries"].values()
         ours, theirs = (key_of(getattr(module, name), "torch.bfloat16") for module in (gated_delta, delta))
-        assert len(ours) == len(entry["autotune_key"]) and cache.load_cached_config(
-            name, cache.AutotuneKey(tuple(entry["autotune_key"]))
-        )
-        assert len(theirs) != len(ours) and cache.load_cached_config(name, cache.AutotuneKey(tuple(theirs))) is None
+        assert len(ours) == len(entry["autotune_key"])
+        assert cache.load_cached_config(name, cache.AutotuneKey(tuple(entry["autotune_key"])))
+        assert len(theirs) != len(ours)
+        assert cache.load_cached_config(name, cache.AutotuneKey(tuple(theirs))) is None
 
 
 @pytest.mark.slow
@@ -917,7 +941,8 @@ def test_only_matrices_decay(teacher_dir, tmp_path, data_dir, name, vectors):
     model = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), name)[0]
     decay = {id(p): group.weight_decay for group in optim.parameter_groups(model, cfg) for p in group.params}
     found = dict(model.model.layers[0].attn.named_parameters())
-    assert vectors <= found.keys() and all(decay[id(found[parameter])] == 0 for parameter in vectors)
+    assert vectors <= found.keys()
+    assert all(decay[id(found[parameter])] == 0 for parameter in vectors)
     assert all(
         decay[id(parameter)] == 0.1 for parameter in found.values() if sum(size > 8 for size in parameter.shape) > 1
     )
@@ -956,7 +981,8 @@ def test_the_schedule_reaches_its_floor(tmp_path, teacher_dir, data_dir):
             optimizer.step()
             scheduler.step()
         assert 0 < rates[0] < rates[4] < rates[5] == 4e-3
-        assert rates[100] == pytest.approx(end) and sum(rates[52:54]) / 2 == pytest.approx(middle, rel=1e-2)
+        assert rates[100] == pytest.approx(end)
+        assert sum(rates[52:54]) / 2 == pytest.approx(middle, rel=1e-2)
 
 
 def test_dry_run_writes_nothing(tmp_path, teacher_dir, data_dir, capsys, monkeypatch):
@@ -981,11 +1007,9 @@ def test_a_dry_run_warns_about_data_and_options(tmp_path, teacher_dir, data_dir,
     few, many = chunks, chunks + 1  # steps of 4 sequences
     prepare(config, "--dry-run", f"train.max_steps={few}", "train.add_eos_token=true")
     out = capsys.readouterr().out
-    assert (
-        f"data: {chunks} chunks for {4 * few:,} sequences: 4.0 epochs" in out
-        and "warning" not in out
-        and "has no effect" not in out
-    )
+    assert f"data: {chunks} chunks for {4 * few:,} sequences: 4.0 epochs" in out
+    assert "warning" not in out
+    assert "has no effect" not in out
     prepare(
         config,
         "--dry-run",
@@ -1059,7 +1083,8 @@ def test_bad_input_ends_in_one_line(stages, tmp_path, monkeypatch, teacher_dir, 
     overrides = [overrides] if "{" in overrides else overrides.split()
     with pytest.raises(ValueError, match=BAD[" ".join(overrides)]) as error:
         prepare(file, *overrides)
-    assert "\n" not in str(error.value) and not (tmp_path / "stage2").exists()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "stage2").exists()
 
 
 @pytest.mark.parametrize(
@@ -1111,7 +1136,8 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path, teacher_dir, change, me
         return preflight.check_models(cfg)
     with pytest.raises(ValueError, match=message) as error:
         preflight.check_models(cfg)
-    assert "\n" not in str(error.value) and str(error.value).startswith(f"train.student_init_ckpt: {folder}")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"train.student_init_ckpt: {folder}")
 
 
 def test_the_script_exits_non_zero_with_one_line(tmp_path, teacher_dir, data_dir):
@@ -1122,7 +1148,8 @@ def test_the_script_exits_non_zero_with_one_line(tmp_path, teacher_dir, data_dir
         capture_output=True,
         text=True,
     )
-    assert done.returncode != 0 and done.stderr.strip().splitlines()[-1].startswith("train.py: error:")
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("train.py: error:")
     assert "Traceback" not in done.stderr
 
 

@@ -134,7 +134,8 @@ def test_killed_and_resumed(both, tmp_path, teacher_dir, data_dir, stage, end, c
     output = tmp_path / "run" / f"stage{stage}"
     process, limit = start(file), time.monotonic() + 300
     while not list(output.glob("checkpoint-1*")):
-        assert process.poll() is None and time.monotonic() < limit, file.with_suffix(".log").read_text()[-3000:]
+        assert process.poll() is None, file.with_suffix(".log").read_text()[-3000:]
+        assert time.monotonic() < limit, file.with_suffix(".log").read_text()[-3000:]
         time.sleep(0.01)
     end(process)
     assert process.wait(60) == code, file.with_suffix(".log").read_text()[-3000:]
