@@ -78,11 +78,11 @@ def _check_initial_student(cfg: Config, teacher: StudentConfig) -> None:
     for name, value in expected.items():
         found = getattr(student, name)
         if found != value:
-            raise ConfigError(f"{key} has {name} {found!r}, this run {value!r}; use one of its own kind")
+            raise ConfigError(f"{key} has {name} {found!r}, this run {value!r}; use one that matches")
     options = cfg.student_model.options
     if not same_options(cfg.student_model.name, student.student_options, options):
         raise ConfigError(
-            f"{key} has student_options {student.student_options!r}, this run {options!r}; use one of its own kind"
+            f"{key} has student_options {student.student_options!r}, this run {options!r}; use one that matches"
         )
     kept = set(student.keep_full_attention_layers)
     wanted = set(cfg.student_model.keep_full_attention_layers)
