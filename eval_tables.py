@@ -12,7 +12,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from layer_selection.tasks import RECALL_TASKS
+from recall_tasks import RECALL_TASKS
 
 RULER = (
     "niah_single_1",

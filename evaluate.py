@@ -65,7 +65,7 @@ from eval_tables import (
     markdown,
     plot,
 )
-from layer_selection.tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document, document_accuracies
+from recall_tasks import NUM_WORDS, RECALL_TASKS, WORDS, Document, document_accuracies
 
 OWN = (*RECALL_TASKS, PERPLEXITY, KL)  # measured here, by forward passes over whole documents
 SIZED = (*RULER, *RECALL_TASKS, RECALL_GENERATION)  # those whose documents are made at a length

@@ -26,7 +26,7 @@ import evaluate
 from convert import load_teacher
 from distill_model import StudentForCausalLM
 from evaluate import Unit, recall_documents
-from layer_selection.tasks import answer_accuracy
+from recall_tasks import answer_accuracy
 
 ROOT = Path(__file__).parent.parent
 

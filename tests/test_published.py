@@ -40,7 +40,7 @@ def test_a_row(row):
     assert name.replace("-", "") == f"{teacher}{size}" and cfg.teacher_model.name == facts["name"]
     assert cfg.student_model.name == f"{kind}_{version}" and selector in SETS["sources"]
     assert len(kept) == budget(float(ratio.replace("_", ".")), facts["layers"])
-    assert kept == sorted(set(kept)) and 0 <= kept[0] and kept[-1] < facts["layers"]
+    assert kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < facts["layers"]
     start = load_config(ROOT / "configs" / f"{teacher}_{size}_{kind}_{version}" / "stage1.yaml")
     assert cfg.train.student_init_ckpt == f"{start.train.output_dir}/converted-hf"
     assert (start.teacher_model, start.student_model.name) == (
