@@ -39,7 +39,8 @@ def main() -> None:
 
     from benchmarks.recall_teacher import FULL
     from distill_model import StudentConfig, StudentForCausalLM
-    from layer_selection.side_by_side import Rounds
+    from layer_selection.candidate_training import JointTraining
+    from layer_selection.stopping_rule import StoppingRule
 
     if not torch.cuda.is_available():
         sys.exit("candidates_throughput.py: skipped: it measures GPUs, and this machine has none")
@@ -81,9 +82,8 @@ def main() -> None:
         train=Chunks(rows),
         kls=lambda hybrid: [0.0],
     )
-    choice = SimpleNamespace(rounds=1, window=0, correlation=1.0, halving=False, top_k=1)
     mine = layers[: args.candidates]
-    rounds = Rounds(bench, choice, {layer: [layer] for layer in mine}, -1, Path("."))
+    rounds = JointTraining(bench, StoppingRule(), {layer: [layer] for layer in mine}, -1, Path("."))
     rounds.build(mine, 0)
     seconds = []
     for first in (0, args.steps):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from layer_selection import compare_selectors, select_layers
-from layer_selection.side_by_side import Candidate
+from layer_selection import compare_selectors
+from layer_selection.candidate_training import Candidate
 
 
 def compare(stage2, out, *options):
@@ -54,7 +54,7 @@ def test_selectors_are_compared(stage2, tmp_path, monkeypatch, capsys):
     figures = json.loads((tmp_path / "seed_0.json").read_text())
     assert set(figures) == {"[2]", str(results["random"]["keep"])} and figures["[2]"]["perplexity"] > 1
     monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(select_layers, "main", lambda *_: pytest.fail("ranked again"))
+    monkeypatch.setattr(compare_selectors, "select", lambda *_: pytest.fail("ranked again"))
     assert compare(stage2, tmp_path, "--methods", "scan", "random") == results
 
 
@@ -76,7 +76,7 @@ def test_figures_of_another_comparison_are_refused(stage2, tmp_path):
     ):
         with pytest.raises(
             ValueError,
-            match=f"--output_dir: .* compares selectors otherwise \\({other}\\); name another folder",
+            match=f"--output_dir: .* compares selectors with other settings \\({other}\\); name another folder",
         ):
             compare(stage2, tmp_path, "--methods", "mse", *options)
     changed = tmp_path / "changed.yaml"

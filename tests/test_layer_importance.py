@@ -15,9 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from layer_selection import evaluate_layer_importance
-from layer_selection.evaluate_layer_importance import SLACK, continuations
-from layer_selection.questions import TASKS, Options, Question, add_options, draw_questions
+from layer_selection import evaluate_layer_importance, task_ablation
+from layer_selection.ablation_questions import (
+    TASKS,
+    Question,
+    QuestionOptions,
+    add_options,
+    draw_questions,
+    question_options,
+)
+from layer_selection.task_ablation import EXTRA_TOKENS, continuations
 
 SMALL = [
     "--num_pairs",
@@ -49,7 +56,7 @@ def draw(task, *flags, seed=0, num_samples=5):
     parser = argparse.ArgumentParser()
     add_options(parser)
     args = parser.parse_args(["--num_samples", str(num_samples), *flags])
-    return draw_questions(task, argparse.Namespace(seed=seed, **vars(args)))
+    return draw_questions(task, question_options(args), seed)
 
 
 # ------------------------------------------------------------------------------------------------ questions
@@ -173,14 +180,14 @@ def test_bad_options(flags):
 def test_texts_that_cannot_be_made():
     rng = random.Random(0)
     with pytest.raises(ValueError, match="--num_pairs: needs 16 different words; set --vocab_size"):
-        TASKS["associative_recall"](rng, Options(vocab_size=8))
+        TASKS["associative_recall"](rng, QuestionOptions(vocab_size=8))
     with pytest.raises(
         ValueError,
         match="--num_words: 20 words, the most frequent coming .* do not tell 3 from the next",
     ):
-        TASKS["frequent_words_extraction"](rng, Options(num_words=20))
+        TASKS["frequent_words_extraction"](rng, QuestionOptions(num_words=20))
     with pytest.raises(ValueError, match="--num_ucw: .* are too many"):
-        TASKS["common_words_extraction"](rng, Options(num_ucw=5000))
+        TASKS["common_words_extraction"](rng, QuestionOptions(num_ucw=5000))
 
 
 # ------------------------------------------------------------------------------------------------ ablations
@@ -208,7 +215,7 @@ def test_ablations_equal_hugging_faces_model_with_a_zeroed_layer(teacher_dir):
     untouched, *without = continuations(load_teacher(teacher_dir), tokenizer, questions)
     oracle, steps = (
         AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32).eval(),
-        SLACK + 9,
+        EXTRA_TOKENS + 9,
     )
 
     def expected():
@@ -231,9 +238,9 @@ def test_prompts_begin_as_the_tokenizer_begins_texts(teacher_dir, tmp_path, monk
     """With BOS, behind the padding, and without EOS at their end."""
     save_tokenizer(tmp_path)
     bos, read = begin_with_bos(tmp_path, ends=True), []
-    inner = evaluate_layer_importance.read_prompts
+    inner = task_ablation.read_prompts
     monkeypatch.setattr(
-        evaluate_layer_importance,
+        task_ablation,
         "read_prompts",
         lambda model, ids, mask: (read.append((ids, mask)), inner(model, ids, mask))[1],
     )
@@ -261,7 +268,7 @@ def test_our_checkpoints(teacher_dir, tmp_path, student):
             if i
             else []
         )
-        expected = [greedy(model, tokenizer, prompt, SLACK + 9).partition("<eos>")[0] for prompt in PROMPTS]
+        expected = [greedy(model, tokenizer, prompt, EXTRA_TOKENS + 9).partition("<eos>")[0] for prompt in PROMPTS]
         assert [text.rstrip("\n") for text in texts] == [text.rstrip("\n") for text in expected]
         for hook in hooks:
             hook.remove()

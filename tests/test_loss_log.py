@@ -215,7 +215,7 @@ def test_bad_input(runs, tmp_path, capsys):
     (tmp_path / "offline-run" / "run-x.wandb").write_bytes(b"no log")
     with pytest.raises(ValueError, match="layer 0 has no run .*; layer 1 has no run"):
         retrieve(runs, "--source", "offline", "--wandb_dir", str(tmp_path / "offline-run"))
-    assert "run-x.wandb: holds no run, passed over" in capsys.readouterr().out
+    assert "run-x.wandb: holds no run, skipped" in capsys.readouterr().out
     retrieve(runs, "--source", "metrics")
     log = runs / "loss_log.json"
     whole = json.loads(log.read_text())
@@ -307,7 +307,7 @@ def test_the_service(runs, monkeypatch):
     assert retrieve(runs) == log
     with pytest.raises(
         ValueError,
-        match="--project: W&B did not give me/other .*Could not find.*check --entity and --project",
+        match="--project: W&B did not return me/other .*Could not find.*check --entity and --project",
     ):
         retrieve(runs, "--entity", "me", "--project", "other")
     there.pop(0)

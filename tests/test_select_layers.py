@@ -19,8 +19,8 @@ from conftest import LENGTH
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from layer_selection import select_layers
-from layer_selection.full_runs import HELDOUT_KL, teacher_name
+from layer_selection import baselines, bench, select_layers
+from layer_selection.stage2_runs import HELDOUT_KL, teacher_name
 from layer_selection.write_configs import PUBLISHED
 
 
@@ -167,8 +167,9 @@ def test_bad_input(stage2, tmp_path, options, message):
 @pytest.mark.parametrize("method", ["scan", "ppl", "mse", "smart", "ga_s1"])
 def test_a_signal_makes_untrained_methods_exit_to_be_requeued(stage2, tmp_path, monkeypatch, method, number):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as the launch scripts hand it on
-    name = "AttentionAlignmentModel" if method in ("mse", "ga_s1") else "tqdm"  # where it begins to measure
-    monkeypatch.setattr(select_layers, name, lambda *args, **options: os.kill(os.getpid(), number))
+    # Where it begins to measure.
+    module, name = (baselines, "AttentionAlignmentModel") if method in ("mse", "ga_s1") else (bench, "tqdm")
+    monkeypatch.setattr(module, name, lambda *args, **options: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as end:
         select(stage2, tmp_path / "out", "--method", method, "--top-k", "1")
     assert end.value.code == REQUEUE and not (tmp_path / "out").exists()

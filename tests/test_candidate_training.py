@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from types import SimpleNamespace
 
 from runtime.batch_plan import batch_plan
 from runtime.config import load_config
@@ -16,16 +15,10 @@ from tqdm import tqdm
 
 import cuda_graphs
 from benchmarks import selection_cost
-from layer_selection import compare_selectors, select_layers, side_by_side
-from layer_selection.select_layers import Bench
-from layer_selection.side_by_side import (
-    Candidate,
-    Rounds,
-    order_after,
-    rank_correlation,
-    settled,
-    survivors,
-)
+from layer_selection import bench, candidate_training, compare_selectors
+from layer_selection.bench import Bench
+from layer_selection.candidate_training import Candidate, JointTraining
+from layer_selection.stopping_rule import StoppingRule, order_after, rank_correlation
 
 STEPS = ["train.max_steps=8", "train.lr=1e-3", "train.lr_attn=3e-3", "train.save_minutes=0"]
 
@@ -94,7 +87,7 @@ def test_what_other_rules_ended_is_not_trained_again(stage2, tmp_path, monkeypat
     monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
     with pytest.raises(
         ValueError,
-        match=f"ended behind round {len(known)} of 8, before .* --top-k 2, --window 8 .*; --window 1 ranks",
+        match=f"ended after round {len(known)} of 8, before .* --top-k 2, --window 8 .*; --window 1 ranks",
     ):
         select(stage2, tmp_path, *options, "--top-k", "2", "--window", "8")
     assert history(tmp_path) == known
@@ -178,9 +171,11 @@ def test_a_stopped_selection_goes_on_to_the_same_end(stage2, tmp_path, monkeypat
 def test_waiting_in_memory_changes_nothing(stage2, tmp_path, monkeypatch):
     options = ["--method", "ga_s2", "--top-k", "1", "--rounds", "2", "--window", "0", *STEPS]
     select(stage2, tmp_path / "whole", *options)
-    build = Rounds.build
-    monkeypatch.setattr(Rounds, "build", lambda self, *args: (build(self, *args), setattr(self, "resident", False)))
-    monkeypatch.setattr(side_by_side, "CACHE_BYTES", 1)
+    build = JointTraining.build
+    monkeypatch.setattr(
+        JointTraining, "build", lambda self, *args: (build(self, *args), setattr(self, "resident", False))
+    )
+    monkeypatch.setattr(candidate_training, "TEACHER_CACHE_BYTES", 1)
     select(stage2, tmp_path / "parked", *options)
     assert history(tmp_path / "parked") == history(tmp_path / "whole")
 
@@ -194,14 +189,13 @@ def test_replayed_passes_train_the_same_candidates(stage2, tmp_path, monkeypatch
         stage2,
         ["train.max_steps=5", "train.micro_batch_size=1", "train.batch_size=1", "train.lr=1e-3"],
     )
-    args = SimpleNamespace(rounds=1, window=0, correlation=1.0, halving=False, top_k=1)
     results = []
     for graphs in (True, False):
-        monkeypatch.setattr(side_by_side, "use_cuda_graphs", lambda *_: graphs)
-        rounds = Rounds(Bench(cfg, 2, 2), args, {0: [0], 2: [2]}, -1, tmp_path)
+        monkeypatch.setattr(candidate_training, "use_cuda_graphs", lambda *_, graphs=graphs: graphs)
+        rounds = JointTraining(Bench(cfg, 2, 2), StoppingRule(), {0: [0], 2: [2]}, -1, tmp_path)
         rounds.build([0, 2], 0)
         results.append(rounds.train_round([0, 2], 0, 5, tqdm(disable=True)))
-        forwards = [rounds.read, *(candidate.forward for candidate in rounds.candidates.values())]
+        forwards = [rounds.teacher_forward, *(candidate.forward for candidate in rounds.candidates.values())]
         assert [getattr(forward, "forward_graph", None) is not None for forward in forwards] == [graphs] * 3
     assert results[0] == results[1] and results[0][0] != results[0][2]
 
@@ -256,13 +250,13 @@ def test_other_candidates_are_refused(stage2, tmp_path):
 
 
 def test_another_optimizer_is_refused_before_a_model_is_read(stage2, tmp_path, monkeypatch):
-    for where in (select_layers, side_by_side):
+    for where in (bench, candidate_training):
         monkeypatch.setattr(where, "StudentForCausalLM", None)
-    monkeypatch.setattr(select_layers, "load_teacher", lambda *_: pytest.fail("read the teacher"))
+    monkeypatch.setattr(bench, "load_teacher", lambda *_: pytest.fail("read the teacher"))
     for method in ("ga_s2", "gr_s2", "avg_s2"):
         with pytest.raises(
             ValueError,
-            match="^train.optimizer: adamw_8bit: side by side, .*; set that, or take --full_runs$",
+            match="^train.optimizer: adamw_8bit: candidates train jointly with adamw only; set that, or take --full_runs$",
         ):
             select(
                 stage2,
@@ -322,6 +316,10 @@ def test_rules():
     }
     tied = {0: [3.0, 1.9], 1: [2.0, 2.95], 2: [1.0, 1.0]}  # 0 or 1, as the sequence has it
     a, b, c = rounds.values()
+
+    def settled(rounds, top_k, window, correlation):
+        return StoppingRule(window=window, correlation=correlation, top_k=top_k).has_converged(rounds)
+
     assert settled([c, a, a], 1, 2, 0.9) and not settled([a], 1, 2, 0.0) and not settled([a, a], 1, 0, 0.0)
     assert settled([a, b], 2, 2, 0.4) and not settled([a, b], 2, 2, 0.6) and not settled([a, b], 1, 2, 0.0)
     assert settled([a, tied], 1, 2, 0.4) and settled([b, tied], 1, 2, 0.4) and not settled([c, tied], 2, 2, -1.0)
@@ -337,8 +335,11 @@ def test_rules():
     }
     assert settled(halved, 2, 2, 0.8) and not settled(halved, 2, 2, 0.9) and not settled(halved, 1, 2, 0.0)
     eight = {layer: float(layer) for layer in range(8)}
-    assert survivors(eight, 2, 1) == survivors(eight, 2, 3) == list(range(8)) and survivors(eight, 2, 2) == [4, 5, 6, 7]
-    assert survivors({layer: float(layer) for layer in range(4, 8)}, 2, 4) == [5, 6, 7]
+    halving = StoppingRule(halving=True, top_k=2)
+    assert halving.survivors(eight, 1) == halving.survivors(eight, 3) == list(range(8))
+    assert halving.survivors(eight, 2) == [4, 5, 6, 7]
+    assert halving.survivors({layer: float(layer) for layer in range(4, 8)}, 4) == [5, 6, 7]
+    assert StoppingRule(top_k=2).survivors(eight, 2) == list(range(8))
 
 
 def test_what_it_costs(stage2, tmp_path, capsys, monkeypatch):
@@ -367,7 +368,7 @@ def test_what_it_costs(stage2, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == (tmp_path / "cost.md").read_text()
     for seed in range(2):
         shutil.rmtree(tmp_path / f"seed_{seed}" / "side_by_side")
-    monkeypatch.setattr(side_by_side, "settled", lambda rounds, *_: len(rounds) == 2)
+    monkeypatch.setattr(StoppingRule, "has_converged", lambda self, rounds: len(rounds) == 2)
     selection_cost.main([*options, *STEPS])
     for row, before in zip(json.loads((tmp_path / "cost.json").read_text()), whole):
         assert (

@@ -1,4 +1,4 @@
-"""The rivals of GA-S2: each against its formula, computed by other means."""
+"""The baselines of GA-S2: each against its formula, computed by other means."""
 
 import itertools
 import json
@@ -16,11 +16,12 @@ from test_select_layers import LENGTH, select
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from layer_selection import rivals, select_layers
-from layer_selection.evaluate_layer_importance import continuations
-from layer_selection.full_runs import HELDOUT_KL, STAGE_2
-from layer_selection.questions import Question
-from layer_selection.rivals import place
+from layer_selection import baselines
+from layer_selection.ablation_questions import Question
+from layer_selection.baselines import place
+from layer_selection.selection import METHODS
+from layer_selection.stage2_runs import HELDOUT_KL, STAGE_2
+from layer_selection.task_ablation import continuations
 from layer_selection.write_configs import PUBLISHED
 
 
@@ -184,7 +185,7 @@ def test_a_failed_or_foreign_run_ends_in_one_line(stage2, tmp_path):
 
 @pytest.mark.slow
 def test_gr_s2_trains_with_one_linear_layer(stage2, tmp_path):
-    for layer, values in enumerate(REMOVED):
+    for layer in range(len(REMOVED)):
         if layer != 2:
             (tmp_path / f"layer_{layer}").mkdir()
             (tmp_path / f"layer_{layer}" / HELDOUT_KL).write_text(json.dumps([0.0] * 6))
@@ -206,7 +207,7 @@ def test_task_ablation_ranks_by_the_drop_of_accuracy(stage2, tmp_path, monkeypat
     asked = [Question(prompt, (text[:2].strip(),), ends=text[2]) for prompt, text in zip(PROMPTS, untouched)]
     asked = [question for question in asked if question.score(untouched[PROMPTS.index(question.prompt)])]
     assert asked
-    monkeypatch.setattr(rivals, "draw_questions", lambda task, args: asked)
+    monkeypatch.setattr(baselines, "draw_questions", lambda task, options, seed: asked)
     ranking = select(stage2, tmp_path, "--method", "ar", "--top-k", "2")
     texts = [[row[PROMPTS.index(question.prompt)] for question in asked] for row in without]
     lost = [1 - sum(question.score(text) for question, text in zip(asked, row)) / len(asked) for row in texts]
@@ -218,7 +219,7 @@ def test_task_ablation_ranks_by_the_drop_of_accuracy(stage2, tmp_path, monkeypat
     )
 
 
-@pytest.mark.parametrize("method", rivals.TASK_METHODS)
+@pytest.mark.parametrize("method", baselines.TASK_METHODS)
 def test_a_teacher_that_answers_nothing_cannot_be_ranked_by_it(method, stage2, tmp_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
     random_teacher(folder, "qwen3", tie_word_embeddings=True, max_position_embeddings=8192)
@@ -290,7 +291,7 @@ def test_all_methods_keep_the_same_number(stage2, tmp_path, monkeypatch):
             "ranking.md",
             "ranking.png",
         }
-    assert select_layers.METHODS.keys() >= {
+    assert METHODS.keys() >= {
         "ga_s2",
         "gr_s2",
         "avg_s2",
