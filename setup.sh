@@ -61,5 +61,5 @@ set_up() {
 set_up
 source "$SETUP_ROOT/.venv/bin/activate"
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-# OpenMP's threads wait for each other by spinning, which costs a shared CPU most of its time: see Performance in the README.
+# OpenMP's threads wait for each other by spinning, which costs a shared CPU most of its time: see docs/performance.md.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}

@@ -7,9 +7,9 @@
 Each run is stage 1 of the all-linear student, then stage 2 of a hybrid that keeps evenly spaced layers. Its figures, on
 held-out text and tasks, are written to <output_dir>/runs/<student>-seed<N>.json. Rerun the command to resume: it does
 only what is missing; --shard I/N does a part of it, for several processes at once. The table, of means and half ranges
-over seeds, is printed and written to students.md, all runs with their settings to students.json (docs/students.json:
-those of the README). `NAME+calibrated` starts as with train.calibrate_init. Students within the best one's range are
-marked as ties with it.
+over seeds, is printed and written to students.md, their recall is plotted in students.png, and all runs with their
+settings go to students.json (docs/students.json: those of the documentation). `NAME+calibrated` starts as with
+train.calibrate_init. Students within the best one's range are marked as ties with it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,23 @@ STATE_LENGTH = 256  # tokens after which a layer's cache is measured
 QUESTIONS = 64  # documents of each task
 EVAL_BATCH_SIZE = 8
 ALIGNMENT_CHUNKS = 16
+RECALL_SERIES = [
+    ("all_linear_recall", "all-linear, after stage 1", "#c98a2b"),
+    ("associative_recall", "hybrid, after stage 2", "#3f6fb5"),
+]
+COLUMNS = [
+    "student",
+    "alignment error",
+    "KL, half of stage 1",
+    "after stage 1",
+    "after stage 2",
+    "recall",
+    "two-hop recall",
+    "copying",
+    "state per layer",
+    "parameters per layer",
+    "native export",
+]
 EVERYTHING = [*STUDENT_ATTENTION_MAP, *(name + CALIBRATED for name in ("gdn_v4", "gdn_v7", "gdn_v8"))]
 
 
@@ -197,27 +215,64 @@ def cells(runs: list[dict], stage1_steps: int) -> list[str]:
     ]
 
 
-def table(runs: list[dict], stage1_steps: int) -> str:
-    """A Markdown table, lowest KL after stage 2 first; * marks the best and those whose range touches the best one's."""
+def by_student(runs: list[dict]) -> dict[str, list[dict]]:
+    """The runs of each student, lowest mean KL after stage 2 first."""
     students: dict[str, list[dict]] = {}
     for run in runs:
         students.setdefault(run["student"], []).append(run)
+    order = sorted(students, key=lambda name: statistics.fmean(run["kl"] for run in students[name]))
+    return {name: students[name] for name in order}
 
-    def mean_kl(name: str) -> float:
-        return sum(run["kl"] for run in students[name]) / len(students[name])
 
-    order = sorted(students, key=mean_kl)
-    highest = max(run["kl"] for run in students[order[0]])
+def table(runs: list[dict], stage1_steps: int) -> str:
+    """A Markdown table, lowest KL after stage 2 first; * marks the best and those whose range
+    touches the best one's."""
+    students = by_student(runs)
+    best = next(iter(students.values()))
+    highest = max(run["kl"] for run in best)
     lines = [
-        "| student | alignment error | KL, half of stage 1 | after stage 1 | after stage 2 | recall | two hops | copying | "
-        "state a layer | parameters a layer | native export |",
+        f"| {' | '.join(COLUMNS)} |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|:--|",
     ]
-    for name in order:
-        tie = " *" if min(run["kl"] for run in students[name]) <= highest else ""
-        row = " | ".join([f"`{name}`{tie}", *cells(students[name], stage1_steps)])
+    for name, its_runs in students.items():
+        tie = " *" if min(run["kl"] for run in its_runs) <= highest else ""
+        row = " | ".join([f"`{name}`{tie}", *cells(its_runs, stage1_steps)])
         lines.append(f"| {row} |")
     return "\n".join(lines)
+
+
+def plot(runs: list[dict], path: Path) -> None:
+    """Associative recall of each student, all-linear and as a hybrid.
+
+    A dot is the mean over the seeds, the bar behind it their range.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    students = by_student(runs)
+    names = list(students)[::-1]  # the first is drawn at the bottom
+    figure, axis = pyplot.subplots(figsize=(8, 1 + 0.24 * len(names)), layout="constrained")
+    for place, name in enumerate(names):
+        means = []
+        for key, label, colour in RECALL_SERIES:
+            values = [100 * run[key] for run in students[name]]
+            means.append(statistics.fmean(values))
+            axis.barh(place, max(values) - min(values), 0.28, min(values), color=colour, alpha=0.45)
+            axis.plot(means[-1], place, "o", color=colour, label=None if place else label)
+        axis.plot(means, [place, place], color="gray", linewidth=1, zorder=0)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlim=(-2, 102), ylim=(-0.7, len(names) - 0.3))
+    axis.set_xlabel("associative recall, % of answers that are correct")
+    axis.set_title("Recall lost by linear attention, and restored by the kept layers", loc="left")
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    if names:
+        axis.legend(loc="lower right")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def stored(settings: dict, runs: list[dict]) -> str:
@@ -301,6 +356,7 @@ def report(args: argparse.Namespace, settings: dict, folder: Path) -> str:
         text += f"\n\n{len(wanted) - len(runs)} of {len(wanted)} runs are missing."
     (args.output_dir / "students.md").write_text(text + "\n")
     (args.output_dir / "students.json").write_text(stored(settings, runs))
+    plot(runs, args.output_dir / "students.png")
     return text
 
 

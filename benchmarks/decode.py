@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 from runtime.command import run_main
@@ -39,6 +40,7 @@ from layer_selection.ranking import evenly_spaced
 
 PREFILL, WARM = 4096, 4  # tokens read at a time; tokens whose times do not count
 TEACHER, HYBRID, LOOP = "teacher", "hybrid", "hybrid, FLA's loop"
+COLOURS = ("#c98a2b", "#3f6fb5", "#5a9367", "#8250df")  # of the batch sizes
 
 
 class Clock(LogitsProcessor):
@@ -154,55 +156,75 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def ratios(rows: list[dict]) -> list[str]:
-    """What the hybrid has of the teacher's cache and speed, and of FLA's loop's, wherever both were
-    measured."""
+def compared(rows: list[dict]) -> list[dict]:
+    """The hybrid beside the teacher, for each context and batch size at which both were measured."""
     found = {(row["model"], row["context"], row["batch_size"]): row for row in rows if "decode" in row}
-    lines = []
-    for (model, context, batch_size), row in found.items():
-        where, teacher, loop = (
-            f"context {context:,}, batch {batch_size}",
-            *(found.get((m, context, batch_size)) for m in (TEACHER, LOOP)),
-        )
+    points = []
+    for (model, context, batch_size), hybrid in found.items():
+        teacher = found.get((TEACHER, context, batch_size))
         if model == HYBRID and teacher:
-            lines.append(
-                f"{where}: cache {row['cache'] / teacher['cache']:.1%} of the teacher's, {row['decode'] / teacher['decode']:.2f} "
-                f"times its tokens/s; the bytes of a token allow {teacher['bytes'] / row['bytes']:.2f}"
-            )
-        if model == HYBRID and loop:
-            lines.append(f"{where}: {row['decode'] / loop['decode']:.2f} times the tokens/s of FLA's loop")
+            point = {
+                "batch_size": batch_size,
+                "context": context,
+                "speed_up": hybrid["decode"] / teacher["decode"],
+                "roofline_speed_up": teacher["bytes"] / hybrid["bytes"],
+                "cache_share": hybrid["cache"] / teacher["cache"],
+            }
+            if loop := found.get((LOOP, context, batch_size)):
+                point["speed_up_over_loop"] = hybrid["decode"] / loop["decode"]
+            points.append(point)
+    return points
+
+
+def ratios(points: list[dict]) -> list[str]:
+    """A line for each of the hybrid's figures relative to the teacher and to FLA's loop."""
+    lines = []
+    for point in points:
+        where = f"context {point['context']:,}, batch {point['batch_size']}"
+        lines.append(
+            f"{where}: cache {point['cache_share']:.1%} of the teacher's, "
+            f"{point['speed_up']:.2f} times its tokens/s; roofline {point['roofline_speed_up']:.2f}"
+        )
+        if "speed_up_over_loop" in point:
+            lines.append(f"{where}: {point['speed_up_over_loop']:.2f} times the tokens/s of FLA's loop")
     return lines
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Tokens/s of decoding and bytes of the cache over the context."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    series: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if "decode" in row:
-            series.setdefault((row["batch_size"], row["model"]), []).append(row)
-    colours, styles = {TEACHER: "C3", HYBRID: "C0", LOOP: "C7"}, ["-", "--", ":", "-."]
-    batch_sizes = sorted({batch_size for batch_size, _ in series})
-    for (batch_size, model), points in series.items():
-        how = dict(
-            color=colours[model],
-            linestyle=styles[batch_sizes.index(batch_size) % len(styles)],
-            marker="o",
-            markersize=3,
-        )
-        contexts = [p["context"] for p in points]
-        axes[0].plot(contexts, [p["decode"] for p in points], label=f"{model}, batch {batch_size}", **how)
-        if model != LOOP:
-            axes[1].plot(contexts, [p["cache"] / 2**20 for p in points], **how)
-    contexts = sorted({row["context"] for row in rows})
-    for axis, label in zip(axes, ("decode tokens/s", "cache MiB")):
-        axis.set(xlabel="context", ylabel=label, xscale="log", yscale="log")
-        axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    figure.legend(loc="outside right", fontsize=8)
+def plot(points: list[dict], path: Path) -> None:
+    """The hybrid's decoding speed-up and its share of the teacher's cache, over the context."""
+    figure, (speed, cache) = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for colour, batch_size in zip(cycle(COLOURS), sorted({point["batch_size"] for point in points})):
+        own = [point for point in points if point["batch_size"] == batch_size]
+        own.sort(key=lambda point: point["context"])
+        contexts = [point["context"] for point in own]
+        label = f"batch {batch_size}"
+        speed.plot(contexts, [point["speed_up"] for point in own], "o-", color=colour, label=label)
+        roofline = [point["roofline_speed_up"] for point in own]
+        speed.plot(contexts, roofline, ":", color=colour, label=f"{label}, roofline")
+        # The share is the same for every batch size.
+        cache.plot(contexts, [100 * point["cache_share"] for point in own], "o-", color="dimgray")
+    speed.axhline(1, color="gray", linewidth=1)
+    speed.set_title("Decoding speed-up over the teacher", loc="left")
+    cache.set_title("Hybrid's cache, % of the teacher's", loc="left")
+    cache.set_ylim(top=100)
+    for axis in (speed, cache):
+        _context_axis(axis, sorted({point["context"] for point in points}))
+    if points:
+        speed.legend(loc="lower right", ncols=2, fontsize=9)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _context_axis(axis, contexts: list[int]) -> None:
+    """Linear axes from 0; labels at those of the contexts that lie apart."""
+    labelled = [context for context in contexts if context > 0.05 * contexts[-1]]
+    names = [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in labelled]
+    axis.set_xlabel("context, tokens")
+    axis.set_xticks(labelled, names)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -244,13 +266,14 @@ def main(argv: list[str] | None = None) -> None:
         f"{what}, torch {torch.__version__}, {dtype}; {args.shape}, {config.num_hidden_layers} layers, {args.student}, "
         f"{args.kept} kept"
     )
-    text = "\n".join([head, "", table(rows), "", *ratios(rows)])
+    points = compared(rows)
+    text = "\n".join([head, "", table(rows), "", *ratios(points)])
     print(text)
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         (args.output_dir / "decode.md").write_text(text + "\n")
         (args.output_dir / "decode.json").write_text(json.dumps({"setup": head, "rows": rows}, indent=1) + "\n")
-        plot(rows, args.output_dir / "decode.png")
+        plot(points, args.output_dir / "decode.png")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The questions of the task ablations: prompts whose greedy continuation is scored exactly.
 
-Every prompt shows the format by answered examples, so that base models follow it. Words are those of recall_tasks.py,
-which no model has seen. Sources: RULER (arXiv 2404.06654) for retrieval, variable tracking, common and frequent words;
-multi-query associative recall (arXiv 2312.04927); the phone book of "Repeat After Me" (arXiv 2402.01032).
+Every prompt shows the format by answered examples, so that base models follow it. Words are those
+of recall_tasks.py, which no model has seen. Sources: RULER (arXiv 2404.06654) for retrieval,
+variable tracking, common and frequent words; multi-query associative recall (arXiv 2312.04927); the
+phone book of "Repeat After Me" (arXiv 2402.01032).
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ FIXED = {  # flag of evaluate_layer_importance.py -> (its only value, why)
 
 @dataclass(frozen=True)
 class Question:
-    """answers: what must follow the prompt; several are separated by commas, in any order. ends: characters of which
-    the first one ends the continuation."""
+    """answers: what must follow the prompt; several are separated by commas, in any order. ends:
+    characters of which the first one ends the continuation."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -54,9 +55,11 @@ class Question:
         return any(end in continuation for end in self.ends)
 
     def score(self, continuation: str) -> float:
-        """The share of the answers among as many items of the continuation, each compared as a whole.
+        """The share of the answers among as many items of the continuation, each compared as a
+        whole.
 
-        The last item of a continuation that has not ended may still become a longer one: it does not count.
+        The last item of a continuation that has not ended may still become a longer one: it does
+        not count.
         """
         found = [continuation.find(end) for end in self.ends]
         stop = min((at for at in found if at >= 0), default=None)
@@ -73,7 +76,8 @@ def option(default, help: str):
 
 @dataclass(frozen=True)
 class QuestionOptions:
-    """How many questions, and how hard. Raises ValueError, naming the flag, for what no text can be made of."""
+    """How many questions, and how hard. Raises ValueError, naming the flag, for what no text can be
+    made of."""
 
     num_samples: int = option(100, "questions of a task")
     num_pairs: int = option(16, "synthetic_retrieval, associative_recall, multi-hop: pairs of key and value")
@@ -116,7 +120,8 @@ class QuestionOptions:
 
 
 def words_of(options: QuestionOptions, needed: int, flag: str) -> list[str]:
-    """The words to draw from. Raises ValueError, naming `flag`, if they are fewer than are needed."""
+    """The words to draw from. Raises ValueError, naming `flag`, if they are fewer than are
+    needed."""
     if needed > options.vocab_size:
         raise ValueError(f"--{flag}: needs {needed} different words; set --vocab_size to that, or it lower")
     return WORDS[: options.vocab_size]
@@ -166,7 +171,8 @@ def recall_multihop(rng: random.Random, options: QuestionOptions) -> Question:
 
 
 def assignments(rng: random.Random, chains: int, hops: int, noise_ratio: float) -> tuple[str, tuple[str, ...]]:
-    """Text of interleaved chains of assignments that asks for the variables of one value; and those variables."""
+    """Text of interleaved chains of assignments that asks for the variables of one value; and those
+    variables."""
     names = set()
     while len(names) < chains * (hops + 1):
         names.add("".join(rng.choices(string.ascii_uppercase, k=5)))
@@ -193,7 +199,8 @@ def variable_tracking(rng: random.Random, options: QuestionOptions) -> Question:
 
 
 def numbered_list(rng: random.Random, often: list[str], frequent: int, seldom: list[str], rare: int) -> str:
-    """A shuffled list with the words of `often` `frequent` times and those of `seldom` `rare` times; asks for `often`."""
+    """A shuffled list with the words of `often` `frequent` times and those of `seldom` `rare`
+    times; asks for `often`."""
     listed = [*often * frequent, *seldom * rare]
     rng.shuffle(listed)
     numbered = " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
@@ -217,8 +224,8 @@ def common_words_extraction(rng: random.Random, options: QuestionOptions) -> Que
 
 
 def zeta_text(rng: random.Random, words: list[str], length: int, alpha: float, asked: int) -> str:
-    """About `length` words, the k-th in proportion to k^-alpha; asks for the `asked` most frequent. Raises ValueError if
-    those do not stand out."""
+    """About `length` words, the k-th in proportion to k^-alpha; asks for the `asked` most frequent.
+    Raises ValueError if those do not stand out."""
     weights = [k**-alpha for k in range(1, len(words) + 1)]
     counts = [round(length * weight / sum(weights)) for weight in weights]
     if len(counts) <= asked or counts[asked - 1] == counts[asked]:
@@ -283,8 +290,8 @@ def question_options(args: argparse.Namespace) -> QuestionOptions:
 
 
 def draw_questions(task: str, options: QuestionOptions, seed: int) -> list[Question]:
-    """num_samples questions of a task, the same for the same seed and options; a larger sample begins with the smaller
-    one."""
+    """num_samples questions of a task, the same for the same seed and options; a larger sample
+    begins with the smaller one."""
     rng = random.Random(seed)
     make = TASKS[SPELLINGS.get(task, task)]
     return [make(rng, options) for _ in range(options.num_samples)]

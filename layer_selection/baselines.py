@@ -51,7 +51,8 @@ def rank_scan(kls: dict[int, list[float]]) -> Ranking:
 
 
 def perplexity(bench: Bench) -> Ranking:
-    """Loss of the teacher with only this layer linear (compared in arXiv 2512.20569): high where it cannot be replaced."""
+    """Loss of the teacher with only this layer linear (compared in arXiv 2512.20569): high where it
+    cannot be replaced."""
     losses = measure_layer_swaps(bench.cross_entropies, bench.teacher, bench.student)
     return rank_samples("ppl", "loss", losses)
 
@@ -69,10 +70,11 @@ def alignment_error(bench: Bench) -> Ranking:
 
 
 def ga_s1(bench: Bench) -> Ranking:
-    """Greedy addition at stage 1 (arXiv 2512.20569): -(sum of the alignment errors of the layers that stay linear).
+    """Greedy addition at stage 1 (arXiv 2512.20569): -(sum of the alignment errors of the layers
+    that stay linear).
 
-    Stage 1 feeds every layer the teacher's hidden states, so that restoring one does not change the others' errors: the
-    order is that of `alignment_error`.
+    Stage 1 feeds every layer the teacher's hidden states, so that restoring one does not change the
+    others' errors: the order is that of `alignment_error`.
     """
     errors = alignment_error(bench).samples
     totals = [sum(of_sequence) for of_sequence in zip(*errors.values())]
@@ -81,7 +83,8 @@ def ga_s1(bench: Bench) -> Ranking:
 
 
 def task_ablation(bench: Bench, method: str, options: QuestionOptions, batch_size: int, seed: int) -> Ranking:
-    """accuracy(teacher) - accuracy(teacher with the layer's attention output zeroed) on the task of `method`.
+    """accuracy(teacher) - accuracy(teacher with the layer's attention output zeroed) on the task of
+    `method`.
 
     Raises ValueError if the teacher answers nothing: there is no accuracy to lose.
     """
@@ -99,9 +102,11 @@ def task_ablation(bench: Bench, method: str, options: QuestionOptions, batch_siz
 
 # ------------------------------------------------------------------------------------------------ SMART
 def smart(bench: Bench, top_k: int) -> Ranking:
-    """Sensitivity, KL(all-linear) - KL(with this layer restored), and placement (arXiv 2505.17272): see `place`.
+    """Sensitivity, KL(all-linear) - KL(with this layer restored), and placement (arXiv 2505.17272):
+    see `place`.
 
-    The layers that it places come first; those and the others are not compared, so that there are no ties.
+    The layers that it places come first; those and the others are not compared, so that there are
+    no ties.
     """
     all_linear = bench.kls(bench.student)
     samples = {}
@@ -115,8 +120,9 @@ def smart(bench: Bench, top_k: int) -> Ranking:
 
 
 def place(sensitivity: list[float], count: int) -> list[int]:
-    """SMART's layers (arXiv 2505.17272): the most sensitive one of the first and of the last floor(L / K), and between
-    them the others, at distances that differ by one at most, where the sum of sensitivities is largest."""
+    """SMART's layers (arXiv 2505.17272): the most sensitive one of the first and of the last
+    floor(L / K), and between them the others, at distances that differ by one at most, where the
+    sum of sensitivities is largest."""
     layers = len(sensitivity)
     end = layers // count
     first = most_sensitive(range(end), sensitivity)
@@ -144,7 +150,8 @@ def most_sensitive(layers: Iterable[int], sensitivity: list[float]) -> int:
 
 # ------------------------------------------------------------------------------------------------ with training
 def gr_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
-    """Greedy removal (arXiv 2512.20569): +KL(teacher || student) after stage 2 in which only this layer is linear."""
+    """Greedy removal (arXiv 2512.20569): +KL(teacher || student) after stage 2 in which only this
+    layer is linear."""
     kept = {layer: [other for other in bench.layers if other != layer] for layer in bench.layers}
     trained = trained_hybrids(bench, options, kept, sign=1)
     if trained is None:
@@ -154,9 +161,11 @@ def gr_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
 
 
 def avg_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
-    """(I_GA-S2 + I_GR-S2) / 2 on every held-out sequence (arXiv 2512.20569); both train in their default folders.
+    """(I_GA-S2 + I_GR-S2) / 2 on every held-out sequence (arXiv 2512.20569); both train in their
+    default folders.
 
-    Raises ValueError for successive halving, after which the layers have seen different numbers of tokens.
+    Raises ValueError for successive halving, after which the layers have seen different numbers of
+    tokens.
     """
     if options.rule.halving:
         raise ValueError("--halving: avg_s2 needs every layer at the same tokens; leave it out")

@@ -1,4 +1,5 @@
-"""What layers are measured on: the teacher, the all-linear student, and a fixed set of held-out sequences."""
+"""What layers are measured on: the teacher, the all-linear student, and a fixed set of held-out
+sequences."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ Figure = TypeVar("Figure")
 
 
 def heldout_batches(chunks, sequences: int, batch_size: int, missing: str) -> tuple[torch.Tensor, ...]:
-    """Token ids [B, T] of the first `sequences` held-out chunks. Raises ConfigError, beginning with `missing` (the
-    option and its value), if the data has no held-out split."""
+    """Token ids [B, T] of the first `sequences` held-out chunks. Raises ConfigError, beginning with
+    `missing` (the option and its value), if the data has no held-out split."""
     if chunks.heldout is None:
         raise ConfigError(f"{missing} has no held-out split; preprocess with --holdout")
     rows = range(min(sequences, len(chunks.heldout)))
@@ -41,7 +42,8 @@ def sequence_kls(model: StudentForCausalLM, batches, teacher_outputs: list[Model
 def measure_layer_swaps(
     measure: Callable[[StudentForCausalLM], Figure], model: StudentForCausalLM, source: StudentForCausalLM
 ) -> dict[int, Figure]:
-    """Layer -> `measure(model)` with only that layer's attention taken from `source`; `model` is unchanged afterwards."""
+    """Layer -> `measure(model)` with only that layer's attention taken from `source`; `model` is
+    unchanged afterwards."""
     figures = {}
     blocks = zip(tqdm(model.model.layers, desc="layers", unit="layer"), source.model.layers)
     for i, (block, other) in enumerate(blocks):
@@ -55,10 +57,11 @@ def measure_layer_swaps(
 
 
 class Bench:
-    """Teacher, all-linear student and held-out sequences of a stage-2 config; the models load when first used.
+    """Teacher, all-linear student and held-out sequences of a stage-2 config; the models load when
+    first used.
 
-    sequences: how many of the held-out ones. batch_size: of a forward pass. Raises ValueError for data that does not
-    fit the teacher or has no held-out split.
+    sequences: how many of the held-out ones. batch_size: of a forward pass. Raises ValueError for
+    data that does not fit the teacher or has no held-out split.
     """
 
     def __init__(self, cfg: Config, sequences: int, batch_size: int):

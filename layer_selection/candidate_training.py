@@ -1,9 +1,9 @@
 """GA-S2's candidates trained jointly on one teacher, until their ranking has converged.
 
-Every candidate is a stage 2 of the config, with its batches, schedule and optimiser. All take the same steps in turn:
-the teacher reads each batch once for all of them. After every round each candidate is measured on the held-out
-sequences, and a `StoppingRule` decides which of them go on (GA-S2's ranking is stable after a quarter to two fifths of
-its steps: arXiv 2512.20569).
+Every candidate is a stage 2 of the config, with its batches, schedule and optimiser. All take the
+same steps in turn: the teacher reads each batch once for all of them. After every round each
+candidate is measured on the held-out sequences, and a `StoppingRule` decides which of them go on
+(GA-S2's ranking is stable after a quarter to two fifths of its steps: arXiv 2512.20569).
 
 Where the candidates do not all fit into the GPU, idle ones are offloaded to CPU memory.
 """
@@ -43,7 +43,8 @@ HISTORY = "rounds.json"
 CONFIG = "candidates.yaml"
 STATES = "states"
 TEACHER_CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at a time
-# Of a candidate in bf16: weight, gradient, and AdamW's three tensors in fp32. In fp32, which needs no copy, as many.
+# Of a candidate in bf16: weight, gradient, and AdamW's three tensors in fp32. In fp32, which needs
+# no copy, as many.
 BYTES_PER_PARAMETER = 16
 CPU = torch.device("cpu")
 
@@ -132,8 +133,8 @@ class MasterAdamW:
 
 
 class Candidate:
-    """A hybrid in the middle of its stage 2. cuda_graphs: replay its forward and backward passes as CUDA graphs; it
-    must then stay on its GPU."""
+    """A hybrid in the middle of its stage 2. cuda_graphs: replay its forward and backward passes as
+    CUDA graphs; it must then stay on its GPU."""
 
     def __init__(
         self,
@@ -166,8 +167,8 @@ class Candidate:
             self.optimizer.to(device)
 
     def train(self, step: int, micro_batches: MicroBatches, head_weight: torch.Tensor) -> None:
-        """One optimiser step. head_weight: the teacher's, [V, H]. Whether the loss was finite is left to
-        `check_losses`: to check it here would be a host-device sync in every step."""
+        """One optimiser step. head_weight: the teacher's, [V, H]. Whether the loss was finite is
+        left to `check_losses`: to check it here would be a host-device sync in every step."""
         train = self.cfg.train
         device = self.hybrid.device
         losses = []
@@ -210,8 +211,8 @@ def check_optimizer(cfg: Config) -> None:
 
 @dataclass
 class Round:
-    """What a round left in the history: the step at its end, its seconds, and the KLs of the candidates that were in
-    it."""
+    """What a round left in the history: the step at its end, its seconds, and the KLs of the
+    candidates that were in it."""
 
     step: int
     seconds: float
@@ -224,8 +225,8 @@ class Round:
 class JointTraining:
     """The candidates of one selection, trained round after round.
 
-    kept: layer -> the layers that its hybrid keeps. sign: of the importance, -1 for -KL. The history is stored in
-    `folder`, and a stopped training resumes from its last saved round.
+    kept: layer -> the layers that its hybrid keeps. sign: of the importance, -1 for -KL. The
+    history is stored in `folder`, and a stopped training resumes from its last saved round.
     """
 
     def __init__(self, bench: Bench, rule: StoppingRule, kept: dict[int, list[int]], sign: int, folder: Path):
@@ -289,8 +290,8 @@ class JointTraining:
 
     # ---- candidates
     def build(self, mine: list[int], done: int) -> None:
-        """Builds the candidates of these layers as they were after round `done`. Raises ConfigError if they need more
-        memory than there is."""
+        """Builds the candidates of these layers as they were after round `done`. Raises ConfigError
+        if they need more memory than there is."""
         teacher = self.bench.teacher
         student = self.bench.student
         self.resident = self.check_memory(len(mine))
@@ -306,8 +307,8 @@ class JointTraining:
             self.candidates[layer] = candidate
 
     def check_memory(self, count: int) -> bool:
-        """Whether `count` candidates can all stay on the device. Raises ConfigError if CPU memory does not hold them
-        either."""
+        """Whether `count` candidates can all stay on the device. Raises ConfigError if CPU memory
+        does not hold them either."""
         parameters = sum(p.numel() for p in self.bench.student.parameters())
         need = BYTES_PER_PARAMETER * parameters * count
         on_gpu = self.bench.device.type == "cuda"
@@ -325,7 +326,8 @@ class JointTraining:
         return self.folder / STATES / f"round_{done}"
 
     def save(self) -> None:
-        """Writes the states after the last round; older ones are removed once these are complete."""
+        """Writes the states after the last round; older ones are removed once these are
+        complete."""
         done = len(self.history)
         self.saved(done).parent.mkdir(exist_ok=True)
         with atomic_directory(self.saved(done), replace=True) as folder:
@@ -353,7 +355,8 @@ class JointTraining:
                 bar.update()
 
     def train_offloaded(self, mine: list[int], first: int, last: int, bar: tqdm) -> None:
-        """Candidate by candidate, over as many steps as TEACHER_CACHE_BYTES of the teacher's hidden states."""
+        """Candidate by candidate, over as many steps as TEACHER_CACHE_BYTES of the teacher's hidden
+        states."""
         teacher = self.bench.teacher
         head = teacher.lm_head.weight
         bytes_per_step = self.plan.tokens_per_step * teacher.config.hidden_size * teacher.dtype.itemsize
@@ -380,8 +383,9 @@ class JointTraining:
         return kls
 
     def run(self) -> tuple[SequenceKLs, dict]:
-        """Trains what is missing. Returns the KLs of every candidate's last round, and facts of the training: steps,
-        which candidates stopped earlier and when, and the share of full runs' compute that it took."""
+        """Trains what is missing. Returns the KLs of every candidate's last round, and facts of the
+        training: steps, which candidates stopped earlier and when, and the share of full runs'
+        compute that it took."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / ".lock", f"--output_dir: {self.folder}"):
             self.open_history()
@@ -400,7 +404,8 @@ class JointTraining:
         return {layer: entry.kl[layer] for layer, entry in last.items()}, facts
 
     def open_history(self) -> None:
-        """Reads what an earlier process has done. Raises ConfigError if that was another selection."""
+        """Reads what an earlier process has done. Raises ConfigError if that was another
+        selection."""
         config = self.folder / CONFIG
         file = self.folder / HISTORY
         if file.is_file() and (other := difference(load_config(config), self.cfg)):
@@ -447,8 +452,8 @@ class JointTraining:
         atomic_write_text(self.folder / HISTORY, json.dumps(known))
 
     def resume(self) -> None:
-        """Trains from the last saved round. Raises ConfigError if training had ended by another rule: its states are
-        gone."""
+        """Trains from the last saved round. Raises ConfigError if training had ended by another
+        rule: its states are gone."""
         if self.ended:
             rule = self.rule
             raise ConfigError(
@@ -461,7 +466,8 @@ class JointTraining:
         self.train()
 
     def train(self) -> None:
-        """Round after round. Told to stop by a signal, it completes the round, saves, and exits with REQUEUE."""
+        """Round after round. Told to stop by a signal, it completes the round, saves, and exits
+        with REQUEUE."""
         done = len(self.history)
         saved_at = time.monotonic()
         self.build(self.alive(), done)
@@ -531,8 +537,8 @@ def linear_weights(model: nn.Module) -> int:
 class TrainingOptions:
     """How a selection trains its candidates.
 
-    full_runs: each by train.py to its last step, instead of jointly. candidate: train this layer alone, by train.py,
-    and do not rank. launcher: the command that starts train.py.
+    full_runs: each by train.py to its last step, instead of jointly. candidate: train this layer
+    alone, by train.py, and do not rank. launcher: the command that starts train.py.
     """
 
     output_dir: Path
@@ -547,8 +553,8 @@ def trained_hybrids(
 ) -> tuple[SequenceKLs, dict] | None:
     """The held-out KLs of every layer's hybrid after stage 2, and facts of the training.
 
-    Jointly, or where full runs are wanted or the folder has some, by train.py in layer_<N>/. None where `candidate` was
-    trained alone. Raises ConfigError for successive halving of full runs.
+    Jointly, or where full runs are wanted or the folder has some, by train.py in layer_<N>/. None
+    where `candidate` was trained alone. Raises ConfigError for successive halving of full runs.
     """
     folders = {layer: options.output_dir / f"layer_{layer}" for layer in kept}
     full_runs = options.full_runs or options.candidate is not None or any(map(Path.is_dir, folders.values()))
@@ -567,8 +573,8 @@ def trained_hybrids(
 
 
 def rank_hybrids(method: str, unit: str, importance: dict[int, list[float]], facts: dict) -> Ranking:
-    """By importance on each held-out sequence. Those that halving stopped come last, later ones first, without
-    intervals, because they trained on fewer tokens."""
+    """By importance on each held-out sequence. Those that halving stopped come last, later ones
+    first, without intervals, because they trained on fewer tokens."""
     stopped = facts.get("stopped", {})
     finished = {layer: values for layer, values in importance.items() if layer not in stopped}
     ranking = rank_samples(method, unit, finished, **facts)
@@ -584,8 +590,8 @@ def negated(kls: SequenceKLs) -> SequenceKLs:
 
 
 def ga_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
-    """Greedy addition at stage 2 (arXiv 2512.20569): -KL(teacher || student) after stage 2 in which only this layer is
-    full attention. None where `options.candidate` was trained alone."""
+    """Greedy addition at stage 2 (arXiv 2512.20569): -KL(teacher || student) after stage 2 in which
+    only this layer is full attention. None where `options.candidate` was trained alone."""
     trained = trained_hybrids(bench, options, {layer: [layer] for layer in bench.layers}, sign=-1)
     if trained is None:
         return None

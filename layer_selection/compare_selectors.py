@@ -1,13 +1,15 @@
-"""Compares selectors at one budget: the hybrids with the layers that they choose, trained alike and with several seeds.
+"""Compares selectors at one budget: the hybrids with the layers that they choose, trained alike and
+with several seeds.
 
     python layer_selection/compare_selectors.py --cfg STAGE2.yaml --ratio 0.25 --seeds 3 --output_dir outputs/selectors \
         --methods ga_s2 smart scan mse uniform random
 
-Runs each method of select_layers.py in <output_dir>/<method>/, then stage 2 of STAGE2.yaml for each set of layers (once
-for methods that chose the same) and for each seed, which orders the data. Prints and writes selectors.md,
-selectors.json and selectors.png: held-out KL to the teacher, perplexity, and the share of associative-recall questions
-(recall_tasks.py) that are answered, as means and half ranges over the seeds. Methods whose range touches the best one's
-are marked as ties with it. Rerun it, with more methods or seeds, and it does only what is missing.
+Runs each method of select_layers.py in <output_dir>/<method>/, then stage 2 of STAGE2.yaml for each
+set of layers (once for methods that chose the same) and for each seed, which orders the data.
+Prints and writes selectors.md, selectors.json and selectors.png: held-out KL to the teacher,
+perplexity, and the share of associative-recall questions (recall_tasks.py) that are answered, as
+means and half ranges over the seeds. Methods whose range touches the best one's are marked as ties
+with it. Rerun it, with more methods or seeds, and it does only what is missing.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ SETTINGS = ("ratio", "rounds", "sequences", "questions", "num_pairs", "num_words
 
 
 class MeasuredTraining(JointTraining):
-    """Hybrids that keep these sets of layers, trained to the last step. Their figures are added to `known` and written
-    to `file` before their last round counts as done."""
+    """Hybrids that keep these sets of layers, trained to the last step. Their figures are added to
+    `known` and written to `file` before their last round counts as done."""
 
     def __init__(
         self,
@@ -85,8 +87,8 @@ class MeasuredTraining(JointTraining):
 
 
 def claim(cfg: Config, args: argparse.Namespace) -> None:
-    """Records in --output_dir what its figures are of. Raises ConfigError if they are of another config, budget or
-    measurement."""
+    """Records in --output_dir what its figures are of. Raises ConfigError if they are of another
+    config, budget or measurement."""
     config = args.output_dir / "stage2.yaml"
     settings = args.output_dir / "settings.json"
     ours = {name: getattr(args, name) for name in SETTINGS}
@@ -106,7 +108,8 @@ def claim(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def chosen_layers(cfg: Config, method: str, top_k: int, args: argparse.Namespace) -> list[int]:
-    """The layers that a method keeps; selects them unless <output_dir>/<method>/ has its ranking."""
+    """The layers that a method keeps; selects them unless <output_dir>/<method>/ has its
+    ranking."""
     folder = args.output_dir / method
     if not (folder / "ranking.json").is_file():
         rule = StoppingRule(args.rounds, WINDOW, CORRELATION, top_k=top_k)
@@ -128,7 +131,8 @@ def chosen_layers(cfg: Config, method: str, top_k: int, args: argparse.Namespace
 
 
 def train_sets(cfg: Config, sets: list[list[int]], seed: int, args: argparse.Namespace) -> list[dict]:
-    """Figures of the hybrid of every set after its stage 2, in order; those that the seed's file has are read from it."""
+    """Figures of the hybrid of every set after its stage 2, in order; those that the seed's file
+    has are read from it."""
     file = args.output_dir / f"seed_{seed}.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
     if missing := [kept for kept in sets if str(kept) not in known]:
@@ -157,7 +161,8 @@ def best_first(results: dict[str, dict]) -> list[str]:
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown, the lowest KL first; results: method -> keep, and a list over seeds for each of FIGURES."""
+    """Markdown, the lowest KL first; results: method -> keep, and a list over seeds for each of
+    FIGURES."""
     order = best_first(results)
     highest = max(results[order[0]]["kl"])
     lines = ["| selector | layers | held-out KL | perplexity | recall |", "|:--|:--|--:|--:|--:|"]

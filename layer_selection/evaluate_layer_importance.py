@@ -1,13 +1,15 @@
-"""Which layers a task needs: each layer's attention output is zeroed in turn; the drop of accuracy is its importance.
+"""Which layers a task needs: each layer's attention output is zeroed in turn; the drop of accuracy
+is its importance.
 
     python layer_selection/evaluate_layer_importance.py --task associative_recall --model_name Qwen/Qwen2.5-1.5B-Instruct \
         --output_dir importance/qwen2.5_1.5b
 
-For softmax teachers and for our checkpoints (converted-hf). Answers are decoded greedily, up to the length of the
-correct one, and scored exactly (task_ablation.py).
+For softmax teachers and for our checkpoints (converted-hf). Answers are decoded greedily, up to the
+length of the correct one, and scored exactly (task_ablation.py).
 
-Written to --output_dir: results/baseline_<task>.json, results/ablation_<task>.csv, plots/ablation_<task>.png. Results
-that are there already are not computed again; those of other settings are not overwritten.
+Written to --output_dir: results/baseline_<task>.json, results/ablation_<task>.csv,
+plots/ablation_<task>.png. Results that are there already are not computed again; those of other
+settings are not overwritten.
 """
 
 from __future__ import annotations

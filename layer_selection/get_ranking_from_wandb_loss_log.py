@@ -2,10 +2,11 @@
 
     python layer_selection/get_ranking_from_wandb_loss_log.py --log outputs/ga_s2/loss_log.json --ratio 0.25 [--cfg STAGE2.yaml]
 
-A layer's loss is the mean of what it logged in the last tenth of the steps that it is compared at, which all finished
-runs have. Layers that a rule stopped come after all that were trained for longer, because the rule found them worse, and
-are compared among those that stopped with them. Written to --output_dir: ranking.json, ranking.png, ranking.md and,
-with --cfg, {teacher}_{size}_{student}_hybrid_{ratio}_ga_s2/stage2.yaml with the K best.
+A layer's loss is the mean of what it logged in the last tenth of the steps that it is compared at,
+which all finished runs have. Layers that a rule stopped come after all that were trained for
+longer, because the rule found them worse, and are compared among those that stopped with them.
+Written to --output_dir: ranking.json, ranking.png, ranking.md and, with --cfg,
+{teacher}_{size}_{student}_hybrid_{ratio}_ga_s2/stage2.yaml with the K best.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ TAIL = 0.1  # of the steps
 
 
 def tail_mean(history: list, step: int) -> float:
-    """The mean of the values of the last tenth of `step` steps, or the last value before that if there is none in it.
+    """The mean of the values of the last tenth of `step` steps, or the last value before that if
+    there is none in it.
 
     history: (step, value) in order. Raises ValueError if all come later than `step`.
     """
@@ -39,8 +41,8 @@ def tail_mean(history: list, step: int) -> float:
 
 
 def groups_by_length(layers: dict[int, dict]) -> list[list[int]]:
-    """The layers that can be compared with each other, the finished ones first, then those that a rule stopped, the
-    later ones first."""
+    """The layers that can be compared with each other, the finished ones first, then those that a
+    rule stopped, the later ones first."""
     groups: dict[float, list[int]] = {}
     for layer, entry in layers.items():
         reached = math.inf if entry["state"] == FINISHED else entry["steps"]
@@ -59,7 +61,8 @@ def rank_group(layers: dict[int, dict], group: list[int], step: int) -> list[Lay
 
 
 def rank(log: dict) -> Ranking:
-    """Layers by loss at equal steps, those stopped by a rule after those that were trained for longer."""
+    """Layers by loss at equal steps, those stopped by a rule after those that were trained for
+    longer."""
     layers = log["layers"]
     ranked: list[Layer] = []
     steps: dict[int, int] = {}  # layer -> where it was compared

@@ -1,4 +1,5 @@
-"""What every selector ends in: layers by importance, with intervals and ties, as ranking.json, ranking.png and ranking.md."""
+"""What every selector ends in: layers by importance, with intervals and ties, as ranking.json,
+ranking.png and ranking.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Collects the losses of GA-S2's candidates into one loss_log.json, from W&B or from the run folders.
+"""Collects the losses of GA-S2's candidates into one loss_log.json, from W&B or from the run
+folders.
 
     python layer_selection/retrieve_loss_log_from_wandb.py --runs outputs/ga_s2 [--entity E --project P]  # W&B's service
     python layer_selection/retrieve_loss_log_from_wandb.py --runs outputs/ga_s2 --source offline          # its run folders

@@ -1,12 +1,14 @@
-"""A quick choice of the layers that keep full attention: restore one at a time, train nothing, measure the KL.
+"""A quick choice of the layers that keep full attention: restore one at a time, train nothing,
+measure the KL.
 
     python -m layer_selection.scan_layers --student OUT/stage1/converted-hf --teacher OUT/teacher \
         --data OUT/data/chunked_context256 --output_dir OUT/layer_scan
 
-`select_layers.py --method scan` without a stage-2 config. For each layer, only it gets the teacher's softmax attention
-back in the all-linear student of stage 1; the KL to the teacher on held-out chunks says how much that layer alone
-repairs. The K layers with the lowest KL are kept. It prints a table and writes layer_scan.json:
-{"all_linear_kl", "layers": [{"layer", "kl"}], "keep": [...]}.
+`select_layers.py --method scan` without a stage-2 config. For each layer, only it gets the
+teacher's softmax attention back in the all-linear student of stage 1; the KL to the teacher on
+held-out chunks says how much that layer alone repairs. The K layers with the lowest KL are kept. It
+prints a table and writes layer_scan.json: {"all_linear_kl", "layers": [{"layer", "kl"}], "keep":
+[...]}.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from layer_selection.bench import heldout_batches, measure_layer_swaps, sequence
 
 
 def load_models(args: argparse.Namespace) -> tuple[StudentForCausalLM, StudentForCausalLM]:
-    """(Student, teacher), in bf16 on a GPU and fp32 on a CPU. Raises ValueError if the student is not all-linear."""
+    """(Student, teacher), in bf16 on a GPU and fp32 on a CPU. Raises ValueError if the student is
+    not all-linear."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     student = StudentForCausalLM.from_pretrained(args.student, dtype=dtype).to(device).eval()
@@ -45,8 +48,8 @@ def load_models(args: argparse.Namespace) -> tuple[StudentForCausalLM, StudentFo
 def scan(
     student: StudentForCausalLM, teacher: StudentForCausalLM, batches: list[torch.Tensor]
 ) -> tuple[list[float], dict[int, list[float]]]:
-    """(KL of the all-linear student, layer -> KL with that layer restored), each on every sequence of the batches of
-    token ids [B, T]."""
+    """(KL of the all-linear student, layer -> KL with that layer restored), each on every sequence
+    of the batches of token ids [B, T]."""
     teacher_outputs = [read_chunks(teacher, ids) for ids in batches]
 
     def kls(model: StudentForCausalLM) -> list[float]:

@@ -5,8 +5,9 @@
     python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --candidate 3
     python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --slurm
 
-STAGE2.yaml names teacher, data, the all-linear student (train.student_init_ckpt) and the training of a candidate; the
-layers that it keeps do not matter here. The methods, by the importance that ranks a layer:
+STAGE2.yaml names teacher, data, the all-linear student (train.student_init_ckpt) and the training
+of a candidate; the layers that it keeps do not matter here. The methods, by the importance that
+ranks a layer:
 
     ga_s2    -KL(teacher || student) on held-out text after stage 2 with only this layer restored (arXiv 2512.20569)
   baselines:
@@ -29,10 +30,11 @@ layers that it keeps do not matter here. The methods, by the importance that ran
     random   by --seed
 
 Written to --output_dir: ranking.json, ranking.png, ranking.md, and
-{teacher}_{size}_{student}_hybrid_{ratio}_{method}/stage2.yaml with the K best layers, which trains in a folder of its
-own. ga_s2 and gr_s2 train all candidates jointly on one teacher until their ranking has converged, or with --full_runs
-and --candidate each to the end with train.py in <output_dir>/layer_<N>/. Rerun the command to resume: it does only what
-is missing. avg_s2 uses the default folders of both.
+{teacher}_{size}_{student}_hybrid_{ratio}_{method}/stage2.yaml with the K best layers, which trains
+in a folder of its own. ga_s2 and gr_s2 train all candidates jointly on one teacher until their
+ranking has converged, or with --full_runs and --candidate each to the end with train.py in
+<output_dir>/layer_<N>/. Rerun the command to resume: it does only what is missing. avg_s2 uses the
+default folders of both.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ TRAINED = " or ".join(TRAINED_METHODS)
 
 # ------------------------------------------------------------------------------------------------ options
 def make_parser() -> argparse.ArgumentParser:
-    # --slurm passes the arguments on without itself: each of its jobs would submit itself again if it were abbreviated.
+    # --slurm passes the arguments on without itself: each of its jobs would submit itself again if
+    # it were abbreviated.
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -106,8 +109,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> SelectionOptions:
-    """The typed options of a teacher of so many layers. Raises ConfigError, naming the option, for those that make no
-    sense."""
+    """The typed options of a teacher of so many layers. Raises ConfigError, naming the option, for
+    those that make no sense."""
     top_k = budget(args.ratio, layers) if args.ratio is not None else args.top_k
     if not 1 <= top_k <= layers:
         raise ConfigError(f"--top-k: {top_k} must be between 1 and the teacher's {layers} layers")
@@ -143,10 +146,11 @@ def sbatch(arguments: list[str], cfg_file: str) -> subprocess.CompletedProcess:
 
 
 def submit(options: SelectionOptions, cfg: Config, cfg_file: str, arguments: list[str], layers: int) -> None:
-    """Submits this command, `arguments`, as an array of the layers that are missing, and once more to rank them after
-    it.
+    """Submits this command, `arguments`, as an array of the layers that are missing, and once more
+    to rank them after it.
 
-    Raises ConfigError if there is no Slurm, or the command would not mean the same where its jobs run.
+    Raises ConfigError if there is no Slurm, or the command would not mean the same where its jobs
+    run.
     """
     training = options.training
     if options.method not in TRAINED_METHODS or training.candidate is not None or training.rule.halving:

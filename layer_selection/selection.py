@@ -1,4 +1,5 @@
-"""A selection: runs one method and writes its ranking and the stage-2 config with the chosen layers."""
+"""A selection: runs one method and writes its ranking and the stage-2 config with the chosen
+layers."""
 
 from __future__ import annotations
 
@@ -34,9 +35,9 @@ from layer_selection.stage2_runs import write_chosen
 class SelectionOptions:
     """What one selection is asked for.
 
-    ratio: what top_k was computed from, or None. sequences: held-out ones to measure on. batch_size: of sequences, or
-    of a task's questions. seed: of the method `random`, and of a task's questions. questions: of a task's ablation, None
-    for other methods.
+    ratio: what top_k was computed from, or None. sequences: held-out ones to measure on.
+    batch_size: of sequences, or of a task's questions. seed: of the method `random`, and of a
+    task's questions. questions: of a task's ablation, None for other methods.
 
     Raises ConfigError, naming the command-line option, for numbers that make no sense.
     """
@@ -112,12 +113,14 @@ class Selection:
 
 
 def select(cfg: Config, options: SelectionOptions) -> Selection | None:
-    """Runs options.method and writes ranking.json, ranking.png, ranking.md and the chosen stage-2 config to
-    options.output_dir. None where a candidate was trained alone.
+    """Runs options.method and writes ranking.json, ranking.png, ranking.md and the chosen stage-2
+    config to options.output_dir. None where a candidate was trained alone.
 
-    Raises ValueError for what the user can correct. Told to stop by a signal, it exits with REQUEUE.
+    Raises ValueError for what the user can correct. Told to stop by a signal, it exits with
+    REQUEUE.
     """
-    # Training handles signals itself; the other methods take minutes, keep nothing, and start again when requeued.
+    # Training handles signals itself; the other methods take minutes, keep nothing, and start again
+    # when requeued.
     signals = nullcontext() if options.method in TRAINED_METHODS else StopSignals(to_the_end=False)
     with signals:
         bench = Bench(cfg, options.sequences, options.batch_size)

@@ -1,4 +1,5 @@
-"""The stage-2 configs of a selection, of its candidates and of what it chose; and candidates as runs of train.py."""
+"""The stage-2 configs of a selection, of its candidates and of what it chose; and candidates as
+runs of train.py."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def with_layers(cfg: Config, kept: list[int], output_dir: Path) -> Config:
 
 
 def teacher_name(name: str) -> str:
-    """{teacher}_{size} of a teacher: qwen2.5_1.5b, llama3.2_3b; if its name has no size, its number of parameters."""
+    """{teacher}_{size} of a teacher: qwen2.5_1.5b, llama3.2_3b; if its name has no size, its number
+    of parameters."""
     last = Path(name).resolve().name.lower()
     if found := SIZE_IN_NAME.match(last):
         family = re.sub(r"[-_](?=[0-9])", "", found[1])
@@ -60,9 +62,9 @@ def teacher_name(name: str) -> str:
 
 
 def write_chosen(cfg: Config, ranking: Ranking, count: int, ratio: float | None, folder: Path) -> Path:
-    """Writes the stage-2 config with the `count` best layers into a folder named like those of configs/; returns its
-    path. Its run folder is next to it, so that no two choices share one. ratio: what `count` was computed from, or
-    None."""
+    """Writes the stage-2 config with the `count` best layers into a folder named like those of
+    configs/; returns its path. Its run folder is next to it, so that no two choices share one.
+    ratio: what `count` was computed from, or None."""
     name = hybrid_folder(
         teacher_name(cfg.teacher_model.name),
         cfg.student_model.name,
@@ -77,8 +79,8 @@ def write_chosen(cfg: Config, ranking: Ranking, count: int, ratio: float | None,
 
 
 def check_start(cfg: Config) -> None:
-    """Raises ValueError if train.student_init_ckpt is not what stage 1 made of this teacher for this student. Reads
-    configs and the embeddings, which stage 1 does not change."""
+    """Raises ValueError if train.student_init_ckpt is not what stage 1 made of this teacher for
+    this student. Reads configs and the embeddings, which stage 1 does not change."""
     check_models(cfg)
     start = cfg.train.student_init_ckpt
     teacher = cfg.teacher_model.name
@@ -96,15 +98,15 @@ def check_start(cfg: Config) -> None:
 
 # ------------------------------------------------------------------------------------------------ full runs
 def deepspeed_launcher(port: str | None) -> str:
-    """The command that starts train.py in this environment. port: for the processes to meet, or None for DeepSpeed's
-    default."""
+    """The command that starts train.py in this environment. port: for the processes to meet, or
+    None for DeepSpeed's default."""
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     return f"{launcher} --master_port {port}" if port else launcher
 
 
 def run_to_completion(command: list[str]) -> tuple[int, bool]:
-    """Runs a command and returns (exit code, whether a SIGTERM came). The signal is forwarded, and this process waits:
-    it must not end while the run still saves."""
+    """Runs a command and returns (exit code, whether a SIGTERM came). The signal is forwarded, and
+    this process waits: it must not end while the run still saves."""
     received = []
     with subprocess.Popen(command) as run:
 
@@ -139,11 +141,11 @@ def train_with_script(cfg: Config, launcher: str, folder: Path) -> None:
 
 
 def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[float]:
-    """KL(teacher || student) of each held-out sequence after stage 2 with `kept` restored; trains and measures in
-    `folder` what is missing there.
+    """KL(teacher || student) of each held-out sequence after stage 2 with `kept` restored; trains
+    and measures in `folder` what is missing there.
 
-    bench: a `Bench`. Raises ConfigError if the run fails or the folder has that of another config. Told to stop, it
-    exits with REQUEUE.
+    bench: a `Bench`. Raises ConfigError if the run fails or the folder has that of another config.
+    Told to stop, it exits with REQUEUE.
     """
     cfg = with_layers(bench.cfg, kept, folder / "run")
     written = folder / STAGE_2

@@ -1,4 +1,5 @@
-"""When jointly trained candidates stop: once their ranking has converged, or half by half (successive halving)."""
+"""When jointly trained candidates stop: once their ranking has converged, or half by half
+(successive halving)."""
 
 from __future__ import annotations
 
@@ -20,12 +21,14 @@ CORRELATION = 0.8
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """Decides after every round which candidates keep training; with the defaults, all of them to the last step.
+    """Decides after every round which candidates keep training; with the defaults, all of them to
+    the last step.
 
-    rounds: how often a training run is measured. window: rounds over which the best `top_k` layers must stay the same
-    for training to end; 0: it never ends early. correlation: the lowest Spearman correlation between the orders of two
-    consecutive rounds in that window. halving: the worse half stops after rounds 2, 4, 8 ... (successive halving,
-    arXiv 1502.07943). top_k: how many layers will be kept.
+    rounds: how often a training run is measured. window: rounds over which the best `top_k` layers
+    must stay the same for training to end; 0: it never ends early. correlation: the lowest Spearman
+    correlation between the orders of two consecutive rounds in that window. halving: the worse half
+    stops after rounds 2, 4, 8 ... (successive halving, arXiv 1502.07943). top_k: how many layers
+    will be kept.
 
     Raises ConfigError, naming the command-line option, for values that make no sense.
     """
@@ -47,9 +50,9 @@ class StoppingRule:
     def has_converged(self, rounds: list[dict[int, list[float]]]) -> bool:
         """Whether the last `window` of these rounds agree on the choice.
 
-        rounds: layer -> importance on each sequence. Two choices agree if they differ only in layers that the last
-        round cannot tell apart. Layers that halving stopped keep their places in the order, after the others, so that
-        from then on the choice decides.
+        rounds: layer -> importance on each sequence. Two choices agree if they differ only in
+        layers that the last round cannot tell apart. Layers that halving stopped keep their places
+        in the order, after the others, so that from then on the choice decides.
         """
         if not self.window or len(rounds) < self.window:
             return False
@@ -64,8 +67,8 @@ class StoppingRule:
         return all(value >= self.correlation - 1e-9 for value in correlations)
 
     def survivors(self, scores: dict[int, float], done: int) -> list[int]:
-        """The layers that keep training after `done` rounds, by their importance in the last one: with halving, the
-        better half after rounds 2, 4, 8 ..., but never fewer than top_k + 1."""
+        """The layers that keep training after `done` rounds, by their importance in the last one:
+        with halving, the better half after rounds 2, 4, 8 ..., but never fewer than top_k + 1."""
         count = len(scores)
         is_power_of_two = done & (done - 1) == 0
         if self.halving and done > 1 and is_power_of_two:
@@ -84,8 +87,8 @@ def rank_correlation(a: dict[int, float], b: dict[int, float]) -> float:
 
 
 def order_after(rounds: list[dict[int, float]]) -> dict[int, int]:
-    """Layer -> minus its place by the score of the last round; layers that stopped earlier come after those that
-    stopped later."""
+    """Layer -> minus its place by the score of the last round; layers that stopped earlier come
+    after those that stopped later."""
     order: list[int] = []
     for scores in reversed(rounds):
         remaining = scores.keys() - set(order)
@@ -99,7 +102,8 @@ def best_layers(order: dict[int, int], count: int) -> set[int]:
 
 
 def add_rule_options(parser) -> None:
-    """The flags of a rule that ends training early; `read_rule` reads them. parser: or a group of its arguments."""
+    """The flags of a rule that ends training early; `read_rule` reads them. parser: or a group of
+    its arguments."""
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="measurements in a training run (%(default)s)")
     parser.add_argument(
         "--window",

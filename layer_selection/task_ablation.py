@@ -1,7 +1,8 @@
-"""Task accuracy without each layer's attention: greedy answers, scored exactly, by all ablations of a model at once.
+"""Task accuracy without each layer's attention: greedy answers, scored exactly, by all ablations of
+a model at once.
 
-The ablation of a layer shares everything before that layer with the unmodified model: prompts are read once, and each
-layer adds one stream of hidden states.
+The ablation of a layer shares everything before that layer with the unmodified model: prompts are
+read once, and each layer adds one stream of hidden states.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from distill_model import StudentForCausalLM
 from layer_selection.ablation_questions import Question
 from layer_selection.ranking import Ranking, rank_samples
 
-# Tokens beyond the correct answer's: what ends it, and a split of its words that is not the tokenizer's own.
+# Tokens beyond the correct answer's: what ends it, and a split of its words that is not the
+# tokenizer's own.
 EXTRA_TOKENS = 2
 
 
 def read_prompts(model: StudentForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Cache]:
     """Reads prompts once for the unmodified model and for every layer's ablation.
 
-    ids, mask [B, T], padded on the left. Returns the logits of the next token [(1 + L) B, vocab_size], L the layers,
-    and the cache with as many rows: first those of the unmodified model, then those without layer 0, 1 ... Before layer
-    l the ablations of l and later layers equal the unmodified model, so that l runs on (1 + l) B rows.
+    ids, mask [B, T], padded on the left. Returns the logits of the next token [(1 + L) B,
+    vocab_size], L the layers, and the cache with as many rows: first those of the unmodified model,
+    then those without layer 0, 1 ... Before layer l the ablations of l and later layers equal the
+    unmodified model, so that l runs on (1 + l) B rows.
     """
     decoder = model.model
     batch = len(ids)
@@ -90,7 +93,8 @@ def answer_budget(tokenizer, questions: list[Question]) -> int:
 
 
 def decode_until_special(tokenizer, rows: list[list[int]]) -> list[str]:
-    """The texts of the rows, each up to its first special token, which ends an answer as a line break does."""
+    """The texts of the rows, each up to its first special token, which ends an answer as a line
+    break does."""
     special = set(tokenizer.all_special_ids)
     texts = []
     for row in rows:
@@ -102,8 +106,8 @@ def decode_until_special(tokenizer, rows: list[list[int]]) -> list[str]:
 
 @torch.no_grad()
 def continuations(model: StudentForCausalLM, tokenizer, questions: list[Question]) -> list[list[str]]:
-    """Greedy continuations of the questions, read as one batch: by the unmodified model, then without each layer's
-    attention.
+    """Greedy continuations of the questions, read as one batch: by the unmodified model, then
+    without each layer's attention.
 
     Raises ValueError if a prompt and its answer are longer than the model's context.
     """
@@ -142,7 +146,8 @@ def continuations(model: StudentForCausalLM, tokenizer, questions: list[Question
 def ablate(
     model: StudentForCausalLM, tokenizer, questions: list[Question], batch_size: int
 ) -> tuple[list[float], dict[int, list[float]], list[str]]:
-    """(Score of every question, layer -> scores without its attention, what the unmodified model answers)."""
+    """(Score of every question, layer -> scores without its attention, what the unmodified model
+    answers)."""
     by_length = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))  # little padding
     answers = [[""] * len(questions) for _ in range(1 + model.config.num_hidden_layers)]
     with tqdm(total=len(questions), desc="ablations", unit="question") as bar:
@@ -162,7 +167,7 @@ def score_all(questions: list[Question], texts: list[str]) -> list[float]:
 
 
 def rank_drops(method: str, baseline: list[float], without: dict[int, list[float]], **facts) -> Ranking:
-    """Layers by the drop of accuracy without their attention, with intervals over questions. facts: of the ranking; a
-    `seed` is that of the bootstrap."""
+    """Layers by the drop of accuracy without their attention, with intervals over questions. facts:
+    of the ranking; a `seed` is that of the bootstrap."""
     drops = {layer: [b - s for b, s in zip(baseline, scores)] for layer, scores in without.items()}
     return rank_samples(method, "drop of accuracy", drops, baseline=sum(baseline) / len(baseline), **facts)

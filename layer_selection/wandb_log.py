@@ -1,7 +1,9 @@
-"""GA-S2's candidates as separate runs: the folder with their configs, their losses from W&B, and the loss log.
+"""GA-S2's candidates as separate runs: the folder with their configs, their losses from W&B, and
+the loss log.
 
-Three scripts share it: generate_layer_configs_ga_s2.py writes the folder, retrieve_loss_log_from_wandb.py reads the
-losses into loss_log.json, get_ranking_from_wandb_loss_log.py ranks that.
+Three scripts share it: generate_layer_configs_ga_s2.py writes the folder,
+retrieve_loss_log_from_wandb.py reads the losses into loss_log.json,
+get_ranking_from_wandb_loss_log.py ranks that.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def write_candidates(folder: Path, teacher: str, layers: int) -> None:
 
 
 def read_candidates(folder: Path) -> tuple[str, dict[int, Config]]:
-    """The teacher, and layer -> the config of its run. Raises ValueError if there is not one for every layer."""
+    """The teacher, and layer -> the config of its run. Raises ValueError if there is not one for
+    every layer."""
     try:
         made = json.loads((folder / CANDIDATES).read_text())
         teacher = made["teacher"]
@@ -60,7 +63,8 @@ def need_wandb() -> None:
 
 
 def from_service(wanted: set[str], where: str) -> dict[str, Rows]:
-    """What the runs of these output folders logged to W&B's service. where: entity/project, or the project alone."""
+    """What the runs of these output folders logged to W&B's service. where: entity/project, or the
+    project alone."""
     need_wandb()
     import wandb
 
@@ -128,7 +132,8 @@ def read_offline_run(file: Path) -> OfflineRun:
 
 
 def from_offline_runs(wanted: set[str], folder: Path) -> dict[str, Rows]:
-    """What the runs of these output folders logged into W&B's run folders anywhere under `folder`."""
+    """What the runs of these output folders logged into W&B's run folders anywhere under
+    `folder`."""
     need_wandb()
     files = sorted(folder.rglob("run-*.wandb"))
     if not files:
@@ -154,7 +159,8 @@ def wandb_name(key: str) -> str:
 
 
 def from_metrics(wanted: Iterable[str]) -> dict[str, Rows]:
-    """What the runs of these output folders wrote into their metrics.jsonl. Raises ValueError for a damaged one."""
+    """What the runs of these output folders wrote into their metrics.jsonl. Raises ValueError for a
+    damaged one."""
     found = {}
     for name in wanted:
         file = Path(name) / METRICS
@@ -173,8 +179,8 @@ def from_metrics(wanted: Iterable[str]) -> dict[str, Rows]:
 
 # ------------------------------------------------------------------------------------------------ the loss log
 def layer_log(cfg: Config, rows: Rows, metric: str, stopped_at: list[int]) -> dict:
-    """A layer's entry: run, state, steps, planned_steps, history. Raises ValueError if the run is not complete or lacks
-    the metric."""
+    """A layer's entry: run, state, steps, planned_steps, history. Raises ValueError if the run is
+    not complete or lacks the metric."""
     rows = [row for row in rows if STEP in row]
     last = max((int(row[STEP]) for row in rows), default=0)
     planned = batch_plan(cfg, 1).steps
@@ -190,8 +196,8 @@ def layer_log(cfg: Config, rows: Rows, metric: str, stopped_at: list[int]) -> di
 
 
 def metric_history(rows: Rows, metric: str) -> list[tuple[int, float]]:
-    """(step, value) in order; of a step that was logged again by a resumed run, the later value. Raises ValueError if
-    there is none, or one that is not finite."""
+    """(step, value) in order; of a step that was logged again by a resumed run, the later value.
+    Raises ValueError if there is none, or one that is not finite."""
     # W&B's service returns "NaN" as a string.
     history = {int(row[STEP]): float(row[metric]) for row in rows if row.get(metric) is not None}
     if not history:
@@ -205,7 +211,8 @@ def metric_history(rows: Rows, metric: str) -> list[tuple[int, float]]:
 
 
 def read_log(file: Path) -> dict:
-    """A loss log with an entry for every layer. Raises ValueError naming those that are missing or unfinished."""
+    """A loss log with an entry for every layer. Raises ValueError naming those that are missing or
+    unfinished."""
     try:
         log = json.loads(file.read_text())
         layers = {int(layer): entry for layer, entry in log["layers"].items()}

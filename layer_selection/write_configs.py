@@ -1,10 +1,12 @@
-"""Writes configs/ from published.yaml: the stages of every teacher with every student, at every published budget and selector.
+"""Writes configs/ from published.yaml: the stages of every teacher with every student, at every
+published budget and selector.
 
     python layer_selection/write_configs.py [--output_dir configs]
 
-One stage 1 a teacher and student, {teacher}_{student}/stage1.yaml, which every stage 2 of that pair starts from:
-{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml, each with a run folder of its own. stage3.yaml lies beside the stage 2
-of a quarter of the layers, chosen by GA-S2 where that is published, else evenly. Other folders are left alone.
+One stage 1 a teacher and student, {teacher}_{student}/stage1.yaml, which every stage 2 of that pair
+starts from: {teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml, each with a run folder of
+its own. stage3.yaml lies beside the stage 2 of a quarter of the layers, chosen by GA-S2 where that
+is published, else evenly. Other folders are left alone.
 """
 
 from __future__ import annotations
@@ -158,7 +160,52 @@ def files(published: dict) -> dict[str, str]:
             "students"
         ][0]:
             add(3, row.folder, row, row.layers)
+    made["README.md"] = readme(published, everything, made)
     return made
+
+
+README = """\
+# Configurations
+
+This page lists what is in each folder: teacher, student, ratio, selector and kept layers.
+[docs/layer_selection.md](../docs/layer_selection.md) explains the selectors,
+[docs/config.md](../docs/config.md) the keys.
+
+`python layer_selection/write_configs.py` writes this page and the folders from
+`layer_selection/published.yaml`; do not edit them by hand. `quickstart/` belongs to `quickstart.sh`.
+
+- `{teacher}_{student}/stage1.yaml`: the stage 1 that all hybrids of that pair start from.
+- `{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml`: a hybrid. Where the table has a *,
+  `stage3.yaml` lies beside it.
+
+| selector | source |
+|---|---|
+"""
+
+
+def readme(published: dict, hybrids: list[Row], made: dict[str, str]) -> str:
+    """The content of README.md, a table per teacher. `made`: the other files, by path."""
+    parts = [README]
+    parts += [f"| `{name}` | {source} |\n" for name, source in published["sources"].items()]
+    for teacher, facts in published["teachers"].items():
+        stage1 = [f"[{student}]({teacher}_{student}/stage1.yaml)" for student in facts["students"]]
+        parts.append(f"\n## {teacher}\n\n`{facts['name']}`, {facts['layers']} layers. ")
+        parts.append(f"Stage 1: {', '.join(stage1)}.\n\n")
+        parts.append("| ratio | selector | kept layers | stage 2 |\n|--:|---|---|---|\n")
+        by_choice: dict[tuple, list[Row]] = {}
+        for row in (row for row in hybrids if row.teacher == teacher):
+            by_choice.setdefault((row.ratio, row.selector), []).append(row)
+        for (ratio, selector), same in by_choice.items():  # all students keep the same layers
+            layers = same[0].layers
+            kept = " ".join(map(str, layers))
+            links = ", ".join(_link(row, made) for row in same)
+            parts.append(f"| {ratio:g} | `{selector}` | {len(layers)}: {kept} | {links} |\n")
+    return "".join(parts)
+
+
+def _link(row: Row, made: dict[str, str]) -> str:
+    mark = " *" if f"{row.folder}/stage3.yaml" in made else ""
+    return f"[{row.student}]({row.folder}/stage2.yaml){mark}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -29,7 +29,7 @@ def key(
     minimum: float | None = None,
     stages: tuple = (1, 2, 3),
 ) -> Any:
-    """A config field: what it means (for the README), what values it takes, and the stages that
+    """A config field: what it means (for docs/config.md), what values it takes, and the stages that
     read it."""
     metadata = {"help": help, "choices": choices, "minimum": minimum, "stages": stages}
     if isinstance(default, (list, dict)):
@@ -330,7 +330,7 @@ def dump_config(cfg: Config) -> str:
 
 
 def reference() -> str:
-    """The config reference of the README, a Markdown table made from the fields."""
+    """The config reference of docs/config.md, a Markdown table made from the fields."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     hints = typing.get_type_hints(Config)
     for section in fields(Config):

@@ -10,7 +10,6 @@ from runtime.config import (
     dump_config,
     keys_of_other_stages,
     load_config,
-    reference,
 )
 
 import pytest
@@ -218,7 +217,3 @@ def test_a_batch_that_does_not_divide(tmp_path):
 def test_saves_and_evals_happen_within_the_run(tmp_path):
     plan = batch_plan(load(tmp_path, "train.target_tokens=320"), 1)
     assert plan.steps == 5 and plan.every(1000) == 5 and plan.every(None) == 1 and plan.every(2) == 2
-
-
-def test_the_readme_lists_every_key():
-    assert reference() in (ROOT / "README.md").read_text()

@@ -318,7 +318,7 @@ def test_from_the_command_line(everywhere, tmp_path):
 
 @pytest.mark.slow
 def test_distilled_exported_and_loaded_elsewhere(teacher_dir, data_dir, tmp_path):
-    """As the README has it: gdn_v8 from the start, calibrated, through stages 1 and 2; the same
+    """As docs/generation.md has it: gdn_v8 from the start, calibrated, through stages 1 and 2; the same
     text by transformers alone."""
     for stage in (1, 2):
         options = ["student_model.name=gdn_v8", *(["train.calibrate_init=2"] if stage == 1 else [])]

@@ -308,7 +308,3 @@ def test_the_command_that_adopts_is_taken():
     (command,) = re.findall(r"^python preprocess_chunk.py (.* --adopt .*|--adopt .*)$", PAGE, re.MULTILINE)
     args = preprocess_chunk.parse_args(shlex.split(command))
     assert args.adopt == Path("data_cache/chunked_context512") and args.tokenizer and args.output_dir == Path("data")
-
-
-def test_the_readme_names_the_page():
-    assert "docs/migration.md" in (ROOT / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""What the README promises has tests by those names; the launch scripts' parts that need no cluster."""
+"""What docs/reliability.md promises has tests by those names; the launch scripts' parts that need no cluster."""
 
 import json
 import os
@@ -23,7 +23,7 @@ import hf_trainer
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("table", ["README.md", "tests/faults/FAULTS.md"])
+@pytest.mark.parametrize("table", ["docs/reliability.md", "tests/faults/FAULTS.md"])
 def test_every_test_that_is_named_exists(table):
     code = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", (ROOT / table).read_text()))
@@ -33,7 +33,7 @@ def test_every_test_that_is_named_exists(table):
 
 def test_every_fault_has_a_line():
     code = (ROOT / "tests" / "faults" / "test_faults.py").read_text()
-    table = (ROOT / "tests" / "faults" / "FAULTS.md").read_text() + (ROOT / "README.md").read_text()
+    table = (ROOT / "tests" / "faults" / "FAULTS.md").read_text() + (ROOT / "docs" / "reliability.md").read_text()
     assert not [name for name in re.findall(r"^def (test_\w+)", code, re.MULTILINE) if f"`{name}`" not in table]
 
 

@@ -1,7 +1,7 @@
 """Faults done to real processes and files, and what must hold after each.
 
 A run that was broken and started again must leave the very metrics and weights of one that nobody touched, bit for bit.
-FAULTS.md beside this file is the table of all; README.md's section Reliability says which promise each holds.
+FAULTS.md beside this file is the table of all; docs/reliability.md says which promise each holds.
 """
 
 import json

@@ -1,0 +1,182 @@
+"""The pages for visitors: their links, names and commands exist, their generated parts are current."""
+
+import importlib.util
+import re
+import xml.etree.ElementTree
+from pathlib import Path
+
+from runtime.config import reference
+from runtime.run_folder import FREE_KEYS
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "configs" / "README.md",
+    ROOT / "tests" / "faults" / "FAULTS.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+OF_RUNS = {".venv", "quickstart_out", "outputs", "data"}
+FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()} - OF_RUNS
+SCRIPTS = [
+    path
+    for pattern in ("*.py", "*.sh")
+    for path in ROOT.rglob(pattern)
+    if path.relative_to(ROOT).parts[0] not in OF_RUNS
+]
+OF_THE_PREDECESSOR = {"eval/harness.py"}  # docs/migration.md says what replaces it
+FLAGS_OF_OTHERS = {"--check", "--gen_kwargs", "--help", "--no-deps", "--nodes", "--num_gpus"}
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def load_build():
+    spec = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_build()
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE):
+        words = re.sub(r"[^\w\- ]", "", heading.lower())
+        found.add(words.replace(" ", "-"))
+    return found
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of the page's bash blocks, continued lines joined; and commands in backticks."""
+    text = page.read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
+    lines += re.findall(r"`((?:python|bash|deepspeed) [^`]+)`", text)
+    return [re.sub(r"\s+#.*", "", line) for line in lines]
+
+
+def test_the_front_page_is_short():
+    text = read("README.md")
+    assert len(text.splitlines()) <= 200
+    assert len(text.encode()) <= 15_000
+
+
+def test_the_front_page_links_every_page():
+    links = set(re.findall(r"\]\(([^)#]+)", read("README.md")))
+    pages = {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")}
+    assert pages <= links
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@every_page
+def test_files_that_are_named_exist(page):
+    script_names = {path.name for path in SCRIPTS}
+    named = set(re.findall(r"`([\w./-]+)`", page.read_text()))
+    for name in named - OF_THE_PREDECESSOR:
+        if "/" in name and name.split("/")[0] in FOLDERS:
+            assert (ROOT / name).exists(), name
+        elif re.fullmatch(r"[\w.-]+\.(py|sh)", name):
+            assert name in script_names, name
+
+
+@every_page
+def test_commands_that_are_shown_can_be_typed(page):
+    """Their scripts, configs, flags and config keys exist."""
+    code = "\n".join(path.read_text() for path in SCRIPTS)
+    known_flags = FLAGS_OF_OTHERS.union(re.findall(r"--[a-z][\w-]*", code))
+    known_keys = set(re.findall(r"^\| `([\w.]+)`", reference(), re.MULTILINE))
+    for command in commands(page):
+        files = re.findall(r"[\w./-]+\.(?:py|sh)\b", command)
+        files += re.findall(r"\bconfigs/[\w./-]+\.yaml", command)
+        flags = set(re.findall(r"(?<=\s)--[a-z][\w-]*", command))
+        keys = set(re.findall(r"\b((?:train|data|student_model|teacher_model)\.\w+)=", command))
+        assert not [file for file in files if not (ROOT / file).is_file()], command
+        assert not flags - known_flags, command
+        assert not keys - known_keys, command
+
+
+@pytest.mark.parametrize("page", build.GENERATED)
+def test_generated_parts_are_current(page):
+    """If not: python docs/build.py."""
+    assert build.with_generated(page) == read(f"docs/{page}")
+
+
+def test_the_decoding_table_is_that_of_the_stored_points():
+    page = read("docs/generation.md")
+    for point in build.DECODE["points"]:
+        cells = [
+            str(point["batch_size"]),
+            f"{point['context']:,}",
+            f"{point['teacher_tokens_per_s']:,}",
+            f"{point['hybrid_tokens_per_s']:,}",
+            f"{point['speed_up']:.2f}",
+            f"{point['roofline_speed_up']:.2f}",
+            f"{point['teacher_cache_mib']:,} MiB",
+            f"{point['hybrid_cache_mib']:,} MiB",
+            f"{point['cache_share']:.0%}",
+        ]
+        assert f"| {' | '.join(cells)} |" in page
+
+
+def test_the_front_page_has_figures_of_the_performance_page():
+    row = r"^\| [123].*\| .* tokens \| ([\d,]+) \| ([\d.]+ GiB) \|"
+    found = re.findall(row, read("README.md"), re.MULTILINE)
+    assert len(found) == 3
+    lines = read("docs/performance.md").splitlines()
+    for speed, memory in found:
+        with_both = [line for line in lines if f"| {speed} |" in line and f"| {memory} |" in line]
+        assert with_both, speed
+
+
+def test_the_keys_that_a_resumed_run_may_change_are_listed():
+    section = read("docs/reliability.md").partition("## What may change")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", section)) - {"train"} == FREE_KEYS
+
+
+def test_the_version_is_the_same_everywhere():
+    version = re.search(r'^version = "(.*)"$', read("pyproject.toml"), re.MULTILINE)[1]
+    newest_change = re.search(r"^## \[(.*?)\]", read("CHANGELOG.md"), re.MULTILINE)[1]
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == version
+    assert newest_change == version
+
+
+def test_forms_and_workflows_are_valid_yaml():
+    files = list((ROOT / ".github").rglob("*.yml"))
+    assert len(files) >= 3
+    assert all(isinstance(yaml.safe_load(file.read_text()), dict) for file in files)
+
+
+def test_the_workflow_lints_tests_and_runs_the_quickstart():
+    jobs = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    commands = {step.get("run") for step in steps}
+    assert {"ruff check", "ruff format --check"} <= commands
+    assert {"bash run_tests.sh", "bash quickstart.sh --tiny"} <= commands
+
+
+def test_the_pipeline_picture_is_valid_xml():
+    root = xml.etree.ElementTree.parse(ROOT / "docs" / "pipeline.svg").getroot()
+    assert root.tag.endswith("svg")
