@@ -4,12 +4,14 @@
     python benchmarks/compare_students.py --teacher recall_out/teacher --data recall_out/data/chunked_context512 \
         --output_dir recall_out/students
 
-Each run is stage 1 of the all-linear student, then stage 2 of a hybrid that keeps evenly spaced layers. Its figures, on
-held-out text and tasks, are written to <output_dir>/runs/<student>-seed<N>.json. Rerun the command to resume: it does
-only what is missing; --shard I/N does a part of it, for several processes at once. The table, of means and half ranges
-over seeds, is printed and written to students.md, their recall is plotted in students.png, and all runs with their
-settings go to students.json (docs/students.json: those of the documentation). `NAME+calibrated` starts as with
-train.calibrate_init. Students within the best one's range are marked as ties with it.
+Each run is stage 1 of the all-linear student, then stage 2 of a hybrid that keeps evenly spaced
+layers. Its figures, on held-out text and tasks, are written to
+<output_dir>/runs/<student>-seed<N>.json. Rerun the command to resume: it does only what is missing;
+--shard I/N does a part of it, for several processes at once. The table, of means and half ranges
+over seeds, is printed and written to students.md, their recall is plotted in students.png, and all
+runs with their settings go to students.json (docs/students.json: those of the documentation).
+`NAME+calibrated` starts as with train.calibrate_init. Students within the best one's range are
+marked as ties with it.
 """
 
 from __future__ import annotations
@@ -64,7 +66,10 @@ COLUMNS = [
     "parameters per layer",
     "native export",
 ]
-EVERYTHING = [*STUDENT_ATTENTION_MAP, *(name + CALIBRATED for name in ("gdn_v4", "gdn_v7", "gdn_v8"))]
+EVERYTHING = [
+    *STUDENT_ATTENTION_MAP,
+    *(name + CALIBRATED for name in ("gdn_v4", "gdn_v7", "gdn_v8")),
+]
 
 
 def size_in_bytes(x) -> int:
@@ -87,7 +92,8 @@ def state_bytes(model: StudentForCausalLM, layer: int, length: int) -> int:
 
 
 def hardest_questions(context: int, num_words: int) -> dict[str, list[Document]]:
-    """Task -> documents, as hard as fits: each is at most as long as a chunk of `context` tokens."""
+    """Task -> documents, as hard as fits: each is at most as long as a chunk of `context`
+    tokens."""
     size = context // 8
     options = {
         "associative_recall": {"num_pairs": size},
@@ -189,7 +195,7 @@ class Comparison:
         }
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# ------------------------------------------------------------------------ the table
 def spread(values: list[float], digits: int, percent: bool = False) -> str:
     """mean ± half the range."""
     scale = 100 if percent else 1
@@ -281,14 +287,19 @@ def stored(settings: dict, runs: list[dict]) -> str:
     return f'{{"settings": {json.dumps(settings)},\n "runs": [\n  {lines}\n]}}\n'
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------ the command
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--teacher", required=True)
     add("--data", required=True, help="chunks with a held-out split, of preprocess_chunk.py")
     add("--output_dir", type=Path, required=True)
-    add("--students", nargs="+", default=EVERYTHING, help="default: all, some of them calibrated too")
+    add(
+        "--students",
+        nargs="+",
+        default=EVERYTHING,
+        help="default: all, some of them calibrated too",
+    )
     add("--seeds", type=int, default=3)
     add("--ratio", type=float, default=0.25, help="share of the layers that keep full attention")
     add("--stage1_steps", type=int, default=200)
@@ -298,7 +309,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr_stage2", type=float, default=1e-4)
     add("--lr_attn_stage2", type=float, default=1e-3)
     add("--eval_chunks", type=int, default=64)
-    add("--num_words", type=int, default=256, help="words of the tasks; as the teacher was trained on")
+    add(
+        "--num_words",
+        type=int,
+        default=256,
+        help="words of the tasks; as the teacher was trained on",
+    )
     add("--shard", default="0/1", metavar="I/N", help="do only the I-th of N parts of the students")
     return parser
 

@@ -1,12 +1,14 @@
-"""What jointly trained, early-stopped GA-S2 costs, and whether it chooses what a full stage 2 of every layer would.
+"""What jointly trained, early-stopped GA-S2 costs, and whether it chooses what a full stage 2 of
+every layer would.
 
     python benchmarks/selection_cost.py --cfg STAGE2.yaml --ratio 0.25 --seeds 3 --output_dir cost_out
 
-For each seed, which orders the data: every layer's candidate through all steps of STAGE2.yaml by itself, with the
-teacher's work repeated and one measurement at the end; then the joint training of select_layers.py, on the same batches.
-Prints and writes (cost.md, cost.json) the best layers of both, whether they are the same up to ties of the full runs,
-and the joint training's share of the full runs' FLOPs (GEMMs, measurements included) and seconds, without the
-compilation of kernels. Rerun the command to resume: it does only what is missing.
+For each seed, which orders the data: every layer's candidate through all steps of STAGE2.yaml by
+itself, with the teacher's work repeated and one measurement at the end; then the joint training of
+select_layers.py, on the same batches. Prints and writes (cost.md, cost.json) the best layers of
+both, whether they are the same up to ties of the full runs, and the joint training's share of the
+full runs' FLOPs (GEMMs, measurements included) and seconds, without the compilation of kernels.
+Rerun the command to resume: it does only what is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from layer_selection.stopping_rule import StoppingRule, add_rule_options, read_r
 
 
 def full_runs(bench: Bench, folder: Path) -> tuple[Ranking, float, float]:
-    """(Ranking, seconds, compute in units of the same runs without measurements) of every layer trained alone."""
+    """(Ranking, seconds, compute in units of the same runs without measurements) of every layer
+    trained alone."""
     to_the_end = StoppingRule()
     if not (folder / FOLDER).is_dir():  # there is something to time: kernels compile before
         first = JointTraining(bench, to_the_end, {0: [0]}, -1, folder)

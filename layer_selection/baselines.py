@@ -16,7 +16,13 @@ import torch
 
 from layer_selection.ablation_questions import TASKS, QuestionOptions, draw_questions
 from layer_selection.bench import Bench, measure_layer_swaps
-from layer_selection.candidate_training import TrainingOptions, ga_s2, negated, rank_hybrids, trained_hybrids
+from layer_selection.candidate_training import (
+    TrainingOptions,
+    ga_s2,
+    negated,
+    rank_hybrids,
+    trained_hybrids,
+)
 from layer_selection.ranking import Ranking, evenly_spaced, rank_samples, rank_scores
 from layer_selection.task_ablation import ablate, rank_drops
 from wrapper import AttentionAlignmentModel
@@ -25,7 +31,7 @@ SHORT_NAMES = {"associative_recall": "ar", "associative_recall_multihop": "ar_mu
 TASK_METHODS = {SHORT_NAMES.get(task, task): task for task in TASKS}  # method -> the task that it ablates
 
 
-# ------------------------------------------------------------------------------------------------ without measurement
+# ------------------------------------------------------------------------ without measurement
 def uniform(bench: Bench, top_k: int) -> Ranking:
     """Evenly spaced layers, one in the middle of each of K equal parts."""
     kept = evenly_spaced(top_k, len(bench.layers))
@@ -39,7 +45,7 @@ def random_order(bench: Bench, seed: int) -> Ranking:
     return rank_scores("random", "random number", scores, seed=seed)
 
 
-# ------------------------------------------------------------------------------------------------ without training
+# ------------------------------------------------------------------------ without training
 def scan(bench: Bench) -> Ranking:
     """-KL(teacher || the all-linear student with this layer restored), as GA-S2 but without training."""
     return rank_scan(measure_layer_swaps(bench.kls, bench.student, bench.teacher))
@@ -100,7 +106,7 @@ def task_ablation(bench: Bench, method: str, options: QuestionOptions, batch_siz
     return rank_drops(method, baseline, without, task=task, seed=seed)
 
 
-# ------------------------------------------------------------------------------------------------ SMART
+# ------------------------------------------------------------------------ SMART
 def smart(bench: Bench, top_k: int) -> Ranking:
     """Sensitivity, KL(all-linear) - KL(with this layer restored), and placement (arXiv 2505.17272):
     see `place`.
@@ -148,7 +154,7 @@ def most_sensitive(layers: Iterable[int], sensitivity: list[float]) -> int:
     return max(layers, key=sensitivity.__getitem__)
 
 
-# ------------------------------------------------------------------------------------------------ with training
+# ------------------------------------------------------------------------ with training
 def gr_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
     """Greedy removal (arXiv 2512.20569): +KL(teacher || student) after stage 2 in which only this
     layer is linear."""

@@ -40,7 +40,9 @@ def sequence_kls(model: StudentForCausalLM, batches, teacher_outputs: list[Model
 
 
 def measure_layer_swaps(
-    measure: Callable[[StudentForCausalLM], Figure], model: StudentForCausalLM, source: StudentForCausalLM
+    measure: Callable[[StudentForCausalLM], Figure],
+    model: StudentForCausalLM,
+    source: StudentForCausalLM,
 ) -> dict[int, Figure]:
     """Layer -> `measure(model)` with only that layer's attention taken from `source`; `model` is
     unchanged afterwards."""

@@ -532,7 +532,7 @@ def linear_weights(model: nn.Module) -> int:
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
-# ------------------------------------------------------------------------------------------------ selection
+# ------------------------------------------------------------------------ selection
 @dataclass(frozen=True)
 class TrainingOptions:
     """How a selection trains its candidates.

@@ -35,7 +35,12 @@ from convert import load_teacher_config
 from layer_selection.ablation_questions import QuestionOptions
 from layer_selection.baselines import TASK_METHODS
 from layer_selection.bench import Bench
-from layer_selection.candidate_training import JointTraining, SequenceKLs, TrainingOptions, check_optimizer
+from layer_selection.candidate_training import (
+    JointTraining,
+    SequenceKLs,
+    TrainingOptions,
+    check_optimizer,
+)
 from layer_selection.ranking import budget
 from layer_selection.selection import METHODS, SelectionOptions, select
 from layer_selection.stage2_runs import check_start, deepspeed_launcher, load_stage_2
@@ -43,7 +48,14 @@ from layer_selection.stopping_rule import CORRELATION, ROUNDS, WINDOW, StoppingR
 from recall_tasks import Document, answer_accuracy, associative_recall
 
 FIGURES = {"kl": "held-out KL", "perplexity": "perplexity", "recall": "recall"}
-SETTINGS = ("ratio", "rounds", "sequences", "questions", "num_pairs", "num_words")  # that the figures depend on
+SETTINGS = (
+    "ratio",
+    "rounds",
+    "sequences",
+    "questions",
+    "num_pairs",
+    "num_words",
+)  # that the figures depend on
 
 
 class MeasuredTraining(JointTraining):
@@ -209,7 +221,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cfg", required=True, help="YAML of stage 2")
     add("--ratio", type=float, required=True, help="share of the layers to keep, for all methods")
-    add("--methods", nargs="+", choices=METHODS, required=True, metavar="METHOD", help="see select_layers.py")
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        required=True,
+        metavar="METHOD",
+        help="see select_layers.py",
+    )
     add("--seeds", type=int, default=3)
     add("--output_dir", type=Path, required=True)
     add("--sequences", type=int, default=64, help="held-out sequences to measure on")
@@ -218,7 +237,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--questions", type=int, default=64, help="documents of associative recall")
     add("--num_pairs", type=int, default=64)
     add("--num_words", type=int, default=256)
-    add("--overrides", nargs="*", default=[], metavar="key.path=value", help="applied after the file")
+    add(
+        "--overrides",
+        nargs="*",
+        default=[],
+        metavar="key.path=value",
+        help="applied after the file",
+    )
     args = parser.parse_args(argv)
     if args.seeds < 1:
         raise ConfigError(f"--seeds: {args.seeds} must be at least 1")

@@ -58,7 +58,11 @@ class ResultFiles:
     def of(cls, folder: Path, task: str) -> ResultFiles:
         results = folder / "results"
         plots = folder / "plots"
-        return cls(results / f"baseline_{task}.json", results / f"ablation_{task}.csv", plots / f"ablation_{task}.png")
+        return cls(
+            results / f"baseline_{task}.json",
+            results / f"ablation_{task}.csv",
+            plots / f"ablation_{task}.png",
+        )
 
 
 def plot(ranking: Ranking, path: Path) -> None:
@@ -127,7 +131,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--task", required=True, choices=[*TASKS, *SPELLINGS])
-    add("--model_name", required=True, help="hub name or folder of a teacher, or one of our checkpoints")
+    add(
+        "--model_name",
+        required=True,
+        help="hub name or folder of a teacher, or one of our checkpoints",
+    )
     add("--output_dir", type=Path, required=True)
     add("--batch_size", type=int, default=4, help="questions per batch, each with one row per layer")
     add("--seed", type=int, default=0, help="of the questions")
@@ -178,7 +186,12 @@ def write_results(
     atomic_write_text(files.table, csv_table(ranking))
     plot(ranking, files.picture)
     shown = [
-        {"prompt": question.prompt, "answers": question.answers, "continuation": text, "score": score}
+        {
+            "prompt": question.prompt,
+            "answers": question.answers,
+            "continuation": text,
+            "score": score,
+        }
         for question, text, score in zip(questions, answers, scores)
     ]
     content = {

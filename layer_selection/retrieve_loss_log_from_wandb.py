@@ -40,7 +40,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--runs", type=Path, required=True, help="what generate_layer_configs_ga_s2.py wrote")
     add("--source", choices=("service", "offline", "metrics"), default="service")
-    add("--entity", default=os.environ.get("WANDB_ENTITY"), help="default: WANDB_ENTITY, or the key's own")
+    add(
+        "--entity",
+        default=os.environ.get("WANDB_ENTITY"),
+        help="default: WANDB_ENTITY, or the key's own",
+    )
     add(
         "--project",
         default=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
@@ -53,7 +57,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="offline: where W&B's run folders are; default: WANDB_DIR, or --runs",
     )
     add("--metric", default="eval/loss", help="eval/loss, the held-out KL (default), or train/loss")
-    add("--stopped_at", type=int, nargs="*", default=[], help="steps at which a rule stops runs early")
+    add(
+        "--stopped_at",
+        type=int,
+        nargs="*",
+        default=[],
+        help="steps at which a rule stops runs early",
+    )
     add("--output", type=Path, help="default: <runs>/loss_log.json")
     return parser.parse_args(argv)
 

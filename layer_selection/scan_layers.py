@@ -70,7 +70,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", required=True, help="stage 1's converted-hf")
     parser.add_argument("--teacher", required=True)
-    parser.add_argument("--data", required=True, help="a folder written by preprocess_chunk.py, with a held-out split")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="a folder written by preprocess_chunk.py, with a held-out split",
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--keep", type=int, help="how many layers to keep; default: a quarter")
     parser.add_argument("--chunks", type=int, default=24, help="held-out chunks to measure on")

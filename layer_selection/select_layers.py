@@ -64,7 +64,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINED = " or ".join(TRAINED_METHODS)
 
 
-# ------------------------------------------------------------------------------------------------ options
+# ------------------------------------------------------------------------ options
 def make_parser() -> argparse.ArgumentParser:
     # --slurm passes the arguments on without itself: each of its jobs would submit itself again if
     # it were abbreviated.
@@ -82,8 +82,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, help="default: <train.output_dir>_<method>")
     add_training_options(parser)
     add("--sequences", type=int, default=64, help="held-out sequences to measure on (%(default)s)")
-    add("--batch_size", type=int, default=8, help="sequences, or questions of a task, per batch (%(default)s)")
-    add("--seed", type=int, default=0, help="of the method random, and of a task's questions (%(default)s)")
+    add(
+        "--batch_size",
+        type=int,
+        default=8,
+        help="sequences, or questions of a task, per batch (%(default)s)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the method random, and of a task's questions (%(default)s)",
+    )
     add_options(parser)
     add("overrides", nargs="*", metavar="key.path=value", help="applied after the file")
     return parser
@@ -93,7 +103,11 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(f"training of candidates ({', '.join(TRAINED_METHODS)})")
     add_rule_options(group)
     add = group.add_argument
-    add("--full_runs", action="store_true", help="train each candidate to the end with train.py, not all jointly")
+    add(
+        "--full_runs",
+        action="store_true",
+        help="train each candidate to the end with train.py, not all jointly",
+    )
     add("--candidate", type=int, help="train only this layer's candidate, and do not rank")
     add(
         "--slurm",
@@ -135,7 +149,7 @@ def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> Selectio
     )
 
 
-# ------------------------------------------------------------------------------------------------ Slurm
+# ------------------------------------------------------------------------ Slurm
 def sbatch(arguments: list[str], cfg_file: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["sbatch", "--parsable", *arguments],

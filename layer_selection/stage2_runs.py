@@ -96,7 +96,7 @@ def check_start(cfg: Config) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ full runs
+# ------------------------------------------------------------------------ full runs
 def deepspeed_launcher(port: str | None) -> str:
     """The command that starts train.py in this environment. port: for the processes to meet, or
     None for DeepSpeed's default."""

@@ -119,7 +119,9 @@ def add_rule_options(parser) -> None:
         "stopped keep their places (%(default)s)",
     )
     parser.add_argument(
-        "--halving", action="store_true", help="stop the worse half of the layers after rounds 2, 4, 8 ..."
+        "--halving",
+        action="store_true",
+        help="stop the worse half of the layers after rounds 2, 4, 8 ...",
     )
 
 

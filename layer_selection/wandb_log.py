@@ -33,7 +33,7 @@ LOCAL = "--source offline or --source metrics reads what is on this machine."
 Rows = list[dict]  # what a run logged, in its order, by W&B's names
 
 
-# ------------------------------------------------------------------------------------------------ the candidates' folder
+# ------------------------------------------------------------------------ the candidates' folder
 def candidate_folder(folder: Path, layer: int) -> Path:
     return folder / f"layer_{layer}"
 
@@ -56,7 +56,7 @@ def read_candidates(folder: Path) -> tuple[str, dict[int, Config]]:
     return teacher, {layer: load_config(candidate_folder(folder, layer) / STAGE_2) for layer in range(layers)}
 
 
-# ------------------------------------------------------------------------------------------------ sources
+# ------------------------------------------------------------------------ sources
 def need_wandb() -> None:
     if importlib.util.find_spec("wandb") is None:
         raise ValueError("--source: wandb is not installed; install it, or take --source metrics")
@@ -177,7 +177,7 @@ def from_metrics(wanted: Iterable[str]) -> dict[str, Rows]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------ the loss log
+# ------------------------------------------------------------------------ the loss log
 def layer_log(cfg: Config, rows: Rows, metric: str, stopped_at: list[int]) -> dict:
     """A layer's entry: run, state, steps, planned_steps, history. Raises ValueError if the run is
     not complete or lacks the metric."""
@@ -221,7 +221,11 @@ def read_log(file: Path) -> dict:
         empty = sorted(layer for layer, entry in layers.items() if not entry["history"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"--log: {file} is no loss log; make it with retrieve_loss_log_from_wandb.py") from None
-    problems = ((missing, "missing"), (unfinished, "unfinished"), (empty, f"without {log['metric']}"))
+    problems = (
+        (missing, "missing"),
+        (unfinished, "unfinished"),
+        (empty, f"without {log['metric']}"),
+    )
     for wrong, what in problems:
         if wrong:
             raise ValueError(f"--log: layers {wrong} of {file} are {what}; train them and retrieve the log again")

@@ -1,4 +1,5 @@
-"""Hybrids side by side: their steps are those of a plain loop, a stopped selection goes on to the same end, and the rules of stopping."""
+"""Hybrids side by side: their steps are those of a plain loop, a stopped selection goes on to the
+same end, and the rules of stopping."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"""Selectors side by side: figures of the hybrids they chose, once a set; what is there is not done again."""
+"""Selectors side by side: figures of the hybrids they chose, once a set; what is there is not done
+again."""
 
 import json
 

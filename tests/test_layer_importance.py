@@ -1,4 +1,5 @@
-"""Task ablations: exact scores, and zeroed layers that agree with Hugging Face's own model with a zeroed layer."""
+"""Task ablations: exact scores, and zeroed layers that agree with Hugging Face's own model with a
+zeroed layer."""
 
 import argparse
 import csv

@@ -1,4 +1,5 @@
-"""The candidates' scripts: configs for every layer, losses back from real W&B offline runs or metrics.jsonl, and their ranking."""
+"""The candidates' scripts: configs for every layer, losses back from real W&B offline runs or
+metrics.jsonl, and their ranking."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""The published rows: checked-in configs equal what the generator writes; names, counts, ranges, folders; and reproduce.sh."""
+"""The published rows: checked-in configs equal what the generator writes; names, counts, ranges,
+folders; and reproduce.sh."""
 
 import re
 import subprocess
