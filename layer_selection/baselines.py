@@ -28,7 +28,8 @@ from layer_selection.task_ablation import ablate, rank_drops
 from wrapper import AttentionAlignmentModel
 
 SHORT_NAMES = {"associative_recall": "ar", "associative_recall_multihop": "ar_multihop"}
-TASK_METHODS = {SHORT_NAMES.get(task, task): task for task in TASKS}  # method -> the task that it ablates
+# Method -> the task that it ablates.
+TASK_METHODS = {SHORT_NAMES.get(task, task): task for task in TASKS}
 
 
 # ------------------------------------------------------------------------ without measurement
@@ -84,7 +85,9 @@ def ga_s1(bench: Bench) -> Ranking:
     """
     errors = alignment_error(bench).samples
     totals = [sum(of_sequence) for of_sequence in zip(*errors.values())]
-    others = {layer: [error - total for error, total in zip(values, totals)] for layer, values in errors.items()}
+    others = {}
+    for layer, values in errors.items():
+        others[layer] = [error - total for error, total in zip(values, totals)]
     return rank_samples("ga_s1", "-alignment error of the others", others)
 
 
@@ -100,8 +103,8 @@ def task_ablation(bench: Bench, method: str, options: QuestionOptions, batch_siz
     baseline, without, _ = ablate(bench.teacher, tokenizer, questions, batch_size)
     if not any(baseline):
         raise ValueError(
-            f"--method: the teacher answers none of {len(questions)} questions of {task}, so they cannot rank its "
-            "layers; make the task easier (--num_pairs ...) or take another method"
+            f"--method: the teacher answers none of {len(questions)} questions of {task}, so they "
+            "cannot rank its layers; make the task easier (--num_pairs ...) or take another method"
         )
     return rank_drops(method, baseline, without, task=task, seed=seed)
 
@@ -122,7 +125,8 @@ def smart(bench: Bench, top_k: int) -> Ranking:
     mean = {layer.layer: layer.importance for layer in ranking.layers}
     placed = place([mean[layer] for layer in sorted(mean)], top_k)
     untied = [dataclasses.replace(layer, ties=()) for layer in ranking.layers]
-    return dataclasses.replace(ranking, layers=sorted(untied, key=lambda layer: layer.layer not in placed))
+    untied.sort(key=lambda layer: layer.layer not in placed)
+    return dataclasses.replace(ranking, layers=untied)
 
 
 def place(sensitivity: list[float], count: int) -> list[int]:
@@ -136,7 +140,8 @@ def place(sensitivity: list[float], count: int) -> list[int]:
     if count == 1:
         return [first]
     step, rest = divmod(last - first, count - 1)
-    best = {first: (sensitivity[first], [first])}  # where the newest layer is -> (largest sum, the layers)
+    # The last layer so far -> (the largest sum, its layers).
+    best = {first: (sensitivity[first], [first])}
     for _ in range(count - 1):
         longer: dict[int, tuple[float, list[int]]] = {}
         for at, (total, chosen) in best.items():

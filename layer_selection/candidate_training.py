@@ -48,8 +48,15 @@ TEACHER_CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at
 BYTES_PER_PARAMETER = 16
 CPU = torch.device("cpu")
 
-MicroBatches = list[tuple[torch.Tensor, torch.Tensor]]  # token ids [B, T], the teacher's hidden states [B, T, H]
-SequenceKLs = dict[int, list[float]]  # layer -> KL(teacher || its candidate) of each held-out sequence
+# Token ids [B, T] and the teacher's hidden states [B, T, H] of each micro-batch.
+MicroBatches = list[tuple[torch.Tensor, torch.Tensor]]
+# Layer -> KL(teacher || its candidate) of each held-out sequence.
+SequenceKLs = dict[int, list[float]]
+
+
+def master_of(param: nn.Parameter) -> torch.Tensor:
+    """An fp32 copy of a parameter, or the parameter itself if it is fp32."""
+    return param if param.dtype == torch.float32 else param.detach().float()
 
 
 class MasterAdamW:
@@ -70,15 +77,18 @@ class MasterAdamW:
         self.masters: list[torch.Tensor] = []
         master_groups = []
         for group in groups:
-            masters = [p if p.dtype == torch.float32 else p.detach().float() for p in group["params"]]
+            masters = [master_of(param) for param in group["params"]]
             master_groups.append(group | {"params": masters})
             self.masters += masters
         self.adamw = torch.optim.AdamW(master_groups, betas=betas)
         self.scheduler = make_scheduler(self.adamw)
 
-        copied = [(param, master) for param, master in zip(self.params, self.masters) if param is not master]
-        self.copied = [param for param, _ in copied]  # parameters that have a master copy
-        self.copies = [master for _, master in copied]
+        self.copied = []  # parameters that have a master copy
+        self.copies = []
+        for param, master in zip(self.params, self.masters):
+            if param is not master:
+                self.copied.append(param)
+                self.copies.append(master)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -148,7 +158,7 @@ class Candidate:
         self.cfg = cfg
         self.hybrid = hybrid.train()
         self.forward = GraphedForward(hybrid) if cuda_graphs else hybrid
-        self.losses: dict[int, torch.Tensor] = {}  # step -> loss, of the steps since they were last checked
+        self.losses: dict[int, torch.Tensor] = {}  # step -> loss, since they were last checked
         checkpoint_activations(hybrid, cfg.train.gradient_checkpointing)
         groups = [
             {"params": group.params, "lr": group.lr, "weight_decay": group.weight_decay}
@@ -204,8 +214,8 @@ def check_optimizer(cfg: Config) -> None:
     """Raises ConfigError unless candidates can train jointly with the config's optimiser."""
     if cfg.train.optimizer != "adamw":
         raise ConfigError(
-            f"train.optimizer: {cfg.train.optimizer}: candidates train jointly with adamw only; set that, or take "
-            "--full_runs"
+            f"train.optimizer: {cfg.train.optimizer}: candidates train jointly with adamw only; "
+            "set that, or take --full_runs"
         )
 
 
@@ -240,7 +250,7 @@ class JointTraining:
         self.plan = batch_plan(bench.cfg, 1)
         self.num_rounds = min(rule.rounds, self.plan.steps)
         self.history: list[Round] = []
-        self.ended = False  # whether training was over by the rule of the process that wrote the history
+        self.ended = False  # whether training was over for the process that wrote the history
         self.candidates: dict[int, Candidate] = {}
         self.order = self.draw_order(len(bench.train))
 
@@ -280,7 +290,8 @@ class JointTraining:
         size = self.plan.batch_size
         for step in range(first, last):
             rows = self.order[step * size : (step + 1) * size].tolist()
-            ids = torch.as_tensor(self.bench.train[rows]["input_ids"], dtype=torch.long, device=self.bench.device)
+            tokens = self.bench.train[rows]["input_ids"]
+            ids = torch.as_tensor(tokens, dtype=torch.long, device=self.bench.device)
             parts = ids.split(self.plan.micro_batch_size)
             yield step + 1, [(part, self.teacher_hidden_states(part)) for part in parts]
 
@@ -302,7 +313,8 @@ class JointTraining:
             hybrid = student.restore_full_attention(teacher, self.kept[layer])
             candidate = Candidate(f"layer {layer}", hybrid, self.cfg, self.plan, graphs)
             if done:
-                candidate.optimizer.load(load_file(self.saved(done) / f"{layer}.safetensors"), self.last_step(done))
+                state = load_file(self.saved(done) / f"{layer}.safetensors")
+                candidate.optimizer.load(state, self.last_step(done))
             candidate.to(self.bench.device if self.resident else CPU)
             self.candidates[layer] = candidate
 
@@ -316,8 +328,9 @@ class JointTraining:
         free = psutil.virtual_memory().available
         if need > 0.9 * free and not (on_gpu and resident):
             raise ConfigError(
-                f"--method: {count} jointly trained candidates need {need / 2**30:.0f} GiB of memory, of which "
-                f"{free / 2**30:.0f} are free; take a larger machine, or --full_runs"
+                f"--method: {count} jointly trained candidates need {need / 2**30:.0f} GiB of "
+                f"memory, of which {free / 2**30:.0f} are free; take a larger machine, or "
+                "--full_runs"
             )
         return resident
 
@@ -332,7 +345,8 @@ class JointTraining:
         self.saved(done).parent.mkdir(exist_ok=True)
         with atomic_directory(self.saved(done), replace=True) as folder:
             for layer, candidate in self.candidates.items():
-                state = {name: tensor.contiguous() for name, tensor in candidate.optimizer.tensors().items()}
+                state = candidate.optimizer.tensors()
+                state = {name: tensor.contiguous() for name, tensor in state.items()}
                 save_file(state, folder / f"{layer}.safetensors")
         for old in range(1, done):
             shutil.rmtree(self.saved(old), ignore_errors=True)
@@ -359,7 +373,8 @@ class JointTraining:
         states."""
         teacher = self.bench.teacher
         head = teacher.lm_head.weight
-        bytes_per_step = self.plan.tokens_per_step * teacher.config.hidden_size * teacher.dtype.itemsize
+        bytes_per_token = teacher.config.hidden_size * teacher.dtype.itemsize
+        bytes_per_step = self.plan.tokens_per_step * bytes_per_token
         segment = max(1, TEACHER_CACHE_BYTES // bytes_per_step)
         for start in range(first, last, segment):
             cached = []
@@ -427,8 +442,8 @@ class JointTraining:
         """Raises ConfigError if a stored history is of an older version or of another selection."""
         if missing := {"rounds", "kept", "over", "history"} - set(known):
             raise ConfigError(
-                f"--output_dir: {file} is of an older version, without {', '.join(sorted(missing))}; "
-                "remove that folder or name another --output_dir"
+                f"--output_dir: {file} is of an older version, without "
+                f"{', '.join(sorted(missing))}; remove that folder or name another --output_dir"
             )
         kept = {str(layer): layers for layer, layers in self.kept.items()}
         if known["rounds"] != self.num_rounds or known["kept"] != kept:
@@ -438,8 +453,8 @@ class JointTraining:
         measured = len(next(iter(known["history"][0]["kl"].values())))
         if measured != self.bench.num_sequences:
             raise ConfigError(
-                f"--sequences: {self.folder} was measured on {measured} sequences, not {self.bench.num_sequences}; "
-                "set that number, or name another --output_dir"
+                f"--sequences: {self.folder} was measured on {measured} sequences, not "
+                f"{self.bench.num_sequences}; set that number, or name another --output_dir"
             )
 
     def write_history(self) -> None:
@@ -457,9 +472,11 @@ class JointTraining:
         if self.ended:
             rule = self.rule
             raise ConfigError(
-                f"--output_dir: {self.folder} has candidates whose training ended after round {len(self.history)} of "
-                f"{self.num_rounds}, before their ranking converged for --top-k {rule.top_k}, --window {rule.window} "
-                f"and --correlation {rule.correlation}; --window 1 ranks what is there, another --output_dir trains anew"
+                f"--output_dir: {self.folder} has candidates whose training ended after round "
+                f"{len(self.history)} of {self.num_rounds}, before their ranking converged for "
+                f"--top-k {rule.top_k}, --window {rule.window} and --correlation "
+                f"{rule.correlation}; --window 1 ranks what is there, another --output_dir trains "
+                "from the start"
             )
         saved = [done for done in range(1, len(self.history) + 1) if self.saved(done).is_dir()]
         self.history = self.history[: max(saved, default=0)]
@@ -487,10 +504,8 @@ class JointTraining:
                     self.save()
                     saved_at = time.monotonic()
                 if stop.received and not self.over():
-                    print(
-                        f"{stop.received}: stopped after round {len(self.history)}; rerun the command to resume",
-                        flush=True,
-                    )
+                    after = f"stopped after round {len(self.history)}"
+                    print(f"{stop.received}: {after}; rerun the command to resume", flush=True)
                     sys.exit(REQUEUE)
 
     def next_round(self, bar: tqdm) -> None:
@@ -557,13 +572,13 @@ def trained_hybrids(
     where `candidate` was trained alone. Raises ConfigError for successive halving of full runs.
     """
     folders = {layer: options.output_dir / f"layer_{layer}" for layer in kept}
-    full_runs = options.full_runs or options.candidate is not None or any(map(Path.is_dir, folders.values()))
-    if not full_runs:
+    has_full_runs = any(map(Path.is_dir, folders.values()))
+    if not (options.full_runs or options.candidate is not None or has_full_runs):
         return JointTraining(bench, options.rule, kept, sign, options.output_dir / FOLDER).run()
     if options.rule.halving:
         raise ConfigError(
-            "--halving: full runs are trained to the end; leave it out, or name an --output_dir without layer_<N> "
-            "folders"
+            "--halving: full runs are trained to the end; leave it out, or name an --output_dir "
+            "without layer_<N> folders"
         )
     mine = kept if options.candidate is None else [options.candidate]
     kls = {}

@@ -1,8 +1,8 @@
 """Compares selectors at one budget: the hybrids with the layers that they choose, trained alike and
 with several seeds.
 
-    python layer_selection/compare_selectors.py --cfg STAGE2.yaml --ratio 0.25 --seeds 3 --output_dir outputs/selectors \
-        --methods ga_s2 smart scan mse uniform random
+    python layer_selection/compare_selectors.py --cfg STAGE2.yaml --ratio 0.25 --seeds 3 \
+        --methods ga_s2 smart scan mse uniform random --output_dir outputs/selectors
 
 Runs each method of select_layers.py in <output_dir>/<method>/, then stage 2 of STAGE2.yaml for each
 set of layers (once for methods that chose the same) and for each seed, which orders the data.

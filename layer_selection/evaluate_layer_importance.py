@@ -1,8 +1,8 @@
 """Which layers a task needs: each layer's attention output is zeroed in turn; the drop of accuracy
 is its importance.
 
-    python layer_selection/evaluate_layer_importance.py --task associative_recall --model_name Qwen/Qwen2.5-1.5B-Instruct \
-        --output_dir importance/qwen2.5_1.5b
+    python layer_selection/evaluate_layer_importance.py --task associative_recall \
+        --model_name Qwen/Qwen2.5-1.5B-Instruct --output_dir importance/qwen2.5_1.5b
 
 For softmax teachers and for our checkpoints (converted-hf). Answers are decoded greedily, up to the
 length of the correct one, and scored exactly (task_ablation.py).

@@ -1,10 +1,12 @@
 """Writes the stage-2 configs of GA-S2's candidates, one per layer of the teacher, each with only
 that layer restored.
 
-    python layer_selection/generate_layer_configs_ga_s2.py --cfg STAGE2.yaml --output_dir outputs/ga_s2 [key.path=value ...]
-    deepspeed train.py --cfg outputs/ga_s2/layer_0/stage2.yaml      # and so on, in any order, on any machine
+    python layer_selection/generate_layer_configs_ga_s2.py --cfg STAGE2.yaml \
+        --output_dir outputs/ga_s2 [key.path=value ...]
+    deepspeed train.py --cfg outputs/ga_s2/layer_0/stage2.yaml  # and all others, in any order
     python layer_selection/retrieve_loss_log_from_wandb.py --runs outputs/ga_s2
-    python layer_selection/get_ranking_from_wandb_loss_log.py --log outputs/ga_s2/loss_log.json --ratio 0.25
+    python layer_selection/get_ranking_from_wandb_loss_log.py --ratio 0.25 \
+        --log outputs/ga_s2/loss_log.json
 
 Teacher, data, stage-1 student and everything else come from STAGE2.yaml and the overrides; runs
 write to <output_dir>/layer_<N>/run. These scripts are select_layers.py --method ga_s2 step by step,

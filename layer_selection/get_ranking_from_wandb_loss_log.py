@@ -1,6 +1,7 @@
 """Ranks the layers of a loss_log.json: the lowest loss at equal tokens is the best layer.
 
-    python layer_selection/get_ranking_from_wandb_loss_log.py --log outputs/ga_s2/loss_log.json --ratio 0.25 [--cfg STAGE2.yaml]
+    python layer_selection/get_ranking_from_wandb_loss_log.py --ratio 0.25 \
+        --log outputs/ga_s2/loss_log.json [--cfg STAGE2.yaml]
 
 A layer's loss is the mean of what it logged in the last tenth of the steps that it is compared at,
 which all finished runs have. Layers that a rule stopped come after all that were trained for

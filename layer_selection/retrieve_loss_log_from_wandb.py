@@ -1,15 +1,16 @@
 """Collects the losses of GA-S2's candidates into one loss_log.json, from W&B or from the run
 folders.
 
-    python layer_selection/retrieve_loss_log_from_wandb.py --runs outputs/ga_s2 [--entity E --project P]  # W&B's service
-    python layer_selection/retrieve_loss_log_from_wandb.py --runs outputs/ga_s2 --source offline          # its run folders
-    python layer_selection/retrieve_loss_log_from_wandb.py --runs outputs/ga_s2 --source metrics          # metrics.jsonl
+    # from W&B's service, from W&B's run folders, from our metrics.jsonl:
+    python layer_selection/retrieve_loss_log_from_wandb.py --runs D [--entity E --project P]
+    python layer_selection/retrieve_loss_log_from_wandb.py --runs D --source offline
+    python layer_selection/retrieve_loss_log_from_wandb.py --runs D --source metrics
 
---runs is the folder that generate_layer_configs_ga_s2.py wrote. A layer's run is identified by its name or its config's
-output_dir, both <runs>/layer_<N>/run as that layer's config says; of several, as after a resume, later ones continue
-earlier ones. A layer whose run is missing, without the metric, or not at its last step is an error, and nothing is
-written. A run that a rule stopped early is none: --stopped_at says at which steps the rule stops, and the log records
-it.
+--runs is the folder that generate_layer_configs_ga_s2.py wrote. A layer's run is identified by its
+name or its config's output_dir, both <runs>/layer_<N>/run as that layer's config says; of several,
+as after a resume, later ones continue earlier ones. A layer whose run is missing, without the
+metric, or not at its last step is an error, and nothing is written. A run that a rule stopped early
+is not an error: --stopped_at says at which steps the rule stops, and the log records it.
 """
 
 from __future__ import annotations

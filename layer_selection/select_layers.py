@@ -1,6 +1,6 @@
 """Which layers keep full attention: one command from stage 1's student to a ready stage-2 config.
 
-    python layer_selection/select_layers.py --cfg configs/quickstart/stage2.yaml --method ga_s2 --ratio 0.25
+    python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --ratio 0.25
     # one layer, as an array task does; all layers as an array, then the ranking:
     python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --candidate 3
     python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --slurm
@@ -9,25 +9,27 @@ STAGE2.yaml names teacher, data, the all-linear student (train.student_init_ckpt
 of a candidate; the layers that it keeps do not matter here. The methods, by the importance that
 ranks a layer:
 
-    ga_s2    -KL(teacher || student) on held-out text after stage 2 with only this layer restored (arXiv 2512.20569)
+    ga_s2    -KL(teacher || student) on held-out text after stage 2 with only this layer restored
+             (arXiv 2512.20569)
   baselines:
     gr_s2    +KL after stage 2 with all but this layer restored (arXiv 2512.20569)
     avg_s2   the mean of both (arXiv 2512.20569)
-    ga_s1    -(sum of the other layers' alignment errors after stage 1): a restored layer has none (arXiv 2512.20569)
+    ga_s1    -(sum of the other layers' alignment errors after stage 1): a restored layer has none
+             (arXiv 2512.20569)
     scan     -KL as for ga_s2, without training
-    smart    sensitivity, KL(all-linear) - KL(with this layer restored), and placement: the most sensitive layer among
-             the first and among the last L / K of L, the others nearly evenly between, at the largest sum
-             (arXiv 2505.17272)
-    ppl      loss of the teacher with only this layer linear: high where it cannot be replaced (compared in
-             arXiv 2512.20569)
+    smart    sensitivity, KL(all-linear) - KL(with this layer restored), and placement: the most
+             sensitive layer among the first and among the last L / K of L, the others nearly evenly
+             between, at the largest sum (arXiv 2505.17272)
+    ppl      loss of the teacher with only this layer linear: high where it cannot be replaced
+             (compared in arXiv 2512.20569)
     mse      mean squared alignment error of stage 1's layer (compared in arXiv 2512.20569)
-    ar, ar_multihop, synthetic_retrieval, variable_tracking, common_words_extraction, frequent_words_extraction,
-    phone_book
+    ar, ar_multihop, synthetic_retrieval, variable_tracking, common_words_extraction,
+    frequent_words_extraction, phone_book
              accuracy(teacher) - accuracy(teacher with this layer's attention output zeroed), see
-             evaluate_layer_importance.py; ar is compared in arXiv 2512.20569, the tasks' own sources are in
-             ablation_questions.py
+             evaluate_layer_importance.py; ar is compared in arXiv 2512.20569, the sources of the
+             tasks are in ablation_questions.py
     uniform  evenly spaced, one in the middle of each of K equal parts, for every ratio
-    random   by --seed
+    random   a random number, by --seed
 
 Written to --output_dir: ranking.json, ranking.png, ranking.md, and
 {teacher}_{size}_{student}_hybrid_{ratio}_{method}/stage2.yaml with the K best layers, which trains
@@ -176,8 +178,8 @@ def submit(options: SelectionOptions, cfg: Config, cfg_file: str, arguments: lis
     if Path.cwd() != ROOT:
         raise ConfigError(f"--slurm: jobs run in {ROOT}; run this command there")
     check_start(cfg)
-    measured = [(training.output_dir / f"layer_{layer}" / HELDOUT_KL).is_file() for layer in range(layers)]
-    missing = [layer for layer in range(layers) if not measured[layer]]
+    folders = [training.output_dir / f"layer_{layer}" for layer in range(layers)]
+    missing = [layer for layer in range(layers) if not (folders[layer] / HELDOUT_KL).is_file()]
     array = f"--array={','.join(map(str, missing))}%{os.environ.get('PARALLEL', 8)}"
     user_options = os.environ.get("SBATCH_ARGS", "").split()
     command = ["launch_selection.sh", "--cfg", cfg_file, "--full_runs", *arguments]

@@ -68,7 +68,8 @@ def zeroed_attention(model: StudentForCausalLM, ablated: torch.Tensor) -> Iterat
             *output[1:],
         )
 
-    hooks = [block.attn.register_forward_hook(zero(i)) for i, block in enumerate(model.model.layers)]
+    blocks = model.model.layers
+    hooks = [block.attn.register_forward_hook(zero(i)) for i, block in enumerate(blocks)]
     try:
         yield
     finally:
@@ -88,8 +89,9 @@ def left_padded(rows: list[list[int]], device: torch.device) -> tuple[torch.Tens
 
 def answer_budget(tokenizer, questions: list[Question]) -> int:
     """How many tokens an answer may take."""
-    gold = tokenizer([question.gold for question in questions], add_special_tokens=False)["input_ids"]
-    return EXTRA_TOKENS + max(map(len, gold))
+    gold = [question.gold for question in questions]
+    encoded = tokenizer(gold, add_special_tokens=False)["input_ids"]
+    return EXTRA_TOKENS + max(map(len, encoded))
 
 
 def decode_until_special(tokenizer, rows: list[list[int]]) -> list[str]:
@@ -112,13 +114,15 @@ def continuations(model: StudentForCausalLM, tokenizer, questions: list[Question
     Raises ValueError if a prompt and its answer are longer than the model's context.
     """
     batch = len(questions)
-    ids, mask = left_padded(encode_beginnings(tokenizer, [question.prompt for question in questions]), model.device)
+    prompts = encode_beginnings(tokenizer, [question.prompt for question in questions])
+    ids, mask = left_padded(prompts, model.device)
     longest = ids.shape[1]
     budget = answer_budget(tokenizer, questions)
-    if longest + budget > model.config.max_position_embeddings:
+    context = model.config.max_position_embeddings
+    if longest + budget > context:
         raise ValueError(
-            f"a prompt has {longest} tokens, but the model reads {model.config.max_position_embeddings}; make the "
-            "task smaller (--num_pairs, --num_chains, --num_ucw, --num_words, --pb_max_len)"
+            f"a prompt has {longest} tokens, but the model reads {context}; make the task smaller "
+            "(--num_pairs, --num_chains, --num_ucw, --num_words, --pb_max_len)"
         )
     logits, cache = read_prompts(model, ids, mask)
     layers = len(model.model.layers)
@@ -134,12 +138,13 @@ def continuations(model: StudentForCausalLM, tokenizer, questions: list[Question
             if all(questions[i % batch].has_ended(text) for i, text in enumerate(texts)):
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            logits = model(
+            output = model(
                 input_ids=following[:, None],
                 attention_mask=mask,
                 past_key_values=cache,
                 use_cache=True,
-            ).logits[:, -1]
+            )
+            logits = output.logits[:, -1]
     return [texts[start : start + batch] for start in range(0, len(texts), batch)]
 
 
@@ -148,7 +153,8 @@ def ablate(
 ) -> tuple[list[float], dict[int, list[float]], list[str]]:
     """(Score of every question, layer -> scores without its attention, what the unmodified model
     answers)."""
-    by_length = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))  # little padding
+    # Prompts of similar length are read together: little padding.
+    by_length = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
     answers = [[""] * len(questions) for _ in range(1 + model.config.num_hidden_layers)]
     with tqdm(total=len(questions), desc="ablations", unit="question") as bar:
         for start in range(0, len(questions), batch_size):
@@ -167,7 +173,13 @@ def score_all(questions: list[Question], texts: list[str]) -> list[float]:
 
 
 def rank_drops(method: str, baseline: list[float], without: dict[int, list[float]], **facts) -> Ranking:
-    """Layers by the drop of accuracy without their attention, with intervals over questions. facts:
-    of the ranking; a `seed` is that of the bootstrap."""
-    drops = {layer: [b - s for b, s in zip(baseline, scores)] for layer, scores in without.items()}
-    return rank_samples(method, "drop of accuracy", drops, baseline=sum(baseline) / len(baseline), **facts)
+    """Layers by the drop of accuracy without their attention, with intervals over questions.
+
+    baseline, without: scores of every question, of the unmodified model and without each layer.
+    facts: of the ranking; a `seed` among them is that of the bootstrap.
+    """
+    drops = {}
+    for layer, scores in without.items():
+        drops[layer] = [before - after for before, after in zip(baseline, scores)]
+    accuracy = sum(baseline) / len(baseline)
+    return rank_samples(method, "drop of accuracy", drops, baseline=accuracy, **facts)

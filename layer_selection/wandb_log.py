@@ -24,7 +24,7 @@ from runtime.run_folder import METRICS
 
 from tqdm import tqdm
 
-CANDIDATES = "candidates.json"  # next to the candidates' folders: of which teacher they are, and how many
+CANDIDATES = "candidates.json"  # next to the candidates' folders: their teacher and number
 STAGE_2 = "stage2.yaml"
 STEP = "train/global_step"
 FINISHED = "finished"
@@ -158,6 +158,10 @@ def wandb_name(key: str) -> str:
     return f"train/{key}"
 
 
+def wandb_row(record: dict) -> dict:
+    return {wandb_name(key): value for key, value in record.items()}
+
+
 def from_metrics(wanted: Iterable[str]) -> dict[str, Rows]:
     """What the runs of these output folders wrote into their metrics.jsonl. Raises ValueError for a
     damaged one."""
@@ -166,10 +170,10 @@ def from_metrics(wanted: Iterable[str]) -> dict[str, Rows]:
         file = Path(name) / METRICS
         if not file.is_file():
             continue
-        *complete, _ = file.read_text().split("\n")  # the rest is empty, or a line that is being written
+        lines = file.read_text().split("\n")
+        lines.pop()  # it is empty, or being written
         try:
-            records = [json.loads(line) for line in complete]
-            found[name] = [{wandb_name(key): value for key, value in record.items()} for record in records]
+            found[name] = [wandb_row(json.loads(line)) for line in lines]
         except (ValueError, AttributeError):
             raise ValueError(
                 f"{file}: has a line that is no JSON object; take it out, or train into another folder"
@@ -217,16 +221,21 @@ def read_log(file: Path) -> dict:
         log = json.loads(file.read_text())
         layers = {int(layer): entry for layer, entry in log["layers"].items()}
         missing = sorted(set(range(log["num_layers"])) - set(layers))
-        unfinished = sorted(layer for layer, entry in layers.items() if entry["state"] not in (FINISHED, STOPPED))
-        empty = sorted(layer for layer, entry in layers.items() if not entry["history"])
+        unfinished = []
+        empty = []
+        for layer, entry in sorted(layers.items()):
+            if entry["state"] not in (FINISHED, STOPPED):
+                unfinished.append(layer)
+            if not entry["history"]:
+                empty.append(layer)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"--log: {file} is no loss log; make it with retrieve_loss_log_from_wandb.py") from None
-    problems = (
-        (missing, "missing"),
-        (unfinished, "unfinished"),
-        (empty, f"without {log['metric']}"),
-    )
-    for wrong, what in problems:
+    problems = {
+        "missing": missing,
+        "unfinished": unfinished,
+        f"without {log['metric']}": empty,
+    }
+    for what, wrong in problems.items():
         if wrong:
             raise ValueError(f"--log: layers {wrong} of {file} are {what}; train them and retrieve the log again")
     return log | {"layers": layers}
