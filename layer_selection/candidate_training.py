@@ -38,7 +38,7 @@ from layer_selection.stage2_runs import train_hybrid
 from layer_selection.stopping_rule import StoppingRule
 from train import checkpoint_activations, get_scheduler, parameter_groups, use_cuda_graphs
 
-FOLDER = "side_by_side"  # of the joint training, in --output_dir
+FOLDER = "side_by_side"  # in --output_dir; its name is part of the stored format
 HISTORY = "rounds.json"
 CONFIG = "candidates.yaml"
 STATES = "states"

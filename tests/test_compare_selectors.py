@@ -1,9 +1,10 @@
-"""Selectors side by side: figures of the hybrids they chose, once a set; what is there is not done
-again."""
+"""The comparison of selectors: figures of the hybrids they chose, once per set; finished work is
+not repeated."""
 
 import json
 
 import pytest
+from test_select_layers import flags
 
 from layer_selection import compare_selectors
 from layer_selection.candidate_training import Candidate
@@ -12,27 +13,19 @@ from layer_selection.candidate_training import Candidate
 def compare(stage2, out, *options):
     compare_selectors.main(
         [
-            "--cfg",
-            str(stage2),
-            "--ratio",
-            "0.25",
-            "--output_dir",
-            str(out),
-            "--sequences",
-            "6",
-            "--rounds",
-            "2",
-            "--seeds",
-            "2",
-            "--questions",
-            "4",
-            "--num_pairs",
-            "2",
-            "--num_words",
-            "16",
+            *flags(
+                cfg=stage2,
+                ratio=0.25,
+                output_dir=out,
+                sequences=6,
+                rounds=2,
+                seeds=2,
+                questions=4,
+                num_pairs=2,
+                num_words=16,
+                overrides="train.max_steps=4",
+            ),
             *options,
-            "--overrides",
-            "train.max_steps=4",
         ]
     )
     return json.loads((out / "selectors.json").read_text())
@@ -48,7 +41,7 @@ def test_selectors_are_compared(stage2, tmp_path, monkeypatch, capsys):
         and results["scan"]["kl"][0] != results["scan"]["kl"][1]
     )
     assert all(kl > best for kl, best in zip(results["random"]["kl"], results["scan"]["kl"])), (
-        "layer 2 is the one that is off"
+        "layer 2 is the one with a large error"
     )
     shown = capsys.readouterr().out
     assert "| `scan` * | 2 | " in shown and (tmp_path / "selectors.png").stat().st_size > 10_000
@@ -59,7 +52,7 @@ def test_selectors_are_compared(stage2, tmp_path, monkeypatch, capsys):
     assert compare(stage2, tmp_path, "--methods", "scan", "random") == results
 
 
-def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):
+def test_a_failed_start_does_not_claim_the_folder(stage2, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(stage2.read_text().replace("cache_dir: ", "cache_dir: /nowhere"))
     with pytest.raises(ValueError, match="data.cache_dir: /nowhere"):
@@ -68,7 +61,7 @@ def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):
 
 
 def test_figures_of_another_comparison_are_refused(stage2, tmp_path):
-    """Whichever methods: what is there was ranked or trained otherwise."""
+    """Whichever methods: what is there was ranked or trained with other settings."""
     compare(stage2, tmp_path, "--methods", "mse")
     written = (tmp_path / "selectors.json").read_text()
     for options, other in (

@@ -1,4 +1,5 @@
-"""The quick scan without a stage-2 config: it measures as --method scan does, and on held-out chunks only."""
+"""The quick scan without a stage-2 config: it measures as --method scan does, and on held-out
+chunks only."""
 
 import json
 import shutil
