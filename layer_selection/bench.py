@@ -17,7 +17,7 @@ from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM
 from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, read_chunks
 from layer_selection.stage2_runs import check_start
-from train import compute_dtype
+from stages import compute_dtype
 
 Figure = TypeVar("Figure")
 

@@ -31,12 +31,13 @@ from torch import nn
 from tqdm import tqdm
 
 from cuda_graphs import GraphedForward
-from distill_model import StudentForCausalLM
+from distill_model import DistillationLoss, StudentForCausalLM
 from layer_selection.bench import Bench
 from layer_selection.ranking import Layer, Ranking, rank_samples
 from layer_selection.stage2_runs import train_hybrid
 from layer_selection.stopping_rule import StoppingRule
-from train import checkpoint_activations, get_scheduler, parameter_groups, use_cuda_graphs
+from optim import get_scheduler, parameter_groups
+from stages import use_cuda_graphs
 
 FOLDER = "side_by_side"  # in --output_dir; its name is part of the stored format
 HISTORY = "rounds.json"
@@ -159,7 +160,7 @@ class Candidate:
         self.hybrid = hybrid.train()
         self.forward = GraphedForward(hybrid) if cuda_graphs else hybrid
         self.losses: dict[int, torch.Tensor] = {}  # step -> loss, since they were last checked
-        checkpoint_activations(hybrid, cfg.train.gradient_checkpointing)
+        hybrid.set_activation_checkpointing(cfg.train.gradient_checkpointing)
         groups = [
             {"params": group.params, "lr": group.lr, "weight_decay": group.weight_decay}
             for group in parameter_groups(hybrid, cfg)
@@ -180,6 +181,7 @@ class Candidate:
         """One optimiser step. head_weight: the teacher's, [V, H]. Whether the loss was finite is
         left to `check_losses`: to check it here would be a host-device sync in every step."""
         train = self.cfg.train
+        weights = DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight)
         device = self.hybrid.device
         losses = []
         for ids, hidden in micro_batches:
@@ -190,9 +192,7 @@ class Candidate:
                 teacher_hidden_states=hidden.to(device),
                 teacher_head_weight=head_weight,
                 use_cache=False,
-                kl_temperature=train.kl_temperature,
-                kl_weight=train.kl_weight,
-                ce_weight=train.ce_weight,
+                distillation=weights,
             )["loss"]
             (loss / len(micro_batches)).backward()
             losses.append(loss.detach())
