@@ -123,17 +123,22 @@ class Comparison:
         self.heldout = token_ids(chunks.heldout, rows).to(self.device)
         self.heldout_batches = self.heldout.split(EVAL_BATCH_SIZE)
         self.teacher_outputs = [read_chunks(self.teacher, ids) for ids in self.heldout_batches]
-        self.kept = evenly_spaced(budget(args.ratio, teacher.num_hidden_layers), teacher.num_hidden_layers)
+        layers = teacher.num_hidden_layers
+        self.kept = evenly_spaced(budget(args.ratio, layers), layers)
         self.questions = hardest_questions(chunks.metadata["context_length"], args.num_words)
 
     def batches(self, seed: str, count: int) -> Iterator[torch.Tensor]:
         """Token ids [B, T] of `count` batches, the same for every student of a seed."""
         size = self.args.batch_size
-        rows = [random.Random(f"{seed} {i}").sample(range(len(self.train)), size) for i in range(count)]
+        chunks = range(len(self.train))
+        rows = [random.Random(f"{seed} {i}").sample(chunks, size) for i in range(count)]
         return (token_ids(self.train, row).to(self.device) for row in rows)
 
     def accuracy(self, model: StudentForCausalLM) -> dict[str, float]:
-        return {task: answer_accuracy(model.eval(), self.tokenizer, asked) for task, asked in self.questions.items()}
+        accuracies = {}
+        for task, documents in self.questions.items():
+            accuracies[task] = answer_accuracy(model.eval(), self.tokenizer, documents)
+        return accuracies
 
     def hybrid(self, student: StudentForCausalLM) -> StudentForCausalLM:
         return student.restore_full_attention(self.teacher, self.kept).to(self.device).eval()
@@ -146,7 +151,8 @@ class Comparison:
         begin = time.perf_counter()
         torch.manual_seed(seed)
         student_name = name.removesuffix(CALIBRATED)
-        student, _ = StudentForCausalLM.from_teacher(self.teacher, student_name, (), OPTIONS.get(student_name))
+        options = OPTIONS.get(student_name)
+        student, _ = StudentForCausalLM.from_teacher(self.teacher, student_name, (), options)
         student = student.to(self.device)
         calibration = None
         if name.endswith(CALIBRATED):
@@ -359,7 +365,7 @@ def check_same_settings(settings: dict, file: Path, folder: Path) -> None:
     for name, value in settings.items():
         if found.get(name) != value:
             raise ValueError(
-                f"--output_dir: {folder} holds runs with {name} {found.get(name)!r}, not {value!r}; name another"
+                f"--output_dir: {folder} has runs with {name} {found.get(name)!r}, not {value!r}; name another"
             )
 
 

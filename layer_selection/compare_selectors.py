@@ -106,10 +106,12 @@ def claim(cfg: Config, args: argparse.Namespace) -> None:
     ours = {name: getattr(args, name) for name in SETTINGS}
     if settings.is_file() and any(args.output_dir.glob("*/ranking.json")):
         theirs = json.loads(settings.read_text())
-        changed = [
-            f"--{name} is {theirs[name]} there, {ours[name]} here" for name in ours if ours[name] != theirs[name]
-        ]
-        other = changed[0] if changed else difference(load_config(config), cfg)
+        changed = [name for name in ours if ours[name] != theirs[name]]
+        if changed:
+            name = changed[0]
+            other = f"--{name} is {theirs[name]} there, {ours[name]} here"
+        else:
+            other = difference(load_config(config), cfg)
         if other:
             raise ConfigError(
                 f"--output_dir: {args.output_dir} compares selectors with other settings ({other}); name another folder"
@@ -153,9 +155,8 @@ def train_sets(cfg: Config, sets: list[list[int]], seed: int, args: argparse.Nam
         check_start(cfg)
         folder = args.output_dir / f"training_{seed}_{len(known)}"
         rng = random.Random(1)
-        documents = [
-            associative_recall(rng, num_pairs=args.num_pairs, num_words=args.num_words) for _ in range(args.questions)
-        ]
+        size = {"num_pairs": args.num_pairs, "num_words": args.num_words}
+        documents = [associative_recall(rng, **size) for _ in range(args.questions)]
         MeasuredTraining(bench, args.rounds, missing, folder, file, known, documents).run()
     return [known[str(kept)] for kept in sets]
 
@@ -183,9 +184,9 @@ def table(results: dict[str, dict]) -> str:
         tie = " *" if min(row["kl"]) <= highest else ""
         layers = " ".join(map(str, row["keep"]))
         recall = spread([100 * share for share in row["recall"]], 1)
-        lines.append(
-            f"| `{method}`{tie} | {layers} | {spread(row['kl'], 4)} | {spread(row['perplexity'], 3)} | {recall} % |"
-        )
+        kl = spread(row["kl"], 4)
+        perplexity = spread(row["perplexity"], 3)
+        lines.append(f"| `{method}`{tie} | {layers} | {kl} | {perplexity} | {recall} % |")
     return "\n".join(lines)
 
 

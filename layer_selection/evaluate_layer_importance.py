@@ -155,7 +155,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def result_settings(args: argparse.Namespace) -> dict:
     """What the results depend on."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "batch_size", *FIXED)}
+    irrelevant = {"output_dir", "batch_size", *FIXED}
+    settings = {name: value for name, value in vars(args).items() if name not in irrelevant}
     if args.task in NOISY:  # earlier results count --noise_ratio as a share of all sentences
         settings["noise_ratio_of"] = "the other sentences"
     return settings
@@ -167,8 +168,8 @@ def check_same_settings(settings: dict, baseline: Path, folder: Path) -> None:
     for name in settings:
         if settings[name] != theirs.get(name):
             raise ValueError(
-                f"--output_dir: {folder} has this task with {name} {theirs.get(name)!r}, not {settings[name]!r}; name "
-                "another folder"
+                f"--output_dir: {folder} has this task with {name} {theirs.get(name)!r}, not "
+                f"{settings[name]!r}; name another folder"
             )
 
 
@@ -219,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(args.model_name, "--model_name")
     check_special_tokens(tokenizer, load_teacher_config(args.model_name).vocab_size, "--model_name")
-    model = load_teacher(args.model_name, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load_teacher(args.model_name, dtype).to(device)
     start = time.monotonic()
     scores, without, answers = ablate(model, tokenizer, questions, args.batch_size)
     ranking = rank_drops(args.task, scores, without)

@@ -114,12 +114,13 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--slurm",
         action="store_true",
-        help="submit one array task per layer (PARALLEL at a time, 8), and the ranking after it; SBATCH_ARGS: options "
-        "for both",
+        help="submit one array task per layer (PARALLEL at a time, 8), and the ranking after it; "
+        "SBATCH_ARGS: options for both",
     )
     add(
         "--launcher",
-        default=deepspeed_launcher(os.environ.get("MASTER_PORT")),  # MASTER_PORT: set by the launch scripts
+        # The launch scripts set MASTER_PORT.
+        default=deepspeed_launcher(os.environ.get("MASTER_PORT")),
         help="what starts train.py",
     )
 
@@ -130,7 +131,8 @@ def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> Selectio
     top_k = budget(args.ratio, layers) if args.ratio is not None else args.top_k
     if not 1 <= top_k <= layers:
         raise ConfigError(f"--top-k: {top_k} must be between 1 and the teacher's {layers} layers")
-    if args.candidate is not None and (args.method not in TRAINED_METHODS or not 0 <= args.candidate < layers):
+    can_train = args.method in TRAINED_METHODS and args.candidate in range(layers)
+    if args.candidate is not None and not can_train:
         raise ConfigError(f"--candidate: {args.candidate} needs --method {TRAINED} and a layer in 0..{layers - 1}")
     training = TrainingOptions(
         output_dir=args.output_dir or Path(f"{cfg.train.output_dir}_{args.method}"),
@@ -188,7 +190,8 @@ def submit(options: SelectionOptions, cfg: Config, cfg_file: str, arguments: lis
         if name == "candidates" and not missing:
             continue
         after = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"] if job else []
-        done = sbatch([f"--job-name={name}", *own_options, *after, *user_options, *command], cfg_file)
+        job_options = [f"--job-name={name}", *own_options, *after, *user_options]
+        done = sbatch([*job_options, *command], cfg_file)
         if done.returncode:
             if job:
                 subprocess.run(["scancel", job])

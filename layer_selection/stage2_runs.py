@@ -78,6 +78,11 @@ def write_chosen(cfg: Config, ranking: Ranking, count: int, ratio: float | None,
     return file
 
 
+def embeddings(name: str) -> torch.Tensor:
+    """[V, H], of a checkpoint."""
+    return ModelFolder(name).rows("model.embeddings.weight", slice(0, None))
+
+
 def check_start(cfg: Config) -> None:
     """Raises ValueError if train.student_init_ckpt is not what stage 1 made of this teacher for
     this student. Reads configs and the embeddings, which stage 1 does not change."""
@@ -88,11 +93,12 @@ def check_start(cfg: Config) -> None:
         raise ConfigError(
             f"train.student_init_ckpt: {start} keeps layers {kept}; name stage 1's all-linear converted-hf"
         )
-    ours, theirs = (ModelFolder(name).rows("model.embeddings.weight", slice(0, None)) for name in (start, teacher))
+    ours = embeddings(start)
+    theirs = embeddings(teacher)
     if not torch.equal(ours.to(theirs.dtype), theirs):
         raise ConfigError(
-            f"train.student_init_ckpt: {start} was not made from {teacher} by stage 1, their embeddings differ; name "
-            "stage 1's converted-hf of this teacher"
+            f"train.student_init_ckpt: {start} was not made from {teacher} by stage 1, their "
+            "embeddings differ; name stage 1's converted-hf of this teacher"
         )
 
 
@@ -129,14 +135,15 @@ def train_with_script(cfg: Config, launcher: str, folder: Path) -> None:
     file = folder / STAGE_2
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(file, dump_config(cfg))
-    code, stopped = run_to_completion([*launcher.split(), str(ROOT / "train.py"), "--cfg", str(file)])
+    command = [*launcher.split(), str(ROOT / "train.py"), "--cfg", str(file)]
+    code, stopped = run_to_completion(command)
     # DeepSpeed's launcher does not pass on the exit code of a run that SIGTERM has stopped.
     if code == REQUEUE or code and stopped:
         sys.exit(REQUEUE)
     if code:
         layer = folder.name.replace("_", " ")
         raise ConfigError(
-            f"{layer}: its run in {cfg.train.output_dir} ended with exit code {code}; see above, and run again"
+            f"{layer}: its run in {cfg.train.output_dir} ended with exit code {code}; see above, and rerun the command"
         )
 
 

@@ -56,14 +56,14 @@ class StoppingRule:
         """
         if not self.window or len(rounds) < self.window:
             return False
-        means = [{layer: sum(values) / len(values) for layer, values in samples.items()} for samples in rounds]
+        means = [mean_importance(samples) for samples in rounds]
         first = len(rounds) - self.window + 1
         orders = [order_after(means[:done]) for done in range(first, len(rounds) + 1)]
         chosen = [best_layers(order, self.top_k) for order in orders]
         ties = set(rank_samples("", "", rounds[-1]).undecided(self.top_k))
         if not all(choice ^ chosen[-1] <= ties for choice in chosen):
             return False
-        correlations = [rank_correlation(before, after) for before, after in itertools.pairwise(orders)]
+        correlations = itertools.starmap(rank_correlation, itertools.pairwise(orders))
         return all(value >= self.correlation - 1e-9 for value in correlations)
 
     def survivors(self, scores: dict[int, float], done: int) -> list[int]:
@@ -75,6 +75,11 @@ class StoppingRule:
             count = max(min(count, self.top_k + 1), math.ceil(count / 2))
         best_first = sorted(scores, key=lambda layer: (-scores[layer], layer))
         return sorted(best_first[:count])
+
+
+def mean_importance(samples: dict[int, list[float]]) -> dict[int, float]:
+    """Over the sequences, of each layer."""
+    return {layer: sum(values) / len(values) for layer, values in samples.items()}
 
 
 def rank_correlation(a: dict[int, float], b: dict[int, float]) -> float:
@@ -109,14 +114,14 @@ def add_rule_options(parser) -> None:
         "--window",
         type=int,
         default=WINDOW,
-        help="rounds over which the choice must stay the same for training to end; 0: train to the end (%(default)s)",
+        help="rounds over which the choice must stay the same for training to end; 0: never ends early (%(default)s)",
     )
     parser.add_argument(
         "--correlation",
         type=float,
         default=CORRELATION,
-        help="the lowest rank correlation of the layers from round to round in that window; layers that --halving "
-        "stopped keep their places (%(default)s)",
+        help="the lowest rank correlation of the layers from round to round in that window; layers "
+        "that --halving stopped keep their places (%(default)s)",
     )
     parser.add_argument(
         "--halving",
