@@ -156,7 +156,7 @@ pathlib.Path({str(tmp_path / "ready")!r}).touch()
 time.sleep(600)
 """
     (tmp_path / "run.py").write_text(run)
-    code = "import sys; from layer_selection.full_runs import run_to_its_end; print(run_to_its_end(sys.argv[1:]))"
+    code = "import sys; from layer_selection.stage2_runs import run_to_completion as run; print(run(sys.argv[1:]))"
     selection = subprocess.Popen(
         [sys.executable, "-c", code, sys.executable, str(tmp_path / "run.py")],
         cwd=ROOT,
