@@ -133,7 +133,7 @@ def test_the_decoding_table_is_that_of_the_stored_points():
             f"{point['teacher_tokens_per_s']:,}",
             f"{point['hybrid_tokens_per_s']:,}",
             f"{point['speed_up']:.2f}",
-            f"{point['roofline_speed_up']:.2f}",
+            f"{point['bytes_ratio']:.2f}",
             f"{point['teacher_cache_mib']:,} MiB",
             f"{point['hybrid_cache_mib']:,} MiB",
             f"{point['cache_share']:.0%}",
