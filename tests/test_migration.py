@@ -111,7 +111,11 @@ def test_every_old_flag_is_taken_or_replaced(script, monkeypatch):
 
 
 def test_the_page_lists_the_flags_that_are_replaced():
-    replaced = [[script, *pair] for script, flags in REPLACEMENTS.items() for pair in flags.items()]
+    """In the words of the messages; VALUE stands for the flag's value."""
+    replaced = []
+    for script, flags in REPLACEMENTS.items():
+        for flag, message in flags.items():
+            replaced.append([script, flag, message.removeprefix("say ").format("VALUE")])
     assert rows("Flags that are replaced") == replaced
 
 
