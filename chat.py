@@ -1,18 +1,21 @@
-"""Talks to a model in the terminal; the answer appears as it is made.
+"""Chats with a model in the terminal; answers are streamed.
 
     python chat.py --model outputs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2/stage3/converted-hf
     echo "def main(" | python chat.py --model quickstart_out/stage2/converted-hf --temperature 0
 
---model is an export or any teacher. With a chat template it hears the conversation so far; without one it goes on with the
-text so far. /reset forgets that, Ctrl-C stops an answer, /exit or Ctrl-D ends. Answers alone go to stdout.
+--model is an export or any teacher. With a chat template the model reads the conversation so far;
+without one it continues the text so far. /reset clears that, Ctrl-C stops an answer, /exit or
+Ctrl-D ends the program. Only answers go to stdout.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from runtime.command import run_main
@@ -23,7 +26,7 @@ from runtime.data import (
     out_of_vocabulary,
 )
 from runtime.files import one_line
-from runtime.generation import greedy
+from runtime.generation import PREFILL_CHUNK, greedy
 
 import torch
 from jinja2 import TemplateError
@@ -35,11 +38,10 @@ from convert.loader import KEY
 from distill_model.cache import StaticCache
 
 COMMANDS = ("/reset", "/exit")
-PREFILL = 4096  # tokens of a long prompt that are read at a time
 
 
 class Answer(TextStreamer):
-    """Prints an answer as it is made, and keeps it in `text`."""
+    """Prints an answer while it is generated, and keeps it in `text`."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -51,31 +53,33 @@ class Answer(TextStreamer):
 
 
 class Conversation:
-    """What was said so far: messages if the tokenizer has a chat template, else text."""
+    """The conversation so far: messages if the tokenizer has a chat template, otherwise text."""
 
     def __init__(self, tokenizer, vocab_size: int, system: str | None):
         if system is not None and not tokenizer.chat_template:
             raise ValueError("--system: the model has no chat template; leave it out")
-        self.tokenizer, self.vocab_size, self.system = tokenizer, vocab_size, system
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.system = system
         self.reset()
 
     def reset(self) -> None:
         self.text = ""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def log(self, line: str):
-        """Adds what the user says; returns input_ids and attention_mask [1, T] of all so far.
+    def add_user(self, line: str) -> BatchEncoding:
+        """Adds what the user says; returns input_ids and attention_mask [1, T] of the conversation.
         Raises ValueError if the text or the chat template has a token that the model lacks."""
-        heard = self._heard(line)
-        if heard["input_ids"].numel() and (largest := heard["input_ids"].max().item()) >= self.vocab_size:
-            raise out_of_vocabulary(
-                f"--model: {self.tokenizer.convert_ids_to_tokens(largest)!r} in the text has the id",
-                largest,
-                self.vocab_size,
-            )
-        return heard
+        encoded = self._encode(line)
+        ids = encoded["input_ids"]
+        largest = ids.max().item() if ids.numel() else 0
+        if largest >= self.vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            where = f"--model: {token!r} in the text has the id"
+            raise out_of_vocabulary(where, largest, self.vocab_size)
+        return encoded
 
-    def _heard(self, line: str):
+    def _encode(self, line: str) -> BatchEncoding:
         if not self.tokenizer.chat_template:
             self.text += ("\n" if self.text else "") + line
             ids = torch.tensor(encode_beginnings(self.tokenizer, [self.text]), dtype=torch.long)
@@ -85,20 +89,21 @@ class Conversation:
             return self.tokenizer.apply_chat_template(
                 self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except TemplateError as error:  # a mistake in it, or what it raises itself, such as for a system message
-            cure = "mend chat_template" if self.system is None else "leave --system out, or mend chat_template"
-            raise ValueError(
-                f"--model: its chat template refuses the conversation ({one_line(error)}); {cure}"
-            ) from None
+        except TemplateError as error:  # a mistake in it, or its own refusal, as of a system message
+            cure = "fix chat_template"
+            if self.system is not None:
+                cure = f"leave --system out, or {cure}"
+            message = f"its chat template refuses the conversation ({one_line(error)}); {cure}"
+            raise ValueError(f"--model: {message}") from None
 
-    def hear(self, answer: str) -> None:
+    def add_answer(self, answer: str) -> None:
         """Adds what the model said."""
         self.text += answer
         self.messages.append({"role": "assistant", "content": answer})
 
 
 def generation_config(args: argparse.Namespace, model, eos_token_id: int | None) -> GenerationConfig:
-    """The model's own, if it has one, with what the arguments say; greedy decoding if the
+    """The model's own, if it has one, with the settings of the arguments; greedy decoding if the
     temperature is 0. Raises OSError if a folder's cannot be read."""
     try:
         config = GenerationConfig.from_pretrained(args.model)
@@ -109,48 +114,51 @@ def generation_config(args: argparse.Namespace, model, eos_token_id: int | None)
     if args.temperature == 0:
         config = greedy(config)
     elif args.temperature is not None:
-        config.do_sample, config.temperature = True, args.temperature
+        config.do_sample = True
+        config.temperature = args.temperature
     if config.eos_token_id is None:
         config.eos_token_id = eos_token_id
-    config.max_new_tokens, config.prefill_chunk_size = (
-        args.max_new_tokens,
-        None if model.config.rope_depends_on_length else PREFILL,
-    )
+    config.max_new_tokens = args.max_new_tokens
+    config.prefill_chunk_size = None if model.config.rope_depends_on_length else PREFILL_CHUNK
     if model.device.type == "cuda" and StaticCache.refusal(model.config) is None:
-        config.cache_implementation = "static"  # a token is one CUDA graph
+        config.cache_implementation = "static"  # one CUDA-graph replay per token
     if not config.do_sample:
         config.temperature = config.top_p = config.top_k = None
-    if config.pad_token_id is None:  # nothing is padded, but generate asks for one
+    if config.pad_token_id is None:  # nothing is padded, but `generate` requires one
         config.pad_token_id = 0
     return config
 
 
-def finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """A logits processor that ends an answer of nothing: a model that diverged is silent, or
-    samples from what is no distribution."""
+def refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor that raises ValueError for NaN: a diverged model would answer nothing, or
+    sampling would fail."""
     if scores.isnan().any():
         raise ValueError("--model: its logits are not finite")
     return scores
 
 
-def lines():
-    """What the user types, without the empty lines."""
+def read_lines() -> Iterator[str]:
+    """What the user types, without empty lines, until the input ends."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # tokenizers refuse the surrogates of invalid bytes
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input("> " if sys.stdin.isatty() else "")
-            if line.strip():
-                yield line.strip() if line.strip() in COMMANDS else line
+            stripped = line.strip()
+            if stripped:
+                yield stripped if stripped in COMMANDS else line
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The checked arguments. Raises ValueError for values that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or a hub name")
     parser.add_argument("--system", help="system message")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer, at most")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="maximum tokens of an answer")
     parser.add_argument(
         "--temperature",
         type=float,
-        help="0: the likeliest token, without penalties; default: as the model's generation config says",
+        help="0: greedy decoding, without penalties; default: that of the model's generation config",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -158,43 +166,58 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--max_new_tokens must be at least 1 and --temperature a number of at least 0")
     if args.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"--device: {args.device} is not there; leave it out")
+    return args
+
+
+@contextlib.contextmanager
+def model_errors() -> Iterator[None]:
+    """Makes errors of the checkpoint name --model, and ValueErrors of one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(one_line(error).replace(KEY, "--model")) from error
+
+
+def load(args: argparse.Namespace):
+    """(model, conversation). Raises ValueError if --model cannot be read, before its weights are
+    loaded if possible."""
+    with model_errors():
+        config = load_teacher_config(args.model)
+        tokenizer = load_tokenizer(args.model, "--model")
+        check_special_tokens(tokenizer, config.vocab_size, "--model")
+        conversation = Conversation(tokenizer, config.vocab_size, args.system)
+        model = load_teacher(args.model, config.dtype or torch.float32).to(args.device)
+        model.generation_config = generation_config(args, model, tokenizer.eos_token_id)
+    return model, conversation
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing in a terminal)
     logging.set_verbosity_error()
-    config = load_teacher_config(args.model)
-    tokenizer = load_tokenizer(args.model, "--model")
-    check_special_tokens(tokenizer, config.vocab_size, "--model")
-    conversation = Conversation(tokenizer, config.vocab_size, args.system)
-    model = load_teacher(args.model, config.dtype or torch.float32).to(args.device)
-    model.generation_config = generation_config(args, model, conversation.tokenizer.eos_token_id)
-    layers = f"{len(config.linear_layers)} x {config.student_name}, " if config.linear_layers else ""
-    how = "chat" if conversation.tokenizer.chat_template else "no chat template: it goes on with the text"
-    print(
-        f"{args.model}: {layers}full attention in {config.keep_full_attention_layers}; {how}; /reset, /exit",
-        file=sys.stderr,
-    )
-    for line in lines():
+    model, conversation = load(args)
+    config = model.config
+    layers = f"full attention in {config.keep_full_attention_layers}"
+    if config.linear_layers:
+        layers = f"{len(config.linear_layers)} x {config.student_name}, {layers}"
+    has_template = bool(conversation.tokenizer.chat_template)
+    mode = "chat" if has_template else "no chat template: it continues the text"
+    print(f"{args.model}: {layers}; {mode}; /reset, /exit", file=sys.stderr)
+    for line in read_lines():
         if line == "/exit":
             return
         if line == "/reset":
             conversation.reset()
             continue
+        inputs = conversation.add_user(line).to(args.device)
         answer = Answer(conversation.tokenizer)
         try:
-            model.generate(**conversation.log(line).to(args.device), streamer=answer, logits_processor=[finite])
+            model.generate(**inputs, streamer=answer, logits_processor=[refuse_nan])
         except KeyboardInterrupt:
             answer.end()
-        conversation.hear(answer.text)
-
-
-def command() -> None:
-    """`main`, with errors in terms of its own options."""
-    sys.stdin.reconfigure(errors="replace")  # other encodings would come as surrogates, which no tokenizer takes
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        raise ValueError(one_line(error).replace(KEY, "--model")) from error
+        conversation.add_answer(answer.text)
 
 
 if __name__ == "__main__":
-    run_main(command)
+    run_main(main)

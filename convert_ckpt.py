@@ -1,10 +1,10 @@
-"""A training checkpoint as a Hugging Face folder: `<output_dir>/converted-hf/`.
+"""Exports a training checkpoint as a Hugging Face folder: `<output_dir>/converted-hf/`.
 
     python convert_ckpt.py --cfg configs/quickstart/stage1.yaml [--checkpoint outputs/stage1/checkpoint-100]
     python convert_ckpt.py --cfg configs/quickstart/stage2.yaml --push-to-hub me/my-hybrid
 
-train.py calls `export_checkpoint` when it is done; the script is for checkpoints of runs that are not, for a card with the
-results of an evaluation that came later, and for the hub.
+train.py calls `export_checkpoint` at the end of a run. The script is for checkpoints of unfinished
+runs, for updating the model card with later evaluation results, and for uploading to the hub.
 """
 
 from __future__ import annotations
@@ -42,20 +42,21 @@ def student_config(cfg: Config, teacher: StudentConfig) -> StudentConfig:
         "student_options": cfg.student_model.options,
         "keep_full_attention_layers": sorted(cfg.student_model.keep_full_attention_layers),
     }
-    return StudentConfig(
-        **{name: value for name, value in values.items() if name not in ("model_type", "architectures")}
-    )
+    for name in ("model_type", "architectures"):  # the teacher's
+        values.pop(name, None)
+    return StudentConfig(**values)
 
 
 def trained_state(cfg: Config, checkpoint: Path, config: StudentConfig) -> dict[str, torch.Tensor]:
-    """All weights of the trained model in fp32, from DeepSpeed's shards (ZeRO 1, 2 or 3), under the
-    model's names."""
+    """All weights of the trained model in fp32, by parameter name, from DeepSpeed's shards (ZeRO 1,
+    2 or 3)."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
-    if cfg.stage == 1:  # the checkpoint's other weights are the frozen teacher's, less its head
-        outside = {k: v for k, v in load_teacher(cfg.teacher_model.name).state_dict().items() if ".attn." not in k}
-        state = outside | student_attention_state(state)
+    if cfg.stage == 1:  # all but the student's attention is the frozen teacher's, whose head was not saved
+        teacher = load_teacher(cfg.teacher_model.name).state_dict()
+        outside_attention = {name: tensor for name, tensor in teacher.items() if ".attn." not in name}
+        state = outside_attention | student_attention_state(state)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embeddings.weight"]
     return state
@@ -63,7 +64,7 @@ def trained_state(cfg: Config, checkpoint: Path, config: StudentConfig) -> dict[
 
 def export_checkpoint(cfg: Config, checkpoint: Path, output: Path) -> None:
     """Writes `checkpoint` of the run `cfg` to `output`, with tokenizer, generation config and model
-    card, complete or not at all, in the dtype that the teacher was saved in.
+    card, atomically, in the dtype that the teacher was saved in.
 
     Raises RuntimeError if the checkpoint lacks a weight of the model or holds one that the model
     does not know.
@@ -82,8 +83,8 @@ def export_checkpoint(cfg: Config, checkpoint: Path, output: Path) -> None:
 
 @contextmanager
 def hub(name: str) -> Iterator[HfApi]:
-    """The hub, ready for uploads to the model `name`. Raises ValueError, of one line, if it is not,
-    and when it fails."""
+    """The hub's client for uploads to the model `name`. Raises ValueError, of one line, if uploads
+    are impossible, and for the hub's errors in the block."""
     key = f"--push-to-hub: {name}"
     validate_repo_id(name)
     if constants.HF_HUB_OFFLINE:
@@ -98,42 +99,59 @@ def hub(name: str) -> Iterator[HfApi]:
         ) from None
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--cfg", required=True, help="YAML of the stage, or <output_dir>/config.yaml")
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint-N folder of the run; default: the newest")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint-N folder of the run; default: the latest")
     parser.add_argument(
         "--push-to-hub",
         metavar="NAME",
         help="upload the result, with its card, as the hub's model NAME",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="as for train.py")
-    args = parser.parse_intermixed_args(argv)
-    cfg = load_config(args.cfg, args.overrides)
+    return parser.parse_intermixed_args(argv)
+
+
+def check_run(cfg: Config, cfg_file: str) -> None:
+    """Raises ConfigError if `cfg`, read from `cfg_file`, is not of the run in its output_dir."""
     folder = Path(cfg.train.output_dir)
-    theirs, beside = folder / CONFIG, Path(args.cfg).parent
-    if (
-        Path(args.cfg).name == CONFIG and (beside / RUN).is_file() and beside.resolve() != folder.resolve()
-    ):  # a copy, or moved
+    run_config = folder / CONFIG
+    beside = Path(cfg_file).parent
+    is_run_config = Path(cfg_file).name == CONFIG and (beside / RUN).is_file()
+    if is_run_config and beside.resolve() != folder.resolve():  # the run folder was copied or moved
         raise ConfigError(
-            f"train.output_dir: {folder} is not where {args.cfg} lies; add train.output_dir={beside} for the run there"
+            f"train.output_dir: {folder} is not where {cfg_file} lies; add train.output_dir={beside} for the run there"
         )
-    if theirs.is_file() and (other := difference(load_config(theirs), cfg)):
-        raise ConfigError(f"--cfg: {args.cfg} is not of the run in {folder} ({other}); name {theirs}")
+    if run_config.is_file() and (other := difference(load_config(run_config), cfg)):
+        raise ConfigError(f"--cfg: {cfg_file} is not of the run in {folder} ({other}); name {run_config}")
+
+
+def chosen_checkpoint(folder: Path, wanted: Path | None) -> Path:
+    """The checkpoint `wanted` of the run in `folder`, None for the latest.
+
+    Raises ConfigError if there is none, CheckpointError if it is damaged.
+    """
     found = checkpoints(folder)
-    if args.checkpoint:  # unpickled: it must be this run's own
-        found = [path for path in found if path.absolute() == args.checkpoint.absolute()]
+    if wanted:  # will be unpickled, so only this run's own are accepted
+        found = [path for path in found if path.absolute() == wanted.absolute()]
     if not found:
-        raise ConfigError(
-            f"--checkpoint: {args.checkpoint or folder} is or holds no whole checkpoint of {folder}; train first"
-        )
+        raise ConfigError(f"--checkpoint: {wanted or folder} is or holds no whole checkpoint of {folder}; train first")
     if wrong := damage(found[-1]):
         raise CheckpointError(f"--checkpoint: {found[-1]} is damaged ({wrong}); name another one of {folder}")
+    return found[-1]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    cfg = load_config(args.cfg, args.overrides)
+    check_run(cfg, args.cfg)
+    folder = Path(cfg.train.output_dir)
+    checkpoint = chosen_checkpoint(folder, args.checkpoint)
     if args.push_to_hub:
-        with hub(args.push_to_hub) as api:  # before the work
+        with hub(args.push_to_hub) as api:  # fails before the work
             api.create_repo(args.push_to_hub, exist_ok=True)
-    export_checkpoint(cfg, found[-1], folder / EXPORT)
-    print(f"{found[-1]} -> {folder / EXPORT}")
+    export_checkpoint(cfg, checkpoint, folder / EXPORT)
+    print(f"{checkpoint} -> {folder / EXPORT}")
     if args.push_to_hub:
         with hub(args.push_to_hub) as api:
             api.upload_folder(

@@ -1,4 +1,5 @@
-"""The trainers of the three stages: transformers' Trainer with what each stage's loss needs, and no loop of our own."""
+"""The trainers of the three stages: transformers' Trainer with each stage's loss; there is no
+second training loop."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import socket
 import statistics
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from runtime.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
@@ -19,96 +21,163 @@ from runtime.guard import NonFiniteError, StopSignals, Watchdog, first_not_finit
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cuda_graphs import GraphedForward, switch_off_all
-from distill_model import StudentForCausalLM
+from distill_model import DistillationLoss, StudentForCausalLM
+
+# What the progress bar shows, and how.
+BAR_FORMATS = {
+    "loss": "{:.3g}",
+    "eval_loss": "{:.3g}",
+    "learning_rate": "{:.3g}",
+    "tokens_per_second": "{:,.0f}",
+    "mfu": "{:.1%}",
+}
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged figure to metrics.jsonl, from rank 0."""
+    """Appends everything that is logged to metrics.jsonl, from rank 0."""
 
     def __init__(self, path: Path, tokens_per_step: int):
-        self.path, self.tokens_per_step, self.start = path, tokens_per_step, time.perf_counter()
+        self.path = path
+        self.tokens_per_step = tokens_per_step
+        self.start = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **_):
-        if state.is_world_process_zero and self.path.is_file() and (lines := self.path.read_text().splitlines()):
-            self.start -= json.loads(lines[-1])["seconds"]  # a run that goes on: its parts' times together
+        if not state.is_world_process_zero or not self.path.is_file():
+            return
+        if lines := self.path.read_text().splitlines():
+            self.start -= json.loads(lines[-1])["seconds"]  # of a resumed run: the time of all its parts
 
     def on_log(self, args, state, control, logs=None, **_):
-        # The summary of the Trainer's end comes at every end, also of a run that goes on later.
-        if (
-            state.is_world_process_zero
-            and logs
-            and not ("train_runtime" in logs and state.global_step < state.max_steps)
-        ):
-            seconds = round(time.perf_counter() - self.start, 3)
-            line = {
-                "step": state.global_step,
-                "tokens": state.global_step * self.tokens_per_step,
-                "seconds": seconds,
-            }
-            with self.path.open("a") as file:
-                file.write(json.dumps(line | logs) + "\n")
+        # The Trainer also logs its summary when a run stops early; only a complete run has one
+        # here.
+        is_early_summary = "train_runtime" in (logs or {}) and state.global_step < state.max_steps
+        if not state.is_world_process_zero or not logs or is_early_summary:
+            return
+        line = {
+            "step": state.global_step,
+            "tokens": state.global_step * self.tokens_per_step,
+            "seconds": round(time.perf_counter() - self.start, 3),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line | logs) + "\n")
 
 
-def guarded(event: str):
-    """W&B's callback of that name, which an error ends for good, and not the run."""
+def _ignores_errors(event: str):
+    """WandbCallback's method of that name; an error in it ends the logging to W&B, not the run."""
 
     def call(self, *args, **options):
         if self._wandb is None:
             return
         try:
             getattr(super(Wandb, self), event)(*args, **options)
-        except Exception as error:  # of many kinds
-            print(f"W&B ended ({one_line(error)}); metrics.jsonl goes on without it", flush=True)
+        except Exception as error:  # W&B raises errors of many kinds
+            print(f"W&B ended ({one_line(error)}); metrics.jsonl continues without it", flush=True)
             self._wandb = None
 
     return call
 
 
 class Wandb(WandbCallback):
-    """W&B's, which cannot end a run: a SIGTERM to all processes of a job ends W&B's service too,
-    before the run has saved."""
+    """transformers' callback of W&B, which cannot end a run: a SIGTERM to all processes of a job
+    ends W&B's service too, before the run has saved."""
 
-    on_train_begin, on_log, on_save, on_train_end = map(
-        guarded, ("on_train_begin", "on_log", "on_save", "on_train_end")
-    )
+    on_train_begin = _ignores_errors("on_train_begin")
+    on_log = _ignores_errors("on_log")
+    on_save = _ignores_errors("on_save")
+    on_train_end = _ignores_errors("on_train_end")
 
 
-class LossBar(ProgressCallback):
-    """A progress bar that shows loss and learning rate in place, instead of a printed line a step."""
+class ProgressBar(ProgressCallback):
+    """A progress bar with loss, learning rate, tokens/s and MFU, instead of a printed line per log.
+
+    Its estimate of the time left counts the steps of this process alone, so that it is right after
+    a resume too.
+    """
 
     def __init__(self):
         super().__init__()
-        self.shown = {}
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+        self.current_step = state.global_step
 
     def on_prediction_step(self, args, state, control, **_):
-        """No bar within the bar: an evaluation takes a few batches."""
+        """No second bar: an evaluation takes a few batches."""
 
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero and self.training_bar is not None:
-            self.shown |= {name: f"{logs[name]:.3g}" for name in ("loss", "eval_loss", "learning_rate") if name in logs}
+            for name, form in BAR_FORMATS.items():
+                if name in logs:
+                    self.shown[name] = form.format(logs[name])
             self.training_bar.set_postfix(self.shown, refresh=False)
 
 
+class Throughput(TrainerCallback):
+    """Tokens per second over all GPUs, and MFU, of the steps since they were last logged.
+    Evaluations and checkpoints are not counted.
+
+    flops_per_token: of a training step, see mfu.py. peak_flops: of all GPUs together, or None where
+    it is not known; MFU is left out then. Add it after `Guard`, which waits for the GPU after each
+    step.
+    """
+
+    def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float | None):
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.steps = 0
+        self.seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **_):
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **_):
+        now = time.perf_counter()
+        self.seconds += now - self.begin
+        self.steps += 1
+        self.begin = now
+
+    def on_evaluate(self, args, state, control, **_):
+        self.begin = time.perf_counter()
+
+    def on_save(self, args, state, control, **_):
+        self.begin = time.perf_counter()
+
+    def figures(self) -> dict[str, float]:
+        """tokens_per_second and, where the peak is known, mfu; starts counting anew."""
+        tokens_per_second = self.steps * self.tokens_per_step / self.seconds
+        self.steps = 0
+        self.seconds = 0.0
+        figures = {"tokens_per_second": round(tokens_per_second, 1)}
+        if self.peak_flops is not None:
+            figures["mfu"] = round(tokens_per_second * self.flops_per_token / self.peak_flops, 4)
+        return figures
+
+
 class Guard(TrainerCallback):
-    """Makes all ranks agree, once a step, on what only one may know: that a signal came, that a
-    checkpoint is due by time, that a loss is not finite.
+    """Makes all ranks agree, once per step, on what only one of them may know: that a signal came,
+    that a checkpoint is due by time, that a loss is NaN or Inf.
 
     stop: the process's signals, or None. minutes: between checkpoints, or None.
     """
 
     def __init__(self, trainer: StageTrainer, stop: StopSignals | None, minutes: float | None):
-        self.trainer, self.stop, self.minutes = trainer, stop, minutes
+        self.trainer = trainer
+        self.stop = stop
+        self.minutes = minutes
         self.stopped: str | None = None  # why training ended before its last step
 
     def on_train_begin(self, args, state, control, **_):
-        state.compute_steps(
-            args, state.max_steps
-        )  # a resumed state brings the intervals of the config that it was saved under
+        # A loaded state has the intervals of the config that it was saved under.
+        state.compute_steps(args, state.max_steps)
         self.trainer.finish_resuming()
         use_foreach_grad_norm(self.trainer.deepspeed.optimizer)
         self.last_save = time.monotonic()
@@ -119,21 +188,20 @@ class Guard(TrainerCallback):
         self.last_save = time.monotonic()
 
     def on_step_end(self, args, state, control, **_):
+        signalled = self.stop is not None and self.stop.received is not None
         due = self.minutes is not None and time.monotonic() - self.last_save > 60 * self.minutes
-        stop = self.stop is not None and self.stop.received is not None
-        flags = torch.tensor([stop, due, False], dtype=torch.int32, device=args.device)
+        flags = torch.tensor([signalled, due, False], dtype=torch.int32, device=args.device)
         flags[2] = self.trainer.losses_not_finite()
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        stop, due, bad = flags.tolist()
-        if bad:  # and yet the gradients were finite, or DeepSpeed would have skipped the step
+        must_stop, save_is_due, not_finite = flags.tolist()
+        if not_finite:  # with finite gradients: for others DeepSpeed would have skipped the step
             raise NonFiniteError(
                 f"step {state.global_step}: a loss is not finite, though its gradients are; the checkpoints are kept"
             )
-        control.should_save |= bool(stop or due)
-        if stop and state.global_step < state.max_steps:
-            self.stopped = (
-                self.stop.received if self.stop is not None and self.stop.received else "a signal to another rank"
-            )
+        control.should_save |= bool(must_stop or save_is_due)
+        if must_stop and state.global_step < state.max_steps:
+            received = None if self.stop is None else self.stop.received
+            self.stopped = received or "a signal to another rank"
             control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **_):
@@ -142,32 +210,36 @@ class Guard(TrainerCallback):
 
 
 def use_foreach_grad_norm(optimizer) -> None:
-    """Of DeepSpeed's ZeRO-1 and 2: takes the norms of all gradients by one call, and lets them tell
-    whether all are finite, as they do anyway. DeepSpeed asks each bf16 gradient before that, by
-    thirteen operations, and then takes its norm by two more: of the 280 gradients of stage 1 at
-    Qwen2.5-1.5B's shape 4,200 a step, whose starting a GPU waits for."""
+    """Makes DeepSpeed's ZeRO-1 and 2 compute the norms of all gradients in one foreach call, and
+    tell from them whether all gradients are finite.
+
+    DeepSpeed checks each bf16 gradient with thirteen operations and takes its norm with two more:
+    for the 280 gradients of stage 1 at Qwen2.5-1.5B's shape 4,200 kernel launches per step, which a
+    GPU waits for.
+    """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.runtime.zero.utils import get_norm_dtype
 
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload or not optimizer.compute_grad_norm:
         return
-    joined = optimizer.get_grad_norm_direct
+    norm_over_ranks = optimizer.get_grad_norm_direct
 
     def norm(gradients, params, norm_type=2):
         norms = torch.stack(torch._foreach_norm(gradients, norm_type, dtype=get_norm_dtype()))
-        return joined([norms], params[:1], norm_type)  # a norm of norms; and the sum over ranks
+        return norm_over_ranks([norms], params[:1], norm_type)  # the norm of the norms, reduced over ranks
 
     optimizer.get_grad_norm_direct = norm
     optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 class StageTrainer(Trainer):
-    """What the stages share. Subclasses give `forward_loss`.
+    """What the stages share. Subclasses implement `forward_loss`.
 
-    make_optimizer(model) and make_scheduler(optimizer) build them when the Trainer asks: with
-    DeepSpeed it forgets those that it was given and would train with its own defaults. facts: what
-    a checkpoint's index says of its run. stop, save_minutes: see Guard. watchdog: told of every
-    move, if given. cuda_graphs: replay the passes of a training step as CUDA graphs.
+    make_optimizer(model), make_scheduler(optimizer): called when the Trainer asks for them. With
+    DeepSpeed it drops those that it was given and would train with its own defaults. throughput:
+    measures the steps. facts: what a checkpoint's index records of its run. stop, save_minutes: see
+    `Guard`. watchdog: told about all progress, if given. cuda_graphs: replay the passes of a
+    training step as CUDA graphs.
     """
 
     def __init__(
@@ -176,7 +248,7 @@ class StageTrainer(Trainer):
         make_optimizer,
         make_scheduler,
         metrics_path: Path,
-        tokens_per_step: int,
+        throughput: Throughput,
         facts: dict,
         stop: StopSignals | None = None,
         save_minutes: float | None = None,
@@ -187,18 +259,22 @@ class StageTrainer(Trainer):
         super().__init__(*args, data_collator=collate, **kwargs)
         if cuda_graphs:
             self.model.forward = GraphedForward(self.model)
-        self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
-        self.facts, self.watchdog = facts, watchdog
+        self.make_optimizer = make_optimizer
+        self.make_scheduler = make_scheduler
+        self.throughput = throughput
+        self.facts = facts
+        self.watchdog = watchdog
         self._micro_batches: list[tuple[dict, torch.Tensor]] = []  # inputs and loss, of this step
-        # Every micro-batch has the same number of tokens and its loss is a mean: the Trainer shall
+        # Every micro-batch has the same number of tokens and its loss is a mean: the Trainer has to
         # divide by their number.
         self.model_accepts_loss_kwargs = False
+        self.guard = Guard(self, stop, save_minutes)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(LossBar)
-        self.add_callback(MetricsFile(metrics_path, tokens_per_step))
-        self.guard = Guard(self, stop, save_minutes)
+        self.add_callback(ProgressBar)
+        self.add_callback(MetricsFile(metrics_path, throughput.tokens_per_step))
         self.add_callback(self.guard)
+        self.add_callback(throughput)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         self.resumed_from = resume_from_checkpoint
@@ -206,17 +282,26 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         self.optimizer = self.make_optimizer(self.model)
-        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self._group_settings = []
+        for group in self.optimizer.param_groups:
+            self._group_settings.append({name: value for name, value in group.items() if name != "params"})
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.lr_scheduler = self.make_scheduler(optimizer or self.optimizer)
         return self.lr_scheduler
 
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs = logs | self.throughput.figures()
+        super().log(logs, *args, **kwargs)
+
     def forward_loss(self, model, inputs) -> torch.Tensor:
+        """The loss of a micro-batch, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} must say how its loss is computed")
 
     def beat(self, doing: str) -> None:
+        """Tells the watchdog about progress."""
         if self.watchdog is not None:
             self.watchdog.beat(f"step {self.state.global_step + 1}, {doing}")
 
@@ -229,50 +314,59 @@ class StageTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.gradient_state.sync_gradients and not math.isfinite(self.deepspeed.get_global_grad_norm()):
-            self.diverged(
-                self.state.global_step + 1
-            )  # DeepSpeed has skipped the step: the weights are those that did it
+        is_last_micro_batch = self.accelerator.gradient_state.sync_gradients
+        if is_last_micro_batch and not math.isfinite(self.deepspeed.get_global_grad_norm()):
+            # DeepSpeed has skipped the step, so the weights are those that gave this gradient.
+            self.raise_non_finite(self.state.global_step + 1)
         return loss
 
     def losses_not_finite(self) -> torch.Tensor:
-        """Whether one of the step's losses is not; forgets them. A tensor, for nothing shall wait
-        for the device here."""
+        """Whether a loss of the step is NaN or Inf, as a tensor to avoid a host-device sync;
+        forgets the losses."""
         bad = ~torch.stack([loss for _, loss in self._micro_batches]).isfinite().all()
         self._micro_batches.clear()
         return bad
 
-    def diverged(self, step: int) -> None:
-        """Goes through the step's micro-batches again to find what is not finite, and raises
-        Diverged on all ranks."""
-        model, n = self.model_wrapped, self.args.world_size
-        bad, found = [None] * n, [None] * n
-        dist.all_gather_object(bad, not all(math.isfinite(loss.item()) for _, loss in self._micro_batches))
-        of_gradients = not any(bad)
-        switch_off_all()  # the search hooks every module's forward pass, and needs the graphs' memory
+    def raise_non_finite(self, step: int) -> None:
+        """Runs the step's micro-batches again to find what is not finite, and raises
+        NonFiniteError, the same on all ranks."""
+        loss_is_bad = not all(math.isfinite(loss.item()) for _, loss in self._micro_batches)
+        bad_losses = self._gathered(loss_is_bad)
+        search_gradients = not any(bad_losses)
+        found = self._gathered((self._first_not_finite(search_gradients), socket.gethostname()))
+        suspects = [rank for rank, bad in enumerate(bad_losses) if bad or search_gradients]
+        rank = next((rank for rank in suspects if found[rank][0]), suspects[0])
+        name, host = found[rank]
+        where = name or ("a gradient" if search_gradients else "the loss")
+        layer = re.search(r"layers\.(\d+)\b", where)
+        in_layer = f", in layer {int(layer[1])}" if layer else ""
+        raise NonFiniteError(
+            f"step {step}: {where} is not finite on rank {rank} ({host}){in_layer}; the checkpoints before it are kept. "
+            "Try a lower train.lr or train.lr_attn, a longer train.warmup_steps, a lower train.max_grad_norm, or "
+            "train.dtype fp32"
+        )
+
+    def _gathered(self, value) -> list:
+        """The value of every rank."""
+        values = [None] * self.args.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def _first_not_finite(self, search_gradients: bool) -> str | None:
+        """The first output, or gradient, that is not finite in this step's micro-batches, or
+        None."""
+        model = self.model_wrapped
+        switch_off_all()  # the search hooks every module's forward pass, and needs the CUDA graphs' memory
 
         def backward(loss):
             model.set_gradient_accumulation_boundary(False)
             model.backward(loss, scale_wrt_gas=False)
 
-        names = [
-            first_not_finite(
-                self.model,
-                lambda: self.forward_loss(model, inputs),
-                backward if of_gradients else None,
-            )
-            for inputs, _ in self._micro_batches
-        ]
-        dist.all_gather_object(found, (next((name for name in names if name), None), socket.gethostname()))
-        ranks = [rank for rank in range(n) if of_gradients or bad[rank]]
-        rank = next((rank for rank in ranks if found[rank][0]), ranks[0])
-        where = found[rank][0] or ("a gradient" if of_gradients else "the loss")
-        layer = re.search(r"layers\.(\d+)\b", where)
-        raise NonFiniteError(
-            f"step {step}: {where} is not finite on rank {rank} ({found[rank][1]}){f', in layer {int(layer[1])}' if layer else ''}; "
-            "the checkpoints before it are kept. Try a lower train.lr or train.lr_attn, a longer train.warmup_steps, a lower "
-            "train.max_grad_norm, or train.dtype fp32"
-        )
+        names = []
+        for inputs, _ in self._micro_batches:
+            forward = partial(self.forward_loss, model, inputs)
+            names.append(first_not_finite(self.model, forward, backward if search_gradients else None))
+        return next((name for name in names if name), None)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self.beat("evaluation")
@@ -281,12 +375,12 @@ class StageTrainer(Trainer):
 
     # -------------------------------------------------------------------------------------------- checkpoints
     def save_model(self, output_dir=None, _internal_call=False):
-        """Nothing: DeepSpeed's checkpoint beside it holds the weights, and the export makes
-        converted-hf from that."""
+        """Does nothing: DeepSpeed's checkpoint holds the weights, and converted-hf is exported from
+        it."""
 
     def _get_output_dir(self, trial):
-        """Where the Trainer writes its checkpoints, and looks for old ones to remove:
-        `save_checkpoint` moves and removes."""
+        """Where the Trainer writes its checkpoint, and looks for old ones to remove.
+        `save_checkpoint` moves the new one to its place and removes the old ones."""
         return str(Path(self.args.output_dir) / PARTIAL)
 
     def _save_checkpoint(self, model, trial):
@@ -302,7 +396,7 @@ class StageTrainer(Trainer):
         self.beat("saved")
 
     def logging_state(self) -> dict:
-        """What is summed up between two logs, on this rank: a checkpoint may lie between them."""
+        """What this rank has summed up since the last log, for a checkpoint between two logs."""
         return {
             "loss": self._tr_loss.item(),
             "total": self._total_loss_scalar,
@@ -310,49 +404,53 @@ class StageTrainer(Trainer):
         }
 
     def finish_resuming(self) -> None:
-        """What neither the Trainer nor DeepSpeed restores."""
+        """Restores what neither the Trainer nor DeepSpeed restores."""
         if self.resumed_from is None:
             return
-        files = sorted(Path(self.resumed_from).glob("progress_*.json"))
-        ours = Path(self.resumed_from) / f"progress_{self.args.process_index}.json"
-        files = [ours] if len(files) == self.args.world_size else files
+        folder = Path(self.resumed_from)
+        files = sorted(folder.glob("progress_*.json"))
+        if len(files) == self.args.world_size:
+            files = [folder / f"progress_{self.args.process_index}.json"]
         self.load_logging_state([json.loads(file.read_text()) for file in files])
-        if Path(self.resumed_from).parent.name == UNIVERSAL:
-            # Loading it, DeepSpeed's ZeRO-3 gives every group the settings of the first, and all
-            # states one step counter, which each of them would then count up.
-            rates = self.lr_scheduler.get_last_lr()
-            for group, settings, lr in zip(self.optimizer.param_groups, self._settings, rates, strict=True):
-                group.update(settings | {"lr": lr})
-            for state in self.deepspeed.optimizer.optimizer.state.values():
-                if isinstance(state.get("step"), torch.Tensor):
-                    state["step"] = state["step"].clone()
+        if folder.parent.name == UNIVERSAL:
+            self._repair_universal_optimizer()
             dist.barrier()
             if self.is_world_process_zero():
-                shutil.rmtree(Path(self.resumed_from).parent, ignore_errors=True)
+                shutil.rmtree(folder.parent, ignore_errors=True)
+
+    def _repair_universal_optimizer(self) -> None:
+        """After loading a universal checkpoint: DeepSpeed's ZeRO-3 gives every group the settings
+        of the first, and all states one step counter, which each of them would then increment."""
+        rates = self.lr_scheduler.get_last_lr()
+        for group, settings, lr in zip(self.optimizer.param_groups, self._group_settings, rates, strict=True):
+            group.update(settings | {"lr": lr})
+        for state in self.deepspeed.optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
 
     def load_logging_state(self, states: list[dict]) -> None:
-        """states: this rank's, or after a change of world size those of all ranks before it, of
-        which it takes the mean."""
+        """states: this rank's, or after a change of world size those of all ranks that saved; their
+        mean is loaded."""
         self._tr_loss += sum(state["loss"] for state in states) / len(states)
-        self._total_loss_scalar, self._globalstep_last_logged = (
-            states[0]["total"],
-            states[0]["logged_step"],
-        )
+        self._total_loss_scalar = states[0]["total"]
+        self._globalstep_last_logged = states[0]["logged_step"]
 
 
 class DistillTrainer(StageTrainer):
-    """Stage 1: aligns attention outputs; logs the loss of every layer as layer_loss/00 ..., and as
-    layer_error/00 ... that loss over the variance of the teacher's output, which compares between
-    layers: see `relative_errors` in wrapper.py.
+    """Stage 1: aligns attention outputs.
 
-    layer_errors: the last that were logged, of held-out text, or of training where there is none;
-    empty before.
+    Logs the loss of every layer as layer_loss/00 ..., and as layer_error/00 ... that loss over the
+    variance of the teacher's output, which can be compared between layers: see `relative_errors` in
+    wrapper.py.
+
+    layer_errors: those logged last, on held-out text, or on training text where nothing is held
+    out; empty before.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # [sum of (losses, variances) [2, layers], count] of training and of evaluation, since they
-        # were last logged
+        # Of training (True) and of evaluation (False), since they were last logged: [sum of
+        # (losses, variances) [2, layers], count].
         self._layers = {True: [], False: []}
         self.layer_errors: list[float] = []
 
@@ -366,17 +464,23 @@ class DistillTrainer(StageTrainer):
     def log(self, logs, *args, **kwargs):
         training = "loss" in logs
         if (training or "eval_loss" in logs) and self._layers[training]:
-            total, count = self._layers[training]
-            losses, variances = self.accelerator.reduce(total / count, reduction="mean")
-            errors = self.model.relative_errors(losses, variances)
-            figures = {"layer_loss": losses, "layer_error": errors}
-            for name, values in zip(figures, torch.stack(tuple(figures.values())).tolist()):
-                prefix = name if training else f"eval_{name}"
-                logs = logs | {f"{prefix}/{i:02}": value for i, value in enumerate(values)}
-            if not training or self.eval_dataset is None:
-                self.layer_errors = errors.tolist()
-            self._layers[training] = []
+            logs = logs | self._layer_figures(training)
         super().log(logs, *args, **kwargs)
+
+    def _layer_figures(self, training: bool) -> dict[str, float]:
+        """The mean losses and relative errors of all layers since they were last logged; starts
+        anew."""
+        total, count = self._layers[training]
+        losses, variances = self.accelerator.reduce(total / count, reduction="mean")
+        errors = self.model.relative_errors(losses, variances)
+        prefix = "" if training else "eval_"
+        loss_values, error_values = torch.stack((losses, errors)).tolist()
+        figures = {f"{prefix}layer_loss/{i:02}": value for i, value in enumerate(loss_values)}
+        figures |= {f"{prefix}layer_error/{i:02}": value for i, value in enumerate(error_values)}
+        if not training or self.eval_dataset is None:
+            self.layer_errors = error_values
+        self._layers[training] = []
+        return figures
 
     def worst_layers(self, count: int = 3) -> str:
         """The layers with the largest relative error, in one line."""
@@ -389,22 +493,26 @@ class DistillTrainer(StageTrainer):
         )
 
     def logging_state(self):
-        layers = self._layers[True]
-        return super().logging_state() | {"layers": layers and [layers[0].tolist(), layers[1]]}
+        layers = []
+        if self._layers[True]:
+            total, count = self._layers[True]
+            layers = [total.tolist(), count]
+        return super().logging_state() | {"layers": layers}
 
     def load_logging_state(self, states):
         super().load_logging_state(states)
-        if states[0]["layers"] and isinstance(states[0]["layers"][0][0], list):  # older checkpoints have no variances
-            totals = torch.tensor([state["layers"][0] for state in states], device=self.args.device)
-            self._layers[True] = [totals.mean(0), states[0]["layers"][1]]
+        layers = states[0]["layers"]
+        if not layers or not isinstance(layers[0][0], list):  # checkpoints of older versions have no variances
+            return
+        totals = torch.tensor([state["layers"][0] for state in states], device=self.args.device)
+        self._layers[True] = [totals.mean(0), layers[1]]
 
 
 class FrozenTeacher:
-    """A teacher for its hidden states: replicated on every device, or sharded by ZeRO-3 where
-    `engine_config` is given.
+    """A teacher that gives hidden states: a replica on every device, or sharded with ZeRO-3.
 
-    engine_config: a DeepSpeed config with ZeRO stage 3, or None. cuda_graphs: replay the forward
-    pass of a replica as a CUDA graph.
+    engine_config: a DeepSpeed config with ZeRO stage 3, or None for a replica. cuda_graphs: replay
+    the forward pass of a replica as a CUDA graph.
     """
 
     def __init__(
@@ -414,7 +522,8 @@ class FrozenTeacher:
         engine_config: dict | None = None,
         cuda_graphs: bool = False,
     ):
-        self.model, self.sharded = model.eval().requires_grad_(False), engine_config is not None
+        self.model = model.eval().requires_grad_(False)
+        self.sharded = engine_config is not None
         if self.sharded:
             import deepspeed
 
@@ -425,11 +534,11 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """After the final norm, [B, T, hidden_size]."""
+        """input_ids [B, T] -> the hidden states after the final norm, [B, T, hidden_size]."""
         return self.forward(input_ids=input_ids, use_cache=False)["last_hidden_state"]
 
     def gathered_head(self):
-        """A context in which `head_weight` is whole."""
+        """A context in which `head_weight` is not sharded."""
         if not self.sharded:
             return nullcontext()
         import deepspeed
@@ -448,25 +557,25 @@ class KDTrainer(StageTrainer):
         self,
         *args,
         teacher: FrozenTeacher,
-        kl_temperature=1.0,
-        kl_weight=1.0,
-        ce_weight=0.0,
+        kl_temperature: float = 1.0,
+        kl_weight: float = 1.0,
+        ce_weight: float = 0.0,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.teacher = teacher
-        self.loss_options = dict(kl_temperature=kl_temperature, kl_weight=kl_weight, ce_weight=ce_weight)
+        self.distillation = DistillationLoss(kl_temperature, kl_weight, ce_weight)
 
     def forward_loss(self, model, inputs):
         hidden_states = self.teacher.hidden_states(inputs["input_ids"])
         with self.teacher.gathered_head():
             return model(
                 **inputs,
-                labels=inputs["input_ids"] if self.loss_options["ce_weight"] else None,
+                labels=inputs["input_ids"] if self.distillation.ce_weight else None,
                 teacher_hidden_states=hidden_states,
                 teacher_head_weight=self.teacher.head_weight,
+                distillation=self.distillation,
                 use_cache=False,
-                **self.loss_options,
             )["loss"]
 
 

@@ -1,16 +1,16 @@
-# What launch_*.sh share; sourced, never run. With sbatch, its knobs come from the environment that sbatch exports.
+# Functions of launch_*.sh; sourced, never run. Its settings are environment variables, which sbatch exports to the job.
 #
 #   VENV                 the virtual environment                                   (.venv)
-#   DEVICE               cuda or cpu                                               (cuda where nvidia-smi is, else cpu)
-#   PROCESSES_PER_NODE   processes on each node                                    (the job's GPUs of a node; 1 on a CPU)
+#   DEVICE               cuda or cpu                                               (cuda if there is nvidia-smi)
+#   PROCESSES_PER_NODE   processes on each node                                    (the node's GPUs in the job; 1 on a CPU)
 #   MASTER_ADDR MASTER_PORT   where the ranks meet                                 (the first node; from the job's id)
-#   TRITON_CACHE_DIR     compiled kernels, a folder a rank, on a local disk        ($TMPDIR/triton-$USER)
+#   TRITON_CACHE_DIR     compiled kernels, one folder per rank, on a local disk    ($TMPDIR/triton-$USER)
 #   DEEPSPEED_ENV        names of further variables for .deepspeed_env             (none)
-#   OVERRIDES            key.path=value ..., after the config; so are arguments    (none)
+#   OVERRIDES            key.path=value ..., added to the arguments                (none)
 #
-# Keys (HF_TOKEN, WANDB_API_KEY) travel in the environment alone, which sbatch and srun hand on: they are in no file, no
-# log and on no command line. Exit code 75: told to stop by SIGTERM or SIGUSR1, checkpoint saved; under Slurm the job has
-# then been requeued, by hand the same command goes on.
+# Keys (HF_TOKEN, WANDB_API_KEY) are passed only through the environment, which sbatch and srun export: they are in no
+# file, no log and no command line. Exit code 75: stopped by SIGTERM or SIGUSR1 after saving a checkpoint; under Slurm the
+# job has been requeued, elsewhere rerun the command to resume.
 
 say() { printf '== %s\n' "$*"; }
 die() { printf '%s\n' "$*" >&2; exit 1; }
@@ -21,9 +21,10 @@ VENV=${VENV:-.venv}
 [[ -f $VENV/bin/activate ]] ||
     die "VENV: $VENV is no virtual environment; on a machine with a network, run 'source setup.sh' in $PROJECT_DIR once."
 source "$VENV/bin/activate"
+export PYTHONPATH=$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH} # an environment in which the project is not installed will do
 REQUEUE=75 # runtime/guard.py
 
-# make_job_dir: a folder of this job's own, which all its nodes see and nobody else may read; it goes when the script ends.
+# make_job_dir: creates a private folder of this job, which all its nodes see; it is removed when the script ends.
 make_job_dir() {
     JOB_DIR=$PROJECT_DIR/.launch/${SLURM_JOB_ID:-$(hostname)-$$}
     mkdir -p "$JOB_DIR"
@@ -31,11 +32,11 @@ make_job_dir() {
     STOP_FILE=$JOB_DIR/stop
     rm -f "$JOB_DIR/requeue" "$JOB_DIR/failed" "$JOB_DIR"/done_* "$STOP_FILE"
     trap 'rm -rf "$JOB_DIR"' EXIT
-    trap 'stopped=1; touch "$STOP_FILE"' USR1 TERM # until `supervise` hands them on
+    trap 'stopped=1; touch "$STOP_FILE"' USR1 TERM # until `supervise` forwards them
     export JOB_DIR STOP_FILE
 }
 
-# write_deepspeed_env: what launchers that do not inherit an environment read. Nothing secret.
+# write_deepspeed_env: a file for launchers that do not inherit the environment. It holds no secrets.
 write_deepspeed_env() {
     export DS_ENV_FILE=$JOB_DIR/.deepspeed_env
     (umask 077 && : >"$DS_ENV_FILE")
@@ -43,13 +44,13 @@ write_deepspeed_env() {
     for name in TRITON_CACHE_DIR HF_HOME WANDB_ENTITY WANDB_PROJECT ${DEEPSPEED_ENV:-}; do
         case ${name^^} in
             *KEY* | *TOKEN | *TOKEN_* | *SECRET* | *PASSW* | *CREDENTIAL*)
-                die "DEEPSPEED_ENV: $name looks like a secret, which no file may hold; export it, it reaches every rank that way." ;;
+                die "DEEPSPEED_ENV: $name looks like a secret, which must not be written to a file; export it instead, every rank inherits it." ;;
         esac
         [[ -z ${!name:-} ]] || printf '%s=%s\n' "$name" "${!name}" >>"$DS_ENV_FILE"
     done
 }
 
-# plan_nodes: NODES, PROCESSES_PER_NODE, the host list, the rendezvous.
+# plan_nodes: sets NODES, PROCESSES_PER_NODE, the host file and the rendezvous address.
 plan_nodes() {
     if [[ -z ${DEVICE:-} ]]; then
         DEVICE=cpu
@@ -67,9 +68,10 @@ plan_nodes() {
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} # as in setup.sh
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > PROCESSES_PER_NODE ? cores / PROCESSES_PER_NODE : 1))}
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
-    export TQDM_MININTERVAL=${TQDM_MININTERVAL:-$([[ -t 2 ]] && echo 1 || echo 30)} # seconds between lines of a progress bar
+    # Seconds between updates of a progress bar: fewer lines in a log file.
+    export TQDM_MININTERVAL=${TQDM_MININTERVAL:-$([[ -t 2 ]] && echo 1 || echo 30)}
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-    # A port below those of outgoing connections, of which one might take it before the ranks meet.
+    # A port below the range of outgoing connections, one of which might take it before the ranks connect.
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         MASTER_ADDR=${MASTER_ADDR:-${NODES[0]}} MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 20000))}
     else
@@ -85,15 +87,15 @@ print(port)')}
     export DEVICE PROCESSES_PER_NODE MASTER_ADDR MASTER_PORT
 }
 
-# What runs on every node around the command. DeepSpeed's launchers would die of SIGUSR1: they ignore it, and train.py below
-# them saves. A launcher that gets SIGTERM forgets its ranks' exit code.
+# Runs the command on each node. SIGUSR1 would kill DeepSpeed's launchers, so they are made to ignore it; train.py, which
+# they start, saves on it. A launcher that gets SIGTERM loses its ranks' exit code.
 ON_NODE='
 trap "" USR1
 trap stopped=1 TERM
-[[ $DEVICE != cpu ]] || unset CUDA_VISIBLE_DEVICES # DeepSpeed would take what Slurm sets for numbers of CPU slots
+[[ $DEVICE != cpu ]] || unset CUDA_VISIBLE_DEVICES # DeepSpeed would read the value that Slurm sets as CPU slots
 if [[ $1 == deepspeed ]]; then
     if [[ $DEVICE == cuda && -n ${CUDA_VISIBLE_DEVICES:-} && $CUDA_VISIBLE_DEVICES != "$(seq -s, 0 $((PROCESSES_PER_NODE - 1)))" ]]; then
-        echo "$(hostname): CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES, but DeepSpeed would take GPUs 0 to" \
+        echo "$(hostname): CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES, but DeepSpeed would use GPUs 0 to" \
             "$((PROCESSES_PER_NODE - 1)); ask for whole nodes." >&2
         exit 1
     fi
@@ -102,61 +104,63 @@ fi
 code=0 why=
 "$@" || code=$?
 first=$((${SLURM_NODEID:-0} * PROCESSES_PER_NODE))
-if [[ $1 == deepspeed && $code == 0 && ! -e $JOB_DIR/done_$first ]]; then # train.py makes it; a launcher that was killed says 0
+# A launcher that was killed exits with 0, but then train.py has not created this file.
+if [[ $1 == deepspeed && $code == 0 && ! -e $JOB_DIR/done_$first ]]; then
     code=1 why=": the launcher of DeepSpeed was killed"
 fi
 if [[ $code == 75 || $code != 0 && -n ${stopped:-} ]]; then
     touch "$JOB_DIR/requeue"
 elif [[ $code != 0 ]]; then
-    touch "$JOB_DIR/failed" # before srun ends the other nodes by SIGTERM for it
+    touch "$JOB_DIR/failed" # before srun sends SIGTERM to the other nodes because of it
     [[ $code != 247 && $code != 137 ]] || why=": a rank was killed, perhaps for memory"
     echo "== $(hostname), ranks $first to $((first + PROCESSES_PER_NODE - 1)): ended with exit code $code$why" >&2
 fi
 exit $code'
 
-# hand_on TARGET: a signal, to the command. STOP_FILE tells it to those that do not listen yet, when they begin to.
-hand_on() {
+# forward TARGET: forwards a signal to the command. Processes that do not handle signals yet will find STOP_FILE.
+forward() {
     stopped=1
     touch "$STOP_FILE" 2>/dev/null || true
     kill -USR1 -- "$1" 2>/dev/null || true
 }
 
-# supervise COMMAND...: runs it on all nodes, hands signals on, requeues; ends the script.
+# supervise COMMAND...: runs it on all nodes, forwards signals, requeues the job if need be, and exits.
 supervise() {
     local child target code=0
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
         srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
             --export=ALL --kill-on-bad-exit=1 bash -c "$ON_NODE" on_node "$@" &
         child=$!
-        target=$child # the batch shell alone gets the signal (--signal=B:...); srun hands it to every process of the step
+        target=$child # only this shell gets Slurm's signal (--signal=B:...); srun forwards it to all processes of the step
     else
-        set -m # a process group of their own, which a signal reaches as a whole
+        set -m # starts the command in its own process group, so that signals reach all of it
         bash -c "$ON_NODE" on_node "$@" &
         child=$!
         set +m
         target=-$child
         trap 'kill -TERM -- $target 2>/dev/null || true' INT
     fi
-    trap 'hand_on "$target"' USR1 TERM
-    [[ -z ${stopped:-} ]] || hand_on "$target"
-    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap ends a wait early
+    trap 'forward "$target"' USR1 TERM
+    [[ -z ${stopped:-} ]] || forward "$target"
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap interrupts wait
     wait "$child" || code=$?
-    [[ $code == 0 || -n ${SLURM_JOB_ID:-} ]] || kill -KILL -- "$target" 2>/dev/null || true # ranks whose launcher was killed; Slurm ends its own
+    # Ranks whose launcher was killed may still run; Slurm kills those of its jobs.
+    [[ $code == 0 || -n ${SLURM_JOB_ID:-} ]] || kill -KILL -- "$target" 2>/dev/null || true
     if [[ $code != 0 && ! -e $JOB_DIR/failed && (-e $JOB_DIR/requeue || -n ${stopped:-}) ]]; then
         code=$REQUEUE
-        # A job that was cancelled is stopped by signals too, and shall not come back.
+        # A cancelled job is stopped by signals too, but must not be requeued.
         if [[ -n ${SLURM_JOB_ID:-} && $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
-            say "$(date '+%F %T') stopped by a signal; requeued, it goes on from its checkpoint"
+            say "$(date '+%F %T') stopped by a signal; requeued, it will resume from its checkpoint"
             rm -rf "$JOB_DIR"
             scontrol requeue "$SLURM_JOB_ID"
-            sleep 60 # Slurm ends this script; an end of its own would count as the job's
+            sleep 60 # until Slurm ends this script; if it exited by itself, the job would count as ended
         fi
     fi
     [[ $code == 0 ]] || say "$(date '+%F %T') ended with exit code $code"
     exit "$code"
 }
 
-# kept_layers: the override that takes the kept layers from RANKING, if it is set.
+# kept_layers: prints the override that keeps the layers chosen in RANKING, if that is set.
 kept_layers() {
     [[ -z ${RANKING:-} ]] || python - "$RANKING" <<'PY' || die "RANKING: $RANKING holds no layers to keep; run launch_selection.sh first."
 import json, sys
@@ -166,7 +170,7 @@ print(f"student_model.keep_full_attention_layers={keep}".replace(" ", ""))
 PY
 }
 
-# prepare: what must be known before `supervise`.
+# prepare NAME: must run before `supervise`; prints NAME, the nodes and the processes.
 prepare() {
     make_job_dir
     plan_nodes
@@ -175,7 +179,7 @@ prepare() {
     say "$(date '+%F %T') $1 on ${#NODES[@]} x $PROCESSES_PER_NODE processes ($DEVICE): ${NODES[*]}$again"
 }
 
-# train CONFIG [key.path=value ...]: train.py on all nodes; ends the script.
+# train CONFIG [key.path=value ...]: runs train.py on all nodes and exits.
 train() {
     local overrides
     prepare "$1"

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Submits the whole pipeline to Slurm, each part when the one before has succeeded, and prints the job ids.
+# Submits the whole pipeline to Slurm, each job to start when the one before has succeeded, and prints the job ids.
 #
 #   bash launch_pipeline.sh
 #
-# CONFIGS: folder with stage2.yaml and stage3.yaml (configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2), and stage1.yaml there or in the
-# folder of the pair, the name before _hybrid_. LAYERS: of the teacher (from its config).
-# RANKING: what the selection writes (<output_dir of stage 2>_ga_s2/ranking.json). PARALLEL: layers tried at a time (8).
-# TOKENIZER, DATA_DIR, CONTEXT_LENGTHS of launch_preprocess.sh: what the configs name.
-# SBATCH_ARGS: for every job, SBATCH_TRAIN: for the stages (such as --nodes=4). The knobs of launch_preprocess.sh,
-# launch_selection.sh, eval.sh and launch_common.sh reach their jobs through the environment, as do sbatch's own (SBATCH_PARTITION ...).
+# CONFIGS: folder with stage2.yaml and stage3.yaml (configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2); stage1.yaml is there, or in
+# the folder whose name is the part before _hybrid_. LAYERS: number of the teacher's layers (from its config).
+# RANKING: the selection's result (<output_dir of stage 2>_ga_s2/ranking.json). PARALLEL: candidate layers at a time (8).
+# TOKENIZER, DATA_DIR, CONTEXT_LENGTHS of launch_preprocess.sh: by default what the configs name.
+# SBATCH_ARGS: options for every job, SBATCH_TRAIN: for the stages (such as --nodes=4). The settings of launch_preprocess.sh,
+# launch_selection.sh, eval.sh and launch_common.sh reach their jobs through the environment, as do sbatch's own
+# (SBATCH_PARTITION ...).
 set -Eeuo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 command -v sbatch >/dev/null || die "sbatch: not found; without Slurm, run the launch_*.sh one after the other with bash."
@@ -38,7 +39,7 @@ LAYERS=${facts[0]} RANKING=${RANKING:-${facts[1]}} RESULT=${facts[2]}
 SUBMITTED=()
 trap '[[ ${#SUBMITTED[@]} == 0 ]] || { echo "submitting failed (above); cancelling ${SUBMITTED[*]}" >&2; scancel "${SUBMITTED[@]}"; }' ERR
 
-# submit NAME AFTER SBATCH-ARGUMENTS...: sets JOB. A job whose predecessor failed is cancelled instead of waiting for ever.
+# submit NAME AFTER SBATCH-ARGUMENTS...: sets JOB. A job whose predecessor failed is cancelled instead of waiting forever.
 submit() {
     local name=$1 after=$2
     shift 2
@@ -53,7 +54,7 @@ read -r -a nodes <<<"${SBATCH_TRAIN:-}"
 TOKENIZER=${TOKENIZER:-${facts[3]}} DATA_DIR=${DATA_DIR:-${facts[4]}} CONTEXT_LENGTHS=${CONTEXT_LENGTHS:-${facts[*]:5}} \
     submit preprocess "" launch_preprocess.sh
 CFG=$STAGE1 submit stage1 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage1.sh
-# The other methods train nothing, and refuse to be an array.
+# The other methods train no candidates, so they are not run as an array.
 [[ ${METHOD:-ga_s2} != @(ga_s2|gr_s2|avg_s2) ]] ||
     CFG=$CONFIGS/stage2.yaml submit candidates "$JOB" --array="0-$((LAYERS - 1))%${PARALLEL:-8}" launch_selection.sh
 CFG=$CONFIGS/stage2.yaml submit selection "$JOB" launch_selection.sh

@@ -8,11 +8,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# Corpus to chunks, on CPUs alone. What is there already is not made again; a killed job leaves nothing half-made.
+# Makes chunks from a corpus, on CPUs. Finished folders are not made again; folders are written atomically.
 #
 #   sbatch launch_preprocess.sh     or, on this machine:  bash launch_preprocess.sh
 #
-# DATASET: hub name, file or folder (robbiegwaldd/dclm-10B). TOKENIZER: the teacher (Qwen/Qwen2.5-1.5B-Instruct).
+# DATASET: hub name, file or folder (robbiegwaldd/dclm-10B). TOKENIZER: of the teacher (Qwen/Qwen2.5-1.5B-Instruct).
 # Arguments go to preprocess_download_tokenize.py: sbatch launch_preprocess.sh --skip_bad_files
 # DATA_DIR (data/qwen2.5_1.5b), CONTEXT_LENGTHS (512 4096 16384), MAX_TOKENS (900000000), HOLDOUT (0.01), NUM_PROC (the job's cores).
 set -euo pipefail

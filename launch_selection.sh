@@ -10,13 +10,13 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
-# Layer selection (GA-S2). As an array, each task tries one layer; without one, what is there is collected and ranked, and
-# what is missing is done first.
+# Layer selection (GA-S2). In a job array, each task evaluates one candidate layer; without an array, missing layers are
+# evaluated and all are ranked.
 #
 #   sbatch --array=0-27 launch_selection.sh, then  sbatch launch_selection.sh     or, on this machine:  bash launch_selection.sh
 #
-# CFG: the stage-2 config (configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2/stage2.yaml). METHOD (ga_s2), RATIO (0.25). More in launch_common.sh.
-# Arguments that begin with --cfg are all that select_layers.py gets, in place of these; select_layers.py --slurm submits it so.
+# CFG: the stage-2 config (configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2/stage2.yaml). METHOD (ga_s2), RATIO (0.25). More
+# settings are in launch_common.sh. Arguments that begin with --cfg replace all of these; select_layers.py --slurm uses that.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 [[ -f $here/launch_common.sh ]] || here=${SLURM_SUBMIT_DIR:?submit from the folder of the project} # sbatch runs a copy

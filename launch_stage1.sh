@@ -10,11 +10,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# Stage 1: every layer's linear attention learns its softmax attention's output.
+# Stage 1: each layer's linear attention learns to give the output of its softmax attention.
 #
 #   sbatch [--nodes=4] launch_stage1.sh [key.path=value ...]     or, on this machine:  bash launch_stage1.sh
 #
-# CFG: the config (configs/qwen2.5_1.5b_gdn_v4/stage1.yaml). The other knobs are in launch_common.sh.
+# CFG: the config (configs/qwen2.5_1.5b_gdn_v4/stage1.yaml). The other settings are in launch_common.sh.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 [[ -f $here/launch_common.sh ]] || here=${SLURM_SUBMIT_DIR:?submit from the folder of the project} # sbatch runs a copy

@@ -14,8 +14,8 @@
 #
 #   sbatch [--nodes=4] launch_stage2.sh [key.path=value ...]     or, on this machine:  bash launch_stage2.sh
 #
-# CFG: the config (configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2/stage2.yaml). RANKING: a ranking.json of layer selection, whose "keep" stays full;
-# without it, the config says. The other knobs are in launch_common.sh.
+# CFG: the config (configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2/stage2.yaml). RANKING: a
+# ranking.json of layer selection with the layers to keep; by default the config's. The other settings are in launch_common.sh.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 [[ -f $here/launch_common.sh ]] || here=${SLURM_SUBMIT_DIR:?submit from the folder of the project} # sbatch runs a copy

@@ -2,13 +2,13 @@
 
     python preprocess_chunk.py --tokenized_dataset_path data/tokenized --context_length 512 --output_dir data
 
-writes data/chunked_context512/. Documents are joined end to end (EOS stands between them); the held-out part stays
-apart; the last, incomplete chunk of each part is dropped.
+writes data/chunked_context512/. Documents are joined end to end (EOS stands between them); the
+held-out part stays apart; the last, incomplete chunk of each part is dropped.
 
     python preprocess_chunk.py --adopt data_cache/chunked_context512 --tokenizer TEACHER --output_dir data
 
-takes over chunks that `datasets` saved: a folder of rows of input_ids, as hybrid-distillation makes it. They are
-checked against the tokenizer and copied; the folder itself is left as it is.
+converts chunks that `datasets` saved: a folder of rows of input_ids, as hybrid-distillation makes
+it. They are checked against the tokenizer and copied; the folder itself is not changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from runtime.adopt import AGAIN, HELDOUT_SPLITS, check_rows, check_tokenizer, open_saved, source_key
+from runtime.adopt import AGAIN, HELDOUT_SPLITS, Saved, check_rows, check_tokenizer, open_saved, source_key
 from runtime.command import run_main
 from runtime.data import (
     LARGEST,
@@ -37,12 +37,12 @@ from runtime.files import atomic_directory
 from runtime.old_flags import refuse_old_flags
 
 DTYPES = ("uint16", "uint32", "int32", "int64")
-HOLDOUT = 0.01  # share of the chunks of --adopt
+HOLDOUT = 0.01  # default fraction of the chunks of --adopt
 
 
 def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> tuple[int, int]:
-    """Writes the chunks of `dataset` to the arrow file `path`; returns how many there are, and the
-    largest token id in them.
+    """Writes the chunks of `dataset` to the arrow file `path`; returns their number and their
+    largest token id.
 
     Raises DataError if `dtype` cannot hold an id.
     """
@@ -52,8 +52,9 @@ def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> tup
     from tqdm import tqdm
 
     writer = ArrowWriter(features=Features({"input_ids": Sequence(Value(dtype), length=length)}), path=str(path))
-    rest = numpy.empty(0, dtype)
-    count = largest = 0
+    rest = numpy.empty(0, dtype)  # tokens that do not yet fill a chunk
+    count = 0
+    largest = 0
     with tqdm(total=len(dataset), desc=description, unit=" documents", unit_scale=True) as progress:
         for batch in dataset.with_format("arrow").iter(batch_size=256):
             ids = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -61,10 +62,11 @@ def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> tup
                 raise DataError(f"--dtype: {dtype} cannot hold the token id {ids.max()}; take int32")
             ids = numpy.concatenate((rest, ids.astype(dtype)))
             full = len(ids) // length
+            whole, rest = numpy.split(ids, [full * length])
             if full:
-                largest = max(largest, int(ids[: full * length].max()))
-                writer.write_batch({"input_ids": list(ids[: full * length].reshape(full, length))})
-            rest, count = ids[full * length :], count + full
+                largest = max(largest, int(whole.max()))
+                writer.write_batch({"input_ids": list(whole.reshape(full, length))})
+            count += full
             progress.update(len(batch))
     writer.finalize()
     return count, largest
@@ -79,24 +81,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tokenized_dataset_path", type=Path, help="folder of preprocess_download_tokenize.py")
+    source.add_argument("--tokenized_dataset_path", type=Path, help="output of preprocess_download_tokenize.py")
     source.add_argument("--adopt", type=Path, help="folder of chunks that datasets' save_to_disk wrote")
     parser.add_argument(
         "--context_length",
         type=int,
-        help="tokens per chunk, train.train_seq_len; --adopt: the rows'",
+        help="tokens per chunk, the config's train.train_seq_len; --adopt: the length of the rows",
     )
-    parser.add_argument("--output_dir", required=True, type=Path, help="chunked_context<N> is made in here")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder in which to create chunked_context<N>")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="integer type on disk; default: one that holds the vocabulary",
+        help="integer type on disk; default: one large enough for the vocabulary",
     )
     parser.add_argument("--tokenizer", help="--adopt: hub name or folder of the tokenizer that made the chunks")
     parser.add_argument(
         "--holdout",
         type=float,
-        help="--adopt: share of the chunks held out, the last ones; 0: none; "
+        help="--adopt: fraction of the chunks to hold out, the last ones; 0: none; "
         f"default: {HOLDOUT}, or the folder's own split ({', '.join(HELDOUT_SPLITS)})",
     )
     args = parser.parse_args(argv)
@@ -114,18 +116,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def storage_dtype(wanted: str | None, vocab_size: int) -> str:
-    """The integer type on disk: `wanted`, or one that holds the vocabulary. Raises DataError if
-    `wanted` does not."""
+    """The integer type on disk: `wanted`, or one large enough for the vocabulary.
+
+    Raises DataError if `wanted` is too small.
+    """
     if wanted == "uint16" and vocab_size > 1 << 16:
         raise DataError(f"--dtype: uint16 cannot hold a vocabulary of {vocab_size}; take int32")
     return wanted or ("uint16" if vocab_size <= 1 << 16 else "int32")
 
 
 def write_chunks(output: Path, key: dict, datasets: dict) -> None:
-    """Writes the chunk folder `output`, complete or not at all.
+    """Writes the chunk folder `output`, atomically.
 
-    key: its metadata but for the counts. datasets: {split: dataset, or None if the split has no
-    rows}.
+    key: its metadata without the counts. datasets: {split: dataset, or None if the split is empty}.
     """
     start = time.perf_counter()
     length = key["context_length"]
@@ -133,9 +136,10 @@ def write_chunks(output: Path, key: dict, datasets: dict) -> None:
         counts = dict.fromkeys(SPLITS, 0)
         largest = dict.fromkeys(SPLITS, 0)
         for split in SPLITS:
-            if datasets[split] is not None:
-                file = folder / f"{split}.arrow"
-                counts[split], largest[split] = chunk(datasets[split], length, key["dtype"], file, f"chunking {split}")
+            if datasets[split] is None:
+                continue
+            file = folder / f"{split}.arrow"
+            counts[split], largest[split] = chunk(datasets[split], length, key["dtype"], file, f"chunking {split}")
         if not counts["train"]:
             raise DataError(f"--context_length: {length} is more than the {key['train']['tokens']} training tokens")
         found = {
@@ -154,7 +158,7 @@ def write_chunks(output: Path, key: dict, datasets: dict) -> None:
 
 
 def cut(args: argparse.Namespace) -> None:
-    """Chunks of the tokens of preprocess_download_tokenize.py."""
+    """Makes chunks from the output of preprocess_download_tokenize.py."""
     try:
         source = read_metadata(args.tokenized_dataset_path)
     except DataError:
@@ -177,16 +181,10 @@ def cut(args: argparse.Namespace) -> None:
 
 
 def adopt(args: argparse.Namespace) -> None:
-    """Chunks that `datasets` saved, checked against --tokenizer."""
+    """Converts chunks that `datasets` saved, after checking them against --tokenizer."""
     source = args.adopt
     saved = open_saved(source)
-    if saved.heldout_name and args.holdout is not None:
-        raise DataError(f"--holdout: {source} has its own split to hold out, {saved.heldout_name}; leave --holdout out")
-    length = len(saved.train[0]["input_ids"] or [])
-    if length < 2:
-        raise DataError(f"--adopt: {source}: row 0 of train has {length} tokens, and must have at least 2; {AGAIN}")
-    if args.context_length not in (None, length):
-        raise DataError(f"--context_length: {args.context_length}, but {source} has rows of {length}; leave it out")
+    length = row_length(args, saved)
     output = args.output_dir / f"chunked_context{length}"
     if source.resolve() in (output.resolve(), *output.resolve().parents):
         raise DataError(f"--output_dir: {output} is, or is in, the folder to be adopted; name another")
@@ -206,17 +204,38 @@ def adopt(args: argparse.Namespace) -> None:
     if is_done(output, key):
         print(f"{output}: is there already, adopted from the same chunks")
         return
-    splits = {"train": saved.train}
-    rows = {"train": saved.train, "heldout": saved.heldout}
     if saved.heldout_name:
-        splits[saved.heldout_name] = saved.heldout
+        splits = {"train": saved.train, saved.heldout_name: saved.heldout}
+        rows = {"train": saved.train, "heldout": saved.heldout}
     else:
+        splits = {"train": saved.train}
         rows = hold_out_end(saved.train, holdout)
     eos = 0
     for name, split in splits.items():
         eos += check_rows(source, name, split, length, vocab_size, tokenizer.eos_token_id)
+    warn(args, saved, tokenizer, eos)
+    key |= {"eos_tokens": eos, "dataset_name": str(source), "tokenizer": args.tokenizer}
+    write_chunks(output, key, rows)
+
+
+def row_length(args: argparse.Namespace, saved: Saved) -> int:
+    """The length of the rows to be adopted. Raises DataError if options do not fit the folder."""
+    source = args.adopt
+    if saved.heldout_name and args.holdout is not None:
+        raise DataError(f"--holdout: {source} has its own split to hold out, {saved.heldout_name}; leave --holdout out")
+    length = len(saved.train[0]["input_ids"] or [])
+    if length < 2:
+        raise DataError(f"--adopt: {source}: row 0 of train has {length} tokens, and must have at least 2; {AGAIN}")
+    if args.context_length not in (None, length):
+        raise DataError(f"--context_length: {args.context_length}, but {source} has rows of {length}; leave it out")
+    return length
+
+
+def warn(args: argparse.Namespace, saved: Saved, tokenizer, eos_count: int) -> None:
+    """Prints what is doubtful about the chunks. Raises DataError if another tokenizer made them."""
+    source = args.adopt
     warnings = [check_tokenizer(source, saved.train, tokenizer, args.tokenizer)]
-    if not eos:
+    if not eos_count:
         warnings.append(
             f"{source} holds no EOS ({tokenizer.eos_token}): nothing says where a document ends, and the "
             f"model learns to write on from one into the next; to separate them, {AGAIN}"
@@ -225,15 +244,13 @@ def adopt(args: argparse.Namespace) -> None:
         warnings.append(f"{source}: not taken over: {', '.join(saved.left_out)}")
     for warning in filter(None, warnings):
         print(f"warning: {warning}", file=sys.stderr)
-    key |= {"eos_tokens": eos, "dataset_name": str(source), "tokenizer": args.tokenizer}
-    write_chunks(output, key, rows)
 
 
 def hold_out_end(dataset, share: float) -> dict:
-    """The last `share` of the chunks as heldout (None for 0), the others as train.
+    """{heldout: the last `share` of the chunks (None for 0), train: the others}.
 
-    So only one document that was cut into several chunks can be in both. Raises DataError if no
-    chunk is left to train.
+    So at most one document, which was cut into several chunks, is in both. Raises DataError if no
+    chunk is left to train on.
     """
     held = max(1, round(share * len(dataset))) if share else 0
     first = len(dataset) - held

@@ -3,10 +3,11 @@
     python preprocess_download_tokenize.py --dataset_name robbiegwaldd/dclm-10B --tokenizer Qwen/Qwen2.5-1.5B-Instruct \
         --output_dir data/tokenized
 
-Documents end with the tokenizer's EOS, and begin with its BOS if it puts one before every text. Every k-th document is
-held out, so that it is never trained on; of a text file that is large, or the only one, it is the end. The name of a
-control token in a text (`<|im_end|>` in a web page) is encoded as text, unless --allow_special_tokens is given. The
-result is keyed by corpus, tokenizer and options: a second call does nothing, a different one into the same folder is
+Documents end with the tokenizer's EOS, and begin with its BOS if the tokenizer puts one before
+every text. Every k-th document is held out and never trained on; of a text file that is large, or
+the only one, the end is. The name of a control token in a text (`<|im_end|>` in a web page) is
+encoded as text, unless --allow_special_tokens is given. The result is keyed by corpus, tokenizer
+and options: the same command does nothing again, and another one with the same --output_dir is
 refused.
 """
 
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 
 from runtime.command import run_main
-from runtime.corpora import Corpus
+from runtime.corpora import Corpus, Document
 from runtime.data import (
     METADATA,
     SPLITS,
@@ -34,7 +35,8 @@ from runtime.data import (
 )
 from runtime.files import atomic_directory
 
-TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # the look of added tokens that structure a text: <tool_call>, [INST]
+# The form of added tokens that structure a text: <tool_call>, [INST].
+TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 # The options that decide the content of the data folder.
 KEY_OPTIONS = (
@@ -54,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset_name",
         required=True,
-        help="hub name, or file or folder of text or tables (.jsonl, .csv, .parquet ...)",
+        help="hub name, or a file or folder of text or tables (.jsonl, .csv, .parquet ...)",
     )
     parser.add_argument("--tokenizer", required=True, help="hub name or folder of the teacher's tokenizer")
     parser.add_argument("--output_dir", required=True, type=Path)
@@ -64,23 +66,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, help="cut documents after this many tokens")
     parser.add_argument("--num_proc", type=int, default=os.cpu_count(), help="tokenizer threads")
     parser.add_argument("--batch_size", type=int, default=256, help="documents tokenised at a time")
-    parser.add_argument("--remove_columns", nargs="*", default=[], help="columns of a hub dataset not to be read")
-    parser.add_argument("--max_tokens", type=int, help="stop at exactly this many tokens, within a document")
+    parser.add_argument("--remove_columns", nargs="*", default=[], help="columns of a hub dataset to skip")
+    parser.add_argument(
+        "--max_tokens", type=int, help="stop after exactly this many tokens, inside a document if need be"
+    )
     parser.add_argument(
         "--holdout",
         type=float,
         default=0.01,
-        help="share of documents, and of --max_tokens, held out; 0 for none",
+        help="fraction of the documents, and of --max_tokens, to hold out; 0 for none",
     )
     parser.add_argument(
         "--skip_bad_files",
         action="store_true",
-        help="leave out local files that cannot be read; rows before a fault are kept",
+        help="leave out local files that cannot be read; rows before a bad one are kept",
     )
     parser.add_argument(
         "--allow_special_tokens",
         action="store_true",
-        help="encode the name of a control token as that token, for chat-templated text",
+        help="encode a control token's name in a text as that token, for chat-templated text",
     )
     args = parser.parse_args(argv)
     for name in ("max_length", "num_proc", "batch_size", "max_tokens"):
@@ -93,31 +97,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def held_out(index: int, share: float) -> bool:
-    """Whether document `index` is held out: evenly spread, the first one included, whatever the
-    corpus' length."""
+    """Whether document `index` is held out: the first one and evenly spread others, at any corpus
+    length."""
     return math.floor(index * share) != math.floor((index - 1) * share)
 
 
 def text_encoder(tokenizer, allow_special_tokens: bool):
     """A tokenizers.Tokenizer that encodes texts of any length as the tokenizer does.
 
-    Without allow_special_tokens, a control token's name in a text is encoded as its characters.
-    Control tokens are the special tokens, and added tokens that look like a tag. Raises DataError
-    if the tokenizer can encode a name only as the control token.
+    Without allow_special_tokens, a control token's name in a text is encoded as text. Control
+    tokens are the special tokens, and added tokens that look like a tag. Raises DataError if the
+    tokenizer can encode a name only as the control token.
     """
     from tokenizers import Tokenizer
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["truncation"] = state["padding"] = None
+    state["truncation"] = None
+    state["padding"] = None
     control = [token for token in state["added_tokens"] if token["special"] or TAG.fullmatch(token["content"])]
-    if not allow_special_tokens:
-        for token in control:
-            token["special"] = True
+    if allow_special_tokens:
+        return Tokenizer.from_str(json.dumps(state))
+    for token in control:
+        token["special"] = True
     encoder = Tokenizer.from_str(json.dumps(state))
-    encoder.encode_special_tokens = not allow_special_tokens
-    for token in control if not allow_special_tokens else ():
+    encoder.encode_special_tokens = True  # as ordinary text
+    for token in control:
         name = token["content"]
-        if name != tokenizer.unk_token and token["id"] in encoder.encode(name, add_special_tokens=False).ids:
+        ids = encoder.encode(name, add_special_tokens=False).ids
+        if name != tokenizer.unk_token and token["id"] in ids:
             raise DataError(
                 f"--tokenizer: has no encoding of the text {name!r} but the control token; say --allow_special_tokens"
             )
@@ -125,7 +132,7 @@ def text_encoder(tokenizer, allow_special_tokens: bool):
 
 
 def quotas(max_tokens: int | None, holdout: float) -> dict[str, float]:
-    """How many tokens each split takes at most. Raises DataError if none are left to train on."""
+    """The most tokens that each split takes. Raises DataError if none are left to train on."""
     if max_tokens is None:
         return dict.fromkeys(SPLITS, math.inf)
     heldout = max(1, round(max_tokens * holdout)) if holdout else 0
@@ -134,78 +141,166 @@ def quotas(max_tokens: int | None, holdout: float) -> dict[str, float]:
     return {"train": max_tokens - heldout, "heldout": heldout}
 
 
+class SplitWriters:
+    """The Arrow files of the splits, how many tokens each may still take, and what it holds.
+
+    counts: {split: {documents, tokens}}, where parts of a large document count as documents. cut:
+    splits whose last document did not fit in full.
+    """
+
+    def __init__(self, folder: Path, quotas: dict[str, float]):
+        from datasets import Features, Sequence, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        features = Features({"input_ids": Sequence(Value("int32"))})
+        self._writers = {split: ArrowWriter(features=features, path=str(folder / f"{split}.arrow")) for split in SPLITS}
+        self._rows: dict[str, list] = {split: [] for split in SPLITS}
+        self._room = dict(quotas)
+        self.counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
+        self.cut: list[str] = []
+
+    def is_full(self, split: str) -> bool:
+        return not self._room[split]
+
+    def all_full(self) -> bool:
+        return not any(self._room.values())
+
+    def add(self, split: str, ids: list[int], ends: bool) -> int:
+        """Takes as many of a document's next ids as fit and returns their number.
+
+        ends: whether the document ends with them.
+        """
+        room = self._room[split]
+        fits = len(ids) < room or (len(ids) == room and ends)
+        if room and not fits:
+            self.cut.append(split)
+        taken = ids[: min(room, len(ids))]
+        if taken:
+            self._rows[split].append(taken)
+            self._room[split] -= len(taken)
+            self.counts[split]["documents"] += 1
+            self.counts[split]["tokens"] += len(taken)
+        return len(taken)
+
+    def write(self) -> None:
+        """Writes what was added since the last call."""
+        for split, rows in self._rows.items():
+            if rows:
+                self._writers[split].write_batch({"input_ids": rows})
+                self._rows[split] = []
+
+    def finalize(self) -> None:
+        for writer in self._writers.values():
+            writer.finalize()
+
+
+class DocumentBuilder:
+    """Turns encoded parts of documents into training ids: adds BOS and EOS, cuts at --max_length,
+    chooses the split.
+
+    split: that of the last part.
+    """
+
+    def __init__(self, args: argparse.Namespace, tokenizer, splits: SplitWriters):
+        self.args = args
+        self.splits = splits
+        self.bos = beginning(tokenizer)
+        self.eos = tokenizer.eos_token_id
+        self.split = SPLITS[0]
+        self._index = 0  # of the document, among those whose split the corpus leaves open
+        self._length = 0  # of the document so far, in tokens
+        self._begins = True  # whether the next part begins a document
+
+    def _choose(self, heldout: bool | None) -> str:
+        if heldout is None:
+            heldout = held_out(self._index, self.args.holdout)
+            if self.splits.is_full(SPLITS[heldout]):  # so that both splits get their share
+                heldout = not heldout
+        return SPLITS[heldout]
+
+    def add(self, part: Document, ids: list[int]) -> list[int]:
+        """The training ids of a part, which the tokenizer encodes as `ids`."""
+        if self._begins:
+            self.split = self._choose(part.heldout)
+            ids = self.bos + ids
+            self._length = 0
+        if self.args.max_length is not None:
+            ids = ids[: self.args.max_length - self._length]
+        self._length += len(ids)
+        self._begins = part.ends
+        if part.ends:
+            self._index += part.heldout is None
+            if self._length:
+                ids = [*ids, self.eos]
+        return ids
+
+
 def tokenize(args: argparse.Namespace, tokenizer, corpus: Corpus, folder: Path) -> dict:
     """Writes train.arrow and heldout.arrow to `folder`; returns {split: {documents, tokens}}."""
-    from datasets import Features, Sequence, Value
-    from datasets.arrow_writer import ArrowWriter
     from tqdm import tqdm
 
-    features = Features({"input_ids": Sequence(Value("int32"))})
-    writers = {split: ArrowWriter(features=features, path=str(folder / f"{split}.arrow")) for split in SPLITS}
-    counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
-    room = quotas(args.max_tokens, args.holdout)
+    splits = SplitWriters(folder, quotas(args.max_tokens, args.holdout))
+    builder = DocumentBuilder(args, tokenizer, splits)
     encoder = text_encoder(tokenizer, args.allow_special_tokens)
-    bos = beginning(tokenizer)
-    stream = corpus.documents(args.holdout)
-    index = 0  # of the document, not counting those whose split is fixed
-    length = 0  # tokens of the document so far
-    begins = True
-    cut = []
+    parts = corpus.documents(args.holdout)
     with tqdm(desc="tokenising", unit=" tokens", unit_scale=True, total=args.max_tokens) as progress:
-        while any(room.values()) and (batch := list(itertools.islice(stream, args.batch_size))):
-            # What has no room is not worth encoding: the rest of a large file's end.
-            texts = ["" if held is not None and not room[SPLITS[held]] else text for text, _, held in batch]
-            encoded = encoder.encode_batch_fast(texts, add_special_tokens=False)
-            rows = {split: [] for split in SPLITS}
-            for encoding, (_, ends, held) in zip(encoded, batch):
-                ids = encoding.ids
-                if begins:
-                    split = SPLITS[held_out(index, args.holdout) if held is None else held]
-                    if held is None and not room[split]:  # so that both splits get their share
-                        split = SPLITS[split == "train"]
-                    ids = bos + ids
-                    length = 0
-                ids = ids[: args.max_length and args.max_length - length]
-                length += len(ids)
-                begins = ends
-                if ends:
-                    ids += [tokenizer.eos_token_id] if length else []
-                    index += held is None
-                if room[split] and (len(ids) > room[split] or len(ids) == room[split] and not ends):
-                    cut.append(split)
-                if ids := ids[: min(room[split], len(ids))]:
-                    rows[split].append(ids)
-                    counts[split]["documents"] += 1  # large ones in parts
-                    counts[split]["tokens"] += len(ids)
-                    room[split] -= len(ids)
-                    progress.update(len(ids))
-            for written in filter(rows.get, SPLITS):  # split goes on with the document
-                writers[written].write_batch({"input_ids": rows[written]})
+        while not splits.all_full() and (batch := list(itertools.islice(parts, args.batch_size))):
+            texts = []
+            for part in batch:
+                # The held-out end of a large file may be longer than its quota: the rest is not encoded.
+                unused = part.heldout is not None and splits.is_full(SPLITS[part.heldout])
+                texts.append("" if unused else part.text)
+            for part, encoding in zip(batch, encoder.encode_batch_fast(texts, add_special_tokens=False)):
+                ids = builder.add(part, encoding.ids)
+                progress.update(splits.add(builder.split, ids, part.ends))
+            splits.write()
+    check_splits(args, corpus, splits.counts)
+    splits.finalize()
+    report_limits(args, splits)
+    return splits.counts
+
+
+def check_splits(args: argparse.Namespace, corpus: Corpus, counts: dict) -> None:
+    """Raises DataError if a split is empty, or most of the corpus would be held out."""
     for split in SPLITS:
         if not counts[split]["documents"] and (split == "train" or args.holdout):
             left_out = corpus.left_out() or "it is too small"
             raise DataError(f"--dataset_name: {args.dataset_name} gave no text for the {split} part; {left_out}")
-        writers[split].finalize()
-    total = sum(counts[split]["tokens"] for split in SPLITS)
-    held = counts["heldout"]["tokens"] / total
+    held = counts["heldout"]["tokens"] / total_tokens(counts)
     if held > 0.5 > args.holdout:
         raise DataError(
-            f"--holdout: {args.holdout} would hold out {held:.0%} of {args.dataset_name}, whose first document is most of it; "
-            "cut that into several, or say --holdout 0"
+            f"--holdout: {args.holdout} would hold out {held:.0%} of {args.dataset_name}, "
+            "whose first document is most of it; cut that into several, or say --holdout 0"
         )
-    for split in cut:
+
+
+def report_limits(args: argparse.Namespace, splits: SplitWriters) -> None:
+    """Prints what --max_tokens cut, and if the corpus has fewer tokens."""
+    for split in splits.cut:
         print(f"--max_tokens: the last document of the {split} part is cut, its rest is dropped")
+    total = total_tokens(splits.counts)
     if args.max_tokens and total < args.max_tokens:
         print(f"--max_tokens: the corpus has no more than {total:,} of {args.max_tokens:,} tokens")
-    return counts
+
+
+def total_tokens(counts: dict) -> int:
+    return sum(counts[split]["tokens"] for split in SPLITS)
+
+
+def describe(args: argparse.Namespace, corpus: Corpus, tokenizer) -> dict:
+    """The metadata that decides the content of the data folder."""
+    key = {"kind": "tokenized", "corpus": corpus.key}
+    key |= {name: getattr(args, name) for name in KEY_OPTIONS}
+    key["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
+    if bos := beginning(tokenizer):
+        key["bos_token_id"] = bos[0]
+    return key
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = (
-        str(args.num_proc),
-        "true",
-    )
+    os.environ["RAYON_NUM_THREADS"] = str(args.num_proc)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     corpus = Corpus(
         args.dataset_name,
         args.text_field,
@@ -214,15 +309,8 @@ def main(argv: list[str] | None = None) -> None:
         args.remove_columns,
         args.skip_bad_files,
     )
-    key = {
-        "kind": "tokenized",
-        "corpus": corpus.key,
-        **{name: getattr(args, name) for name in KEY_OPTIONS},
-    }
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
-    key["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
-    if bos := beginning(tokenizer):
-        key["bos_token_id"] = bos[0]
+    key = describe(args, corpus, tokenizer)
     if is_done(args.output_dir, key):
         print(f"{args.output_dir}: is there already, made with the same corpus, tokenizer and options")
         return
@@ -241,10 +329,12 @@ def main(argv: list[str] | None = None) -> None:
         (folder / METADATA).write_text(json.dumps(metadata, indent=2))
     if left_out := corpus.left_out():
         print(left_out)
-    seconds, total = time.perf_counter() - start, sum(c["tokens"] for c in counts.values())
+    seconds = time.perf_counter() - start
+    total = total_tokens(counts)
+    documents = sum(counts[split]["documents"] for split in SPLITS)
     print(
         f"{args.output_dir}: {total:,} tokens ({counts['heldout']['tokens']:,} held out) of "
-        f"{sum(c['documents'] for c in counts.values()):,} documents in {seconds:.0f} s, {total / seconds:,.0f} tokens/s"
+        f"{documents:,} documents in {seconds:.0f} s, {total / seconds:,.0f} tokens/s"
     )
 
 

@@ -1,4 +1,4 @@
-"""Stage 1: every attention of the teacher beside its linear twin, aligned layer by layer."""
+"""Stage 1: a linear attention beside every attention of the teacher, aligned layer by layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from distill_model.losses import alignment_loss
 
 
 class _LossAndGradients(torch.autograd.Function):
-    """loss(), with its gradients computed at once, so that its graph does not outlive the call;
-    backward scales them. They lie one behind the other, for a host needs as long to start the
-    scaling of one as of all."""
+    """loss(), with its gradients computed in the forward pass, so that its graph does not outlive
+    the call; backward scales them. They are flattened into one tensor, so that scaling them is a
+    single kernel launch."""
 
     @staticmethod
     def forward(ctx, loss, *parameters):
@@ -35,10 +35,11 @@ class _LossAndGradients(torch.autograd.Function):
 
 
 class AttentionDistillationWrapper(nn.Module):
-    """A teacher's attention and the student's, fed the same hidden states.
+    """A teacher's attention and the student's, with the same hidden states as input.
 
-    The loss is returned, not kept as an attribute: a kept one is lost under re-entrant
-    checkpointing and under ZeRO. recompute: see `AttentionAlignmentModel`.
+    The loss is returned, not kept as an attribute: an attribute is lost under re-entrant activation
+    checkpointing and under ZeRO. kind: see `alignment_loss`. recompute: see
+    `AttentionAlignmentModel`.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class AttentionDistillationWrapper(nn.Module):
         recompute: bool = False,
     ):
         super().__init__()
-        self.teacher_attn, self.student_attn = teacher_attn.requires_grad_(False), student_attn
-        self.kind, self.recompute = kind, recompute
+        self.teacher_attn = teacher_attn.requires_grad_(False)
+        self.student_attn = student_attn
+        self.kind = kind
+        self.recompute = recompute
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden_states [B, T, hidden_size] -> (the teacher's output, same shape, without graph;
-        the loss)."""
+        """hidden_states [B, T, hidden_size] -> (the teacher's output, of the same shape and
+        detached; the loss, a scalar)."""
         hidden_states = hidden_states.detach()
         with torch.no_grad():
             target = self.teacher_attn(hidden_states, position_embeddings=position_embeddings)[0]
@@ -68,34 +71,36 @@ class AttentionDistillationWrapper(nn.Module):
         if self.recompute:
             return target, checkpoint(loss, use_reentrant=False)
         parameters = [p for p in self.student_attn.parameters() if p.requires_grad]
-        parameters.sort(key=torch.numel, reverse=True)  # those of a few elements last: all but them stay aligned
+        parameters.sort(key=torch.numel, reverse=True)  # small ones last: the others stay aligned in memory
         return target, _LossAndGradients.apply(loss, *parameters)
 
 
 class AttentionAlignmentModel(nn.Module):
     """What stage 1 runs: the teacher's embeddings and blocks, each attention wrapped, up to the
-    last attention.
+    last attention; no final norm and no lm_head.
 
-    No final norm, no head, nothing after the last attention. Only the student attentions train, and
-    never is more than one layer's graph alive: a layer's gradients are computed with its loss, or,
-    with `recompute`, the layer is computed again in backward, as ZeRO-3 needs it, which gathers
-    weights around forward and backward. Parameters are named as in `StudentForCausalLM`, with
-    `attn.teacher_attn.` and `attn.student_attn.` for `attn.`.
+    Only the student attentions train, and only one layer's autograd graph exists at a time: a
+    layer's gradients are computed together with its loss. With `recompute` the layer is computed
+    again in the backward pass instead, as ZeRO-3 needs it, which gathers weights around forward and
+    backward. Parameters are named as in `StudentForCausalLM`, with `attn.teacher_attn.` and
+    `attn.student_attn.` for `attn.`.
     """
 
     def __init__(self, teacher: StudentForCausalLM, student: StudentForCausalLM, kind="mse", recompute=False):
         super().__init__()
-        self.config, self.kind = student.config, kind
+        self.config = student.config
+        self.kind = kind
         self.model = teacher.model.requires_grad_(False)
         del self.model.norm
-        for block, twin in zip(self.model.layers, student.model.layers, strict=True):
-            block.attn = AttentionDistillationWrapper(block.attn, twin.attn.requires_grad_(True), kind, recompute)
+        for block, student_block in zip(self.model.layers, student.model.layers, strict=True):
+            student_attn = student_block.attn.requires_grad_(True)
+            block.attn = AttentionDistillationWrapper(block.attn, student_attn, kind, recompute)
         last = self.model.layers[-1]
         del last.mlp, last.mlp_norm
 
     def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """input_ids [B, T] -> loss, a mean over layers, layer_losses and layer_variances
-        [num_hidden_layers], in fp32.
+        """input_ids [B, T] -> loss, the mean over the layers, and layer_losses and layer_variances,
+        each [num_hidden_layers] in fp32.
 
         A layer's variance is that of its teacher's attention output y [B T, hidden_size]: the mean
         over tokens and features of (y - the feature's mean over the tokens)^2. See
@@ -104,13 +109,15 @@ class AttentionAlignmentModel(nn.Module):
         with torch.no_grad():
             hidden_states = self.model.embeddings(input_ids)
             position_embeddings = self.model.position_embeddings(hidden_states)
-        losses, variances = [], []
+        losses = []
+        variances = []
         for block in self.model.layers:
             with torch.no_grad():
                 normed = block.attn_norm(hidden_states)
             output, loss = block.attn(normed, position_embeddings)
             losses.append(loss)
-            variances.append(output.flatten(0, 1).var(0, correction=0))  # one reduction; all layers' means come below
+            # One reduction per layer here; the means over the features of all layers come below.
+            variances.append(output.flatten(0, 1).var(0, correction=0))
             if block is not self.model.layers[-1]:
                 with torch.no_grad():
                     normed, hidden_states = block.mlp_norm(hidden_states, output)
@@ -123,8 +130,8 @@ class AttentionAlignmentModel(nn.Module):
         }
 
     def relative_errors(self, losses: torch.Tensor, variances: torch.Tensor) -> torch.Tensor:
-        """layer_losses in units that compare between layers: 0 is the teacher's output, 1 as good
-        as its mean.
+        """layer_losses in units that can be compared between layers: 0 for the teacher's output, 1
+        for its mean.
 
         mse: mean squared difference / variance. l2, the mean of norms: loss / standard deviation.
         """
@@ -134,14 +141,15 @@ class AttentionAlignmentModel(nn.Module):
 
 @torch.no_grad()
 def mean_distances(attn: SoftmaxAttention, hidden_states: torch.Tensor, position_embeddings) -> torch.Tensor:
-    """How many tokens back each head looks, the mean over its weights and the queries of the second
-    half: [num_heads]."""
+    """How many tokens back each head attends: the mean over its attention weights and the queries
+    of the second half. Returns [num_heads]."""
     q, k, _ = attn.project(hidden_states, position_embeddings)
-    half, length = hidden_states.shape[1] // 2, hidden_states.shape[1]
+    length = hidden_states.shape[1]
+    half = length // 2
     k = k.repeat_interleave(attn.num_heads // attn.num_kv_heads, 2)
     distance = torch.arange(half, length, device=q.device)[:, None] - torch.arange(length, device=q.device)
     total = q.new_zeros(attn.num_heads, dtype=torch.float32)
-    for q_row, k_row in zip(q[:, half:], k):  # a sequence at a time: T x T scores of all heads
+    for q_row, k_row in zip(q[:, half:], k):  # one sequence at a time: the scores are T x T per head
         scores = torch.einsum("thd,shd->hts", q_row, k_row).float() * attn.head_dim**-0.5
         weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
         total += (weights * distance.clamp(min=0)).sum(-1).mean(-1)
@@ -155,99 +163,136 @@ def calibrate(
     ridge: float = 2.0,
     show: bool = False,
 ) -> list[nn.Parameter]:
-    """Fits what of a student has a closed form, before the first step, on batches of token ids [B,
+    """Closed-form calibration of the students before the first step, on batches of token ids [B,
     T].
 
-    Decay, where the student has one a head: an exponential kernel whose mean distance d is that of
-    the teacher's softmax weights forgets log(1 + 1 / d) a token. A gate without a bias, where the
-    student has one: X [tokens, hidden_size] being what the layer gets, it opens along u = argmin |X
-    u - 1|^2 + 0.01 mean(diag X'X) |u|^2. Then o_proj, with X [tokens, heads x head_dim] what it
-    gets and Y what the teacher's attention gives, less o_proj's bias: one scale a head by least
-    squares, and around that W = argmin |X W' - Y|^2 + ridge mean(diag X'X) |W - W_scaled|^2. The
-    ridge keeps W near the teacher's: what fits best before training is not the best to train from.
+    Decay, where the student has one per head: an exponential kernel whose mean distance d is that
+    of the teacher's attention weights decays by log(1 + 1 / d) per token.
 
-    show: a progress bar. Returns the parameters that it fitted. Raises ValueError for students
-    whose o_proj is fused with their norm, so that nobody sees what it gets.
+    Gates without a bias, where the student has one: with X [tokens, hidden_size] the layer's
+    inputs, the gate opens along u = argmin |X u - 1|^2 + 0.01 mean(diag X'X) |u|^2.
+
+    Then o_proj: with X [tokens, num_heads x head_dim] its inputs and Y the teacher's attention
+    output less o_proj's bias, one scale per head by least squares, and around the scaled weight W_s
+    W = argmin |X W' - Y|^2 + ridge mean(diag X'X) |W - W_s|^2. The ridge keeps W near the
+    teacher's: the best fit before training is not the best start for training.
+
+    show: a progress bar. Returns the parameters that were fitted. Raises ValueError for students
+    whose o_proj is fused with their norm, whose inputs cannot be observed.
     """
     check_calibration(model.config.student_name)
-    wrappers, heads = [block.attn for block in model.model.layers], model.config.num_attention_heads
-    distances, inputs, moments, gates = {}, {}, {}, {}
+    layers = [block.attn for block in model.model.layers]
+    with_decay = [layer for layer in layers if layer.student_attn.fits_decay]
+    with_gate = [layer for layer in layers if layer.student_attn.fits_gate]
+    passes = 2 if with_decay or with_gate else 1
+    total = passes * len(batches) * len(layers)
+    with tqdm(total=total, desc="calibrating", unit="layer", disable=not show) as progress:
+        if passes == 2:
+            _fit_decay_and_gates(model, batches, with_decay, with_gate, progress)
+        moments = _output_moments(model, batches, progress)
+        for layer in layers:
+            _fit_output_projection(layer.student_attn.o_proj, *moments[layer], model.config.num_attention_heads, ridge)
+    return [
+        *(layer.student_attn.dt_bias for layer in with_decay),
+        *(layer.student_attn.g_proj.weight for layer in with_gate),
+        *(layer.student_attn.o_proj.weight for layer in layers),
+    ]
 
-    def look(wrapper, args):
-        distances[wrapper] = distances.get(wrapper, 0) + mean_distances(wrapper.teacher_attn, *args) / len(batches)
+
+def _run(model: AttentionAlignmentModel, batches: list[torch.Tensor], hooks: list, progress: tqdm) -> None:
+    """Runs the model on all batches, and removes the hooks."""
+
+    def count(layer, args, output):
+        progress.update()
+
+    for block in model.model.layers:
+        hooks.append(block.attn.register_forward_hook(count))
+    for ids in batches:
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+
+
+def _fit_decay_and_gates(
+    model: AttentionAlignmentModel,
+    batches: list[torch.Tensor],
+    with_decay: list[AttentionDistillationWrapper],
+    with_gate: list[AttentionDistillationWrapper],
+    progress: tqdm,
+) -> None:
+    """One pass over the batches; see `calibrate`."""
+    distances = dict.fromkeys(with_decay, 0)
+    moments = dict.fromkeys(with_gate, (0, 0))  # X'X and the sum of X over the tokens
+
+    def add_distances(layer, args):
+        distances[layer] = distances[layer] + mean_distances(layer.teacher_attn, *args) / len(batches)
+
+    def add_moments(layer, args):
+        x = args[0].flatten(0, -2).double()
+        xx, total = moments[layer]
+        moments[layer] = (xx + x.mT @ x, total + x.sum(0))
+
+    hooks = [layer.register_forward_pre_hook(add_distances) for layer in with_decay]
+    hooks += [layer.register_forward_pre_hook(add_moments) for layer in with_gate]
+    _run(model, batches, hooks, progress)
+    for layer, distance in distances.items():
+        layer.student_attn.set_decay(torch.log1p(1 / distance.clamp(min=0.5)))
+    for layer, (xx, total) in moments.items():
+        layer.student_attn.open_gate(torch.linalg.solve(xx + _ridge(xx, 0.01), total))
+
+
+def _output_moments(
+    model: AttentionAlignmentModel,
+    batches: list[torch.Tensor],
+    progress: tqdm,
+) -> dict[AttentionDistillationWrapper, tuple[torch.Tensor, torch.Tensor]]:
+    """One pass over the batches: X'X and X'Y of every layer's o_proj in float64, see
+    `calibrate`."""
+    inputs = {}
+    layers = [block.attn for block in model.model.layers]
+    moments = dict.fromkeys(layers, (0, 0))
 
     def keep_input(o_proj, args):
         inputs[o_proj] = args[0]
 
-    def add_moments(wrapper, args, output):
-        o_proj = wrapper.student_attn.o_proj
-        x, y = (t.flatten(0, -2).double() for t in (inputs.pop(o_proj), output[0]))
+    def add_moments(layer, args, output):
+        o_proj = layer.student_attn.o_proj
+        x = inputs.pop(o_proj).flatten(0, -2).double()
+        y = output[0].flatten(0, -2).double()
         if o_proj.bias is not None:
             y = y - o_proj.bias
-        xx, xy = moments.get(o_proj, (0, 0))
-        moments[o_proj] = xx + x.mT @ x, xy + x.mT @ y
+        xx, xy = moments[layer]
+        moments[layer] = (xx + x.mT @ x, xy + x.mT @ y)
 
-    def add_gate_moments(wrapper, args):
-        x = args[0].flatten(0, -2).double()
-        xx, total = gates.get(wrapper, (0, 0))
-        gates[wrapper] = xx + x.mT @ x, total + x.sum(0)
+    hooks = [layer.register_forward_hook(add_moments) for layer in layers]
+    hooks += [layer.student_attn.o_proj.register_forward_pre_hook(keep_input) for layer in layers]
+    _run(model, batches, hooks, progress)
+    return moments
 
-    def penalty(xx, strength):
-        return strength * xx.diagonal().mean().clamp(min=1e-12) * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
 
-    def count(wrapper, args, output):
-        progress.update()
+def _fit_output_projection(o_proj: nn.Linear, xx: torch.Tensor, xy: torch.Tensor, heads: int, ridge: float) -> None:
+    """Sets o_proj's weight from X'X and X'Y, see `calibrate`."""
+    by_head = o_proj.weight.double().unflatten(1, (heads, -1))
+    xx_by_head = xx.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
+    overlap = torch.einsum("hdge,ohd,oge->hg", xx_by_head, by_head, by_head)
+    target = torch.einsum("hdo,ohd->h", xy.unflatten(0, (heads, -1)), by_head)
+    scales = torch.linalg.pinv(overlap, hermitian=True) @ target  # a head whose outputs are all zero makes it singular
+    scaled_weight = (by_head * scales[:, None]).flatten(1)
+    penalty = _ridge(xx, ridge)
+    o_proj.weight.copy_(torch.linalg.solve(xx + penalty, xy + penalty @ scaled_weight.mT).mT)
 
-    def run(hooks):
-        hooks += [wrapper.register_forward_hook(count) for wrapper in wrappers]
-        for ids in batches:
-            model(ids)
-        for hook in hooks:
-            hook.remove()
 
-    passes = 2 if any(wrapper.student_attn.fits_decay or wrapper.student_attn.fits_gate for wrapper in wrappers) else 1
-    progress = tqdm(
-        total=passes * len(batches) * len(wrappers),
-        desc="calibrating",
-        unit="layer",
-        disable=not show,
-    )
-    hooks = [wrapper.register_forward_pre_hook(look) for wrapper in wrappers if wrapper.student_attn.fits_decay]
-    hooks += [
-        wrapper.register_forward_pre_hook(add_gate_moments) for wrapper in wrappers if wrapper.student_attn.fits_gate
-    ]
-    if hooks:
-        run(hooks)
-    for wrapper, distance in distances.items():
-        wrapper.student_attn.set_decay(torch.log1p(1 / distance.clamp(min=0.5)))
-    for wrapper, (xx, total) in gates.items():
-        wrapper.student_attn.open_gate(torch.linalg.solve(xx + penalty(xx, 0.01), total))
-    run(
-        [wrapper.register_forward_hook(add_moments) for wrapper in wrappers]
-        + [wrapper.student_attn.o_proj.register_forward_pre_hook(keep_input) for wrapper in wrappers]
-    )
-    for o_proj, (xx, xy) in moments.items():
-        by_head = o_proj.weight.double().unflatten(1, (heads, -1))
-        overlap = torch.einsum(
-            "hdge,ohd,oge->hg",
-            xx.unflatten(0, (heads, -1)).unflatten(2, (heads, -1)),
-            by_head,
-            by_head,
-        )
-        target = torch.einsum("hdo,ohd->h", xy.unflatten(0, (heads, -1)), by_head)
-        scales = torch.linalg.pinv(overlap, hermitian=True) @ target  # a head may give nothing but zeros
-        scaled = (by_head * scales[:, None]).flatten(1)
-        pull = penalty(xx, ridge)
-        o_proj.weight.copy_(torch.linalg.solve(xx + pull, xy + pull @ scaled.mT).mT)
-    progress.close()
-    return [
-        *(wrapper.student_attn.dt_bias for wrapper in distances),
-        *(wrapper.student_attn.g_proj.weight for wrapper in gates),
-        *(o_proj.weight for o_proj in moments),
-    ]
+def _ridge(xx: torch.Tensor, strength: float) -> torch.Tensor:
+    """strength x the mean of the diagonal of X'X, on a diagonal."""
+    scale = strength * xx.diagonal().mean().clamp(min=1e-12)
+    return scale * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
 
 
 def student_attention_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The student attentions of an `AttentionAlignmentModel`'s state, under the names of
+    """The student attentions of an `AttentionAlignmentModel`'s state dict, under the names of
     `StudentForCausalLM`."""
-    return {k.replace(".attn.student_attn.", ".attn."): v for k, v in state.items() if ".attn.student_attn." in k}
+    found = {}
+    for name, tensor in state.items():
+        if ".attn.student_attn." in name:
+            found[name.replace(".attn.student_attn.", ".attn.")] = tensor
+    return found

@@ -37,9 +37,9 @@ from convert import load_teacher
 from convert.export_native import native_export_refusal
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate
 from layer_selection.ranking import budget, evenly_spaced
-from layer_selection.tasks import RECALL_TASKS, answer_accuracy
 from quickstart.report import alignment, measure
 from quickstart.train_teacher import token_ids
+from recall_tasks import RECALL_TASKS, answer_accuracy
 
 OPTIONS = {"swa_v1": {"window_size": 64}}  # its default sees all of a chunk
 CALIBRATED, CALIBRATION_BATCHES, STATE_LENGTH = "+calibrated", 8, 256

@@ -1,12 +1,13 @@
-"""Peak memory of a conversion beside the largest shard of its source.
+"""Measures the peak memory of a conversion against the largest shard of its source.
 
     python benchmarks/convert_memory.py [--gigabytes 4]
 
-Writes a synthetic checkpoint of Qwen2.5's kind in bf16, in four shards, to a temporary folder, converts it in processes
-of their own, and prints the largest resident memory of each, mapped pages of the files included. The last column is the
-peak less the largest shard; the goal without the proof is at most 1.5 GB. Widening to fp32 goes beyond it by the
-largest tensor, which is in hand in both precisions. So does the proof, and transformers, which reads the source for it,
-maps all shards: the system can take those pages back.
+Writes a synthetic Qwen2.5 checkpoint in bf16, in four shards, to a temporary folder, converts it in
+separate processes, and prints the largest resident memory of each, mapped file pages included. The
+last column is the peak minus the largest shard; without verification, the goal is at most 1.5 GB.
+Converting to fp32 needs more by the size of the largest tensor, which is held in both dtypes. So
+does verification, for which transformers maps all shards of the source; the system can reclaim
+those pages.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ SHARDS = 4
 
 def synthetic_checkpoint(folder: Path, size: float) -> None:
     """Writes about `size` bytes of random weights."""
-    hidden, intermediate, vocab = 2048, 11008, 151936
-    layer = 2 * (2 * hidden * hidden + 2 * hidden * 256 + 3 * hidden * intermediate)
-    layers = max(1, round((size - 2 * 2 * vocab * hidden) / layer))
+    hidden = 2048
+    intermediate = 11008
+    vocab = 151936
+    layer_bytes = 2 * (2 * hidden * hidden + 2 * hidden * 256 + 3 * hidden * intermediate)
+    vocabulary_bytes = 2 * 2 * vocab * hidden  # embeddings and head
+    layers = max(1, round((size - vocabulary_bytes) / layer_bytes))
     config = Qwen2Config(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -58,15 +62,11 @@ def synthetic_checkpoint(folder: Path, size: float) -> None:
     weight_map = {}
     for i, shard in enumerate(tqdm(shards, desc="synthetic checkpoint", unit="shard"), 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        save_file(
-            {n: torch.randn(s, dtype=torch.bfloat16) * 0.02 for n, s in shard.items()},
-            folder / file,
-            {"format": "pt"},
-        )
+        tensors = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in shard.items()}
+        save_file(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
-    )
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def peak_memory(*command: str) -> int:
@@ -85,10 +85,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         source.mkdir()
-        # In a process of its own: a child's peak starts from what its parent holds.
-        writer = multiprocessing.get_context("spawn").Process(
-            target=synthetic_checkpoint, args=(source, args.gigabytes * 1e9)
-        )
+        # In a separate process: a child's peak memory includes what its parent holds when it is forked.
+        spawn = multiprocessing.get_context("spawn")
+        writer = spawn.Process(target=synthetic_checkpoint, args=(source, args.gigabytes * 1e9))
         writer.start()
         writer.join()
         largest = max(file.stat().st_size for file in source.glob("*.safetensors"))
@@ -100,18 +99,11 @@ def main() -> None:
             ["--format", "student"],
         ):
             output = Path(folder) / f"out{len(rows)}"
-            arguments = [
-                "convert/convert_from_qwen2.5.py",
-                "--model",
-                str(source),
-                "--output",
-                str(output),
-                *options,
-            ]
-            rows.append((" ".join(options) or "defaults", peak_memory(*arguments)))
-        print(
-            f"\nlargest shard: {largest / 1e9:.2f} GB\n\n| conversion | peak memory, GB | above the largest shard, GB |\n|:--|--:|--:|"
-        )
+            paths = ["--model", str(source), "--output", str(output)]
+            peak = peak_memory("convert/convert_from_qwen2.5.py", *paths, *options)
+            rows.append((" ".join(options) or "defaults", peak))
+        print(f"\nlargest shard: {largest / 1e9:.2f} GB\n")
+        print("| conversion | peak memory, GB | above the largest shard, GB |\n|:--|--:|--:|")
         for name, peak in rows:
             above = "" if name == "imports alone" else f"{(peak - largest) / 1e9:.2f}"
             print(f"| {name} | {peak / 1e9:.2f} | {above} |")

@@ -21,7 +21,6 @@ import json
 import statistics
 import sys
 import time
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -36,7 +35,8 @@ from matplotlib import pyplot
 
 from benchmarks.train_throughput import published_config, random_model
 from distill_model import StudentForCausalLM
-from distill_model.cache import HybridCache, StaticCache, _tensors
+from distill_model.cache import HybridCache, StaticCache, state_tensors
+from distill_model.decode_step import GraphedDecoder
 from layer_selection.ranking import evenly_spaced
 
 PREFILL, WARM = 4096, 4  # tokens read at a time; tokens whose times do not count
@@ -70,11 +70,12 @@ class Clock(LogitsProcessor):
 def model_alone(model: StudentForCausalLM, cache: StaticCache, context: int, tokens: int) -> float:
     """Seconds a token of the graph, or where there is none of the layers, without what `generate`
     does between two: the first `tokens` behind `context` once more."""
-    token = partial(cache.run, model) if cache.graph is None else cache.graph.replay
-    cache.last.fill_(context)
+    graph = cache.decoding.graph
+    run_step = GraphedDecoder(model, cache).run if graph is None else graph.replay
+    cache.decoding.last.fill_(context)
     begin = time.perf_counter()
     for _ in range(tokens):
-        token()
+        run_step()
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - begin) / tokens
@@ -87,7 +88,7 @@ def bytes_a_token(model: StudentForCausalLM, cache: HybridCache) -> int:
         model.lm_head.weight
     }  # which may be tied
     states = sum(
-        x.nbytes for layer in cache.layers if layer.state.get("attn_state") is None for x in _tensors(layer.state)
+        x.nbytes for layer in cache.layers if layer.state.get("attn_state") is None for x in state_tensors(layer.state)
     )
     return sum(p.nbytes for p in weights) + cache.nbytes + states
 

@@ -25,8 +25,9 @@ REFERENCE_ROWS = 128
 def median_ms(function, repeats: int = 7) -> float:
     """The median time of a call on the GPU, after two that warm up."""
     times = []
-    for i in range(repeats + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(repeats + 2):
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         begin.record()
         function()
         end.record()

@@ -4,7 +4,7 @@
     python benchmarks/recall_teacher.py --output_dir recall_out --tiny               # a CPU, some minutes
 
 A Qwen3-shaped model of 40M parameters (--tiny: 0.6M) learns from the standard library's source text, the files of --text, and
-the tasks of layer_selection/tasks.py: recall of pairs, of two hops, copying. Of the tasks only answers count at first: next
+the tasks of recall_tasks.py: recall of pairs, of two hops, copying. Of the tasks only answers count at first: next
 to the random words around them, which nobody can tell, recall is learnt ten times later. Training goes on at a constant
 learning rate until 95 % of every task's held-out questions are answered (or for four fifths of --max_steps), then cools
 down with all words counting. The exit code is 1 if held-out recall ends below 90 %.
@@ -48,9 +48,9 @@ from matplotlib import pyplot
 
 import preprocess_chunk
 import preprocess_download_tokenize
-from layer_selection.tasks import RECALL_TASKS, Document, answer_accuracy, encode
 from quickstart.train_teacher import heldout_loss, token_ids, unigram_entropy
 from quickstart.train_tokenizer import copy_stdlib, limited, train_tokenizer
+from recall_tasks import RECALL_TASKS, Document, answer_accuracy, encode
 
 ENOUGH, DEMANDED = (
     0.95,

@@ -1,13 +1,13 @@
-"""Tokens a second of a stage, by its real trainer, with random weights of a published shape and random tokens.
+"""Throughput and MFU of a stage by its real trainer, with random weights of a published shape and random tokens.
 
     python benchmarks/train_throughput.py --shape qwen2.5-1.5b --stage 1
     deepspeed --num_gpus 4 benchmarks/train_throughput.py --shape qwen2.5-7b --stage 2 train.kd_teacher_shard=always
 
-Settings after the options override the benchmark's, as train.py takes them. It prints tokens a second a device; their matrix
-products' share of the rate that large products reach in the same run (attention and linear attention are not counted);
-peak memory; seconds from the trainer's first move to the end of the first step, which compiles or loads kernels; and
-where the GPU's time goes: by what it works at in the timed steps, and by kinds of kernels, from a profile of further ones.
-Where CUPTI is missing or not permitted there is no profile, and the rest is printed.
+Overrides after the options replace the benchmark's settings, as in train.py. It prints tokens/s per GPU; MFU against the
+peak of the GPU's data sheet (see mfu.py), and the same FLOPs against the rate of a large GEMM in the same run; peak
+memory; seconds from the start of training to the end of the first step, which compiles or loads kernels; and where the
+GPU's time goes: by part of the timed steps, and by kind of kernel, from a profile of further steps. Where CUPTI is
+missing or not permitted there is no profile, and the rest is printed.
 """
 
 from __future__ import annotations
@@ -22,22 +22,41 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+from runtime.batch_plan import BatchPlan, batch_plan
 from runtime.command import run_main
+from runtime.config import Config, load_config
+from runtime.context import RunContext
+from runtime.data import Chunks
 from runtime.environment import init_distributed, set_up_device, set_up_process
+from runtime.run_folder import zero_stage_of_run
 
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from torch.autograd import DeviceType
+from transformers import TrainerCallback
+
+from benchmarks.kl_head import median_ms
+from convert import load_teacher_config
 from cuda_graphs import EAGER_CALLS, GraphedForward
+from distill_model import StudentConfig, StudentForCausalLM
+from layer_selection.ranking import budget, evenly_spaced
+from mfu import device_peak_flops
+from stages import Stage, alignment_stage, build_trainer, compute_dtype, logit_stage
+from wrapper import AttentionAlignmentModel
 
-# micro-batch, sequence length, sequences a step and device
+# By stage: micro-batch, tokens per sequence, sequences per step and GPU.
 BATCHES = {1: (48, 512, 96), 2: (4, 4096, 16), 3: (1, 32768, 2)}
-FAMILIES = {
-    "qwen2": "qwen2.5",
-    "qwen3": "qwen3",
-    "llama": "llama",
-}  # of published.yaml, as people call them
-IDLE = "no work (host)"
-KINDS = {  # of kernels, by what their names hold; the first that fits
+WARM_STEPS = EAGER_CALLS + 2  # with one micro-batch per step, CUDA graphs are replayed from there on
+PROFILED_STEPS = 2
+# The families of convert/published.yaml, and what their models are called.
+FAMILIES = {"qwen2": "qwen2.5", "qwen3": "qwen3", "llama": "llama"}
+IDLE = "GPU idle (host-bound)"
+# Kinds of kernels, and what their names contain; the first that fits counts.
+KINDS = {
     "softmax attention": ("flash", "sdpa", "fmha"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
+    "GEMMs": ("gemm", "nvjet", "cutlass", "cublas"),
     "linear attention": (
         "chunk_",
         "fused_recurrent",
@@ -58,6 +77,7 @@ KINDS = {  # of kernels, by what their names hold; the first that fits
     "optimiser": ("multi_tensor", "adam"),
     "communication": ("nccl",),
 }
+OTHER = "element-wise and the rest"
 NO_PROFILE = (
     "The profile of kernels is missing: PyTorch has no CUPTI here, or may not use it. The figures above do not need it."
 )
@@ -79,7 +99,7 @@ def arguments() -> argparse.Namespace:
         default=0.25,
         help="share of the layers that stay full in stages 2 and 3",
     )
-    parser.add_argument("--steps", type=int, default=6, help="timed steps, after some that are not")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps, after the warm-up")
     parser.add_argument(
         "--save_kernel_configs",
         type=Path,
@@ -89,31 +109,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--kernels",
         action="store_true",
-        help="print the longest kernels too, and between which of them the GPU waits longest",
+        help="print the longest kernels too, and between which of them the GPU is idle longest",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     return parser.parse_intermixed_args()
 
 
-def published_config(shape: str, layers: int | None):
+# ------------------------------------------------------------------------------------------------ what is measured
+def published_config(shape: str, layers: int | None) -> StudentConfig:
     """The teacher's config of a shape such as qwen2.5-1.5b or of a checkpoint's folder, with other
     `layers` if they are given."""
-    import yaml
-
-    from convert import load_teacher_config
-    from distill_model import StudentConfig
-
     if Path(shape).is_dir():
-        config = load_teacher_config(shape)
-        count = layers or config.num_hidden_layers
-        return StudentConfig(
-            **config.to_dict() | {"num_hidden_layers": count, "keep_full_attention_layers": list(range(count))}
-        )
-    families = yaml.safe_load((Path(__file__).parents[1] / "convert" / "published.yaml").read_text())
-    known = {
-        f"{FAMILIES[family]}-{size}": values for family, sizes in families.items() for size, values in sizes.items()
-    }
+        values = load_teacher_config(shape).to_dict()
+        if layers:
+            values |= {"num_hidden_layers": layers}
+        values["keep_full_attention_layers"] = list(range(values["num_hidden_layers"]))
+        return StudentConfig(**values)
+    known = published_shapes()
     if shape not in known:
         raise ValueError(f"--shape: {shape} is unknown; choose one of {', '.join(known)}")
     size = known[shape]
@@ -132,159 +145,209 @@ def published_config(shape: str, layers: int | None):
     )
 
 
-def random_model(config, dtype, device):
-    import torch
+def published_shapes() -> dict[str, dict]:
+    """The sizes of convert/published.yaml by name: qwen2.5-0.5b, qwen2.5-1.5b ..."""
+    file = Path(__file__).parents[1] / "convert" / "published.yaml"
+    shapes = {}
+    for family, sizes in yaml.safe_load(file.read_text()).items():
+        for size, values in sizes.items():
+            shapes[f"{FAMILIES[family]}-{size}"] = values
+    return shapes
 
-    from distill_model import StudentForCausalLM
 
+def benchmark_config(args: argparse.Namespace, kept: list[int], folder: str, world_size: int) -> Config:
+    """The config of the stage, as train.py reads it."""
+    micro_batch, seq_len, sequences = BATCHES[args.stage]
+    values = {
+        "stage": args.stage,
+        "data": {"cache_dir": "none"},
+        "teacher_model": {"name": "none"},
+        "student_model": {"name": args.student, "keep_full_attention_layers": kept},
+        "train": {
+            "output_dir": f"{folder}/run",
+            "micro_batch_size": micro_batch,
+            "batch_size": sequences * world_size,
+            "train_seq_len": seq_len,
+            "lr": 1e-5,
+            "max_steps": WARM_STEPS + args.steps + PROFILED_STEPS,
+            "logging_steps": 1000,
+            "save_minutes": None,
+            "student_init_ckpt": "none" if args.stage > 1 else None,
+        },
+    }
+    file = Path(folder) / "stage.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return load_config(file, args.overrides)
+
+
+def random_model(config: StudentConfig, dtype: torch.dtype, device: str) -> StudentForCausalLM:
     with torch.device(device):
         return StudentForCausalLM._from_config(config, dtype=dtype).eval()
 
 
-def flops_per_token(teacher, model, stage: int) -> float:
-    """Of the matrix products that a training step cannot do without."""
-    from torch import nn
-
-    from distill_model import is_student_attention
-    from distill_model.modeling_distilled_student import LMHead
-
-    def products(module, *, head=True):
-        weights = (
-            m.weight for m in module.modules() if isinstance(m, nn.Linear) and (head or not isinstance(m, LMHead))
-        )
-        return sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)  # ZeRO-3 leaves an empty tensor
-
-    if stage == 1:
-        students = [m for m in model.modules() if is_student_attention(m)]
-        inner = sum(products(m) for m in students)
-        back_through = sum(products(m.o_proj) for m in students)  # the inputs need no gradient
-        return 2 * (products(model) - inner) + 4 * inner + 2 * back_through
-    return (2 * products(teacher) if stage == 2 else 0) + 6 * products(model)
+def random_stage(ctx: RunContext, config: StudentConfig) -> Stage:
+    """The stage with random weights, made on the GPU. config: the teacher's."""
+    cfg = ctx.cfg
+    torch.manual_seed(0)
+    teacher = random_model(config, compute_dtype(cfg, ctx.device), ctx.device)
+    torch.manual_seed(0)
+    with torch.device(ctx.device):
+        kept = cfg.student_model.keep_full_attention_layers
+        student, _ = StudentForCausalLM.from_teacher(teacher, cfg.student_model.name, kept)
+    if cfg.stage == 1:
+        recompute = ctx.zero_stage == 3
+        model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, recompute)
+        return alignment_stage(cfg, model)
+    return logit_stage(cfg, student, teacher if cfg.stage == 2 else None)
 
 
-def matmul_rate(device) -> float:
-    """FLOP/s of a large product in bf16."""
-    import torch
-
-    from benchmarks.kl_head import median_ms
-
-    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
-    return 2 * 8192**3 / median_ms(lambda: a @ b) * 1e3
+def random_chunks(vocab_size: int, plan: BatchPlan, seed: int) -> Chunks:
+    shape = (plan.batch_size * plan.steps, plan.seq_len)
+    ids = np.random.default_rng(seed).integers(0, vocab_size, shape, dtype=np.int32)
+    return Chunks(Dataset.from_dict({"input_ids": ids}), None, {})
 
 
+def gemm_rate(device: str) -> float:
+    """FLOP/s of a large GEMM in bf16."""
+    size = 8192
+    a = torch.randn(size, size, device=device).bfloat16()
+    b = torch.randn(size, size, device=device).bfloat16()
+    seconds = median_ms(lambda: a @ b) / 1e3
+    return 2 * size**3 / seconds
+
+
+# ------------------------------------------------------------------------------------------------ where the time goes
 class Parts:
-    """The GPU's time by what it works at, and waits in between. A mark says what the kernels that
-    are queued behind it belong to."""
+    """The GPU's time by part of a step, gaps included. A mark says which part the kernels that are
+    launched after it belong to."""
 
     def __init__(self):
         self.marks = []
 
     def mark(self, part: str) -> None:
-        import torch
-
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self.marks.append((part, event))
 
-    def split(self, function, inside: str, behind: str):
-        """The same function, with a mark before it and one behind it."""
+    def split(self, function, inside: str, after: str):
+        """The same function with a mark before it and one after it."""
 
         def marked(*args, **kwargs):
             self.mark(inside)
             result = function(*args, **kwargs)
-            self.mark(behind)
+            self.mark(after)
             return result
 
         return marked
 
     def follow(self, trainer, stage: int) -> None:
-        """Marks what a stage's trainer does from here on."""
-        engine, model = trainer.deepspeed, trainer.model
-        engine.optimizer.step = self.split(engine.optimizer.step, "optimiser", "student")
-        if isinstance(model.forward, GraphedForward):  # within a graph there is nothing to mark
-            if stage == 2:
-                trainer.teacher.hidden_states = self.split(trainer.teacher.hidden_states, "teacher", "student")
+        """Marks the parts of a trainer's steps from here on."""
+        optimizer = trainer.deepspeed.optimizer
+        model = trainer.model
+        optimizer.step = self.split(optimizer.step, "optimiser", "student")
+        if stage == 2:
+            trainer.teacher.hidden_states = self.split(trainer.teacher.hidden_states, "teacher", "student")
+        if isinstance(model.forward, GraphedForward):  # a CUDA graph cannot be marked inside
             return
         if stage == 1:
             model.forward = self.split(model.forward, "teacher", "student")
             for block in model.model.layers:
                 block.attn.teacher_attn.forward = self.split(block.attn.teacher_attn.forward, "teacher", "student")
                 block.attn.forward = self.split(block.attn.forward, "teacher", "teacher")
-            return
-        model.lm_head.forward = self.split(model.lm_head.forward, "head", "student")
-        if stage == 2:
-            trainer.teacher.hidden_states = self.split(trainer.teacher.hidden_states, "teacher", "student")
+        else:
+            model.lm_head.forward = self.split(model.lm_head.forward, "head", "student")
 
     def totals(self, steps: int) -> list[tuple[str, float]]:
-        """Milliseconds a step of each part, the longest first."""
+        """Milliseconds per step of each part, the longest first."""
         totals = Counter()
         for (part, start), (_, end) in pairwise(self.marks):
             totals[part] += start.elapsed_time(end)
         return [(part, ms / steps) for part, ms in totals.most_common()]
 
 
-def breakdown(profile, steps: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    """Milliseconds a step by kind of kernel and of a GPU without work, the largest first; and the
-    latter by the kernels before and behind it. Both are empty if the profile holds no kernel."""
-    from torch.autograd import DeviceType
+def kind_of(kernel_name: str) -> str:
+    name = kernel_name.lower()
+    for kind, parts in KINDS.items():
+        if any(part in name for part in parts):
+            return kind
+    return OTHER
 
+
+def breakdown(profile, steps: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """Milliseconds per step by kind of kernel and of an idle GPU, the largest first; and the idle time
+    by the kernels before and after it. Both are empty if the profile holds no kernel."""
     kernels = [
-        e
-        for e in profile.events()
-        if e.device_type == DeviceType.CUDA and e.time_range.elapsed_us() > 0 and not e.is_user_annotation
+        event
+        for event in profile.events()
+        if event.device_type == DeviceType.CUDA and event.time_range.elapsed_us() > 0 and not event.is_user_annotation
     ]
     if not kernels:
         return [], []
-    totals, waits = Counter(), Counter()
+    totals = Counter()
     for kernel in kernels:
-        name = kernel.name.lower()
-        kind = next(
-            (kind for kind, parts in KINDS.items() if any(part in name for part in parts)),
-            "element-wise and the rest",
-        )
-        totals[kind] += kernel.time_range.elapsed_us()
+        totals[kind_of(kernel.name)] += kernel.time_range.elapsed_us()
+    waits = idle_times(kernels)
+    totals[IDLE] = waits.total()
+    return _per_step(totals, steps), _per_step(waits, steps)
+
+
+def idle_times(kernels: list) -> Counter:
+    """Microseconds without a kernel, by the names of the kernels before and after."""
+    waits = Counter()
     first, *rest = sorted(kernels, key=lambda kernel: kernel.time_range.start)
-    end, last = first.time_range.end, first.name
+    end = first.time_range.end
+    last = first.name
     for kernel in rest:
-        if (wait := kernel.time_range.start - end) > 0:
+        wait = kernel.time_range.start - end
+        if wait > 0:
             waits[f"{last[:70]} -> {kernel.name[:70]}"] += wait
         if kernel.time_range.end > end:
-            end, last = kernel.time_range.end, kernel.name
-    totals[IDLE] = waits.total()
-    return tuple([(what, us / 1e3 / steps) for what, us in counter.most_common()] for counter in (totals, waits))
+            end = kernel.time_range.end
+            last = kernel.name
+    return waits
+
+
+def _per_step(microseconds: Counter, steps: int) -> list[tuple[str, float]]:
+    """Milliseconds per step, the largest first."""
+    return [(name, us / 1e3 / steps) for name, us in microseconds.most_common()]
 
 
 def start_profile():
     """A profile of the GPU's kernels that has started; None if this PyTorch was built without
     CUPTI."""
-    from torch.profiler import ProfilerActivity, profile, supported_activities
-
-    if ProfilerActivity.CUDA not in supported_activities():
+    cuda = torch.profiler.ProfilerActivity.CUDA
+    if cuda not in torch.profiler.supported_activities():
         return None
-    started = profile(activities=[ProfilerActivity.CUDA])
+    started = torch.profiler.profile(activities=[cuda])
     started.start()
     return started
 
 
 def where_time_goes(parts: list[tuple[str, float]], profile, steps: int, kernels: bool) -> str:
-    """Tables of milliseconds a step: by part, and by kind of kernels from `profile`, which may be
-    None.
+    """Tables of milliseconds per micro-batch: by part, and by kind of kernels from `profile`, which may
+    be None.
 
-    kernels: the longest kernels too, and the longest waits between two.
+    steps: micro-batches of the profile. kernels: the longest kernels too, and the longest idle times
+    between two.
     """
     kinds, waits = breakdown(profile, steps) if profile else ([], [])
-    text = ""
-    for what, rows in (("part", parts), ("kind of kernels", kinds)):
-        if rows:
-            text += f"| time of a micro-batch by {what} | ms |\n|:--|--:|\n"
-            text += "".join(f"| {row} | {ms:.1f} |\n" for row, ms in rows) + "\n"
+    text = _table("part", parts) + _table("kind of kernels", kinds)
     if not kinds:
         return text + NO_PROFILE
-    text += f"The GPU is busy {1 - dict(kinds)[IDLE] / sum(ms for _, ms in kinds):.0%} of the time.\n"
+    idle = dict(kinds)[IDLE] / sum(ms for _, ms in kinds)
+    text += f"The GPU is busy {1 - idle:.0%} of the time.\n"
     if kernels:
-        text += "No work between\n" + "".join(f"{ms:8.2f} ms  {between}\n" for between, ms in waits[:20])
+        text += "GPU idle between\n" + "".join(f"{ms:8.2f} ms  {between}\n" for between, ms in waits[:20])
         text += profile.key_averages().table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=90)
     return text
+
+
+def _table(what: str, rows: list[tuple[str, float]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"| time of a micro-batch by {what} | ms |", "|:--|--:|"]
+    lines += [f"| {row} | {ms:.1f} |" for row, ms in rows]
+    return "\n".join(lines) + "\n\n"
 
 
 def save_kernel_configs(folder: Path) -> None:
@@ -293,17 +356,17 @@ def save_kernel_configs(folder: Path) -> None:
     from fla.ops.utils.cache import AutotuneKey, CachedAutotuner
 
     folder.mkdir(parents=True, exist_ok=True)
-    for tuner in [x for x in gc.get_objects() if isinstance(x, CachedAutotuner) and x.cache]:
+    tuners = [x for x in gc.get_objects() if isinstance(x, CachedAutotuner) and x.cache]
+    for tuner in tuners:
         file = folder / f"{tuner.kernel_name}.json"
         entries = json.loads(file.read_text())["autotune_entries"] if file.is_file() else {}
         for key, config in tuner.cache.items():
-            values = {
-                name: getattr(config, name) for name in ("kwargs", "num_warps", "num_stages", "num_ctas", "maxnreg")
+            names = ("kwargs", "num_warps", "num_stages", "num_ctas", "maxnreg")
+            entry = {
+                "autotune_key": AutotuneKey.normalize_autotune_key(key),
+                "config": {name: getattr(config, name) for name in names},
             }
-            entries.setdefault(
-                AutotuneKey.key_hash(key),
-                {"autotune_key": AutotuneKey.normalize_autotune_key(key), "config": values},
-            )
+            entries.setdefault(AutotuneKey.key_hash(key), entry)
         content = {
             "kernel_name": tuner.kernel_name,
             "triton_version": triton.__version__,
@@ -312,128 +375,106 @@ def save_kernel_configs(folder: Path) -> None:
         file.write_text(json.dumps(content, indent=1) + "\n")
 
 
+class Clock(TrainerCallback):
+    """Times the steps of a trainer, `steps` of them after `warm` others, and profiles those that follow."""
+
+    def __init__(self, trainer, stage: int, warm: int, steps: int):
+        self.trainer = trainer
+        self.stage = stage
+        self.warm = warm
+        self.steps = steps
+        self.times: list[float] = []  # of every step's end
+        self.parts = Parts()
+        self.totals: list[tuple[str, float]] = []
+        self.profile = None
+        self.begin = time.perf_counter()
+
+    @property
+    def first_step(self) -> float:
+        return self.times[0] - self.begin
+
+    @property
+    def seconds(self) -> float:
+        """Of a timed step."""
+        return (self.times[self.warm + self.steps - 1] - self.times[self.warm - 1]) / self.steps
+
+    def on_train_begin(self, args, state, control, **_):
+        self.parts.follow(self.trainer, self.stage)
+
+    def on_step_end(self, args, state, control, **_):
+        self.parts.mark("student")
+        torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        if state.global_step == 1:
+            torch.cuda.reset_peak_memory_stats()
+        if state.global_step == self.warm:
+            self.parts.marks = self.parts.marks[-1:]
+        if state.global_step == self.warm + self.steps and state.is_world_process_zero:
+            self.totals = self.parts.totals(self.steps * args.gradient_accumulation_steps)
+            self.profile = start_profile()
+
+    def on_train_end(self, args, state, control, **_):
+        if self.profile:
+            self.profile.stop()
+
+
 def main() -> None:
-    begin, args = time.perf_counter(), arguments()
+    begin = time.perf_counter()
+    args = arguments()
     rank, world_size = set_up_process()
     device = set_up_device()
     if device != "cuda":
         sys.exit("train_throughput.py: skipped: it measures GPUs, and this machine has none")
     init_distributed(device, 30)
-    from runtime.batch_plan import batch_plan
-    from runtime.config import load_config
-    from runtime.data import Chunks
-
-    import numpy as np
-    import torch
-    from datasets import Dataset
-    from transformers import TrainerCallback
-
-    import convert
-    import train
-    from distill_model import StudentForCausalLM
-    from layer_selection.ranking import budget, evenly_spaced
-
-    micro, length, batch = BATCHES[args.stage]
-    warm, profiled, folder = (
-        EAGER_CALLS + 2,
-        2,
-        tempfile.TemporaryDirectory(),
-    )  # with one micro-batch a step, graphs run from there on
     config = published_config(args.shape, args.layers)
-    kept = (
-        evenly_spaced(budget(args.ratio, config.num_hidden_layers), config.num_hidden_layers) if args.stage > 1 else []
-    )
-    file = Path(folder.name) / "stage.yaml"
-    file.write_text(
-        f"stage: {args.stage}\ndata: {{cache_dir: none}}\nteacher_model: {{name: none}}\nstudent_model: {{name: {args.student}, "
-        f"keep_full_attention_layers: {kept}}}\n"
-        f"train: {{output_dir: {folder.name}/run, micro_batch_size: {micro}, batch_size: {batch * world_size}, train_seq_len: {length}, "
-        f"lr: 1e-5, max_steps: {warm + args.steps + profiled}, logging_steps: 1000, student_init_ckpt: {'none' if kept else 'null'}}}\n"
-    )
-    cfg = load_config(str(file), args.overrides)
-    plan = batch_plan(cfg, world_size)
-    log = print if rank == 0 else lambda *_: None
-
-    # Random weights in place of a checkpoint's; all else is what train.py does.
-    def load_teacher(name, dtype=torch.bfloat16):
-        torch.manual_seed(0)
-        return random_model(config, dtype, device)
-
-    def build_student(cfg, dtype, log=print, teacher=None):
-        torch.manual_seed(0)
-        with torch.device(device):
-            student = StudentForCausalLM.from_teacher(teacher or load_teacher("", dtype), args.student, kept)[0]
-        return student
-
-    convert.load_teacher, train.build_student_for_stage2_and_3 = load_teacher, build_student
-    ids = np.random.default_rng(rank).integers(
-        0, config.vocab_size, (plan.batch_size * plan.steps, length), dtype=np.int32
-    )
-    chunks = Chunks(Dataset.from_dict({"input_ids": ids}), None, {})
-    rate = matmul_rate(device)
-
-    class Clock(TrainerCallback):
-        def __init__(self):
-            self.times, self.profile, self.begin, self.parts, self.totals = (
-                [],
-                None,
-                time.perf_counter(),
-                Parts(),
-                [],
-            )
-
-        def on_train_begin(self, *_, **__):
-            self.parts.follow(trainer, args.stage)
-
-        def on_step_end(self, args_, state, control, **_):
-            self.parts.mark("student")
-            torch.cuda.synchronize()
-            self.times.append(time.perf_counter())
-            if state.global_step == 1:
-                torch.cuda.reset_peak_memory_stats()
-            if state.global_step == warm:
-                self.parts.marks = self.parts.marks[-1:]
-            if state.global_step == warm + args.steps and rank == 0:
-                self.totals = self.parts.totals(args.steps * plan.grad_accum)
-                self.profile = start_profile()
-
-        def on_train_end(self, *_, **__):
-            if self.profile:
-                self.profile.stop()
-
-    guards = {
-        "stop": None,
-        "save_minutes": None,
-        "watchdog": None,
-        "facts": {"zero_stage": train.zero_stage(cfg, world_size)},
-    }
-    Path(cfg.train.output_dir).mkdir()
-    trainer = train.build_trainer(cfg, plan, chunks, device, False, None, guards, lambda *_: None)
-    trainer.args.save_strategy = "no"
-    flops = flops_per_token(getattr(getattr(trainer, "teacher", None), "model", None), trainer.model, args.stage)
-    clock = Clock()
-    trainer.add_callback(clock)
-    setup = time.perf_counter() - begin
-    trainer.train()
-    seconds = (clock.times[warm - 1 + args.steps] - clock.times[warm - 1]) / args.steps
-    tokens = plan.tokens_per_step / world_size / seconds
-    log(
-        f"\n{torch.cuda.get_device_name()} x {world_size}, torch {torch.__version__}; {args.shape}, {config.num_hidden_layers} layers, stage "
-        f"{args.stage}, {args.student}, {len(kept)} kept; {plan.grad_accum} x {plan.micro_batch_size} x {plan.seq_len} tokens a step and device"
-    )
-    log("| tokens/s a device | share of the matmul rate | peak GiB | first step s | set-up s |\n|--:|--:|--:|--:|--:|")
-    peak = (
-        torch.cuda.max_memory_reserved() / 2**30
-    )  # a graph's own memory counts as allocated while it is recorded only
-    log(
-        f"| {tokens:,.0f} | {flops * tokens / rate:.0%} of {rate / 1e12:.0f} TFLOP/s | {peak:.1f} | "
-        f"{clock.times[0] - clock.begin:.1f} | {setup:.1f} |\n"
-    )
+    layers = config.num_hidden_layers
+    kept = evenly_spaced(budget(args.ratio, layers), layers) if args.stage > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = benchmark_config(args, kept, folder, world_size)
+        plan = batch_plan(cfg, world_size)
+        ctx = RunContext(
+            cfg,
+            plan,
+            random_chunks(config.vocab_size, plan, rank),
+            rank,
+            log=lambda *_: None,
+            device=device,
+            zero_stage=zero_stage_of_run(cfg, world_size),
+        )
+        ctx.output_dir.mkdir()
+        rate = gemm_rate(device)
+        stage = random_stage(ctx, config)
+        trainer = build_trainer(ctx, stage)
+        trainer.args.save_strategy = "no"
+        clock = Clock(trainer, args.stage, WARM_STEPS, args.steps)
+        trainer.add_callback(clock)
+        setup = time.perf_counter() - begin
+        trainer.train()
     if rank == 0:
-        print(where_time_goes(clock.totals, clock.profile, profiled * plan.grad_accum, args.kernels))
-    if args.save_kernel_configs and rank == 0:
-        save_kernel_configs(args.save_kernel_configs)
+        print(
+            f"\n{torch.cuda.get_device_name()} x {world_size}, torch {torch.__version__}; {args.shape}, {layers} layers, "
+            f"stage {args.stage}, {args.student}, {len(kept)} kept; "
+            f"{plan.grad_accum} x {plan.micro_batch_size} x {plan.seq_len} tokens per step and GPU"
+        )
+        print_table(ctx, stage, clock, rate, setup)
+        print(where_time_goes(clock.totals, clock.profile, PROFILED_STEPS * plan.grad_accum, args.kernels))
+        if args.save_kernel_configs:
+            save_kernel_configs(args.save_kernel_configs)
     torch.distributed.destroy_process_group()
+
+
+def print_table(ctx: RunContext, stage: Stage, clock: Clock, rate: float, setup: float) -> None:
+    """rate: measured FLOP/s of a large GEMM. setup: seconds before training."""
+    tokens = ctx.plan.tokens_per_step / ctx.world_size / clock.seconds
+    flops = stage.flops_per_token * tokens
+    peak = device_peak_flops(ctx.device, compute_dtype(ctx.cfg, ctx.device))
+    mfu = "peak unknown" if peak is None else f"{flops / peak:.1%} of {peak / 1e12:.0f} TFLOP/s"
+    share = f"{flops / rate:.0%} of {rate / 1e12:.0f} TFLOP/s"
+    # Reserved memory, for what a CUDA graph uses counts as allocated only while it is recorded.
+    memory = torch.cuda.max_memory_reserved() / 2**30
+    print("| tokens/s per GPU | MFU | FLOPs, of the measured GEMM rate | peak GiB | first step s | set-up s |")
+    print("|--:|--:|--:|--:|--:|--:|")
+    print(f"| {tokens:,.0f} | {mfu} | {share} | {memory:.1f} | {clock.first_step:.1f} | {setup:.1f} |\n")
 
 
 if __name__ == "__main__":

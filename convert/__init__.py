@@ -1,4 +1,5 @@
-"""Teachers: checkpoints of Hugging Face, FLA or ours, read exactly into `StudentForCausalLM`, and converted."""
+"""Teachers: model folders of Hugging Face, FLA or this project, loaded exactly into
+`StudentForCausalLM`, and converted."""
 
 from .loader import copy_sidecars, load_teacher, load_teacher_config
 

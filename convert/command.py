@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
@@ -12,8 +11,10 @@ from .converter import PRECISIONS, convert_checkpoint
 
 
 def main(description: str, *families: str, argv: list[str] | None = None) -> None:
-    """Converts a checkpoint of one of `families`; what is wrong ends in one line and a non-zero
-    exit code."""
+    """Converts a model of one of `families`.
+
+    Raises ValueError, of one line, if the model cannot be converted or the result not written.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -22,32 +23,32 @@ def main(description: str, *families: str, argv: list[str] | None = None) -> Non
     parser.add_argument(
         "--model",
         required=True,
-        help="hub name or folder; FLA's and our own checkpoints are taken too",
+        help="hub name or folder; models in FLA's format or this project's are accepted too",
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder to be made")
-    parser.add_argument("--precision", choices=PRECISIONS, help="dtype of the result; default: that of every tensor")
+    parser.add_argument("--output", required=True, type=Path, help="folder to create")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="dtype of the result; default: each tensor keeps its own"
+    )
     parser.add_argument(
         "--config",
         metavar="SIZE",
-        help="fail unless the checkpoint has this published size, such as 7b",
+        help="fail unless the model has this published size, such as 7b",
     )
     parser.add_argument(
         "--format",
         choices=("auto", "fla", "student"),
         default="auto",
-        help="fla: FLA's transformer; student: ours; auto: fla where it is exact",
+        help="fla: FLA's transformer; student: this project's; auto: fla where that is exact",
     )
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compare source and result in fp32, layer by layer",
+        help="compare source and result layer by layer in fp32",
     )
     args = parser.parse_args(argv)
-    disable_progress_bar()  # transformers' own, a line for every file
+    disable_progress_bar()  # transformers prints one per file
     try:
         convert_checkpoint(args.model, args.output, families, args.precision, args.config, args.format, args.verify)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:  # a full disk, a folder that may not be written
-        sys.exit(f"error: {error.filename or args.output}: {error.strerror or error}; nothing was written")
+    except OSError as error:  # a full disk, a folder without write permission
+        raise ValueError(f"{error.filename or args.output}: {error.strerror or error}; nothing was written") from None

@@ -1,4 +1,5 @@
-"""Converts Llama 3, 3.1, 3.2 and 3.3, models of that type such as SmolLM2, and Mistral where it is expressible, to FLA's format or ours.
+"""Converts Llama 3, 3.1, 3.2 and 3.3, models of that type such as SmolLM2, and Mistral without a
+sliding window, to FLA's format or this project's.
 
 python convert/convert_from_llama3.2.py --model meta-llama/Llama-3.2-3B-Instruct --config 3b --output DIR
 """

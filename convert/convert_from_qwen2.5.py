@@ -1,4 +1,4 @@
-"""Converts Qwen2.5 (and Qwen2) to FLA's format or ours.
+"""Converts Qwen2.5 (and Qwen2) to FLA's format or this project's.
 
 python convert/convert_from_qwen2.5.py --model Qwen/Qwen2.5-1.5B-Instruct --config 1.5b --output DIR
 """

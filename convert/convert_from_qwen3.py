@@ -1,4 +1,4 @@
-"""Converts Qwen3 to FLA's format or ours.
+"""Converts Qwen3 to FLA's format or this project's.
 
 python convert/convert_from_qwen3.py --model Qwen/Qwen3-1.7B --config 1.7b --output DIR
 """

@@ -1,10 +1,12 @@
-"""What each teacher family is: one declarative spec a family, and nothing else that knows a family's name.
+"""The teacher families, one declarative spec per family; no other code knows a family's name.
 
-A new family is an entry of `FAMILIES`, a line in tests/test_convert.py and, for `--config`, its sizes in published.yaml.
+To add a family, add an entry to `FAMILIES`, a line to tests/test_convert.py and, for `--config`,
+its sizes to published.yaml.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +35,7 @@ SAME = {
         "dtype",
     )
 }
-# What the fields of a family's config.json, and those of its RoPE parameters, take.
+# The types of the fields of a family's config.json, and of its RoPE parameters.
 GIVEN = (
     "vocab_size",
     "hidden_size",
@@ -48,7 +50,7 @@ DERIVED = (
     "num_kv_heads",
     "head_dim",
     "hidden_ratio",
-)  # of others, if null
+)  # computed from others if null
 SIZES = GIVEN + DERIVED
 FIELDS = {
     **dict.fromkeys(GIVEN, int),
@@ -102,12 +104,12 @@ HUGGING_FACE_NAMES = {
 
 @dataclass(frozen=True)
 class Family:
-    """How a `model_type` maps to `StudentConfig` and its parameters to ours.
+    """How a `model_type` maps to `StudentConfig`, and its parameter names to ours.
 
-    config: field of StudentConfig -> the family's field, or a function of its config.
-    fixed: fields of StudentConfig that the family's code fixes.
-    weights: part of a parameter's name -> our part; parts that are not listed are the same.
-    refused: config field -> function of its value that says what we cannot express, or None.
+    config: field of StudentConfig -> the family's field, or a function of the family's config.
+    fixed: fields of StudentConfig whose values the family's code fixes.
+    weights: part of a parameter's name -> our part; unlisted parts are the same.
+    refused: config field -> function of its value that names what we cannot express, or None.
     """
 
     config: Mapping[str, str | Callable[[PreTrainedConfig], Any]] = field(default_factory=lambda: SAME)
@@ -121,10 +123,15 @@ class Family:
 
 
 def _fla_intermediate(config: PreTrainedConfig) -> int:
-    """What FLA's GatedMLP makes of an intermediate_size that is not given."""
+    """The intermediate_size; where it is null, the one that FLA's GatedMLP computes."""
     if config.intermediate_size is not None:
         return config.intermediate_size
-    return -(-int(config.hidden_size * (config.hidden_ratio or 4) * 2 / 3) // 256) * 256
+    wanted = int(config.hidden_size * (config.hidden_ratio or 4) * 2 / 3)
+    return math.ceil(wanted / 256) * 256
+
+
+def _sliding_window(size: int | None) -> str | None:
+    return f"sliding-window attention over {size} tokens" if size else None
 
 
 FAMILIES = {
@@ -141,11 +148,10 @@ FAMILIES = {
             "mlp_bias": "mlp_bias",
         },
     ),
-    "mistral": Family(refused={"sliding_window": lambda size: size and f"sliding-window attention over {size} tokens"}),
-    # FLA's TransformerForCausalLM: our names are its names. It has neither head_dim nor RoPE
-    # scaling.
+    "mistral": Family(refused={"sliding_window": _sliding_window}),
+    # FLA's TransformerForCausalLM, whose names we use. It has neither head_dim nor RoPE scaling.
     "transformer": Family(
-        config={name: theirs for name, theirs in SAME.items() if name not in ("rope_parameters",)}
+        config={name: theirs for name, theirs in SAME.items() if name != "rope_parameters"}
         | {
             "intermediate_size": _fla_intermediate,
             "num_attention_heads": "num_heads",
@@ -161,7 +167,7 @@ FAMILIES = {
         fixed={"qk_norm_eps": 1e-5},
         weights={},
         refused={
-            "window_size": lambda size: size and f"sliding-window attention over {size} tokens",
+            "window_size": _sliding_window,
             "attnres_block_size": lambda size: size and "attention residuals",
             "rope_theta": lambda theta: None if theta else "no rotary embedding",
         },
@@ -172,19 +178,22 @@ ACTIVATIONS = ("silu", "swish")
 
 
 def unsupported(config: PreTrainedConfig) -> str | None:
-    """Every reason why a teacher cannot be expressed exactly, in one line, or None if it can."""
+    """All reasons why a teacher cannot be expressed exactly, in one line, or None if it can."""
     if config.model_type not in FAMILIES:
         return f"model_type {config.model_type!r}; supported are {', '.join(FAMILIES)}"
-    reasons = [reason(getattr(config, name)) for name, reason in FAMILIES[config.model_type].refused.items()]
+    refused = FAMILIES[config.model_type].refused
+    reasons = [reason(getattr(config, name)) for name, reason in refused.items()]
     rope = getattr(config, "rope_parameters", None) or {}
     layer_types = getattr(config, "layer_types", None) or []
-    rope_type, turned = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
+    rope_type = rope.get("rope_type", "default")
+    rotary_factor = rope.get("partial_rotary_factor", 1.0)
+    quantized = bool(getattr(config, "quantization_config", None))
     others = {
         "sliding-window attention": any(kind != "full_attention" for kind in layer_types),
         f"hidden_act {config.hidden_act!r}; supported is silu": config.hidden_act not in ACTIVATIONS,
         f"rope_type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}": rope_type not in ROPE_TYPES,
-        f"partial rotary embedding ({turned})": turned != 1.0,
-        "quantized weights; name the original checkpoint instead": bool(getattr(config, "quantization_config", None)),
+        f"partial rotary embedding ({rotary_factor})": rotary_factor != 1.0,
+        "quantized weights; name the original checkpoint instead": quantized,
     }
     reasons += [reason for reason, lacking in others.items() if lacking]
     return "; ".join(filter(None, reasons)) or None

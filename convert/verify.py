@@ -1,4 +1,5 @@
-"""Compares a conversion with its source as transformers itself reads that, one layer of each in memory at a time."""
+"""Compares a converted model with its source as transformers itself loads it, one layer of each in
+memory at a time."""
 
 from __future__ import annotations
 
@@ -16,29 +17,28 @@ from distill_model import StudentForCausalLM
 from distill_model.attention import RotaryEmbedding
 
 from .families import HUGGING_FACE_NAMES
-from .loader import Checkpoint, rows_of, source_config
+from .loader import ModelFolder, rows_of, source_config
 
 TOLERANCE = 1e-3
 TOKENS = 256
-HEAD_ROWS = 8192  # of the vocabulary, held in fp32 at a time
+HEAD_ROWS = 8192  # of the output head, in memory in fp32 at a time
 
 
 class _LayerByLayer:
-    """Our reading of a conversion: a model whose layers come into memory one after the other, in
-    fp32."""
+    """The converted model as we load it, in fp32, with one layer in memory at a time."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
+    def __init__(self, folder: ModelFolder):
+        self.folder = folder
         with torch.device("meta"):
-            self.model = StudentForCausalLM(checkpoint.config).eval()
-        self.rotary = RotaryEmbedding(checkpoint.config)
+            self.model = StudentForCausalLM(folder.config).eval()
+        self.rotary = RotaryEmbedding(folder.config)
 
     def _loaded(self, module, prefix: str):
-        module.load_state_dict(self.checkpoint.state(prefix), assign=True)
+        module.load_state_dict(self.folder.state(prefix), assign=True)
         return module
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.checkpoint.rows("model.embeddings.weight", ids).float()
+        return self.folder.rows("model.embeddings.weight", ids).float()
 
     def layer(self, index: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """hidden [1, T, hidden_size] through layer `index`, at positions [1, T]."""
@@ -49,16 +49,17 @@ class _LayerByLayer:
         return self._loaded(copy.deepcopy(self.model.model.norm), "model.norm.")(hidden)
 
     def logits(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
-        tied = self.checkpoint.config.tie_word_embeddings
+        tied = self.folder.config.tie_word_embeddings
         name = "model.embeddings.weight" if tied else "lm_head.weight"
-        return hidden @ self.checkpoint.rows(name, rows).float().mT
+        return hidden @ self.folder.rows(name, rows).float().mT
 
 
 class _Rounded(Mapping):
-    """Weights of a model, by name, rounded to a dtype on their way."""
+    """A mapping of weights that rounds each one to a dtype when it is read."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype):
-        self.weights, self.dtype = weights, dtype
+        self.weights = weights
+        self.dtype = dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.weights[name].to(self.dtype).float()
@@ -71,21 +72,22 @@ class _Rounded(Mapping):
 
 
 class _AsTransformersReads:
-    """A source as `AutoModelForCausalLM` reads its folder, in fp32: it chooses names, tying, and
-    what to leave out.
+    """A source as `AutoModelForCausalLM` loads its folder, in fp32: transformers decides on names,
+    tying and which tensors to ignore.
 
     Weights of transformers' own classes stay on disk until they are needed. Models of FLA's class
-    and ours are held in memory, for their kernels would read weights that are not there. round_to:
-    a dtype that weights pass through. Raises ValueError if FLA's class cannot be built here.
+    and ours are held in memory, because their kernels would read weights that are not there.
+    round_to: a dtype that weights are rounded to first. Raises ValueError if FLA's class cannot be
+    built here.
     """
 
-    def __init__(self, source: Checkpoint, round_to: torch.dtype | None):
+    def __init__(self, source: ModelFolder, round_to: torch.dtype | None):
         self.round_to = round_to
         config = source_config(str(source.folder))
-        places = None
+        places = None  # all in memory
         if source.family.weights is HUGGING_FACE_NAMES:
-            # A tied pair must be in memory, for transformers to compare the two if the file holds
-            # both.
+            # Tied embeddings and head must be in memory: if the file holds both, transformers
+            # compares them.
             ends = "cpu" if config.tie_word_embeddings else "disk"
             places = {
                 "model.embed_tokens": ends,
@@ -94,8 +96,9 @@ class _AsTransformersReads:
                 "model.norm": "cpu",
                 "model.rotary_emb": "cpu",
             }
-        level, offloading = logging.get_verbosity(), getLogger("accelerate.big_modeling")
-        logging.set_verbosity_error()  # of what it says the loader has said what matters
+        level = logging.get_verbosity()
+        offloading = getLogger("accelerate.big_modeling")
+        logging.set_verbosity_error()  # the loader has warned of all that matters
         offloading.setLevel(ERROR)
         try:
             self.model = AutoModelForCausalLM.from_pretrained(
@@ -125,7 +128,7 @@ class _AsTransformersReads:
                 hook.weights_map = _Rounded(hook.weights_map, self.round_to)
 
     def _rows(self, module: torch.nn.Module, index: slice | torch.Tensor) -> torch.Tensor:
-        """Rows of a module's weight, from memory or where transformers says that it lies."""
+        """Rows of a module's weight, from memory or from the file where transformers found it."""
         if module.weight.device.type != "meta":
             rows = module.weight[index]
         else:
@@ -135,7 +138,7 @@ class _AsTransformersReads:
         return (rows if self.round_to is None else rows.to(self.round_to)).float()
 
     def hidden(self, ids: torch.Tensor, **positions) -> torch.Tensor:
-        """After the final norm, [1, T, hidden_size]."""
+        """The final norm's output, [1, T, hidden_size]."""
         embeddings = self._rows(self.model.get_input_embeddings(), ids)
         return self.model.model(inputs_embeds=embeddings, use_cache=False, **positions).last_hidden_state
 
@@ -144,13 +147,13 @@ class _AsTransformersReads:
 
 
 @torch.no_grad()
-def largest_difference(source: Checkpoint, result: Checkpoint, round_to: torch.dtype | None = None) -> float:
-    """The largest difference of the two in fp32, over random tokens at positions from 0 and from
-    beyond the original context length: of any logit, and of any layer's output relative to its
-    largest number.
+def largest_difference(source: ModelFolder, result: ModelFolder, round_to: torch.dtype | None = None) -> float:
+    """The largest difference between the two in fp32: of any logit (absolute), and of any layer's
+    output (relative to its largest absolute value).
 
-    The source runs as transformers reads it, the result as we do. FLA's class takes no positions:
-    it starts from 0. round_to: the precision that the source was converted to.
+    Both run on random tokens, at positions from 0 and from beyond the original context length;
+    FLA's class takes no positions and runs from 0 alone. The source is loaded by transformers, the
+    result by us. round_to: the precision that the source was converted to.
     """
     config = source.config
     rope = config.rope_parameters or {}
@@ -158,8 +161,10 @@ def largest_difference(source: Checkpoint, result: Checkpoint, round_to: torch.d
     starts = (0,) if source.model_type == "transformer" else (0, beyond)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, TOKENS), generator=generator)
-    theirs, ours = _AsTransformersReads(source, round_to), _LayerByLayer(result)
-    differences, run = [], {}
+    theirs = _AsTransformersReads(source, round_to)
+    ours = _LayerByLayer(result)
+    differences = []
+    run = {}  # our hidden states and positions, as far as the layers have run
 
     def compare(index):
         def hook(layer, args, output):
@@ -180,7 +185,8 @@ def largest_difference(source: Checkpoint, result: Checkpoint, round_to: torch.d
             our_hidden = ours.norm(run["hidden"])
             for first in range(0, config.vocab_size, HEAD_ROWS):
                 rows = slice(first, min(first + HEAD_ROWS, config.vocab_size))
-                differences.append((theirs.logits(their_hidden, rows) - ours.logits(our_hidden, rows)).abs().max())
+                difference = theirs.logits(their_hidden, rows) - ours.logits(our_hidden, rows)
+                differences.append(difference.abs().max())
     for hook in hooks:
         hook.remove()
-    return torch.stack(differences).max().item()  # NaN where there is one
+    return torch.stack(differences).max().item()  # NaN if any is NaN

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .config_distilled_student import FOREIGN, StudentConfig
+from .losses import DistillationLoss
 from .modeling_distilled_student import (
     STUDENT_ATTENTION_MAP,
     StudentBlock,
@@ -11,8 +12,9 @@ from .modeling_distilled_student import (
     forward_kl,
     get_student_attention_class,
 )
+from .student_base import InitReport
 from .student_layers import (
-    InitReport,
+    StudentSpec,
     can_calibrate,
     check_calibration,
     check_student,
@@ -22,16 +24,18 @@ from .student_layers import (
 
 AutoConfig.register(StudentConfig.model_type, StudentConfig)
 AutoModelForCausalLM.register(StudentConfig, StudentForCausalLM)
-for _kind in FOREIGN:  # so that transformers' own loaders give the reason too
+for _kind in FOREIGN:  # so that transformers' own loaders give the reason as well
     AutoConfig.register(_kind, type("ForeignConfig", (StudentConfig,), {"model_type": _kind}))
 
 __all__ = [
     "STUDENT_ATTENTION_MAP",
+    "DistillationLoss",
     "InitReport",
     "StudentBlock",
     "StudentConfig",
     "StudentForCausalLM",
     "StudentModel",
+    "StudentSpec",
     "can_calibrate",
     "check_calibration",
     "check_student",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,10 +15,10 @@ from .fused_ops import rotate
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
-    """RoPE of every type that transformers knows, whose frequencies stay fp32.
+    """RoPE of every type that transformers supports, with frequencies that stay in fp32.
 
     `model.to(torch.bfloat16)`, and with it DeepSpeed's bf16 engine, rounds buffers too; frequencies
-    of 8 bits put a token at position 10000 up to 20 positions off.
+    of 8 significant bits move a token at position 10000 by up to 20 positions.
     """
 
     def _apply(self, fn, recurse=True):
@@ -36,14 +38,15 @@ def sdpa_mask(
     device: torch.device,
     window_size: int | None = None,
 ) -> torch.Tensor | CausalBias | None:
-    """The boolean mask [B or 1, 1, q_len, k_len] of the last q_len of k_len positions, or None
-    where SDPA needs none, or on a GPU what flash attention takes in its place.
+    """The boolean mask [B or 1, 1, q_len, k_len] of the last q_len of k_len positions; None where
+    SDPA needs none; on a GPU a bias with which SDPA can still use flash attention.
 
     attention_mask: [B, k_len], 1 for real tokens, 0 for padding; None when nothing is padded.
-    window_size: how many tokens a query sees, itself among them; None for all.
+    window_size: how many tokens a query attends to, itself included; None for all.
     """
-    if attention_mask is None and q_len in (1, k_len) and (window_size is None or k_len <= window_size):
-        return None  # one query sees everything; a square is `is_causal`
+    all_in_window = window_size is None or k_len <= window_size
+    if attention_mask is None and all_in_window and q_len in (1, k_len):
+        return None  # a single query attends to everything; a square mask is `is_causal`
     if attention_mask is None and window_size is None and device.type == "cuda":
         return causal_lower_right(q_len, k_len)
     query = torch.arange(k_len - q_len, k_len, device=device)[:, None]
@@ -52,8 +55,8 @@ def sdpa_mask(
     if window_size is not None:
         mask = mask & (query - key < window_size)
     if attention_mask is not None:
-        # A padded query has no key to see and softmax would return NaN; let it see itself, nobody
-        # reads it.
+        # A padded query would have no key, and softmax would return NaN; it attends to itself, and
+        # nobody reads the result.
         mask = mask & attention_mask[:, None, None, :].bool() | (query == key)
     return mask
 
@@ -64,11 +67,15 @@ def right_aligned(real: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tens
     real: [B, T], True for real entries. tensors: each [B, T, ...].
     """
     order = real.long().argsort(dim=1, stable=True)
-    return [x.take_along_dim(order.view(*order.shape, *[1] * (x.ndim - 2)), 1) for x in tensors]
+    moved = []
+    for x in tensors:
+        trailing = [1] * (x.ndim - 2)
+        moved.append(x.take_along_dim(order.view(*order.shape, *trailing), 1))
+    return moved
 
 
 def left_padding(tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """The mask [B, length] of rows that end with so many tokens, `tokens` [B], or are full of them."""
+    """The mask [B, length] of rows that end with `tokens` [B] real tokens (at most `length`)."""
     return torch.arange(length, device=tokens.device) >= length - tokens[:, None]
 
 
@@ -78,17 +85,20 @@ class SoftmaxAttention(nn.Module):
 
     Called like an FLA layer: returns (output [B, T, hidden_size], None, past_key_values), and keeps
     its keys and values ([B, T, num_key_value_heads, head_dim], after RoPE) in FLA's cache, beside
-    the states of linear layers. window_size: how many tokens a query sees, itself among them; None
-    for all.
+    the states of linear layers. window_size: how many tokens a query attends to, itself included;
+    None for all.
     """
 
     def __init__(self, config: StudentConfig, layer_idx: int, window_size: int | None = None):
         super().__init__()
-        self.layer_idx, self.window_size = layer_idx, window_size
+        self.layer_idx = layer_idx
+        self.window_size = window_size
         self.hidden_size = config.hidden_size
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        q_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q_dim = self.num_heads * self.head_dim
+        kv_dim = self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=config.attention_bias)
@@ -113,13 +123,15 @@ class SoftmaxAttention(nn.Module):
     def with_past(
         self, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """k and v behind those of the cache, which then holds the new ones too, and the mask of
+        """The cached k and v followed by the new ones, which are added to the cache, and the mask of
         these positions."""
         if past_key_values is not None:
-            new, q_len = (k, v), k.shape[1]
+            q_len = k.shape[1]
+            new = (k, v)
             if self.window_size is not None and past_key_values.get_seq_length(self.layer_idx):
-                # Before the update, which drops what the next token will not see.
-                k, v = (torch.cat(pair, 1) for pair in zip(past_key_values[self.layer_idx]["attn_state"], new))
+                # Before the update, which drops what the next token does not attend to.
+                past = past_key_values[self.layer_idx]["attn_state"]
+                k, v = (torch.cat(pair, 1) for pair in zip(past, new))
             held = past_key_values.update(
                 attn_state=new,
                 layer_idx=self.layer_idx,
@@ -137,36 +149,28 @@ class SoftmaxAttention(nn.Module):
 
     @staticmethod
     def without_gaps(k, v, attention_mask, q_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Right-aligns each row's keys and values of a window, so that it counts tokens of the text
-        alone.
+        """Right-aligns each row's keys and values, so that a window counts real tokens only.
 
         k, v: [B, held + q_len, ...], the held ones right-aligned already. attention_mask: [B, past
         + q_len]. Returns k, v, and their mask [B, held + q_len].
         """
-        past, new = attention_mask.bool().split([attention_mask.shape[1] - q_len, q_len], 1)
+        past_len = attention_mask.shape[1] - q_len
+        past, new = attention_mask.bool().split([past_len, q_len], 1)
         held = left_padding(past.sum(1), k.shape[1] - q_len)
         real = torch.cat((held, new), 1)
         return *right_aligned(real, k, v), left_padding(real.sum(1), k.shape[1])
 
-    def forward(
+    def softmax_attention(
         self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **_,
-    ):
-        """hidden_states [B, T, hidden_size]; attention_mask [B, past + T] of 0 and 1;
-        position_embeddings (cos, sin), each [B or 1, T, head_dim]."""
-        q_len = hidden_states.shape[1]
-        q, k, v = self.project(hidden_states, position_embeddings)
-        if getattr(past_key_values, "decoding", False):  # a StaticCache
-            return (
-                self.o_proj(past_key_values.attend(self.layer_idx, q, k, v).flatten(2)),
-                None,
-                past_key_values,
-            )
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values,
+    ) -> torch.Tensor:
+        """Softmax attention [B, T, num_heads, head_dim] of what `project` returns, with the keys and
+        values of the cache, to which the new ones are added."""
+        q_len = q.shape[1]
         k, v, attention_mask = self.with_past(k, v, attention_mask, past_key_values)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask = sdpa_mask(attention_mask, q_len, k.shape[2], q.device, self.window_size)
@@ -178,4 +182,24 @@ class SoftmaxAttention(nn.Module):
             is_causal=mask is None and q_len > 1,
             enable_gqa=self.num_kv_heads < self.num_heads,
         )
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None, past_key_values
+        return out.transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attend: Callable[..., torch.Tensor] | None = None,
+        **_,
+    ):
+        """hidden_states [B, T, hidden_size]; attention_mask [B, past + T] of 0 and 1;
+        position_embeddings (cos, sin), each [B or 1, T, head_dim]; attend(layer_idx, q, k, v)
+        replaces `softmax_attention` in a decoding step: see `decode_step.GraphedDecoder`."""
+        q, k, v = self.project(hidden_states, position_embeddings)
+        if attend is None:
+            out = self.softmax_attention(q, k, v, attention_mask, past_key_values)
+        else:
+            out = attend(self.layer_idx, q, k, v)
+        return self.o_proj(out.flatten(2)), None, past_key_values

@@ -1,8 +1,8 @@
 """Plain PyTorch stand-ins for FLA's Triton kernels, for machines without a GPU.
 
-`install()` points FLA's own layer classes at them; with a GPU it does nothing and FLA runs untouched. The functions
+`install()` makes FLA's own layer classes call them; with a GPU it does nothing and FLA runs unchanged. The functions
 have the signatures of FLA 0.6.0's entry points. Everything is differentiable, computes in at least float32 (float64
-stays float64), accepts packed sequences (`cu_seqlens` [N + 1], as FLA's layers make of padding), initial and final
+stays float64), accepts packed sequences (`cu_seqlens` [N + 1], which FLA's layers make from padding), initial and final
 states, and returns the dtype of its input, as the kernels do.
 
 Shapes: B sequences of T tokens, H query/key heads of K channels, HV >= H value heads of V channels.
@@ -20,8 +20,8 @@ from torch.linalg import solve_triangular
 from torch.nn.utils.rnn import pad_sequence
 
 
-def _up(*xs):
-    """Compute dtype: at least float32."""
+def _upcast(*xs):
+    """The tensors in the dtype to compute in: at least float32. None stays None."""
     return [x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in xs]
 
 
@@ -30,26 +30,83 @@ def _l2norm(x, eps=1e-6):
 
 
 def unpack(cu_seqlens, *xs):
-    """[1, sum(T), ...] -> [N, max(T), ...], zero-padded on the right, and the mask of real tokens."""
-    lens = cu_seqlens.diff()
-    mask = torch.arange(int(lens.max()), device=lens.device) < lens[:, None]
-    xs = [x if x is None else pad_sequence(x[0].split(lens.tolist()), batch_first=True) for x in xs]
-    return mask, *xs
+    """The mask of real tokens [N, max(T)], and each [1, sum(T), ...] as [N, max(T), ...], zero-padded
+    on the right. None stays None."""
+    lengths = cu_seqlens.diff()
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    padded = []
+    for x in xs:
+        if x is not None:
+            x = pad_sequence(x[0].split(lengths.tolist()), batch_first=True)
+        padded.append(x)
+    return mask, *padded
 
 
 def _future(C, x):
+    """The mask [C, C] of keys after the query."""
     return torch.ones(C, C, dtype=torch.bool, device=x.device).triu(1)
 
 
 def _causal_decay(G):
     """exp(G_i - G_j) for j <= i, else 0.  G [..., C, D] -> [..., C, C, D]."""
-    return (G.unsqueeze(-2) - G.unsqueeze(-3)).masked_fill(_future(G.shape[-2], G)[..., None], -torch.inf).exp()
+    difference = G.unsqueeze(-2) - G.unsqueeze(-3)
+    return difference.masked_fill(_future(G.shape[-2], G)[..., None], -torch.inf).exp()
 
 
 def _chunk(C, *xs):
     """[B, T, H, D] -> [B, H, N, C, D], zero-padded."""
     pad = -xs[0].shape[1] % C
     return [F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, C)).permute(0, 3, 1, 2, 4) for x in xs]
+
+
+def _each_chunk(*xs):
+    """Iterates over the N chunks of tensors [B, H, N, ...]."""
+    return zip(*(x.unbind(2) for x in xs))
+
+
+def _unchunk(outputs, T):
+    """N chunks [B, H, C, D] -> [B, T, H, D]."""
+    return torch.stack(outputs, 2).flatten(2, 3)[:, :, :T].transpose(1, 2)
+
+
+def _scan_value_gates(q, k, v, g, S):
+    """Chunked gated linear attention with decays of the values: g [B, H, N, C, V]."""
+    G = g.cumsum(-2)
+    since_start = G.exp()
+    until_end = (G[..., -1:, :] - G).exp()
+    intra = ((q @ k.mT).unsqueeze(-2) @ (v.unsqueeze(-3) * _causal_decay(G))).squeeze(-2)
+    out = []
+    chunks = _each_chunk(q, k.mT, v * until_end, since_start, intra, since_start[..., -1:, :])
+    for q_i, k_i, v_i, since_start_i, intra_i, decay in chunks:
+        out.append((q_i @ S) * since_start_i + intra_i)
+        S = decay * S + k_i @ v_i
+    return out, S
+
+
+def _scan(q, k, v, g, beta, S):
+    """Chunked gated linear attention (beta=None) or gated delta rule: g [B, H, N, C, K or 1], beta
+    [B, H, N, C, 1]. The delta rule within a chunk is solved at once, in its WY form."""
+    G = g.cumsum(-2)
+    decays = _causal_decay(G)
+    since_start = G.exp()
+    until_end = (G[..., -1:, :] - G).exp()
+    if g.shape[-1] == 1:
+        qk, kk = ((x @ k.mT) * decays.squeeze(-1) for x in (q, k))
+    else:
+        qk, kk = ((k.unsqueeze(-3) * decays) @ torch.stack((q, k), -1)).unbind(-1)
+    w = v
+    if beta is not None:
+        sides = torch.cat((beta * v, beta * k * since_start), -1)
+        solved = solve_triangular((beta * kk).tril(-1), sides, upper=False, unitriangular=True)
+        v, w = solved.split((v.shape[-1], k.shape[-1]), -1)
+    out = []
+    chunks = _each_chunk(q * since_start, (k * until_end).mT, v, w, qk, since_start[..., -1, :, None])
+    for q_i, k_i, v_i, w_i, qk_i, decay in chunks:
+        if beta is not None:
+            v_i = v_i - w_i @ S
+        out.append(q_i @ S + qk_i @ v_i)
+        S = decay * S + k_i @ v_i
+    return out, S
 
 
 def linear_attention(
@@ -76,64 +133,45 @@ def linear_attention(
     """
     if cu_seqlens is not None:
         mask, q, k, v, g, beta = unpack(cu_seqlens, q, k, v, g, beta)
-    dtype, (B, T, H, K), (HV, V) = v.dtype, q.shape, v.shape[2:]
-    q, k, v, g, beta = _up(q, k, v, g, beta)
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    dtype = v.dtype
+    q, k, v, g, beta = _upcast(q, k, v, g, beta)
     C = min(T, 64 if g.shape[-1] == 1 else 16)
     q, k, v, g = _chunk(C, q * (K**-0.5 if scale is None else scale), k, v, g)
     if HV > H:
         q, k = (x.repeat_interleave(HV // H, 1) for x in (q, k))
-    G = g.cumsum(-2)
-    D, up, down = _causal_decay(G), G.exp(), (G[..., -1:, :] - G).exp()
-
-    if gate_values:  # decay sits on the value side: fold it into the values instead
-        intra = ((q @ k.mT).unsqueeze(-2) @ (v.unsqueeze(-3) * D)).squeeze(-2)
-        steps = zip(*(x.unbind(2) for x in (q, k.mT, v * down, up, intra, up[..., -1:, :])))
+    if initial_state is None:
+        S = q.new_zeros(B, HV, K, V)
     else:
-        if g.shape[-1] == 1:
-            qk, kk = ((x @ k.mT) * D.squeeze(-1) for x in (q, k))
-        else:
-            qk, kk = ((k.unsqueeze(-3) * D) @ torch.stack((q, k), -1)).unbind(-1)
-        w = None
-        if beta is not None:  # WY form: solve the within-chunk delta rule at once
+        S = initial_state.to(q)
+        S = S.mT if state_v_first else S
+    if gate_values:
+        out, S = _scan_value_gates(q, k, v, g, S)
+    else:
+        if beta is not None:
             (beta,) = _chunk(C, beta.unsqueeze(-1))
-            v, w = solve_triangular(
-                (beta * kk).tril(-1),
-                torch.cat((beta * v, beta * k * up), -1),
-                upper=False,
-                unitriangular=True,
-            ).split((V, K), -1)
-        steps = zip(
-            *(
-                x.unbind(2)
-                for x in (
-                    q * up,
-                    (k * down).mT,
-                    v,
-                    w if w is not None else v,
-                    qk,
-                    up[..., -1, :, None],
-                )
-            )
-        )
-
-    S = q.new_zeros(B, HV, K, V) if initial_state is None else initial_state.to(q)
-    if state_v_first and initial_state is not None:
-        S = S.mT
-    out = []
-    for q_i, k_i, v_i, w_i, a_i, decay in steps:
-        if gate_values:
-            out.append((q_i @ S) * w_i + a_i)
-        else:
-            if beta is not None:
-                v_i = v_i - w_i @ S
-            out.append(q_i @ S + a_i @ v_i)
-        S = decay * S + k_i @ v_i
-    o = torch.stack(out, 2).flatten(2, 3)[:, :, :T].transpose(1, 2).to(dtype)
+        out, S = _scan(q, k, v, g, beta, S)
+    o = _unchunk(out, T).to(dtype)
     if cu_seqlens is not None:
         o = o[mask][None]
     if not output_final_state:
         return o, None
     return o, S.mT.contiguous() if state_v_first else S
+
+
+def _gate_in_kernel(g, A_log, dt_bias, lower_bound):
+    """The log-decay that the kernels of the gated delta rule and KDA compute from a projection g [B,
+    T, HV] or [B, T, HV, K]."""
+    g, A_log, dt_bias = _upcast(g, A_log, dt_bias)
+    if dt_bias is not None:
+        g = g + dt_bias.view(g.shape[2:])
+    A = 1
+    if A_log is not None:
+        A = A_log.exp().view(-1, *[1] * (g.ndim - 3))
+    if lower_bound is None:
+        return -A * F.softplus(g)
+    return lower_bound * (A * g).sigmoid()
 
 
 def delta_rule(
@@ -159,19 +197,15 @@ def delta_rule(
 ):
     """chunk_/fused_recurrent_ gated_delta_rule, kda and delta_rule (g=None) in one."""
     if use_qk_l2norm_in_kernel:
-        q, k = (_l2norm(x) for x in _up(q, k))
+        q, k = (_l2norm(x) for x in _upcast(q, k))
     if beta is None:
         beta = torch.ones_like(v[..., 0])
     if use_beta_sigmoid_in_kernel:
-        beta = _up(beta)[0].sigmoid() * (2 if allow_neg_eigval else 1)
+        beta = _upcast(beta)[0].sigmoid() * (2 if allow_neg_eigval else 1)
     if g is None:
         g = v.new_zeros(v.shape[:3])
     if use_gate_in_kernel:
-        g, A_log, dt_bias = _up(g, A_log, dt_bias)
-        if dt_bias is not None:
-            g = g + dt_bias.view(g.shape[2:])
-        A = A_log.exp().view(-1, *[1] * (g.ndim - 3)) if A_log is not None else 1
-        g = -A * F.softplus(g) if lower_bound is None else lower_bound * (A * g).sigmoid()
+        g = _gate_in_kernel(g, A_log, dt_bias, lower_bound)
     return linear_attention(
         q,
         k,
@@ -217,10 +251,35 @@ def gla(
 def gsa(q, k, v, s, g, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, **_):
     """chunk_gsa and fused_recurrent_gsa: keys write to slots, slots read values."""
     hk, hv = (None, None) if initial_state is None else initial_state
-    kw = dict(output_final_state=output_final_state, cu_seqlens=cu_seqlens)
-    ok, hk = linear_attention(q, k, s, g, scale=scale, initial_state=hk, gate_values=True, **kw)
-    ov, hv = linear_attention(_up(ok)[0].softmax(-1), s, v, g, scale=1.0, initial_state=hv, **kw)
+    options = dict(output_final_state=output_final_state, cu_seqlens=cu_seqlens)
+    ok, hk = linear_attention(q, k, s, g, scale=scale, initial_state=hk, gate_values=True, **options)
+    slots_read = _upcast(ok)[0].softmax(-1)
+    ov, hv = linear_attention(slots_read, s, v, g, scale=1.0, initial_state=hv, **options)
     return ov.to(q.dtype), [hk, hv]
+
+
+def _scan_dplr(q, k, v, a, b, g, S):
+    """Chunked DPLR delta rule of tensors [B, H, N, C, channels]."""
+    G = g.cumsum(-2)
+    # a_t reads the state before its own decay, so row t of `a` uses the decay of row t - 1.
+    rows = torch.stack((q, F.pad(a[..., 1:, :], (0, 0, 0, 1))), -1).unsqueeze(-4)
+    columns = torch.stack((k, b), -3).unsqueeze(-3) * _causal_decay(G).unsqueeze(-4)
+    of_k, of_b = (columns @ rows).unbind(-4)
+    qk, ak = of_k.unbind(-1)
+    qb, ab = of_b.unbind(-1)
+    ak, ab = (F.pad(x[..., :-1, :], (0, 0, 1, 0)) for x in (ak, ab))
+    sides = torch.cat((ak @ v, a * (G - g).exp()), -1)
+    solved = solve_triangular(-ab, sides, upper=False, unitriangular=True)
+    u, w = solved.split((v.shape[-1], k.shape[-1]), -1)
+    until_end = (G[..., -1:, :] - G).exp()
+    decays = G[..., -1, :, None].exp()
+    out = []
+    chunks = _each_chunk(q * G.exp(), qk, qb, v, u, w, (k * until_end).mT, (b * until_end).mT, decays)
+    for q_i, qk_i, qb_i, v_i, u_i, w_i, k_i, b_i, decay in chunks:
+        u_i = u_i + w_i @ S
+        out.append(q_i @ S + qk_i @ v_i + qb_i @ u_i)
+        S = decay * S + k_i @ v_i + b_i @ u_i
+    return out, S
 
 
 def dplr(
@@ -240,43 +299,13 @@ def dplr(
     """chunk_dplr_delta_rule (RWKV-7): S_t = diag(e^gk_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T."""
     if cu_seqlens is not None:
         mask, q, k, v, a, b, gk = unpack(cu_seqlens, q, k, v, a, b, gk)
-    dtype, (B, T, H, K), V = v.dtype, q.shape, v.shape[-1]
-    C = min(T, 16)
-    q, k, v, a, b, g = _chunk(C, *_up(q * (K**-0.5 if scale is None else scale), k, v, a, b, gk))
-    G = g.cumsum(-2)
-    # a_t reads the state before its own decay, so row t of `a` uses the decay of row t - 1
-    rows = torch.stack((q, F.pad(a[..., 1:, :], (0, 0, 0, 1))), -1).unsqueeze(-4)
-    (qk, ak), (qb, ab) = (
-        x.unbind(-1)
-        for x in ((torch.stack((k, b), -3).unsqueeze(-3) * _causal_decay(G).unsqueeze(-4)) @ rows).unbind(-4)
-    )
-    ak, ab = (F.pad(x[..., :-1, :], (0, 0, 1, 0)) for x in (ak, ab))
-    u, w = solve_triangular(-ab, torch.cat((ak @ v, a * (G - g).exp()), -1), upper=False, unitriangular=True).split(
-        (V, K), -1
-    )
-    down = (G[..., -1:, :] - G).exp()
-    S = q.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(q)
-    out = []
-    for q_i, qk_i, qb_i, v_i, u_i, w_i, k_i, b_i, decay in zip(
-        *(
-            x.unbind(2)
-            for x in (
-                q * G.exp(),
-                qk,
-                qb,
-                v,
-                u,
-                w,
-                (k * down).mT,
-                (b * down).mT,
-                G[..., -1, :, None].exp(),
-            )
-        )
-    ):
-        u_i = u_i + w_i @ S
-        out.append(q_i @ S + qk_i @ v_i + qb_i @ u_i)
-        S = decay * S + k_i @ v_i + b_i @ u_i
-    o = torch.stack(out, 2).flatten(2, 3)[:, :, :T].transpose(1, 2).to(dtype)
+    B, T, H, K = q.shape
+    dtype = v.dtype
+    q = q * (K**-0.5 if scale is None else scale)
+    q, k, v, a, b, g = _chunk(min(T, 16), *_upcast(q, k, v, a, b, gk))
+    S = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(q)
+    out, S = _scan_dplr(q, k, v, a, b, g, S)
+    o = _unchunk(out, T).to(dtype)
     if cu_seqlens is not None:
         o = o[mask][None]
     return o, S if output_final_state else None
@@ -296,41 +325,45 @@ def path_attn(q, k, v, w, beta, g=None, scale=None, cu_seqlens=None, use_cache=F
     beta w w^T."""
     if cu_seqlens is not None:
         mask, q, k, v, w, beta, g = unpack(cu_seqlens, q, k, v, w, beta, g)
-    dtype, T, K, G, scale = (
-        q.dtype,
-        q.shape[1],
-        q.shape[-1],
-        q.shape[2] // k.shape[2],
-        scale or q.shape[-1] ** -0.5,
-    )
-    C = min(T, 64)
-    q, k, v, w, beta, g = _up(q, k, v, w, beta, q.new_zeros(q.shape[:3]) if g is None else g)
+    dtype = q.dtype
+    T = q.shape[1]
+    if g is None:
+        g = q.new_zeros(q.shape[:3])
+    o, keys = _path_chunks(*_upcast(q, k, v, w, beta, g), scale or q.shape[-1] ** -0.5)
+    o = o.flatten(1, 2)[:, :, :T].transpose(1, 2).to(dtype)
+    k_cache = keys[:, :, 0, :T].transpose(1, 2).to(dtype) if use_cache else None
+    if cu_seqlens is not None:
+        o = o[mask][None]
+        k_cache = k_cache if k_cache is None else k_cache[mask][None]
+    return o, k_cache
+
+
+def _path_chunks(q, k, v, w, beta, g, scale):
+    """PaTH attention [B, H, G, T padded to chunks, V], G query heads per key head, and the keys as
+    seen from the end."""
+    C = min(q.shape[1], 64)
+    K = q.shape[-1]
+    G = q.shape[2] // k.shape[2]
     q, k, v, w, beta, g = _chunk(C, q, k, v, w, beta.unsqueeze(-1), g.cumsum(1).unsqueeze(-1))
     q, g = (x.unflatten(1, (-1, G)) for x in (q, g))  # [B, H, G, N, C, .]
     k, v, w, beta = (x.unsqueeze(2) for x in (k, v, w, beta))
-    # UT transform: within a chunk, H_i ... H_{j+1} x = x - w^T (X, or Y x from the chunk's start
-    # on)
+    # UT transform: within a chunk, H_i ... H_{j+1} x = x - w^T (X, or Y x from the chunk's start on).
     bw = beta * w
-    Y, X = solve_triangular(
-        (bw @ w.mT).tril(-1),
-        torch.cat((bw, (bw @ k.mT).tril(-1)), -1),
-        upper=False,
-        unitriangular=True,
-    ).split((K, C), -1)
+    sides = torch.cat((bw, (bw @ k.mT).tril(-1)), -1)
+    Y, X = solve_triangular((bw @ w.mT).tril(-1), sides, upper=False, unitriangular=True).split((K, C), -1)
     qw = (q @ w.mT).tril()
     local = (q @ k.mT - qw @ X).masked_fill(_future(C, q), -torch.inf)
-    v, g_all = v.flatten(3, 4), g.flatten(3)
-    past, out = k[..., 0, :0, :], []  # keys carried to the end of the last chunk
-    for q_i, k_i, w_i, y_i, a_i, g_i in zip(*(x.unbind(3) for x in (q - qw @ Y, k - X.mT @ w, w, Y, local, g))):
-        a = torch.cat((q_i @ past.mT, a_i), -1)
-        n = a.shape[-1]
-        out.append(((a + g_i - g_all[..., None, :n]) * scale).softmax(-1) @ v[..., :n, :])
+    v = v.flatten(3, 4)
+    g_all = g.flatten(3)
+    past = k[..., 0, :0, :]  # keys as seen from the end of the last chunk
+    out = []
+    chunks = zip(*(x.unbind(3) for x in (q - qw @ Y, k - X.mT @ w, w, Y, local, g)))
+    for q_i, k_i, w_i, y_i, local_i, g_i in chunks:
+        logits = torch.cat((q_i @ past.mT, local_i), -1)
+        n = logits.shape[-1]
+        out.append(((logits + g_i - g_all[..., None, :n]) * scale).softmax(-1) @ v[..., :n, :])
         past = torch.cat((past - (past @ y_i.mT) @ w_i, k_i), -2)
-    o = torch.cat(out, -2).flatten(1, 2)[:, :, :T].transpose(1, 2).to(dtype)
-    k_cache = past[:, :, 0, :T].transpose(1, 2).to(dtype) if use_cache else None
-    if cu_seqlens is not None:
-        o, k_cache = (x if x is None else x[mask][None] for x in (o, k_cache))
-    return o, k_cache
+    return torch.cat(out, -2), past
 
 
 # ----------------------------------------------------------------------------------------- modules
@@ -341,7 +374,7 @@ def forgetting_attn(q, k, v, g, scale=None, cu_seqlens=None, **_):
         parts = zip(*(x[0].split(cu_seqlens.diff().tolist()) for x in (q, k, v, g)))
         return torch.cat([forgetting_attn(*(x[None] for x in part), scale=scale) for part in parts], 1)
     dtype = q.dtype
-    q, k, v, g = (x.transpose(1, 2) for x in _up(q, k, v, g))
+    q, k, v, g = (x.transpose(1, 2) for x in _upcast(q, k, v, g))
     g = g.cumsum(-1)
     bias = (g[..., :, None] - g[..., None, :]).masked_fill(_future(q.shape[2], q), -torch.inf)
     out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -353,8 +386,9 @@ def attn_decoding(q, k, v, g=None, scale=None, cu_seqlens=None, do_gate_scale=Fa
     packed sequences, with forget gates g [1, sum(T), HQ] as in `forgetting_attn`, and `scale` on
     them too if do_gate_scale."""
     mask, k, v, g = unpack(cu_seqlens, k, v, g)
-    dtype, scale = v.dtype, q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v, g = _up(q.transpose(0, 1), k, v, g)
+    dtype = v.dtype
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v, g = _upcast(q.transpose(0, 1), k, v, g)
     bias = q.new_zeros(len(q), q.shape[2], k.shape[1])
     if g is not None:
         g = g.cumsum(1).mT
@@ -381,15 +415,18 @@ def causal_conv1d(
     y = x
     if cu_seqlens is not None:
         mask, y = unpack(cu_seqlens, x)
-    (N, T, D), W = y.shape, weight.shape[1]
+    N, T, D = y.shape
+    W = weight.shape[1]
     y = y.mT
     state = y.new_zeros(N, D, W) if initial_state is None else initial_state.to(y)
     y = torch.cat((state, y), -1)
     final_state = None
     if output_final_state:
-        lens = torch.full((N,), T, device=x.device) if cu_seqlens is None else cu_seqlens.diff()
-        final_state = y.gather(-1, (lens[:, None] + torch.arange(W, device=x.device))[:, None].expand(N, D, W))
-    y = F.conv1d(y[..., 1:], weight[:, None].to(y), None if bias is None else bias.to(y), groups=D).mT
+        lengths = torch.full((N,), T, device=x.device) if cu_seqlens is None else cu_seqlens.diff()
+        last_inputs = lengths[:, None] + torch.arange(W, device=x.device)
+        final_state = y.gather(-1, last_inputs[:, None].expand(N, D, W))
+    bias = None if bias is None else bias.to(y)
+    y = F.conv1d(y[..., 1:], weight[:, None].to(y), bias, groups=D).mT
     if cu_seqlens is not None:
         y = y[mask][None]
     if activation is not None:
@@ -410,11 +447,12 @@ def causal_conv1d_update(x, cache, residual=None, weight=None, bias=None, activa
 
 
 def _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm, num_groups=1):
-    dtype, res_dtype = x.dtype, torch.float32 if residual_in_fp32 else x.dtype
+    dtype = x.dtype
+    res_dtype = torch.float32 if residual_in_fp32 else dtype
     if residual is not None:
         x, res_dtype = x + residual, residual.dtype
     res = x.to(res_dtype)
-    (y,) = _up(x)
+    (y,) = _upcast(x)
     y = y.unflatten(-1, (num_groups, -1))
     if not is_rms_norm:
         y = y - y.mean(-1, keepdim=True)
@@ -475,19 +513,20 @@ def _gated(is_rms_norm):
         residual_in_fp32=False,
         eps=1e-6,
     ):
-        y, res = _norm(*_up(x), weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm)
-        (g,) = _up(g)
+        y, res = _norm(*_upcast(x), weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm)
+        (g,) = _upcast(g)
         y = (y * (g.sigmoid() if activation == "sigmoid" else F.silu(g))).to(x.dtype)
         return (y, res) if prenorm else y
 
     return norm_gated
 
 
-rms_norm_gated, layer_norm_gated = _gated(True), _gated(False)
+rms_norm_gated = _gated(is_rms_norm=True)
+layer_norm_gated = _gated(is_rms_norm=False)
 
 
 def l2norm(x, eps=1e-6, output_dtype=None):
-    return _l2norm(*_up(x), eps).to(output_dtype or x.dtype)
+    return _l2norm(*_upcast(x), eps).to(output_dtype or x.dtype)
 
 
 def swiglu(x, y):
@@ -502,10 +541,10 @@ def rotary_embedding(x, cos, sin, interleaved=False, inplace=False, seqlen_offse
     B, T = x.shape[:2]
     pos = torch.arange(T, device=x.device)
     if cu_seqlens is not None:
-        lens = cu_seqlens.diff()
-        pos = pos - cu_seqlens[:-1].repeat_interleave(lens)
+        lengths = cu_seqlens.diff()
+        pos = pos - cu_seqlens[:-1].repeat_interleave(lengths)
         if torch.is_tensor(seqlen_offsets):
-            seqlen_offsets = seqlen_offsets.repeat_interleave(lens)
+            seqlen_offsets = seqlen_offsets.repeat_interleave(lengths)
         pos = pos + seqlen_offsets
     else:
         pos = pos + (seqlen_offsets[:, None] if torch.is_tensor(seqlen_offsets) else seqlen_offsets)
@@ -532,9 +571,10 @@ def token_shift(x, cu_seqlens=None, cache=None, output_cache=False, **_):
 
 
 def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1), softmax_scale=None, **_):
-    """Softmax attention in flash-attn's layout [B, T, H, D]; causality and window count from the
-    bottom right."""
-    distance = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])  # query - key
+    """Softmax attention in flash-attn's layout [B, T, H, D]; causality and window are aligned to the
+    last query and the last key."""
+    query_position = torch.arange(k.shape[1] - q.shape[1], k.shape[1])
+    distance = query_position[:, None] - torch.arange(k.shape[1])
     mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window_size[0] >= 0:
         mask &= distance <= window_size[0]
@@ -552,8 +592,8 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
     return torch.cat([flash_attn_func(*(x[None] for x in sequence), **options)[0] for sequence in sequences])
 
 
-# Where FLA defines an entry point -> what stands in for it (a string names FLA's own PyTorch
-# reference).
+# Module of FLA -> its entry points -> their stand-ins; a string names a PyTorch reference
+# implementation of FLA's own.
 STAND_INS = {
     "fla.ops.gated_delta_rule": {
         "chunk_gated_delta_rule": delta_rule,
@@ -610,37 +650,47 @@ def _resolve(path: str):
     return getattr(importlib.import_module(module), name)
 
 
-def bind_stand_ins() -> list[tuple[dict, str, object]]:
-    """Points every name in FLA's loaded modules, and every entry of its ACT2FN, that is an entry
-    point at its stand-in.
+def _namespaces() -> list[dict]:
+    """The namespaces of FLA's loaded modules, and each ACT2FN in them."""
+    spaces = []
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "fla":
+            spaces.append(vars(module))
+            if vars(module).get("ACT2FN"):
+                spaces.append(vars(module)["ACT2FN"])
+    return spaces
 
-    Returns what sets FLA's own back: namespace, name, and what it was, one for each that changed.
+
+def bind_stand_ins() -> list[tuple[dict, str, object]]:
+    """Rebinds every name in FLA's loaded modules, and every entry of its ACT2FN, that refers to an
+    entry point to its stand-in.
+
+    Returns what undoes it: namespace, name and original value of each binding that changed.
     """
     for path in STAND_INS:
         importlib.import_module(path)
-    spaces = [
-        space
-        for name, module in list(sys.modules.items())
-        if name.split(".")[0] == "fla"
-        for space in (vars(module), vars(module).get("ACT2FN"))
-        if space
-    ]
+    spaces = _namespaces()
     bound = []
     for path, names in STAND_INS.items():
         for name, stand_in in names.items():
-            new, old = (
-                _resolve(stand_in) if isinstance(stand_in, str) else stand_in,
-                _resolve(f"{path}.{name}"),
-            )
-            places = [(space, key, old) for space in spaces for key, value in space.items() if value is old]
-            for space, key, _ in places if new is not old else ():
-                space[key] = new
-                bound.append((space, key, old))
+            old = _resolve(f"{path}.{name}")
+            new = _resolve(stand_in) if isinstance(stand_in, str) else stand_in
+            if new is not old:
+                bound += _rebind(spaces, old, new)
+    return bound
+
+
+def _rebind(spaces: list[dict], old, new) -> list[tuple[dict, str, object]]:
+    bound = []
+    for space in spaces:
+        for key in [key for key, value in space.items() if value is old]:
+            space[key] = new
+            bound.append((space, key, old))
     return bound
 
 
 def install() -> None:
-    """Binds FLA's entry points to the stand-ins, once, where FLA found no GPU; elsewhere does
+    """Binds FLA's entry points to the stand-ins, once, where FLA found no GPU; with a GPU it does
     nothing.
 
     Call it before FLA layers are built: they look up their activations when constructed.

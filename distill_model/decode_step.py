@@ -1,492 +1,128 @@
-"""One token of all layers behind a StaticCache, in few kernels: what a token waits for should be the reading of weights and states.
+"""Decoding one token of each sequence with a StaticCache, in few kernels: the time per token should be that of reading weights and states.
 
-A layer is two RMSNorms, four matrix products, a SwiGLU, and an attention of one kernel (Gated DeltaNet) or three (softmax). Maps of the
-same input are one product: their weights become views of one buffer, so that nothing is held twice. Residuals are added by the
-products. What is not plain (adapters, hooks, quantised maps, another linear attention) runs as its module does, the rest around it
-as here. Elsewhere than on a GPU the kernels' plain twins serve.
+A layer is two RMSNorms, four GEMMs, a SwiGLU, and an attention of one kernel (Gated DeltaNet) or three (softmax). Projections of the
+same input are fused into one GEMM: their weights become views of one buffer, so that nothing is stored twice. Residuals are added by
+the GEMMs. Whatever was modified (adapters, hooks, quantised projections) and other linear attentions run as their modules do, the
+rest around them as here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from fla.modules import FusedRMSNormGated, RMSNorm, ShortConvolution
 from torch import nn
 
 from .attention import SoftmaxAttention
-from .fused_ops import decode_attention, on_its_device, rotate, use_triton
-from .student_layers import GatedDeltaNetPlainStudent, GatedDeltaNetStudent, WholeLinear
+from .cache import StaticCache, state_tensors
+from .decode_kernels import gated_delta_token, place_token, swiglu_rows
+from .fused_ops import decode_attention
+from .student_base import UnquantizedLinear
+from .student_deltanet import GatedDeltaNetPlainStudent, GatedDeltaNetStudent
 
-STATE_BLOCK = 16384  # elements of a state that a program of 8 warps holds at a time, 64 a thread
-
-
-# ------------------------------------------------------------------------------------------------ kernels
-@triton.jit
-def _swiglu_rows(gate, up, out, gate_row, up_row, size, BLOCK: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    g = tl.load(gate + row * gate_row + at, mask=inside, other=0).to(tl.float32)
-    u = tl.load(up + row * up_row + at, mask=inside, other=0).to(tl.float32)
-    tl.store(out + row * size + at, g * tl.sigmoid(g) * u, mask=inside)
+GATED_DELTA_NETS = (GatedDeltaNetStudent, GatedDeltaNetPlainStudent)
 
 
-@triton.jit
-def _turned(x, norm, cos, sin, out, eps, NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """RMSNorm, if NORM, and RoPE of one head."""
-    channel = tl.arange(0, BLOCK)
-    inside = channel < HALF
-    first = tl.load(x + channel, mask=inside, other=0).to(tl.float32)
-    second = tl.load(x + HALF + channel, mask=inside, other=0).to(tl.float32)
-    if NORM:
-        scale = 1 / tl.sqrt(tl.sum(first * first + second * second, 0) / (2 * HALF) + eps)
-        first *= scale * tl.load(norm + channel, mask=inside, other=0).to(tl.float32)
-        second *= scale * tl.load(norm + HALF + channel, mask=inside, other=0).to(tl.float32)
-    c = tl.load(cos + channel, mask=inside, other=0).to(tl.float32)
-    s = tl.load(sin + channel, mask=inside, other=0).to(tl.float32)
-    tl.store(out + channel, first * c - second * s, mask=inside)
-    tl.store(out + HALF + channel, second * c + first * s, mask=inside)
-
-
-@triton.jit
-def _place_token(
-    q,
-    k,
-    v,
-    q_row,
-    k_row,
-    v_row,
-    q_norm,
-    k_norm,
-    cos,
-    sin,
-    out,
-    keys,
-    values,
-    last,
-    q_eps,
-    k_eps,
-    tokens,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    NORM: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A program for each head of q, of k and of v."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    cos += row * 2 * HALF
-    sin += row * 2 * HALF
-    place = (row * tokens + tl.load(last)) * KV_HEADS * 2 * HALF
-    at = head * 2 * HALF
-    if head < HEADS:
-        _turned(
-            q + row * q_row + at,
-            q_norm,
-            cos,
-            sin,
-            out + row * HEADS * 2 * HALF + at,
-            q_eps,
-            NORM,
-            HALF,
-            BLOCK,
-        )
-    elif head < HEADS + KV_HEADS:
-        at -= HEADS * 2 * HALF
-        _turned(k + row * k_row + at, k_norm, cos, sin, keys + place + at, k_eps, NORM, HALF, BLOCK)
-    else:
-        at -= (HEADS + KV_HEADS) * 2 * HALF
-        channel = tl.arange(0, 2 * BLOCK)
-        inside = channel < 2 * HALF
-        tl.store(
-            values + place + at + channel,
-            tl.load(v + row * v_row + at + channel, mask=inside),
-            mask=inside,
-        )
-
-
-@triton.jit
-def _channels(x, past, weight, bias, at, inside, W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr):
-    """The channels `at` of a projection, behind a convolution over W tokens (0: none) and SiLU."""
-    value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-    if W > 0:
-        value *= tl.load(weight + at * W + W - 1, mask=inside, other=0).to(tl.float32)
-        for token in tl.static_range(W - 1):
-            old = tl.load(past + at * W + token + 1, mask=inside, other=0).to(tl.float32)
-            value += old * tl.load(weight + at * W + token, mask=inside, other=0).to(tl.float32)
-        if BIAS:
-            value += tl.load(bias + at, mask=inside, other=0).to(tl.float32)
-    if SILU:
-        value *= tl.sigmoid(value)
-    return value
-
-
-@triton.jit
-def _windows(x, past, at, inside, W: tl.constexpr, W_BLOCK: tl.constexpr):
-    """The last W inputs of a convolution, which its state is to hold. Read apart from `_channels`,
-    so that neither has to follow the other's layout."""
-    at, token = at[:, None], tl.arange(0, W_BLOCK)[None]
-    old = tl.load(past + at * W + token + 1, mask=inside[:, None] & (token < W - 1), other=0)
-    new = tl.load(x + at + token - (W - 1), mask=inside[:, None] & (token == W - 1), other=0)
-    return tl.where(token == W - 1, new, old)
-
-
-@triton.jit
-def _keep_windows(past, at, inside, windows, W: tl.constexpr, W_BLOCK: tl.constexpr):
-    token = tl.arange(0, W_BLOCK)[None]
-    tl.store(past + at[:, None] * W + token, windows, mask=inside[:, None] & (token < W))
-
-
-@triton.jit
-def _state_part(state, index, SIZE: tl.constexpr, BLOCK: tl.constexpr, V_BLOCK: tl.constexpr):
-    """Where V_BLOCK rows of a head's state lie, what is a part of it, and what it holds."""
-    value, channel = index * V_BLOCK + tl.arange(0, V_BLOCK), tl.arange(0, BLOCK)
-    both = (value < SIZE)[:, None] & (channel < SIZE)[None]
-    place = state + value[:, None] * SIZE + channel[None]
-    return place, both, tl.load(place, mask=both, other=0).to(tl.float32)
-
-
-@triton.jit
-def _gated_delta_token(
-    q,
-    k,
-    v,
-    gate,
-    a,
-    b,
-    q_row,
-    k_row,
-    v_row,
-    gate_row,
-    a_row,
-    b_row,
-    q_past,
-    k_past,
-    v_past,
-    q_weight,
-    k_weight,
-    v_weight,
-    q_bias,
-    k_bias,
-    v_bias,
-    cos,
-    sin,
-    A_log,
-    dt_bias,
-    state,
-    norm,
-    out,
-    scale,
-    eps,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    W: tl.constexpr,
-    BIAS: tl.constexpr,
-    QK_SILU: tl.constexpr,
-    V_SILU: tl.constexpr,
-    FAST: tl.constexpr,
-    TWICE: tl.constexpr,
-    NORM: tl.constexpr,
-    GATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    W_BLOCK: tl.constexpr,
-):
-    """One head of one sequence. FAST: how many frequencies RoPE turns, 0 for none."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    q += row * q_row
-    k += row * k_row
-    v += row * v_row
-    state += (row * HEADS + head) * SIZE * SIZE
-    place, both, h = _state_part(state, 0, SIZE, BLOCK, V_BLOCK)  # the longest wait: begun first
-    channel = tl.arange(0, BLOCK)
-    inside = channel < SIZE
-    at = head * SIZE + channel
-    if W > 0:
-        q_past += row * HEADS * SIZE * W
-        k_past += row * HEADS * SIZE * W
-        v_past += row * HEADS * SIZE * W
-        q_windows, k_windows = (
-            _windows(q, q_past, at, inside, W, W_BLOCK),
-            _windows(k, k_past, at, inside, W, W_BLOCK),
-        )
-    queries = _channels(q, q_past, q_weight, q_bias, at, inside, W, BIAS, QK_SILU)
-    keys = _channels(k, k_past, k_weight, k_bias, at, inside, W, BIAS, QK_SILU)
-    if FAST > 0:
-        HALF: tl.constexpr = SIZE // 2
-        turned = inside & (channel % HALF < FAST)
-        other = head * SIZE + (channel + HALF) % SIZE
-        c = tl.where(turned, tl.load(cos + row * SIZE + channel, mask=turned, other=0).to(tl.float32), 1.0)
-        s = tl.load(sin + row * SIZE + channel, mask=turned, other=0).to(tl.float32)
-        s = tl.where(channel < HALF, -s, s)
-        queries = queries * c + _channels(q, q_past, q_weight, q_bias, other, inside, W, BIAS, QK_SILU) * s
-        keys = keys * c + _channels(k, k_past, k_weight, k_bias, other, inside, W, BIAS, QK_SILU) * s
-    queries *= scale / tl.sqrt(tl.sum(queries * queries, 0) + 1e-6)
-    keys *= 1 / tl.sqrt(tl.sum(keys * keys, 0) + 1e-6)
-    if W > 0:
-        tl.debug_barrier()  # other threads of the program may read what this one is about to write
-        _keep_windows(q_past, at, inside, q_windows, W, W_BLOCK)
-        _keep_windows(k_past, at, inside, k_windows, W, W_BLOCK)
-    step = tl.load(a + row * a_row + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
-    step = tl.where(step > 20, step, tl.log(1 + tl.exp(tl.minimum(step, 20.0))))  # softplus
-    decay = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step)
-    beta = tl.sigmoid(tl.load(b + row * b_row + head).to(tl.float32))
-    if TWICE:
-        beta *= 2
-    PARTS: tl.constexpr = BLOCK // V_BLOCK
-    part = tl.arange(0, PARTS)[:, None]
-    outs = tl.zeros((PARTS, V_BLOCK), tl.float32)
-    for index in range(PARTS):
-        value_channel = index * V_BLOCK + tl.arange(0, V_BLOCK)
-        real, at_v = value_channel < SIZE, head * SIZE + value_channel
-        values = _channels(v, v_past, v_weight, v_bias, at_v, real, W, BIAS, V_SILU)
-        if W > 0:
-            v_windows = _windows(v, v_past, at_v, real, W, W_BLOCK)
-        tl.debug_barrier()
-        h *= decay
-        values = beta * (values - tl.sum(h * keys[None], 1))
-        h += values[:, None] * keys[None]
-        tl.store(place, h, mask=both)
-        if W > 0:
-            _keep_windows(v_past, at_v, real, v_windows, W, W_BLOCK)
-        outs = tl.where(part == index, tl.sum(h * queries[None], 1)[None], outs)
-        place, both, h = _state_part(state, index + 1, SIZE, BLOCK, V_BLOCK)
-    at_out = part * V_BLOCK + tl.arange(0, V_BLOCK)[None]
-    real_out = at_out < SIZE
-    if NORM:
-        outs *= 1 / tl.sqrt(tl.sum(tl.sum(outs * outs, 1), 0) / SIZE + eps)
-        outs *= tl.load(norm + at_out, mask=real_out, other=0).to(tl.float32)
-    if GATE != "":
-        g = tl.load(gate + row * gate_row + head * SIZE + at_out, mask=real_out, other=0).to(tl.float32)
-        outs *= tl.sigmoid(g)
-        if GATE == "silu":
-            outs *= g
-    tl.store(out + (row * HEADS + head) * SIZE + at_out, outs, mask=real_out)
-
-
-# ------------------------------------------------------------------------------------------------ and their plain twins
-@on_its_device
-def swiglu_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, [B, size], of tensors whose rows need not follow one another. No gradient."""
-    if not use_triton(gate):
-        return F.silu(gate) * up
-    (batch, size), out = gate.shape, torch.empty_like(gate, memory_format=torch.contiguous_format)
-    _swiglu_rows[(batch, triton.cdiv(size, 1024))](gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=1024)
-    return out
-
-
-@on_its_device
-def place_token(q, k, v, q_norm, k_norm, cos, sin, keys, values, last) -> torch.Tensor:
-    """Writes k and v [B, kv heads x D] of a token to position last [1] of keys and values [B,
-    tokens, kv heads, D], and returns q [B, 1, heads, D] of q [B, heads x D]; q and k behind their
-    norms, nn.RMSNorm or none at all (nn.Identity), and RoPE with cos and sin [B, D]."""
-    batch, (tokens, kv_heads, size) = len(q), keys.shape[1:]
-    heads, normed = q.shape[1] // size, isinstance(q_norm, nn.RMSNorm)
-    if not use_triton(q):
-        q, k, v = (x.unflatten(-1, (1, -1, size)) for x in (q, k, v))
-        q, k = (rotate(norm(x), cos[:, None], sin[:, None]) for norm, x in ((q_norm, q), (k_norm, k)))
-        keys.index_copy_(1, last, k)
-        values.index_copy_(1, last, v)
-        return q
-    out = q.new_empty(batch, 1, heads, size)
-    _place_token[(batch, heads + 2 * kv_heads)](
-        q,
-        k,
-        v,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        q_norm.weight if normed else None,
-        k_norm.weight if normed else None,
-        cos,
-        sin,
-        out,
-        keys,
-        values,
-        last,
-        q_norm.eps if normed else 0.0,
-        k_norm.eps if normed else 0.0,
-        tokens,
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        NORM=normed,
-        HALF=size // 2,
-        BLOCK=triton.next_power_of_2(size // 2),
-        num_warps=1,
-    )
-    return out
-
-
-@on_its_device
-def gated_delta_token(q, k, v, gate, a, b, attn, state, past, cos, sin) -> torch.Tensor:
-    """What a Gated DeltaNet layer `attn` (Yang et al., arXiv 2412.06464) makes of a token before
-    its output projection, [B, heads x D].
-
-    q, k, v, gate [B, heads x D] and a, b [B, heads] are what its projections make of the token;
-    gate None without an output gate. state [B, heads, D of v, D of k] and past, the last W inputs
-    [B, heads x D, W] of the convolutions of q, k and v, or None, are brought to the new token in
-    place. cos, sin [B, D].
-    """
-    heads, size = state.shape[1:3]
-    plain = isinstance(attn, GatedDeltaNetPlainStudent)
-    qk_silu, v_silu = not plain or isinstance(attn.qk_activation, nn.SiLU), not plain
-    convolutions = () if past is None else (attn.q_conv1d, attn.k_conv1d, attn.v_conv1d)
-    normed, activation = (
-        not isinstance(attn.o_norm, nn.Identity),
-        "" if gate is None else attn.o_norm.activation,
-    )
-    if use_triton(q):
-        width, block = 0 if past is None else past[0].shape[-1], triton.next_power_of_2(size)
-        biased = past is not None and attn.q_conv1d.bias is not None
-        gate_row, out = (
-            0 if gate is None else gate.stride(0),
-            torch.empty_like(q, memory_format=torch.contiguous_format),
-        )
-        weights, biases = ([getattr(c, name) for c in convolutions] or [None] * 3 for name in ("weight", "bias"))
-        fast = -int(-attn.rope_share * (size // 2) // 1)  # rounded up
-        _gated_delta_token[(len(q), heads)](
-            q,
-            k,
-            v,
-            gate,
-            a,
-            b,
-            *(x.stride(0) for x in (q, k, v)),
-            gate_row,
-            a.stride(0),
-            b.stride(0),
-            *(past or [None] * 3),
-            *weights,
-            *biases,
-            cos,
-            sin,
-            attn.A_log,
-            attn.dt_bias,
-            state,
-            attn.o_norm.weight if normed else None,
-            out,
-            size**-0.5,
-            attn.o_norm.eps if normed else 0.0,
-            HEADS=heads,
-            SIZE=size,
-            W=width,
-            BIAS=biased,
-            QK_SILU=qk_silu,
-            V_SILU=v_silu,
-            FAST=fast,
-            TWICE=attn.allow_neg_eigval,
-            NORM=normed,
-            GATE="silu" if activation == "swish" else activation,
-            BLOCK=block,
-            V_BLOCK=min(block, STATE_BLOCK // block),
-            W_BLOCK=triton.next_power_of_2(width),
-            num_warps=8 if block > 64 else 4,
-        )
-        return out
-    dtype, real = q.dtype, state.dtype
-    q, k, v, a, b = (x.to(real) for x in (q, k, v, a, b))
-    if past is not None:
-        for held, new in zip(past, (q, k, v)):
-            held.copy_(torch.cat((held[..., 1:], new[..., None].to(held.dtype)), -1))
-        q, k, v = (
-            (held.to(real) * c.weight[:, 0]).sum(-1) + (0 if c.bias is None else c.bias)
-            for held, c in zip(past, convolutions)
-        )
-    q, k, v = (x.unflatten(-1, (heads, size)) for x in (q, k, v))
-    q, k, v = F.silu(q) if qk_silu else q, F.silu(k) if qk_silu else k, F.silu(v) if v_silu else v
-    if attn.rope_share:
-        fast = attn.fast_angles(cos[:, None].to(real), sin[:, None].to(real))
-        q, k = (rotate(x[:, None], *fast)[:, 0] for x in (q, k))
-    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
-    state *= (-attn.A_log.to(real).exp() * F.softplus(a + attn.dt_bias)).exp()[..., None, None]
-    beta = b.sigmoid() * (2 if attn.allow_neg_eigval else 1)
-    change = beta[..., None] * (v - torch.einsum("bhvk,bhk->bhv", state, k))
-    state += change[..., None] * k[..., None, :]
-    out = torch.einsum("bhvk,bhk->bhv", state, q * size**-0.5)
-    if normed:
-        out = out * (out.square().mean(-1, keepdim=True) + attn.o_norm.eps).rsqrt() * attn.o_norm.weight
-    if gate is not None:
-        gate = gate.to(real).unflatten(-1, (heads, size))
-        out = out * (gate.sigmoid() if activation == "sigmoid" else F.silu(gate))
-    return out.flatten(1).to(dtype)
-
-
-# ------------------------------------------------------------------------------------------------ maps of one input
-def untouched(module: nn.Module) -> bool:
+# ------------------------------------------------------------------------------------------------ fused projections
+def has_no_hooks(module: nn.Module) -> bool:
     """Whether calling the module is calling its class's forward and nothing else. transformers' own
-    hooks, which record what is asked for and stay for good, record nothing here."""
+    hooks, which record requested outputs and are never removed, do not count: a decoding step
+    records nothing."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return "forward" not in vars(module) and all(
-        hook.__module__ == "transformers.utils.output_capturing" for hook in hooks
-    )
+    own_forward = "forward" in vars(module)
+    return not own_forward and all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks)
 
 
-def plain(linear: nn.Module) -> bool:
-    """Whether it is x W^T + bias, its tensors where they seem to be: not an adapter, quantised,
-    sharded by ZeRO-3 or on another device."""
+def is_plain(linear: nn.Module) -> bool:
+    """Whether it computes x W^T + bias from tensors of its own: not an adapter, not quantised, not
+    sharded by ZeRO-3, and not on another device."""
     return (
-        type(linear) in (nn.Linear, WholeLinear)
-        and untouched(linear)
+        type(linear) in (nn.Linear, UnquantizedLinear)
+        and has_no_hooks(linear)
         and linear.weight.is_contiguous()
         and linear.weight.shape == (linear.out_features, linear.in_features)
         and all(type(p) is nn.Parameter and not p.is_inference() for p in linear.parameters())
     )
 
 
-def joined(parts: list[nn.Parameter | None], rows: list[int]) -> torch.Tensor | None:
-    """One tensor [sum(rows), ...] of parameters [rows[i], ...], which are views of it from then on;
-    None is rows of zeros.
-
-    Returns None, and changes nothing, where a parameter is a part of somebody else's memory, as in
-    DeepSpeed's flat buffers, or is shared with other processes: they would go on to write there.
-    """
-    begins, total = [0, *accumulate(rows)], sum(rows)
-    held = [(p, slice(begin, end)) for p, begin, end in zip(parts, begins, begins[1:]) if p is not None]
-    like = held[0][0]
-    shape, memory = (total, *like.shape[1:]), total * like[0].nbytes
-    there = [
-        p.untyped_storage().nbytes() == memory and p.storage_offset() == at.start * like[0].numel() for p, at in held
+def shared_storage(
+    parameters: list[tuple[nn.Parameter, slice]], shape: tuple[int, ...]
+) -> tuple[torch.Tensor | None, list[bool]]:
+    """The tensor of `shape` of which all parameters are already the given rows, or None; and for
+    each parameter whether its storage has the size and offset for that."""
+    example = parameters[0][0]
+    nbytes = shape[0] * example[0].nbytes
+    in_place = [
+        p.untyped_storage().nbytes() == nbytes and p.storage_offset() == rows.start * example[0].numel()
+        for p, rows in parameters
     ]
-    if all(there) and len({p.untyped_storage().data_ptr() for p, _ in held}) == 1:
-        return like.data.as_strided(shape, (*like.shape[1:], 1), 0)
-    shared = any(not p.is_cuda and p.is_shared() for p, _ in held)
-    if shared or not all(ours or p.untyped_storage().nbytes() == p.nbytes for ours, (p, _) in zip(there, held)):
+    storages = {p.untyped_storage().data_ptr() for p, _ in parameters}
+    if all(in_place) and len(storages) == 1:
+        return example.data.as_strided(shape, (*shape[1:], 1), 0), in_place
+    return None, in_place
+
+
+def join_parameters(parts: list[nn.Parameter | None], rows: list[int]) -> torch.Tensor | None:
+    """One tensor [sum(rows), ...] of parameters [rows[i], ...], which become views of it; None is
+    rows of zeros.
+
+    Returns None, and changes nothing, where a parameter is a view of somebody else's buffer, as in
+    DeepSpeed's flat buffers, or is shared with other processes: they would keep writing there.
+    """
+    begins = [0, *accumulate(rows)]
+    parameters = [(p, slice(begin, end)) for p, begin, end in zip(parts, begins, begins[1:]) if p is not None]
+    example = parameters[0][0]
+    shape = (begins[-1], *example.shape[1:])
+    joined, in_place = shared_storage(parameters, shape)
+    if joined is not None:
+        return joined
+    if any(not p.is_cuda and p.is_shared() for p, _ in parameters):
         return None
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # an inference tensor could not be trained any more
-        whole = like.data.new_zeros(shape)
-        for p, at in held:
-            whole[at] = p.data
-            p.data = whole[at]
-    return whole
+    for (p, _), was_joined in zip(parameters, in_place):
+        owns_storage = p.untyped_storage().nbytes() == p.nbytes
+        if not was_joined and not owns_storage:
+            return None
+    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be trained any more
+        joined = example.data.new_zeros(shape)
+        for p, at in parameters:
+            joined[at] = p.data
+            p.data = joined[at]
+    return joined
 
 
-def fused(maps: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Weight and bias of several linear maps of one input as one, or None where they cannot be."""
-    if not all(map(plain, maps)) or len({(p.dtype, p.device) for m in maps for p in m.parameters()}) > 1:
+def fused_parameters(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight and bias of several projections of one input as one GEMM, or None where they cannot be
+    fused."""
+    if not all(map(is_plain, linears)):
         return None
-    rows, biases = [m.out_features for m in maps], [m.bias for m in maps]
-    weight = joined([m.weight for m in maps], rows)
-    bias = None if weight is None or biases == [None] * len(maps) else joined(biases, rows)
-    return None if weight is None or bias is None and biases != [None] * len(maps) else (weight, bias)
+    kinds = {(p.dtype, p.device) for linear in linears for p in linear.parameters()}
+    if len(kinds) > 1:
+        return None
+    rows = [linear.out_features for linear in linears]
+    weight = join_parameters([linear.weight for linear in linears], rows)
+    if weight is None:
+        return None
+    biases = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return weight, None
+    bias = join_parameters(biases, rows)
+    return None if bias is None else (weight, bias)
 
 
-def project(x: torch.Tensor, maps: list[nn.Linear]) -> tuple[torch.Tensor, ...]:
-    """What each map makes of x [B, in_features]."""
-    parameters = fused(maps)
+def project(x: torch.Tensor, linears: list[nn.Linear]) -> tuple[torch.Tensor, ...]:
+    """The output of each projection for x [B, in_features]."""
+    parameters = fused_parameters(linears)
     if parameters is None:
-        return tuple(m(x) for m in maps)
-    return F.linear(x, *parameters).split([m.out_features for m in maps], -1)
+        return tuple(linear(x) for linear in linears)
+    return F.linear(x, *parameters).split([linear.out_features for linear in linears], -1)
 
 
 def add_linear_(hidden: torch.Tensor, x: torch.Tensor, linear: nn.Linear) -> None:
     """hidden += linear(x), in one kernel where there is no bias."""
-    if not plain(linear):
+    if not is_plain(linear):
         hidden += linear(x)
         return
     hidden.addmm_(x, linear.weight.t())
@@ -494,91 +130,237 @@ def add_linear_(hidden: torch.Tensor, x: torch.Tensor, linear: nn.Linear) -> Non
         hidden += linear.bias
 
 
-# ------------------------------------------------------------------------------------------------ the layers
+# ------------------------------------------------------------------------------------------------ layers
 def input_projections(attn: nn.Module) -> list[nn.Linear]:
-    """The maps of what an attention gets, in order: q, k, v, and of Gated DeltaNet its gate, if it
-    has one, a and b. None of an attention that is to run as its module does: another one, or one
-    with parts in it that are not its own, whose weights a kernel would misread."""
+    """The projections of an attention's input, in order: q, k, v, and of Gated DeltaNet its gate, if
+    it has one, a and b. Empty for an attention that has to run as its module: of another kind, or
+    with a replaced part, whose weights a kernel would misread."""
     if type(attn) is SoftmaxAttention:
-        own = all(type(norm) in (nn.RMSNorm, nn.Identity) for norm in (attn.q_norm, attn.k_norm))
-        return [attn.q_proj, attn.k_proj, attn.v_proj] if own else []
-    if type(attn) not in (GatedDeltaNetStudent, GatedDeltaNetPlainStudent):
-        return []
-    convolutions = (attn.q_conv1d, attn.k_conv1d, attn.v_conv1d) if attn.use_short_conv else ()
-    own = type(attn.o_norm) in (RMSNorm, FusedRMSNormGated, nn.Identity) and all(
-        type(c) is ShortConvolution for c in convolutions
-    )
-    if not own or attn.factored and not type(attn.k_proj) is type(attn.v_proj) is nn.Sequential:
+        norms = (attn.q_norm, attn.k_norm)
+        is_original = all(type(norm) in (nn.RMSNorm, nn.Identity) for norm in norms)
+        return [attn.q_proj, attn.k_proj, attn.v_proj] if is_original else []
+    if type(attn) not in GATED_DELTA_NETS or not has_original_parts(attn):
         return []
     k, v = (attn.k_proj[0], attn.v_proj[0]) if attn.factored else (attn.k_proj, attn.v_proj)
-    return [attn.q_proj, k, v, *([attn.g_proj] if attn.use_gate else []), attn.a_proj, attn.b_proj]
+    gates = [attn.g_proj] if attn.use_gate else []
+    return [attn.q_proj, k, v, *gates, attn.a_proj, attn.b_proj]
 
 
-def serves(block: nn.Module) -> bool:
-    """Whether a block can be taken apart: none of its modules has hooks, and its MLP is its file's."""
-    return type(block.mlp).__module__ == type(block).__module__ and all(map(untouched, block.modules()))
+def has_original_parts(attn: GatedDeltaNetStudent) -> bool:
+    """Whether its norm, convolutions and factored projections are of the classes that it was built
+    with."""
+    convolutions = (attn.q_conv1d, attn.k_conv1d, attn.v_conv1d) if attn.use_short_conv else ()
+    factored = (attn.k_proj, attn.v_proj) if attn.factored else ()
+    return (
+        type(attn.o_norm) in (RMSNorm, FusedRMSNormGated, nn.Identity)
+        and all(type(convolution) is ShortConvolution for convolution in convolutions)
+        and all(type(projection) is nn.Sequential for projection in factored)
+    )
+
+
+def can_fuse_block(block: nn.Module) -> bool:
+    """Whether a block can be run part by part: none of its modules has hooks, and its MLP is the one
+    that it was built with."""
+    original_mlp = type(block.mlp).__module__ == type(block).__module__
+    return original_mlp and all(map(has_no_hooks, block.modules()))
 
 
 def add_attention(
     attn: nn.Module,
     x: torch.Tensor,
     hidden: torch.Tensor,
-    cache,
+    cache: StaticCache,
+    attend: Callable,
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> None:
-    maps = input_projections(attn)
-    if not maps:
+    """hidden += attn(x), both [B, hidden_size]; cos, sin [B, head_dim]."""
+    projections = input_projections(attn)
+    if not projections:
         angles = cos[:, None], sin[:, None]
-        hidden += attn(x[:, None], past_key_values=cache, use_cache=True, position_embeddings=angles)[0][:, 0]
+        out = attn(x[:, None], past_key_values=cache, use_cache=True, position_embeddings=angles, attend=attend)
+        hidden += out[0][:, 0]
         return
-    (q, k, v, *gates), held = project(x, maps), cache.layers[attn.layer_idx].state
+    q, k, v, *gates = project(x, projections)
+    state = cache.layers[attn.layer_idx].state
     if type(attn) is SoftmaxAttention:
-        buffers = held["attn_state"]
-        q = place_token(q, k, v, attn.q_norm, attn.k_norm, cos, sin, *buffers, cache.last)
-        out = decode_attention(q, *buffers, cache.first, cache.last).flatten(1)
+        first, last = cache.decoding.first, cache.decoding.last
+        keys, values = state["attn_state"]
+        q = place_token(q, k, v, attn.q_norm, attn.k_norm, cos, sin, keys, values, last)
+        out = decode_attention(q, keys, values, first, last).flatten(1)
     else:
         if attn.factored:
             k, v = attn.k_proj[1](k), attn.v_proj[1](v)
         gate, a, b = gates if attn.use_gate else (None, *gates)
-        out = gated_delta_token(q, k, v, gate, a, b, attn, held["recurrent_state"], held["conv_state"], cos, sin)
+        out = gated_delta_token(q, k, v, gate, a, b, attn, state["recurrent_state"], state["conv_state"], cos, sin)
     add_linear_(hidden, out, attn.o_proj)
 
 
+def add_mlp(mlp: nn.Module, x: torch.Tensor, hidden: torch.Tensor) -> None:
+    """hidden += mlp(x), both [B, hidden_size]."""
+    gate, up = project(x, [mlp.gate_proj, mlp.up_proj])
+    activated = swiglu_rows(gate, up) if mlp.act is None else mlp.act(gate) * up
+    add_linear_(hidden, activated, mlp.down_proj)
+
+
 def join_projections(model) -> None:
-    """Does what the first token would: brings the weights that are read together into one memory,
-    where they are not yet."""
+    """Joins the weights of projections of the same input, as the first step would, where they are
+    not joined yet."""
     before = [p.data_ptr() for p in model.parameters()]
-    for block in filter(serves, model.model.layers):
-        for maps in (input_projections(block.attn), [block.mlp.gate_proj, block.mlp.up_proj]):
-            if maps:
-                fused(maps)
+    for block in filter(can_fuse_block, model.model.layers):
+        projections = input_projections(block.attn)
+        if projections:
+            fused_parameters(projections)
+        fused_parameters([block.mlp.gate_proj, block.mlp.up_proj])
     if model.device.type == "cuda" and before != [p.data_ptr() for p in model.parameters()]:
-        torch.cuda.empty_cache()  # pieces as large as the weights, too small for what they are now parts of
+        # The freed blocks have the sizes of single weights: too small for what comes next.
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
-def decode_token(model, input_ids: torch.Tensor, position_ids: torch.Tensor, cache) -> torch.Tensor:
-    """The logits [B, 1, vocab_size] behind a token of each sequence, input_ids and position_ids [B,
-    1]; the states in `cache`, a StaticCache that is decoding, are brought to it in place."""
+def decode_token(model, cache: StaticCache, attend: Callable) -> torch.Tensor:
+    """The logits [B, 1, vocab_size] after the token in `cache.decoding`; the states in the cache are
+    updated in place.
+
+    attend(layer, q, k, v): the softmax attention of blocks that run as their modules.
+    """
     inner = model.model
-    hidden = inner.embeddings(input_ids)
-    angles = inner.position_embeddings(hidden, position_ids)
-    hidden, (cos, sin) = (
-        hidden[:, 0].clone(),
-        (x[:, 0] for x in angles),
-    )  # which is written to, and not a hook's
+    hidden = inner.embeddings(cache.decoding.input_ids)
+    angles = inner.position_embeddings(hidden, cache.decoding.position_ids)
+    cos, sin = (x[:, 0] for x in angles)
+    hidden = hidden[:, 0].clone()  # it is updated in place, and a hook may hold the embeddings' output
     for block in inner.layers:
-        if not serves(block):  # a copy, for its output is the hook's, and hidden is written to
-            hidden = block(
-                hidden[:, None].clone(),
-                past_key_values=cache,
-                use_cache=True,
-                position_embeddings=angles,
-            )[:, 0].clone()
-            continue
-        add_attention(block.attn, block.attn_norm(hidden), hidden, cache, cos, sin)
-        mlp, x = block.mlp, block.mlp_norm(hidden)
-        gate, up = project(x, [mlp.gate_proj, mlp.up_proj])
-        add_linear_(hidden, swiglu_rows(gate, up) if mlp.act is None else mlp.act(gate) * up, mlp.down_proj)
+        if can_fuse_block(block):
+            add_attention(block.attn, block.attn_norm(hidden), hidden, cache, attend, cos, sin)
+            add_mlp(block.mlp, block.mlp_norm(hidden), hidden)
+        else:  # copies in and out: hooks may hold them, and `hidden` is updated in place
+            given = hidden[:, None].clone()
+            out = block(given, past_key_values=cache, use_cache=True, position_embeddings=angles, attend=attend)
+            hidden = out[:, 0].clone()
     return model.lm_head(inner.norm(hidden))[:, None]
+
+
+# ------------------------------------------------------------------------------------------------ the decoder
+def is_decoding_step(past_key_values, input_ids: torch.Tensor | None) -> bool:
+    """Whether a forward pass is one more token of each sequence whose prompt is in a StaticCache."""
+    if not isinstance(past_key_values, StaticCache) or input_ids is None:
+        return False
+    return input_ids.shape[1] == 1 and past_key_values.get_seq_length() > 0
+
+
+class GraphedDecoder:
+    """Decodes token by token with a StaticCache: on a GPU as one CUDA graph per token, recorded at
+    the first step, which avoids the launch overhead of single kernels.
+
+    A step is `decode_token`, which moves the weights of fused projections to new memory. Where
+    weights are quantised or on several devices, it is the model's own forward without a graph. The
+    decoder itself is stateless and cheap: buffers and graph are in `cache.decoding`.
+    """
+
+    def __init__(self, model, cache: StaticCache):
+        self.model = model
+        self.cache = cache
+
+    @torch.no_grad()
+    def step(self, input_ids, position_ids=None, attention_mask=None) -> torch.Tensor:
+        """The logits [B, 1, vocab_size] after one more token of each sequence, input_ids [B, 1].
+
+        position_ids: [B or 1, 1], or None to count the tokens. attention_mask: as in
+        `StaticCache.begin_decoding`; the first step reads all of it, later ones only the column of
+        their token, if it has one. Raises ValueError for padding that is not on the left, and if
+        the cache is full or of another batch size.
+        """
+        cache = self.cache
+        if cache.decoding is None:
+            cache.begin_decoding(input_ids, attention_mask)
+        self.check(input_ids, attention_mask)
+        buffers = cache.decoding
+        buffers.input_ids.copy_(input_ids)
+        counted = (buffers.last - buffers.first)[:, None]
+        buffers.position_ids.copy_(counted if position_ids is None else position_ids)
+        if buffers.graph is None and buffers.last.is_cuda and self.on_one_device():
+            # Of the current device, which may be another one, a stream would record nothing.
+            with torch.cuda.device(buffers.last.device):
+                self.capture()
+        if buffers.graph is None:
+            self.run()
+        else:
+            buffers.graph.replay()
+        for layer in cache.layers:
+            layer._seen_tokens += 1
+        return buffers.logits.clone()
+
+    def check(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        cache = self.cache
+        has_column = attention_mask is not None and attention_mask.shape[1] > cache.get_seq_length()
+        if has_column and not attention_mask[:, -1].all():
+            raise ValueError(cache.PADDING)
+        batch_size = len(cache.decoding.input_ids)
+        if len(input_ids) != batch_size:
+            raise ValueError(f"input_ids: {len(input_ids)} sequences do not fit a static cache of {batch_size}")
+        if cache.get_seq_length() >= cache.max_len:
+            raise ValueError(f"past_key_values: a static cache of {cache.max_len} tokens is full; make a larger one")
+
+    def run(self) -> None:
+        """Computes the step of `cache.decoding` without a graph."""
+        buffers = self.cache.decoding
+        buffers.is_running = True
+        try:
+            buffers.logits = self.logits()
+        finally:
+            buffers.is_running = False
+        buffers.last += 1
+
+    def logits(self) -> torch.Tensor:
+        if self.can_fuse():
+            return decode_token(self.model, self.cache, self.attend)
+        buffers = self.cache.decoding
+        outputs = self.model.model(
+            buffers.input_ids,
+            position_ids=buffers.position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            attend=self.attend,
+        )
+        return self.model.lm_head(outputs.last_hidden_state)
+
+    def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Softmax attention of the decoded token, q [B, 1, heads, head_dim], to all earlier ones and
+        itself; its k and v [B, 1, kv heads, head_dim] are written to the cache."""
+        keys, values = self.cache.layers[layer_idx].state["attn_state"]
+        first = self.cache.decoding.first.to(q.device)  # a model may be on several devices
+        last = self.cache.decoding.last.to(q.device)
+        keys.index_copy_(1, last, k)
+        values.index_copy_(1, last, v)
+        return decode_attention(q, keys, values, first, last)
+
+    def on_one_device(self) -> bool:
+        devices = {p.device for p in self.model.parameters()}
+        return len(devices) == 1 and not getattr(self.model, "is_quantized", False)
+
+    def can_fuse(self) -> bool:
+        """Whether `decode_token` applies: it supports neither hooks around all layers nor autocast."""
+        autocast = torch.is_autocast_enabled(self.model.device.type)
+        return self.on_one_device() and has_no_hooks(self.model.model) and not autocast
+
+    def capture(self) -> None:
+        """Records `run` as a CUDA graph. It runs twice before, which compiles its kernels; the
+        states that this changes are restored."""
+        if self.can_fuse():
+            join_projections(self.model)
+        buffers = self.cache.decoding
+        recurrent = [layer.state for layer in self.cache.layers if "recurrent_state" in layer.state]
+        changed = [buffers.last, *state_tensors(recurrent)]
+        before = [x.clone() for x in changed]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.run()
+                for buffer, value in zip(changed, before):
+                    buffer.copy_(value)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        buffers.graph = graph  # not earlier: a graph whose recording failed must not be replayed

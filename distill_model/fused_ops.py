@@ -362,7 +362,7 @@ def _decode_attention(q, k, v, first, last) -> torch.Tensor:
     return out
 
 
-def on_its_device(function):
+def device_guard(function):
     """The same on the GPU that holds the first argument. Triton starts kernels on the current one,
     which need not be it."""
 
@@ -379,7 +379,7 @@ def use_triton(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-@on_its_device
+@device_guard
 def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x times a scalar tensor in fp32, in the dtype of x. PyTorch casts every element for that, at
     a quarter of the speed."""
@@ -390,20 +390,20 @@ def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@on_its_device
+@device_guard
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE (Su et al., arXiv 2104.09864) of x [B, T, heads, D]; cos and sin [B or 1, T, D], whose
     halves are equal."""
     return _Rotate.apply(x, cos, sin) if use_triton(x) else apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0]
 
 
-@on_its_device
+@device_guard
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, of equal shapes (Shazeer, arXiv 2002.05202)."""
     return _SwiGLU.apply(gate, up) if use_triton(gate) else F.silu(gate) * up
 
 
-@on_its_device
+@device_guard
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, branch: torch.Tensor | None = None):
     """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of x [..., D]; with a branch of x's shape a
     pair, that of x + branch, and x + branch."""
@@ -435,7 +435,7 @@ def project_swiglu(gate: torch.Tensor, up: torch.Tensor, projection: nn.Module) 
         return projection(product)
 
 
-@on_its_device
+@device_guard
 def mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """The mean of (student - teacher)^2, a scalar in fp32; the gradient flows to the student alone."""
     if use_triton(student):
@@ -443,7 +443,7 @@ def mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Te
     return (student.float() - teacher.detach().float()).square().mean()
 
 
-@on_its_device
+@device_guard
 def decode_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, last: torch.Tensor
 ) -> torch.Tensor:

@@ -7,12 +7,14 @@ On a GPU the softmaxes of a chunk are one Triton kernel, which reads the logits 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .fused_ops import mean_squared_error, on_its_device, scaled, use_triton
+from .fused_ops import device_guard, mean_squared_error, scaled, use_triton
 
 # Rows of logits held at a time: on a GPU enough for its matrix products to run at their full rate.
 CHUNK_SIZE, CHUNK_SIZE_GPU = 1024, 4096
@@ -140,7 +142,7 @@ def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += a @ b
 
 
-@on_its_device
+@device_guard
 def linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size):
     if not torch.is_grad_enabled():  # or gradients would be computed for nothing
         hidden, weight = hidden.detach(), weight.detach()
@@ -224,7 +226,41 @@ def forward_kl(
     return linear_loss(student_hidden, student_weight, rows, fused_rows, scale, chunk_size)
 
 
-@on_its_device
+def next_token_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the next tokens, a scalar in fp32. hidden [B, T, H]; weight [V, H]; labels
+    [B, T], aligned with hidden, -100 ignored."""
+    return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """kl_weight * tau^2 KL(teacher || student), tau = kl_temperature (Hinton et al., arXiv
+    1503.02531), the mean over all positions; plus, where ce_weight is not 0, ce_weight *
+    cross-entropy of the next tokens."""
+
+    kl_temperature: float = 1.0
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        teacher_hidden: torch.Tensor,
+        teacher_weight: torch.Tensor,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """A scalar in fp32. hidden [B, T, H_s] and teacher_hidden [B, T, H_t] after the final norm;
+        weight [V, H_s] and teacher_weight [V, H_t] of the heads; labels [B, T], for ce_weight."""
+        student_rows = hidden.flatten(0, 1)
+        teacher_rows = teacher_hidden.flatten(0, 1)
+        loss = self.kl_weight * forward_kl(student_rows, teacher_rows, weight, teacher_weight, self.kl_temperature)
+        if self.ce_weight:
+            loss = loss + self.ce_weight * next_token_loss(hidden, weight, labels)
+        return loss
+
+
+@device_guard
 @torch.no_grad()
 def token_kl(
     student_hidden: torch.Tensor,

@@ -1,12 +1,13 @@
 """`StudentForCausalLM`: teacher, all-linear student and hybrid in one model class.
 
-Parameter names are FLA's and the same in all three, so that handing weights from one to the next is an operation on
-dicts with equal keys. With every layer kept the model *is* the teacher.
+Parameter names are FLA's and the same in all three, so that weights move between them as state dicts with equal keys.
+With every layer kept the model *is* the teacher.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from itertools import zip_longest
 
@@ -23,8 +24,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cpu_ops import install as install_cpu_ops
 
-# An exported checkpoint brings this file, not the package's __init__, so the stand-ins are set up
-# here: before FLA's layers are imported, and only where there is no GPU for FLA's own kernels.
+# An exported checkpoint carries this file, not the package's __init__, so FLA's entry points are
+# replaced here: before FLA's layers are imported, and only where there is no GPU for its kernels.
 install_cpu_ops()
 
 from fla.models.utils import Cache, FLAGenerationMixin, FLALayer
@@ -33,16 +34,15 @@ from .attention import RotaryEmbedding, SoftmaxAttention
 from .cache import HybridCache, StaticCache
 from .config_distilled_student import StudentConfig
 from .decode_loop import can_sample, sample
+from .decode_step import GraphedDecoder, is_decoding_step
 from .fused_ops import project_swiglu, rms_norm, swiglu
-from .losses import forward_kl, linear_cross_entropy
+from .losses import DistillationLoss, forward_kl, next_token_loss
+from .student_base import InitReport, copy_rows, restore_rows
 from .student_layers import (
     STUDENT_ATTENTION_MAP,
-    InitReport,
     check_student,
-    copy_rows,
     get_student_attention_class,
     is_student_attention,
-    restore_rows,
 )
 
 __all__ = [
@@ -56,7 +56,7 @@ __all__ = [
 
 
 class RMSNorm(nn.RMSNorm):
-    """norm(x), and with the branch that x is the residual of, norm(x + branch) and x + branch."""
+    """RMSNorm; with `branch` a fused residual add and RMSNorm: norm(x + branch) and x + branch."""
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor | None = None):
         return rms_norm(x, self.weight, self.eps, branch)
@@ -65,8 +65,7 @@ class RMSNorm(nn.RMSNorm):
 class SwiGLU(nn.Module):
     """down(act(gate(x)) * up(x)), Shazeer, arXiv 2002.05202.
 
-    checkpointed: of x and what is made of it, keep x alone for the backward pass, which computes
-    gate and up again.
+    checkpoint_activations: store x alone for the backward pass, which recomputes gate and up.
     """
 
     def __init__(self, config: StudentConfig):
@@ -75,28 +74,31 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act = None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
-        self.checkpointed = False
+        self.checkpoint_activations = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(self.project, x, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            # Nothing in it is random.
+            return checkpoint(self.project, x, use_reentrant=False, preserve_rng_state=False)
         return self.project(x)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.act is not None:
             return self.down_proj(self.act(gate) * up)
-        return self.down_proj(swiglu(gate, up)) if self.checkpointed else project_swiglu(gate, up, self.down_proj)
+        if self.checkpoint_activations:
+            return self.down_proj(swiglu(gate, up))
+        return project_swiglu(gate, up, self.down_proj)
 
 
 class LMHead(nn.Linear):
     """The output projection. With `loss`, a function of (hidden, weight), it returns that loss and
     never the logits.
 
-    The loss runs inside forward() so that the hooks of ZeRO-3, which gather the weight, see it.
+    The loss is computed inside forward(), where the hooks of ZeRO-3 have gathered the weight.
     """
 
-    def forward(self, hidden: torch.Tensor, loss=None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, loss: Callable | None = None) -> torch.Tensor:
         return super().forward(hidden) if loss is None else loss(hidden, self.weight)
 
 
@@ -110,16 +112,17 @@ class StudentBlock(GradientCheckpointingLayer):
         if layer_idx in config.keep_full_attention_layers:
             self.attn = SoftmaxAttention(config, layer_idx)
         else:
-            attn = get_student_attention_class(config.student_name)(config, layer_idx, **config.student_options)
-            self.attn = attn.to(
-                torch.get_default_dtype()
-            )  # FLA makes some parameters fp32, whatever the model is loaded in
-            self.attn.keep_whole()
+            student = get_student_attention_class(config.student_name)
+            attn = student(config, layer_idx, **config.student_options)
+            # FLA creates some parameters in fp32, whatever dtype the model is loaded in.
+            self.attn = attn.to(torch.get_default_dtype())
+            self.attn.exempt_from_quantization()
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        normed, hidden_states = self.mlp_norm(hidden_states, self.attn(self.attn_norm(hidden_states), **kwargs)[0])
+        attention_output = self.attn(self.attn_norm(hidden_states), **kwargs)[0]
+        normed, hidden_states = self.mlp_norm(hidden_states, attention_output)
         return hidden_states + self.mlp(normed)
 
 
@@ -136,6 +139,38 @@ class StudentPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if is_student_attention(module) and module.o_proj.weight.device.type != "meta":
             module.init_fresh()
+
+    def set_activation_checkpointing(self, mode: bool | str) -> None:
+        """What the backward pass recomputes instead of storing it: nothing (False), "mlp" (the
+        activations inside the MLPs), or whole blocks (True)."""
+        if mode is True:
+            # Nothing in a block is random.
+            self.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        else:
+            self.gradient_checkpointing_disable()
+        for module in self.modules():
+            if isinstance(module, SwiGLU):
+                module.checkpoint_activations = mode == "mlp"
+
+
+def expected_mask(attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
+    """The mask, or None where nothing is padded, which spares the linear layers their unpadding.
+    Raises ValueError for another shape than `shape`."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != shape:
+        raise ValueError(
+            f"attention_mask: its shape {tuple(attention_mask.shape)} must be {shape}, a column for "
+            "each token in the cache and in the input"
+        )
+    return None if attention_mask.all() else attention_mask
+
+
+def count_positions(attention_mask: torch.Tensor | None, past: int, q_len: int, device: torch.device) -> torch.Tensor:
+    """Positions [B or 1, q_len] after `past` tokens; padding does not count."""
+    if attention_mask is None:
+        return torch.arange(past, past + q_len, device=device)[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -q_len:]
 
 
 class StudentModel(StudentPreTrainedModel):
@@ -156,14 +191,38 @@ class StudentModel(StudentPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings = value
 
-    @property
-    def needs_a_token_a_row(self) -> bool:
-        """Whether a linear layer does not take a row without a token of text."""
-        return any(is_student_attention(block.attn) and not block.attn.TAKES_EMPTY_ROWS for block in self.layers)
+    def unsupported_empty_rows(self, attention_mask: torch.Tensor | None, q_len: int) -> torch.Tensor | None:
+        """The sequences [B] whose q_len new tokens are all padding, or None if there are none or all
+        layers support them."""
+        if attention_mask is None:
+            return None
+        is_empty = ~attention_mask[:, -q_len:].any(1)
+        students = [block.attn for block in self.layers if is_student_attention(block.attn)]
+        if all(attn.supports_empty_rows for attn in students) or not is_empty.any():
+            return None
+        return is_empty
 
     def linear_states(self, cache: Cache | None) -> list[FLALayer]:
-        """What a cache holds of the linear layers; nothing before the first token."""
-        return [] if cache is None else [cache.layers[i] for i in self.config.linear_layers if i < len(cache.layers)]
+        """The cache's entries of the linear layers; none before the first token."""
+        if cache is None:
+            return []
+        return [cache.layers[i] for i in self.config.linear_layers if i < len(cache.layers)]
+
+    def cache_of(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache that a forward pass reads and updates; None for none. Raises ValueError for a
+        cache that has no place for the states of linear layers."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if not use_cache:
+            return None
+        if past_key_values is None:
+            return HybridCache(self.config)
+        if not isinstance(past_key_values, Cache):
+            raise ValueError(
+                f"past_key_values: a {type(past_key_values).__name__} has no place for the states of linear layers; "
+                "leave it out, and pass on what the model returns"
+            )
+        return past_key_values
 
     def position_embeddings(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
@@ -187,65 +246,68 @@ class StudentModel(StudentPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
+        attend: Callable[..., torch.Tensor] | None = None,
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, T]; attention_mask [B, past + T], 0 for padding. Returns last_hidden_state
-        [B, T, hidden_size] after the final norm; with output_hidden_states also hidden_states, the
-        embeddings and what each block made of them, as transformers' models do. Raises ValueError
-        for a cache that has no place for the states of linear layers."""
+        """input_ids [B, T]; attention_mask [B, past + T], 0 for padding; attend: see
+        `SoftmaxAttention.forward`. Returns last_hidden_state [B, T, hidden_size] after the final
+        norm; with output_hidden_states also hidden_states, the embeddings and each block's output,
+        as transformers' models do. Raises ValueError for a cache that has no place for the states
+        of linear layers."""
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        if not use_cache:
-            past_key_values = None
-        elif past_key_values is None:
-            past_key_values = HybridCache(self.config)
-        elif not isinstance(past_key_values, Cache):
-            raise ValueError(
-                f"past_key_values: a {type(past_key_values).__name__} has no place for the states of linear layers; "
-                "leave it out, and hand over what the model returns"
-            )
-        q_len, past = (
-            hidden_states.shape[1],
-            past_key_values.get_seq_length() if past_key_values is not None else 0,
-        )
-        shape = len(hidden_states), past + q_len
-        if attention_mask is not None and attention_mask.shape != shape:
-            raise ValueError(
-                f"attention_mask: its shape {tuple(attention_mask.shape)} must be {shape}, a column for "
-                "each token in the cache and in the input"
-            )
-        if attention_mask is not None and attention_mask.all():
-            attention_mask = None  # nothing is padded: spares the linear layers their unpadding
+        batch_size, q_len, _ = hidden_states.shape
+        past_key_values = self.cache_of(past_key_values, use_cache)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        attention_mask = expected_mask(attention_mask, (batch_size, past + q_len))
         if position_ids is None:
-            if attention_mask is not None:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -q_len:]
-            else:
-                position_ids = torch.arange(past, past + q_len, device=hidden_states.device)[None]
+            position_ids = count_positions(attention_mask, past, q_len, hidden_states.device)
         position_embeddings = self.position_embeddings(hidden_states, position_ids)
-        idle = None
-        empty = None if attention_mask is None else ~attention_mask[:, -q_len:].any(1)
-        if empty is not None and self.needs_a_token_a_row and empty.any():
-            # Kernels differ in what they make of an empty sequence: such a row reads a token of
-            # padding and forgets it.
-            idle = empty
+        empty_rows = self.unsupported_empty_rows(attention_mask, q_len)
+        if empty_rows is not None:
+            # Kernels differ in what they do with an empty sequence: such a row reads one token of
+            # padding, and its states are restored afterwards.
             attention_mask = attention_mask.clone()
-            attention_mask[idle, -1] = 1
-            before = [copy_rows(layer, idle) for layer in self.linear_states(past_key_values)]
+            attention_mask[empty_rows, -1] = 1
+            before = [copy_rows(layer, empty_rows) for layer in self.linear_states(past_key_values)]
         for block in self.layers:
             hidden_states = block(
                 hidden_states,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                use_cache=use_cache,
+                use_cache=past_key_values is not None,
                 position_embeddings=position_embeddings,
+                attend=attend,
             )
-        if idle is not None:
+        if empty_rows is not None:
             for layer, copies in zip_longest(self.linear_states(past_key_values), before, fillvalue=()):
-                restore_rows(layer, idle, copies)
+                restore_rows(layer, empty_rows, copies)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
+def requested_loss(
+    labels: torch.Tensor | None,
+    teacher_hidden_states: torch.Tensor | None,
+    teacher_head_weight: torch.Tensor | None,
+    distillation: DistillationLoss | None,
+) -> Callable | None:
+    """The loss as a function of (hidden, weight) that these inputs of a forward pass ask for, or
+    None. Raises ValueError if it lacks some of its inputs."""
+    if (teacher_hidden_states is None) != (teacher_head_weight is None):
+        raise ValueError("teacher_hidden_states and teacher_head_weight go together")
+    if teacher_hidden_states is not None:
+        distillation = distillation or DistillationLoss()
+        if distillation.ce_weight and labels is None:
+            raise ValueError(f"ce_weight: {distillation.ce_weight} needs labels")
+        return partial(
+            distillation,
+            teacher_hidden=teacher_hidden_states,
+            teacher_weight=teacher_head_weight,
+            labels=labels,
+        )
+    return None if labels is None else partial(next_token_loss, labels=labels)
+
+
 class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
-    """The language model. See `forward` for its losses and `from_teacher` for its start."""
+    """The language model. See `forward` for its losses and `from_teacher` for its initialisation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
 
@@ -257,8 +319,8 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
 
     @property
     def _is_stateful(self) -> bool:
-        """Whether transformers should refuse to decode with an assistant, whose guesses must be
-        forgotten again."""
+        """Whether transformers should refuse assisted decoding, which removes rejected tokens from
+        the cache."""
         return bool(HybridCache.cannot_crop(self.config))
 
     def _prepare_cache_for_generation(
@@ -267,50 +329,54 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         kind = generation_config.cache_implementation
         if kind not in (None, "static"):
             raise ValueError(
-                f"cache_implementation: {kind!r} has no place for the states of linear layers; choose static, or leave it out"
+                f"cache_implementation: {kind!r} has no place for the states of linear layers; choose static, or leave "
+                "it out"
             )
         if model_kwargs.get("past_key_values") is None:
-            generation_config.cache_implementation = None  # transformers' own
+            generation_config.cache_implementation = None  # which would build transformers' own cache
         super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             cache = StaticCache(self.config, max_cache_length) if kind == "static" else HybridCache(self.config)
             model_kwargs["past_key_values"] = cache
 
     def prepare_inputs_for_generation(self, input_ids, *args, tokenizer=None, assistant_tokenizer=None, **kwargs):
-        """As transformers does, which hands on the tokenizers of stop strings and of an assistant;
-        `forward` has no use for them."""
+        """As transformers, without the tokenizers of stop strings and of an assistant, which
+        transformers would pass on to `forward`."""
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
+    def check_prefill_chunk_size(self, size: int, cache: Cache | None, inputs_embeds: torch.Tensor | None) -> None:
+        """Raises ValueError if a prompt cannot be read in chunks of `size` tokens."""
+        if size < 1:
+            raise ValueError(f"prefill_chunk_size: {size} must be at least 1")
+        if self.config.rope_depends_on_length:
+            raise ValueError(
+                f"prefill_chunk_size: {size} cannot follow RoPE of type dynamic, which depends on the length; leave it out"
+            )
+        if cache is None or inputs_embeds is not None:
+            raise ValueError(f"prefill_chunk_size: {size} needs use_cache=True, and token ids; leave it out")
+
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        """Reads a prompt in pieces of `prefill_chunk_size` tokens, if that is set; the last piece
-        as transformers does."""
-        size, cache = generation_config.prefill_chunk_size, model_kwargs.get("past_key_values")
+        """As transformers, with chunked prefill: reads a prompt in chunks of `prefill_chunk_size`
+        tokens, if that is set. The last chunk is left to transformers."""
         if generation_config.output_attentions:
             raise ValueError(
-                "output_attentions: neither softmax attention's kernels nor a linear attention have weights to give; leave it out"
+                "output_attentions: neither the kernels of softmax attention nor a linear attention return weights; "
+                "leave it out"
             )
+        size = generation_config.prefill_chunk_size
         if size is not None:
-            if size < 1:
-                raise ValueError(f"prefill_chunk_size: {size} must be at least 1")
-            if self.config.rope_depends_on_length:
-                raise ValueError(
-                    f"prefill_chunk_size: {size} cannot follow RoPE of type dynamic, which depends on the length; leave it out"
-                )
-            if cache is None or model_kwargs.get("inputs_embeds") is not None:
-                raise ValueError(f"prefill_chunk_size: {size} needs use_cache=True, and token ids; leave it out")
-            mask, read = model_kwargs.get("attention_mask"), cache.get_seq_length()
-            if (
-                mask is None or input_ids.shape[1] == mask.shape[1]
-            ):  # else the ids are only those that the cache has not read
+            cache = model_kwargs.get("past_key_values")
+            self.check_prefill_chunk_size(size, cache, model_kwargs.get("inputs_embeds"))
+            mask = model_kwargs.get("attention_mask")
+            read = cache.get_seq_length()
+            has_all_ids = mask is None or input_ids.shape[1] == mask.shape[1]
+            if has_all_ids:  # otherwise the ids are only those that the cache has not read
                 input_ids = input_ids[:, read:]
             while input_ids.shape[1] > size:
-                piece, input_ids, read = input_ids[:, :size], input_ids[:, size:], read + size
-                self.model(
-                    piece,
-                    mask if mask is None else mask[:, :read],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
+                chunk, input_ids = input_ids[:, :size], input_ids[:, size:]
+                read += size
+                mask_so_far = None if mask is None else mask[:, :read]
+                self.model(chunk, mask_so_far, past_key_values=cache, use_cache=True)
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -325,9 +391,13 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         streamer=None,
         **model_kwargs,
     ):
-        static = isinstance(model_kwargs.get("past_key_values"), StaticCache)
-        own = static and not synced_gpus and can_sample(self, input_ids, generation_config)
-        loop = partial(sample, self) if own else partial(super()._sample, synced_gpus=synced_gpus)
+        """Asynchronous decoding with a static cache where `can_sample` allows it, else
+        transformers' loop."""
+        is_static = isinstance(model_kwargs.get("past_key_values"), StaticCache)
+        if is_static and not synced_gpus and can_sample(self, input_ids, generation_config):
+            loop = partial(sample, self)
+        else:
+            loop = partial(super()._sample, synced_gpus=synced_gpus)
         return loop(
             input_ids,
             logits_processor,
@@ -355,9 +425,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         labels: torch.Tensor | None = None,
         teacher_hidden_states: torch.Tensor | None = None,
         teacher_head_weight: torch.Tensor | None = None,
-        kl_temperature: float = 1.0,
-        kl_weight: float = 1.0,
-        ce_weight: float = 0.0,
+        distillation: DistillationLoss | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast:
@@ -366,23 +434,15 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
 
         labels [B, T] alone, aligned with input_ids, -100 ignored: the mean cross-entropy of the
         next tokens. teacher_hidden_states [B, T, teacher's hidden_size], after its final norm, with
-        teacher_head_weight [vocab_size, teacher's hidden_size]: kl_weight * tau^2 KL(teacher ||
-        student), the mean over all positions (Hinton et al., arXiv 1503.02531), plus, where
-        ce_weight is not 0, ce_weight * cross-entropy. Raises ValueError if a loss that was asked
-        for lacks its inputs.
+        teacher_head_weight [vocab_size, teacher's hidden_size]: the loss `distillation`, by default
+        KL(teacher || student). Raises ValueError if a requested loss lacks its inputs.
         """
-        if (teacher_hidden_states is None) != (teacher_head_weight is None):
-            raise ValueError("teacher_hidden_states and teacher_head_weight go together")
-        if teacher_hidden_states is not None and ce_weight and labels is None:
-            raise ValueError(f"ce_weight: {ce_weight} needs labels")
+        loss_function = requested_loss(labels, teacher_hidden_states, teacher_head_weight, distillation)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if isinstance(past_key_values, StaticCache) and use_cache is not False:
-            one = input_ids is not None and input_ids.shape[1] == 1 and past_key_values.get_seq_length() > 0
-            if one and not output_hidden_states:
-                logits = past_key_values.step(self, input_ids, position_ids, attention_mask)
-                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-            past_key_values.stop()
+        if use_cache is not False and not output_hidden_states and is_decoding_step(past_key_values, input_ids):
+            logits = GraphedDecoder(self, past_key_values).step(input_ids, position_ids, attention_mask)
+            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -393,20 +453,9 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         hidden_states = outputs.last_hidden_state
-
-        def cross_entropy(hidden, weight):
-            return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
-
-        def distillation(hidden, weight):
-            teacher = teacher_hidden_states.flatten(0, 1), teacher_head_weight
-            loss = kl_weight * forward_kl(hidden.flatten(0, 1), teacher[0], weight, teacher[1], kl_temperature)
-            return loss + ce_weight * cross_entropy(hidden, weight) if ce_weight else loss
-
         loss = logits = None
-        if teacher_hidden_states is not None:
-            loss = self.lm_head(hidden_states, loss=distillation)
-        elif labels is not None:
-            loss = self.lm_head(hidden_states, loss=cross_entropy)
+        if loss_function is not None:
+            loss = self.lm_head(hidden_states, loss=loss_function)
         else:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, keep])
@@ -426,16 +475,17 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         keep_full_attention_layers=(),
         student_options=None,
     ) -> tuple[StudentForCausalLM, dict[int, InitReport]]:
-        """A student with the teacher's weights: kept layers and all outside attention copied,
-        linear layers initialised from the attention they replace. Returns it, in the teacher's
-        dtype, with a report a linear layer.
+        """A student with the teacher's weights: kept layers and everything outside attention copied,
+        linear layers initialised from the attention that they replace. Returns it, in the teacher's
+        dtype, with one report per linear layer.
 
         Raises ValueError if the student or its options do not suit the teacher: see
         `check_student`.
         """
         check_student(student_name, student_options or {}, teacher.config)
         config = copy.deepcopy(teacher.config)
-        config.student_name, config.student_options = student_name, dict(student_options or {})
+        config.student_name = student_name
+        config.student_options = dict(student_options or {})
         config.keep_full_attention_layers = sorted(keep_full_attention_layers)
         student = cls(config).to(teacher.dtype)
         reports = {
@@ -453,7 +503,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         """A copy of this model in which `layers` hold the teacher's softmax attention again."""
         config = copy.deepcopy(self.config)
         config.keep_full_attention_layers = sorted({*config.keep_full_attention_layers, *layers})
-        with no_init_weights():  # all are loaded
+        with no_init_weights():  # all weights are loaded below
             hybrid = type(self)._from_config(config, dtype=self.dtype)
         hybrid.tie_weights()
         prefixes = tuple(f"model.layers.{i}.attn." for i in layers)

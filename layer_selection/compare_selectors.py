@@ -5,7 +5,7 @@
 
 Runs select_layers.py for each method in <output_dir>/<method>/, then stage 2 of STAGE2.yaml for each set of layers, once for methods that
 chose the same, and for each seed, which orders the data. Prints and writes selectors.md, selectors.json and selectors.png: held-out KL
-to the teacher, perplexity, and the share of associative-recall questions (layer_selection/tasks.py) that are answered, as means and half
+to the teacher, perplexity, and the share of associative-recall questions (recall_tasks.py) that are answered, as means and half
 ranges over the seeds. Methods whose range touches the best one's are marked as ties with it. Run again, with more methods or seeds, it
 does only what is missing.
 """
@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 from layer_selection import select_layers
 from layer_selection.full_runs import check_start, load_stage_2
 from layer_selection.side_by_side import Rounds, check_optimizer
-from layer_selection.tasks import answer_accuracy, associative_recall
+from recall_tasks import answer_accuracy, associative_recall
 
 FIGURES = {"kl": "held-out KL", "perplexity": "perplexity", "recall": "recall"}
 

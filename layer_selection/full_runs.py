@@ -18,10 +18,10 @@ from runtime.run_folder import EXPORT, difference
 import torch
 
 from convert import load_teacher_config
-from convert.loader import Checkpoint
+from convert.loader import ModelFolder
 from distill_model import StudentForCausalLM
 from layer_selection.ranking import Ranking, hybrid_folder, ratio_of
-from train import check_models
+from preflight import check_models
 
 ROOT = Path(__file__).resolve().parents[1]
 HELDOUT_KL, STAGE_2 = "heldout_kl.json", "stage2.yaml"
@@ -81,7 +81,7 @@ def check_start(cfg: Config) -> None:
         raise ConfigError(
             f"train.student_init_ckpt: {start} keeps layers {kept}; name stage 1's all-linear converted-hf"
         )
-    ours, theirs = (Checkpoint(name).rows("model.embeddings.weight", slice(0, None)) for name in (start, teacher))
+    ours, theirs = (ModelFolder(name).rows("model.embeddings.weight", slice(0, None)) for name in (start, teacher))
     if not torch.equal(ours.to(theirs.dtype), theirs):
         raise ConfigError(
             f"train.student_init_ckpt: {start} was not made from {teacher} by stage 1, their embeddings differ; name "

@@ -1,6 +1,6 @@
 """The questions of the task ablations: prompts whose greedy continuation is scored exactly.
 
-Every prompt shows the format by answered examples, so that base models keep to it. Words are those of tasks.py, which no model
+Every prompt shows the format by answered examples, so that base models keep to it. Words are those of recall_tasks.py, which no model
 knows. Sources: RULER (arXiv 2404.06654) for retrieval, variable tracking, common and frequent words; multi-query associative
 recall (arXiv 2312.04927); the phone book of "Repeat After Me" (arXiv 2402.01032).
 """
@@ -13,7 +13,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
-from layer_selection.tasks import WORDS, associative_recall, multi_hop_recall
+from recall_tasks import WORDS, associative_recall, multi_hop_recall
 
 FILLER = [
     "The river was calm in the morning.",
@@ -142,14 +142,14 @@ def synthetic_retrieval(rng: random.Random, options: Options) -> Question:
 
 
 def recall(rng: random.Random, options: Options) -> Question:
-    """tasks.associative_recall; the questions before the last are the examples."""
+    """recall_tasks.associative_recall; the questions before the last are the examples."""
     words = words_of(options, options.num_pairs, "num_pairs")
     document = associative_recall(rng, options.num_pairs, min(8, options.num_pairs), len(words))
     return Question(document.prompt, (document.answer,), ends=",\n")
 
 
 def recall_multihop(rng: random.Random, options: Options) -> Question:
-    """tasks.multi_hop_recall over num_pairs pairs, of 2 to ar_max_hops hops."""
+    """recall_tasks.multi_hop_recall over num_pairs pairs, of 2 to ar_max_hops hops."""
     hops = rng.randint(2, options.ar_max_hops)
     chains = max(1, options.num_pairs // hops)
     words = words_of(options, chains * (hops + 1), "num_pairs")

@@ -66,7 +66,7 @@ from layer_selection.ranking import (
 )
 from layer_selection.rivals import TASK_METHODS, avg_s2, ga_s1, gr_s2, smart, task_ablation
 from layer_selection.side_by_side import rank_hybrids, trained_hybrids
-from train import compute_dtype
+from stages import compute_dtype
 from wrapper import AttentionAlignmentModel
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,10 +34,11 @@ from torch import nn
 from tqdm import tqdm
 
 from cuda_graphs import GraphedForward
-from distill_model import StudentForCausalLM
+from distill_model import DistillationLoss, StudentForCausalLM
 from layer_selection.full_runs import train_hybrid
 from layer_selection.ranking import Layer, Ranking, rank_samples
-from train import checkpoint_activations, get_scheduler, parameter_groups, use_cuda_graphs
+from optim import get_scheduler, parameter_groups
+from stages import use_cuda_graphs
 
 HISTORY, CONFIG, STATES = "rounds.json", "candidates.yaml", "states"
 CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at a time
@@ -131,7 +132,7 @@ class Candidate:
         self.name, self.cfg, self.plan, self.hybrid = name, cfg, plan, hybrid.train()
         self.forward = GraphedForward(hybrid) if cuda_graphs else hybrid
         self.losses: dict[int, torch.Tensor] = {}  # of the steps since they were last checked
-        checkpoint_activations(hybrid, cfg.train.gradient_checkpointing)
+        hybrid.set_activation_checkpointing(cfg.train.gradient_checkpointing)
         groups = [
             {"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in parameter_groups(hybrid, cfg)
         ]
@@ -164,10 +165,8 @@ class Candidate:
                 labels=ids if train.ce_weight else None,
                 teacher_hidden_states=hidden.to(device),
                 teacher_head_weight=head_weight,
+                distillation=DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight),
                 use_cache=False,
-                kl_temperature=train.kl_temperature,
-                kl_weight=train.kl_weight,
-                ce_weight=train.ce_weight,
             )["loss"]
             (loss / len(micro_batches)).backward()
             losses.append(loss.detach())

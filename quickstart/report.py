@@ -27,8 +27,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from eval_tables import cell_text
-from eval_tables import rows as evaluation_rows
+from evaluation.tables import cell_text
+from evaluation.tables import rows as evaluation_rows
 
 STAGES = {
     1: "Stage 1: attention alignment",

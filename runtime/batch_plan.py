@@ -1,4 +1,4 @@
-"""How many steps a run takes, and how a batch is spread over devices and micro-batches."""
+"""How many steps a run takes, and how a batch is divided over devices and micro-batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from .config import Config, ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """steps optimiser steps of `batch_size` sequences: world_size x grad_accum x micro_batch_size."""
+    """`steps` optimiser steps of batch_size = world_size x grad_accum x micro_batch_size
+    sequences."""
 
     steps: int
     batch_size: int
@@ -28,34 +29,35 @@ class BatchPlan:
 
     @property
     def warmup_limit(self) -> int:
-        """A tenth of the run: longer warm-ups would be most of a short run."""
+        """A tenth of the run, so that warm-up is not most of a short run."""
         return max(1, self.steps // 10)
 
     def every(self, steps: int | None) -> int:
-        """`steps`, or a tenth of the run; never beyond the run's end, so that at least one save and
-        one eval happen."""
+        """`steps`, or a tenth of the run for None; at most the run's length, so that there is at
+        least one checkpoint and one evaluation."""
         return min(self.steps, steps or max(1, self.steps // 10))
 
     def epochs(self, num_chunks: int) -> float:
+        """How often each of `num_chunks` sequences is read."""
         return self.steps * self.batch_size / num_chunks
 
 
 def batch_plan(cfg: Config, world_size: int) -> BatchPlan:
-    """The plan, exact: the global batch is train.batch_size or it is a ConfigError."""
+    """The plan of a run. Raises ConfigError unless the global batch is exactly train.batch_size."""
     train = cfg.train
     per_pass = train.micro_batch_size * world_size
     if train.batch_size % per_pass:
+        nearest = max(1, round(train.batch_size / per_pass)) * per_pass
         raise ConfigError(
             f"train.batch_size: {train.batch_size} must be a multiple of micro_batch_size x devices "
-            f"({train.micro_batch_size} x {world_size} = {per_pass}); "
-            f"try {max(1, round(train.batch_size / per_pass)) * per_pass} or a smaller micro_batch_size"
+            f"({train.micro_batch_size} x {world_size} = {per_pass}); try {nearest} or a smaller micro_batch_size"
         )
-    steps = train.max_steps or max(1, train.target_tokens // (train.batch_size * train.train_seq_len))
+    tokens_per_step = train.batch_size * train.train_seq_len
     return BatchPlan(
-        steps,
-        train.batch_size,
-        train.micro_batch_size,
-        train.batch_size // per_pass,
-        world_size,
-        train.train_seq_len,
+        steps=train.max_steps or max(1, train.target_tokens // tokens_per_step),
+        batch_size=train.batch_size,
+        micro_batch_size=train.micro_batch_size,
+        grad_accum=train.batch_size // per_pass,
+        world_size=world_size,
+        seq_len=train.train_seq_len,
     )

@@ -1,8 +1,8 @@
-"""Checkpoints of a run that are whole or not there, and known to be good.
+"""Checkpoints of a run, written atomically and verified when they are read.
 
-`checkpoint-N` is written under another name, indexed (size and SHA-256 of every file) and then renamed; only after that
-are older ones removed. One whose files no longer match its index is set aside, and the one before is used. The functions
-that all ranks call together say so.
+`checkpoint-N` is written under another name, indexed (size and SHA-256 of every file) and then
+renamed; only after that are older ones removed. A checkpoint whose files do not match its index is
+set aside, and the one before is used. Functions that all ranks call together say so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from pathlib import Path
 
 from .files import atomic_write_text, sync, why_not_written
 
-INDEX, PARTIAL, UNIVERSAL, ASIDE = "index.json", ".saving", ".universal", "set-aside"
+INDEX = "index.json"
+PARTIAL = ".saving"  # folder of a checkpoint that is being written
+UNIVERSAL = ".universal"  # folder of a checkpoint in DeepSpeed's universal format
+ASIDE = "set-aside"  # prefix of checkpoints that are not to be used
 
 
 class CheckpointError(RuntimeError):
@@ -32,15 +35,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _folders(run: Path) -> list[Path]:
-    """checkpoint-<step>, whole or not, oldest first."""
-    return sorted(
-        (path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
-        key=step_of,
-    )
+    """checkpoint-<step>, complete or not, oldest first."""
+    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_of)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run that were written whole, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     return [path for path in _folders(folder) if (path / INDEX).is_file()]
 
 
@@ -56,15 +57,18 @@ def read_index(checkpoint: Path) -> dict:
 
 
 def fingerprint(export: Path, digest=None) -> str:
-    """A hash of an export's config and weights. digest: of a file's content, `sha256` unless given."""
-    weights = [
-        (f.name, (digest or sha256)(f)) for f in sorted(export.iterdir()) if f.suffix in (".safetensors", ".bin")
-    ]
-    return hashlib.sha256(f"{(export / 'config.json').read_text()} {weights}".encode()).hexdigest()[:16]
+    """A hash of an export's config and weights. digest(file): a hash of its content, `sha256` by
+    default."""
+    digest = digest or sha256
+    files = [file for file in sorted(export.iterdir()) if file.suffix in (".safetensors", ".bin")]
+    weights = [(file.name, digest(file)) for file in files]
+    config = (export / "config.json").read_text()
+    return hashlib.sha256(f"{config} {weights}".encode()).hexdigest()[:16]
 
 
 def sha256(path: Path) -> str:
-    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 22))
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(1 << 22))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
             digest.update(block[:size])
@@ -72,14 +76,15 @@ def sha256(path: Path) -> str:
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with the checkpoint, or None. Of `parts` callers each reads every parts-th
+    """What is wrong with the checkpoint, or None. Each of `parts` callers checks every parts-th
     file."""
     try:
         files = read_index(checkpoint)["files"]
     except CheckpointError as error:
         return str(error).partition(": ")[2]
     for name in sorted(files)[part::parts]:
-        (size, digest), path = files[name], checkpoint / name
+        size, digest = files[name]
+        path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -89,19 +94,32 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def _writer(name: str) -> int:
+def damage_on_any_rank(checkpoint: Path) -> str | None:
+    """What is wrong with the checkpoint, or None; all ranks call it together, and share the
+    reading."""
+    import torch.distributed as dist
+
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, damage(checkpoint, dist.get_rank(), len(found)))
+    return next((part for part in found if part), None)
+
+
+def _writer(name: str, world_size: int) -> int:
     """The rank that writes a file of DeepSpeed's or the Trainer's."""
     found = re.search(r"(?:zero_pp_rank_|rng_state_|progress_)(\d+)", name)
-    return int(found[1]) if found else 0
+    rank = int(found[1]) if found else 0
+    return rank if rank < world_size else 0
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[], None], facts: dict, keep: int) -> None:
-    """Makes run/checkpoint-<step>; all ranks call it. write() writes to
-    run/PARTIAL/checkpoint-<step>; facts go into the index; of all checkpoints the newest `keep`
-    stay. Raises CheckpointError, on the rank that could not write."""
+    """Makes run/checkpoint-<step>, atomically; all ranks call it together.
+
+    write() writes to run/PARTIAL/checkpoint-<step>. facts are recorded in the index. The newest
+    `keep` checkpoints are kept. Raises CheckpointError on the rank that could not write.
+    """
     import torch.distributed as dist
 
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     target = run / f"checkpoint-{step}"
     partial = run / PARTIAL / target.name
     try:
@@ -111,48 +129,68 @@ def save_checkpoint(run: Path, step: int, write: Callable[[], None], facts: dict
         dist.barrier()
         write()
         dist.barrier()
-        ours = {}
-        for path in sorted(partial.rglob("*")):
-            name = str(path.relative_to(partial))
-            if path.is_file() and (_writer(name) if _writer(name) < world_size else 0) == rank:
-                sync(path)  # by its writer: on a network file system nobody else has the data
-                ours[name] = [path.stat().st_size, sha256(path)]
-        parts = [None] * world_size
-        dist.all_gather_object(parts, ours)
+        files = _indexed_files(partial)
         if rank == 0:
-            files = {name: entry for part in parts for name, entry in part.items()}
             atomic_write_text(partial / INDEX, json.dumps(facts | {"step": step, "files": files}, indent=1))
-            for path in (p for p in (*partial.rglob("*"), partial) if p.is_dir()):
-                sync(path)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
-            sync(run)
-            shutil.rmtree(run / PARTIAL, ignore_errors=True)
-            for old in checkpoints(run)[:-keep]:
-                # The index goes first: what a kill leaves of the rest is no checkpoint.
-                (old / INDEX).unlink()
-                shutil.rmtree(old, ignore_errors=True)
+            _publish(partial, target)
+            _prune(run, keep)
         dist.barrier()
     except (OSError, RuntimeError) as error:
         why = why_not_written(error, run)
         shutil.rmtree(run / PARTIAL, ignore_errors=True)
-        last = checkpoints(run)
+        saved = checkpoints(run)
+        last = f"{saved[-1].name} is complete" if saved else "there is none before it"
         raise CheckpointError(
-            f"{target.name} could not be written to {run}: {why}; "
-            f"{f'{last[-1].name} is whole' if last else 'there is none before it'}; mend that and start the same command again"
+            f"{target.name} could not be written to {run}: {why}; {last}; fix this and rerun the command"
         ) from error
 
 
+def _indexed_files(partial: Path) -> dict[str, list]:
+    """{name: [bytes, SHA-256]} of all files, synced to disk; all ranks call it together."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    world_size = dist.get_world_size()
+    ours = {}
+    for path in sorted(partial.rglob("*")):
+        name = str(path.relative_to(partial))
+        if path.is_file() and _writer(name, world_size) == rank:
+            sync(path)  # by its writer: on a network file system no other process has the data
+            ours[name] = [path.stat().st_size, sha256(path)]
+    of_ranks = [None] * world_size
+    dist.all_gather_object(of_ranks, ours)
+    return {name: entry for files in of_ranks for name, entry in files.items()}
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Renames a checkpoint that is written and indexed to its final name."""
+    for path in (*partial.rglob("*"), partial):
+        if path.is_dir():
+            sync(path)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    sync(target.parent)
+    shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def _prune(run: Path, keep: int) -> None:
+    for old in checkpoints(run)[:-keep]:
+        # The index goes first: what is left if the process is killed here is not a checkpoint.
+        (old / INDEX).unlink()
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def clear_pruned(run: Path) -> None:
-    """Removes what a kill left of checkpoints that were being removed: those without an index,
-    older than all with it."""
-    if whole := checkpoints(run):
-        for rest in _folders(run)[: _folders(run).index(whole[0])]:
-            shutil.rmtree(rest, ignore_errors=True)
+    """Removes what a killed process left of checkpoints that it was removing: folders without an
+    index that are older than all checkpoints."""
+    if complete := checkpoints(run):
+        folders = _folders(run)
+        for leftover in folders[: folders.index(complete[0])]:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Renames a checkpoint that shall not be used; returns its new path."""
+    """Renames a checkpoint that must not be used; returns its new path."""
     aside = checkpoint.with_name(f"{ASIDE}-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)
@@ -160,25 +198,24 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def newest_good(run: Path, log=print) -> Path | None:
-    """The newest undamaged checkpoint, or None where there is none at all; all ranks call it.
-    Damaged ones are reported and set aside. Raises CheckpointError if there are only damaged ones.
+    """The newest undamaged checkpoint, or None if there is none at all; all ranks call it together.
+
+    Damaged ones are logged and set aside. Raises CheckpointError if all are damaged.
     """
     import torch.distributed as dist
 
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     if rank == 0:
         clear_pruned(run)
     found = [_folders(run)]
     dist.broadcast_object_list(found)
     for checkpoint in reversed(found[0]):
-        parts = [None] * world_size
-        dist.all_gather_object(parts, damage(checkpoint, rank, world_size))
-        wrong = next((part for part in parts if part), None)
+        wrong = damage_on_any_rank(checkpoint)
         if not wrong:
             return checkpoint
         if rank == 0:
             aside = set_aside(checkpoint)
-            log(f"{checkpoint}: damaged ({wrong}); set aside as {aside.name}, going on from the one before it")
+            log(f"{checkpoint}: damaged ({wrong}); set aside as {aside.name}, the one before it is used")
     if found[0]:
         raise CheckpointError(
             f"{run}: all its checkpoints are damaged and set aside; bring one back or remove the folder"
@@ -187,10 +224,11 @@ def newest_good(run: Path, log=print) -> Path | None:
 
 
 def universal_checkpoint(checkpoint: Path) -> Path:
-    """The checkpoint for another number of processes, in DeepSpeed's universal format; all ranks
-    call it together.
+    """Converts a checkpoint to DeepSpeed's universal format, for another number of processes; all
+    ranks call it together.
 
-    It lies in UNIVERSAL beside the checkpoint and needs as much room; remove it once it is loaded.
+    The result is in UNIVERSAL beside the checkpoint and takes as much space; remove it once it is
+    loaded.
     """
     import torch.distributed as dist
     from deepspeed.checkpoint import ds_to_universal

@@ -12,7 +12,8 @@ from .files import one_line
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Runs a script's `main` and exits with what it returns; what a user can correct ends in one line and exit code 1."""
+    """Runs a script's `main` and exits with what it returns. Errors that the user can correct end
+    in one line and exit code 1."""
     use_kernel_configs()
     try:
         sys.exit(main())

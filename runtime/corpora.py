@@ -1,13 +1,14 @@
-"""Reads a corpus document by document: a dataset of the Hugging Face hub, or local text files and tables.
+"""Reads a corpus document by document: a dataset of the Hugging Face hub, or local text files and
+tables.
 
-A folder is read with its subfolders, symlinked ones included. The suffix, in any case of the letters, says how a file
-is read:
+A folder is read with its subfolders, symlinked ones included. A file's suffix, in upper or lower
+case, decides how it is read:
 
-- tables (TABLES, all but parquet also compressed) give a document a row, from the column `text_field`;
-- every other file that is UTF-8 is a document.
+- tables (TABLES, all but parquet also compressed) give one document per row, from the column `text_field`;
+- every other file that is UTF-8 is one document.
 
-Hidden files, documentation beside tables, and files that are not text are left out and counted. Archives, and tables
-whose suffix does not say that they are tables, are refused by name.
+Hidden files, documentation beside tables, and files that are not text are left out and counted.
+Archives, and tables whose suffix does not say that they are tables, are refused by name.
 """
 
 from __future__ import annotations
@@ -33,20 +34,18 @@ from typing import NamedTuple
 from runtime.data import DataError
 from runtime.files import one_line
 
-PIECE, LINE = 1 << 20, 1 << 12  # characters of a text file read at a time, and the most of a line
-HEAD = 1 << 16  # bytes at the beginning of a file that tell what it is
-SPARSE = 1000  # rows of JSON without the text column after which it counts as missing
+PIECE = 1 << 20  # characters of a text file per part of its document
+LINE = 1 << 12  # longest line, in characters, that is read at once
+HEAD = 1 << 16  # bytes at the beginning of a file by which its kind is recognised
+SPARSE = 1000  # rows of JSON without the text column after which the column counts as missing
 
 # Text files of these names describe the tables beside them.
 DOCUMENTATION = re.compile(
     "(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|code_of_conduct|dataset_card)([._-].*)?",
     re.IGNORECASE,
 )
-DATASET_INFO = (
-    "dataset_info.json",
-    "dataset_infos.json",
-    "dataset_dict.json",
-)  # which the datasets library writes
+# Written by the datasets library.
+DATASET_INFO = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CONTAINERS = {
@@ -69,7 +68,7 @@ CONTAINERS = {
     b"SQLite format 3\0": "a SQLite database",
     b"WARC/1.": "a WARC archive",
 }
-# Suffixes of containers that their first bytes do not identify, or not always.
+# Suffixes of containers that their first bytes do not always identify.
 CONTAINER_SUFFIXES = (
     ".arrow",
     ".bin",
@@ -88,8 +87,8 @@ CONTAINER_SUFFIXES = (
 class Document(NamedTuple):
     """A document of a corpus, or a part of a large one.
 
-    ends: whether the document ends with this part. heldout: whether it is held out; None where the
-    caller chooses.
+    ends: whether the document ends with this part. heldout: whether it is held out; None if the
+    caller decides.
     """
 
     text: str
@@ -97,14 +96,14 @@ class Document(NamedTuple):
     heldout: bool | None = None
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 def _zstd(file: Path) -> io.BufferedReader:
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
 
 
-# What opens a compressed file for reading bytes.
+# Suffix of a compressed file -> function that opens it for reading the decompressed bytes.
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
 
 
@@ -121,7 +120,7 @@ def _no_column(column: str, columns) -> DataError:
 
 def _json_rows(file: Path, text_field: str) -> Iterator[dict | None]:
     """The values of JSON Lines, None for a blank line. An array, or an object over several lines,
-    is read whole."""
+    is read at once."""
     with _open(file) as lines:
         for number, line in enumerate(lines):
             text = line.decode("utf-8-sig" if number == 0 else "utf-8")
@@ -166,22 +165,22 @@ TABLES = {
     ".csv": partial(_csv_rows, delimiter=","),
     ".tsv": partial(_csv_rows, delimiter="\t"),
 }
-# What the readers raise for a damaged file. The errors of pyarrow, of JSON and of UTF-8 are
-# subclasses of these.
+# The errors of the readers for a damaged file; those of pyarrow, JSON and UTF-8 are subclasses.
 FAULTS = (OSError, EOFError, ValueError, RuntimeError, csv.Error, zlib.error, lzma.LZMAError)
 
 
 def _suffix(file: Path) -> str:
-    """In lower case, that of a compressed file with the one before: `.jsonl.zst`."""
+    """The suffix in lower case; for a compressed file with the one before it: `.jsonl.zst`."""
     suffix = file.suffix.lower()
     return Path(file.stem).suffix.lower() + suffix if suffix in COMPRESSED else suffix
 
 
 def _reader(file: Path):
-    """What yields the rows of a table, None for a file of another kind."""
-    suffix = _suffix(file)
-    inner = suffix.removesuffix(file.suffix.lower()) if file.suffix.lower() in COMPRESSED else suffix
-    return None if inner == ".parquet" != suffix else TABLES.get(inner)
+    """The function that yields the rows of a table, None for a file of another kind."""
+    if file.suffix.lower() not in COMPRESSED:
+        return TABLES.get(file.suffix.lower())
+    inner = Path(file.stem).suffix.lower()
+    return None if inner == ".parquet" else TABLES.get(inner)  # parquet compresses by itself
 
 
 def _reason(error: Exception) -> str:
@@ -189,16 +188,16 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
     if isinstance(error, json.JSONDecodeError):
-        return f"is not JSON, or was cut short ({error.msg}); mend or remove the file"
-    return f"cannot be read ({one_line(error)}); mend or remove the file"
+        return f"is not JSON, or was cut short ({error.msg}); repair or remove the file"
+    return f"cannot be read ({one_line(error)}); repair or remove the file"
 
 
 def _type_and_cure(value) -> tuple[str, str]:
-    """What a value is that should be text, and what to do about it."""
+    """What kind of value was found where text is expected, and what to do about it."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         cure = (
-            "write it with the tokenizer's apply_chat_template(..., tokenize=False) to a column of strings, "
-            "and say --allow_special_tokens"
+            "write it with the tokenizer's apply_chat_template(..., tokenize=False) "
+            "to a column of strings, and say --allow_special_tokens"
         )
         return "a conversation (a list of messages)", cure
     cures = {
@@ -210,7 +209,7 @@ def _type_and_cure(value) -> tuple[str, str]:
 
 
 def _well_formed(text: str) -> str:
-    """The text with U+FFFD for halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    """The text with U+FFFD for unpaired surrogates, which JSON can hold and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -218,9 +217,9 @@ def _well_formed(text: str) -> str:
     return text
 
 
-# ------------------------------------------------------------------------------------------------ text files
+# --------------------------------------------------------------------------------------- text files
 def _characters(file: Path) -> int | None:
-    """How many a text file has, None for one that is not text: no UTF-8, or with NUL characters."""
+    """The number of characters of a text file; None if it is not UTF-8 or has NUL characters."""
     size = 0
     try:
         with file.open(encoding="utf-8-sig") as text:
@@ -234,47 +233,52 @@ def _characters(file: Path) -> int | None:
 
 
 def _lines(text) -> Iterator[str]:
-    """What an open text file has left, long lines in parts."""
+    """The remaining lines of an open text file, long ones in parts."""
     return iter(lambda: text.readline(LINE), "")
 
 
-def _pieces(lines: Iterator[str], heldout: bool | None = None) -> Iterator[Document]:
-    """A document of these lines as pieces of about PIECE characters."""
-    piece, size = [], 0
+def _parts(lines: Iterator[str], heldout: bool | None = None) -> Iterator[Document]:
+    """A document of these lines in parts of about PIECE characters."""
+    part: list[str] = []
+    size = 0
     for line in lines:
         if size >= PIECE:
-            yield Document("".join(piece), False, heldout)
-            piece, size = [], 0
-        piece.append(line)
+            yield Document("".join(part), False, heldout)
+            part = []
+            size = 0
+        part.append(line)
         size += len(line)
     if size:
-        yield Document("".join(piece), True, heldout)
+        yield Document("".join(part), True, heldout)
 
 
 def _end_and_beginning(file: Path, beginning: float) -> Iterator[Document]:
-    """A text file as two documents, cut after about `beginning` characters: the end, held out, and
-    then the beginning.
+    """A text file as two documents, cut after about `beginning` characters: first the end, held
+    out, then the beginning.
 
     Neither is empty.
     """
     with file.open(encoding="utf-8-sig") as text:
-        size = lines = 0
+        size = 0
+        lines = 0  # of the beginning
         for line, _ in itertools.pairwise(_lines(text)):  # all but the last
-            size, lines = size + len(line), lines + 1
+            size += len(line)
+            lines += 1
             if size >= beginning:
                 break
         text.seek(0)
-        deque(itertools.islice(_lines(text), lines), maxlen=0)
-        yield from _pieces(_lines(text), True)
+        deque(itertools.islice(_lines(text), lines), maxlen=0)  # skips the beginning
+        yield from _parts(_lines(text), True)
         text.seek(0)
-        yield from _pieces(itertools.islice(_lines(text), lines), False)
+        yield from _parts(itertools.islice(_lines(text), lines), False)
 
 
-# ------------------------------------------------------------------------------------------------ what a file is
+# ----------------------------------------------------------------------------------- what a file is
 def _begins_as_json(head: str, whole: bool) -> bool:
-    """Whether a text consists of JSON objects, or an array of them, as far as its head tells.
+    """Whether a text seems, by its first characters, to consist of JSON objects or an array of
+    them.
 
-    It does not if prose follows an object.
+    It does not if prose follows an object. whole: whether `head` is the whole text.
     """
     start = re.match(r'\s*(\[?)\s*(?=\{\s*["}])', head)
     if start is None:
@@ -286,23 +290,40 @@ def _begins_as_json(head: str, whole: bool) -> bool:
         return cut and not whole
     except RecursionError:
         return True
-    return head[end:].lstrip()[:1] in ({"", ",", "]"} if start[1] else {"", "{"})
+    following = {"", ",", "]"} if start[1] else {"", "{"}
+    return head[end:].lstrip()[:1] in following
 
 
 def _begins_as_csv(head: str, whole: bool, text_field: str) -> bool:
-    """Whether a text has a header of plain names, and rows of as many cells."""
-    header = head.lstrip().partition("\n")[0].rstrip("\r")
+    """Whether a text seems, by its first characters, to be a header of plain names and rows of as
+    many cells. whole: whether `head` is the whole text."""
+    head = head.lstrip()
+    header = head.partition("\n")[0].rstrip("\r")
     for delimiter in ",\t;|":
         names = [name.strip('"') for name in header.split(delimiter)]
-        if len(names) < 2 or not all(re.fullmatch(r"[A-Za-z_][\w.-]*", name) for name in names):
+        plain = all(re.fullmatch(r"[A-Za-z_][\w.-]*", name) for name in names)
+        if len(names) < 2 or not plain:
             continue
-        rows = [row for row in csv.reader(io.StringIO(head.lstrip(), newline=""), delimiter=delimiter) if row]
-        if not whole:
+        lines = csv.reader(io.StringIO(head, newline=""), delimiter=delimiter)
+        rows = [row for row in lines if row]
+        if not whole:  # the last one may be cut
             rows.pop()
         enough = 2 if text_field in names else 3
         if len(rows) >= enough and all(len(row) == len(names) for row in rows):
             return True
     return False
+
+
+def _container(file: Path, head: bytes) -> str | None:
+    """The kind of container that a file is, by its first bytes or its suffix, or None."""
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    for magic, kind in CONTAINERS.items():
+        if head.startswith(magic):
+            return kind
+    if file.suffix.lower() in (*COMPRESSED, *CONTAINER_SUFFIXES):
+        return f"a {_suffix(file)} file"
+    return None
 
 
 def _is_text(file: Path, text_field: str) -> bool:
@@ -314,12 +335,7 @@ def _is_text(file: Path, text_field: str) -> bool:
     with file.open("rb") as stream:
         head = stream.read(HEAD)
     whole = len(head) < HEAD
-    container = next((what for magic, what in CONTAINERS.items() if head.startswith(magic)), None)
-    if head[257:262] == b"ustar":
-        container = "a tar archive"
-    elif container is None and file.suffix.lower() in (*COMPRESSED, *CONTAINER_SUFFIXES):
-        container = f"a {_suffix(file)} file"
-    if container:
+    if container := _container(file, head):
         raise DataError(f"{file}: is {container}, which is not read; unpack it, or convert it to text or .jsonl")
     try:
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head, final=whole)
@@ -335,28 +351,35 @@ def _is_text(file: Path, text_field: str) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------ corpora
+# ------------------------------------------------------------------------------------------ corpora
 def _is_local(name: str) -> bool:
     path = Path(name).expanduser()
     if path.exists():
         return True
-    # Hub names are `name` or `owner/name`; anything else can only have meant a path.
+    # Hub names are `name` or `owner/name`; anything else must be meant as a path.
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if is_path or path.suffix.lower() in (".txt", *TABLES, *COMPRESSED):
         raise DataError(f"--dataset_name: {name} does not exist")
     return False
 
 
+def _is_documentation(file: Path) -> bool:
+    """Whether a file's name is that of a description of tables beside it."""
+    if _reader(file):
+        return file.name.lower() in DATASET_INFO
+    return DOCUMENTATION.fullmatch(file.name) is not None
+
+
 class Corpus:
-    """A hub dataset, or the local files that are read and what is left out of them.
+    """A hub dataset or local files, and a record of which files and rows are left out.
 
     name: a file, a folder or a hub dataset. text_field: the column of a table that holds the text.
-    config, split and remove_columns: of a hub dataset. skip_bad_files: local files that cannot be
-    read are left out and counted; of one that breaks off, the rows before the fault are kept.
+    config, split and remove_columns: of a hub dataset. skip_bad_files: leave out and count local
+    files that cannot be read; of a damaged one, the rows before the fault are kept.
 
-    `key` identifies the corpus: the hub name, or a hash of the names, sizes and times of the files
-    that are read. Raises DataError, of one line: here for files that must not be read, in
-    `documents` for what turns out when reading.
+    `key` identifies the corpus: the hub name, or a hash of the names, sizes and modification times
+    of the files that are read. Raises DataError, of one line: here for files that must not be read,
+    in `documents` for faults found while reading.
     """
 
     def __init__(
@@ -375,19 +398,34 @@ class Corpus:
         self.remove_columns = remove_columns
         self.skip_bad_files = skip_bad_files
         self.files: list[Path] = []
-        self._left_out: dict[str, list] = {}  # why: [how many, the first]
+        self._left_out: dict[str, list] = {}  # reason: [count, the first]
         self.key = name
         if _is_local(name):
             self.root = Path(name).expanduser()
             self.files = self._select(self._candidates())
-            stats = [(str(f.relative_to(self.root)), (s := f.stat()).st_size, s.st_mtime_ns) for f in self.files]
+            stats = []
+            for file in self.files:
+                stat = file.stat()
+                stats.append((str(file.relative_to(self.root)), stat.st_size, stat.st_mtime_ns))
             self.key = f"local-{hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]}"
 
-    # -------------------------------------------------------------------------------------------- which files
+    # ---------------------------------------------------------------------------------- which files
     def _candidates(self) -> list[Path]:
         """The files that are not hidden, each once."""
         if self.root.is_file():
             return [self.root]
+        files: dict[str, Path] = {}  # by the path that links lead to
+        # Names of tables come first: a link's name may have the suffix that its target lacks, as in
+        # the hub's cache.
+        for file in sorted(self._visible_files(), key=lambda file: (_reader(file) is None, file)):
+            if not file.is_file():
+                self._leave_out("broken links or no regular files", file)
+            elif files.setdefault(os.path.realpath(file), file) is not file:
+                self._leave_out("linked twice", file)
+        return sorted(files.values())
+
+    def _visible_files(self) -> list[Path]:
+        """All files of the folder that are not hidden, nor in a hidden folder; links are followed."""
         found: list[Path] = []
         folders_seen: set[str] = set()
 
@@ -405,23 +443,16 @@ class Corpus:
                 self._leave_out("hidden", os.path.join(folder, hidden))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             found += [Path(folder, name) for name in names if not name.startswith(".")]
-        files: dict[str, Path] = {}
-        # Names of tables come first: a link may say that its target is one, as in the hub's cache.
-        for file in sorted(found, key=lambda file: (_reader(file) is None, file)):
-            if not file.is_file():
-                self._leave_out("broken links or no regular files", file)
-            elif files.setdefault(os.path.realpath(file), file) is not file:
-                self._leave_out("linked twice", file)
-        return sorted(files.values())
+        return found
 
     def _select(self, files: list[Path]) -> list[Path]:
         """Those of the files that are read."""
-        tables = [file for file in files if _reader(file) and file.name.lower() not in DATASET_INFO]
+        tables = [file for file in files if _reader(file) and not _is_documentation(file)]
         described = {folder for file in tables for folder in file.parents}
-        selected, bad = [], []
+        selected = []
+        bad = []
         for file in files:
-            documentation = file.name.lower() in DATASET_INFO if _reader(file) else DOCUMENTATION.fullmatch(file.name)
-            if documentation and file.parent in described and file != self.root:
+            if _is_documentation(file) and file.parent in described and file != self.root:
                 self._leave_out("documentation beside tables", file)
                 continue
             try:
@@ -449,12 +480,12 @@ class Corpus:
                 raise DataError(f"{file}: is a pointer of Git LFS and not the file itself; run git lfs pull")
         return _reader(file) is not None or _is_text(file, self.text_field)
 
-    # -------------------------------------------------------------------------------------------- what was left out
+    # ---------------------------------------------------------------------------- what was left out
     def _leave_out(self, why: str, what: str | Path) -> None:
         self._left_out.setdefault(why, [0, str(what)])[0] += 1
 
     def _bad(self, source: str | Path, reason: str) -> None:
-        """Leaves out the rest of a file, or raises DataError."""
+        """Leaves out the rest of a file, or raises DataError without skip_bad_files."""
         if not self.files:
             raise DataError(f"{source}: {reason}")
         if not self.skip_bad_files:
@@ -462,18 +493,18 @@ class Corpus:
         self._leave_out("bad files", f"{source}: {reason}")
 
     def _list_left_out(self, prefix: str) -> str:
-        """All that was left out since the last call, by kind: how many, and the first; empty if
-        there is nothing."""
-        kinds = []
+        """What was left out since the last call, by reason: the number and the first one; "" if
+        nothing was."""
+        reasons = []
         for why, (count, first) in self._left_out.items():
-            kinds.append(f"{count:,} {why} ({'' if count == 1 else 'the first: '}{first})")
+            example = first if count == 1 else f"the first: {first}"
+            reasons.append(f"{count:,} {why} ({example})")
         self._left_out = {}
-        text = prefix + "; ".join(kinds) if kinds else ""
-        return text.encode(errors="backslashreplace").decode()  # names that are no UTF-8 could not be printed
+        text = prefix + "; ".join(reasons) if reasons else ""
+        return text.encode(errors="backslashreplace").decode()  # file names may not be valid UTF-8
 
     def selection(self) -> str:
-        """Which files are read, and which are not, by kind and number; what reading finds,
-        `left_out` says."""
+        """One line: how many files of each kind are read, and which are left out before reading."""
         if not self.files:
             return f"corpus: {self.name} of the hub, split {self.split}"
         kinds = Counter(_suffix(file) or "without suffix" for file in self.files).most_common()
@@ -483,12 +514,12 @@ class Corpus:
         return f"corpus: reads {', '.join(named)}{self._list_left_out('; leaves out ')}"
 
     def left_out(self) -> str:
-        """What reading has left out so far, one line; empty if there is nothing."""
+        """One line: what was left out while reading; "" if nothing was."""
         return self._list_left_out("corpus: left out ")
 
-    # -------------------------------------------------------------------------------------------- reading
+    # -------------------------------------------------------------------------------------- reading
     def _text(self, row: int, value, columns: dict) -> str | None:
-        """The text of a row; None where it has none. Adds its columns to the keys of `columns`.
+        """The text of a row, None if it has none. Adds the row's columns to the keys of `columns`.
         Raises DataError."""
         if not isinstance(value, dict):
             cure = f"write one with the column {self.text_field!r}"
@@ -504,7 +535,7 @@ class Corpus:
         raise DataError(f"row {row}, column {self.text_field!r}: is {kind}, not text; {cure}")
 
     def _table(self, rows: Iterator, source: str | Path) -> Iterator[Document]:
-        """The documents of a table's rows, up to the first that is bad."""
+        """The documents in a table's rows, up to the first bad row."""
         row = 0
         columns: dict = {}
         blank: list[int] = []  # rows without text, until the column is known to exist
@@ -534,7 +565,7 @@ class Corpus:
 
         try:
             table = load_dataset(self.name, self.config, split=self.split, streaming=True)
-        except Exception as error:  # the hub's clients raise a dozen kinds for a name, a network, a token
+        except Exception as error:  # many kinds: a wrong name, no network, no token
             raise DataError(f"is no local path and the hub did not give it ({one_line(error)})") from None
         try:
             yield from table.remove_columns(self.remove_columns) if self.remove_columns else table
@@ -544,14 +575,15 @@ class Corpus:
     def documents(self, holdout: float = 0.0) -> Iterator[Document]:
         """Streams the documents.
 
-        holdout: the share at the end of a large text file, or of the only one, that is held out.
+        holdout: the fraction held out of a large text file, or of the only one; it is cut off the
+        end.
         """
         if not self.files:
             yield from self._table(self._hub_rows(), f"--dataset_name: {self.name}")
             return
         characters = cache(_characters)
         with_text = (file for file in self.files if _reader(file) or characters(file))
-        alone = len(list(itertools.islice(with_text, 2))) == 1
+        alone = len(list(itertools.islice(with_text, 2))) == 1  # reads at most two files in advance
         for file in self.files:
             if reader := _reader(file):
                 yield from self._table(reader(file, self.text_field), file)
@@ -563,4 +595,4 @@ class Corpus:
                 yield from _end_and_beginning(file, (1 - holdout) * size)
             else:
                 with file.open(encoding="utf-8-sig") as text:
-                    yield from _pieces(_lines(text))
+                    yield from _parts(_lines(text))

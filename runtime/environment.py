@@ -11,12 +11,14 @@ import sys
 import warnings
 from pathlib import Path
 
+from .config import ConfigError
+
 KERNEL_CONFIGS = Path(__file__).with_name("kernel_configs")
-WANDB_PROJECT = "hybrid-distillation"  # where runs are logged unless the environment says otherwise
+WANDB_PROJECT = "hybrid-distillation"  # default of the environment variable of that name
 
 
 def set_up_process() -> tuple[int, int]:
-    """Sets what DeepSpeed, Triton and PyTorch read from the environment; returns (rank, world
+    """Sets the environment variables that DeepSpeed, Triton and PyTorch read; returns (rank, world
     size).
 
     Call it before they are imported. A process that no launcher started becomes rank 0 of 1.
@@ -28,23 +30,24 @@ def set_up_process() -> tuple[int, int]:
             "WORLD_SIZE": "1",
             "LOCAL_WORLD_SIZE": "1",
         }
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # Ranks that share a cache folder, perhaps over a network, race for its files.
+    rank = int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    # Ranks that share a cache folder, perhaps on a network file system, race for its files.
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     os.environ["TRITON_CACHE_DIR"] = str(cache.expanduser().absolute() / f"rank{rank}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    faulthandler.enable()  # a data file that was cut while it was mapped ends a process with SIGBUS: say where
+    faulthandler.enable()  # a data file that is truncated while it is mapped ends a process with SIGBUS: print where
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     return rank, world_size
 
 
 def use_kernel_configs() -> None:
-    """Lets FLA's autotuner read its kernels' configurations from `kernel_configs/` instead of
-    measuring for a minute or two.
+    """Makes FLA's autotuner read the configurations of its kernels from `kernel_configs/` instead
+    of measuring them for a minute or two.
 
-    Only where the folder has configurations for the compute capability that all GPUs of this
-    machine share. FLA_CACHE_MODE and FLA_CONFIG_DIR, if the user has set them, stay.
+    Does nothing unless the folder has configurations for the compute capability of this machine's
+    GPUs, all of the same, or if the user has set FLA_CACHE_MODE or FLA_CONFIG_DIR.
     benchmarks/train_throughput.py --save_kernel_configs writes the files.
     """
     if not shutil.which("nvidia-smi") or {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & set(os.environ):
@@ -60,18 +63,18 @@ def use_kernel_configs() -> None:
     folder = KERNEL_CONFIGS / f"sm_{capabilities.pop()}"
     if not folder.is_dir():
         return
-    # fuzzy: what was measured at one number of heads serves others; dtypes and switches must be the
-    # same.
+    # fuzzy: a configuration measured at one number of heads is used for others; dtypes and flags
+    # must match.
     os.environ["FLA_CACHE_MODE"] = "fuzzy"
     os.environ["FLA_CONFIG_DIR"] = str(folder)
     cache = sys.modules.get("fla.ops.utils.cache")
-    if cache is not None:  # FLA reads the mode when it is imported, the folder at each lookup
+    if cache is not None:  # FLA reads the mode at import, the folder at each lookup
         cache.FLA_CACHE_MODE = cache.FlaCacheMode.FUZZY
 
 
 def set_up_device() -> str:
-    """Returns "cuda" or "cpu", and tells DeepSpeed which. On a CPU its shared-memory collectives
-    stay off: they would be compiled for a minute, and gloo does the same."""
+    """Returns "cuda" or "cpu", and makes DeepSpeed use it. On a CPU DeepSpeed's shared-memory
+    collectives are switched off: compiling them takes a minute, and gloo does the same."""
     import torch
 
     if torch.cuda.is_available():
@@ -85,21 +88,19 @@ def set_up_device() -> str:
 
 
 def init_distributed(device: str, hang_minutes: float) -> None:
-    """Initialises torch.distributed and DeepSpeed; call it after `set_up_device`. PyTorch's own
-    time-outs come after the watchdog's, whose message is clearer.
+    """Initialises torch.distributed and DeepSpeed; call it after `set_up_device`.
 
-    One process needs no port, so that runs of one do not get into each other's way on a machine;
-    others need a --master_port each.
+    PyTorch's timeouts are longer than the watchdog's, whose message is clearer. A single process uses
+    no port, so that several such runs can share a machine; runs of several processes need a
+    --master_port each.
     """
     from datetime import timedelta
 
     import deepspeed
     import torch
 
-    backend, timeout = (
-        "nccl" if device == "cuda" else "gloo",
-        timedelta(minutes=1.5 * hang_minutes + 5),
-    )
+    backend = "nccl" if device == "cuda" else "gloo"
+    timeout = timedelta(minutes=1.5 * hang_minutes + 5)
     if os.environ["WORLD_SIZE"] == "1":
         torch.distributed.init_process_group(
             backend, timeout=timeout, rank=0, world_size=1, store=torch.distributed.HashStore()
@@ -107,14 +108,33 @@ def init_distributed(device: str, hang_minutes: float) -> None:
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
-def wandb_wanted(report_to: str) -> bool:
-    """Whether to report to Weights & Biases: as asked, or if its own variables say that the user
-    has it set up.
+def check_optimizer(name: str) -> None:
+    """Raises ConfigError if train.optimizer `name` needs a package that is not installed."""
+    if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; install it or set it to adamw"
+        )
 
-    Raises ValueError if it was asked for and is not installed.
+
+def mark_done(rank: int) -> None:
+    """Creates the file done_<rank> in $JOB_DIR, which tells the launch scripts that this rank has
+    finished.
+
+    A launcher that was killed exits with 0 too.
+    """
+    job = os.environ.get("JOB_DIR", "")
+    if os.path.isdir(job):
+        Path(job, f"done_{rank}").touch()
+
+
+def wandb_wanted(report_to: str) -> bool:
+    """Whether to report to Weights & Biases: as train.report_to says, or with "auto" if W&B's own
+    environment variables are set.
+
+    Raises ConfigError if it was asked for and is not installed.
     """
     installed = importlib.util.find_spec("wandb") is not None
     if report_to == "wandb" and not installed:
-        raise ValueError("train.report_to: wandb is not installed; install it or say none")
-    set_up = {"WANDB_API_KEY", "WANDB_MODE"} & set(os.environ)
-    return report_to == "wandb" or report_to == "auto" and installed and bool(set_up)
+        raise ConfigError("train.report_to: wandb is not installed; install it or set it to none")
+    is_set_up = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
+    return report_to == "wandb" or (report_to == "auto" and installed and is_set_up)

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, and locks on those that one process may write at a time."""
+"""Atomic writes of files and folders, and lock files for what one process may write at a time."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-BEAT = 10.0  # seconds between the signs of life of a lock's holder
-WATCH = 35.0  # seconds without one after which a holder on another machine counts as dead
-SETTLE = 3.0  # seconds in which a job on another machine that starts at the same time has written its name, too
+BEAT = 10.0  # seconds between heartbeats of a lock's holder
+WATCH = 35.0  # seconds without a heartbeat after which a holder on another machine counts as dead
+SETTLE = 3.0  # seconds to wait for another job that takes the same lock at the same time on another machine
 
 
 class FolderLockedError(ValueError):
-    """Another process writes there; the message is one line that names it."""
+    """Another process is writing there; the message is one line that names it."""
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's names, survive a power cut."""
+    """Flushes a file's content, or a folder's entries, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,7 +33,7 @@ def sync(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all; one that was there stays until then."""
+    """Writes a file atomically: until it is complete, the previous one stays."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text)
     sync(temporary)
@@ -44,32 +44,34 @@ FULL = "the file system is full (no space left, or a quota is used up)"
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line; those of the file system with what to look at."""
+    """An error as one line; for one of the file system, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{f'{error.filename}: ' if error.filename else ''}{FULL if full else error.strerror}"
-    if "No space left on device" in str(error):  # from libraries that have errors of their own
+        reason = FULL if full else error.strerror
+        return f"{error.filename}: {reason}" if error.filename else reason
+    if "No space left on device" in str(error):  # libraries raise errors of their own
         return FULL
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def why_not_written(error: BaseException, folder: Path) -> str:
-    """Why writing to `folder` failed, in one line: PyTorch hides what the file system said."""
+    """Why writing to `folder` failed, in one line; PyTorch's error hides that the disk is full."""
     return FULL if shutil.disk_usage(folder).free < 1 << 20 else one_line(error)
 
 
-# ------------------------------------------------------------------------------------------------ locks
+# -------------------------------------------------------------------------------------------- locks
 def _holder(file) -> dict:
+    """What the holder wrote into its lock file (host, pid, job, since), or {}."""
     file.seek(0)
     try:
         return json.loads(file.read())
-    except ValueError:  # none, or its writer was killed half-way
+    except ValueError:  # empty, or its writer was killed while writing
         return {}
 
 
 def _stat(path: Path) -> os.stat_result | None:
-    """None if it is gone, which another process may bring about at any time."""
+    """None if the file does not exist; another process may remove it at any time."""
     try:
         return path.stat()
     except FileNotFoundError:
@@ -77,13 +79,16 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _watch(path: Path) -> bool:
-    """Whether the lock's holder shows a sign of life within WATCH seconds. Counts changes: clocks
-    of machines differ."""
-    first, end = _stat(path), time.monotonic() + WATCH
+    """Whether the lock's holder touches the file within WATCH seconds.
+
+    Compares modification times only with each other, since the machines' clocks differ.
+    """
+    first = _stat(path)
+    end = time.monotonic() + WATCH
     while first is not None and time.monotonic() < end:
         time.sleep(1)
         now = _stat(path)
-        if now is None:  # it has ended
+        if now is None:  # the holder has ended
             return False
         if now.st_mtime_ns != first.st_mtime_ns:
             return True
@@ -91,13 +96,40 @@ def _watch(path: Path) -> bool:
 
 
 def _busy(what: str, them: dict) -> FolderLockedError:
-    job = f", Slurm job {them['job']}" if them.get("job") else ""
-    who = f"process {them['pid']} on {them['host']}{job}, since {them['since']}" if them else "another process"
+    who = "another process"
+    if them:
+        job = f", Slurm job {them['job']}" if them.get("job") else ""
+        who = f"process {them['pid']} on {them['host']}{job}, since {them['since']}"
     return FolderLockedError(f"{what} is being written by {who}; wait for it, end it, or name another folder")
 
 
+def _try_lock(file) -> bool | None:
+    """Whether this process now holds the kernel's lock; None if the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems
+        return None
+    return True
+
+
+def _is_held(path: Path, got_lock: bool | None, us: dict, them: dict) -> bool:
+    """Whether the holder `them` of the lock file still runs, whatever the kernel's lock says."""
+    if got_lock is False:
+        return True
+    if not them:
+        return False
+    if them["host"] == us["host"]:
+        return got_lock is None and Path(f"/proc/{them['pid']}").exists()
+    # Where the file system's locks are local to a machine, the kernel gives a lock that another
+    # machine holds. A requeued job keeps its id, and Slurm runs it only once at a time.
+    same_job = them["job"] is not None and them["job"] == us["job"]
+    return not same_job and _watch(path)
+
+
 def _take(path: Path, what: str):
-    """The open, locked file. Raises Busy."""
+    """The open, locked file. Raises FolderLockedError."""
     us = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -105,54 +137,53 @@ def _take(path: Path, what: str):
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     while True:
-        file = open(path, "a+")
-        locks_work, free = True, True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            free = False
-        except OSError:  # some network file systems have no locks
-            locks_work = False
+        file = open(path, "a+")  # noqa: SIM115 (stays open while the lock is held)
+        got_lock = _try_lock(file)
         them = _holder(file)
-        # A lock that the kernel gives may still be held on another machine, where the file system's
-        # locks are local. A requeued job keeps its id, and Slurm runs it once.
-        elsewhere = bool(them) and them["host"] != us["host"] and (them["job"] is None or them["job"] != us["job"])
-        here = bool(them) and not locks_work and them["host"] == us["host"] and Path(f"/proc/{them['pid']}").exists()
-        if not free or here or elsewhere and _watch(path):
+        if _is_held(path, got_lock, us, them):
             file.close()
             raise _busy(what, them)
         there = _stat(path)
         if there is not None and os.path.samestat(os.fstat(file.fileno()), there):
-            file.truncate(0)
-            file.write(json.dumps(us))
-            file.flush()
-            if us["job"] is not None:
-                # Two jobs that start together on two machines both come this far where locks are
-                # local: the last to write stays.
-                os.fsync(file.fileno())
-                time.sleep(SETTLE)
-                with open(path) as again:
-                    if (them := _holder(again)) != us:
-                        file.close()
-                        raise _busy(what, them)
+            _write_holder(file, path, what, us)
             return file
         file.close()  # its last holder removed it between our open and our lock
 
 
+def _write_holder(file, path: Path, what: str, us: dict) -> None:
+    """Writes who holds the lock into the file. Raises FolderLockedError if another job did the same
+    later."""
+    file.truncate(0)
+    file.write(json.dumps(us))
+    file.flush()
+    if us["job"] is None:
+        return
+    # Two jobs that start together on two machines both come this far where locks are local to a
+    # machine: the last to write holds the lock.
+    os.fsync(file.fileno())
+    time.sleep(SETTLE)
+    with open(path) as again:
+        them = _holder(again)
+    if them != us:
+        file.close()
+        raise _busy(what, them)
+
+
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Holds the lock file `path` while the block runs. What a killed process left is taken over.
+    """Holds the lock file `path` while the block runs. The lock of a killed process is taken over.
 
-    Raises Busy, with `what` as its subject, if another process holds it.
+    Raises FolderLockedError, with `what` as its subject, if another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file, done = _take(path, what), threading.Event()
+    file = _take(path, what)
+    done = threading.Event()
 
     def beat() -> None:
         while not done.wait(BEAT):
             try:
                 os.utime(path)
-            except OSError:  # removed with its folder, or the file system is away for a moment
+            except OSError:  # removed with its folder, or the file system is briefly unavailable
                 continue
 
     threading.Thread(target=beat, daemon=True).start()
@@ -164,16 +195,18 @@ def locked(path: Path, what: str) -> Iterator[None]:
         file.close()
 
 
-# ------------------------------------------------------------------------------------------------ folders
+# ------------------------------------------------------------------------------------------ folders
 @contextmanager
 def atomic_directory(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends, and vanishes if it raises.
+    """A temporary folder that is renamed to `folder` when the block ends, and removed if it raises.
 
-    replace: a `folder` that is there stays until the block has ended, and is then replaced. Without
-    it, one that is there and not empty makes the end raise OSError. What a killed process left is
-    cleared away. Raises Busy if another process makes the same folder.
+    replace: an existing `folder` stays until the block has ended, and is then replaced. Without it,
+    an existing folder that is not empty makes the renaming raise OSError. Remains of a killed
+    process are removed. Raises FolderLockedError if another process is writing the same folder.
     """
-    temporary, old, lock = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old", "lock"))
+    temporary = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
+    lock = folder.with_name(f".{folder.name}.lock")
     with locked(lock, str(folder)):
         if old.exists() and not folder.exists():  # killed between the two renames below
             os.replace(old, folder)
@@ -189,7 +222,7 @@ def atomic_directory(folder: Path, replace: bool = False) -> Iterator[Path]:
             os.replace(temporary, folder)
             sync(folder.parent)
         finally:
-            if old.exists() and not folder.exists():  # stopped between the two renames
+            if old.exists() and not folder.exists():  # interrupted between the two renames
                 os.replace(old, folder)
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

@@ -1,14 +1,19 @@
-"""How a model writes where its likeliest text is asked for."""
+"""Greedy generation, for evaluation and chat."""
 
 from __future__ import annotations
 
 from transformers import GenerationConfig
 
+PREFILL_CHUNK = 4096  # tokens of a long prompt per forward pass
+
 
 def greedy(config: GenerationConfig) -> GenerationConfig:
-    """Greedy decoding that ends where `config` does, with nothing else of it: penalties, biases,
-    banned tokens and least lengths act on greedy decoding too, and would keep a model from
-    repeating what it was asked to find."""
+    """Greedy decoding with the BOS, EOS and padding tokens of `config` and none of its other
+    settings.
+
+    Penalties, biases, banned tokens and minimum lengths change greedy decoding too: they would
+    keep a model from repeating the text that it was asked to find.
+    """
     return GenerationConfig(
         do_sample=False,
         bos_token_id=config.bos_token_id,

@@ -1,11 +1,14 @@
-"""What an exported folder says of itself: `training.json`, the stages it went through as data, and `README.md`, its card.
+"""What an exported model documents about itself: `training.json`, a record of its stages, and
+`README.md`, its model card.
 
-The record of a stage is made from its run folder; those of the stages before come from the folder it started from.
+A stage's record is made from its run folder; those of earlier stages are copied from the model it
+was initialised from.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -24,39 +27,44 @@ MADE_WITH = ("torch", "transformers", "flash-linear-attention", "triton")
 
 
 def public_name(name: str) -> str:
-    """A hub name as it is, a local folder without the folders above it, which are nobody else's
-    business."""
+    """A hub name unchanged; of a local path only the last part, since the rest is private."""
     return Path(name).resolve().name if Path(name).exists() else name
 
 
 def objective(cfg: Config) -> str:
-    """What the losses of a stage are."""
+    """A stage's loss in words, with its weights and unit."""
     train = cfg.train
     if cfg.stage == 1:
         return f"distance to the teacher's attention outputs ({train.alignment_loss})"
-    parts = [
+    if cfg.stage == 3:
+        return "cross-entropy, nats a token"
+    terms = []
+    for weight, name in (
         (train.kl_weight, f"KL to the teacher (temperature {train.kl_temperature:g})"),
         (train.ce_weight, "cross-entropy"),
-    ]
-    if cfg.stage == 3:
-        parts = [(1, "cross-entropy")]
-    return (
-        " + ".join(f"{'' if weight == 1 else f'{weight:g} x '}{name}" for weight, name in parts if weight)
-        + ", nats a token"
-    )
+    ):
+        if weight:
+            terms.append(name if weight == 1 else f"{weight:g} x {name}")
+    return " + ".join(terms) + ", nats a token"
 
 
 def stage_record(cfg: Config, checkpoint: Path) -> dict:
-    """What led to `checkpoint`: settings, data, losses, versions; the parts that its run folder
-    does not hold are None."""
-    train, step, folder = cfg.train, step_of(checkpoint), Path(cfg.train.output_dir)
-    run, data = read_json(folder / RUN), read_json(Path(cfg.data.cache_dir) / "metadata.json")
+    """The settings, data, losses and versions that led to `checkpoint`; what the run folder does
+    not record is None."""
+    train = cfg.train
+    step = step_of(checkpoint)
+    folder = Path(train.output_dir)
+    run = read_json(folder / RUN)
+    data = read_json(Path(cfg.data.cache_dir) / "metadata.json")
     lines = [json.loads(line) for line in metrics_until(folder, step)]
 
     def first_and_last(name: str) -> list[float | None] | None:
-        steps = [line["step"] for line in lines if name in line]
-        values = [line[name] for line in lines if name in line]
-        return [values[0], values[-1] if any(steps) else None] if values else None  # step 0 is before training
+        """None for the last if there is only that of step 0, before training."""
+        logged = [line for line in lines if name in line]
+        if not logged:
+            return None
+        trained = any(line["step"] for line in logged)
+        return [logged[0][name], logged[-1][name] if trained else None]
 
     local = str(data.get("corpus", "")).startswith("local-")
     return {
@@ -82,67 +90,84 @@ def stage_record(cfg: Config, checkpoint: Path) -> dict:
 
 
 def teacher_record(cfg: Config, folder: Path) -> dict:
-    """The teacher's name and licence, the latter from its card, of which `folder` holds a copy if
-    there is one."""
-    name, card = cfg.teacher_model.name, folder / CARD
+    """The teacher's name and licence; the latter from a copy of the teacher's card in `folder`, if
+    any."""
+    name = cfg.teacher_model.name
+    card = folder / CARD
     try:
         metadata = (metadata_load(card) if card.is_file() else None) or {}
     except (ValueError, yaml.YAMLError):
-        metadata = {}  # not the hub's format
-    return {"name": public_name(name), "on_hub": not Path(name).exists()} | {key: metadata.get(key) for key in LICENCE}
+        metadata = {}  # not in the hub's format
+    licence = {key: metadata.get(key) for key in LICENCE}
+    return {"name": public_name(name), "on_hub": not Path(name).exists()} | licence
+
+
+def _own_results(record: dict, export_fingerprint: Callable[[], str]) -> list[dict]:
+    """The rows of a results file of evaluate.py that were measured on the weights of the export."""
+    rows = []
+    for result in record.get("tasks", {}).values():
+        settings = result.get("settings", {})
+        if "score" in result and settings.get("checkpoint") == export_fingerprint():
+            rows.append(result | {"limit": settings.get("limit")})
+    return rows
+
+
+def _harness_results(record: dict) -> list[dict]:
+    """The rows of a results file of lm-evaluation-harness, whose scores have keys `metric,filter`."""
+    rows = []
+    limit = record.get("config", {}).get("limit")
+    for task, values in record.get("results", {}).items():
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        scores = {key: value for key, value in numbers.items() if "," in key}
+        for key, score in scores.items():
+            metric, filter_name = key.split(",", 1)
+            # RULER's metrics are sequence lengths; a score of -1 marks one that was not run.
+            length = int(metric) if metric.isdigit() else None
+            if metric.endswith("_stderr") or (length and score == -1):
+                continue
+            row = {
+                "task": task,
+                "seq_len": length,
+                "metric": "match" if length else metric,
+                "score": score,
+                "stderr": scores.get(f"{metric}_stderr,{filter_name}"),
+                "limit": limit,
+            }
+            rows.append(row)
+    return rows
 
 
 def evaluation(folder: Path, export: Path) -> list[dict]:
-    """Results of a run's export that lie in its `folder`: task, seq_len, metric, score, stderr and
-    limit (to so many documents; None: all), in the order of their names. evaluate.py's and
-    lm-evaluation-harness' own files are read; of two results for the same, the newer one is taken.
-    evaluate.py's say of which weights they are, and those of others than `export` has are left out:
-    the run may have gone on since."""
-    found, ours = {}, cache(lambda: fingerprint(export))
+    """The evaluation results in the run folder `folder`, sorted by task, seq_len and metric.
+
+    Each has task, seq_len, metric, score, stderr and limit (the number of documents; None: all).
+    Files of evaluate.py and lm-evaluation-harness are read; of several results for the same, the
+    latest counts. Those of evaluate.py name the weights that they are of; other weights than
+    `export` has are left out, since the run may have been resumed in between.
+    """
+    found = {}
+    export_fingerprint = cache(lambda: fingerprint(export))
     for file in sorted(folder.glob("**/results*.json"), key=lambda path: path.stat().st_mtime):
         try:
             record = read_json(file)
         except ValueError:
-            continue  # half-written
+            continue  # being written
         checkpoint = record.get("checkpoint", record.get("model_name"))
         if checkpoint is not None and Path(checkpoint).resolve() != (folder / EXPORT).resolve():
-            continue  # the teacher's, for comparison
-        results = [
-            result | {"limit": result["settings"].get("limit")}
-            for result in record.get("tasks", {}).values()
-            if "score" in result and result.get("settings", {}).get("checkpoint") == ours()
-        ]
-        for task, values in record.get("results", {}).items():
-            scores = {key: value for key, value in values.items() if isinstance(value, (int, float)) and "," in key}
-            for key, score in scores.items():
-                metric, filtered = key.split(",", 1)
-                length = (
-                    int(metric) if metric.isdigit() else None
-                )  # RULER's metrics are lengths, and -1 is one that was not run
-                if not (metric.endswith("_stderr") or length and score == -1):
-                    results.append(
-                        {
-                            "task": task,
-                            "seq_len": length,
-                            "metric": "match" if length else metric,
-                            "score": score,
-                            "stderr": scores.get(f"{metric}_stderr,{filtered}"),
-                            "limit": record.get("config", {}).get("limit"),
-                        }
-                    )
-        for result in results:
+            continue  # of another model, such as the teacher
+        for result in _own_results(record, export_fingerprint) + _harness_results(record):
             row = {key: result.get(key) for key in ("task", "seq_len", "metric", "score", "stderr", "limit")}
             found[row["task"], row["seq_len"] or 0, row["metric"]] = row
     return [found[key] for key in sorted(found)]
 
 
 def write_card(cfg: Config, checkpoint: Path, folder: Path, config) -> None:
-    """Writes training.json and README.md of the export `folder`, in which a copy of the teacher's
-    card may lie.
+    """Writes training.json and README.md of the export `folder`, over a copy of the teacher's card.
 
-    config: the StudentConfig of the export.
+    config: the export's StudentConfig.
     """
-    before = read_json(Path(cfg.train.student_init_ckpt) / HISTORY) if cfg.train.student_init_ckpt else {}
+    start = cfg.train.student_init_ckpt
+    before = read_json(Path(start) / HISTORY) if start else {}
     history = {
         "teacher": teacher_record(cfg, folder),
         "student": {
@@ -159,8 +184,11 @@ def write_card(cfg: Config, checkpoint: Path, folder: Path, config) -> None:
 
 
 def write_native_card(source: Path, folder: Path, architecture: str) -> None:
-    """The same for the export `folder` of `source` in an architecture that transformers knows;
-    without a record only the card of `source`, which tells how to load that, is taken away."""
+    """The same for the export `folder` of `source` in an `architecture` of transformers.
+
+    If `source` has no record, only its copied card is removed, which describes how to load
+    `source`.
+    """
     (folder / CARD).unlink(missing_ok=True)
     if history := read_json(source / HISTORY):
         (folder / HISTORY).write_text(json.dumps(history, indent=1))
@@ -178,68 +206,63 @@ def _change(values: list[float | None] | None) -> str:
     return " → ".join("not measured" if value is None else f"{value:.4g}" for value in values)
 
 
-def _rate(peak: float, stage: dict) -> str:
-    return f"{peak:g}" if stage["lr_scheduler_type"] == "constant" else f"{peak:g} → {min(peak, stage['final_lr']):g}"
+def _learning_rate(peak: float, stage: dict) -> str:
+    if stage["lr_scheduler_type"] == "constant":
+        return f"{peak:g}"
+    return f"{peak:g} → {min(peak, stage['final_lr']):g}"
 
 
-def card(history: dict, architecture: str | None = None) -> str:
-    """The model card of `training.json`: the hub's metadata, how to load the model, how it was
-    made, and how good it is.
-
-    architecture: the one of transformers that holds the model; None for our own, whose code lies
-    beside the weights.
-    """
-    teacher, student, stages, results = (history[key] for key in ("teacher", "student", "stages", "evaluation"))
-    kept, layers = student["keep_full_attention_layers"], student["layers"]
-    datasets = sorted({stage["dataset"] for stage in stages if stage["dataset_on_hub"] and stage["dataset"]})
-    metadata = ModelCardData(
+def _metadata(history: dict, architecture: str | None) -> ModelCardData:
+    teacher = history["teacher"]
+    datasets = {stage["dataset"] for stage in history["stages"] if stage["dataset_on_hub"]}
+    tags = ["linear-attention", "hybrid", "distillation", history["student"]["name"]]
+    if architecture is None:
+        tags.append("custom_code")
+    return ModelCardData(
         **{key: teacher[key] for key in LICENCE if teacher[key]},
         base_model=teacher["name"] if teacher["on_hub"] else None,
-        datasets=datasets or None,
+        datasets=sorted(filter(None, datasets)) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[
-            "linear-attention",
-            "hybrid",
-            "distillation",
-            student["name"],
-            *([] if architecture else ["custom_code"]),
-        ],
+        tags=tags,
     )
-    source = (
-        f"[{teacher['name']}](https://huggingface.co/{teacher['name']})"
-        if teacher["on_hub"]
-        else f"`{teacher['name']}`"
-    )
-    linear = layers - len(kept)
-    options = f" with {', '.join(f'{k} = {v}' for k, v in student['options'].items())}" if student["options"] else ""
-    kind = f"{linear} of its {layers} layers hold `{student['name']}`{options} in place of softmax attention"
-    versions = stages[-1]["versions"] or {}
-    made_with = ", ".join(f"{name} {versions[name]}" for name in MADE_WITH if versions.get(name)) or "unknown versions"
-    missing = [
-        str(number) for number in range(1, stages[-1]["stage"]) if number not in [stage["stage"] for stage in stages]
+
+
+def _link(teacher: dict) -> str:
+    name = teacher["name"]
+    return f"[{name}](https://huggingface.co/{name})" if teacher["on_hub"] else f"`{name}`"
+
+
+def _description(teacher: dict, student: dict) -> list[str]:
+    """The card's title, and which layers hold what."""
+    kept = student["keep_full_attention_layers"]
+    layers = student["layers"]
+    name = student["name"]
+    options = ", ".join(f"{key} = {value}" for key, value in student["options"].items())
+    linear = f"`{name}` with {options}" if options else f"`{name}`"
+    kind = "hybrid" if kept else "all-linear"
+    full = f"layers {kept} keep it" if kept else "none keeps it"
+    return [
+        f"# {teacher['name'].rpartition('/')[2]}, {kind} with {name}",
+        f"A student of {_link(teacher)}: {layers - len(kept)} of its {layers} layers hold {linear} "
+        f"in place of softmax attention; {full}.",
     ]
-    rows = [
-        (
-            f"{stage['stage']}, {STAGES[stage['stage']]}",
-            f"{stage['tokens']:,}",
-            stage["sequence_length"],
-            stage["batch_size"],
-            _rate(stage["lr_attn"], stage),
-            "frozen" if stage["stage"] == 1 else _rate(stage["lr"], stage),
-            stage["lr_scheduler_type"],
-            stage["dataset"] or "not recorded",
+
+
+def _usage(architecture: str | None, versions: dict) -> list[str]:
+    """How to load the model, and what that needs."""
+    flag = "" if architecture else ", trust_remote_code=True"  # for the tokenizer too, which reads the config
+    named = [f"{name} {versions[name]}" for name in MADE_WITH if versions.get(name)]
+    made_with = ", ".join(named) or "unknown versions"
+    if architecture:
+        needs = f"Its architecture is transformers' own `{architecture}` (made with {made_with})."
+    else:
+        needs = (
+            "The folder brings its code, which needs torch, transformers, flash-linear-attention and triton "
+            f"(made with {made_with}), on a GPU or a CPU. `generate(..., prefill_chunk_size=4096)` bounds the "
+            "memory of a long prompt."
         )
-        for stage in stages
-    ]
-    losses = [
-        (stage["stage"], stage["objective"], _change(stage["loss"]), _change(stage["heldout_loss"])) for stage in stages
-    ]
-    flag = "" if architecture else ", trust_remote_code=True"  # the tokenizer too: it reads the config
-    parts = [
-        f"---\n{metadata.to_yaml()}\n---",
-        f"# {teacher['name'].rpartition('/')[2]}, {'hybrid' if kept else 'all-linear'} with {student['name']}",
-        f"A student of {source}: {kind}; {f'layers {kept} keep it' if kept else 'none keeps it'}.",
+    return [
         "## Use",
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -249,49 +272,78 @@ def card(history: dict, architecture: str | None = None) -> str:
         'inputs = tokenizer("def main(", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
         "```",
-        f"Its architecture is transformers' own `{architecture}` (made with {made_with})."
-        if architecture
-        else f"The folder brings its code, which needs torch, transformers, flash-linear-attention and triton (made with {made_with}), "
-        "on a GPU or a CPU. `generate(..., prefill_chunk_size=4096)` bounds the memory of a long prompt.",
-        "## Training",
-        _table(
-            (
-                "stage",
-                "tokens",
-                "sequence",
-                "batch",
-                "learning rate of the linear attention",
-                "of the rest",
-                "schedule",
-                "data",
-            ),
-            rows,
-        ),
-        _table(("stage", "loss", "in training: first → last", "held out: before → after"), losses),
+        needs,
     ]
+
+
+def _training(stages: list[dict]) -> list[str]:
+    """The stages' settings and losses, and which stages are not recorded."""
+    settings = []
+    losses = []
+    for stage in stages:
+        number = stage["stage"]
+        row = (
+            f"{number}, {STAGES[number]}",
+            f"{stage['tokens']:,}",
+            stage["sequence_length"],
+            stage["batch_size"],
+            _learning_rate(stage["lr_attn"], stage),
+            "frozen" if number == 1 else _learning_rate(stage["lr"], stage),
+            stage["lr_scheduler_type"],
+            stage["dataset"] or "not recorded",
+        )
+        settings.append(row)
+        losses.append((number, stage["objective"], _change(stage["loss"]), _change(stage["heldout_loss"])))
+    recorded = {stage["stage"] for stage in stages}
+    missing = [str(number) for number in range(1, stages[-1]["stage"]) if number not in recorded]
     unknown = f"Of stage {' and '.join(missing)} there is no record. " if missing else ""
-    parts.append(f"{unknown}`{HISTORY}` holds these figures, and more.")
-    if results:
-        scores = [
-            (
-                row["task"],
-                row["seq_len"] or "",
-                row["metric"],
-                f"{row['score']:.4f}"
-                + (f" ± {row['stderr']:.4f}" if row["stderr"] else "")
-                + (f", with a limit of {row['limit']:g} documents" if row.get("limit") else ""),
-            )
-            for row in results
-        ]
-        parts += [
-            "## Evaluation",
-            _table(("task", "length", "metric", "score ± standard error"), scores),
-        ]
+    columns = ("learning rate of the linear attention", "of the rest", "schedule", "data")
+    return [
+        "## Training",
+        _table(("stage", "tokens", "sequence", "batch", *columns), settings),
+        _table(("stage", "loss", "in training: first → last", "held out: before → after"), losses),
+        f"{unknown}`{HISTORY}` holds these figures, and more.",
+    ]
+
+
+def _evaluation(results: list[dict]) -> list[str]:
+    if not results:
+        return []
+    rows = []
+    for result in results:
+        score = f"{result['score']:.4f}"
+        if result["stderr"]:
+            score += f" ± {result['stderr']:.4f}"
+        if result.get("limit"):
+            score += f", with a limit of {result['limit']:g} documents"
+        rows.append((result["task"], result["seq_len"] or "", result["metric"], score))
+    return ["## Evaluation", _table(("task", "length", "metric", "score ± standard error"), rows)]
+
+
+def _licence(teacher: dict) -> list[str]:
     licence = teacher["license_name"] or teacher["license"]
-    parts += [
-        "## Licence",
-        f"The weights derive from {source}: its licence ({licence}) holds for them."
-        if licence
-        else f"The weights derive from {source}, whose card names no licence here: see there what holds for them.",
+    if licence:
+        terms = f"The weights derive from {_link(teacher)}: its licence ({licence}) holds for them."
+    else:
+        terms = f"The weights derive from {_link(teacher)}, whose card names no licence here: see there what holds for them."
+    return ["## Licence", terms]
+
+
+def card(history: dict, architecture: str | None = None) -> str:
+    """The model card of `training.json`'s content `history`: the hub's metadata, how to load the
+    model, how it was trained, and its evaluation.
+
+    architecture: the class of transformers that loads the model; None for our own, whose code is in
+    the folder.
+    """
+    teacher = history["teacher"]
+    stages = history["stages"]
+    parts = [
+        f"---\n{_metadata(history, architecture).to_yaml()}\n---",
+        *_description(teacher, history["student"]),
+        *_usage(architecture, stages[-1]["versions"] or {}),
+        *_training(stages),
+        *_evaluation(history["evaluation"]),
+        *_licence(teacher),
     ]
     return "\n\n".join(parts) + "\n"

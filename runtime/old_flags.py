@@ -1,11 +1,12 @@
-"""Flags of hybrid-distillation (the code of arXiv 2512.20569) that our scripts of the same names do not have.
+"""Flags of hybrid-distillation (the code of arXiv 2512.20569) that scripts of the same names here
+do not have.
 
-All its scripts, and the defaults that differ, are in docs/migration.md.
+docs/migration.md lists all its scripts, and the defaults that differ.
 """
 
 from __future__ import annotations
 
-# Script -> flag -> what replaces it; {} is the flag's value.
+# Script -> flag -> its replacement; {} stands for the flag's value.
 REPLACEMENTS = {
     "preprocess_chunk.py": {
         "--npy_cache_path": "leave it out: tokens are read from --tokenized_dataset_path as they are needed",
@@ -23,10 +24,10 @@ REPLACEMENTS = {
 
 
 def refuse_old_flags(script: str, argv: list[str], needed: str = "") -> None:
-    """Raises ValueError, of one line that says what to type instead, if `argv` holds one of the
-    script's old flags.
+    """Raises ValueError if `argv` has old flags of the script; its one line says what to type
+    instead.
 
-    needed: what such a command lacks besides.
+    needed: what else such a command lacks.
     """
     replaced = []
     for i, word in enumerate(argv):
@@ -34,10 +35,10 @@ def refuse_old_flags(script: str, argv: list[str], needed: str = "") -> None:
         if flag not in REPLACEMENTS[script]:
             continue
         if not equals:
-            value = next(
-                (following for following in argv[i + 1 : i + 2] if not following.startswith("--")),
-                "VALUE",
-            )
+            following = argv[i + 1] if i + 1 < len(argv) else "--"
+            value = "VALUE" if following.startswith("--") else following
         replaced.append(f"{flag}: {REPLACEMENTS[script][flag].format(value)}")
+    if replaced and needed:
+        replaced.append(needed)
     if replaced:
-        raise ValueError("; ".join([*replaced, *([needed] if needed else [])]) + " (docs/migration.md)")
+        raise ValueError("; ".join(replaced) + " (docs/migration.md)")

@@ -1,4 +1,5 @@
-"""Tiny random teachers, shared by all tests. Everything runs without a network."""
+"""Fixtures and helpers of all tests: tiny random teachers, students, data and configs. Nothing
+needs a network."""
 
 import json
 import os
@@ -27,12 +28,21 @@ SHAPE = dict(
     max_position_embeddings=64,
     initializer_range=0.2,
 )
-LENGTH, KEPT = 32, [1]  # of a chunk; of a hybrid
+LENGTH = 32  # tokens per chunk
+KEPT = [1]  # full-attention layers of a hybrid
+
+
+def options(**values) -> list[str]:
+    """The command-line options --name value of these keywords."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
 def random_teacher(folder, kind="qwen3", **overrides):
-    """Saves a tiny random Hugging Face teacher to `folder`, with biases and norms that are not 0
-    and 1; returns it."""
+    """Saves a tiny random Hugging Face teacher to `folder` and returns it; its biases and norms are
+    not 0 and 1."""
     import transformers
 
     model_class = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}[kind]
@@ -64,18 +74,18 @@ def save_tokenizer(folder, extra=None):
 
 
 def begin_with_bos(folder, ends=False):
-    """Makes the tokenizer in `folder` begin every text with a BOS of its own, as Llama 3's does,
-    and end it with EOS; returns the BOS' id."""
+    """Makes the tokenizer in `folder` put a BOS before every text, as Llama 3's does, and if `ends`
+    an EOS after it; returns the BOS' id."""
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 
-    file, settings = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+    file = Path(folder) / "tokenizer.json"
+    settings = Path(folder) / "tokenizer_config.json"
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.add_special_tokens(["<bos>"])
     template = "<bos> $A <eos>" if ends else "<bos> $A"
-    tokenizer.post_processor = TemplateProcessing(
-        single=template, special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("<bos>", "<eos>")]
-    )
+    special_tokens = [(token, tokenizer.token_to_id(token)) for token in ("<bos>", "<eos>")]
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special_tokens)
     tokenizer.save(str(file))
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "<bos>"}))
     return tokenizer.token_to_id("<bos>")
@@ -83,8 +93,8 @@ def begin_with_bos(folder, ends=False):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A script that was run to its end in this process leaves signals ignored, also for the
-    processes of later tests."""
+    """Restores signal handlers: a script that ran in this process leaves signals ignored, which
+    processes of later tests would inherit."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in handlers.items():
@@ -93,7 +103,8 @@ def signals():
 
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory):
-    """A tiny random Qwen3 checkpoint: grouped-query, head_dim different from hidden / heads, tied."""
+    """A tiny random Qwen3 model: grouped-query attention, head_dim other than hidden / heads, tied
+    head."""
     folder = tmp_path_factory.mktemp("teacher")
     random_teacher(folder, "qwen3", tie_word_embeddings=True)
     save_tokenizer(folder)
@@ -102,8 +113,8 @@ def teacher_dir(tmp_path_factory):
     return str(folder)
 
 
-def make_chunks(folder, teacher_dir, texts, holdout=0.1, options=()):
-    """`folder`/chunked_context32 of these texts, a share of them held out. options: of
+def make_chunks(folder, teacher_dir, texts, holdout=0.1, more=()):
+    """`folder`/chunked_context32 of these texts, a fraction of them held out. more: options of
     preprocess_download_tokenize.py."""
     import preprocess_chunk
     import preprocess_download_tokenize
@@ -111,40 +122,26 @@ def make_chunks(folder, teacher_dir, texts, holdout=0.1, options=()):
     (folder / "texts").mkdir()
     for i, text in enumerate(texts):
         (folder / "texts" / f"{i}.txt").write_text(text)
-    preprocess_download_tokenize.main(
-        [
-            "--dataset_name",
-            str(folder / "texts"),
-            "--tokenizer",
-            teacher_dir,
-            "--output_dir",
-            str(folder / "tokenized"),
-            "--holdout",
-            str(holdout),
-            *options,
-        ]
-    )
-    preprocess_chunk.main(
-        [
-            "--tokenized_dataset_path",
-            str(folder / "tokenized"),
-            "--context_length",
-            str(LENGTH),
-            "--output_dir",
-            str(folder),
-        ]
-    )
+    tokenized = folder / "tokenized"
+    corpus = options(dataset_name=folder / "texts", tokenizer=teacher_dir, holdout=holdout)
+    preprocess_download_tokenize.main([*corpus, *options(output_dir=tokenized), *more])
+    preprocess_chunk.main(options(tokenized_dataset_path=tokenized, context_length=LENGTH, output_dir=folder))
     return str(folder / f"chunked_context{LENGTH}")
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory, teacher_dir):
     """Chunks of 32 tokens of made-up Python."""
-    texts = (
-        "\n".join(f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9))
-        for i in range(60)
-    )
-    return make_chunks(tmp_path_factory.mktemp("data"), teacher_dir, texts)
+    return make_chunks(tmp_path_factory.mktemp("data"), teacher_dir, python_texts(60))
+
+
+def python_texts(count, lines=9):
+    """Documents of made-up Python."""
+    texts = []
+    for i in range(count):
+        functions = [f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(lines)]
+        texts.append("\n".join(functions))
+    return texts
 
 
 def write_config(folder, stage, teacher_dir, data_dir, **changes):
@@ -196,13 +193,15 @@ def student_dir(teacher_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stage2(tmp_path_factory, teacher_dir):
-    """A stage-2 YAML with its data and an all-linear student of four layers, of which layer 2's
-    output is far off."""
+    """A stage-2 YAML with its data and an all-linear student of four layers, whose layer 2 has a
+    far too large output."""
     from convert import load_teacher
     from distill_model import StudentForCausalLM
 
     folder = tmp_path_factory.mktemp("selection")
-    texts = ("".join(f"def f{(i * j) % 97}(x): return {j * 13 % 101}\n" for j in range(20)) for i in range(20))
+    texts = []
+    for i in range(20):
+        texts.append("".join(f"def f{(i * j) % 97}(x): return {j * 13 % 101}\n" for j in range(20)))
     chunks = make_chunks(folder, teacher_dir, texts, holdout=0.2)
     torch.manual_seed(0)
     student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0]

@@ -160,4 +160,6 @@ def import_once():
 
     import convert_ckpt  # noqa: F401
     import hf_trainer  # noqa: F401
+    import preflight  # noqa: F401
+    import stages  # noqa: F401
     import train  # noqa: F401

@@ -1,4 +1,5 @@
-"""Chunk folders that `datasets` saved are adopted if they are sound and the tokenizer's; else one line says why."""
+"""Chunk folders that `datasets` saved are adopted if they are valid and made by the tokenizer; else
+one line says why not."""
 
 import argparse
 import hashlib
@@ -11,7 +12,7 @@ from runtime.data import DataError, load_tokenizer, open_chunks, tokenizer_finge
 import numpy
 import pyarrow
 import pytest
-from conftest import random_teacher, save_tokenizer, write_config
+from conftest import options, random_teacher, save_tokenizer, write_config
 from datasets import Dataset, DatasetDict, load_from_disk
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -25,15 +26,14 @@ PROSE = "\n".join(topics.values())[:40_000]  # Python's manual
 
 
 def trained_tokenizer(folder, text, vocab_size=1000):
-    """Saves a byte-level BPE that was trained on `text`, with an EOS."""
+    """Saves a byte-level BPE tokenizer that was trained on `text`, with an EOS token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<eos>"],
-        initial_alphabet=alphabet,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
@@ -43,9 +43,10 @@ def trained_tokenizer(folder, text, vocab_size=1000):
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Two of one vocabulary size, of one alphabet: {name: folder}."""
+    """Two with the same vocabulary size and alphabet: {name: folder}."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    return {name: trained_tokenizer(folder / name, text) for name, text in (("code", CODE), ("prose", PROSE))}
+    texts = {"code": CODE, "prose": PROSE}
+    return {name: trained_tokenizer(folder / name, text) for name, text in texts.items()}
 
 
 def chunk_rows(tokenizer_dir, text=CODE, length=LENGTH):
@@ -55,7 +56,7 @@ def chunk_rows(tokenizer_dir, text=CODE, length=LENGTH):
 
 
 def save_as_hybrid_distillation(folder, rows, dtype="uint32"):
-    """As its preprocess_chunk.py does: one column of fixed-size lists."""
+    """Saves rows as its preprocess_chunk.py does: one column of fixed-size lists."""
     flat = pyarrow.array(rows.flatten(), type=pyarrow.type_for_alias(dtype))
     lists = pyarrow.FixedSizeListArray.from_arrays(flat, rows.shape[1])
     Dataset(pyarrow.Table.from_arrays([lists], names=["input_ids"])).save_to_disk(folder)
@@ -63,32 +64,33 @@ def save_as_hybrid_distillation(folder, rows, dtype="uint32"):
 
 
 def contents(folder):
-    return {
-        str(file.relative_to(folder)): (
-            hashlib.sha256(file.read_bytes()).hexdigest(),
-            file.stat().st_mtime_ns,
-        )
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
+    """{file: (hash, time of its last change)}"""
+    found = {}
+    for file in folder.rglob("*"):
+        if file.is_file():
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            found[str(file.relative_to(folder))] = (digest, file.stat().st_mtime_ns)
+    return found
 
 
-def adopt(source, tokenizer_dir, output, *options):
-    where = ["--adopt", str(source), "--tokenizer", str(tokenizer_dir), "--output_dir", str(output)]
-    preprocess_chunk.main([*where, *options])
+def adopt(source, tokenizer_dir, output, **values):
+    preprocess_chunk.main(options(adopt=source, tokenizer=tokenizer_dir, output_dir=output, **values))
     return str(output / f"chunked_context{LENGTH}")
 
 
 def all_rows(chunks):
-    return [row["input_ids"] for split in (chunks.train, chunks.heldout) if split is not None for row in split]
+    rows = chunks.train["input_ids"][:]
+    if chunks.heldout is not None:
+        rows += chunks.heldout["input_ids"][:]
+    return rows
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64"])
-def test_chunks_are_taken_over_one_to_one(tmp_path, tokenizers, capsys, dtype):
+def test_chunks_are_adopted_unchanged(tmp_path, tokenizers, capsys, dtype):
     rows = chunk_rows(tokenizers["code"])
     source = save_as_hybrid_distillation(tmp_path / "data_cache" / f"chunked_context{LENGTH}", rows, dtype)
     before = contents(source)
-    folder = adopt(source, tokenizers["code"], tmp_path / "data", "--holdout", "0.1")
+    folder = adopt(source, tokenizers["code"], tmp_path / "data", holdout=0.1)
     assert contents(source) == before
     tokenizer = load_tokenizer(tokenizers["code"])
     chunks = open_chunks(folder, LENGTH, tokenizer_fingerprint(tokenizer))
@@ -97,26 +99,20 @@ def test_chunks_are_taken_over_one_to_one(tmp_path, tokenizers, capsys, dtype):
     assert chunks.metadata["vocab_size"] == len(tokenizer) and chunks.metadata["eos_tokens"] == 0
     assert chunks.metadata["eos_token_id"] == tokenizer.eos_token_id
     assert "holds no EOS (<eos>): nothing says where a document ends" in capsys.readouterr().err
-    adopt(source, tokenizers["code"], tmp_path / "data", "--holdout", "0.1")
+    adopt(source, tokenizers["code"], tmp_path / "data", holdout=0.1)
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(DataError, match="was made with holdout 0.1, not 0.2"):
-        adopt(source, tokenizers["code"], tmp_path / "data", "--holdout", "0.2")
+        adopt(source, tokenizers["code"], tmp_path / "data", holdout=0.2)
     save_as_hybrid_distillation(source, rows[1:], dtype)
     with pytest.raises(DataError, match="was made with corpus 'adopted-.*', not 'adopted-"):
-        adopt(source, tokenizers["code"], tmp_path / "data", "--holdout", "0.1")
+        adopt(source, tokenizers["code"], tmp_path / "data", holdout=0.1)
 
 
-def test_what_older_versions_of_datasets_wrote_is_read(tmp_path, tokenizers):
-    """Written here byte by byte, as datasets 3 does: lists are of the type Sequence, in several
-    shards."""
+def test_folders_of_older_versions_of_datasets_are_read(tmp_path, tokenizers):
+    """Written here as datasets 3 does: lists are of the type Sequence, in several shards."""
     rows = chunk_rows(tokenizers["code"])
-    features = {
-        "input_ids": {
-            "feature": {"dtype": "uint32", "_type": "Value"},
-            "length": LENGTH,
-            "_type": "Sequence",
-        }
-    }
+    values = {"dtype": "uint32", "_type": "Value"}
+    features = {"input_ids": {"feature": values, "length": LENGTH, "_type": "Sequence"}}
     schema = pyarrow.schema(
         [("input_ids", pyarrow.list_(pyarrow.uint32(), LENGTH))],
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
@@ -144,7 +140,7 @@ def test_what_older_versions_of_datasets_wrote_is_read(tmp_path, tokenizers):
     assert all_rows(open_chunks(adopt(source, tokenizers["code"], tmp_path / "data"), LENGTH)) == rows.tolist()
 
 
-def test_a_split_of_the_folder_is_held_out_and_what_is_not_read_is_said(tmp_path, tokenizers, capsys):
+def test_a_heldout_split_is_used_and_ignored_columns_are_reported(tmp_path, tokenizers, capsys):
     rows = chunk_rows(tokenizers["code"]).tolist()
     rows[3][5] = load_tokenizer(tokenizers["code"]).eos_token_id
     masks = [[1] * LENGTH] * 90
@@ -158,11 +154,9 @@ def test_a_split_of_the_folder_is_held_out_and_what_is_not_read_is_said(tmp_path
     assert chunks.train["input_ids"][:] == rows[:90] and chunks.heldout["input_ids"][:] == rows[90:95]
     shown = capsys.readouterr().err
     assert "not taken over: split extra, column labels of train" in shown and "holds no EOS" not in shown
-    with pytest.raises(
-        DataError,
-        match="--holdout: .* has its own split to hold out, validation; leave --holdout out",
-    ):
-        adopt(tmp_path / "source", tokenizers["code"], tmp_path / "other", "--holdout", "0.1")
+    message = "--holdout: .* has its own split to hold out, validation; leave --holdout out"
+    with pytest.raises(DataError, match=message):
+        adopt(tmp_path / "source", tokenizers["code"], tmp_path / "other", holdout=0.1)
 
 
 @pytest.mark.parametrize("made_by, named", [("code", "prose"), ("prose", "code")])
@@ -176,17 +170,19 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path, tokenizers, mad
     open_chunks(adopt(source, tokenizers[made_by], tmp_path / "data"), LENGTH)
 
 
-def test_short_documents_with_eos_do_not_look_like_another_tokenizers(tmp_path, tokenizers):
+def test_short_documents_with_eos_are_recognised_as_the_tokenizers(tmp_path, tokenizers):
     tokenizer = load_tokenizer(tokenizers["code"])
-    ids = [i for line in CODE.splitlines() for i in [*tokenizer(line)["input_ids"], tokenizer.eos_token_id]]
+    ids = []
+    for line in CODE.splitlines():
+        ids += [*tokenizer(line)["input_ids"], tokenizer.eos_token_id]
     rows = numpy.array(ids[: len(ids) // LENGTH * LENGTH]).reshape(-1, LENGTH)
     source = save_as_hybrid_distillation(tmp_path / "source", rows)
-    folder = adopt(source, tokenizers["code"], tmp_path / "data", "--holdout", "0")
+    folder = adopt(source, tokenizers["code"], tmp_path / "data", holdout=0)
     assert all_rows(open_chunks(folder, LENGTH)) == rows.tolist()
 
 
-def test_where_the_tokenizer_cannot_be_told_it_is_said(tmp_path, capsys):
-    """One of single characters gives back whatever it is given."""
+def test_a_tokenizer_that_reproduces_any_ids_gives_a_warning(tmp_path, capsys):
+    """Here one whose tokens are single characters."""
     save_tokenizer(tmp_path / "characters")
     source = save_as_hybrid_distillation(tmp_path / "source", chunk_rows(tmp_path / "characters"))
     adopt(source, tmp_path / "characters", tmp_path / "data")
@@ -195,6 +191,7 @@ def test_where_the_tokenizer_cannot_be_told_it_is_said(tmp_path, capsys):
 
 def broken(rows, kind):
     """Rows with one fault, as a dataset."""
+    column = "tokens" if kind == "column" else "input_ids"
     rows = rows.tolist()
     if kind == "length":
         rows[7] = rows[7][:-1]
@@ -214,7 +211,9 @@ def broken(rows, kind):
         mask = [[1] * LENGTH for _ in rows]
         mask[7][-1] = 0
         return Dataset.from_dict({"input_ids": rows, "attention_mask": mask})
-    return Dataset.from_dict({"tokens" if kind == "column" else "input_ids": [] if kind == "nothing" else rows})
+    elif kind == "nothing":
+        rows = []
+    return Dataset.from_dict({column: rows})
 
 
 BROKEN = {
@@ -232,15 +231,16 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_unsound_chunks_are_refused_by_row(tmp_path, tokenizers, kind):
+def test_bad_chunks_are_refused_with_their_row(tmp_path, tokenizers, kind):
     broken(chunk_rows(tokenizers["code"]), kind).save_to_disk(tmp_path / "source")
     with pytest.raises(DataError, match=BROKEN[kind]) as error:
         adopt(tmp_path / "source", tokenizers["code"], tmp_path / "data")
     assert "\n" not in str(error.value) and not any((tmp_path / "data").rglob("*"))
 
 
-def test_what_cannot_be_adopted(tmp_path, tokenizers):
-    tokenizer, rows = tokenizers["code"], chunk_rows(tokenizers["code"])
+def test_unsuitable_folders_and_options_are_refused(tmp_path, tokenizers):
+    tokenizer = tokenizers["code"]
+    rows = chunk_rows(tokenizer)
     source = save_as_hybrid_distillation(tmp_path / f"chunked_context{LENGTH}", rows)
     folder = adopt(source, tokenizer, tmp_path / "data")
     DatasetDict({"all": load_from_disk(source)}).save_to_disk(tmp_path / "all")
@@ -249,24 +249,24 @@ def test_what_cannot_be_adopted(tmp_path, tokenizers):
     arrow = next(cut_short.glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes()[:1000])
     cases = [
-        (folder, [], "--adopt: .* holds a metadata.json: it needs no adoption"),
-        (tmp_path / "plain", [], "--adopt: .*plain is no folder of datasets' save_to_disk"),
-        (tmp_path / "nowhere", [], "--adopt: .*nowhere is no folder of datasets' save_to_disk"),
-        (tmp_path / "all", [], "has no split named train, only all"),
-        (cut_short, [], "--adopt: .*cut_short does not open"),
-        (source, ["--context_length", "64"], "--context_length: 64, but .* has rows of 32"),
-        (source, ["--holdout", "1.0"], "--holdout: 1.0 must be a share"),
-        (source, ["--holdout", "0.999"], "leaves none to train on; say --holdout 0"),
+        (folder, {}, "--adopt: .* holds a metadata.json: it needs no adoption"),
+        (tmp_path / "plain", {}, "--adopt: .*plain is no folder of datasets' save_to_disk"),
+        (tmp_path / "nowhere", {}, "--adopt: .*nowhere is no folder of datasets' save_to_disk"),
+        (tmp_path / "all", {}, "has no split named train, only all"),
+        (cut_short, {}, "--adopt: .*cut_short does not open"),
+        (source, {"context_length": 64}, "--context_length: 64, but .* has rows of 32"),
+        (source, {"holdout": 1.0}, "--holdout: 1.0 must be a share"),
+        (source, {"holdout": 0.999}, "leaves none to train on; say --holdout 0"),
     ]
-    for path, options, message in cases:
+    for path, values, message in cases:
         with pytest.raises(DataError, match=message):
-            adopt(path, tokenizer, tmp_path / "out", *options)
+            adopt(path, tokenizer, tmp_path / "out", **values)
     for output in (tmp_path, source):
         with pytest.raises(DataError, match="is, or is in, the folder to be adopted; name another"):
             adopt(source, tokenizer, output)
     with pytest.raises(DataError, match="--adopt: needs --tokenizer"):
-        preprocess_chunk.main(["--adopt", str(source), "--output_dir", str(tmp_path / "out")])
-    tokens = ["--tokenized_dataset_path", "x", "--output_dir", "y"]
+        preprocess_chunk.main(options(adopt=source, output_dir=tmp_path / "out"))
+    tokens = options(tokenized_dataset_path="x", output_dir="y")
     with pytest.raises(DataError, match="--tokenizer, --holdout: are for --adopt"):
         preprocess_chunk.main([*tokens, "--context_length", "8", "--holdout", "0"])
     with pytest.raises(DataError, match="--context_length: missing"):
@@ -274,19 +274,12 @@ def test_what_cannot_be_adopted(tmp_path, tokenizers):
     assert not (tmp_path / "out").exists()
 
 
-def test_who_names_a_saved_folder_is_told_how_to_adopt_it(tmp_path, tokenizers):
+def test_naming_a_saved_folder_shows_the_command_that_adopts_it(tmp_path, tokenizers):
     source = save_as_hybrid_distillation(tmp_path / "source", chunk_rows(tokenizers["code"]))
     command = "python preprocess_chunk.py --adopt .*source --tokenizer TEACHER --output_dir DIR"
     with pytest.raises(DataError, match=f"data.cache_dir: .*source: holds no readable metadata.json; .*: {command}"):
         open_chunks(str(source), LENGTH)
-    tokens = [
-        "--tokenized_dataset_path",
-        str(source),
-        "--context_length",
-        "8",
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
+    tokens = options(tokenized_dataset_path=source, context_length=8, output_dir=tmp_path / "out")
     with pytest.raises(DataError, match="--tokenized_dataset_path: .* it has no EOS between documents: make"):
         preprocess_chunk.main(tokens)
 
@@ -298,7 +291,8 @@ def test_a_run_trains_on_adopted_chunks(tmp_path, tokenizers):
     source = save_as_hybrid_distillation(tmp_path / "source", chunk_rows(tokenizers["code"]))
     folder = adopt(source, tmp_path / "teacher", tmp_path / "data")
     file = write_config(tmp_path, 1, str(tmp_path / "teacher"), folder)
-    cfg, plan, chunks, _ = train.prepare(train.parse_args(["--cfg", str(file)]))
+    ctx = train.prepare(train.parse_args(["--cfg", str(file)]))
+    plan, chunks = ctx.plan, ctx.chunks
     rows = chunk_rows(tokenizers["code"]).tolist()
     assert chunks.metadata["num_chunks"] + chunks.metadata["heldout_chunks"] == len(rows)
     assert plan.steps == 4 and chunks.train["input_ids"][:] == rows[: len(chunks.train)] and chunks.heldout

@@ -55,7 +55,7 @@ def chatty(folder, tmp_path):
 
 
 def greedy(folder, prompt, tokens):
-    """What the model says next, from a full forward pass a token."""
+    """What the model says next, by a full forward pass per token."""
     model, tokenizer = StudentForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     start = ids.shape[1]
@@ -79,43 +79,22 @@ def talk(monkeypatch, capsys, folder, *said, options=()):
         return line
 
     monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(chat, "PREFILL", 5)  # as if the prompts were long
-    chat.main(
-        [
-            "--model",
-            str(folder),
-            "--temperature",
-            "0",
-            "--max_new_tokens",
-            "7",
-            "--device",
-            "cpu",
-            *options,
-        ]
-    )
+    monkeypatch.setattr(chat, "PREFILL_CHUNK", 5)  # as if the prompts were long
+    chat.main(["--model", str(folder), "--temperature", "0", "--max_new_tokens", "7", "--device", "cpu", *options])
     return capsys.readouterr().out
 
 
-def test_without_a_template_it_goes_on_with_the_text(monkeypatch, capsys, folder):
+def test_without_a_template_it_continues_the_text(monkeypatch, capsys, folder):
     first = greedy(folder, "def f(x):", 7)
     second = greedy(folder, f"def f(x):{first}\n    return", 7)
     out = talk(
-        monkeypatch,
-        capsys,
-        folder,
-        "def f(x):",
-        "",
-        "    return",
-        " /reset",
-        "def f(x):",
-        "/exit ",
-        "never read",
+        monkeypatch, capsys, folder, "def f(x):", "", "    return", " /reset", "def f(x):", "/exit ", "never read"
     )
     assert out == f"{first}\n{second}\n{first}\n" and first.strip()
 
 
-def test_temperature_0_is_the_likeliest_token(monkeypatch, capsys, folder, tmp_path):
-    """With nothing of the generation config's but the tokens that end an answer."""
+def test_temperature_0_is_greedy_decoding(monkeypatch, capsys, folder, tmp_path):
+    """Of the generation config, only the EOS tokens apply."""
     shutil.copytree(folder, tmp_path / "penalties")
     expected = greedy(folder, "def f(x):", 7)
     tokens = load_tokenizer(folder)(expected)["input_ids"]
@@ -134,18 +113,18 @@ def test_temperature_0_is_the_likeliest_token(monkeypatch, capsys, folder, tmp_p
     assert expected.startswith(shorter) and len(shorter) < len(expected)
 
 
-def test_text_begins_as_the_tokenizer_begins_it(tmp_path):
-    """With BOS once, and no EOS behind what is to be gone on with."""
+def test_text_begins_with_the_tokenizers_bos(tmp_path):
+    """Once, and without the EOS that would end the text."""
     save_tokenizer(tmp_path)
     bos = begin_with_bos(tmp_path, ends=True)
     tokenizer = load_tokenizer(str(tmp_path))
     conversation = chat.Conversation(tokenizer, 96, None)
-    heard = conversation.log("def f(x):")
-    assert heard["input_ids"].tolist() == [[bos, *tokenizer("def f(x):", add_special_tokens=False)["input_ids"]]]
-    assert heard["attention_mask"].tolist() == [[1] * 10]
+    encoded = conversation.add_user("def f(x):")
+    assert encoded["input_ids"].tolist() == [[bos, *tokenizer("def f(x):", add_special_tokens=False)["input_ids"]]]
+    assert encoded["attention_mask"].tolist() == [[1] * 10]
 
 
-def test_with_a_template_it_hears_the_history(monkeypatch, capsys, chatty):
+def test_with_a_template_it_reads_the_history(monkeypatch, capsys, chatty):
     first = greedy(chatty, "<system>Be brief.<user>Hello<a>", 7)
     second = greedy(chatty, f"<system>Be brief.<user>Hello<assistant>{first}<user>More<a>", 7)
     said = ("Hello", "More", "/reset", "Hello")
@@ -154,8 +133,8 @@ def test_with_a_template_it_hears_the_history(monkeypatch, capsys, chatty):
 
 
 def own_terminal():
-    """Ctrl-C goes to a terminal's own processes; those that a shell starts in the background ignore
-    it."""
+    """Gives the process a controlling terminal, whose Ctrl-C it receives; processes that a shell starts
+    in the background ignore it."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -166,13 +145,13 @@ def own_terminal():
         (
             "{{ raise_exception('no system role') }}",
             ["--system", "be kind"],
-            r"\(no system role\); leave --system out, or mend",
+            r"\(no system role\); leave --system out, or fix",
         ),
-        ("{% if %}", [], r"\(Expected an expression.*\); mend chat_template"),
-        ("{{ messages[0].a.b }}", [], r"has no attribute 'a'\); mend chat_template"),
+        ("{% if %}", [], r"\(Expected an expression.*\); fix chat_template"),
+        ("{{ messages[0].a.b }}", [], r"has no attribute 'a'\); fix chat_template"),
     ],
 )
-def test_a_template_that_refuses_ends_in_one_line(monkeypatch, chatty, template, options, message):
+def test_errors_of_a_template_are_one_line(monkeypatch, chatty, template, options, message):
     settings = json.loads((chatty / "tokenizer_config.json").read_text()) | {"chat_template": template}
     (chatty / "tokenizer_config.json").write_text(json.dumps(settings))
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
@@ -182,7 +161,7 @@ def test_a_template_that_refuses_ends_in_one_line(monkeypatch, chatty, template,
 
 
 def test_in_a_terminal_the_answer_streams(folder, tmp_path):
-    """A prompt, an answer that appears piece by piece, Ctrl-C that stops it alone, and Ctrl-D."""
+    """A prompt, an answer that is streamed, Ctrl-C, which stops only the answer, and Ctrl-D."""
     for file in folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "generation_config.json").unlink()
@@ -212,7 +191,7 @@ def test_in_a_terminal_the_answer_streams(folder, tmp_path):
     )
     os.close(end)
     seen, limit = "", time.monotonic() + 300
-    prompt = r"[\r\n](\x1b\[\?2004h)?> $"  # at the start of a line, where an answer's own "> " seldom stands
+    prompt = r"[\r\n](\x1b\[\?2004h)?> $"  # at the start of a line, where an answer seldom has "> "
 
     def wait_for(pattern):
         nonlocal seen
@@ -244,13 +223,7 @@ def test_a_model_that_diverged(monkeypatch, capsys, folder, tmp_path, temperatur
     model.model.norm.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(ValueError, match="--model: its logits are not finite"):
-        talk(
-            monkeypatch,
-            capsys,
-            tmp_path / "nan",
-            "def f(x):",
-            options=("--temperature", temperature),
-        )
+        talk(monkeypatch, capsys, tmp_path / "nan", "def f(x):", options=("--temperature", temperature))
 
 
 @pytest.mark.parametrize(
@@ -267,10 +240,10 @@ def test_a_model_that_diverged(monkeypatch, capsys, folder, tmp_path, temperatur
 def test_bad_input_ends_in_one_line(folder, options, message):
     with pytest.raises(ValueError) as error:
         chat.main(["--model", str(folder), *options])
-    assert message in str(error.value).replace("teacher_model.name", "--model") and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bytes_that_are_no_text_are_heard(folder):
+def test_input_that_is_not_utf8_is_accepted(folder):
     done = subprocess.run(
         [sys.executable, "chat.py", "--model", folder, "--max_new_tokens", "2"],
         cwd=ROOT,
@@ -281,7 +254,7 @@ def test_bytes_that_are_no_text_are_heard(folder):
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_a_run_folder_is_told_from_its_export(tmp_path):
+def test_a_run_folder_is_not_taken_for_its_export(tmp_path):
     (tmp_path / "converted-hf").mkdir()
     (tmp_path / "converted-hf" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=f"{tmp_path}' is a run folder; name {tmp_path}/converted-hf$"):
@@ -297,20 +270,16 @@ def test_the_script_exits_non_zero_with_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, device, kind",
-    [("gdn_v4", "cuda", "static"), ("gdn_v4", "cpu", None), ("swa_v1", "cuda", None)],
+    "name, device, kind", [("gdn_v4", "cuda", "static"), ("gdn_v4", "cpu", None), ("swa_v1", "cuda", None)]
 )
-def test_a_gpu_decodes_behind_a_static_cache(tmp_path, name, device, kind):
-    """Where the student can."""
+def test_a_gpu_decodes_with_a_static_cache(tmp_path, name, device, kind):
+    """If the student supports it."""
     config = StudentConfig(num_hidden_layers=2, keep_full_attention_layers=[1], student_name=name)
     model = SimpleNamespace(device=torch.device(device), config=config, generation_config=GenerationConfig())
     args = SimpleNamespace(model=str(tmp_path), max_new_tokens=4, temperature=None)
     made = chat.generation_config(args, model, 5)
-    assert (made.cache_implementation, made.eos_token_id) == (
-        kind,
-        5,
-    )  # the tokenizer's, where the model names none
-    assert made.prefill_chunk_size == chat.PREFILL
+    assert (made.cache_implementation, made.eos_token_id) == (kind, 5)  # the tokenizer's, where the model names none
+    assert made.prefill_chunk_size == chat.PREFILL_CHUNK
     config.rope_parameters["rope_type"] = "dynamic"
     assert chat.generation_config(args, model, 5).prefill_chunk_size is None
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')

@@ -8,7 +8,7 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from distill_model import StudentConfig, decode_step, fused_ops, get_student_attention_class, losses
+from distill_model import StudentConfig, decode_kernels, fused_ops, get_student_attention_class, losses
 
 SHARED = 99 * 1024  # bytes that a program may have on GPUs of compute capability 8.6 and 8.9
 NUMBER = {float: "fp32", int: "i32"}
@@ -58,8 +58,8 @@ class Compiled:
 def compiled(monkeypatch):
     """The kernels of the modules, which compile and compute nothing."""
     kernels = []
-    for module in (decode_step, fused_ops, losses):
-        monkeypatch.setattr(module, "fuses", lambda tensor: True)
+    for module in (decode_kernels, fused_ops, losses):
+        monkeypatch.setattr(module, "use_triton", lambda tensor: True)
         functions = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
         for name, kernel in functions.items():
             if not any(
@@ -90,11 +90,11 @@ def test_every_kernel_compiles(compiled, dtype):
     hidden, weight = random(7, 16), random(53, 16)
     losses.linear_cross_entropy(hidden, weight, torch.randint(53, (7,)))
     losses.forward_kl(hidden, hidden, weight, weight)
-    decode_step.swiglu_rows(random(2, 70).detach(), random(2, 70).detach())
+    decode_kernels.swiglu_rows(random(2, 70).detach(), random(2, 70).detach())
     for size, norm in ((128, nn.RMSNorm(128, eps=1e-6)), (80, nn.Identity())):
         q, k = random(2, 3 * size).detach(), random(2, size).detach()
         places = torch.empty(2, 2, 5, 1, size, dtype=dtype)
-        decode_step.place_token(q, k, k, norm, norm, k, k, *places, torch.tensor([4]))
+        decode_kernels.place_token(q, k, k, norm, norm, k, k, *places, torch.tensor([4]))
     for name in ("gdn_v1", "gdn_v4", "gdn_v6", "gdn_v7", "gdn_v8"):
         for size in (20, 128, 256):
             config = StudentConfig(
@@ -115,5 +115,5 @@ def test_every_kernel_compiles(compiled, dtype):
                 torch.empty(2, 3, size, size),
                 random(2, 2, size).detach(),
             )
-            decode_step.gated_delta_token(x, x, x, gate, few, few, attn.to(dtype), state, past, *angles)
+            decode_kernels.gated_delta_token(x, x, x, gate, few, few, attn.to(dtype), state, past, *angles)
     assert not [each.kernel.__name__ for each in compiled if not each.calls]

@@ -137,7 +137,7 @@ def test_an_offloaded_teacher_is_a_sharded_one(tmp_path):
     load(tmp_path, "train.kd_teacher_offload=cpu")
     with pytest.raises(
         ConfigError,
-        match="train.kd_teacher_offload: cpu is for a sharded teacher, .* never; say auto",
+        match="train.kd_teacher_offload: cpu is for a sharded teacher, .* never; set that to auto",
     ):
         load(tmp_path, "train.kd_teacher_offload=cpu", "train.kd_teacher_shard=never")
 

@@ -1,8 +1,10 @@
-"""A teacher read by us gives Hugging Face's logits, and so does its conversion; what cannot be exact is refused by name."""
+"""Teachers that we load, and their conversions, give Hugging Face's logits; what cannot be exact is
+refused by name."""
 
 import errno
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from runtime.config import load_config
 import pytest
 import torch
 import yaml
-from conftest import random_teacher, save_tokenizer, write_config
+from conftest import options, random_teacher, save_tokenizer, write_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +23,7 @@ from convert import converter, load_teacher, load_teacher_config
 from convert.command import main as convert
 from convert.converter import PUBLISHED, check_size, write_weights
 from convert.families import FAMILIES
-from convert.loader import Checkpoint, copy_sidecars, student_config
+from convert.loader import ModelFolder, copy_sidecars, to_student_config
 from convert_ckpt import student_config as trained_config
 from distill_model import StudentForCausalLM
 
@@ -68,6 +70,11 @@ TEACHERS = {
 }
 
 
+def run(family, source, output, **more):
+    """Converts `source` to `output`. more: options of the script."""
+    convert("", family, argv=options(model=source, output=output, **more))
+
+
 @pytest.mark.parametrize("name", TEACHERS)
 def test_logits_equal_hugging_face(tmp_path, name):
     kind, overrides = TEACHERS[name]
@@ -87,19 +94,8 @@ def test_conversion_gives_the_same_logits(tmp_path, name, precision, capsys, mon
     theirs = random_teacher(tmp_path / "source", kind, **overrides)
     save_tokenizer(tmp_path / "source")
     monkeypatch.setattr(converter, "SHARD_BYTES", 40_000)
-    convert(
-        "",
-        kind,
-        argv=[
-            "--model",
-            str(tmp_path / "source"),
-            "--output",
-            str(tmp_path / "out"),
-            "--format",
-            "student",
-            *(["--precision", precision] if precision else []),
-        ],
-    )
+    more = {"precision": precision} if precision else {}
+    run(kind, tmp_path / "source", tmp_path / "out", format="student", **more)
     difference = float(capsys.readouterr().out.partition("largest difference to the source: ")[2].split()[0])
     assert difference < 1e-4
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -107,7 +103,7 @@ def test_conversion_gives_the_same_logits(tmp_path, name, precision, capsys, mon
     assert isinstance(ours, StudentForCausalLM) and ours.dtype == (torch.bfloat16 if precision else torch.float32)
     if precision:
         ours = ours.float()
-        for parameter in theirs.parameters():  # not its buffers: rounded frequencies are what we must not have
+        for parameter in theirs.parameters():  # not buffers: RoPE frequencies must not be rounded
             parameter.data = parameter.data.bfloat16().float()
     ids = torch.randint(0, theirs.config.vocab_size, (2, 91))
     with torch.no_grad():
@@ -117,7 +113,7 @@ def test_conversion_gives_the_same_logits(tmp_path, name, precision, capsys, mon
         assert torch.equal(a.float(), b), key
 
 
-def test_tokenizer_template_and_generation_config_come_along(tmp_path):
+def test_tokenizer_template_and_generation_config_are_copied(tmp_path):
     random_teacher(tmp_path / "source", "llama")
     save_tokenizer(tmp_path / "source")
     files = {
@@ -126,7 +122,7 @@ def test_tokenizer_template_and_generation_config_come_along(tmp_path):
     }
     for name, text in files.items():
         (tmp_path / "source" / name).write_text(text)
-    convert("", "llama", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    run("llama", tmp_path / "source", tmp_path / "out")
     for name, text in files.items():
         assert (tmp_path / "out" / name).read_text() == text
     tokenizers = [AutoTokenizer.from_pretrained(tmp_path / kind) for kind in ("source", "out")]
@@ -151,12 +147,12 @@ FLA = {
 
 
 @pytest.mark.parametrize("name", FLA)
-def test_fla_loads_what_we_write_and_we_what_it_saves(tmp_path, name):
+def test_fla_loads_our_output_and_we_load_its(tmp_path, name):
     from fla.models import TransformerForCausalLM
 
     kind, overrides = FLA[name]
     theirs = random_teacher(tmp_path / "source", kind, **overrides)
-    convert("", kind, argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "fla")])
+    run(kind, tmp_path / "source", tmp_path / "fla")
     model, report = TransformerForCausalLM.from_pretrained(tmp_path / "fla", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     model = model.float().eval()
@@ -168,21 +164,16 @@ def test_fla_loads_what_we_write_and_we_what_it_saves(tmp_path, name):
         torch.testing.assert_close(
             load_teacher(str(tmp_path / "saved by fla"))(ids).logits, expected, atol=1e-4, rtol=1e-4
         )
-    assert (
-        model.config.eos_token_id == theirs.config.eos_token_id
-        and model.config.bos_token_id == theirs.config.bos_token_id
-    )
+    assert model.config.eos_token_id == theirs.config.eos_token_id
+    assert model.config.bos_token_id == theirs.config.bos_token_id
 
 
 def edited(folder, change, **config):
-    """Saves what `change` makes of a checkpoint's tensors, by name, and these fields of its config."""
+    """Applies `change` to a model's stored tensors, by name, and sets these fields of its config."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(
-        {k: v.contiguous() for k, v in tensors.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | config))
 
@@ -225,7 +216,7 @@ ODD_FILES = {
 
 
 @pytest.mark.parametrize("case", ODD_FILES)
-@pytest.mark.parametrize("head_dim", [12, 16])  # the first is converted to FLA's format, the second to ours
+@pytest.mark.parametrize("head_dim", [12, 16])  # converted to FLA's format and to ours
 def test_odd_files_are_read_as_transformers_reads_them(tmp_path, recwarn, case, head_dim):
     change, warning = ODD_FILES[case]
     source = tmp_path / "source"
@@ -235,56 +226,57 @@ def test_odd_files_are_read_as_transformers_reads_them(tmp_path, recwarn, case, 
     ids = torch.randint(0, 96, (2, 37))
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()(ids).logits
-        convert("", "llama", argv=["--model", str(source), "--output", str(tmp_path / "out")])
+        run("llama", source, tmp_path / "out")
         for folder in (source, tmp_path / "out"):
             torch.testing.assert_close(load_teacher(str(folder))(ids).logits, expected, atol=1e-4, rtol=1e-4)
     assert load_teacher_config(str(source)).tie_word_embeddings == (case != "a head of its own, tied by the config")
-    said = [str(w.message) for w in recwarn if str(source) in str(w.message)]
-    assert all(warning in line and "\n" not in line for line in said) if warning else not said, said
-    assert bool(said) == bool(warning)
+    warnings = [str(w.message) for w in recwarn if str(source) in str(w.message)]
+    if warning is None:
+        assert not warnings
+    else:
+        assert warnings and all(warning in line and "\n" not in line for line in warnings), warnings
 
 
-def test_a_checkpoint_that_must_be_fetched_first_is_read_alike(tmp_path, monkeypatch):
-    """Its config is read before its weights are on this machine."""
+def test_a_model_that_must_be_downloaded_first_is_loaded_the_same(tmp_path, monkeypatch):
+    """Its config is read before its weights have been downloaded."""
     model = random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True)
     model.bfloat16().save_pretrained(tmp_path / "source")
     edited(tmp_path / "source", add_head, dtype=None)
     monkeypatch.setattr("convert.loader.local_folder", lambda name: None)
     assert load_teacher_config(str(tmp_path / "source")).tie_word_embeddings
     config = load_teacher(str(tmp_path / "source")).config
-    assert not config.tie_word_embeddings and Checkpoint(str(tmp_path / "source")).config.dtype == torch.bfloat16
+    assert not config.tie_word_embeddings and ModelFolder(str(tmp_path / "source")).config.dtype == torch.bfloat16
 
 
-def test_that_a_head_is_not_tied_is_said_once(tmp_path, recwarn):
+def test_the_warning_about_an_untied_head_comes_once(tmp_path, recwarn):
     random_teacher(tmp_path, "llama", tie_word_embeddings=True)
     edited(tmp_path, add_head)
     load_teacher_config(str(tmp_path))
     load_teacher_config(str(tmp_path))
-    Checkpoint(str(tmp_path))
+    ModelFolder(str(tmp_path))
     assert len([w for w in recwarn if "read as not tied" in str(w.message)]) == 1
 
 
-def test_flas_head_of_its_own_is_not_tied_either(tmp_path):
+def test_a_separate_head_in_flas_format_is_not_tied(tmp_path):
     random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True, head_dim=12)
-    convert("", "llama", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "fla")])
+    run("llama", tmp_path / "source", tmp_path / "fla")
     edited(tmp_path / "fla", add_head)
-    convert("", "llama", argv=["--model", str(tmp_path / "fla"), "--output", str(tmp_path / "out")])
+    run("llama", tmp_path / "fla", tmp_path / "out")
     ids = torch.randint(0, 96, (2, 37))
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "fla", dtype=torch.float32).eval()(ids).logits
         torch.testing.assert_close(load_teacher(str(tmp_path / "out"))(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_proof_does_not_share_our_reading(tmp_path, monkeypatch):
-    """If we tied what transformers does not tie, the comparison would see it, and nothing would be
-    written."""
+def test_verification_does_not_rely_on_our_loader(tmp_path, monkeypatch):
+    """If we tied a head that transformers does not tie, verification would fail, and nothing would
+    be written."""
     random_teacher(tmp_path / "source", "llama", tie_word_embeddings=True)
     edited(tmp_path / "source", add_head)
     monkeypatch.setattr("convert.loader.has_own_head", lambda *_: False)
-    arguments = ["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
-    for precision in ([], ["--precision", "bfloat16"]):
-        with pytest.raises(SystemExit, match="and its conversion differ by"):
-            convert("", "llama", argv=[*arguments, *precision])
+    for more in ({}, {"precision": "bfloat16"}):
+        with pytest.raises(ValueError, match="and its conversion differ by"):
+            run("llama", tmp_path / "source", tmp_path / "out", **more)
         assert not (tmp_path / "out").exists()
 
 
@@ -328,7 +320,7 @@ def add_twice(tensors):
         (add_twice, "model.embeddings.weight is there twice"),
     ],
 )
-def test_no_tensor_is_made_up_or_dropped(tmp_path, change, message):
+def test_no_tensor_is_invented_or_dropped(tmp_path, change, message):
     random_teacher(tmp_path / "source", "llama", tie_word_embeddings=False)
     edited(tmp_path / "source", change)
     with pytest.raises(ValueError, match=message) as error:
@@ -346,13 +338,12 @@ def test_no_tensor_is_made_up_or_dropped(tmp_path, change, message):
         ("llama", dict(head_dim=12, mlp_bias=True), "biases in the MLP"),
     ],
 )
-def test_what_fla_cannot_express_takes_our_format(tmp_path, capsys, kind, overrides, reason):
+def test_models_that_fla_cannot_express_use_our_format(tmp_path, capsys, kind, overrides, reason):
     random_teacher(tmp_path / "source", kind, **overrides)
-    arguments = ["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="--format: fla cannot express"):
-        convert("", kind, argv=[*arguments, "--format", "fla"])
+    with pytest.raises(ValueError, match="--format: fla cannot express"):
+        run(kind, tmp_path / "source", tmp_path / "out", format="fla")
     assert not (tmp_path / "out").exists()
-    convert("", kind, argv=arguments)
+    run(kind, tmp_path / "source", tmp_path / "out")
     assert reason in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "distilled_student"
 
@@ -396,23 +387,22 @@ def test_published_sizes_have_the_same_parameters(kind, size):
     )
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config)
-        ours = StudentForCausalLM(student_config(config))
+        ours = StudentForCausalLM(to_student_config(config))
     ours.tie_weights()
     theirs.tie_weights()
     expected = {FAMILIES[kind].rename(name): p.shape for name, p in theirs.named_parameters()}
     assert {name: p.shape for name, p in ours.named_parameters()} == expected
     assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
     check_size(ours.config, kind, size)
-    other = next(
-        name for name in yaml.safe_load(PUBLISHED.read_text())[kind] if name != size and name[-2:] != size[-2:]
-    )
+    sizes = yaml.safe_load(PUBLISHED.read_text())[kind]
+    other = next(name for name in sizes if name[-2:] != size[-2:])
     with pytest.raises(ValueError, match=f"--config: the checkpoint is no {other}: .* instead of"):
         check_size(ours.config, kind, other)
 
 
-def test_the_teachers_loss_is_hugging_faces(tmp_path):
-    """Stage 2's KL of an untrained hybrid, from our teacher, against logits of Hugging Face's
-    class."""
+def test_the_teachers_loss_equals_hugging_faces(tmp_path):
+    """Stage 2's KL of an untrained hybrid to our teacher equals the one computed from logits of
+    Hugging Face's class."""
     theirs = random_teacher(tmp_path, "llama", tie_word_embeddings=True, rope_parameters=LLAMA3)
     teacher = load_teacher(str(tmp_path))
     student = StudentForCausalLM.from_teacher(teacher, "gdn_v4", [1])[0]
@@ -426,7 +416,7 @@ def test_the_teachers_loss_is_hugging_faces(tmp_path):
         torch.testing.assert_close(own, theirs(ids, labels=ids).loss, rtol=1e-5, atol=1e-5)
 
 
-def test_a_kept_layer_is_the_teachers_to_the_bit(tmp_path):
+def test_a_kept_layer_equals_the_teachers_bit_for_bit(tmp_path):
     random_teacher(tmp_path, "qwen2", tie_word_embeddings=True)
     teacher = load_teacher(str(tmp_path))
     student = StudentForCausalLM.from_teacher(teacher, "gdn_v4", [2])[0]
@@ -436,7 +426,7 @@ def test_a_kept_layer_is_the_teachers_to_the_bit(tmp_path):
     assert torch.equal(a, b)
 
 
-def test_our_own_checkpoint_is_a_teacher_too(tmp_path, teacher_dir):
+def test_our_own_format_is_accepted_as_a_teacher(tmp_path, teacher_dir):
     teacher = load_teacher(teacher_dir)
     teacher.save_pretrained(tmp_path)
     again = load_teacher(str(tmp_path))
@@ -487,7 +477,7 @@ def test_what_we_cannot_express_is_refused_by_name(tmp_path, change, message):
         load_teacher_config(str(tmp_path))
 
 
-def test_all_that_we_cannot_express_is_named_at_once(tmp_path):
+def test_all_unsupported_features_are_named_at_once(tmp_path):
     random_teacher(tmp_path, "mistral", sliding_window=16, hidden_act="gelu")
     with pytest.raises(ValueError, match="attention over 16 tokens; hidden_act 'gelu'; supported is silu$"):
         load_teacher_config(str(tmp_path))
@@ -529,12 +519,12 @@ def set_config(folder, **changes):
     ],
 )
 def test_numbers_written_as_text_are_read(tmp_path, written, meant):
-    """The logits are those of Hugging Face's model, whose config has numbers."""
+    """The logits equal those of Hugging Face's model, whose config has numbers."""
     random_teacher(tmp_path / "source", "qwen3")
     set_config(tmp_path / "source", **meant)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32).eval()
     set_config(tmp_path / "source", **written)
-    convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    run("qwen3", tmp_path / "source", tmp_path / "out")
     ids = torch.randint(0, 96, (2, 91))
     with torch.no_grad():
         ours = load_teacher(str(tmp_path / "out"))
@@ -595,7 +585,7 @@ def test_numbers_written_as_text_are_read(tmp_path, written, meant):
         ),
     ],
 )
-def test_a_config_that_no_model_can_have_is_refused_in_one_line(tmp_path, change, message):
+def test_an_impossible_config_is_refused_in_one_line(tmp_path, change, message):
     random_teacher(tmp_path, "qwen3")
     set_config(tmp_path, **change)
     with pytest.raises(ValueError, match=f"^teacher_model.name: .*config.json: .*{message}") as error:
@@ -603,15 +593,12 @@ def test_a_config_that_no_model_can_have_is_refused_in_one_line(tmp_path, change
     assert "\n" not in str(error.value)
 
 
-def test_our_own_config_is_checked_alike(tmp_path, teacher_dir):
+def test_our_own_config_is_checked_the_same_way(tmp_path, teacher_dir):
     load_teacher(teacher_dir).save_pretrained(tmp_path)
     set_config(tmp_path, rms_norm_eps="1e-3", num_hidden_layers="4")
     config = load_teacher_config(str(tmp_path))
-    assert (
-        config.rms_norm_eps == 1e-3
-        and config.num_hidden_layers == 4
-        and load_teacher(str(tmp_path)).config.rms_norm_eps == 1e-3
-    )
+    assert config.rms_norm_eps == 1e-3 and config.num_hidden_layers == 4
+    assert load_teacher(str(tmp_path)).config.rms_norm_eps == 1e-3
     for change, message in (
         ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' is of type str"),
         ({"pad_token_id": 96}, "pad_token_id: 96 is outside"),
@@ -623,31 +610,27 @@ def test_our_own_config_is_checked_alike(tmp_path, teacher_dir):
 
 
 @pytest.mark.parametrize("content", ["[1]", "null", '"qwen3"', "{"])
-def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, content):
+def test_a_config_that_is_no_json_object_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(
-        ValueError,
-        match=f"^teacher_model.name: '{tmp_path}' is neither a folder with a config.json",
-    ) as error:
+    message = f"^teacher_model.name: '{tmp_path}' is neither a folder with a config.json"
+    with pytest.raises(ValueError, match=message) as error:
         load_teacher_config(str(tmp_path))
     assert "\n" not in str(error.value)
 
 
-def test_a_config_without_a_dtype_has_that_of_its_weights(tmp_path):
+def test_a_config_without_a_dtype_gets_that_of_the_weights(tmp_path):
     random_teacher(tmp_path / "source", "qwen3").bfloat16().save_pretrained(tmp_path / "source")
     set_config(tmp_path / "source", dtype=...)
     assert load_teacher_config(str(tmp_path / "source")).dtype == torch.bfloat16
-    convert("", "qwen3", argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")])
+    run("qwen3", tmp_path / "source", tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
     cfg = load_config(write_config(tmp_path, 1, str(tmp_path / "source"), "data"))
-    assert trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).dtype in (
-        torch.bfloat16,
-        "bfloat16",
-    )
+    dtype = trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).dtype
+    assert dtype in (torch.bfloat16, "bfloat16")
 
 
-def test_what_is_trained_is_tied_as_its_teacher_is(tmp_path):
-    """An export that tied what the teacher does not would write the embeddings in the head's place."""
+def test_a_student_ties_its_head_if_its_teacher_does(tmp_path):
+    """An export that tied a head which the teacher does not tie would lose the head."""
     random_teacher(tmp_path / "source", "qwen3", tie_word_embeddings=True)
     cfg = load_config(write_config(tmp_path, 1, str(tmp_path / "source"), "data"))
     assert trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).tie_word_embeddings
@@ -655,8 +638,8 @@ def test_what_is_trained_is_tied_as_its_teacher_is(tmp_path):
     assert not trained_config(cfg, load_teacher_config(str(tmp_path / "source"))).tie_word_embeddings
 
 
-def test_the_code_of_a_teacher_is_not_asked_for(tmp_path, monkeypatch):
-    """Nor run for a yes at a terminal."""
+def test_code_of_a_teacher_is_not_run_even_after_a_yes(tmp_path, monkeypatch):
+    """transformers would ask at a terminal whether to run it."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
     (tmp_path / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'boom')!r})\n")
     monkeypatch.setattr("builtins.input", lambda prompt: "y")
@@ -665,7 +648,7 @@ def test_the_code_of_a_teacher_is_not_asked_for(tmp_path, monkeypatch):
     assert not (tmp_path / "boom").exists()
 
 
-def test_a_folder_beside_a_teacher_is_no_sidecar(tmp_path):
+def test_folders_are_not_copied_as_sidecars(tmp_path):
     (tmp_path / "teacher" / "tokenizer_old").mkdir(parents=True)
     (tmp_path / "teacher" / "tokenizer.json").write_text("{}")
     (tmp_path / "copy").mkdir()
@@ -673,7 +656,7 @@ def test_a_folder_beside_a_teacher_is_no_sidecar(tmp_path):
     assert [path.name for path in (tmp_path / "copy").iterdir()] == ["tokenizer.json"]
 
 
-def test_a_window_of_mistral_is_refused(tmp_path):
+def test_a_sliding_window_of_mistral_is_refused(tmp_path):
     random_teacher(tmp_path, "mistral", sliding_window=16)
     with pytest.raises(ValueError, match="sliding-window attention over 16 tokens"):
         load_teacher_config(str(tmp_path))
@@ -723,10 +706,7 @@ def damage_shard(folder):
 
 
 def damage_family(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
-    )
+    set_config(folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
 
 
 @pytest.mark.parametrize(
@@ -745,49 +725,38 @@ def damage_family(folder):
         (damage_family, "model_type 'gpt2'"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_leaves_nothing(tmp_path, damage, message):
+def test_a_damaged_model_is_named_and_leaves_no_output(tmp_path, damage, message):
     random_teacher(tmp_path / "source", "qwen3")
     damage(tmp_path / "source")
     with pytest.raises(ValueError, match=message):
         load_teacher(str(tmp_path / "source"))
-    with pytest.raises(SystemExit, match=message) as error:
-        convert(
-            "",
-            "qwen3",
-            argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")],
-        )
+    with pytest.raises(ValueError, match=message) as error:
+        run("qwen3", tmp_path / "source", tmp_path / "out")
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["source"]
 
 
-def test_a_conversion_that_differs_fails_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_conversion_that_differs_fails_and_leaves_no_output(tmp_path, monkeypatch):
     random_teacher(tmp_path / "source", "qwen3")
 
-    def spoiled(tensors, folder):
-        return write_weights(((name, t + 0.01 if "layers.3.mlp.up" in name else t) for name, t in tensors), folder)
+    def changed(tensors):
+        for name, tensor in tensors:
+            yield name, tensor + 0.01 if "layers.3.mlp.up" in name else tensor
 
-    monkeypatch.setattr(converter, "write_weights", spoiled)
-    with pytest.raises(SystemExit, match="--verify: .* differ by"):
-        convert(
-            "",
-            "qwen3",
-            argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")],
-        )
+    monkeypatch.setattr(converter, "write_weights", lambda tensors, folder: write_weights(changed(tensors), folder))
+    with pytest.raises(ValueError, match="--verify: .* differ by"):
+        run("qwen3", tmp_path / "source", tmp_path / "out")
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_output(tmp_path, monkeypatch):
     random_teacher(tmp_path / "source", "qwen3")
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(converter, "save_file", full)
-    with pytest.raises(SystemExit, match="out: No space left on device; nothing was written"):
-        convert(
-            "",
-            "qwen3",
-            argv=["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")],
-        )
+    with pytest.raises(ValueError, match="out: No space left on device; nothing was written"):
+        run("qwen3", tmp_path / "source", tmp_path / "out")
     assert os.listdir(tmp_path) == ["source"]
 
 
@@ -795,34 +764,43 @@ def test_an_existing_output_and_another_family_are_refused(tmp_path):
     random_teacher(tmp_path / "source", "qwen3")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    arguments = ["--model", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="--output: .*out is there already"):
-        convert("", "qwen3", argv=arguments)
+    paths = (tmp_path / "source", tmp_path / "out")
+    with pytest.raises(ValueError, match="--output: .*out is there already"):
+        run("qwen3", *paths)
     shutil.rmtree(tmp_path / "out")
-    with pytest.raises(SystemExit, match="of type qwen3; this script is for qwen2"):
-        convert("", "qwen2", argv=arguments)
-    with pytest.raises(SystemExit, match="--config: the checkpoint is no 8b: layers 4 instead of 36"):
-        convert("", "qwen3", argv=[*arguments, "--config", "8b"])
-    with pytest.raises(SystemExit, match="--config: 9b is no published size"):
-        convert("", "qwen3", argv=[*arguments, "--config", "9b"])
+    with pytest.raises(ValueError, match="of type qwen3; this script is for qwen2"):
+        run("qwen2", *paths)
+    with pytest.raises(ValueError, match="--config: the checkpoint is no 8b: layers 4 instead of 36"):
+        run("qwen3", *paths, config="8b")
+    with pytest.raises(ValueError, match="--config: 9b is no published size"):
+        run("qwen3", *paths, config="9b")
     assert os.listdir(tmp_path) == ["source"]
 
 
-@pytest.mark.parametrize("script, kind", [("qwen2.5", "qwen2"), ("qwen3", "qwen3"), ("llama3.2", "llama")])
-def test_the_scripts_run_from_anywhere(tmp_path, script, kind):
-    random_teacher(tmp_path / "source", kind)
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "convert" / f"convert_from_{script}.py",
-            "--model",
-            "source",
-            "--output",
-            "out",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+SCRIPTS = {"qwen2.5": "qwen2", "qwen3": "qwen3", "llama3.2": "llama"}
+
+
+def run_script(name, source, output, monkeypatch):
+    """Runs a script as __main__ in this process."""
+    script = ROOT / "convert" / f"convert_from_{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *options(model=source, output=output)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    return end.value.code
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_script_converts_its_family(tmp_path, monkeypatch, name):
+    random_teacher(tmp_path / "source", SCRIPTS[name])
+    assert run_script(name, tmp_path / "source", tmp_path / "out", monkeypatch) is None
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    error = run_script(name, tmp_path / "source", tmp_path / "out", monkeypatch)
+    assert error.startswith(f"convert_from_{name}.py: error: --output: ") and "out is there already" in error
+
+
+def test_a_script_runs_from_another_folder(tmp_path):
+    random_teacher(tmp_path / "source", "qwen3")
+    command = [sys.executable, ROOT / "convert" / "convert_from_qwen3.py", *options(model="source", output="out")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "model.safetensors").is_file()

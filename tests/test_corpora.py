@@ -1,4 +1,5 @@
-"""Corpora: which files are documents, what is left out and said, what is refused by name, and how tables are read."""
+"""Corpora: which files are read as documents, what is left out and reported, what is refused, and
+how tables are read."""
 
 import bz2
 import csv
@@ -28,7 +29,7 @@ def texts_of(source, **options):
 
 
 def refusal(source, **options) -> str:
-    """The one line with which a corpus is refused."""
+    """The message with which a corpus is refused, one line."""
     with pytest.raises(DataError) as error:
         texts_of(source, **options)
     assert "\n" not in str(error.value)
@@ -36,7 +37,7 @@ def refusal(source, **options) -> str:
 
 
 def said(source, **options) -> tuple[list[str], str]:
-    """The texts, and what is said about the selection and after reading."""
+    """The texts, and the messages about the selection and after reading."""
     corpus = Corpus(str(source), **options)
     selection = corpus.selection()
     return [document.text for document in corpus.documents()], f"{selection}\n{corpus.left_out()}"
@@ -75,7 +76,7 @@ def zstd(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 TABLES = {
     ".jsonl": jsonl(ROWS),
     ".ndjson": "\ufeff" + jsonl(ROWS).replace("\n", "\r\n\r\n"),
@@ -89,7 +90,7 @@ PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compr
 
 @pytest.mark.parametrize("suffix", TABLES)
 @pytest.mark.parametrize("packed", PACK)
-def test_tables_of_every_suffix_in_any_case(tmp_path, suffix, packed):
+def test_tables_of_every_suffix_in_upper_and_lower_case(tmp_path, suffix, packed):
     content = TABLES[suffix] if isinstance(TABLES[suffix], bytes) else TABLES[suffix].encode()
     for name in (suffix + packed, (suffix + packed).upper()):
         file = tmp_path / f"table{name}"
@@ -100,8 +101,8 @@ def test_tables_of_every_suffix_in_any_case(tmp_path, suffix, packed):
             assert texts_of(file) == TEXTS
 
 
-def test_tables_read_as_the_datasets_library_reads_them(tmp_path):
-    """JSON Lines and parquet of real types, against another reader."""
+def test_tables_give_the_texts_that_the_datasets_library_reads(tmp_path):
+    """For JSON Lines and parquet with columns of several types."""
     rows = [{"text": f"{i} " + "é\u2028x" * i, "meta": {"n": i}, "score": i / 3} for i in range(300)]
     write(tmp_path, {"a.jsonl": jsonl(rows), "b.parquet": parquet(rows)})
     for file, kind in (("a.jsonl", "json"), ("b.parquet", "parquet")):
@@ -133,10 +134,8 @@ def test_columns_that_change_from_row_to_row(tmp_path):
     }
     for name, content in none.items():
         file = write(tmp_path / "none", {name: content}) / name
-        assert (
-            f"{file}: has no column 'text', only content, n; name the one that holds the text by --text_field"
-            in refusal(file)
-        )
+        message = f"{file}: has no column 'text', only content, n; name the one that holds the text by --text_field"
+        assert message in refusal(file)
         assert texts_of(file, text_field="content") == ["x"]
     texts, line = said(write(tmp_path / "none", {"b.jsonl": jsonl(ROWS)}), skip_bad_files=True)
     assert texts == TEXTS and "3 bad files" in line and "rows without text" not in line
@@ -161,31 +160,28 @@ NO_TEXT = {
     "kind, suffix",
     [(kind, suffix) for kind in NO_TEXT for suffix in (".jsonl", ".parquet") if (kind, suffix) != ("bytes", ".jsonl")],
 )
-def test_text_that_is_no_string(tmp_path, kind, suffix):
+def test_values_that_are_no_text_are_refused(tmp_path, kind, suffix):
     value, message = NO_TEXT[kind]
     rows = [{"body": None}, {"body": value}, {"body": value}]
     file = write(tmp_path, {f"a{suffix}": parquet(rows) if suffix == ".parquet" else jsonl(rows)}) / f"a{suffix}"
-    assert re.match(
-        f"{re.escape(str(file))}: row 2, column 'body': is {message}",
-        refusal(file, text_field="body"),
-    )
+    expected = f"{re.escape(str(file))}: row 2, column 'body': is {message}"
+    assert re.match(expected, refusal(file, text_field="body"))
 
 
-def test_rows_that_are_no_objects(tmp_path):
+def test_rows_that_are_no_objects_are_refused(tmp_path):
     for name, content in {"a.json": '["one", "two"]', "b.jsonl": '{"text": "x"}\n"two"\n'}.items():
         row = 2 if name == "b.jsonl" else 1
-        assert f"{name}: row {row}: is of type str, not an object with columns" in refusal(
-            write(tmp_path, {name: content}) / name
-        )
+        file = write(tmp_path, {name: content}) / name
+        assert f"{name}: row {row}: is of type str, not an object with columns" in refusal(file)
 
 
-def test_halves_of_surrogate_pairs_are_replaced(tmp_path):
-    """JSON can escape what no UTF-8 has, and tokenizers do not take."""
+def test_unpaired_surrogates_are_replaced(tmp_path):
+    """JSON can escape them, but UTF-8 cannot hold them, and tokenizers do not accept them."""
     file = write(tmp_path, {"a.jsonl": '{"text": "cut \\ud83d here, not \\ud83d\\ude00"}\n'}) / "a.jsonl"
     assert texts_of(file) == ["cut \ufffd here, not \U0001f600"]
 
 
-# ------------------------------------------------------------------------------------------------ bad and empty files
+# ------------------------------------------------------------------------------ bad and empty files
 LINES = jsonl(ROWS).encode()
 BROKEN = {
     "latin.jsonl": (
@@ -214,32 +210,25 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_named_with_its_row_and_may_be_skipped(tmp_path, name):
-    """The rows before the fault are kept, once; the files beside it are read to their ends."""
+    """The rows before the fault are kept, once; the other files are read completely."""
     content, row, reason = BROKEN[name]
-    corpus = write(
-        tmp_path,
-        {
-            "a.jsonl": jsonl([{"text": "before"}]),
-            f"b/{name}": content,
-            "c.jsonl": jsonl([{"text": "behind"}]),
-        },
-    )
+    others = {"a.jsonl": jsonl([{"text": "before"}]), "c.jsonl": jsonl([{"text": "after"}])}
+    corpus = write(tmp_path, others | {f"b/{name}": content})
     line = refusal(corpus)
     assert reason in line and "--skip_bad_files" in line
     assert re.match(f"{re.escape(str(corpus / 'b' / name))}: row {row or '[0-9]+'}: ", line)
     texts, line = said(corpus, skip_bad_files=True)
     assert f"left out 1 bad files ({corpus}/b/{name}: row" in line and reason in line
     kept = [text.removesuffix("\n") for text in texts[1:-1]]
-    assert texts[0] == "before" and texts[-1] == "behind"
-    whole = ["one", "two"] if name.endswith("csv") else [text.removesuffix("\n") for text in TEXTS]
-    assert kept == whole[: len(kept)] and (row is None or len(kept) == min(row - 1, len(whole)))
+    assert texts[0] == "before" and texts[-1] == "after"
+    all_texts = ["one", "two"] if name.endswith("csv") else [text.removesuffix("\n") for text in TEXTS]
+    assert kept == all_texts[: len(kept)]
+    assert row is None or len(kept) == min(row - 1, len(all_texts))
 
 
 def test_many_bad_files_are_counted(tmp_path):
-    corpus = write(
-        tmp_path,
-        {f"{i}.jsonl": b"\xff" if i else jsonl(ROWS) for i in range(4)} | {"data.zip": b"PK\x03\x04"},
-    )
+    bad = {f"{i}.jsonl": b"\xff" for i in (1, 2, 3)} | {"data.zip": b"PK\x03\x04"}
+    corpus = write(tmp_path, {"0.jsonl": jsonl(ROWS)} | bad)
     texts, line = said(corpus, skip_bad_files=True)
     assert texts == TEXTS
     assert f"leaves out 1 bad files ({corpus}/data.zip: is a zip archive" in line
@@ -263,14 +252,13 @@ def test_empty_files_are_counted(tmp_path):
     assert sum(int(count) for count in re.findall(r"(\d+) empty \(", line)) == len(empty)
 
 
-def test_a_folder_of_empty_files_is_no_corpus(tmp_path):
-    assert "holds no files to read: left out 2 empty (the first: " in refusal(
-        write(tmp_path, {"a.txt": "", "b.jsonl": ""})
-    )
+def test_a_folder_of_empty_files_is_refused(tmp_path):
+    corpus = write(tmp_path, {"a.txt": "", "b.jsonl": ""})
+    assert "holds no files to read: left out 2 empty (the first: " in refusal(corpus)
 
 
-# ------------------------------------------------------------------------------------------------ which files are read
-def test_a_name_that_is_no_utf8_can_be_printed(tmp_path):
+# ----------------------------------------------------------------------------- which files are read
+def test_a_file_name_that_is_not_utf8_can_be_printed(tmp_path):
     corpus = write(tmp_path, {"a.txt": "one", os.fsdecode(b".\xfe"): "hidden"})
     _, line = said(corpus)
     assert "leaves out 1 hidden" in line and line.encode()
@@ -299,16 +287,14 @@ def test_hidden_files_and_folders_are_left_out(tmp_path):
 
 
 def test_symlinks_are_followed_once(tmp_path):
-    """Cycles end; a file that several names lead to is read once, and under the name that tells
-    what it is."""
+    """Cycles end; a file with several names is read once, under the name whose suffix tells its
+    kind."""
     outside = write(tmp_path / "outside", {"x/far.txt": "far", "blob": jsonl([{"text": "row"}])})
     corpus = write(tmp_path / "corpus", {"a.txt": "near"})
     (corpus / "link").symlink_to(outside / "x", target_is_directory=True)
     (corpus / "table.jsonl").symlink_to(outside / "blob")
-    assert (texts_of(corpus), said(corpus)[1].strip()) == (
-        ["near", "far", "row"],
-        "corpus: reads 2 .txt, 1 .jsonl",
-    )
+    assert texts_of(corpus) == ["near", "far", "row"]
+    assert said(corpus)[1].strip() == "corpus: reads 2 .txt, 1 .jsonl"
     (corpus / "cycle").symlink_to(corpus, target_is_directory=True)
     (corpus / "again.txt").symlink_to(corpus / "a.txt")
     (corpus / "blob").symlink_to(outside / "blob")
@@ -318,32 +304,21 @@ def test_symlinks_are_followed_once(tmp_path):
     assert "leaves out 3 linked twice" in line and f"1 broken links or no regular files ({corpus}/gone.jsonl)" in line
 
 
-def test_documentation_beside_tables_is_no_corpus(tmp_path):
-    """In the tables' folder or above it; where there are no tables, a README is text like any
-    other."""
+def test_documentation_beside_tables_is_left_out(tmp_path):
+    """In the tables' folder or above it; without tables, a README is a text like any other."""
     card = {
         "README.md": "---\nlicense: mit\n---\n",
         "LICENSE": "MIT",
         "dataset_infos.json": "{}",
         ".gitattributes": "*.zst filter=lfs\n",
     }
-    corpus = write(
-        tmp_path / "a",
-        card
-        | {
-            "data/0.jsonl.zst": zstd(jsonl(ROWS).encode()),
-            "code/README.md": "of code",
-            "notes.txt": "notes",
-        },
-    )
+    texts = {"code/README.md": "of code", "notes.txt": "notes"}
+    corpus = write(tmp_path / "a", card | texts | {"data/0.jsonl.zst": zstd(jsonl(ROWS).encode())})
     texts, line = said(corpus)
     assert texts == ["of code", *TEXTS, "notes"]
     assert "3 documentation beside tables (the first: " in line and "1 hidden" in line and "1 .jsonl.zst" in line
-    assert texts_of(write(tmp_path / "b", {"README.md": "hello", "LICENSE": "MIT", "a.py": "x\n"})) == [
-        "MIT",
-        "hello",
-        "x\n",
-    ]
+    without_tables = write(tmp_path / "b", {"README.md": "hello", "LICENSE": "MIT", "a.py": "x\n"})
+    assert texts_of(without_tables) == ["MIT", "hello", "x\n"]
     assert texts_of(corpus / "README.md") == [card["README.md"]]
 
 
@@ -398,15 +373,14 @@ def test_containers_are_refused_by_name(tmp_path, name):
     assert texts_of(corpus, skip_bad_files=True) == ["text"]
 
 
-def test_a_pointer_of_git_lfs_is_not_the_file(tmp_path):
+def test_a_git_lfs_pointer_is_refused(tmp_path):
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
     for name in ("a.parquet", "b.txt", "c.jsonl.zst"):
-        assert f"{name}: is a pointer of Git LFS and not the file itself; run git lfs pull" in refusal(
-            write(tmp_path, {name: pointer}) / name
-        )
+        file = write(tmp_path, {name: pointer}) / name
+        assert f"{name}: is a pointer of Git LFS and not the file itself; run git lfs pull" in refusal(file)
 
 
-LONG = "word " * 30_000  # more than is read to tell what a file is
+LONG = "word " * 30_000  # longer than the part by which a file's kind is recognised
 AS_TEXT = {
     "lines": ("shard.dat", jsonl(ROWS), ".jsonl"),
     "one line": ("data.txt", json.dumps(ROWS[0]), ".jsonl"),
@@ -446,14 +420,13 @@ PROSE = {
 
 
 @pytest.mark.parametrize("kind", PROSE)
-def test_text_that_looks_a_little_like_a_table_is_text(tmp_path, kind):
+def test_text_that_resembles_a_table_is_read_as_text(tmp_path, kind):
     file = write(tmp_path, {"a.txt": PROSE[kind]}) / "a.txt"
     assert texts_of(file) == [PROSE[kind]]
 
 
 def test_files_that_are_not_text_are_left_out(tmp_path):
-    """Wherever the byte is: NUL and Latin-1 beyond the beginning, UTF-16; a byte order mark is no
-    part of a text."""
+    """NUL and Latin-1, also far into the file, and UTF-16; a byte order mark is not part of a text."""
     corpus = write(
         tmp_path,
         {
@@ -467,24 +440,19 @@ def test_files_that_are_not_text_are_left_out(tmp_path):
     )
     texts, line = said(corpus)
     assert texts == ["text"]
-    assert (
-        f"3 not text (UTF-8) (the first: {corpus}/b.jpg)" in line
-        and f"2 not text (UTF-8) (the first: {corpus}/e.txt)" in line
-    )
+    assert f"3 not text (UTF-8) (the first: {corpus}/b.jpg)" in line
+    assert f"2 not text (UTF-8) (the first: {corpus}/e.txt)" in line
 
 
-def test_what_is_read_is_said_by_kind_and_number(tmp_path):
-    corpus = write(
-        tmp_path,
-        {f"{i}.s{i}": "x" for i in range(8)} | {"a.TXT": "x", "b.txt": "x", "Makefile": "x"},
-    )
-    assert Corpus(str(corpus)).selection() == (
-        "corpus: reads 2 .txt, 1 .s0, 1 .s1, 1 .s2, 1 .s3, 1 .s4, 4 of 4 other kinds"
-    )
+def test_the_files_read_are_reported_by_kind_and_number(tmp_path):
+    names = [*(f"{i}.s{i}" for i in range(8)), "a.TXT", "b.txt", "Makefile"]
+    corpus = write(tmp_path, dict.fromkeys(names, "x"))
+    expected = "corpus: reads 2 .txt, 1 .s0, 1 .s1, 1 .s2, 1 .s3, 1 .s4, 4 of 4 other kinds"
+    assert Corpus(str(corpus)).selection() == expected
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_is_named(tmp_path):
+def test_files_without_read_permission_are_named(tmp_path):
     corpus = write(tmp_path, {"a.txt": "text", "b.txt": "secret", "sub/c.txt": "text"})
     (corpus / "b.txt").chmod(0)
     assert "b.txt: Permission denied" in refusal(corpus)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from runtime.batch_plan import batch_plan
 from runtime.config import ConfigError, dump_config, load_config
-from runtime.run_folder import check_run_folder
+from runtime.context import RunContext
+from runtime.guard import memory_advice
+from runtime.run_folder import check_run_folder, zero_stage_of_run
 
 import pytest
 import torch
@@ -18,10 +20,11 @@ from conftest import write_config
 from safetensors.torch import load_file
 
 import cuda_graphs
+import stages
 import train
 from convert import load_teacher, load_teacher_config
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
-from distill_model import StudentConfig, StudentForCausalLM
+from distill_model import DistillationLoss, StudentConfig, StudentForCausalLM
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,8 +61,8 @@ def use_stand_ins() -> None:
 def train_with_stand_ins(arguments: list[str]) -> None:
     """train.py where all graphs are stand-ins; prints how often one was replayed."""
     use_stand_ins()
-    wanted = train.use_cuda_graphs
-    train.use_cuda_graphs = lambda cfg, device, *rest: wanted(cfg, "cuda", *rest)
+    wanted = stages.use_cuda_graphs
+    stages.use_cuda_graphs = lambda cfg, device, *rest: wanted(cfg, "cuda", *rest)
     train.main(arguments)
     print(f"replayed {Recomputed.count} times")
 
@@ -133,10 +136,15 @@ def test_where_graphs_are_used(tmp_path, teacher_dir, data_dir, changes, sharded
     for device, expected in (("cuda", used), ("cpu", False)):
         config = load_teacher_config(teacher_dir)
         assert (
-            train.use_cuda_graphs(cfg, device, cfg.train.zero_stage or 2, config, lines.append, sharded_teacher)
+            stages.use_cuda_graphs(cfg, device, cfg.train.zero_stage or 2, config, lines.append, sharded_teacher)
             == expected
         )
     assert len(lines) == (cfg.train.cuda_graphs and not used)
+
+
+def context(cfg) -> RunContext:
+    """Of one process."""
+    return RunContext(cfg, batch_plan(cfg, 1), None, 0, print, zero_stage=zero_stage_of_run(cfg, 1))
 
 
 def test_a_run_that_memory_ended_goes_on_without_graphs_as_advised(tmp_path, teacher_dir, data_dir):
@@ -144,7 +152,7 @@ def test_a_run_that_memory_ended_goes_on_without_graphs_as_advised(tmp_path, tea
     cfg = load_config(file)
     with (
         pytest.raises(ConfigError, match="out of GPU memory; .*train.cuda_graphs=false"),
-        train.memory_advice(cfg, batch_plan(cfg, 1)),
+        memory_advice(context(cfg)),
     ):
         raise torch.OutOfMemoryError
     Path(cfg.train.output_dir).mkdir()
@@ -153,7 +161,7 @@ def test_a_run_that_memory_ended_goes_on_without_graphs_as_advised(tmp_path, tea
     cfg = load_config(file, ["train.zero_stage=3"])
     with (
         pytest.raises(ConfigError, match="out of GPU memory") as error,
-        train.memory_advice(cfg, batch_plan(cfg, 1)),
+        memory_advice(context(cfg)),
     ):
         raise torch.OutOfMemoryError
     assert "cuda_graphs" not in str(error.value)
@@ -246,7 +254,7 @@ def test_parameters_are_the_models_own_again(model):
     "changes, message",
     [
         ({"use_cache": True}, "recorded with use_cache False, and is called with use_cache True"),
-        ({"ce_weight": 0.5}, "ce_weight"),
+        ({"distillation": DistillationLoss(ce_weight=0.5)}, "ce_weight"),
         (inputs(1), r"recorded with input_ids \(2, 9\)"),
     ],
 )
@@ -270,7 +278,7 @@ def test_moved_weights_and_buffers_are_refused(model, name, frozen):
     else:
         forward = replayed(model)
     moved(attrgetter(name)(model))
-    with pytest.raises(RuntimeError, match="lie elsewhere"):
+    with pytest.raises(RuntimeError, match="have moved in memory since"):
         forward(**inputs())
 
 
@@ -286,7 +294,7 @@ def test_a_moved_parameter_that_is_an_input_is_refused(model):
     for _ in range(EAGER_CALLS + 2):
         forward(**batch)
     moved(head)
-    with pytest.raises(RuntimeError, match="lie elsewhere"):
+    with pytest.raises(RuntimeError, match="have moved in memory since"):
         forward(**batch)
 
 

@@ -19,16 +19,15 @@ from distill_model import (
     get_student_attention_class,
 )
 from distill_model.cache import StaticCache
+from distill_model.decode_kernels import gated_delta_token, place_token, swiglu_rows
 from distill_model.decode_step import (
+    GraphedDecoder,
     add_linear_,
-    fused,
-    gated_delta_token,
+    can_fuse_block,
+    fused_parameters,
     input_projections,
-    joined,
-    place_token,
+    join_parameters,
     project,
-    serves,
-    swiglu_rows,
 )
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -200,19 +199,19 @@ def test_joined_parameters_are_views_of_one_tensor():
         expected = torch.cat(
             [torch.zeros(m.out_features) if p is None else p.detach().clone() for m, p in zip(maps, parts)]
         )
-        whole = joined(parts, [4, 1, 7])
+        whole = join_parameters(parts, [4, 1, 7])
         assert torch.equal(whole, expected)
-        assert joined(parts, [4, 1, 7]).data_ptr() == whole.data_ptr()
+        assert join_parameters(parts, [4, 1, 7]).data_ptr() == whole.data_ptr()
         with torch.no_grad():
             parts[1] += 1
         assert torch.equal(whole[4:5], parts[1]) and not torch.equal(whole, expected)
         parts[2].data = torch.full_like(parts[2], 3)
-        again = joined(parts, [4, 1, 7])
+        again = join_parameters(parts, [4, 1, 7])
         assert again.data_ptr() != whole.data_ptr() and torch.equal(again, torch.cat((whole[:5], parts[2])))
         assert parts[1].data_ptr() == again[4:].data_ptr() and all(p.requires_grad and p.is_leaf for p in parts[1:])
         flat = torch.randn(100)
         parts[1].data = flat[10 : 10 + parts[1].numel()].view(parts[1].shape)
-        assert joined(parts, [4, 1, 7]) is None and parts[1].data_ptr() == flat[10:].data_ptr()
+        assert join_parameters(parts, [4, 1, 7]) is None and parts[1].data_ptr() == flat[10:].data_ptr()
 
 
 def test_maps_that_cannot_be_one_are_run_one_by_one():
@@ -233,23 +232,23 @@ def test_maps_that_cannot_be_one_are_run_one_by_one():
     with torch.no_grad():
         expected = maps[0](x), maps[1](x)
         torch.testing.assert_close(project(x, maps), expected)
-        assert fused(maps) is not None
+        assert fused_parameters(maps) is not None
         for change in (hooked, overridden, lambda m: setattr(m, "__class__", Adapter)):
             changed = [copy.deepcopy(maps[0]), maps[1]]
             change(changed[0])
-            assert fused(changed) is None
+            assert fused_parameters(changed) is None
             torch.testing.assert_close(project(x, changed), (expected[0] + 1, expected[1]))
             hidden = torch.ones(2, 4)
             add_linear_(hidden, x, changed[0])
             torch.testing.assert_close(hidden, expected[0] + 2)
-        assert fused([maps[0], nn.Linear(5, 3).double()]) is None
+        assert fused_parameters([maps[0], nn.Linear(5, 3).double()]) is None
         hidden = torch.ones(2, 4)
         add_linear_(hidden, x, maps[0])
         torch.testing.assert_close(hidden, expected[0] + 1)
 
 
 # ------------------------------------------------------------------------------------------------ whole models
-STATIC = [name for name in STUDENTS if STUDENT_ATTENTION_MAP[name].func.CONSTANT_STATE]
+STATIC = [name for name in STUDENTS if STUDENT_ATTENTION_MAP[name].supports_static_cache]
 SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -277,10 +276,13 @@ def teachers(tmp_path_factory):
 def steps(monkeypatch):
     """How often a token went through `decode_token`."""
     calls = []
-    monkeypatch.setattr(
-        "distill_model.cache.decode_token",
-        lambda *args: (calls.append(args), decode_step.decode_token(*args))[1],
-    )
+    decode_token = decode_step.decode_token
+
+    def counted(*args):
+        calls.append(args)
+        return decode_token(*args)
+
+    monkeypatch.setattr(decode_step, "decode_token", counted)
     return calls
 
 
@@ -379,8 +381,8 @@ def test_weights_of_a_decoded_model(teachers, tmp_path, kind, name):
     assert (check_tokens(again) - logits).norm() > 1e-3 * logits.norm()
 
 
-def test_training_goes_on_behind_decoding(teachers):
-    """Also behind decoding in inference mode; what is decoded then is the new model's, in the same
+def test_training_after_decoding(teachers, monkeypatch):
+    """Also after decoding in inference mode; what is decoded then is the new model's, in the same
     cache too."""
     model = trained(hybrid(teachers["qwen2"], "gdn_v7"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -397,11 +399,12 @@ def test_training_goes_on_behind_decoding(teachers):
     assert all(p.grad is not None and p.grad.norm() > 0 for p in model.model.layers[1].parameters())
     optimizer.step()
     model.eval()
-    twin = copy.deepcopy(cache)
+    same_cache = copy.deepcopy(cache)
     step = model(ids[:, 1:2], past_key_values=cache).logits
-    with torch.no_grad():  # the same by the modules, one by one
-        twin.in_one_piece = lambda _: False
-        torch.testing.assert_close(step, model(ids[:, 1:2], past_key_values=twin).logits, atol=1e-4, rtol=1e-4)
+    with torch.no_grad(), monkeypatch.context() as patch:  # the same by the modules
+        patch.setattr(GraphedDecoder, "can_fuse", lambda _: False)
+        by_modules = model(ids[:, 1:2], past_key_values=same_cache).logits
+    torch.testing.assert_close(step, by_modules, atol=1e-4, rtol=1e-4)
     assert storages(model) == places
     assert (check_tokens(model) - before).norm() > 0.01 * before.norm()
 
@@ -455,7 +458,7 @@ def test_parts_that_are_not_plain(teachers, steps, name):
     layers[3].mlp.act = nn.Tanh()
     check_tokens(model)
     layers[3].mlp.forward = lambda x: x
-    assert [serves(block) for block in layers] == [True, True, False, False]
+    assert [can_fuse_block(block) for block in layers] == [True, True, False, False]
     assert (check_tokens(model) - changed).norm() > 0.01 * changed.norm() and len(steps) == 4 * 18
     assert len(seen) == 2 * 20 and all(
         torch.equal(*pair) for given, kept, out, held in seen for pair in ((given, kept), (out, held))
@@ -531,7 +534,7 @@ def test_recorded_hidden_states_do_not_slow_what_follows(teachers, steps):
     model = trained(hybrid(teachers["qwen3"], "gdn_v4"))
     model(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
     check_tokens(model)
-    assert len(steps) == 18 and all(map(serves, model.model.layers))
+    assert len(steps) == 18 and all(map(can_fuse_block, model.model.layers))
 
 
 def test_autocast(teachers, steps):

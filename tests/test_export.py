@@ -10,13 +10,15 @@ import pytest
 import torch
 from conftest import random_teacher, save_tokenizer
 from packaging.requirements import Requirement
+from safetensors.torch import load_file
 from test_model import STUDENTS, hybrid, trained
 from torch import nn
 
 from convert import load_teacher
-from distill_model import StudentForCausalLM
+from distill_model import StudentConfig, StudentForCausalLM
 
 ROOT = Path(__file__).parent.parent
+STORED = Path(__file__).parent / "data" / "export_2026"  # an export of an earlier version, with its code
 IDS = torch.arange(1, 82)[None]
 
 
@@ -82,7 +84,7 @@ def test_it_loads_in_a_bare_environment(teacher, bare, tmp_path, name, dtype):
     model = trained(hybrid(teacher, name)).to(dtype)
     script = f"""
 import importlib.util, torch
-for missing in ("deepspeed", "wandb", "datasets", "lm_eval", "accelerate", "distill_model", "pipeline", "convert", "pytest"):
+for missing in ("deepspeed", "wandb", "datasets", "lm_eval", "accelerate", "distill_model", "runtime", "convert", "pytest"):
     assert importlib.util.find_spec(missing) is None, missing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "given")!r})
@@ -107,6 +109,34 @@ torch.save(text, "text.pt")
     assert torch.equal(model.generate(text[:, :-6], max_new_tokens=6, do_sample=False, pad_token_id=0), text)
     code = {file.name for file in Path(folder).glob("*.py")}
     assert code == {file.name for file in (elsewhere / "again").glob("*.py")} and "cache.py" in code
+
+
+def test_a_stored_export_loads_with_its_own_code(bare, tmp_path):
+    """Its expected logits are those of the version that wrote it."""
+    script = f"""
+import importlib.util, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+assert importlib.util.find_spec("distill_model") is None
+model = AutoModelForCausalLM.from_pretrained({str(STORED)!r}, trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules.")
+expected = load_file({str(STORED / "expected.safetensors")!r})
+with torch.no_grad():
+    torch.testing.assert_close(model(expected["input_ids"]).logits, expected["logits"])
+model.generate(expected["input_ids"], max_new_tokens=3, do_sample=False, cache_implementation="static", pad_token_id=0)
+"""
+    python(script, "-S", cwd=tmp_path, PYTHONPATH=str(bare))
+
+
+def test_a_stored_export_loads_into_todays_classes():
+    expected = load_file(STORED / "expected.safetensors")
+    model = StudentForCausalLM(StudentConfig.from_pretrained(STORED)).eval()
+    state = load_file(STORED / "model.safetensors")
+    state["lm_head.weight"] = state["model.embeddings.weight"]  # tied, and saved once
+    model.load_state_dict(state, strict=True)
+    assert model.lm_head.weight is model.model.embeddings.weight
+    with torch.no_grad():
+        torch.testing.assert_close(model(expected["input_ids"]).logits, expected["logits"])
 
 
 def test_it_loads_without_the_flag_once_our_package_is_imported(teacher, tmp_path):

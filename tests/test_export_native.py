@@ -1,4 +1,5 @@
-"""The native export: transformers, without our package and without FLA, gives our logits, decoding and text."""
+"""Native exports give our logits, decoding and text in transformers, without our package and
+without FLA."""
 
 import copy
 import json
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import random_teacher, save_tokenizer, write_config
+from conftest import options, random_teacher, save_tokenizer, write_config
 from safetensors.torch import load_file
 from test_train import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +31,7 @@ ROPE = {
         "original_max_position_embeddings": 32,
     },
 }
-# Teacher's config, kept layers, options.
+# The teacher's config, the full-attention layers, the student's options.
 HYBRIDS = {
     "tied": ({"tie_word_embeddings": True}, [1], {}),
     "biases": ({"attention_bias": True}, [0, 3], {}),
@@ -39,7 +40,7 @@ HYBRIDS = {
     "bf16": ({}, [2], {}),
     **{rope: ({"rope_parameters": {"rope_theta": 1000.0} | values}, [1, 2], {}) for rope, values in ROPE.items()},
 }
-# What somebody else has: transformers, the folders, and no package of ours.
+# Runs where only transformers is installed, without this project and FLA.
 ELSEWHERE = """
 import json, sys
 for name in ("distill_model", "convert", "fla", "triton", "deepspeed"):
@@ -73,7 +74,7 @@ torch.save(results, f"{root}/results.pt")
 
 
 def trained(model, scale=0.05):
-    """The model a little off its start, where the gate would be shut."""
+    """The model with small random changes: as initialised, the gate would be closed."""
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -90,7 +91,7 @@ def hybrid(folder, case):
     model = StudentForCausalLM.from_teacher(load_teacher(str(folder / "teacher")), "gdn_v8", kept, options)[0]
     model = trained(model)
     if case == "bf16":
-        with torch.no_grad():  # norms far below 1, with some spread, and projections that make up for it
+        with torch.no_grad():  # norms far below 1, with some spread, and projections that compensate for it
             for name, weight in model.named_parameters():
                 if name.endswith(("attn_norm.weight", "mlp_norm.weight")):
                     weight.mul_(torch.empty_like(weight).uniform_(0.03, 0.06))
@@ -104,7 +105,7 @@ def hybrid(folder, case):
 
 @pytest.fixture(scope="module")
 def everywhere(tmp_path_factory):
-    """Every hybrid, and what it gives elsewhere."""
+    """(folder, {case: hybrid}, {case: outputs of its export in transformers alone})."""
     root = tmp_path_factory.mktemp("native")
     models = {}
     for case in HYBRIDS:
@@ -120,9 +121,10 @@ def everywhere(tmp_path_factory):
 
 @pytest.mark.parametrize("case", HYBRIDS)
 @torch.no_grad()
-def test_transformers_alone_gives_the_same(everywhere, case):
+def test_transformers_alone_gives_the_same_outputs(everywhere, case):
     root, models, results = everywhere
-    model, result = copy.deepcopy(models[case]).float(), results[case]
+    model = copy.deepcopy(models[case]).float()
+    result = results[case]
     ids, mask = torch.load(root / case / "input.pt").values()
     close = dict(atol=1e-4, rtol=1e-4)
     full = model(ids).logits
@@ -135,9 +137,9 @@ def test_transformers_alone_gives_the_same(everywhere, case):
 
 
 @torch.no_grad()
-def test_beside_our_package_it_runs_on_a_cpu_too(everywhere):
-    """FLA is there in this process, and transformers calls it; our package has put plain PyTorch in
-    its place."""
+def test_it_also_runs_on_a_cpu_where_our_package_is_imported(everywhere):
+    """transformers calls FLA if it is importable; our package has replaced its functions by plain
+    PyTorch."""
     root, _, results = everywhere
     model = AutoModelForCausalLM.from_pretrained(root / "tied" / "native").eval()
     ids, mask = torch.load(root / "tied" / "input.pt").values()
@@ -147,51 +149,43 @@ def test_beside_our_package_it_runs_on_a_cpu_too(everywhere):
 
 
 @torch.no_grad()
-def test_bf16_loses_no_more_than_ours(everywhere):
+def test_bf16_is_about_as_accurate_as_in_our_format(everywhere):
     """Qwen3.5's norms multiply by 1 + weight, which bf16 resolves to 1/256 of 1 and not of the
     weight."""
     root, _, results = everywhere
-    result, ids = results["bf16"], torch.load(root / "bf16" / "input.pt")["ids"]
+    result = results["bf16"]
+    ids = torch.load(root / "bf16" / "input.pt")["ids"]
     ours = StudentForCausalLM.from_pretrained(root / "bf16" / "ours").eval()(ids).logits
     assert (result["rounded"] - result["full"]).norm() < 1.3 * (ours - result["full"]).norm()
     held = load_file(root / "bf16" / "native" / "model.safetensors")
-    assert {name.split(".")[-2] for name, tensor in held.items() if tensor.dtype != torch.bfloat16} <= {
-        "input_layernorm",
-        "post_attention_layernorm",
-        "q_norm",
-        "k_norm",
-        "norm",
-    }
+    wide = {name.split(".")[-2] for name, tensor in held.items() if tensor.dtype != torch.bfloat16}
+    assert wide <= {"input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"}
 
 
 @pytest.mark.parametrize("case", HYBRIDS)
-def test_the_folder_is_whole(everywhere, case):
-    """Class, tying, dtype, tokenizer and generation config are what they were."""
+def test_the_folder_has_all_that_belongs_to_the_model(everywhere, case):
+    """Class, tying, dtype, tokenizer and generation config are as in the source."""
     root, models, results = everywhere
-    ours, native, result = root / case / "ours", root / case / "native", results[case]
-    assert (
-        result["class"] == json.loads((native / "config.json").read_text())["architectures"][0] == "Qwen3_5ForCausalLM"
-    )
+    ours = root / case / "ours"
+    native = root / case / "native"
+    result = results[case]
+    architecture = json.loads((native / "config.json").read_text())["architectures"][0]
+    assert result["class"] == architecture == "Qwen3_5ForCausalLM"
     assert result["tied"] == (case == "tied")
     assert result["dtypes"] == {torch.bfloat16 if case == "bf16" else torch.float32}
     assert result["prompt"] == AutoTokenizer.from_pretrained(ours)(PROMPT)["input_ids"]
     assert (native / "generation_config.json").read_text() == (ours / "generation_config.json").read_text()
     assert {file.suffix for file in native.iterdir()} == {".json", ".safetensors"}
-    assert sorted(file.name for file in (root / case).iterdir()) == [
-        "input.pt",
-        "native",
-        "ours",
-        "teacher",
-    ]
+    assert {file.name for file in (root / case).iterdir()} == {"input.pt", "native", "ours", "teacher"}
 
 
-def config_of(name="gdn_v8", options=None, **values):
+def config_of(name="gdn_v8", student_options=None, **values):
     base = dict(num_hidden_layers=4, qk_norm=True, keep_full_attention_layers=[1])
-    return StudentConfig(student_name=name, student_options=options, **{**base, **values})
+    return StudentConfig(student_name=name, student_options=student_options, **{**base, **values})
 
 
 @pytest.mark.parametrize("name", sorted(STUDENT_ATTENTION_MAP))
-def test_students_that_are_no_layer_of_qwen3_5_are_refused(name):
+def test_students_that_differ_from_qwen3_5s_layer_are_refused(name):
     reason = native_export_refusal(config_of(name))
     if name == "gdn_v8":
         assert reason is None
@@ -208,10 +202,10 @@ def test_students_that_are_no_layer_of_qwen3_5_are_refused(name):
             "gdn_v5 has no short convolution, a sigmoid in its gate, factored K and V; train",
         ),
         (
-            config_of(options={"conv_bias": True}),
+            config_of(student_options={"conv_bias": True}),
             "gdn_v8 has conv_bias; train gdn_v8 with none of that",
         ),
-        (config_of(options={"allow_neg_eigval": True}), "gdn_v8 has allow_neg_eigval; train"),
+        (config_of(student_options={"allow_neg_eigval": True}), "gdn_v8 has allow_neg_eigval; train"),
         (
             config_of(qk_norm=False),
             "no q/k norms, and no norm does nothing; distil a Qwen3 teacher",
@@ -225,12 +219,12 @@ def test_students_that_are_no_layer_of_qwen3_5_are_refused(name):
         (config_of(keep_full_attention_layers=[]), "no layer is full"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused(config, reason):
+def test_unsupported_features_are_refused(config, reason):
     assert reason in native_export_refusal(config)
 
 
-def test_all_reasons_are_given_at_once_the_teachers_first():
-    """In one line: who retrains for the student's reason alone would meet the teacher's afterwards."""
+def test_all_reasons_are_given_at_once_with_the_teachers_first():
+    """In one line, so that nobody retrains for the student's reason only to meet the teacher's."""
     config = config_of("gdn_v5", qk_norm=False, mlp_bias=True, hidden_act="gelu", keep_full_attention_layers=[])
     refusal = native_export_refusal(config)
     parts = [
@@ -245,13 +239,13 @@ def test_all_reasons_are_given_at_once_the_teachers_first():
     assert "(1)" not in native_export_refusal(config_of("gdn_v3"))  # one reason needs no number
 
 
-def test_options_that_are_set_to_what_they_are_anyway_are_taken():
-    assert native_export_refusal(config_of(options={"conv_bias": False, "conv_size": 3})) is None
-    assert native_config(config_of(options={"conv_size": 3})).linear_conv_kernel_dim == 3
+def test_options_at_their_default_values_are_accepted():
+    assert native_export_refusal(config_of(student_options={"conv_bias": False, "conv_size": 3})) is None
+    assert native_config(config_of(student_options={"conv_size": 3})).linear_conv_kernel_dim == 3
 
 
-def test_refused_at_the_door(everywhere, tmp_path):
-    """One line, an exit code, and no folder."""
+def test_refused_before_anything_is_written(everywhere, tmp_path):
+    """With one line, and without a folder."""
     root = everywhere[0]
     with_files = tmp_path / "full"
     with_files.mkdir()
@@ -260,24 +254,18 @@ def test_refused_at_the_door(everywhere, tmp_path):
     model.save_pretrained(tmp_path / "gdn_v4")
     (tmp_path / "predecessor").mkdir()
     (tmp_path / "predecessor" / "config.json").write_text('{"model_type": "student"}')
+    absent = tmp_path / "absent"
+    predecessor = tmp_path / "predecessor"
     for source, output, message in (
         (root / "tied" / "teacher", tmp_path / "a", "is of type qwen3, no hybrid of ours"),
         (tmp_path / "gdn_v4", tmp_path / "b", "gdn_v4 has no short convolution"),
-        (
-            tmp_path / "absent",
-            tmp_path / "c",
-            f"--model: '{tmp_path / 'absent'}' is neither a folder",
-        ),
-        (
-            tmp_path / "predecessor",
-            tmp_path / "d",
-            f"--model: '{tmp_path / 'predecessor'}' is a student of the KL-guided",
-        ),
+        (absent, tmp_path / "c", f"--model: '{absent}' is neither a folder"),
+        (predecessor, tmp_path / "d", f"--model: '{predecessor}' is a student of the KL-guided"),
         (root / "tied" / "ours", with_files, "is there already"),
     ):
-        with pytest.raises(SystemExit) as error:
-            export_native.main(["--model", str(source), "--output", str(output)])
-        assert str(error.value).startswith("error: ") and message in str(error.value) and "\n" not in str(error.value)
+        with pytest.raises(ValueError) as error:
+            export_native.main(options(model=source, output=output))
+        assert message in str(error.value) and "\n" not in str(error.value)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "gdn_v4", "predecessor"]
 
 
@@ -285,7 +273,7 @@ def test_refused_at_the_door(everywhere, tmp_path):
     "name", ["linear_attn.in_proj_qkv.weight", "self_attn.q_proj.weight", "input_layernorm.weight"]
 )
 def test_an_export_that_differs_is_not_written(everywhere, tmp_path, monkeypatch, name):
-    """The comparison on the way sees a mistake in any kind of layer."""
+    """The comparison during the export finds a mistake in any kind of layer."""
     right = export_native.native_block
 
     def wrong(block, *args):
@@ -300,38 +288,32 @@ def test_an_export_that_differs_is_not_written(everywhere, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_from_the_command_line(everywhere, tmp_path):
-    """As a user calls it, from elsewhere; the weights are those of the call in this process."""
+    """Started from another folder, it writes the same weights as a call in this process."""
     root = everywhere[0]
-    command = [
-        sys.executable,
-        export_native.__file__,
-        "--model",
-        str(root / "tied" / "ours"),
-        "--output",
-        "out",
-    ]
+    command = [sys.executable, export_native.__file__, *options(model=root / "tied" / "ours", output="out")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "as Qwen3_5ForCausalLM" in done.stdout
-    first, second = (load_file(folder / "model.safetensors") for folder in (root / "tied" / "native", tmp_path / "out"))
+    first = load_file(root / "tied" / "native" / "model.safetensors")
+    second = load_file(tmp_path / "out" / "model.safetensors")
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.slow
 def test_distilled_exported_and_loaded_elsewhere(teacher_dir, data_dir, tmp_path):
-    """As docs/generation.md has it: gdn_v8 from the start, calibrated, through stages 1 and 2; the same
-    text by transformers alone."""
+    """A gdn_v8 with calibrated initialisation, trained in stages 1 and 2: transformers alone gives
+    the same text."""
+    overrides = {
+        1: ["student_model.name=gdn_v8", "train.calibrate_init=2"],
+        2: ["student_model.name=gdn_v8"],
+    }
     for stage in (1, 2):
-        options = ["student_model.name=gdn_v8", *(["train.calibrate_init=2"] if stage == 1 else [])]
-        launch(write_config(tmp_path, stage, teacher_dir, data_dir), *options, processes=1)
+        launch(write_config(tmp_path, stage, teacher_dir, data_dir), *overrides[stage], processes=1)
     ours = tmp_path / "stage2" / "converted-hf"
-    export_native.main(["--model", str(ours), "--output", str(tmp_path / "case" / "native")])
-    ids, mask = torch.randint(1, 96, (2, 75)), torch.ones(2, 20, dtype=torch.long)
-    torch.save({"ids": ids, "mask": mask}, tmp_path / "case" / "input.pt")
-    subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(tmp_path), '["case"]', str(NEW_TOKENS), PROMPT],
-        check=True,
-        cwd=tmp_path,
-    )
+    export_native.main(options(model=ours, output=tmp_path / "case" / "native"))
+    ids = torch.randint(1, 96, (2, 75))
+    torch.save({"ids": ids, "mask": torch.ones(2, 20, dtype=torch.long)}, tmp_path / "case" / "input.pt")
+    arguments = [str(tmp_path), '["case"]', str(NEW_TOKENS), PROMPT]
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, cwd=tmp_path)
     result = torch.load(tmp_path / "results.pt", weights_only=False)["case"]
     model = StudentForCausalLM.from_pretrained(ours).eval()
     assert model.config.student_name == "gdn_v8" and model.config.keep_full_attention_layers == [1]
@@ -340,8 +322,5 @@ def test_distilled_exported_and_loaded_elsewhere(teacher_dir, data_dir, tmp_path
     text = model.generate(ids[:, :20], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     assert torch.equal(result["text"], text)
     card = (tmp_path / "case" / "native" / "README.md").read_text()
-    assert (
-        "trust_remote_code" not in card
-        and "| 1, attention output alignment |" in card
-        and "| 2, logit distillation |" in card
-    )
+    assert "trust_remote_code" not in card
+    assert "| 1, attention output alignment |" in card and "| 2, logit distillation |" in card

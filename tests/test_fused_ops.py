@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from distill_model import fused_ops
-from distill_model.decode_step import swiglu_rows
+from distill_model.decode_kernels import swiglu_rows
 from distill_model.fused_ops import (
     decode_attention,
     mean_squared_error,

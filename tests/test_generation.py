@@ -29,8 +29,9 @@ from transformers.generation import (
 
 from convert import load_teacher
 from distill_model import decode_loop, modeling_distilled_student
-from distill_model.cache import StaticCache, _tensors
-from distill_model.student_layers import restore_rows
+from distill_model.cache import StaticCache, state_tensors
+from distill_model.decode_step import GraphedDecoder
+from distill_model.student_base import restore_rows
 
 GROWING = {"path_v1", "path_fox_v1", "fox_v1"}  # softmax in another form
 WINDOWED = {"swa_v1", "lolcats_v1"}
@@ -84,7 +85,7 @@ def read(model, ids, mask, *sizes):
 
 def held(cache):
     """Bytes a layer."""
-    return [sum(x.nbytes for x in _tensors(layer.state)) for layer in cache.layers]
+    return [sum(x.nbytes for x in state_tensors(layer.state)) for layer in cache.layers]
 
 
 @torch.no_grad()
@@ -223,7 +224,7 @@ def test_crop_forgets_or_says_why_not(models, teacher, name):
     else:
         with pytest.raises(
             NotImplementedError,
-            match=rf"{name} in layers \[0, 2, 3\] holds .* cannot forget its last 2 tokens",
+            match=rf"{name} in layers \[0, 2, 3\] holds .* the last 2 tokens cannot be removed",
         ):
             cache.crop(-2)
         assert cache.get_seq_length() == 8 and cache[1]["attn_state"][0].shape[1] == 8
@@ -539,7 +540,7 @@ def test_a_static_cache_keeps_its_place(models, name):
         logits = model(ids[:, new], attention_mask=mask[:, :start], past_key_values=cache).logits
         torch.testing.assert_close(logits[mask[:, new].bool()], full[:, new][mask[:, new].bool()], atol=5e-4, rtol=1e-3)
         if size == 1 and start < 15:
-            places.add(tuple(x.data_ptr() for layer in cache.layers for x in _tensors(layer.state)))
+            places.add(tuple(x.data_ptr() for layer in cache.layers for x in state_tensors(layer.state)))
             assert [tuple(x.shape) for x in cache[1]["attn_state"]] == [(3, 40, 2, 16)] * 2
     assert len(places) == 1 and cache.get_seq_length() == start == 29
     order = torch.tensor([2, 0, 0])
@@ -585,7 +586,7 @@ def test_hidden_states(models, teacher_dir, kind):
 def test_what_a_static_cache_refuses(models, teacher):
     ids = torch.randint(1, 96, (2, 9))
     for name in (*GROWING, *WINDOWED):
-        with pytest.raises(ValueError, match=f"cache_implementation: static has no place for what {name} holds"):
+        with pytest.raises(ValueError, match=f"cache_implementation: static has no place for the state of {name}"):
             models(name).generate(ids, cache_implementation="static", max_new_tokens=2)
     model, cache = models("gdn_v4"), StaticCache(teacher.config, 10)
     mask = torch.ones(2, 11, dtype=torch.long)
@@ -597,7 +598,7 @@ def test_what_a_static_cache_refuses(models, teacher):
     torch.testing.assert_close(without, model(ids[:, :1]).logits)
     assert cache.get_seq_length() == 9
     model(ids[:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match="input_ids: 1 sequences behind a static cache of 2"):
+    with pytest.raises(ValueError, match="input_ids: 1 sequences do not fit a static cache of 2"):
         model(ids[:1, :1], past_key_values=cache)
     for change in (
         lambda: cache.batch_select_indices(torch.tensor([1])),
@@ -616,11 +617,11 @@ def test_a_static_cache_of_a_layer_on_another_device(teacher):
     """Where the prompt is not, as with device_map="auto"."""
     cache, ids = StaticCache(teacher.config, 20), torch.randint(1, 96, (2, 5))
     teacher(ids, past_key_values=cache)
-    cache.begin(ids[:, :1], None)
+    cache.begin_decoding(ids[:, :1], None)
     cache.layers[0].state = cache.layers[0]._map_state(lambda x: x.to("meta"))
     k = v = torch.empty(2, 1, *cache[0]["attn_state"][0].shape[2:], device="meta")
     q = torch.empty(2, 1, 4, k.shape[-1], device="meta")
-    assert cache.attend(0, q, k, v).shape == q.shape
+    assert GraphedDecoder(teacher, cache).attend(0, q, k, v).shape == q.shape
     restore_rows(cache.layers[0], torch.tensor([True, False]), [])
 
 

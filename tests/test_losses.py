@@ -76,7 +76,7 @@ def test_two_chunks_of_logits_are_held(monkeypatch):
         assert sum(not reference.expired() for reference in held) == 2
         return logits.sum(-1)
 
-    monkeypatch.setattr(losses, "fuses", lambda tensor: True)
+    monkeypatch.setattr(losses, "use_triton", lambda tensor: True)
     monkeypatch.setattr(losses, "_fused_kl", fused_kl)
     hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
     forward_kl(hidden, teacher_hidden, weight, teacher_weight, chunk_size=7)
@@ -158,9 +158,9 @@ if __name__ == "__main__":
     import test_decode_step
     import test_fused_ops
 
-    from distill_model import decode_step, fused_ops
+    from distill_model import decode_kernels, fused_ops
 
-    losses.use_triton = fused_ops.use_triton = decode_step.use_triton = lambda tensor: True
+    losses.use_triton = fused_ops.use_triton = decode_kernels.use_triton = lambda tensor: True
     losses.BLOCK = fused_ops.BLOCK = 16  # 53 entries are three blocks and a part
     for shape in test_fused_ops.SHAPES:
         test_fused_ops.test_swiglu(shape)

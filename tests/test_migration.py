@@ -24,12 +24,13 @@ from tokenizers import Tokenizer
 
 import convert.command
 import convert_ckpt
-import evaluate
+import optim
 import preprocess_chunk
 import preprocess_download_tokenize
 import train
 from distill_model import StudentForCausalLM
 from distill_model.losses import alignment_loss
+from evaluation.options import add_options
 from layer_selection import evaluate_layer_importance, generate_layer_configs_ga_s2
 from layer_selection.questions import TASKS, draw_questions
 
@@ -100,7 +101,7 @@ def old_lines(script: str) -> list[str]:
 
 
 @pytest.mark.parametrize("script", FLAGS)
-def test_every_old_flag_is_taken_or_replaced(script, monkeypatch):
+def test_every_old_flag_is_accepted_or_has_a_replacement(script, monkeypatch):
     parser = parser_of(script, monkeypatch)
     ours = {flag for action in parser._actions for flag in action.option_strings}
     replaced = REPLACEMENTS.get(script, {})
@@ -110,7 +111,7 @@ def test_every_old_flag_is_taken_or_replaced(script, monkeypatch):
     assert not parser.allow_abbrev
 
 
-def test_the_page_lists_the_flags_that_are_replaced():
+def test_the_page_lists_the_replaced_flags():
     """In the words of the messages; VALUE stands for the flag's value."""
     replaced = []
     for script, flags in REPLACEMENTS.items():
@@ -142,7 +143,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_a_command_that_does_not_work_says_what_does(tmp_path, monkeypatch, script):
+def test_a_refused_command_says_what_to_type_instead(tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
     command, message = COMMANDS[script]
     with pytest.raises(ValueError, match=re.escape(message)) as error:
@@ -150,7 +151,7 @@ def test_a_command_that_does_not_work_says_what_does(tmp_path, monkeypatch, scri
     assert "\n" not in str(error.value) and not any(tmp_path.iterdir())
 
 
-def test_it_says_so_in_one_line(tmp_path):
+def test_the_message_is_one_line(tmp_path):
     command, message = COMMANDS["preprocess_chunk.py"]
     words = [sys.executable, str(ROOT / "preprocess_chunk.py"), *shlex.split(command)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
@@ -207,7 +208,7 @@ def load_value(text: str):
 
 def test_the_default_of_the_evaluation():
     parser = argparse.ArgumentParser()
-    evaluate.add_options(parser)
+    add_options(parser)
     ((_, setting, there, here, line),) = [row for row in DEFAULTS if row[0] == "eval.sh"]
     assert parser.get_default("batch_size") == here and line == f"{setting}={there}"
     names = re.search(r"^for name in (.*); do$", (ROOT / "eval.sh").read_text(), re.MULTILINE)  # handed on as options
@@ -258,15 +259,15 @@ def test_the_old_lines_train_as_there(tmp_path, teacher_dir, data_dir):
     cfg = load_config(file)
     weight = torch.nn.Parameter(torch.zeros(1))
     ours, theirs = (torch.optim.AdamW([weight], lr=cfg.train.lr) for _ in range(2))
-    schedule = train.get_scheduler(ours, cfg, batch_plan(cfg, 1))
+    schedule = optim.get_scheduler(ours, cfg, batch_plan(cfg, 1))
     expected = transformers.get_scheduler("cosine", theirs, num_warmup_steps=0, num_training_steps=20)
     for _ in range(21):
         assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], abs=1e-12)
         for step in (ours, theirs, schedule, expected):
             step.step()
     model = StudentForCausalLM.from_teacher(convert.load_teacher(teacher_dir), "gdn_v4", [1])[0]
-    rates = {id(p): group.lr for group in train.parameter_groups(model, cfg) for p in group.params}
-    decays = {id(p): group.weight_decay for group in train.parameter_groups(model, cfg) for p in group.params}
+    rates = {id(p): group.lr for group in optim.parameter_groups(model, cfg) for p in group.params}
+    decays = {id(p): group.weight_decay for group in optim.parameter_groups(model, cfg) for p in group.params}
     for name, parameter in model.named_parameters():
         assert rates[id(parameter)] == (cfg.train.lr_attn if ".attn." in name else cfg.train.lr)
         if name.endswith("_proj.weight"):
@@ -307,7 +308,7 @@ def test_the_old_lines_preprocess_as_there(tmp_path, tokenizer_dir):
     assert [i for row in chunks.train for i in row["input_ids"]] == joined[: len(joined) // 16 * 16]
 
 
-def test_the_command_that_adopts_is_taken():
+def test_the_adopt_command_on_the_page_is_accepted():
     (command,) = re.findall(r"^python preprocess_chunk.py (.* --adopt .*|--adopt .*)$", PAGE, re.MULTILINE)
     args = preprocess_chunk.parse_args(shlex.split(command))
     assert args.adopt == Path("data_cache/chunked_context512") and args.tokenizer and args.output_dir == Path("data")

@@ -12,13 +12,13 @@ from conftest import random_teacher
 from convert import load_teacher
 from distill_model import (
     STUDENT_ATTENTION_MAP,
+    DistillationLoss,
     StudentConfig,
     StudentForCausalLM,
     check_student,
     cpu_ops,
 )
-from distill_model.student_layers import default_of, expand_kv_heads
-from train import checkpoint_activations
+from distill_model.student_base import expand_kv_heads
 
 ROOT = Path(__file__).parent.parent
 STUDENTS = sorted(STUDENT_ATTENTION_MAP)
@@ -284,9 +284,11 @@ def test_losses_equal_the_naive_ones(teacher):
         reduction="batchmean",
     )
     torch.testing.assert_close(model(ids, labels=ids).loss, naive_ce)
-    head = dict(teacher_hidden_states=hidden, teacher_head_weight=teacher.lm_head.weight, kl_temperature=2.0)
-    torch.testing.assert_close(model(ids, **head).loss, naive_kl, atol=1e-5, rtol=1e-4)
-    mixed = model(ids, labels=ids, kl_weight=0.5, ce_weight=0.25, **head).loss
+    head = dict(teacher_hidden_states=hidden, teacher_head_weight=teacher.lm_head.weight)
+    kl = model(ids, distillation=DistillationLoss(kl_temperature=2.0), **head).loss
+    torch.testing.assert_close(kl, naive_kl, atol=1e-5, rtol=1e-4)
+    weighted = DistillationLoss(kl_temperature=2.0, kl_weight=0.5, ce_weight=0.25)
+    mixed = model(ids, labels=ids, distillation=weighted, **head).loss
     torch.testing.assert_close(mixed, 0.5 * naive_kl + 0.25 * naive_ce, atol=1e-5, rtol=1e-4)
 
 
@@ -301,9 +303,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(teacher, name):
 
     plain = gradients()
     assert all(g.isfinite().all() and g.abs().sum() > 0 for g in plain.values())
-    checkpoint_activations(model, "mlp")
+    model.set_activation_checkpointing("mlp")
     assert all(torch.equal(gradient, plain[key]) for key, gradient in gradients().items())
-    checkpoint_activations(model, False)
+    model.set_activation_checkpointing(False)
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
@@ -324,7 +326,7 @@ def test_gradient_checkpointing_computes_again_what_it_says(teacher, what, forwa
         ("attention", model.model.layers[1].attn),
     ):
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
-    checkpoint_activations(model, what)
+    model.set_activation_checkpointing(what)
     model(ids, labels=ids).loss.backward()
     assert calls == {"gate": forward_passes, "attention": 2 if what is True else 1}
     with torch.no_grad():
@@ -386,23 +388,19 @@ def test_save_and_load_change_nothing(teacher, tmp_path, name, dtype):
     assert again.config.student_options == OPTIONS.get(name, {})
 
 
-def options_of(name):
-    """What a student takes, by option, in the order of its table."""
-    student = STUDENT_ATTENTION_MAP[name]
-    return {key: option for key, option in student.func.OPTIONS.items() if student.keywords.get(option.needs, True)}
-
-
-ALL_OPTIONS = [(name, key) for name in STUDENTS for key in options_of(name)]
+ALL_OPTIONS = [(name, key) for name in STUDENTS for key in STUDENT_ATTENTION_MAP[name].options]
 
 
 @pytest.mark.parametrize("name, key", ALL_OPTIONS)
 def test_every_option_works(teacher, tmp_path, name, key):
     """A value other than the default, for a number the least: it shows, trains, decodes, and
     survives save and load."""
-    option, default = options_of(name)[key], default_of(STUDENT_ATTENTION_MAP[name].func, key)
+    student = STUDENT_ATTENTION_MAP[name]
+    option = student.options[key]
+    default = student.value_of(key, {})
     value = not default if option.kind is bool else option.minimum
     assert value != default
-    needed = {option.needs: True} if option.needs in options_of(name) else {}
+    needed = {option.needs: True} if option.needs in student.options else {}
     options = OPTIONS.get(name, {}) | needed
 
     def build(options):
@@ -435,7 +433,7 @@ def test_every_option_works(teacher, tmp_path, name, key):
 
 @pytest.mark.parametrize("name, key", ALL_OPTIONS)
 def test_every_option_is_checked(teacher, name, key):
-    option = options_of(name)[key]
+    option = STUDENT_ATTENTION_MAP[name].options[key]
     wrong = [1, "true"] if option.kind is bool else [option.minimum - 1, option.maximum + 1, -3, True, "4", 4.5, [4]]
     for value in (*wrong, None):
         with pytest.raises(
@@ -532,7 +530,7 @@ def test_the_documentation_lists_every_student_and_option():
     listed = {
         name: set(re.findall(r"\w+", options)) for names, options in rows for name in re.findall(r"`(\w+)`", names)
     }
-    assert listed == {name: set(options_of(name)) for name in STUDENTS}
+    assert listed == {name: set(STUDENT_ATTENTION_MAP[name].options) for name in STUDENTS}
 
 
 @pytest.mark.parametrize("hidden, heads, head_dim", [(448, 61, 64), (704, 15, 64), (5120, 64, 128)])

@@ -104,39 +104,6 @@ def test_unknown_option_is_refused_before_anything_is_written(tmp_path):
     assert run.returncode != 0 and "--tyni" in run.stderr and not out.exists()
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "train.py",
-        "chat.py",
-        "evaluate.py",
-        "eval_compare.py",
-        "convert_ckpt.py",
-        "preprocess_chunk.py",
-        "preprocess_download_tokenize.py",
-        "layer_selection/select_layers.py",
-        "layer_selection/compare_selectors.py",
-        "layer_selection/evaluate_layer_importance.py",
-        "layer_selection/retrieve_loss_log_from_wandb.py",
-        "convert/export_native.py",
-    ],
-)
-def test_a_script_outside_the_environment_says_how_to_enter_it(script):
-    done = subprocess.run(
-        [sys.executable, "-S", script],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )  # without site-packages
-    assert done.returncode == 1 and done.stdout == ""
-    last_line = done.stderr.splitlines()[-1]
-    assert re.fullmatch(
-        r"ModuleNotFoundError: .* has no torch, .*datasets.*; run 'source setup.sh' first, .*",
-        last_line,
-    )
-
-
 def test_standard_library_without_tests_and_packages(tmp_path):
     from quickstart.train_tokenizer import copy_stdlib, stdlib_files
 

@@ -29,6 +29,9 @@ from processes import free_port
 from transformers import AutoModelForCausalLM
 
 import convert_ckpt
+import optim
+import preflight
+import stages as stage_builders
 import train
 from convert import load_teacher, load_teacher_config
 from convert_ckpt import export_checkpoint
@@ -100,6 +103,8 @@ def test_a_stage_runs_and_explains_itself(stages, stage):
     folder = stages / f"stage{stage}"
     assert len(logged(folder, "loss")) == 4 and len(logged(folder, "eval_loss")) == 2
     assert logged(folder, "eval_loss")[1] < logged(folder, "eval_loss")[0]
+    rates = logged(folder, "tokens_per_second")
+    assert len(rates) == 4 and min(rates) > 0 and not logged(folder, "mfu")  # a CPU's peak is not known
     assert load_config(folder / "config.yaml").stage == stage
     facts = json.loads((folder / "run.json").read_text())
     assert facts["world_size"] == 2 and facts["versions"]["torch"] and facts["device"] == "cpu"
@@ -201,7 +206,7 @@ def test_stage_3_changes_nothing_at_load(stages, teacher_dir, data_dir):
     export = StudentForCausalLM.from_pretrained(stages / "stage2" / "converted-hf")
     assert export.config.keep_full_attention_layers == KEPT
     cfg = load_config(stages / "stage3.yaml")
-    built = train.build_student_for_stage2_and_3(cfg, torch.float32)
+    built = stage_builders.build_student_for_stage2_and_3(cfg, torch.float32)
     for (name, a), (_, b) in zip(export.state_dict().items(), built.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     attention = export.model.layers[KEPT[0]].attn.q_proj.weight
@@ -270,7 +275,7 @@ def test_a_run_folder_as_the_start_is_told_from_its_export(tmp_path, teacher_dir
         ValueError,
         match=f"student_init_ckpt: {tmp_path}/stage1 holds no checkpoint; name {tmp_path}/stage1/converted-hf$",
     ):
-        train.check_models(cfg)
+        preflight.check_models(cfg)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -602,17 +607,15 @@ def test_every_student_goes_through_both_stages(tmp_path, teacher_dir, data_dir,
 @pytest.mark.parametrize("name", ["gdn_v4", "gdn_v8", "kda_v1", "mamba2_v1", "swa_v1"])
 def test_the_report_has_what_calibration_changed(tmp_path, teacher_dir, data_dir, name):
     file = write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=2, micro_batch_size=2)
-    model = train.build_student_for_stage1(
-        load_config(file, [f"student_model.name={name}", "student_model.options={}"]), torch.float32
-    )
+    cfg = load_config(file, [f"student_model.name={name}", "student_model.options={}"])
+    model, init_report = stage_builders.build_student_for_stage1(cfg, torch.float32)
     students = [block.attn.student_attn for block in model.model.layers]
     before = [{n: p.detach().clone() for n, p in student.named_parameters()} for student in students]
-    train.calibrate_students(model, open_chunks(data_dir, LENGTH), 2, 2)
+    fitted = stage_builders.calibrate_students(model, open_chunks(data_dir, LENGTH), 2, 2)
+    init_report = stage_builders.with_calibrated(init_report, fitted)
     for layer, student in enumerate(students):
-        report, changed = (
-            model.init_report[layer],
-            {n for n, p in student.named_parameters() if not torch.equal(p, before[layer][n])},
-        )
+        report = init_report[layer]
+        changed = {n for n, p in student.named_parameters() if not torch.equal(p, before[layer][n])}
         assert changed and set(report["calibrated"]) == changed
         tensors = [n for kind in ("copied", "transformed", "fresh", "calibrated") for n in report[kind]]
         assert sorted(tensors) == sorted(before[layer])
@@ -621,11 +624,11 @@ def test_the_report_has_what_calibration_changed(tmp_path, teacher_dir, data_dir
 def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir, capfd):
     cfg = load_config(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=4, micro_batch_size=2))
     said = []
-    model = train.build_student_for_stage1(cfg, torch.float32, said.append)
+    model, _ = stage_builders.build_student_for_stage1(cfg, torch.float32, said.append)
     chunks = open_chunks(data_dir, LENGTH)
     test = torch.as_tensor(chunks.heldout[:8]["input_ids"])
     losses = [model(test)["loss"].item()]
-    train.calibrate_students(model, chunks, cfg.train.calibrate_init, cfg.train.micro_batch_size, said.append)
+    stage_builders.calibrate_students(model, chunks, cfg.train.calibrate_init, cfg.train.micro_batch_size, said.append)
     losses.append(model(test)["loss"].item())
     pattern = r"calibrated on 256 tokens: alignment loss (\S+) -> (\S+) on ([\d,]+) held-out tokens"
     *reported, tokens = re.fullmatch(pattern, said[-1]).groups()
@@ -637,7 +640,8 @@ def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir, capfd):
 def test_calibration_without_held_out_chunks_says_so(tmp_path, teacher_dir, data_dir):
     cfg = load_config(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=2))
     said, chunks = [], dataclasses.replace(open_chunks(data_dir, LENGTH), heldout=None)
-    train.calibrate_students(train.build_student_for_stage1(cfg, torch.float32, said.append), chunks, 2, 1, said.append)
+    model, _ = stage_builders.build_student_for_stage1(cfg, torch.float32, said.append)
+    stage_builders.calibrate_students(model, chunks, 2, 1, said.append)
     assert said[-1].endswith("on the same tokens, for there are no held-out chunks")
 
 
@@ -731,7 +735,7 @@ def test_kernel_configs_are_not_given_to_others_of_their_name(monkeypatch):
     "module",
     [
         "chat",
-        "evaluate",
+        "evaluation.commands",
         "train",
         "quickstart.report",
         "layer_selection.scan_layers",
@@ -771,7 +775,7 @@ def test_alignment_gradients_equal_direct_ones(teacher_dir, kind, recompute):
         target = block.attn(normed, position_embeddings=positions)[0].detach()
         twin = student.model.layers[i].attn
         loss = alignment_loss(twin(normed)[0], target, kind) / len(teacher.model.layers)
-        for (name, p), g in zip(twin.named_parameters(), torch.autograd.grad(loss, list(twin.parameters()))):
+        for (name, _), g in zip(twin.named_parameters(), torch.autograd.grad(loss, list(twin.parameters()))):
             expected[f"model.layers.{i}.attn.{name}"] = g
         hidden = block(hidden, position_embeddings=positions).detach()
     model = AttentionAlignmentModel(teacher, student, kind, recompute).train()
@@ -799,11 +803,11 @@ from runtime.environment import init_distributed, set_up_device, set_up_process
 set_up_process(), init_distributed(set_up_device(), 5)
 import torch
 from deepspeed.utils import z3_leaf_module
-import hf_trainer, train
+import hf_trainer, stages
 from convert import load_teacher
 from runtime.config import load_config
 cfg, plain, sharded = load_config({str(file)!r}), *(load_teacher({teacher_dir!r}) for _ in range(2))
-sharded = hf_trainer.FrozenTeacher(sharded, "cpu", train.teacher_engine_config(cfg, sharded, "cpu", 1, print))
+sharded = hf_trainer.FrozenTeacher(sharded, "cpu", stages.teacher_engine_config(cfg, sharded, "cpu", 1, print))
 assert sharded.model.model.layers[0].mlp.up_proj.weight.numel() == 0  # its values are elsewhere
 assert all(map(z3_leaf_module, sharded.model.model.layers)) and not z3_leaf_module(sharded.model.lm_head)
 ids = torch.randint(0, 80, (2, 19))
@@ -833,7 +837,7 @@ def test_max_grad_norm_is_what_deepspeed_clips_at(tmp_path, stage, norm):
     from transformers import TrainingArguments
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-    config = HfTrainerDeepSpeedConfig(train.deepspeed_config(f"stage_{stage}"))
+    config = HfTrainerDeepSpeedConfig(stage_builders.deepspeed_config(f"stage_{stage}"))
     config.trainer_config_process(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_grad_norm=norm))
     assert config.config["gradient_clipping"] == norm
 
@@ -853,21 +857,23 @@ def test_where_a_teachers_weights_are(tmp_path, teacher_dir, data_dir, shard, of
     cfg = load_config(
         write_config(tmp_path, 2, teacher_dir, data_dir, kd_teacher_shard=shard, kd_teacher_offload=offload)
     )
-    engine = train.teacher_engine_config(cfg, load_teacher(teacher_dir), "cpu", 1, print)
+    engine = stage_builders.teacher_engine_config(cfg, load_teacher(teacher_dir), "cpu", 1, print)
     assert (engine and engine["zero_optimization"].get("offload_param", {"device": "none"})["device"]) == expected
 
 
 def test_zero_3_names_a_block_as_we_do():
     """DeepSpeed only warns of a class that is not there, and then gathers module by module."""
     for name in ("stage_3", "stage_2_teacher"):
-        assert train.deepspeed_config(name)["zero_optimization"]["leaf_module"] == {"classes": [StudentBlock.__name__]}
+        assert stage_builders.deepspeed_config(name)["zero_optimization"]["leaf_module"] == {
+            "classes": [StudentBlock.__name__]
+        }
 
 
 @pytest.mark.parametrize("scope", ["linear", "all"])
 def test_parameter_groups(teacher_dir, tmp_path, data_dir, scope):
     cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, weight_decay=0.1, lr_attn_scope=scope))
     model = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", KEPT)[0]
-    optimizer = train.get_optimizer(model, cfg)
+    optimizer = optim.get_optimizer(model, cfg)
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert len(settings) == len(list(model.parameters())) == sum(len(g["params"]) for g in optimizer.param_groups)
     for name, module in model.named_modules():
@@ -899,7 +905,7 @@ def test_only_matrices_decay(teacher_dir, tmp_path, data_dir, name, vectors):
     """Not a filter of a channel, nor a vector with dimensions of 1 around it."""
     cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, weight_decay=0.1))
     model = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), name)[0]
-    decay = {id(p): group.weight_decay for group in train.parameter_groups(model, cfg) for p in group.params}
+    decay = {id(p): group.weight_decay for group in optim.parameter_groups(model, cfg) for p in group.params}
     found = dict(model.model.layers[0].attn.named_parameters())
     assert vectors <= found.keys() and all(decay[id(found[parameter])] == 0 for parameter in vectors)
     assert all(
@@ -912,9 +918,9 @@ def test_groups_of_8_bits_stay_countable(teacher_dir, tmp_path, data_dir, monkey
     of a group."""
     model, limit = load_teacher(teacher_dir), 5000
     cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, weight_decay=0.1, optimizer="adamw_8bit"))
-    whole = train.get_optimizer(model, cfg).param_groups
-    monkeypatch.setattr(train, "GROUP_OF_8_BITS", limit)
-    cut = train.get_optimizer(model, cfg).param_groups
+    whole = optim.get_optimizer(model, cfg).param_groups
+    monkeypatch.setattr(optim, "GROUP_OF_8_BITS", limit)
+    cut = optim.get_optimizer(model, cfg).param_groups
     assert max(sum(p.numel() for p in group["params"]) for group in whole) > 2 * limit
     assert all(len(group["params"]) == 1 or sum(p.numel() for p in group["params"]) <= limit for group in cut)
     settings = [
@@ -933,7 +939,7 @@ def test_the_schedule_reaches_its_floor(tmp_path, teacher_dir, data_dir):
     ):
         cfg = load_config(file, [f"train.lr_scheduler_type={kind}"])
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=4e-3)
-        scheduler = train.get_scheduler(optimizer, cfg, batch_plan(cfg, 1))
+        scheduler = optim.get_scheduler(optimizer, cfg, batch_plan(cfg, 1))
         rates = []
         for _ in range(101):
             rates.append(optimizer.param_groups[0]["lr"])
@@ -989,7 +995,7 @@ def test_a_dry_run_warns_of_data_that_is_not_as_wanted(tmp_path, teacher_dir, da
         open_chunks(data_dir, LENGTH),
     )
     adopted = dataclasses.replace(chunks, metadata=chunks.metadata | {"eos_tokens": 0})
-    assert not train.notes_on_data(cfg, batch_plan(cfg, 1), adopted)  # there is no EOS in them
+    assert not preflight.notes_on_data(cfg, batch_plan(cfg, 1), adopted)  # there is no EOS in them
 
 
 @pytest.mark.parametrize("event", ["setup", "on_train_begin", "on_log", "on_save", "on_train_end"])
@@ -1012,7 +1018,7 @@ def test_wandb_does_not_end_a_run(monkeypatch, capsys, event):
     for each in events:
         getattr(callback, each)(None, state, None, model=None, logs={"loss": 1.0})
     assert called == [*events[: events.index(event) if event in events else 0], event]
-    assert capsys.readouterr().out == "W&B ended (the service is gone); metrics.jsonl goes on without it\n"
+    assert capsys.readouterr().out == "W&B ended (the service is gone); metrics.jsonl continues without it\n"
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -1032,7 +1038,7 @@ BAD = {
     "student_model.name=gdn_v3": "has student_name 'gdn_v4', this run 'gdn_v3'",
     "train.student_init_ckpt=nowhere": "train.student_init_ckpt: nowhere holds no checkpoint; run stage 1 first",
     "teacher_model.name=no/such/folder": "teacher_model.name: 'no/such/folder' is neither a folder",
-    "train.resume_from_checkpoint=nowhere": "train.resume_from_checkpoint: nowhere is no whole checkpoint",
+    "train.resume_from_checkpoint=nowhere": "train.resume_from_checkpoint: nowhere is not a complete checkpoint",
     "stage=3": r"keep_full_attention_layers: \[1\] must be those of .*stage1/converted-hf, \[\]",
 }
 
@@ -1094,9 +1100,9 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path, teacher_dir, change, me
         (folder / "config.json").write_text(text)
     cfg = load_config(write_config(tmp_path, 2, teacher_dir, "no data"))
     if message is None:
-        return train.check_models(cfg)
+        return preflight.check_models(cfg)
     with pytest.raises(ValueError, match=message) as error:
-        train.check_models(cfg)
+        preflight.check_models(cfg)
     assert "\n" not in str(error.value) and str(error.value).startswith(f"train.student_init_ckpt: {folder}")
 
 
@@ -1117,8 +1123,8 @@ def test_a_start_that_cannot_be_calibrated_is_refused_at_the_door(tmp_path, teac
     """By the name alone: the data and the weights are not there."""
     file = write_config(tmp_path, 1, teacher_dir, "no data", calibrate_init=2)
     with pytest.raises(ValueError, match=f"^train.calibrate_init: {name} fuses o_proj with its norm; set it to 0$"):
-        train.check_models(load_config(file, [f"student_model.name={name}"]))
-    train.check_models(load_config(file, [f"student_model.name={name}", "train.calibrate_init=0"]))
+        preflight.check_models(load_config(file, [f"student_model.name={name}"]))
+    preflight.check_models(load_config(file, [f"student_model.name={name}", "train.calibrate_init=0"]))
 
 
 def test_another_tokenizer_and_an_unsupported_teacher(tmp_path, monkeypatch, teacher_dir, data_dir):
@@ -1168,7 +1174,7 @@ def test_a_folder_belongs_to_one_run(tmp_path, teacher_dir, data_dir):
     found = tmp_path / "stage1" / "checkpoint-2"
     found.mkdir()
     assert checkpoints(found.parent) == []  # not complete
-    with pytest.raises(ValueError, match="checkpoint-2 is no whole checkpoint of"):
+    with pytest.raises(ValueError, match="checkpoint-2 is not a complete checkpoint of"):
         check_run_folder(load_config(file, [f"train.resume_from_checkpoint={found}"]))
     (found / "index.json").write_text("{}")
     assert checkpoints(found.parent) == [found]

@@ -1,7 +1,7 @@
-"""Faults done to real processes and files, and what must hold after each.
+"""Injects faults into real processes and files, and checks what must hold after each.
 
-A run that was broken and started again must leave the very metrics and weights of one that nobody touched, bit for bit.
-FAULTS.md beside this file is the table of all; docs/reliability.md says which promise each holds.
+A run that was interrupted and started again must give the metrics and weights of an uninterrupted
+run, bit for bit. FAULTS.md beside this file lists all faults with their tests; docs/reliability.md says which promise each checks.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +20,17 @@ from runtime.data import data_fingerprint, read_metadata
 from runtime.guard import HUNG, REQUEUE
 
 import pytest
-from conftest import write_config
+from conftest import options, python_texts, write_config
 from processes import PATIENCE, ROOT, Child, import_once, start
 
 import preprocess_chunk
 import preprocess_download_tokenize
 
 pytestmark = pytest.mark.faults
-STEPS, SAVE, LENGTH = 20, 3, 32
-# Checkpoints fall between logs (2 steps) and on ends of epochs (6 steps).
+STEPS = 20
+SAVE = 3
+LENGTH = 32
+# Checkpoints are written between logged steps (every 2) and at ends of epochs (every 6).
 SETTINGS = {
     "max_steps": STEPS,
     "micro_batch_size": 2,
@@ -37,55 +40,28 @@ SETTINGS = {
     "report_to": "none",
     "weight_decay": 0.1,
 }
-RANKS = {1: 1, 2: 2, 3: 2}  # by stage: ZeRO-1 alone, ZeRO-2 and ZeRO-3 on two
+RANKS = {1: 1, 2: 2, 3: 2}  # by stage: ZeRO-1 on one process, ZeRO-2 and ZeRO-3 on two
 VOLATILE = ("seconds", "runtime", "per_second", "total_flos")
 
 
-# ------------------------------------------------------------------------------------------------ fixtures
+# ----------------------------------------------------------------------------------------- fixtures
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    for i in range(14):
-        lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(3))
-        (folder / f"{i}.py").write_text("\n".join(lines))
+    for i, text in enumerate(python_texts(14, lines=3)):
+        (folder / f"{i}.py").write_text(text)
     return folder
 
 
-def tokenize(corpus, teacher, folder):
-    preprocess_download_tokenize.main(
-        [
-            "--dataset_name",
-            str(corpus),
-            "--tokenizer",
-            teacher,
-            "--output_dir",
-            str(folder / "tokenized"),
-            "--holdout",
-            "0.17",
-        ]
-    )
-
-
-def chunk(folder):
-    preprocess_chunk.main(
-        [
-            "--tokenized_dataset_path",
-            str(folder / "tokenized"),
-            "--context_length",
-            str(LENGTH),
-            "--output_dir",
-            str(folder),
-        ]
-    )
-
-
 def preprocess(corpus, teacher, folder, hook=lambda: None, code=0):
-    """In a process of its own, for its threads would not survive a fork."""
+    """Makes chunks in a separate process, because its threads would not survive a fork."""
+    tokenized = folder / "tokenized"
 
     def body():
         hook()
-        tokenize(corpus, teacher, folder)
-        chunk(folder)
+        paths = options(dataset_name=corpus, tokenizer=teacher, output_dir=tokenized)
+        preprocess_download_tokenize.main([*paths, *options(holdout=0.17)])
+        preprocess_chunk.main(options(tokenized_dataset_path=tokenized, context_length=LENGTH, output_dir=folder))
 
     child = Child(body, folder / "log", {"TOKENIZERS_PARALLELISM": "false"})
     assert child.wait() == code, child.output()
@@ -105,30 +81,28 @@ def small_data(tmp_path_factory, teacher_dir, corpus):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, teacher_dir, small_data):
-    """The three stages, untouched: a folder with stage1, stage2, stage3."""
+    """A folder with uninterrupted runs of the three stages: stage1, stage2, stage3."""
     import_once()
     folder = tmp_path_factory.mktemp("whole")
     for stage, ranks in RANKS.items():
-        job = start(
-            write_config(folder, stage, teacher_dir, small_data, **SETTINGS),
-            log=folder / f"log{stage}",
-            ranks=ranks,
-        )
+        file = write_config(folder, stage, teacher_dir, small_data, **SETTINGS)
+        job = start(file, log=folder / f"log{stage}", ranks=ranks)
         assert job.wait() == 0, job.output()
     return folder
 
 
 class Run:
-    """One stage in a folder of its own, to be broken."""
+    """A run of one stage, in its own folder, into which faults are injected.
+
+    whole: the folder of the uninterrupted run. root: holds config and logs; folder: the run itself.
+    """
 
     def __init__(self, stage, whole, folder, teacher, data, settings):
-        self.stage, self.whole, self.ranks, self.starts, self.root = (
-            stage,
-            whole / f"stage{stage}",
-            RANKS[stage],
-            0,
-            folder,
-        )
+        self.stage = stage
+        self.whole = whole / f"stage{stage}"
+        self.ranks = RANKS[stage]
+        self.starts = 0
+        self.root = folder
         if stage > 1:
             (folder / f"stage{stage - 1}").symlink_to(whole / f"stage{stage - 1}")
         self.file = write_config(folder, stage, teacher, data, **SETTINGS | settings)
@@ -148,9 +122,8 @@ class Run:
     def must_equal_the_whole(self):
         assert metrics(self.folder) == metrics(self.whole)
         for name in ("model.safetensors", "config.json"):
-            assert (self.folder / "converted-hf" / name).read_bytes() == (
-                self.whole / "converted-hf" / name
-            ).read_bytes(), name
+            ours = (self.folder / "converted-hf" / name).read_bytes()
+            assert ours == (self.whole / "converted-hf" / name).read_bytes(), name
         left = [path.name for path in self.folder.iterdir() if path.name[0] == "."]
         assert not left and len(checkpoints(self.folder)) == len(list(self.folder.glob("checkpoint-*"))) == 2
 
@@ -161,51 +134,53 @@ def make_run(whole, tmp_path, teacher_dir, small_data):
 
 
 def metrics(folder):
-    """Every logged line, less what depends on the clock."""
+    """Every logged line, without the values that depend on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if not k.endswith(VOLATILE)} for line in lines if "train_runtime" not in line
-    ]
+    found = []
+    for line in lines:
+        if "train_runtime" not in line:
+            found.append({name: value for name, value in line.items() if not name.endswith(VOLATILE)})
+    return found
 
 
-# ------------------------------------------------------------------------------------------------ the means of breaking
+# ---------------------------------------------------------------------------------- fault injection
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def on_call(module, name, act, nth=1, when=lambda *a, **k: True, after=False):
-    """In this process, the nth call of module.name for which when(arguments) holds does act(),
-    before or after it."""
-    original, calls = getattr(module, name), [0]
+    """In this process, the nth call of module.name for which when(arguments) holds also calls
+    act(), before or after the original."""
+    original = getattr(module, name)
+    calls = 0
 
     def wrapped(*arguments, **options):
+        nonlocal calls
         hit = when(*arguments, **options)
-        calls[0] += hit
-        if hit and calls[0] == nth and not after:
+        calls += hit
+        if hit and calls == nth and not after:
             act()
         result = original(*arguments, **options)
-        if hit and calls[0] == nth and after:
+        if hit and calls == nth and after:
             act()
         return result
 
     setattr(module, name, wrapped)
 
 
-def names(path, *parts):
-    return all(part in str(path) for part in parts)
-
-
 def half_written(path_part, nth, end=die):
-    """torch.save leaves half of the nth file whose path holds `path_part`, then end()."""
+    """torch.save writes half of the nth file whose path contains `path_part`, then calls end()."""
     import io
 
     import torch
 
-    original, calls = torch.save, [0]
+    original = torch.save
+    calls = 0
 
     def save(value, path, *arguments, **options):
-        calls[0] += names(path, path_part)
-        if names(path, path_part) and calls[0] == nth:
+        nonlocal calls
+        calls += path_part in str(path)
+        if path_part in str(path) and calls == nth:
             buffer = io.BytesIO()
             original(value, buffer, *arguments, **options)
             Path(path).write_bytes(buffer.getvalue()[: buffer.tell() // 2])
@@ -228,7 +203,7 @@ def in_optimiser():
 
 
 def before_the_ranks_agree():
-    """The other rank waits in the all-reduce for what does not come."""
+    """The other rank waits in an all-reduce that never completes."""
     import hf_trainer
 
     on_call(hf_trainer.Guard, "on_step_end", die, nth=8)
@@ -257,9 +232,8 @@ def after_the_rename():
 
 
 def while_pruning():
-    on_call(
-        shutil, "rmtree", die, nth=2, when=lambda path, **k: str(path).endswith("checkpoint-6")
-    )  # the first makes room for it
+    # The first call makes room for the checkpoint.
+    on_call(shutil, "rmtree", die, nth=2, when=lambda path, **k: str(path).endswith("checkpoint-6"))
 
 
 def while_exporting():
@@ -295,16 +269,17 @@ KILLS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ kills
+# -------------------------------------------------------------------------------------------- kills
 @pytest.mark.parametrize("name", KILLS)
 def test_killed(make_run, name):
-    """SIGKILL there; the same command again: the metrics and weights of the whole run."""
+    """After SIGKILL at that moment, the same command gives the metrics and weights of an
+    uninterrupted run."""
     stage, rank, hook = KILLS[name]
     run = make_run(stage)
     assert run.start(hook=on_rank(rank, hook)).wait() == -signal.SIGKILL
     assert not (run.folder / "converted-hf").exists()
     output = run.to_the_end()
-    assert "going on from" in output or name in (
+    assert "resuming from" in output or name in (
         "after the last step, before the export",
         "while exporting",
     )
@@ -312,7 +287,7 @@ def test_killed(make_run, name):
 
 
 def test_killed_before_the_first_checkpoint_and_while_it_starts_again(make_run):
-    """Then in the rewriting of metrics.jsonl, and with its last line torn."""
+    """Then killed while it rewrites metrics.jsonl, whose last line is incomplete."""
     run = make_run()
 
     def early():
@@ -324,15 +299,17 @@ def test_killed_before_the_first_checkpoint_and_while_it_starts_again(make_run):
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "tok')
-    rewriting = lambda: on_call(os, "replace", die, when=lambda a, b: str(b).endswith("metrics.jsonl"))
+
+    def rewriting():
+        on_call(os, "replace", die, when=lambda a, b: str(b).endswith("metrics.jsonl"))
+
     assert run.start(hook=on_rank(0, rewriting)).wait() == -signal.SIGKILL
     run.to_the_end()
     run.must_equal_the_whole()
 
 
 def test_killed_between_the_renames_of_a_second_export(make_run):
-    """The old export is moved away, the new one not yet in its place: convert_ckpt.py makes it
-    whole again."""
+    """The old export is renamed and the new one not yet in its place: convert_ckpt.py completes it."""
     import convert_ckpt
 
     run = make_run()
@@ -340,13 +317,13 @@ def test_killed_between_the_renames_of_a_second_export(make_run):
     command = ["convert_ckpt.py", "--cfg", str(run.file)]
 
     def export(hook=lambda: None):
-        import sys
-
         hook()
         sys.argv = command
         convert_ckpt.main()
 
-    between = lambda: on_call(os, "replace", die, when=lambda a, b: str(a).endswith(".converted-hf.new"))
+    def between():
+        on_call(os, "replace", die, when=lambda a, b: str(a).endswith(".converted-hf.new"))
+
     assert Child(lambda: export(between), run.root / "export1", {}).wait() == -signal.SIGKILL
     assert not (run.folder / "converted-hf").exists() and (run.folder / ".converted-hf.old").exists()
     assert Child(export, run.root / "export2", {}).wait() == 0
@@ -355,8 +332,8 @@ def test_killed_between_the_renames_of_a_second_export(make_run):
 
 @pytest.mark.parametrize("nth, folder", [(2, "tokenized"), (4, f"chunked_context{LENGTH}")], ids=["tokens", "chunks"])
 def test_killed_while_preprocessing(tmp_path, teacher_dir, corpus, small_data, nth, folder):
-    """Nothing that could be taken for data is left; the same commands make what untouched ones
-    make."""
+    """No folder that looks like data is left; the same commands give the data of uninterrupted
+    ones."""
 
     def fault():
         import datasets.arrow_writer
@@ -372,7 +349,7 @@ def test_killed_while_preprocessing(tmp_path, teacher_dir, corpus, small_data, n
     assert not [path for path in tmp_path.iterdir() if path.name[0] == "."]
 
 
-# ------------------------------------------------------------------------------------------------ damaged checkpoints
+# ------------------------------------------------------------------------------ damaged checkpoints
 def truncate(checkpoint):
     path = next(checkpoint.glob("global_step*/*optim_states.pt"))
     os.truncate(path, path.stat().st_size // 2)
@@ -408,7 +385,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("harm", DAMAGES, ids=lambda harm: harm.__name__)
 def test_a_damaged_newest_checkpoint(make_run, harm):
-    """It is reported and set aside; the run goes on from the one before, to the same end."""
+    """It is reported and set aside; the run resumes from the one before, with the same result."""
     run = make_run()
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     before, newest = checkpoints(run.folder)
@@ -416,14 +393,14 @@ def test_a_damaged_newest_checkpoint(make_run, harm):
     output = run.to_the_end()
     assert (
         re.search(f"{newest.name}: damaged .*{DAMAGES[harm]}.*set aside", output)
-        and f"going on from {before}" in output
+        and f"resuming from {before}" in output
     )
     assert (run.folder / f"set-aside-{newest.name}").is_dir()
     run.must_equal_the_whole()
 
 
 def test_all_checkpoints_damaged(make_run):
-    """The run does not quietly start anew."""
+    """The run does not silently start from step 0."""
     run = make_run()
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     older, newest = checkpoints(run.folder)
@@ -433,7 +410,7 @@ def test_all_checkpoints_damaged(make_run):
     assert "all its checkpoints are damaged and set aside" in run.job.output()
 
 
-# ------------------------------------------------------------------------------------------------ signals
+# ------------------------------------------------------------------------------------------ signals
 def send(number):
     return lambda: os.kill(os.getpid(), number)
 
@@ -463,9 +440,9 @@ def term_while_saving():
 
 
 def term_before_training():
-    import train
+    import stages
 
-    on_call(train, "build_trainer", send(signal.SIGTERM))
+    on_call(stages, "build_trainer", send(signal.SIGTERM))
 
 
 def term_while_exporting():
@@ -485,7 +462,7 @@ SIGNALS = {
         1,
         0,
         term_in_a_step,
-        "SIGTERM: stopped at step 4 of 20; checkpoint-4 is whole",
+        "SIGTERM: stopped at step 4 of 20; checkpoint-4 is complete",
     ),
     "SIGTERM while saving": (1, 0, term_while_saving, "SIGTERM: stopped at step"),
     "SIGTERM to ZeRO-3": (3, 0, term_in_a_step, "SIGTERM: stopped at step"),
@@ -496,7 +473,8 @@ SIGNALS = {
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_signalled(make_run, name):
-    """It saves and exits with the code for a requeue; the same command goes on to the same end."""
+    """It saves and exits with the code for a requeue; the same command resumes, with the same
+    result."""
     stage, rank, hook, says = SIGNALS[name]
     run = make_run(stage)
     assert run.start(hook=on_rank(rank, hook)).wait() == REQUEUE, run.job.output()
@@ -508,7 +486,7 @@ def test_signalled(make_run, name):
 
 def test_term_to_all_processes_of_a_run(make_run):
     """As Slurm and DeepSpeed's launcher send it: W&B's service dies of it before the run has saved,
-    and that is no matter."""
+    which must not matter."""
     import hf_trainer
 
     run = make_run(report_to="wandb")
@@ -523,18 +501,19 @@ def test_term_to_all_processes_of_a_run(make_run):
         psutil.wait_procs(children, timeout=60)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    hook = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", term_all, nth=8)
+    def hook():
+        on_call(hf_trainer.StageTrainer, "compute_loss", term_all, nth=8)
+
     job = run.start(hook=on_rank(0, hook), environment={"WANDB_MODE": "offline"})
     assert job.wait() == REQUEUE, job.output()
-    assert "W&B ended" in job.output() and "SIGTERM: stopped at step 4 of 20; checkpoint-4 is whole" in job.output()
+    assert "W&B ended" in job.output() and "SIGTERM: stopped at step 4 of 20; checkpoint-4 is complete" in job.output()
     run.to_the_end(environment={"WANDB_MODE": "offline"})
     run.must_equal_the_whole()
 
 
 @pytest.fixture
 def launched(make_run):
-    """`bash launch_stage1.sh` with two ranks, in the midst of training: its process, its log, its
-    run."""
+    """`bash launch_stage1.sh` with two ranks, while it trains: its process, its log, its run."""
     run = make_run()
     environment = os.environ | {
         "CFG": str(run.file),
@@ -542,10 +521,8 @@ def launched(make_run):
         "PROCESSES_PER_NODE": "2",
         "OMP_NUM_THREADS": "1",
     }
-    path, command = (
-        run.root / "launch.log",
-        ["bash", str(ROOT / "launch_stage1.sh"), "train.max_steps=2000"],
-    )
+    path = run.root / "launch.log"
+    command = ["bash", str(ROOT / "launch_stage1.sh"), "train.max_steps=2000"]
     with path.open("w") as log:
         job = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     end = time.monotonic() + PATIENCE
@@ -562,11 +539,11 @@ def test_the_launch_script_hands_signals_on(launched):
     job.send_signal(signal.SIGTERM)
     assert job.wait(PATIENCE) == REQUEUE, log.read_text()[-3000:]
     (checkpoint,) = checkpoints(run.folder)[-1:]
-    assert f"{checkpoint.name} is whole" in log.read_text() and "ended with exit code 75" in log.read_text()
+    assert f"{checkpoint.name} is complete" in log.read_text() and "ended with exit code 75" in log.read_text()
 
 
 def test_a_launcher_that_is_killed(launched):
-    """DeepSpeed says 0 then: the job fails all the same, and its ranks do not go on unseen."""
+    """DeepSpeed then exits with 0, but the job fails, and its ranks do not keep running."""
     import psutil
 
     job, log, run = launched
@@ -588,9 +565,9 @@ def test_checkpoints_by_minutes(make_run):
     run.must_equal_the_whole()
 
 
-# ------------------------------------------------------------------------------------------------ figures and ranks
+# --------------------------------------------------------------------------------- values and ranks
 def break_layer(layer, gradient):
-    """From the 7th micro-batch on, what the layer's MLP gives, or its gradient, is infinite."""
+    """From the 7th micro-batch on, the layer's output, or its gradient, is infinite."""
     import hf_trainer
 
     def hook(module, inputs, output):
@@ -601,17 +578,16 @@ def break_layer(layer, gradient):
     trainers = []
 
     def act():
-        blocks = trainers[0].model.model.layers
-        part = blocks[layer].mlp if RANKS[2] == trainers[0].args.world_size else blocks[layer].attn.student_attn.o_proj
-        part.register_forward_hook(hook)
+        block = trainers[0].model.model.layers[layer]
+        stage_1 = trainers[0].args.world_size == RANKS[1]
+        module = block.attn.student_attn.o_proj if stage_1 else block.mlp
+        module.register_forward_hook(hook)
 
-    on_call(
-        hf_trainer.StageTrainer,
-        "compute_loss",
-        act,
-        nth=7,
-        when=lambda self, *a, **k: not trainers.append(self),
-    )
+    def remember(self, *arguments, **options):
+        trainers.append(self)
+        return True
+
+    on_call(hf_trainer.StageTrainer, "compute_loss", act, nth=7, when=remember)
 
 
 DIVERGED = {
@@ -655,7 +631,7 @@ DIVERGED = {
 
 @pytest.mark.parametrize("name", DIVERGED)
 def test_not_finite(make_run, name):
-    """One line with step, layer and rank; the checkpoints stay good."""
+    """It ends with one line with step, layer and rank; the checkpoints stay usable."""
     stage, rank, layer, gradient, says = DIVERGED[name]
     run = make_run(stage)
     assert run.start(hook=on_rank(rank, lambda: break_layer(layer, gradient))).wait() == 1
@@ -666,7 +642,7 @@ def test_not_finite(make_run, name):
 
 
 def test_out_of_memory(make_run):
-    """One line with what helps in this stage and is not in use yet."""
+    """It ends with one line with the settings that help in this stage and are not in use yet."""
     run = make_run(2)
 
     def exhausted():
@@ -693,8 +669,8 @@ def test_out_of_memory(make_run):
 
 
 def at_step_8(act):
-    """From here on this rank waits no longer than 10 s for the others. Patience is long until then:
-    a busy machine starts slowly."""
+    """Calls act() at step 8; from there on this rank waits at most 10 s for the others. Before, it
+    waits longer, because a busy machine starts slowly."""
     import hf_trainer
 
     trainers = []
@@ -703,13 +679,11 @@ def at_step_8(act):
         trainers[0].watchdog.seconds = 10.0
         act()
 
-    on_call(
-        hf_trainer.StageTrainer,
-        "compute_loss",
-        hook,
-        nth=8,
-        when=lambda self, *a, **k: not trainers.append(self),
-    )
+    def remember(self, *arguments, **options):
+        trainers.append(self)
+        return True
+
+    on_call(hf_trainer.StageTrainer, "compute_loss", hook, nth=8, when=remember)
 
 
 @pytest.mark.parametrize(
@@ -725,8 +699,8 @@ def at_step_8(act):
     ids=["sleeps", "first rank is stopped"],
 )
 def test_a_rank_hangs(make_run, rank, act, says):
-    """The time-out names it, and where it is. The store that the ranks tell that in is the first
-    one's."""
+    """The timeout names the rank and where it is. The ranks report that in a store which the first
+    rank holds."""
     run = make_run(2)
     job = run.start(hook=lambda ours: at_step_8(act if ours == rank else lambda: None))
     assert job.wait() == HUNG
@@ -735,14 +709,12 @@ def test_a_rank_hangs(make_run, rank, act, says):
     run.must_equal_the_whole()
 
 
-# ------------------------------------------------------------------------------------------------ file systems
+# ------------------------------------------------------------------------------------- file systems
 @contextmanager
-def mounted(folder, options):
-    if (
-        os.geteuid() != 0
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode
-    ):
-        pytest.skip("needs root and leave to mount a tmpfs")
+def mounted(folder, mount_options):
+    command = ["mount", "-t", "tmpfs", "-o", mount_options, "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs root and permission to mount a tmpfs")
     try:
         yield
     finally:
@@ -781,14 +753,15 @@ def full_while_exporting(folder):
     "fault", [full_while_saving, full_while_logging, full_while_exporting], ids=lambda f: f.__name__
 )
 def test_full_file_system(make_run, fault):
-    """A line that says so; nothing half-written passes for whole; with room again the run ends as
-    if nothing had been."""
+    """It ends with one line that says so; nothing incomplete counts as complete; with space again,
+    the run finishes with the same result."""
     run = make_run()
     run.folder.mkdir()
     with mounted(run.folder, "size=16m"):
         (run.folder / ".keep").touch()
         run.file.write_text(run.file.read_text().replace(f"{run.root}/stage1", f"{run.folder}/run"))
-        mount, run.folder = run.folder, run.folder / "run"
+        mount = run.folder
+        run.folder = mount / "run"
         assert run.start(hook=on_rank(0, lambda: fault(mount))).wait() == 1
         assert re.search("train.py: error: .*the file system is full", run.job.output()), run.job.output()
         assert "Traceback" not in run.job.output()
@@ -823,13 +796,18 @@ def test_a_folder_that_may_not_be_written(make_run):
 
 
 def own_data(run):
-    """A copy of the run's data, which it now uses."""
+    """Makes the run use a copy of its data; returns (original, copy)."""
     data = run.root / "data"
     text = run.file.read_text()
     source = next(line.split(": ")[1] for line in text.splitlines() if "cache_dir" in line)
     shutil.copytree(source, data)
     run.file.write_text(text.replace(source, str(data)))
     return Path(source), data
+
+
+def claim_another_corpus(data):
+    file = data / "metadata.json"
+    file.write_text(file.read_text().replace("local-", "local-0"))
 
 
 DATA = {
@@ -846,9 +824,7 @@ DATA = {
         "holds no readable metadata.json",
     ),
     "other data": (
-        lambda data: (data / "metadata.json").write_text(
-            (data / "metadata.json").read_text().replace("local-", "local-0")
-        ),
+        claim_another_corpus,
         "has other data than .*checkpoint-6 was trained on",
     ),
 }
@@ -874,20 +850,20 @@ def test_data_cut_while_it_is_read(make_run):
 
     run = make_run()
     source, data = own_data(run)
-    cut = lambda: os.truncate(data / "train.arrow", 0)
-    assert (
-        run.start(hook=on_rank(0, lambda: on_call(hf_trainer.StageTrainer, "compute_loss", cut, nth=15))).wait()
-        == -signal.SIGBUS
-    )
+
+    def hook():
+        on_call(hf_trainer.StageTrainer, "compute_loss", lambda: os.truncate(data / "train.arrow", 0), nth=15)
+
+    assert run.start(hook=on_rank(0, hook)).wait() == -signal.SIGBUS
     assert "Fatal Python error: Bus error" in run.job.output()
     shutil.copytree(source, data, dirs_exist_ok=True)
     run.to_the_end()
     run.must_equal_the_whole()
 
 
-# ------------------------------------------------------------------------------------------------ one run, one folder
+# ------------------------------------------------------------------------------ one run, one folder
 def test_two_jobs_on_one_folder(make_run):
-    """The second is refused and names the first, which is not disturbed."""
+    """The second is refused and names the first, which continues."""
     import hf_trainer
 
     run = make_run()
@@ -909,8 +885,8 @@ def test_two_jobs_on_one_folder(make_run):
 
 @pytest.mark.parametrize("alive", [False, True], ids=["dead", "alive"])
 def test_a_lock_of_another_machine(make_run, alive):
-    """Without locks across machines: a holder that shows no sign of life is replaced, one that does
-    is respected."""
+    """Where locks do not work across machines: a holder without heartbeat is replaced, one with a
+    heartbeat is respected."""
     run = make_run()
     run.folder.mkdir()
     lock = run.folder / ".lock"
@@ -941,7 +917,7 @@ def test_null_with_a_run_in_the_folder(make_run):
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     assert run.start("train.resume_from_checkpoint=null").wait() == 1
     assert (
-        "say auto to go on from the newest, name one of them to go on from that, or remove the folder"
+        "set it to auto to resume from the latest checkpoint, or to one of them to resume from that, or remove the folder"
         in run.job.output()
     )
     run.to_the_end()
@@ -950,9 +926,9 @@ def test_null_with_a_run_in_the_folder(make_run):
 
 
 def test_going_on_from_a_named_checkpoint(make_run):
-    """Later ones are set aside, so that auto follows this choice. The same command, as a scheduler
-    gives it after a time limit, goes on with what it has begun, where the one that was named may be
-    gone, and is done at last."""
+    """Later ones are set aside, so that `auto` follows this choice. The same command, as a
+    scheduler repeats it after a time limit, resumes from its own newer checkpoints, even if the
+    named one is gone, and finishes."""
     run = make_run()
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     named = f"train.resume_from_checkpoint={run.folder}/checkpoint-3"
@@ -960,26 +936,24 @@ def test_going_on_from_a_named_checkpoint(make_run):
     assert "checkpoint-6 comes after checkpoint-3; set aside" in run.job.output()
     stopped = checkpoints(run.folder)[-1].name
     assert run.start(named, hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
-    assert f"going on from {run.folder}/{stopped}" in run.job.output() and not (run.folder / "checkpoint-3").exists()
+    assert f"resuming from {run.folder}/{stopped}" in run.job.output() and not (run.folder / "checkpoint-3").exists()
     run.to_the_end(named)
     run.must_equal_the_whole()
     assert "this run is finished" in run.to_the_end(named)
 
 
 def test_setting_out_again_from_a_checkpoint_of_a_finished_run(make_run):
-    """It has an export of the last step, and is not finished all the same."""
+    """Although the export of the last step exists, the run does not count as finished."""
     run = make_run()
     run.to_the_end()
     named = f"train.resume_from_checkpoint={checkpoints(run.folder)[0]}"
     assert run.start(named, hook=on_rank(0, in_the_next_step)).wait() == -signal.SIGKILL
     output = run.to_the_end(named)
-    assert "going on from" in output and "this run is finished" not in output
+    assert "resuming from" in output and "this run is finished" not in output
     run.must_equal_the_whole()
 
 
 def test_an_export_in_mid_run_does_not_end_it(make_run):
-    import sys
-
     import convert_ckpt
 
     def export():
@@ -1010,19 +984,24 @@ def test_an_export_in_mid_run_does_not_end_it(make_run):
     ],
 )
 def test_another_number_of_processes(make_run, stage, before, after, zero):
-    """The losses of an untouched run, within what another order of summation does: optimiser states
-    arrive. At these learning rates that is 3e-6; at ten times these, the other tests', Adam's first
-    steps magnify it to percents on some processors."""
+    """It gives the losses of an uninterrupted run, up to the effect of another order of summation,
+    so optimiser states are restored. At these learning rates the effect is 3e-6; at the other
+    tests', ten times as high, Adam's first steps amplify it to percents on some processors."""
     import hf_trainer
 
     rates = {"lr": 2e-4, "lr_attn": 4e-4, "final_lr": 1e-4}
-    run = make_run(stage, **rates, **{"zero_stage": zero} if zero else {})
+    if zero:
+        rates["zero_stage"] = zero
+    run = make_run(stage, **rates)
     untouched = run.root / "untouched"
     run.to_the_end(f"train.output_dir={untouched}")
-    kill = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=2 * 7 // before + 1)
+
+    def kill():
+        on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=2 * 7 // before + 1)
+
     assert run.start(hook=on_rank(0, kill), ranks=before).wait() == -signal.SIGKILL
     output = run.to_the_end(ranks=after)
-    assert f"{before} processes saved checkpoint-6, {after} go on from it" in output
+    assert f"checkpoint-6 was saved by {before} processes and is resumed by {after}" in output
     assert read_index(checkpoints(run.folder)[-1])["zero_stage"] == (zero or (1 if before == 1 else stage))
     ours, theirs = metrics(run.folder), metrics(untouched)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
@@ -1033,17 +1012,20 @@ def test_another_number_of_processes(make_run, stage, before, after, zero):
 
 
 def test_another_number_of_processes_with_weights_that_stay_behind(make_run):
-    """Stage 1 under ZeRO-3: DeepSpeed's universal checkpoint has no frozen weights; said so, and
-    with the old number it goes on."""
+    """Stage 1 under ZeRO-3: DeepSpeed's universal checkpoint has no frozen weights. This is refused
+    with a message, and the old number of processes resumes."""
     import hf_trainer
 
     run = make_run(zero_stage=3)
-    kill = lambda: on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=8)
+
+    def kill():
+        on_call(hf_trainer.StageTrainer, "compute_loss", die, nth=8)
+
     assert run.start(hook=on_rank(0, kill), ranks=2).wait() == -signal.SIGKILL
     job = run.start(ranks=1)
     assert job.wait() == 1
     assert (
-        "2 processes saved checkpoint-6, 1 go on from it: with train.zero_stage 3" in job.output()
+        "checkpoint-6 was saved by 2 processes and is resumed by 1: with train.zero_stage 3" in job.output()
         and "start 2 processes" in job.output()
     )
     assert "Traceback" not in job.output()
@@ -1052,18 +1034,18 @@ def test_another_number_of_processes_with_weights_that_stay_behind(make_run):
 
 @pytest.mark.parametrize("stage", RANKS)
 def test_optimiser_states_of_8_bits(make_run, stage):
-    """They take a fourth of their place, train nearly as well, and go on to the bit, but not on
+    """They take a quarter of the space, train nearly as well, and resume bit for bit, but not on
     another number of processes."""
     run = make_run(stage, optimizer="adamw_8bit")
     untouched = run.root / "untouched"
     run.to_the_end(f"train.output_dir={untouched}")
     ours, theirs = ([line["loss"] for line in metrics(folder) if "loss" in line] for folder in (untouched, run.whole))
     assert ours != theirs and ours == pytest.approx(theirs, rel=0.05)
-    sizes = [
-        sum(file.stat().st_size for file in checkpoints(folder)[-1].rglob("*optim_states.pt"))
-        for folder in (untouched, run.whole)
-    ]
-    assert sizes[0] < 0.6 * sizes[1]
+
+    def optimiser_bytes(folder):
+        return sum(file.stat().st_size for file in checkpoints(folder)[-1].rglob("*optim_states.pt"))
+
+    assert optimiser_bytes(untouched) < 0.6 * optimiser_bytes(run.whole)
     assert run.start(hook=on_rank(0, in_forward)).wait() == -signal.SIGKILL
     job = run.start(ranks=3 - run.ranks)
     assert (
@@ -1075,8 +1057,10 @@ def test_optimiser_states_of_8_bits(make_run, stage):
     run.must_equal_the_whole()
 
 
-# ------------------------------------------------------------------------------------------------ trust
+# -------------------------------------------------------------------------------------------- trust
 class Bomb:
+    """Creates a folder when it is unpickled."""
+
     def __init__(self, target):
         self.target = target
 
@@ -1098,23 +1082,12 @@ def test_a_checkpoint_of_somebody_else_is_not_unpickled(make_run):
     ):
         assert command() == 1
         assert not (run.root / "boom").exists()
-    assert "is no whole checkpoint of" in run.job.output()
+    assert "is not a complete checkpoint of" in run.job.output()
 
 
 def export_foreign(run, foreign):
-    done = subprocess.run(
-        [
-            os.sys.executable,
-            "convert_ckpt.py",
-            "--cfg",
-            str(run.file),
-            "--checkpoint",
-            str(foreign),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "convert_ckpt.py", *options(cfg=run.file, checkpoint=foreign)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "no whole checkpoint of" in done.stderr, done.stderr
     return done.returncode
 
@@ -1141,7 +1114,7 @@ def test_code_and_pickles_of_a_teacher_are_not_run(make_run, teacher_dir):
     run.file.write_text(run.file.read_text().replace(teacher_dir, str(evil)))
     run.start().wait()
     assert not (run.root / "boom").exists()
-    for weights in evil.glob("*.safetensors"):  # the pickled copy is no way out
+    for weights in evil.glob("*.safetensors"):  # then the pickled copy must not be read either
         weights.unlink()
     assert run.start(f"train.output_dir={run.root}/other").wait() == 1
     assert not (run.root / "boom").exists()
@@ -1155,7 +1128,7 @@ KEYS = {
 
 
 def test_no_key_is_written_anywhere(make_run):
-    """Not into configs, checkpoints, logs, W&B's offline record, after a failure neither."""
+    """Not into configs, checkpoints, logs or W&B's offline record, nor after a failure."""
     run = make_run(report_to="wandb")
     environment = KEYS | {"WANDB_MODE": "offline"}
     assert run.start(hook=on_rank(0, in_forward), environment=environment).wait() == -signal.SIGKILL
@@ -1168,8 +1141,8 @@ def test_no_key_is_written_anywhere(make_run):
 
 
 def test_nothing_is_written_outside_the_run_folder(make_run):
-    """Every file that a run opens for writing, makes, renames or removes, as Python's audit events
-    tell."""
+    """Python's audit events show every file that a run opens for writing, creates, renames or
+    removes."""
     run = make_run()
     log = run.root / "audit"
     (run.root / "tmp").mkdir()
@@ -1179,23 +1152,22 @@ def test_nothing_is_written_outside_the_run_folder(make_run):
         return os.path.abspath(os.path.join(base, os.fsdecode(path)))
 
     def audit():
-        import sys
         import tempfile
 
         tempfile.tempdir = str(run.root / "tmp")
-        file = open(log, "a", buffering=1)
+        file = open(log, "a", buffering=1)  # noqa: SIM115 (stays open until the process ends)
 
         def hook(event, arguments):
-            if (
-                event == "open"
-                and isinstance(arguments[0], (str, bytes))
-                and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            ):
-                paths = (
-                    [] if "/" not in os.fsdecode(arguments[0]) else [name(arguments[0])]
-                )  # else: by a folder's descriptor, as rmtree does
-            elif event in ("os.remove", "os.rmdir", "os.mkdir", "os.truncate"):
-                paths = [name(arguments[0], arguments[-1] if event != "os.truncate" else -1)]
+            paths = []
+            if event == "open" and isinstance(arguments[0], (str, bytes)):
+                writes = (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+                # A path without a slash is relative to a folder's descriptor, as in rmtree.
+                if writes and "/" in os.fsdecode(arguments[0]):
+                    paths = [name(arguments[0])]
+            elif event in ("os.remove", "os.rmdir", "os.mkdir"):
+                paths = [name(arguments[0], arguments[-1])]
+            elif event == "os.truncate":
+                paths = [name(arguments[0])]
             elif event == "os.rename":
                 paths = [name(arguments[0]), name(arguments[1])]
             else:

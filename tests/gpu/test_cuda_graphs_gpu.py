@@ -7,8 +7,7 @@ import torch
 from test_students_gpu import OPTIONS, one_config  # noqa: F401
 
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
-from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
-from train import checkpoint_activations
+from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM
 from wrapper import AttentionAlignmentModel
 
 pytestmark = [
@@ -46,7 +45,7 @@ def train(name, stage, graphed, checkpointing=False):
     ones."""
     model, teacher = models(name, stage)
     if stage > 1:
-        checkpoint_activations(model, checkpointing)
+        model.set_activation_checkpointing(checkpointing)
     parameters = [p for p in model.parameters() if p.requires_grad]
     forward, read = model, teacher.model
     if graphed:
@@ -64,7 +63,7 @@ def train(name, stage, graphed, checkpointing=False):
             inputs |= {
                 "teacher_hidden_states": hidden,
                 "teacher_head_weight": teacher.lm_head.weight,
-                "ce_weight": 0.5,
+                "distillation": DistillationLoss(ce_weight=0.5),
             }
         loss = forward(**inputs)["loss"]
         (loss / 3).backward()  # no power of two: where the scale enters shows in the last bit
@@ -109,7 +108,7 @@ def test_another_call_than_the_recorded_one_is_refused():
     with pytest.raises(RuntimeError, match="use_cache"):
         forward(input_ids=ids, labels=ids, use_cache=True)
     model.to("cpu").to("cuda")
-    with pytest.raises(RuntimeError, match="lie elsewhere"):
+    with pytest.raises(RuntimeError, match="have moved in memory since"):
         forward(input_ids=ids, labels=ids, use_cache=False)
 
 

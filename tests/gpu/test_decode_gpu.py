@@ -8,13 +8,14 @@ import torch
 from test_decode_step import LowRank
 
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
-from distill_model.cache import StaticCache, _tensors
+from distill_model.cache import StaticCache, state_tensors
+from distill_model.decode_step import GraphedDecoder
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-STATIC = [name for name, student in STUDENT_ATTENTION_MAP.items() if student.func.CONSTANT_STATE]
+STATIC = [name for name, student in STUDENT_ATTENTION_MAP.items() if student.supports_static_cache]
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def test_a_graph_decodes_what_single_kernels_do(name, dtype):
         sum(each) / len(each) for each in zip(*errors)
     )  # the largest of two roundings' errors is a matter of luck
     assert ours < {torch.float32: 1e-3, torch.bfloat16: 1.3 * theirs}[dtype], (ours, theirs)
-    assert static.graph is not None
+    assert static.decoding.graph is not None
     for num_beams in (1, 3):
         options = {
             "attention_mask": mask,
@@ -135,14 +136,14 @@ def test_weights_are_held_once(name):
     assert attn.q_proj.weight.untyped_storage().data_ptr() == attn.v_proj.weight.untyped_storage().data_ptr()
     for parameter in model.parameters():
         parameter.mul_(1.1)
-    states = [x for layer in cache.layers for x in _tensors(layer.state)]
+    states = [x for layer in cache.layers for x in state_tensors(layer.state)]
     held = [x.clone() for x in states]
     logits = model(token, past_key_values=cache).logits
     for place, value in zip(states, held):
         place.copy_(value)
-    cache.last -= 1
-    cache.run(model)  # without the graph
-    assert (logits - cache.logits).norm() < 0.01 * logits.norm()
+    cache.decoding.last -= 1
+    GraphedDecoder(model, cache).run()  # without the graph
+    assert (logits - cache.decoding.logits).norm() < 0.01 * logits.norm()
 
 
 @torch.no_grad()
@@ -161,7 +162,7 @@ def test_adapters_and_hooks_are_decoded(name):
     for at in range(20, 30):
         logits = model(ids[:, at, None], past_key_values=cache).logits[:, 0]
         assert (logits - exact[:, at]).norm() < 0.05 * exact[:, at].norm()
-    assert cache.graph is not None
+    assert cache.decoding.graph is not None
 
 
 @torch.no_grad()
@@ -203,4 +204,4 @@ def test_a_gpu_that_is_not_the_current_one(split):
         model = dispatch_model(model, {"model.embeddings": 0, "model.rotary_emb": 0} | places, main_device=0)
         ids = ids.to("cuda:0")
     out = model.generate(ids, cache_implementation="static", **options)
-    assert torch.equal(out.sequences.cpu(), expected.cpu()) and (out.past_key_values.graph is None) == split
+    assert torch.equal(out.sequences.cpu(), expected.cpu()) and (out.past_key_values.decoding.graph is None) == split

@@ -1,4 +1,4 @@
-"""Evaluation with a process on each of several GPUs, beside one GPU and the CPU."""
+"""Evaluation with one process per GPU, compared with one GPU and the CPU."""
 
 import os
 import subprocess
@@ -8,14 +8,11 @@ import pytest
 import torch
 from test_evaluate import ROOT, read, same_scores
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
 def test_several_gpus_score_as_one(teacher_dir, student_dir, data_dir, tmp_path):
-    """13 documents, and not as many on each GPU; fp32, whose products are rounded to TF32 nowhere."""
+    """13 documents, which the GPUs share unevenly; fp32 GEMMs without TF32."""
     options = [
         teacher_dir,
         student_dir,
@@ -32,20 +29,8 @@ def test_several_gpus_score_as_one(teacher_dir, student_dir, data_dir, tmp_path)
     ]
     if (gpus := torch.cuda.device_count()) < 2:
         pytest.skip("needs 2 GPUs")
-    for name, count, visible in (
-        ("cpu", 1, {"CUDA_VISIBLE_DEVICES": ""}),
-        ("one", 1, {}),
-        ("all", gpus, {}),
-    ):
-        command = [
-            sys.executable,
-            "evaluate.py",
-            *options,
-            "--num_gpus",
-            str(count),
-            "--output",
-            str(tmp_path / name),
-        ]
+    for name, count, visible in (("cpu", 1, {"CUDA_VISIBLE_DEVICES": ""}), ("one", 1, {}), ("all", gpus, {})):
+        command = [sys.executable, "evaluate.py", *options, "--num_gpus", str(count), "--output", str(tmp_path / name)]
         environment = os.environ | {"TRITON_F32_DEFAULT": "ieee"} | visible
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""The launch scripts on a real Slurm of two nodes: training across them, requeues, time limits, a lost node."""
+"""The launch scripts on a real two-node Slurm cluster: training on both nodes, requeues, time
+limits, a lost node."""
 
 import contextlib
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import random_teacher, save_tokenizer, write_config
+from conftest import options, python_texts, random_teacher, save_tokenizer, write_config
 from processes import PATIENCE, ROOT, import_once, start
 
 from convert import load_teacher
@@ -30,7 +31,9 @@ pytestmark = [
         reason=f"not installed: {' '.join(MISSING)} (Debian: slurmctld slurmd slurm-client munge iproute2)",
     ),
 ]
-LENGTH, SECRET = 32, "hf_PLANTED0123456789abcdefghijklmnopqr"
+LENGTH = 32
+SECRET = "hf_PLANTED0123456789abcdefghijklmnopqr"
+ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")  # states of a job that has not ended
 
 
 class Cluster:
@@ -53,19 +56,8 @@ class Cluster:
 
     def run(self, *command, environment=None, check=True):
         """The output of a command on the login node, in the project's folder."""
-        command = [
-            "nsenter",
-            "-t",
-            str(self.inside),
-            "-m",
-            "-u",
-            "-n",
-            "-p",
-            "env",
-            "-C",
-            str(ROOT),
-            *map(str, command),
-        ]
+        enter = ["nsenter", "-t", str(self.inside), "-m", "-u", "-n", "-p", "env", "-C", str(ROOT)]
+        command = [*enter, *map(str, command)]
         done = subprocess.run(command, env=os.environ | (environment or {}), capture_output=True, text=True)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout + (done.stderr if not check else "")
@@ -79,8 +71,7 @@ class Cluster:
             **environment,
         }
         output = f"--output={self.folder}/job-%j.log"
-        job = self.run("sbatch", "--parsable", output, *sbatch, script, *arguments, environment=environment).strip()
-        return job
+        return self.run("sbatch", "--parsable", output, *sbatch, script, *arguments, environment=environment).strip()
 
     def fact(self, job, name):
         return re.search(rf"\b{name}=(\S*)", self.run("scontrol", "show", "job", "-o", job))[1]
@@ -90,15 +81,9 @@ class Cluster:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait(self, job, seconds=PATIENCE):
-        """The job's last state."""
+        """The state in which the job has ended."""
         end = time.monotonic() + seconds
-        while (state := self.fact(job, "JobState")) in (
-            "PENDING",
-            "RUNNING",
-            "COMPLETING",
-            "CONFIGURING",
-            "REQUEUED",
-        ):
+        while (state := self.fact(job, "JobState")) in ACTIVE:
             assert time.monotonic() < end, f"{state} ({self.fact(job, 'Reason')})\n{self.log(job)[-3000:]}"
             time.sleep(0.3)
         return state
@@ -106,7 +91,7 @@ class Cluster:
     def wait_for(self, condition, seconds=PATIENCE):
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, "in vain"
+            assert time.monotonic() < end, "the condition did not become true"
             time.sleep(0.1)
 
     def commands(self):
@@ -119,13 +104,13 @@ class Cluster:
         return found
 
     def ranks(self, output_dir):
-        """{rank: process} of a run whose command holds `output_dir`, on whatever node."""
+        """{rank: process} of a run whose command contains `output_dir`, on both nodes."""
         found = {}
         for process in sorted(self._processes(), key=lambda process: process.create_time()):
             try:
                 command = process.cmdline()
                 if any("--local_rank" in part for part in command) and any(str(output_dir) in part for part in command):
-                    found.setdefault(int(process.environ()["RANK"]), process)  # the first: later ones are its helpers
+                    found.setdefault(int(process.environ()["RANK"]), process)  # later ones are its child processes
             except psutil.Error:
                 continue
         return found
@@ -164,14 +149,17 @@ def teacher(tmp_path_factory):
     return str(folder)
 
 
+def write_corpus(folder):
+    folder.mkdir()
+    for i, text in enumerate(python_texts(40)):
+        (folder / f"{i}.py").write_text(text)
+
+
 @pytest.fixture(scope="module")
 def data(cluster, teacher, tmp_path_factory):
     """Chunks, made by `sbatch launch_preprocess.sh`."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus").mkdir()
-    for i in range(40):
-        lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9))
-        (folder / "corpus" / f"{i}.py").write_text("\n".join(lines))
+    write_corpus(folder / "corpus")
     job = cluster.submit(
         "launch_preprocess.sh",
         DATASET=str(folder / "corpus"),
@@ -199,7 +187,7 @@ def one_process(file, folder, log):
     return losses(folder)
 
 
-# ------------------------------------------------------------------------------------------------ the scripts
+# -------------------------------------------------------------------------------------- the scripts
 def test_slurm_accepts_the_headers(cluster):
     """As they are, on nodes with 8 GPUs."""
     for script in ("preprocess", "stage1", "stage2", "stage3", "selection"):
@@ -209,8 +197,8 @@ def test_slurm_accepts_the_headers(cluster):
 
 
 def test_stages_on_two_nodes(cluster, teacher, data, tmp_path):
-    """Stage 1, then 2 behind it, on two nodes: the losses of one process; nothing of a key in any
-    log or file."""
+    """Stage 1 and then stage 2 on two nodes give the losses of one process; no log or file contains
+    a key."""
     files = {stage: write_config(tmp_path, stage, teacher, data, max_steps=6, report_to="none") for stage in (1, 2)}
     first = cluster.submit("launch_stage1.sh", sbatch=["--nodes=2"], CFG=str(files[1]))
     ranking = tmp_path / "ranking.json"
@@ -243,10 +231,11 @@ def test_stages_on_two_nodes(cluster, teacher, data, tmp_path):
 
 
 def test_a_rank_that_fails(cluster, teacher, data, tmp_path):
-    """It fails the job, and the log says where and how. No key is on a command line."""
+    """It fails the job, and the log says on which node and how. No command line contains a key."""
     file = write_config(tmp_path, 1, teacher, data, max_steps=2000, report_to="none")
     job = cluster.submit("launch_stage1.sh", sbatch=["--nodes=2"], CFG=str(file))
-    cluster.wait_for(lambda: losses(tmp_path / "stage1") if (tmp_path / "stage1" / "metrics.jsonl").exists() else False)
+    metrics = tmp_path / "stage1" / "metrics.jsonl"
+    cluster.wait_for(lambda: metrics.exists() and losses(tmp_path / "stage1"))
     assert not [command for command in cluster.commands() if SECRET in command]
     os.kill(cluster.ranks(tmp_path / "stage1")[1].pid, signal.SIGKILL)
     assert cluster.wait(job) == "FAILED"
@@ -254,12 +243,32 @@ def test_a_rank_that_fails(cluster, teacher, data, tmp_path):
     assert "; requeued," not in cluster.log(job)
 
 
+def reach_the_time_limit(cluster, job):
+    """Sets a limit of one to two minutes for a job that trains, so that the signal comes at once."""
+    hours, minutes, _ = map(int, cluster.fact(job, "RunTime").split(":"))
+    cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={60 * hours + minutes + 2}")
+    cluster.wait_for(lambda: int(cluster.fact(job, "Restarts")) >= 1)
+    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60")  # so that it happens only once
+
+
+def lose_the_node(cluster, job):
+    """Takes down node2, where the job runs; the job must complete on node1."""
+    assert cluster.fact(job, "NodeList") == "node2"
+    cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    try:
+        assert cluster.wait(job) == "COMPLETED", cluster.log(job)[-3000:]
+        assert cluster.fact(job, "NodeList") == "node1"
+    finally:
+        cluster.run("scontrol", "update", "nodename=node2", "state=resume")
+
+
 def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, data, tmp_path):
-    """Four jobs at a time: each goes on by itself to the end of a run that nobody touched, but for
-    the cancelled one."""
-    # Enough for each to be found training, after the seconds that Slurm and the other jobs take.
+    """Four jobs at a time: all but the cancelled one resume by themselves, and give the losses of
+    an uninterrupted run."""
+    # Enough that each is still training when it is interrupted, however slow Slurm and the others are.
     steps = {"requeued": 500, "limited": 3000, "cancelled": 100_000, "lost": 500}
-    jobs, folders = {}, {name: tmp_path / name for name in steps}
+    jobs = {}
+    folders = {name: tmp_path / name for name in steps}
     settings = {
         "report_to": "none",
         "save_steps": 25,
@@ -272,63 +281,50 @@ def test_requeued_limited_cancelled_and_on_a_lost_node(cluster, teacher_dir, dat
     def saved(name):
         return list(folders[name].glob("checkpoint-*/index.json"))
 
-    # The cancelled one holds most of node1's GPUs, so that the one that gets lost starts on node2,
-    # and finds room on node1 later.
-    for name, gpus, sbatch in (
-        ("limited", 1, ["--nodelist=node1", "--time=60", "--signal=B:USR1@120"]),
-        ("cancelled", 6, ["--nodelist=node1"]),
-        ("requeued", 1, ["--nodelist=node1"]),
-        ("lost", 6, []),
-    ):
+    def submit(name, gpus, *sbatch):
+        overrides = [f"train.output_dir={folders[name]}", f"train.max_steps={steps[name]}"]
         sbatch = [*sbatch, f"--gpus-per-node={gpus}", "--mem=8G", "--cpus-per-task=4"]
-        jobs[name] = cluster.submit(
-            "launch_stage1.sh",
-            f"train.output_dir={folders[name]}",
-            f"train.max_steps={steps[name]}",
-            CFG=str(config),
-            sbatch=sbatch,
-        )
-        if name == "limited":  # once it trains its limit is one to two minutes away: the signal comes at once
-            cluster.wait_for(lambda: saved("limited"))
-            hours, minutes, _ = map(int, cluster.fact(jobs[name], "RunTime").split(":"))
-            cluster.run("scontrol", "update", f"jobid={jobs[name]}", f"timelimit={60 * hours + minutes + 2}")
-            cluster.wait_for(lambda: int(cluster.fact(jobs["limited"], "Restarts")) >= 1)
-            cluster.run("scontrol", "update", f"jobid={jobs[name]}", "timelimit=60")  # once is enough
-        if name == "cancelled":
-            cluster.wait_for(lambda: cluster.fact(jobs["cancelled"], "JobState") == "RUNNING")
+        jobs[name] = cluster.submit("launch_stage1.sh", *overrides, CFG=str(config), sbatch=sbatch)
 
+    submit("limited", 1, "--nodelist=node1", "--time=60", "--signal=B:USR1@120")
+    cluster.wait_for(lambda: saved("limited"))
+    reach_the_time_limit(cluster, jobs["limited"])
+    # The cancelled one holds most of node1's GPUs, so that the lost one starts on node2, and finds
+    # free GPUs on node1 later.
+    submit("cancelled", 6, "--nodelist=node1")
+    cluster.wait_for(lambda: cluster.fact(jobs["cancelled"], "JobState") == "RUNNING")
+    submit("requeued", 1, "--nodelist=node1")
+    submit("lost", 6)
     cluster.wait_for(lambda: saved("cancelled"))
     cluster.run("scancel", jobs["cancelled"])
     cluster.wait_for(lambda: saved("requeued"))
     cluster.run("scontrol", "requeue", jobs["requeued"])
     cluster.wait_for(lambda: saved("lost"))
-    node = cluster.fact(jobs["lost"], "NodeList")
-    assert node == "node2"
-    cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-    try:
-        assert cluster.wait(jobs["lost"]) == "COMPLETED", cluster.log(jobs["lost"])[-3000:]
-        assert cluster.fact(jobs["lost"], "NodeList") == "node1"
-    finally:
-        cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+    lose_the_node(cluster, jobs["lost"])
     for name in ("requeued", "limited"):
         assert cluster.wait(jobs[name]) == "COMPLETED", cluster.log(jobs[name])[-3000:]
-    assert cluster.fact(jobs["cancelled"], "JobState") == "CANCELLED" and "; requeued," not in cluster.log(
-        jobs["cancelled"]
-    )
+    assert cluster.fact(jobs["cancelled"], "JobState") == "CANCELLED"
+    assert "; requeued," not in cluster.log(jobs["cancelled"])
     for name in ("requeued", "limited", "lost"):
         assert int(cluster.fact(jobs[name], "Restarts")) >= 1
-        assert re.search("going on from .*checkpoint-", cluster.log(jobs[name]))
+        assert re.search("resuming from .*checkpoint-", cluster.log(jobs[name]))
         assert sorted(losses(folders[name])) == [1, *range(5, steps[name] + 1, 5)]
-    assert re.search("SIGUSR1: stopped at step .*; requeued, it goes on", cluster.log(jobs["limited"]), re.DOTALL)
+    assert re.search("SIGUSR1: stopped at step .*; requeued, it will resume", cluster.log(jobs["limited"]), re.DOTALL)
     values = yaml.safe_load(config.read_text())
     values["train"]["max_steps"] = 500
     config.write_text(yaml.safe_dump(values))
-    whole = one_process(config, tmp_path / "whole", tmp_path / "log")
-    assert losses(folders["requeued"]) == whole and losses(folders["lost"]) == whole
+    uninterrupted = one_process(config, tmp_path / "uninterrupted", tmp_path / "log")
+    assert losses(folders["requeued"]) == uninterrupted
+    assert losses(folders["lost"]) == uninterrupted
+
+
+def submitted(output):
+    """{name: job id} that launch_pipeline.sh printed."""
+    return dict(re.findall(r"^(\w+) +(\d+)", output, re.MULTILINE))
 
 
 def test_the_pipeline_is_submitted(cluster, teacher, tmp_path):
-    """Each job behind the one before, the selection as an array; the ids are printed."""
+    """Each job depends on the one before, the selection is an array, and the ids are printed."""
     for stage in (1, 2, 3):
         write_config(tmp_path, stage, teacher, str(tmp_path / "data"))
     environment = {
@@ -336,28 +332,13 @@ def test_the_pipeline_is_submitted(cluster, teacher, tmp_path):
         "SBATCH_ARGS": f"--begin=now+1hour --output={tmp_path}/%j.log",
         "SBATCH_TRAIN": "--nodes=2",
     }
-    printed = dict(
-        re.findall(
-            r"^(\w+) +(\d+)",
-            cluster.run("bash", "launch_pipeline.sh", environment=environment),
-            re.MULTILINE,
-        )
-    )
-    assert list(printed) == [
-        "preprocess",
-        "stage1",
-        "candidates",
-        "selection",
-        "stage2",
-        "stage3",
-        "evaluation",
-    ]
+    printed = submitted(cluster.run("bash", "launch_pipeline.sh", environment=environment))
+    assert " ".join(printed) == "preprocess stage1 candidates selection stage2 stage3 evaluation"
     before = None
     for name, job in printed.items():
         facts = cluster.run("scontrol", "show", "job", "-o", job)
-        assert f"JobName={name}" in facts and (
-            "Dependency=(null)" in facts if before is None else f"afterok:{before}" in facts
-        ), facts
+        dependency = f"afterok:{before}" if before else "Dependency=(null)"
+        assert f"JobName={name}" in facts and dependency in facts, facts
         assert ("NumNodes=2" in facts) == name.startswith("stage"), facts
         if name == "candidates":
             assert "ArrayTaskId=0-7" in facts, facts
@@ -367,20 +348,12 @@ def test_the_pipeline_is_submitted(cluster, teacher, tmp_path):
 
 @pytest.mark.slow
 def test_the_pipeline_runs(cluster, teacher_dir, tmp_path):
-    """From a corpus to a hybrid whose layers an array of jobs has chosen, each job behind the one
-    before."""
-    (tmp_path / "corpus").mkdir()
-    for i in range(40):
-        lines = (f"def f{(i * j * j) % 91}(x): return x + {(i * 7 + j * 13) % 101}" for j in range(9))
-        (tmp_path / "corpus" / f"{i}.py").write_text("\n".join(lines))
+    """From a corpus to a hybrid whose layers were chosen by a job array; then the selection alone
+    again."""
+    write_corpus(tmp_path / "corpus")
+    data = str(tmp_path / "data" / f"chunked_context{LENGTH}")
     for stage in (1, 2, 3):
-        write_config(
-            tmp_path,
-            stage,
-            teacher_dir,
-            str(tmp_path / "data" / f"chunked_context{LENGTH}"),
-            report_to="none",
-        )
+        write_config(tmp_path, stage, teacher_dir, data, report_to="none")
     environment = {
         "CONFIGS": str(tmp_path),
         "DATASET": str(tmp_path / "corpus"),
@@ -391,39 +364,31 @@ def test_the_pipeline_runs(cluster, teacher_dir, tmp_path):
         "SBATCH_ARGS": f"--output={tmp_path}/%x-%j.log --mem=8G --cpus-per-task=4",
         "SBATCH_TRAIN": "--gpus-per-node=1",
         "TASKS": "heldout_perplexity",
-        "DATA": str(tmp_path / "data" / f"chunked_context{LENGTH}"),
+        "DATA": data,
         "OUTPUT": str(tmp_path / "evaluation"),
     }
-    jobs = dict(
-        re.findall(
-            r"^(\w+) +(\d+)",
-            cluster.run("bash", "launch_pipeline.sh", environment=environment),
-            re.MULTILINE,
-        )
-    )
+
+    def log(name):
+        return "".join(path.read_text() for path in tmp_path.glob(f"{name}-*.log"))[-3000:]
+
+    jobs = submitted(cluster.run("bash", "launch_pipeline.sh", environment=environment))
     for name in ("preprocess", "stage1", "selection", "stage2", "stage3", "evaluation"):
-        log = lambda name=name: "".join(path.read_text() for path in tmp_path.glob(f"{name}-*.log"))[-3000:]
-        assert cluster.wait(jobs[name]) == "COMPLETED", log()
+        assert cluster.wait(jobs[name]) == "COMPLETED", log(name)
     keep = json.loads((tmp_path / "stage2_ga_s2" / "ranking.json").read_text())["keep"]
     assert len(keep) == 1
-    assert {path.name for path in (tmp_path / "stage2_ga_s2").glob("layer_*")} == {
-        f"layer_{layer}" for layer in range(4)
-    }
-    assert (
-        StudentForCausalLM.from_pretrained(tmp_path / "stage3" / "converted-hf").config.keep_full_attention_layers
-        == keep
-    )
-    assert "heldout_perplexity" in (tmp_path / "evaluation" / "results.md").read_text()
+    tried = {path.name for path in (tmp_path / "stage2_ga_s2").glob("layer_*")}
+    assert tried == {"layer_0", "layer_1", "layer_2", "layer_3"}
+    hybrid = StudentForCausalLM.from_pretrained(tmp_path / "stage3" / "converted-hf")
+    assert hybrid.config.keep_full_attention_layers == keep
+    assert "held-out perplexity" in (tmp_path / "evaluation" / "results.md").read_text()
     # The same selection from one command, whose jobs train only what is missing.
     out = tmp_path / "again"
     (out / "layer_0").mkdir(parents=True)
     shutil.copy(tmp_path / "stage2_ga_s2" / "layer_0" / "heldout_kl.json", out / "layer_0")
-    command = ["--cfg", tmp_path / "stage2.yaml", "--ratio", "0.25", "--output_dir", out, "--slurm"]
+    command = [*options(cfg=tmp_path / "stage2.yaml", ratio=0.25, output_dir=out), "--slurm"]
     shown = cluster.run("python", "layer_selection/select_layers.py", *command, environment=environment)
-    jobs = dict(re.findall(r"^(\w+) +(\d+)", shown, re.MULTILINE))
+    jobs = submitted(shown)
     assert list(jobs) == ["candidates", "selection"]
-    assert cluster.wait(jobs["selection"]) == "COMPLETED", "".join(
-        path.read_text() for path in tmp_path.glob("selection-*.log")
-    )[-3000:]
+    assert cluster.wait(jobs["selection"]) == "COMPLETED", log("selection")
     assert json.loads((out / "ranking.json").read_text())["keep"] == keep
     assert {path.parent.name for path in out.glob("layer_*/run")} == {f"layer_{layer}" for layer in (1, 2, 3)}

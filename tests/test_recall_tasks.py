@@ -10,7 +10,8 @@ import torch
 from conftest import begin_with_bos, save_tokenizer
 from transformers.modeling_outputs import CausalLMOutput
 
-from layer_selection.tasks import (
+from quickstart.train_tokenizer import train_tokenizer
+from recall_tasks import (
     RECALL_TASKS,
     WORDS,
     Document,
@@ -20,7 +21,6 @@ from layer_selection.tasks import (
     encode,
     multi_hop_recall,
 )
-from quickstart.train_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

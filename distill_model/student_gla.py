@@ -1,0 +1,217 @@
+"""Student attentions with a diagonal or scalar decay: GLA, gated slot attention, HGRN2, Mamba-2."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from fla.layers import GatedLinearAttention, GatedSlotAttention, HGRN2Attention, Mamba2
+from fla.layers import gla as gated_linear
+from fla.layers.utils import get_layer_cache, update_layer_cache
+from fla.modules import RMSNorm
+from torch import nn
+from transformers import initialization as init
+
+from .attention import SoftmaxAttention, right_aligned
+from .config_distilled_student import StudentConfig
+from .student_base import (
+    CONVOLUTION,
+    LEAST_BLOCK,
+    SWITCH,
+    InitReport,
+    Option,
+    StudentAttention,
+    any_padding,
+    expand_kv_heads,
+    expanded_sizes,
+    linear,
+    sizes,
+)
+
+# Initial norm weight of students whose memory is not addressed by the teacher's keys: at the start
+# they output little more than running means, which RMSNorm would scale up to the size of a trained
+# attention's output.
+SOFT_START = 0.1
+
+
+class GatedLinearStudent(StudentAttention, GatedLinearAttention):
+    """Gated linear attention (Yang et al., arXiv 2312.06635). Its gate is a sigmoid, so that it can
+    start open."""
+
+    OPTIONS = {
+        "gate_logit_normalizer": Option(),
+        "gate_low_rank_dim": Option(),
+        "use_short_conv": SWITCH,
+        "conv_size": CONVOLUTION["conv_size"],
+    }
+
+    def __init__(self, config: StudentConfig, layer_idx: int, **options):
+        super().__init__(**expanded_sizes(config, layer_idx), gate_fn="sigmoid", **options)
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        init.zeros_(self.g_proj.weight)
+        init.constant_(self.g_norm.weight, 2.0)
+        init.zeros_(self.gk_proj[1].bias)
+
+
+class GatedSlotStudent(StudentAttention, GatedSlotAttention):
+    """Gated slot attention (Zhang et al., arXiv 2409.07146): softmax over a fixed number of slots."""
+
+    weights_read_by_kernel = ("o_proj",)
+    OPTIONS = {
+        "num_slots": Option(minimum=LEAST_BLOCK),
+        "gate_logit_normalizer": Option(),
+        "use_short_conv": SWITCH,
+        "conv_size": CONVOLUTION["conv_size"],
+    }
+
+    def __init__(self, config: StudentConfig, layer_idx: int, **options):
+        super().__init__(**expanded_sizes(config, layer_idx), **options)
+        self.g_norm = RMSNorm(self.value_dim, eps=config.rms_norm_eps, dtype=torch.float32)
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        init.constant_(self.g_norm.weight, SOFT_START)
+
+
+class HGRN2Student(StudentAttention, HGRN2Attention):
+    """HGRN2 (Qin et al., arXiv 2404.07904): gated linear attention whose keys are one minus its
+    forget gates.
+
+    Queries and values start from the teacher. Keys are tied to the forget gate, so the teacher's
+    are dropped.
+    """
+
+    weights_read_by_kernel = ("o_proj",)
+    SOURCES = {
+        "q_proj.weight": "q_proj.weight",
+        "i_proj.weight": "v_proj.weight",
+        "o_proj.weight": "o_proj.weight",
+    }
+
+    def __init__(self, config: StudentConfig, layer_idx: int):
+        super().__init__(
+            hidden_size=config.num_attention_heads * config.head_dim,
+            expand_ratio=config.head_dim,
+            layer_idx=layer_idx,
+            norm_eps=config.rms_norm_eps,
+        )
+        for name in ("q_proj", "f_proj", "i_proj"):
+            setattr(self, name, linear(config.hidden_size, self.forget_dim))
+        self.o_proj = linear(self.input_dim, config.hidden_size)
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        init.constant_(self.g_norm.weight, SOFT_START)
+
+
+class Mamba2Student(StudentAttention, Mamba2):
+    """Mamba-2 (Dao and Gu, arXiv 2405.21060) with one group per head: C, B and x start as the
+    teacher's q, k and v.
+
+    The teacher's q/k/v biases are kept. Without the package mamba_ssm FLA runs this layer in plain
+    PyTorch, whose memory grows with `chunk_size`.
+    """
+
+    OPTIONS = {"conv_kernel": Option(), "chunk_size": Option()}
+    HEAD_DIMS = None
+    SOURCES = {"out_proj.weight": "o_proj.weight", "out_proj.bias": "o_proj.bias"}
+
+    def __init__(self, config: StudentConfig, layer_idx: int, *, chunk_size: int = 32, **options):
+        heads, head_dim = config.num_attention_heads, config.head_dim
+        super().__init__(
+            **sizes(config, layer_idx),
+            head_dim=head_dim,
+            state_size=head_dim,
+            n_groups=heads,
+            chunk_size=chunk_size,
+            # Exact: FLA truncates expand x hidden_size to an integer.
+            expand=Fraction(heads * head_dim, config.hidden_size),
+            use_bias=True,
+            **options,
+        )
+
+    @property
+    def o_proj(self) -> nn.Linear:
+        return self.out_proj
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        self.init_decay()
+        init.zeros_(self.D)
+        gate = torch.zeros_like(self.in_proj.bias)
+        gate[: self.intermediate_size] = 1.0  # before an RMSNorm any constant passes everything
+        init.copy_(self.in_proj.bias, gate)
+        init.zeros_(self.out_proj.bias)
+
+    @torch.no_grad()
+    def init_from_teacher(self, teacher_attn: SoftmaxAttention) -> InitReport:
+        """Also copies v, k and q to their rows of in_proj, which stacks gate, x, B, C and time steps."""
+        report = super().init_from_teacher(teacher_attn)
+        width = self.intermediate_size
+        for block, name in enumerate(("v_proj", "k_proj", "q_proj"), 1):
+            for part, rows in getattr(teacher_attn, name).named_parameters():
+                if len(rows) < width:
+                    rows = expand_kv_heads(rows, teacher_attn.num_kv_heads, teacher_attn.num_heads)
+                self.in_proj.get_parameter(part)[block * width : (block + 1) * width].copy_(rows)
+                report.dropped.remove(f"{name}.{part}")
+        report.fresh.remove("in_proj.weight")
+        report.transformed.append("in_proj.weight")
+        return report
+
+    @any_padding
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, *args):
+        state = get_layer_cache(self, past_key_values)
+        is_plain_text = state is None and attention_mask is None
+        if hidden_states.shape[1] == 1 or is_plain_text:
+            return super().forward(hidden_states, None, past_key_values, use_cache)
+        return self.scan(hidden_states, attention_mask, state, past_key_values), None, past_key_values
+
+    def scan(self, hidden_states, attention_mask, state, past_key_values) -> torch.Tensor:
+        """The outputs [B, T, hidden_size] of T left-padded tokens. state: what the cache holds, or
+        None. FLA's layer reads only one token at a time with a filled cache, and lets padding decay
+        its state.
+
+        With one group per head the scan is gated linear attention with q = C, k = B and v = x times
+        its time steps. Padding has time steps of 0: it neither writes to the state nor decays it.
+        """
+        batch, length, _ = hidden_states.shape
+        width = self.intermediate_size
+        before = self.conv_kernel_size - 1
+        gate, xbc, steps = self.in_proj(hidden_states).split([width, self.conv_dim, self.num_heads], -1)
+        if state is None:
+            past = xbc.new_zeros(batch, before, self.conv_dim)
+            recurrent_state = None
+        else:
+            past = state["conv_state"][..., 1:].mT
+            recurrent_state = state["recurrent_state"].float()
+        xbc = torch.cat((past, xbc), 1)
+        steps = F.softplus(steps.float() + self.dt_bias.float()).clamp(*self.dt_limit)[..., None]
+        if attention_mask is not None:
+            real = attention_mask[:, -length:].bool()
+            (xbc,) = right_aligned(F.pad(real, (before, 0), value=True), xbc)
+            steps = steps * real[..., None, None]
+        xbc = xbc.mT
+        conv_state = xbc[..., -self.conv_kernel_size :]
+        xbc = self.act(F.conv1d(xbc, self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT)
+        x, b, c = (y.unflatten(-1, (self.num_heads, -1)) for y in xbc.split(width, -1))
+        decay = -steps * self.A_log.float().exp()[:, None]
+        y, recurrent_state = gated_linear.chunk_gla(
+            q=c,
+            k=b,
+            v=(x * steps).to(c),
+            g=decay.expand(b.shape),
+            scale=1.0,
+            state_v_first=True,
+            initial_state=recurrent_state,
+            output_final_state=past_key_values is not None,
+        )
+        update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=length)
+        y = y + x * self.D[:, None]
+        return self.out_proj(self.norm(y.flatten(2).to(hidden_states.dtype), gate))

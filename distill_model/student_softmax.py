@@ -1,0 +1,297 @@
+"""Student attentions with a softmax: PaTH, Forgetting Transformer, sliding window, LoLCATs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from fla.layers import ForgettingAttention, PaTHAttention
+from fla.layers import gla as gated_linear
+from fla.layers.utils import get_layer_cache, repad_hidden_states, unpad_hidden_states
+from torch import nn
+from transformers import initialization as init
+
+from .attention import SoftmaxAttention
+from .config_distilled_student import StudentConfig
+from .student_base import (
+    BIASES,
+    NORMS,
+    SWITCH,
+    HeadNorm,
+    Option,
+    StudentAttention,
+    any_padding,
+    copy_rows,
+    linear,
+    restore_rows,
+)
+
+
+class _MaskedCacheStudent(StudentAttention):
+    """A softmax-like layer of FLA that supports a cache only with a mask, a mask only in evaluation,
+    and with a filled cache only one token at a time, so that chunked prefill is slow."""
+
+    has_constant_state = False
+    supports_chunked_prefill = False
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
+        batch, length, _ = hidden_states.shape
+        if past_key_values is None:
+            x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, length)
+            out = super().forward(x, cu_seqlens=cu_seqlens)[0]
+            return repad_hidden_states(out, indices, batch, length), None, None
+        past = past_key_values.get_seq_length(self.layer_idx)
+        if attention_mask is None:
+            attention_mask = hidden_states.new_ones(batch, past + length, dtype=torch.long)
+        if past and length > 1:
+            return self.one_by_one(hidden_states, attention_mask, past_key_values), None, past_key_values
+        # FLA compiles a helper of the decoding step, which takes longer than running it on a CPU.
+        with torch.compiler.set_stance("force_eager" if hidden_states.device.type == "cpu" else "default"):
+            return super().forward(hidden_states, attention_mask, past_key_values, use_cache=True)
+
+    def one_by_one(self, hidden_states, attention_mask, past_key_values) -> torch.Tensor:
+        """The outputs [B, T, hidden_size] of T tokens that follow those of the cache.
+
+        A step reads a token of every row. Where that is padding, the row's cache is restored: the
+        step has changed the state of the convolution and PaTH's keys.
+        """
+        outputs = []
+        layer = past_key_values.layers[self.layer_idx]
+        first = attention_mask.shape[1] - hidden_states.shape[1]
+        padded = not attention_mask[:, first:].all()
+        for t, token in enumerate(hidden_states.split(1, 1), first):
+            mask = attention_mask[:, : t + 1]
+            if padded:
+                idle = mask[:, -1] == 0
+                mask = F.pad(mask[:, :-1], (0, 1), value=1)
+                before = copy_rows(layer, idle)
+            outputs.append(self.forward(token, mask, past_key_values, use_cache=True)[0])
+            if padded:
+                restore_rows(layer, idle, before)
+        return torch.cat(outputs, 1)
+
+
+class PaTHStudent(_MaskedCacheStudent, PaTHAttention):
+    """PaTH attention (Yang et al., arXiv 2505.16381): softmax attention whose position encoding is a
+    product of Householder-like matrices. These start near the identity, and the forget gate, if
+    there is one, starts open."""
+
+    OPTIONS = {
+        "conv_size": Option(needs="use_w_shortconv"),
+        "conv_bias": Option(bool, needs="use_w_shortconv"),
+        "use_low_rank_w": SWITCH,
+        "use_w_shortconv": SWITCH,
+    }
+    HEAD_DIMS = (16, 32, 64, 128)
+
+    def __init__(self, config: StudentConfig, layer_idx: int, *, use_forget_gate: bool, **options):
+        super().__init__(
+            hidden_size=config.num_attention_heads * config.head_dim,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            use_forget_gate=use_forget_gate,
+            layer_idx=layer_idx,
+            **options,
+        )
+        hidden = config.hidden_size
+        wide = config.num_attention_heads * config.head_dim
+        self.q_proj = linear(hidden, wide)
+        self.o_proj = linear(wide, hidden)
+        self.k_proj = linear(hidden, self.kv_dim)
+        self.v_proj = linear(hidden, self.kv_dim)
+        if isinstance(self.w_proj, nn.Sequential):
+            self.w_proj[0] = linear(hidden, self.w_proj[0].out_features)
+        else:
+            self.w_proj = linear(hidden, self.kv_dim)
+        self.bt_proj = linear(hidden, self.num_kv_heads, bias=True)
+        if use_forget_gate:
+            self.g_proj = linear(hidden, self.num_heads, bias=True)
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        init.zeros_(self.bt_proj.weight)
+        init.constant_(self.bt_proj.bias, -4.0)
+        if self.use_forget_gate:
+            init.zeros_(self.g_proj.weight)
+            init.constant_(self.g_proj.bias, 6.0)
+
+
+class ForgettingStudent(_MaskedCacheStudent, ForgettingAttention):
+    """Forgetting Transformer (Lin et al., arXiv 2503.02130): softmax attention with a forget gate
+    in place of RoPE.
+
+    It keeps the teacher's biases and q/k norms; the gate starts open.
+    """
+
+    supports_crop = True
+    SOURCES = StudentAttention.SOURCES | BIASES | NORMS
+
+    def __init__(self, config: StudentConfig, layer_idx: int):
+        super().__init__(
+            hidden_size=config.num_attention_heads * config.head_dim,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            layer_idx=layer_idx,
+        )
+        hidden = config.hidden_size
+        wide = config.num_attention_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = linear(hidden, wide, bias)
+        self.o_proj = linear(wide, hidden, config.attention_output_bias)
+        self.k_proj = linear(hidden, self.kv_dim, bias)
+        self.v_proj = linear(hidden, self.kv_dim, bias)
+        self.f_proj = linear(hidden, self.num_heads, bias=True)
+        if config.qk_norm:
+            eps = config.rms_norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+            self.qk_norm = True
+            self.q_norm = HeadNorm(config.head_dim, eps=eps)
+            self.k_norm = HeadNorm(config.head_dim, eps=eps)
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        init.zeros_(self.f_proj.weight)
+        init.constant_(self.f_proj.bias, 6.0)
+
+
+class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
+    """The teacher's own attention, over the last `window_size` tokens, the query's among them
+    (Beltagy et al., arXiv 2004.05150)."""
+
+    has_constant_state = False
+    supports_empty_rows = True
+    OPTIONS = {"window_size": Option()}
+    HEAD_DIMS = None
+    SOURCES = StudentAttention.SOURCES | BIASES | NORMS
+    rope_share = 1.0
+
+    def __init__(self, config: StudentConfig, layer_idx: int, *, window_size: int = 512):
+        super().__init__(config, layer_idx, window_size=window_size)
+
+    forward = any_padding(SoftmaxAttention.forward)
+
+
+def window_sums(q, k, v, valid, window_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unnormalised softmax attention over a sliding window: the weighted sum of the values [B, T, H,
+    D], and the sum of the weights [B, T, H, 1]. The largest weight of each query is 1.
+
+    q [B, T, H, D], the last T of the S positions of k and v [B, S, H, D]; valid [B, S], False for
+    padding.
+    """
+    offset = k.shape[1] - q.shape[1]
+    values, weights = [], []
+    for start in range(0, q.shape[1], window_size):  # in blocks, so that no T x T scores are held
+        block = q[:, start : start + window_size]
+        low = max(0, offset + start - window_size + 1)
+        high = offset + start + block.shape[1]
+        scores = torch.einsum("bthd,bshd->bths", block, k[:, low:high]).float() * q.shape[-1] ** -0.5
+        query_position = torch.arange(offset + start, high, device=q.device)
+        key_position = torch.arange(low, high, device=q.device)
+        distance = query_position[:, None] - key_position
+        seen = ((distance >= 0) & (distance < window_size))[None, :, None] & valid[:, None, None, low:high]
+        scores = scores.masked_fill(~seen, -torch.inf)
+        weight = (scores - scores.amax(-1, keepdim=True).clamp(min=-1e4)).exp()  # a padded query sees nothing
+        values.append(torch.einsum("bths,bshd->bthd", weight, v[:, low:high].float()))
+        weights.append(weight.sum(-1, keepdim=True))
+    return torch.cat(values, 1), torch.cat(weights, 1)
+
+
+class FeatureMap(nn.Module):
+    """Hedgehog's feature map (Zhang et al., arXiv 2402.04347): softmax over x W and over -x W, with
+    a W per head.
+
+    [..., heads, head_dim] -> [..., heads, 2 feature_dim], non-negative.
+    """
+
+    def __init__(self, heads: int, head_dim: int, feature_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, head_dim, feature_dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.einsum("...hd,hdf->...hf", x, self.weight)
+        return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1)
+
+
+class LoLCATsStudent(StudentAttention, SoftmaxAttention):
+    """LoLCATs (Zhang et al., arXiv 2410.10254): the teacher's softmax over a sliding window, and
+    linear attention with learned feature maps over all older tokens, under one normaliser."""
+
+    has_constant_state = False
+    supports_empty_rows = True
+    OPTIONS = {
+        "window_size": Option(),
+        "feature_dim": Option(minimum=2),  # softmax over a single feature is 1
+    }
+    SOURCES = StudentAttention.SOURCES | BIASES | NORMS
+    rope_share = 1.0
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        layer_idx: int,
+        *,
+        window_size: int = 64,
+        feature_dim: int | None = None,
+    ):
+        super().__init__(config, layer_idx, window_size=window_size)
+        feature_dim = feature_dim or config.head_dim
+        self.q_map = FeatureMap(self.num_heads, self.head_dim, feature_dim)
+        self.k_map = FeatureMap(self.num_heads, self.head_dim, feature_dim)
+        self.window_log_weight = nn.Parameter(torch.empty(self.num_heads))
+
+    @torch.no_grad()
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        for feature_map in (self.q_map, self.k_map):
+            identity = torch.eye(*feature_map.weight.shape[1:], device=feature_map.weight.device)
+            init.copy_(feature_map.weight, identity.expand_as(feature_map.weight))
+        init.zeros_(self.window_log_weight)
+
+    @any_padding
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=False,
+        position_embeddings=None,
+        **kwargs,
+    ):
+        length = hidden_states.shape[1]
+        window = self.window_size
+        last_state = get_layer_cache(self, past_key_values)
+        state, normalizer = (None, 0) if last_state is None else last_state["recurrent_state"]
+        q, k, v = self.project(hidden_states, position_embeddings)
+        k, v, attention_mask = self.with_past(k, v, attention_mask, past_key_values)
+        k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 2) for x in (k, v))
+        valid = k.new_ones(k.shape[:2]) if attention_mask is None else attention_mask
+        valid = valid.bool()
+        near, near_weight = window_sums(q, k, v, valid, window)
+        # Tokens that have left a query's window join the linear part: the keys and values of
+        # `window` positions before.
+        features = self.k_map(k) * valid[..., None, None]
+        queried = slice(k.shape[1] - length, k.shape[1])
+        old_k, old_v = (F.pad(x, (0, 0, 0, 0, window, 0))[:, queried].to(q) for x in (features, v))
+        old_q = self.q_map(q).to(q)
+        no_decay = torch.zeros_like(old_k)
+        if length <= 64:
+            rule, gates = gated_linear.fused_recurrent_gla, {"gk": no_decay}
+        else:
+            rule, gates = gated_linear.chunk_gla, {"g": no_decay}
+        far, state = rule(
+            q=old_q,
+            k=old_k,
+            v=old_v,
+            scale=1.0,
+            initial_state=state,
+            output_final_state=use_cache,
+            state_v_first=True,
+            **gates,
+        )
+        sums = normalizer + old_k.float().cumsum(1)
+        if past_key_values is not None:
+            past_key_values.update(recurrent_state=(state, sums[:, -1:]), layer_idx=self.layer_idx, offset=0)
+        weight = self.window_log_weight.float().exp()[:, None]
+        total = weight * near_weight + (old_q.float() * sums).sum(-1, keepdim=True)
+        out = ((weight * near + far.float()) / total.clamp(min=1e-6)).to(hidden_states.dtype)
+        return self.o_proj(out.flatten(2)), None, past_key_values

@@ -1,0 +1,249 @@
+"""What is checked and reported before a training run starts: models, data, options without effect,
+and the plan.
+
+It reads configs and data, no weights, and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime.batch_plan import BatchPlan
+from runtime.config import Config, ConfigError, check_kept_layers, keys_of_other_stages
+from runtime.context import RunContext
+from runtime.data import Chunks, DataError, load_tokenizer, open_chunks_for, read_metadata
+from runtime.run_folder import EXPORT, zero_stage_of_run
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from convert import load_teacher_config
+from convert_ckpt import student_config
+from distill_model import StudentConfig, StudentForCausalLM, check_calibration, check_student, same_options
+from optim import STATE_BYTES, parameter_groups
+from stages import compute_dtype
+
+MANY_EPOCHS = 4  # more teach much less than new text would (Muennighoff et al., arXiv 2305.16264)
+GIB = 2**30
+# What a student and the checkpoint that it starts from must have in common with the teacher.
+SHAPE = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+)
+
+
+def check_run(cfg: Config, plan: BatchPlan, log: Callable[[str], None]) -> Chunks:
+    """Checks models and data, logs warnings, and returns the chunks. Raises ValueError for what the
+    user can correct."""
+    read_metadata(cfg.data.cache_dir, "data.cache_dir")  # a missing folder is named before a model's config is fetched
+    check_models(cfg)  # before the tokenizer: it says more about a wrong teacher
+    for line in options_without_effect(cfg):
+        log(line)
+    chunks = open_data(cfg, plan)
+    for line in notes_on_data(cfg, plan, chunks):
+        log(line)
+    if warning := calibration_warning(cfg):
+        log(warning)
+    return chunks
+
+
+# ------------------------------------------------------------------------------------------------ models
+def check_models(cfg: Config) -> None:
+    """Raises ValueError if teacher, student and initial checkpoint do not fit together. Reads
+    configs, no weights."""
+    teacher = load_teacher_config(cfg.teacher_model.name)
+    check_kept_layers(cfg, teacher.num_hidden_layers)
+    check_student(cfg.student_model.name, cfg.student_model.options, teacher)
+    if cfg.stage > 1:
+        _check_initial_student(cfg, teacher)
+    elif cfg.train.calibrate_init:
+        check_calibration(cfg.student_model.name)
+
+
+def _check_initial_student(cfg: Config, teacher: StudentConfig) -> None:
+    """Raises ConfigError unless train.student_init_ckpt holds a student of this run's kind and
+    teacher."""
+    key = f"train.student_init_ckpt: {cfg.train.student_init_ckpt}"
+    student = _read_student_config(cfg, key)
+    expected = {"student_name": cfg.student_model.name}
+    expected |= {name: getattr(teacher, name) for name in SHAPE}
+    for name, value in expected.items():
+        found = getattr(student, name)
+        if found != value:
+            raise ConfigError(f"{key} has {name} {found!r}, this run {value!r}; use one of its own kind")
+    options = cfg.student_model.options
+    if not same_options(cfg.student_model.name, student.student_options, options):
+        raise ConfigError(
+            f"{key} has student_options {student.student_options!r}, this run {options!r}; use one of its own kind"
+        )
+    kept = set(student.keep_full_attention_layers)
+    wanted = set(cfg.student_model.keep_full_attention_layers)
+    if cfg.stage == 2 and not kept <= wanted:
+        dropped = sorted(kept - wanted)
+        raise ConfigError(f"{key} keeps full attention in {sorted(kept)}, of which this run drops {dropped}")
+    if cfg.stage == 3 and kept != wanted:
+        raise ConfigError(
+            f"student_model.keep_full_attention_layers: {sorted(wanted)} must be those of "
+            f"{cfg.train.student_init_ckpt}, {sorted(kept)}"
+        )
+
+
+def _read_student_config(cfg: Config, key: str) -> StudentConfig:
+    """The config of train.student_init_ckpt. Raises ConfigError if there is none, or none of a
+    student."""
+    folder = Path(cfg.train.student_init_ckpt)
+    if not (folder / "config.json").is_file():
+        exported = folder / EXPORT
+        cure = f"name {exported}" if exported.is_dir() else f"run stage {cfg.stage - 1} first"
+        raise ConfigError(f"{key} holds no checkpoint; {cure}")
+    try:
+        return StudentConfig.from_pretrained(cfg.train.student_init_ckpt)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{key} has a config.json that cannot be read: {reason}") from None
+
+
+def calibration_warning(cfg: Config) -> str | None:
+    """A warning if calibration has fewer tokens than inputs to fit, or None.
+
+    The inputs are num_heads x head_dim, of the output projection, or hidden_size, of a gate.
+    """
+    if not cfg.train.calibrate_init:
+        return None
+    teacher = load_teacher_config(cfg.teacher_model.name)
+    inputs = max(teacher.num_attention_heads * teacher.head_dim, teacher.hidden_size)
+    batch = cfg.train.micro_batch_size * cfg.train.train_seq_len
+    tokens = cfg.train.calibrate_init * batch
+    if tokens >= inputs:
+        return None
+    enough = -(-inputs // batch)
+    return (
+        f"warning: train.calibrate_init: {cfg.train.calibrate_init} is {tokens:,} tokens, fewer than the {inputs:,}"
+        f" inputs to fit, so the fit will not generalise beyond them; set it to {enough} or more"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ options and data
+def options_without_effect(cfg: Config) -> list[str]:
+    """A line for each option that is set and that this stage ignores."""
+    lines = [f"{name}: has no effect in stage {cfg.stage}" for name in keys_of_other_stages(cfg)]
+    if cfg.stage == 1 and cfg.train.gradient_checkpointing:
+        lines.append(
+            "train.gradient_checkpointing: has no effect in stage 1, which never stores the activations of more than "
+            "one layer"
+        )
+    if cfg.stage == 2 and cfg.train.kd_teacher_use_cache:
+        lines.append("train.kd_teacher_use_cache: has no effect, for the teacher reads whole sequences in one pass")
+    return lines
+
+
+def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
+    """The chunks, checked against the run.
+
+    The training split is cut to whole batches, so that every step of every epoch has
+    train.batch_size sequences; the held-out split is cut to train.eval_batches micro-batches per
+    device. Raises DataError.
+    """
+    folder = cfg.data.cache_dir
+    tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
+    vocab_size = load_teacher_config(cfg.teacher_model.name).vocab_size
+    chunks = open_chunks_for(tokenizer, vocab_size, folder, cfg.train.train_seq_len)
+    usable = len(chunks.train) - len(chunks.train) % plan.batch_size
+    if not usable:
+        raise DataError(
+            f"data.cache_dir: {folder} has {len(chunks.train)} chunks, fewer than "
+            f"train.batch_size ({plan.batch_size}); preprocess more text or lower it"
+        )
+    if cfg.train.calibrate_init * plan.micro_batch_size > usable:
+        raise DataError(
+            f"train.calibrate_init: {cfg.train.calibrate_init} batches of {plan.micro_batch_size} are more than the "
+            f"{usable} chunks of {folder}; lower it"
+        )
+    heldout = None if chunks.heldout is None else _whole_eval_batches(chunks.heldout, cfg, plan)
+    return Chunks(chunks.train.select(range(usable)), heldout, chunks.metadata)
+
+
+def _whole_eval_batches(heldout, cfg: Config, plan: BatchPlan):
+    """The first held-out chunks, as many as an evaluation reads."""
+    per_pass = plan.micro_batch_size * plan.world_size
+    batches = min(cfg.train.eval_batches, len(heldout) // per_pass)
+    if not batches:
+        raise DataError(
+            f"data.cache_dir: {cfg.data.cache_dir} has {len(heldout)} held-out chunks, fewer than one "
+            f"evaluation batch ({per_pass}); preprocess with a larger --holdout"
+        )
+    return heldout.select(range(batches * per_pass))
+
+
+def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
+    """What the user should know about the data: how often it is repeated, and an EOS that the
+    config does not want."""
+    notes = []
+    num_chunks = len(chunks.train)
+    epochs = plan.epochs(num_chunks)
+    line = f"data: {num_chunks:,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs"
+    if epochs > MANY_EPOCHS:
+        cure = "preprocess more of it or lower the steps"
+        notes.append(f"warning: {line}; repeated more than {MANY_EPOCHS} times, text adds little; {cure}")
+    elif epochs > 1:
+        notes.append(line)
+    adopted_without_eos = chunks.metadata.get("eos_tokens") == 0
+    if cfg.train.add_eos_token is False and not adopted_without_eos:
+        notes.append(
+            f"warning: train.add_eos_token: false has no effect; documents end with EOS in {cfg.data.cache_dir}, "
+            "as preprocessing always puts it there; remove the key"
+        )
+    return notes
+
+
+# ------------------------------------------------------------------------------------------------ --dry-run
+def print_plan(ctx: RunContext) -> None:
+    """Logs steps, tokens, parameters, and an estimate of the memory per GPU for weights, gradients
+    and optimiser."""
+    cfg, plan = ctx.cfg, ctx.plan
+    teacher_config = load_teacher_config(cfg.teacher_model.name)
+    with torch.device("meta"):
+        student = StudentForCausalLM(student_config(cfg, teacher_config))
+        teacher = StudentForCausalLM(teacher_config)
+    if cfg.stage == 1:
+        student.requires_grad_(False)
+        for i in student.config.linear_layers:
+            student.model.layers[i].attn.requires_grad_(True)
+    groups = parameter_groups(student, cfg)
+    trained = sum(group.numel for group in groups)
+    frozen = teacher.num_parameters() if cfg.stage < 3 else 0
+    zero_stage = zero_stage_of_run(cfg, plan.world_size)
+    memory = _memory_per_gpu(cfg, trained, frozen, zero_stage, plan.world_size)
+    ctx.log(
+        f"stage {cfg.stage}: {plan.steps:,} steps x {plan.batch_size} sequences x {plan.seq_len} = "
+        f"{plan.tokens:,} tokens"
+    )
+    ctx.log(
+        f"devices: {plan.world_size}, each {plan.grad_accum} x {plan.micro_batch_size} sequences per step; "
+        f"ZeRO-{zero_stage}"
+    )
+    ctx.log(f"parameters: {student.num_parameters():,} in the student, {trained:,} trained")
+    for group in groups:
+        ctx.log(f"  {group.numel:>14,}  {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
+    shares = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
+    ctx.log(f"memory per GPU: {sum(memory.values()) / GIB:.2f} GiB + activations ({shares})")
+
+
+def _memory_per_gpu(cfg: Config, trained: int, frozen: int, zero_stage: int, world_size: int) -> dict[str, float]:
+    """Bytes per device of all but activations. trained, frozen: numbers of parameters."""
+    width = compute_dtype(cfg, "cuda" if torch.cuda.is_available() else "cpu").itemsize
+    weight_shards = world_size if zero_stage == 3 else 1
+    gradient_shards = world_size if zero_stage > 1 else 1
+    teacher_shards = world_size if cfg.train.kd_teacher_shard == "always" else 1
+    return {
+        "weights": trained * width / weight_shards,
+        "teacher": frozen * width / teacher_shards,
+        "gradients": trained * width / gradient_shards,
+        "optimiser": trained * STATE_BYTES[cfg.train.optimizer] / world_size,
+    }

@@ -1,0 +1,381 @@
+"""Building a training stage: its models, the teacher's engine, and the trainer.
+
+A `Stage` is what is trained and how; `build_stage` makes it from a config, `build_trainer` the
+trainer from a stage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from runtime.checkpoints import UNIVERSAL
+from runtime.config import Config
+from runtime.context import RunContext
+from runtime.data import Chunks
+from runtime.environment import WANDB_PROJECT
+from runtime.run_folder import METRICS
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from convert import load_teacher
+from distill_model import StudentConfig, StudentForCausalLM
+from mfu import alignment_flops_per_token, device_peak_flops, training_flops_per_token
+from optim import STATE_BYTES, get_optimizer, get_scheduler, parameter_groups
+from wrapper import AttentionAlignmentModel, calibrate
+
+# hf_trainer and transformers' Trainer are imported where they are used: layer selection needs
+# neither.
+
+ROOT = Path(__file__).resolve().parent
+GIB = 2**30
+Log = Callable[[str], None]
+
+
+@dataclass
+class Stage:
+    """What a stage trains and how.
+
+    model: what is trained. trainer_class: a subclass of `hf_trainer.StageTrainer`. flops_per_token:
+    of a training step, see mfu.py. teacher: of stage 2, frozen. loss_options: keyword arguments of
+    trainer_class. init_report: stage 1's, where each tensor of the students came from, by layer.
+    """
+
+    model: nn.Module
+    trainer_class: type
+    flops_per_token: int
+    teacher: StudentForCausalLM | None = None
+    loss_options: dict = field(default_factory=dict)
+    init_report: dict[int, dict] | None = None
+
+
+def build_stage(ctx: RunContext) -> Stage:
+    """The stage of the config: models with their weights loaded, calibrated where that is asked
+    for."""
+    from transformers import set_seed
+
+    set_seed(ctx.cfg.train.seed)
+    dtype = compute_dtype(ctx.cfg, ctx.device)
+    if ctx.cfg.stage == 1:
+        return _build_alignment_stage(ctx, dtype)
+    teacher = load_teacher(ctx.cfg.teacher_model.name, dtype) if ctx.cfg.stage == 2 else None
+    model = build_student_for_stage2_and_3(ctx.cfg, dtype, ctx.log, teacher)
+    return logit_stage(ctx.cfg, model, teacher)
+
+
+def _build_alignment_stage(ctx: RunContext, dtype: torch.dtype) -> Stage:
+    train = ctx.cfg.train
+    recompute = ctx.zero_stage == 3
+    model, init_report = build_student_for_stage1(ctx.cfg, dtype, ctx.log, recompute=recompute)
+    if train.calibrate_init and ctx.resume is None:
+        model.to(ctx.device)
+        fitted = calibrate_students(
+            model,
+            ctx.chunks,
+            train.calibrate_init,
+            train.micro_batch_size,
+            ctx.log,
+            show_progress=ctx.rank == 0,
+        )
+        init_report = with_calibrated(init_report, fitted)
+    return alignment_stage(ctx.cfg, model, init_report)
+
+
+def alignment_stage(cfg: Config, model: AttentionAlignmentModel, init_report: dict[int, dict] | None = None) -> Stage:
+    """Stage 1 of the given models."""
+    from hf_trainer import DistillTrainer
+
+    flops = alignment_flops_per_token(model, cfg.train.train_seq_len)
+    return Stage(model, DistillTrainer, flops, init_report=init_report)
+
+
+def logit_stage(cfg: Config, model: StudentForCausalLM, teacher: StudentForCausalLM | None) -> Stage:
+    """Stage 2 of the given models, or stage 3, which has no teacher."""
+    from hf_trainer import FinetuneTrainer, KDTrainer
+
+    train = cfg.train
+    model.set_activation_checkpointing(train.gradient_checkpointing)
+    flops = training_flops_per_token(model, train.train_seq_len, teacher)
+    if teacher is None:
+        return Stage(model, FinetuneTrainer, flops)
+    loss_options = {
+        "kl_temperature": train.kl_temperature,
+        "kl_weight": train.kl_weight,
+        "ce_weight": train.ce_weight,
+    }
+    return Stage(model, KDTrainer, flops, teacher, loss_options)
+
+
+# ------------------------------------------------------------------------------------------------ models
+def compute_dtype(cfg: Config, device: str) -> torch.dtype:
+    """The dtype of models and activations that train.dtype asks for."""
+    use_bf16 = cfg.train.dtype == "bf16" or (cfg.train.dtype == "auto" and device == "cuda")
+    return torch.bfloat16 if use_bf16 else torch.float32
+
+
+def build_student_for_stage1(
+    cfg: Config,
+    dtype: torch.dtype,
+    log: Log = print,
+    recompute: bool = False,
+) -> tuple[AttentionAlignmentModel, dict[int, dict]]:
+    """The teacher with a linear attention beside each of its attentions; only the linear ones
+    train.
+
+    recompute: see `AttentionAlignmentModel`. Returns the model and, by layer, the fields of the
+    layer's `InitReport`.
+    """
+    teacher = load_teacher(cfg.teacher_model.name, dtype)
+    student, reports = StudentForCausalLM.from_teacher(
+        teacher, cfg.student_model.name, student_options=cfg.student_model.options
+    )
+    init_report = {layer: asdict(report) for layer, report in reports.items()}
+    origins = "; ".join(f"{origin}: {' '.join(names)}" for origin, names in init_report[0].items() if names)
+    log(f"students: {len(init_report)} x {cfg.student_model.name}; {origins}")
+    model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, recompute)
+    return model, init_report
+
+
+def build_student_for_stage2_and_3(
+    cfg: Config,
+    dtype: torch.dtype,
+    log: Log = print,
+    teacher: StudentForCausalLM | None = None,
+) -> StudentForCausalLM:
+    """The hybrid: at stage 2 the student of stage 1 with the teacher's attention restored in the
+    kept layers; at stage 3 the student of stage 2 as it is."""
+    student = StudentForCausalLM.from_pretrained(cfg.train.student_init_ckpt, dtype=dtype)
+    if cfg.stage == 2:
+        student = student.restore_full_attention(teacher, cfg.student_model.keep_full_attention_layers)
+    config = student.config
+    log(f"students: {len(config.linear_layers)} x {config.student_name}; full: {config.keep_full_attention_layers}")
+    return student
+
+
+def calibrate_students(
+    model: AttentionAlignmentModel,
+    chunks: Chunks,
+    batches: int,
+    batch_size: int,
+    log: Log = print,
+    show_progress: bool = True,
+) -> dict[int, list[str]]:
+    """Fits what `wrapper.calibrate` fits to the first training chunks, the same ones on every rank.
+
+    Logs the alignment loss before and after, on as many held-out chunks. Returns the names of the
+    fitted parameters of each layer's student.
+    """
+    device = next(model.parameters()).device
+
+    def first_rows(split, count: int) -> torch.Tensor:
+        rows = split[: min(count, len(split))]["input_ids"]
+        return torch.as_tensor(rows, device=device, dtype=torch.long)
+
+    def alignment_loss(ids: torch.Tensor, when: str) -> float:
+        parts = ids.split(batch_size)
+        bar = tqdm(parts, desc=f"alignment loss {when}", unit="batch", disable=not show_progress)
+        return sum(model(part)["loss"].item() * len(part) for part in bar) / len(ids)
+
+    ids = first_rows(chunks.train, batches * batch_size)
+    if chunks.heldout is None:
+        test = ids
+        where = "the same tokens, for there are no held-out chunks"
+    else:
+        test = first_rows(chunks.heldout, len(ids))
+        where = f"{test.numel():,} held-out tokens"
+    with torch.no_grad():
+        before = alignment_loss(test, "before")
+        fitted = set(calibrate(model, ids.split(batch_size), show=show_progress))
+        after = alignment_loss(test, "after")
+    log(f"calibrated on {ids.numel():,} tokens: alignment loss {before:.4g} -> {after:.4g} on {where}")
+    names = {}
+    for layer, block in enumerate(model.model.layers):
+        parameters = block.attn.student_attn.named_parameters()
+        names[layer] = [name for name, p in parameters if p in fitted]
+    return names
+
+
+def with_calibrated(init_report: dict[int, dict], fitted: dict[int, list[str]]) -> dict[int, dict]:
+    """The report after calibration: `fitted` tensors are in "calibrated" alone."""
+    updated = {}
+    for layer, report in init_report.items():
+        updated[layer] = dict(report, calibrated=fitted[layer])
+        for origin in ("copied", "transformed", "fresh"):
+            updated[layer][origin] = [name for name in report[origin] if name not in fitted[layer]]
+    return updated
+
+
+# ------------------------------------------------------------------------------------------------ engines
+def deepspeed_config(name: str) -> dict:
+    """A new copy of ds_configs/<name>.json."""
+    return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+
+
+def student_engine_config(ctx: RunContext) -> dict:
+    """DeepSpeed's config of the model that trains."""
+    config = deepspeed_config(f"stage_{ctx.zero_stage}")
+    if ctx.cfg.stage == 1:
+        # Stage 1 calls the modules of a block one by one: ZeRO-3 cannot gather a block when it is
+        # called.
+        config["zero_optimization"].pop("leaf_module", None)
+    if ctx.resume and ctx.resume.parent.name == UNIVERSAL:
+        config["checkpoint"] = {"load_universal": True}
+    return config
+
+
+def use_cuda_graphs(
+    cfg: Config,
+    device: str,
+    zero_stage: int,
+    model_config: StudentConfig,
+    log: Log = print,
+    sharded_teacher: bool = False,
+) -> bool:
+    """Whether the passes of a training step run as CUDA graphs. Logs the reason where
+    train.cuda_graphs asks for them on a GPU and they cannot be used."""
+    if not cfg.train.cuda_graphs or device != "cuda":
+        return False
+    reason = None
+    if zero_stage == 3:
+        reason = "ZeRO-3 gathers weights during a pass"
+    elif sharded_teacher:
+        reason = "the head of a sharded teacher is gathered anew for each pass"
+    elif model_config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+        reason = "RoPE of this type reads lengths on the host"
+    if reason:
+        log(f"train.cuda_graphs: not used, for {reason}")
+    return reason is None
+
+
+def _shard_teacher(cfg: Config, size: int, device: str, world_size: int) -> tuple[bool, str]:
+    """Whether to shard a teacher of `size` bytes, and why. All ranks call it together and decide
+    alike."""
+    mode = cfg.train.kd_teacher_shard
+    if mode != "auto":
+        return mode == "always", f"kd_teacher_shard is {mode}"
+    if cfg.train.kd_teacher_offload == "cpu":
+        return True, "kd_teacher_offload is cpu"
+    if world_size == 1:
+        return False, "there is one process"
+    if device != "cuda":
+        return False, "memory is shared by the processes of a CPU machine"
+    least = torch.tensor(torch.cuda.mem_get_info()[0], device="cuda")
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    free = least.item()
+    # A student of the teacher's size takes weights and gradients in the same dtype, and its shard
+    # of the optimiser's states.
+    need = 3 * size + size // 2 * STATE_BYTES[cfg.train.optimizer] // world_size
+    return need > 0.7 * free, f"student and teacher take {need / GIB:.1f} of {free / GIB:.1f} GiB free"
+
+
+def teacher_engine_config(
+    cfg: Config,
+    teacher: StudentForCausalLM,
+    device: str,
+    world_size: int,
+    log: Log,
+) -> dict | None:
+    """DeepSpeed's config of a teacher that is sharded with ZeRO-3, or None where every device holds
+    a replica."""
+    size = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    shard, why = _shard_teacher(cfg, size, device, world_size)
+    log(f"teacher: {'sharded with ZeRO-3' if shard else 'replicated'} ({size / GIB:.2f} GiB; {why})")
+    if not shard:
+        return None
+    config = deepspeed_config("stage_2_teacher")
+    config["train_micro_batch_size_per_gpu"] = cfg.train.micro_batch_size
+    config["bf16"]["enabled"] = teacher.dtype == torch.bfloat16
+    if cfg.train.kd_teacher_offload == "cpu":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": device == "cuda"}
+    return config
+
+
+# ------------------------------------------------------------------------------------------------ the trainer
+def training_arguments(ctx: RunContext):
+    """transformers' TrainingArguments for the run.
+
+    Models must exist before: with a ZeRO-3 config in them, every model built later is sharded while
+    it is being built.
+    """
+    from transformers import TrainingArguments
+
+    train, plan = ctx.cfg.train, ctx.plan
+    has_heldout = ctx.chunks.heldout is not None
+    return TrainingArguments(
+        output_dir=str(ctx.output_dir),
+        run_name=str(ctx.output_dir),
+        report_to="none",  # W&B has a callback of its own
+        deepspeed=student_engine_config(ctx),
+        use_cpu=ctx.device == "cpu",
+        bf16=compute_dtype(ctx.cfg, ctx.device) == torch.bfloat16,
+        seed=train.seed,
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.micro_batch_size,
+        per_device_eval_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.grad_accum,
+        max_grad_norm=train.max_grad_norm,
+        logging_steps=min(train.logging_steps, plan.every(None)),
+        logging_first_step=True,
+        save_strategy="steps",
+        save_steps=plan.every(train.save_steps),
+        save_total_limit=train.save_total_limit,
+        eval_strategy="steps" if has_heldout else "no",
+        eval_steps=plan.every(train.eval_steps),
+        eval_on_start=has_heldout and ctx.resume is None,
+        logging_nan_inf_filter=False,  # it would hide the NaN that ends the run
+        dataloader_drop_last=True,
+        # A SIGTERM to all processes of a job would end the workers, and the run with them. Reading
+        # a batch takes less than a millisecond.
+        dataloader_num_workers=0,
+        dataloader_pin_memory=ctx.device == "cuda",
+        remove_unused_columns=False,
+        label_names=[],
+        disable_tqdm=False,
+    )
+
+
+def build_trainer(ctx: RunContext, stage: Stage):
+    """The Trainer of a stage. All ranks call it together."""
+    from hf_trainer import FrozenTeacher, Throughput, Wandb
+
+    cfg, plan, chunks = ctx.cfg, ctx.plan, ctx.chunks
+    for group in parameter_groups(stage.model, cfg):
+        ctx.log(
+            f"optimiser: {group.numel:,} parameters of {group.name}: lr {group.lr:g}, "
+            f"weight decay {group.weight_decay:g}"
+        )
+    if ctx.report_to_wandb:
+        os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
+        os.environ.setdefault("WANDB_DIR", str(ctx.output_dir))  # offline runs are kept in the run folder
+    args = training_arguments(ctx)
+    teacher_config = None
+    if stage.teacher is not None:
+        teacher_config = teacher_engine_config(cfg, stage.teacher, ctx.device, ctx.world_size, ctx.log)
+    sharded = teacher_config is not None
+    graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model.config, ctx.log, sharded)
+    options = dict(stage.loss_options)
+    if stage.teacher is not None:
+        options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs)
+    peak = device_peak_flops(ctx.device, compute_dtype(cfg, ctx.device))
+    return stage.trainer_class(
+        model=stage.model,
+        args=args,
+        train_dataset=chunks.train.with_format("numpy"),
+        eval_dataset=chunks.heldout and chunks.heldout.with_format("numpy"),
+        make_optimizer=lambda model: get_optimizer(model, cfg),
+        make_scheduler=lambda optimizer: get_scheduler(optimizer, cfg, plan),
+        callbacks=[Wandb()] if ctx.report_to_wandb else None,
+        metrics_path=ctx.output_dir / METRICS,
+        throughput=Throughput(plan.tokens_per_step, stage.flops_per_token, peak and peak * ctx.world_size),
+        facts=ctx.checkpoint_facts,
+        stop=ctx.stop,
+        save_minutes=cfg.train.save_minutes,
+        watchdog=ctx.watchdog,
+        cuda_graphs=graphs,
+        **options,
+    )

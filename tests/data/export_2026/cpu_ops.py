@@ -1,0 +1,473 @@
+"""Plain PyTorch stand-ins for FLA's Triton kernels, for machines without a GPU.
+
+`install()` points FLA's own layer classes at them; with a GPU it does nothing and FLA runs untouched. The functions
+have the signatures of FLA 0.6.0's entry points. Everything is differentiable, computes in at least float32 (float64
+stays float64), accepts packed sequences (`cu_seqlens` [N + 1], as FLA's layers make of padding), initial and final
+states, and returns the dtype of its input, as the kernels do.
+
+Shapes: B sequences of T tokens, H query/key heads of K channels, HV >= H value heads of V channels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch.linalg import solve_triangular
+from torch.nn.utils.rnn import pad_sequence
+
+
+def _up(*xs):
+    """Compute dtype: at least float32."""
+    return [x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in xs]
+
+
+def _l2norm(x, eps=1e-6):
+    return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+
+
+def unpack(cu_seqlens, *xs):
+    """[1, sum(T), ...] -> [N, max(T), ...], zero-padded on the right, and the mask of real tokens."""
+    lens = cu_seqlens.diff()
+    mask = torch.arange(int(lens.max()), device=lens.device) < lens[:, None]
+    xs = [x if x is None else pad_sequence(x[0].split(lens.tolist()), batch_first=True) for x in xs]
+    return mask, *xs
+
+
+def _future(C, x):
+    return torch.ones(C, C, dtype=torch.bool, device=x.device).triu(1)
+
+
+def _causal_decay(G):
+    """exp(G_i - G_j) for j <= i, else 0.  G [..., C, D] -> [..., C, C, D]."""
+    return (G.unsqueeze(-2) - G.unsqueeze(-3)).masked_fill(_future(G.shape[-2], G)[..., None], -torch.inf).exp()
+
+
+def _chunk(C, *xs):
+    """[B, T, H, D] -> [B, H, N, C, D], zero-padded."""
+    pad = -xs[0].shape[1] % C
+    return [F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, C)).permute(0, 3, 1, 2, 4) for x in xs]
+
+
+def linear_attention(q, k, v, g, beta=None, *, scale=None, initial_state=None, output_final_state=False,
+                     state_v_first=False, cu_seqlens=None, gate_values=False):
+    """Gated linear attention (beta=None) or gated delta rule, chunk by chunk.
+
+        S_t = diag(e^g_t) S_{t-1};  S_t += k_t (beta_t (v_t - k_t^T S_t))^T;  o_t = scale S_t^T q_t
+
+    q, k [B, T, H, K], v [B, T, HV, V], log-decay g [B, T, HV, K] per channel or [B, T, HV, 1] per head
+    (`gate_values`: [B, T, HV, V], decay on the value side), beta [B, T, HV], states [N, HV, K, V].
+    """
+    if cu_seqlens is not None:
+        mask, q, k, v, g, beta = unpack(cu_seqlens, q, k, v, g, beta)
+    dtype, (B, T, H, K), (HV, V) = v.dtype, q.shape, v.shape[2:]
+    q, k, v, g, beta = _up(q, k, v, g, beta)
+    C = min(T, 64 if g.shape[-1] == 1 else 16)
+    q, k, v, g = _chunk(C, q * (K ** -0.5 if scale is None else scale), k, v, g)
+    if HV > H:
+        q, k = (x.repeat_interleave(HV // H, 1) for x in (q, k))
+    G = g.cumsum(-2)
+    D, up, down = _causal_decay(G), G.exp(), (G[..., -1:, :] - G).exp()
+
+    if gate_values:                     # decay sits on the value side: fold it into the values instead
+        intra = ((q @ k.mT).unsqueeze(-2) @ (v.unsqueeze(-3) * D)).squeeze(-2)
+        steps = zip(*(x.unbind(2) for x in (q, k.mT, v * down, up, intra, up[..., -1:, :])))
+    else:
+        if g.shape[-1] == 1:
+            qk, kk = ((x @ k.mT) * D.squeeze(-1) for x in (q, k))
+        else:
+            qk, kk = ((k.unsqueeze(-3) * D) @ torch.stack((q, k), -1)).unbind(-1)
+        w = None
+        if beta is not None:            # WY form: solve the within-chunk delta rule at once
+            beta, = _chunk(C, beta.unsqueeze(-1))
+            v, w = solve_triangular((beta * kk).tril(-1), torch.cat((beta * v, beta * k * up), -1),
+                                    upper=False, unitriangular=True).split((V, K), -1)
+        steps = zip(*(x.unbind(2) for x in (q * up, (k * down).mT, v, w if w is not None else v, qk,
+                                           up[..., -1, :, None])))
+
+    S = q.new_zeros(B, HV, K, V) if initial_state is None else initial_state.to(q)
+    if state_v_first and initial_state is not None:
+        S = S.mT
+    out = []
+    for q_i, k_i, v_i, w_i, a_i, decay in steps:
+        if gate_values:
+            out.append((q_i @ S) * w_i + a_i)
+        else:
+            if beta is not None:
+                v_i = v_i - w_i @ S
+            out.append(q_i @ S + a_i @ v_i)
+        S = decay * S + k_i @ v_i
+    o = torch.stack(out, 2).flatten(2, 3)[:, :, :T].transpose(1, 2).to(dtype)
+    if cu_seqlens is not None:
+        o = o[mask][None]
+    if not output_final_state:
+        return o, None
+    return o, S.mT.contiguous() if state_v_first else S
+
+
+def delta_rule(q, k, v, g=None, beta=None, *, scale=None, initial_state=None, output_final_state=False,
+               use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False, A_log=None, dt_bias=None, lower_bound=None,
+               use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, state_v_first=False, cu_seqlens=None, **_):
+    """chunk_/fused_recurrent_ gated_delta_rule, kda and delta_rule (g=None) in one."""
+    if use_qk_l2norm_in_kernel:
+        q, k = (_l2norm(x) for x in _up(q, k))
+    if beta is None:
+        beta = torch.ones_like(v[..., 0])
+    if use_beta_sigmoid_in_kernel:
+        beta = _up(beta)[0].sigmoid() * (2 if allow_neg_eigval else 1)
+    if g is None:
+        g = v.new_zeros(v.shape[:3])
+    if use_gate_in_kernel:
+        g, A_log, dt_bias = _up(g, A_log, dt_bias)
+        if dt_bias is not None:
+            g = g + dt_bias.view(g.shape[2:])
+        A = A_log.exp().view(-1, *[1] * (g.ndim - 3)) if A_log is not None else 1
+        g = -A * F.softplus(g) if lower_bound is None else lower_bound * (A * g).sigmoid()
+    return linear_attention(q, k, v, g if g.ndim == 4 else g.unsqueeze(-1), beta, scale=scale,
+                            initial_state=initial_state, output_final_state=output_final_state,
+                            state_v_first=state_v_first, cu_seqlens=cu_seqlens)
+
+
+def gla(q, k, v, g=None, gk=None, *, scale=None, initial_state=None, output_final_state=False,
+        state_v_first=False, cu_seqlens=None, **_):
+    """chunk_gla (g) and fused_recurrent_gla (gk)."""
+    return linear_attention(q, k, v, g if gk is None else gk, scale=scale, initial_state=initial_state,
+                            output_final_state=output_final_state, state_v_first=state_v_first, cu_seqlens=cu_seqlens)
+
+
+def gsa(q, k, v, s, g, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, **_):
+    """chunk_gsa and fused_recurrent_gsa: keys write to slots, slots read values."""
+    hk, hv = (None, None) if initial_state is None else initial_state
+    kw = dict(output_final_state=output_final_state, cu_seqlens=cu_seqlens)
+    ok, hk = linear_attention(q, k, s, g, scale=scale, initial_state=hk, gate_values=True, **kw)
+    ov, hv = linear_attention(_up(ok)[0].softmax(-1), s, v, g, scale=1., initial_state=hv, **kw)
+    return ov.to(q.dtype), [hk, hv]
+
+
+def dplr(q, k, v, a, b, gk, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, **_):
+    """chunk_dplr_delta_rule (RWKV-7): S_t = diag(e^gk_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T."""
+    if cu_seqlens is not None:
+        mask, q, k, v, a, b, gk = unpack(cu_seqlens, q, k, v, a, b, gk)
+    dtype, (B, T, H, K), V = v.dtype, q.shape, v.shape[-1]
+    C = min(T, 16)
+    q, k, v, a, b, g = _chunk(C, *_up(q * (K ** -0.5 if scale is None else scale), k, v, a, b, gk))
+    G = g.cumsum(-2)
+    # a_t reads the state before its own decay, so row t of `a` uses the decay of row t - 1
+    rows = torch.stack((q, F.pad(a[..., 1:, :], (0, 0, 0, 1))), -1).unsqueeze(-4)
+    (qk, ak), (qb, ab) = (x.unbind(-1) for x in ((torch.stack((k, b), -3).unsqueeze(-3) * _causal_decay(G).unsqueeze(-4))
+                                                 @ rows).unbind(-4))
+    ak, ab = (F.pad(x[..., :-1, :], (0, 0, 1, 0)) for x in (ak, ab))
+    u, w = solve_triangular(-ab, torch.cat((ak @ v, a * (G - g).exp()), -1), upper=False,
+                            unitriangular=True).split((V, K), -1)
+    down = (G[..., -1:, :] - G).exp()
+    S = q.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(q)
+    out = []
+    for q_i, qk_i, qb_i, v_i, u_i, w_i, k_i, b_i, decay in zip(*(x.unbind(2) for x in (
+            q * G.exp(), qk, qb, v, u, w, (k * down).mT, (b * down).mT, G[..., -1, :, None].exp()))):
+        u_i = u_i + w_i @ S
+        out.append(q_i @ S + qk_i @ v_i + qb_i @ u_i)
+        S = decay * S + k_i @ v_i + b_i @ u_i
+    o = torch.stack(out, 2).flatten(2, 3)[:, :, :T].transpose(1, 2).to(dtype)
+    if cu_seqlens is not None:
+        o = o[mask][None]
+    return o, S if output_final_state else None
+
+
+def chunk_rwkv7(r, w, k, v, a, b, scale=1., **kw):
+    return dplr(r, k, v, a, b, w, scale=scale, **kw)
+
+
+def fused_mul_recurrent_rwkv7(r, w, k, v, kk, a, scale=1., **kw):
+    return dplr(r, k, v, -kk, kk * a, w, scale=scale, **kw)
+
+
+# ---------------------------------------------------------------------------------- PaTH attention
+def path_attn(q, k, v, w, beta, g=None, scale=None, cu_seqlens=None, use_cache=False):
+    """parallel_path_attn: softmax attention whose logits see k_j through H_i ... H_{j+1}, H = I - beta w w^T."""
+    if cu_seqlens is not None:
+        mask, q, k, v, w, beta, g = unpack(cu_seqlens, q, k, v, w, beta, g)
+    dtype, T, K, G, scale = q.dtype, q.shape[1], q.shape[-1], q.shape[2] // k.shape[2], scale or q.shape[-1] ** -0.5
+    C = min(T, 64)
+    q, k, v, w, beta, g = _up(q, k, v, w, beta, q.new_zeros(q.shape[:3]) if g is None else g)
+    q, k, v, w, beta, g = _chunk(C, q, k, v, w, beta.unsqueeze(-1), g.cumsum(1).unsqueeze(-1))
+    q, g = (x.unflatten(1, (-1, G)) for x in (q, g))                        # [B, H, G, N, C, .]
+    k, v, w, beta = (x.unsqueeze(2) for x in (k, v, w, beta))
+    # UT transform: within a chunk, H_i ... H_{j+1} x = x - w^T (X, or Y x from the chunk's start on)
+    bw = beta * w
+    Y, X = solve_triangular((bw @ w.mT).tril(-1), torch.cat((bw, (bw @ k.mT).tril(-1)), -1), upper=False,
+                            unitriangular=True).split((K, C), -1)
+    qw = (q @ w.mT).tril()
+    local = (q @ k.mT - qw @ X).masked_fill(_future(C, q), -torch.inf)
+    v, g_all = v.flatten(3, 4), g.flatten(3)
+    past, out = k[..., 0, :0, :], []                                        # keys carried to the end of the last chunk
+    for q_i, k_i, w_i, y_i, a_i, g_i in zip(*(x.unbind(3) for x in (q - qw @ Y, k - X.mT @ w, w, Y, local, g))):
+        a = torch.cat((q_i @ past.mT, a_i), -1)
+        n = a.shape[-1]
+        out.append(((a + g_i - g_all[..., None, :n]) * scale).softmax(-1) @ v[..., :n, :])
+        past = torch.cat((past - (past @ y_i.mT) @ w_i, k_i), -2)
+    o = torch.cat(out, -2).flatten(1, 2)[:, :, :T].transpose(1, 2).to(dtype)
+    k_cache = past[:, :, 0, :T].transpose(1, 2).to(dtype) if use_cache else None
+    if cu_seqlens is not None:
+        o, k_cache = (x if x is None else x[mask][None] for x in (o, k_cache))
+    return o, k_cache
+
+
+# ----------------------------------------------------------------------------------------- modules
+def forgetting_attn(q, k, v, g, scale=None, cu_seqlens=None, **_):
+    """Softmax attention with forget gates: logits + sum of the log-gates g [B, T, HQ] between key and query."""
+    if cu_seqlens is not None:
+        parts = zip(*(x[0].split(cu_seqlens.diff().tolist()) for x in (q, k, v, g)))
+        return torch.cat([forgetting_attn(*(x[None] for x in part), scale=scale) for part in parts], 1)
+    dtype = q.dtype
+    q, k, v, g = (x.transpose(1, 2) for x in _up(q, k, v, g))
+    g = g.cumsum(-1)
+    bias = (g[..., :, None] - g[..., None, :]).masked_fill(_future(q.shape[2], q), -torch.inf)
+    out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).to(dtype)
+
+
+def attn_decoding(q, k, v, g=None, scale=None, cu_seqlens=None, do_gate_scale=False):
+    """attn_decoding_one_step: softmax attention of one query [1, N, HQ, K] at the end of each of N packed sequences, with
+    forget gates g [1, sum(T), HQ] as in `forgetting_attn`, and `scale` on them too if do_gate_scale."""
+    mask, k, v, g = unpack(cu_seqlens, k, v, g)
+    dtype, scale = v.dtype, q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v, g = _up(q.transpose(0, 1), k, v, g)
+    bias = q.new_zeros(len(q), q.shape[2], k.shape[1])
+    if g is not None:
+        g = g.cumsum(1).mT
+        bias = (g[..., -1:] - g) * (scale if do_gate_scale else 1)
+    bias = bias.masked_fill(~mask[:, None], -torch.inf)[:, :, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[:, :, 0][None].to(dtype)
+
+
+def causal_conv1d(x, weight=None, bias=None, residual=None, initial_state=None, output_final_state=False,
+                  activation=None, backend=None, cu_seqlens=None, **_):
+    """Depthwise causal convolution; states are the last W inputs, [N, D, W]."""
+    y = x
+    if cu_seqlens is not None:
+        mask, y = unpack(cu_seqlens, x)
+    (N, T, D), W = y.shape, weight.shape[1]
+    y = y.mT
+    state = y.new_zeros(N, D, W) if initial_state is None else initial_state.to(y)
+    y = torch.cat((state, y), -1)
+    final_state = None
+    if output_final_state:
+        lens = torch.full((N,), T, device=x.device) if cu_seqlens is None else cu_seqlens.diff()
+        final_state = y.gather(-1, (lens[:, None] + torch.arange(W, device=x.device))[:, None].expand(N, D, W))
+    y = F.conv1d(y[..., 1:], weight[:, None].to(y), None if bias is None else bias.to(y), groups=D).mT
+    if cu_seqlens is not None:
+        y = y[mask][None]
+    if activation is not None:
+        y = F.silu(y)
+    return y if residual is None else y + residual, final_state
+
+
+def causal_conv1d_update(x, cache, residual=None, weight=None, bias=None, activation=None):
+    """One token per sequence; updates `cache` [N, D, W] in place."""
+    cache.copy_(torch.cat((cache[..., 1:], x.reshape(cache.shape[0], -1, 1).to(cache)), -1))
+    y = (cache * weight).sum(-1)
+    if bias is not None:
+        y = y + bias
+    if activation is not None:
+        y = F.silu(y)
+    y = y.view(x.shape).to(x.dtype)
+    return y if residual is None else y + residual, cache
+
+
+def _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm, num_groups=1):
+    dtype, res_dtype = x.dtype, torch.float32 if residual_in_fp32 else x.dtype
+    if residual is not None:
+        x, res_dtype = x + residual, residual.dtype
+    res = x.to(res_dtype)
+    y, = _up(x)
+    y = y.unflatten(-1, (num_groups, -1))
+    if not is_rms_norm:
+        y = y - y.mean(-1, keepdim=True)
+    y = (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(dtype), res
+
+
+def layer_norm(x, weight, bias, residual=None, eps=1e-5, prenorm=False, residual_in_fp32=False, is_rms_norm=False,
+               num_groups=1):
+    y, res = _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm, num_groups)
+    return (y, res) if prenorm else y
+
+
+def rms_norm(x, weight, bias, residual=None, eps=1e-5, prenorm=False, residual_in_fp32=False):
+    return layer_norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, True)
+
+
+def layer_norm_linear(x, norm_weight, norm_bias, linear_weight, linear_bias, residual=None, eps=1e-5, prenorm=False,
+                      residual_in_fp32=False, is_rms_norm=False, num_groups=1):
+    y, res = _norm(x, norm_weight, norm_bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm, num_groups)
+    y = F.linear(y, linear_weight, linear_bias)
+    return (y, res) if prenorm else y
+
+
+def _gated(is_rms_norm):
+    def norm_gated(x, g, weight, bias, activation='swish', residual=None, prenorm=False, residual_in_fp32=False,
+                   eps=1e-6):
+        y, res = _norm(*_up(x), weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm)
+        g, = _up(g)
+        y = (y * (g.sigmoid() if activation == 'sigmoid' else F.silu(g))).to(x.dtype)
+        return (y, res) if prenorm else y
+    return norm_gated
+
+
+rms_norm_gated, layer_norm_gated = _gated(True), _gated(False)
+
+
+def l2norm(x, eps=1e-6, output_dtype=None):
+    return _l2norm(*_up(x), eps).to(output_dtype or x.dtype)
+
+
+def swiglu(x, y):
+    return F.silu(x) * y
+
+
+def swiglu_linear(x, y, weight, bias):
+    return F.linear(swiglu(x, y), weight, bias)
+
+
+def rotary_embedding(x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, **_):
+    B, T = x.shape[:2]
+    pos = torch.arange(T, device=x.device)
+    if cu_seqlens is not None:
+        lens = cu_seqlens.diff()
+        pos = pos - cu_seqlens[:-1].repeat_interleave(lens)
+        if torch.is_tensor(seqlen_offsets):
+            seqlen_offsets = seqlen_offsets.repeat_interleave(lens)
+        pos = pos + seqlen_offsets
+    else:
+        pos = pos + (seqlen_offsets[:, None] if torch.is_tensor(seqlen_offsets) else seqlen_offsets)
+    valid = (pos >= 0)[..., None, None]                            # left-padding: rows without a position are zero
+    cos, sin = (c[pos.clamp(min=0)].unsqueeze(-2) * valid for c in (cos, sin))
+    R = 2 * cos.shape[-1]
+    a, b = (x[..., 0:R:2], x[..., 1:R:2]) if interleaved else x[..., :R].chunk(2, -1)
+    a, b = a * cos - b * sin, a * sin + b * cos
+    y = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+    return torch.cat((y, x[..., R:]), -1)
+
+
+def token_shift(x, cu_seqlens=None, cache=None, output_cache=False, **_):
+    """delta_t = x_{t-1} - x_t; the cache is the last token, [N, D]."""
+    y = x
+    if cu_seqlens is not None:
+        mask, y = unpack(cu_seqlens, x)
+    first = torch.zeros_like(y[:, :1]) if cache is None else cache.view(y.shape[0], 1, -1)
+    delta = torch.cat((first, y[:, :-1]), 1) - y
+    last = y[:, -1] if cu_seqlens is None else x[0, (cu_seqlens[1:] - 1).long()]
+    if cu_seqlens is not None:
+        delta = delta[mask][None]
+    return (delta, last) if output_cache else delta
+
+
+def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1), softmax_scale=None, **_):
+    """Softmax attention in flash-attn's layout [B, T, H, D]; causality and window count from the bottom right."""
+    distance = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])  # query - key
+    mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window_size[0] >= 0:
+        mask &= distance <= window_size[0]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask.to(q.device), scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+    """The same for packed sequences [sum(T), H, D]."""
+    lengths = zip((q, k, v), (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k))
+    sequences = zip(*(x.split(cu_seqlens.diff().tolist()) for x, cu_seqlens in lengths))
+    return torch.cat([flash_attn_func(*(x[None] for x in sequence), **options)[0] for sequence in sequences])
+
+
+# Where FLA defines an entry point -> what stands in for it (a string names FLA's own PyTorch reference).
+STAND_INS = {
+    "fla.ops.gated_delta_rule": {
+        "chunk_gated_delta_rule": delta_rule,
+        "fused_recurrent_gated_delta_rule": delta_rule,
+    },
+    "fla.ops.kda": {"chunk_kda": delta_rule, "fused_recurrent_kda": delta_rule},
+    "fla.ops.delta_rule": {"chunk_delta_rule": delta_rule, "fused_recurrent_delta_rule": delta_rule},
+    "fla.ops.gla": {"chunk_gla": gla, "fused_recurrent_gla": gla},
+    "fla.ops.gsa": {"chunk_gsa": gsa, "fused_recurrent_gsa": gsa},
+    "fla.ops.path_attn.parallel": {"parallel_path_attn": path_attn},
+    "fla.ops.forgetting_attn.parallel": {"parallel_forgetting_attn": forgetting_attn},
+    "fla.ops.attn.decoding": {"attn_decoding_one_step": attn_decoding},
+    "fla.ops.rwkv7": {"chunk_rwkv7": chunk_rwkv7, "fused_mul_recurrent_rwkv7": fused_mul_recurrent_rwkv7},
+    "fla.ops.rwkv7.fused_addcmul": {"fused_addcmul_rwkv7": "fla.ops.rwkv7.fused_addcmul.torch_addcmul_rwkv7"},
+    "fla.ops.rwkv7.fused_k_update": {"fused_k_rwkv7": "fla.ops.rwkv7.fused_k_update.k_update_ref"},
+    "fla.ops.rwkv7.gate_output_correction": {
+        "gate_output_correction": "fla.ops.rwkv7.gate_output_correction.gate_output_correction_ref"
+    },
+    "fla.modules.token_shift": {"token_shift": token_shift},
+    "fla.modules.causal_conv1d.ops": {"causal_conv1d": causal_conv1d, "causal_conv1d_update": causal_conv1d_update},
+    "fla.modules.norm.layernorm": {
+        "layer_norm": layer_norm,
+        "group_norm": layer_norm,
+        "rms_norm": rms_norm,
+        "layer_norm_linear": layer_norm_linear,
+    },
+    "fla.modules.norm.fused_norm_gate": {"rms_norm_gated": rms_norm_gated, "layer_norm_gated": layer_norm_gated},
+    "fla.modules.norm.layernorm_gated": {"rmsnorm_fn": "fla.modules.norm.layernorm_gated.rms_norm_ref"},
+    "fla.modules.norm.l2norm": {"l2norm": l2norm},
+    "fla.modules.rotary.ops": {"rotary_embedding": rotary_embedding},
+    "fla.modules.activations.ops": {
+        "swish": F.silu,
+        "sigmoid": torch.sigmoid,
+        "swiglu": swiglu,
+        "swiglu_linear": swiglu_linear,
+    },
+}
+
+
+def _resolve(path: str):
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def bind_stand_ins() -> list[tuple[dict, str, object]]:
+    """Points every name in FLA's loaded modules, and every entry of its ACT2FN, that is an entry point at its stand-in.
+
+    Returns what sets FLA's own back: namespace, name, and what it was, one for each that changed.
+    """
+    for path in STAND_INS:
+        importlib.import_module(path)
+    spaces = [space for name, module in list(sys.modules.items()) if name.split(".")[0] == "fla"
+              for space in (vars(module), vars(module).get("ACT2FN")) if space]  # fmt: skip
+    bound = []
+    for path, names in STAND_INS.items():
+        for name, stand_in in names.items():
+            new, old = _resolve(stand_in) if isinstance(stand_in, str) else stand_in, _resolve(f"{path}.{name}")
+            places = [(space, key, old) for space in spaces for key, value in space.items() if value is old]
+            for space, key, _ in places if new is not old else ():
+                space[key] = new
+                bound.append((space, key, old))
+    return bound
+
+
+def install() -> None:
+    """Binds FLA's entry points to the stand-ins, once, where FLA found no GPU; elsewhere does nothing.
+
+    Call it before FLA layers are built: they look up their activations when constructed.
+    """
+    warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
+    import fla  # noqa: F401  (its packages must be loaded before their names can be rebound)
+    import fla.layers
+    import fla.models
+    from fla.utils import device_platform
+
+    if device_platform != "cpu":
+        return
+    bind_stand_ins()
+    # FLA takes these from flash-attn, which has no CPU version, and leaves them unset or undefined without it.
+    fla.layers.attn.flash_attn_func = flash_attn_func
+    fla.layers.attn.flash_attn_varlen_func = flash_attn_varlen_func

@@ -1,0 +1,238 @@
+"""Distillation and language-model losses that never hold all logits.
+
+The heads take hidden states and the output matrix, walk over the rows in chunks, and compute the gradients of a chunk
+while its logits are at hand; backward only scales them. Peak memory is chunk_size x vocabulary, whatever the batch.
+On a GPU the softmaxes of a chunk are one Triton kernel, which reads the logits twice and writes their gradient over them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .fused_ops import fuses, mean_squared_error, on_its_device, scaled
+
+# Rows of logits held at a time: on a GPU enough for its matrix products to run at their full rate.
+CHUNK_SIZE, CHUNK_SIZE_GPU = 1024, 4096
+BLOCK, WARPS = 2048, 4  # of the kernels; measured on an H200 at a vocabulary of 151936
+
+
+def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse") -> torch.Tensor:
+    """Distance of two attention outputs [..., D], a scalar in fp32.
+
+    mse: the mean of the squared difference. l2: the mean over tokens of |student - teacher|_2 / sqrt(D), the loss of
+    RADLADS (arXiv 2505.03005). Raises ValueError for another kind.
+    """
+    if kind == "mse":
+        return mean_squared_error(student, teacher)
+    if kind == "l2":
+        return torch.linalg.vector_norm(student.float() - teacher.float(), dim=-1).mean() / student.shape[-1] ** 0.5
+    raise ValueError(f"train.alignment_loss: {kind!r} is unknown; choose mse or l2")
+
+
+@triton.jit
+def _kl_rows(student, teacher, loss, vocabulary, inverse_temperature, BLOCK: tl.constexpr):
+    """KL(teacher || student) of a row of logits, and over the student's its gradient.
+
+    One pass finds both normalisers and E_teacher[t - s] together: KL = E[t - s] - lse(t) + lse(s).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    student += row * vocabulary
+    teacher += row * vocabulary
+    columns = tl.arange(0, BLOCK)
+    max_s, max_t = -float("inf"), -float("inf")
+    sum_s, sum_t, cross = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + columns < vocabulary
+        s = tl.load(student + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * inverse_temperature
+        t = tl.load(teacher + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * inverse_temperature
+        new_s, new_t = tl.maximum(max_s, tl.max(s, 0)), tl.maximum(max_t, tl.max(t, 0))
+        old_t = tl.exp(max_t - new_t)
+        weight = tl.exp(t - new_t)
+        sum_s = sum_s * tl.exp(max_s - new_s) + tl.exp(s - new_s)
+        sum_t = sum_t * old_t + weight
+        cross = cross * old_t + tl.where(inside, weight * (t - s), 0.0)
+        max_s, max_t = new_s, new_t
+    total_t = tl.sum(sum_t, 0)
+    lse_s, lse_t = max_s + tl.log(tl.sum(sum_s, 0)), max_t + tl.log(total_t)
+    tl.store(loss + row, tl.sum(cross, 0) / total_t - lse_t + lse_s)
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + columns < vocabulary
+        s = tl.load(student + start + columns, mask=inside).to(tl.float32) * inverse_temperature
+        t = tl.load(teacher + start + columns, mask=inside).to(tl.float32) * inverse_temperature
+        tl.store(student + start + columns, tl.exp(s - lse_s) - tl.exp(t - lse_t), mask=inside)
+
+
+@triton.jit
+def _cross_entropy_rows(logits, labels, loss, vocabulary, BLOCK: tl.constexpr):
+    """Cross-entropy of a row of logits, and over them its gradient; both 0 where the label is -100."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    label = tl.load(labels + row)
+    valid = (label != -100).to(tl.float32)
+    columns = tl.arange(0, BLOCK)
+    largest, total = -float("inf"), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        x = tl.load(logits + start + columns, mask=start + columns < vocabulary, other=-float("inf")).to(tl.float32)
+        new = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - new) + tl.exp(x - new)
+        largest = new
+    lse = largest + tl.log(tl.sum(total, 0))
+    target = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
+    tl.store(loss + row, (lse - target) * valid)
+    tl.debug_barrier()  # the target's logit is read before it is written over
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + columns < vocabulary
+        x = tl.load(logits + start + columns, mask=inside).to(tl.float32)
+        gradient = tl.exp(x - lse) - tl.where(start + columns == label, 1.0, 0.0)
+        tl.store(logits + start + columns, gradient * valid, mask=inside)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """scale x sum_i loss(hidden_i @ weight.T), chunk by chunk.
+
+    `rows(start, stop, logits)` gives the summed loss of a chunk and its gradient, which may be `logits` written over.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, rows, scale, chunk_size):
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        for start in range(0, len(hidden), chunk_size):
+            chunk = hidden[start : start + chunk_size]
+            loss, gradient = rows(start, start + len(chunk), chunk @ weight.mT)
+            total += loss
+            gradient = gradient.to(hidden.dtype)
+            if need_hidden:
+                d_hidden[start : start + len(chunk)] = gradient @ weight
+            if need_weight:
+                accumulate(d_weight, gradient.mT, chunk)
+            del gradient  # before the next chunk's logits are made
+        ctx.save_for_backward(d_hidden, d_weight, scale)
+        ctx.weight_dtype = weight.dtype
+        return total * scale
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_hidden, d_weight, scale = ctx.saved_tensors
+        factor = d_loss * scale
+        if d_hidden is not None:
+            d_hidden = scaled(d_hidden, factor)
+        if d_weight is not None:
+            d_weight = torch.mul(d_weight, factor, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
+        return d_hidden, d_weight, None, None, None
+
+
+def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b in fp32, total's dtype."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+@on_its_device
+def linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size):
+    if not torch.is_grad_enabled():  # or gradients would be computed for nothing
+        hidden, weight = hidden.detach(), weight.detach()
+    fused = fuses(hidden)
+    chunk_size = chunk_size or (CHUNK_SIZE_GPU if fused else CHUNK_SIZE)
+    return _LinearLoss.apply(hidden, weight, fused_rows if fused else rows, scale, chunk_size)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_size: int | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy of softmax(hidden @ weight.T), a scalar in fp32; 0 if every label is ignored.
+
+    hidden [N, H], weight [V, H], labels [N] with -100 for rows to ignore.
+    """
+    valid = labels != -100
+
+    def rows(start, stop, logits):
+        target, keep = labels[start:stop].clamp(min=0)[:, None], valid[start:stop, None]
+        log_probs = F.log_softmax(logits.float(), -1)
+        loss = -(log_probs.gather(-1, target) * keep).sum()
+        gradient = log_probs.exp_()
+        gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0))
+        return loss, gradient.mul_(keep)
+
+    def fused_rows(start, stop, logits):
+        loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        _cross_entropy_rows[(len(logits),)](logits, labels[start:stop], loss, logits.shape[1], BLOCK=BLOCK, num_warps=WARPS)
+        return loss.sum(), logits
+
+    scale = 1 / valid.sum().clamp(min=1)
+    return linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size)
+
+
+def check_vocabularies(student_weight: torch.Tensor, teacher_weight: torch.Tensor) -> None:
+    """Raises ValueError if the output matrices [V, H] are of different vocabularies."""
+    if len(student_weight) != len(teacher_weight):
+        raise ValueError(f"student and teacher vocabularies differ: {len(student_weight)} and {len(teacher_weight)}")
+
+
+def _fused_kl(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(teacher || student) of each row of logits, which their gradient is written over."""
+    loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    _kl_rows[(len(logits),)](logits, teacher, loss, logits.shape[1], 1 / temperature, BLOCK=BLOCK, num_warps=WARPS)
+    return loss
+
+
+def forward_kl(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32 (Hinton et al., arXiv 1503.02531).
+
+    student_hidden [N, H_s], teacher_hidden [N, H_t], student_weight [V, H_s], teacher_weight [V, H_t]. The gradient
+    flows to the student's two tensors only. Raises ValueError if the vocabularies differ.
+    """
+    check_vocabularies(student_weight, teacher_weight)
+    teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
+
+    def rows(start, stop, logits):
+        student = F.log_softmax(logits.float() / temperature, -1)
+        teacher = F.log_softmax((teacher_hidden[start:stop] @ teacher_weight.mT).float() / temperature, -1)
+        target = teacher.exp()
+        loss = (target * (teacher - student)).sum() * temperature
+        return loss, student.exp_().sub_(target)
+
+    def fused_rows(start, stop, logits):
+        loss = _fused_kl(logits, teacher_hidden[start:stop] @ teacher_weight.mT, temperature)
+        return loss.sum() * temperature, logits
+
+    scale = student_hidden.new_full((), temperature / len(student_hidden), dtype=torch.float32)
+    return linear_loss(student_hidden, student_weight, rows, fused_rows, scale, chunk_size)
+
+
+@on_its_device
+@torch.no_grad()
+def token_kl(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """KL(teacher || student) of each token, [N] in fp32, of the tensors that `forward_kl` takes. No gradient. Raises ValueError if the
+    vocabularies differ."""
+    check_vocabularies(student_weight, teacher_weight)
+    fused, kls = fuses(student_hidden), []
+    chunk_size = chunk_size or (CHUNK_SIZE_GPU if fused else CHUNK_SIZE)
+    for student, teacher in zip(student_hidden.split(chunk_size), teacher_hidden.split(chunk_size)):
+        student, teacher = student @ student_weight.mT, teacher @ teacher_weight.mT
+        if fused:
+            kls.append(_fused_kl(student, teacher, 1.0))
+        else:
+            student, teacher = (F.log_softmax(logits.float(), -1) for logits in (student, teacher))
+            kls.append((teacher.exp() * (teacher - student)).sum(-1))
+    return torch.cat(kls)
