@@ -30,7 +30,8 @@ SCRIPTS = [
     if path.relative_to(ROOT).parts[0] not in OF_RUNS
 ]
 OF_THE_PREDECESSOR = {"eval/harness.py"}  # docs/migration.md says what replaces it
-FLAGS_OF_OTHERS = {"--check", "--gen_kwargs", "--help", "--no-deps", "--nodes", "--num_gpus"}
+FLAGS_OF_SLURM = {"--account", "--gpus-per-node", "--nodes", "--partition", "--time"}
+FLAGS_OF_OTHERS = FLAGS_OF_SLURM | {"--check", "--gen_kwargs", "--help", "--no-deps", "--num_gpus"}
 
 
 def read(name: str) -> str:
