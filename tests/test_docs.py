@@ -143,7 +143,7 @@ def test_the_decoding_table_is_that_of_the_stored_points():
 
 
 def test_the_front_page_has_figures_of_the_performance_page():
-    row = r"^\| [123].*\| .* tokens \| ([\d,]+) \| ([\d.]+ GiB) \|"
+    row = r"^\| [123].*\| \d+ x \d+ \| ([\d,]+) \| ([\d.]+ GiB) \|"
     found = re.findall(row, read("README.md"), re.MULTILINE)
     assert len(found) == 3
     lines = read("docs/performance.md").splitlines()
