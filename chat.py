@@ -170,8 +170,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def model_errors() -> Iterator[None]:
-    """Makes errors of the checkpoint name --model, and ValueErrors of one line."""
+def checkpoint_errors() -> Iterator[None]:
+    """Turns errors of the loader into ValueErrors of one line that name --model."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -179,15 +179,17 @@ def model_errors() -> Iterator[None]:
 
 
 def load(args: argparse.Namespace):
-    """(model, conversation). Raises ValueError if --model cannot be read, before its weights are
-    loaded if possible."""
-    with model_errors():
+    """(model, conversation). Raises ValueError or OSError if --model cannot be used; what its config
+    and tokenizer show is found before the weights are loaded."""
+    with checkpoint_errors():
         config = load_teacher_config(args.model)
-        tokenizer = load_tokenizer(args.model, "--model")
-        check_special_tokens(tokenizer, config.vocab_size, "--model")
-        conversation = Conversation(tokenizer, config.vocab_size, args.system)
-        model = load_teacher(args.model, config.dtype or torch.float32).to(args.device)
-        model.generation_config = generation_config(args, model, tokenizer.eos_token_id)
+    tokenizer = load_tokenizer(args.model, "--model")
+    check_special_tokens(tokenizer, config.vocab_size, "--model")
+    conversation = Conversation(tokenizer, config.vocab_size, args.system)
+    with checkpoint_errors():
+        model = load_teacher(args.model, config.dtype or torch.float32)
+    model = model.to(args.device)
+    model.generation_config = generation_config(args, model, tokenizer.eos_token_id)
     return model, conversation
 
 

@@ -90,7 +90,7 @@ def hub(name: str) -> Iterator[HfApi]:
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"{key}: HF_HUB_OFFLINE is set; unset it")
     if get_token() is None:
-        raise ValueError(f"{key}: nobody is logged in; run `hf auth login`, or set HF_TOKEN to a token that may write")
+        raise ValueError(f"{key}: not logged in; run `hf auth login`, or set HF_TOKEN to a token that may write")
     try:
         yield HfApi()
     except HTTPError as error:
@@ -134,8 +134,10 @@ def chosen_checkpoint(folder: Path, wanted: Path | None) -> Path:
     found = checkpoints(folder)
     if wanted:  # will be unpickled, so only this run's own are accepted
         found = [path for path in found if path.absolute() == wanted.absolute()]
+    if not found and wanted:
+        raise ConfigError(f"--checkpoint: {wanted} is not a complete checkpoint of {folder}; name one of that run")
     if not found:
-        raise ConfigError(f"--checkpoint: {wanted or folder} is or holds no whole checkpoint of {folder}; train first")
+        raise ConfigError(f"--checkpoint: {folder} has no complete checkpoint; train first")
     if wrong := damage(found[-1]):
         raise CheckpointError(f"--checkpoint: {found[-1]} is damaged ({wrong}); name another one of {folder}")
     return found[-1]

@@ -124,7 +124,7 @@ class GraphedForward:
                 )
             static.copy_(value)
         if self._addresses() != self.addresses:
-            raise RuntimeError("a CUDA graph was recorded with parameters or buffers that have moved in memory since")
+            raise RuntimeError("parameters or buffers of a recorded CUDA graph have moved in memory since")
 
     @staticmethod
     def _replay(graph: torch.cuda.CUDAGraph) -> None:

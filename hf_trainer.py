@@ -373,7 +373,7 @@ class StageTrainer(Trainer):
         with torch.no_grad():
             return self.forward_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
-    # -------------------------------------------------------------------------------------------- checkpoints
+    # -------------------------------------------------------------------- checkpoints
     def save_model(self, output_dir=None, _internal_call=False):
         """Does nothing: DeepSpeed's checkpoint holds the weights, and converted-hf is exported from
         it."""

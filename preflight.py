@@ -41,8 +41,10 @@ SHAPE = (
 def check_run(cfg: Config, plan: BatchPlan, log: Callable[[str], None]) -> Chunks:
     """Checks models and data, logs warnings, and returns the chunks. Raises ValueError for what the
     user can correct."""
-    read_metadata(cfg.data.cache_dir, "data.cache_dir")  # a missing folder is named before a model's config is fetched
-    check_models(cfg)  # before the tokenizer: it says more about a wrong teacher
+    # A missing folder is reported before a model's config is downloaded.
+    read_metadata(cfg.data.cache_dir, "data.cache_dir")
+    # Before the tokenizer is loaded, whose errors say less about a wrong teacher.
+    check_models(cfg)
     for line in options_without_effect(cfg):
         log(line)
     chunks = open_data(cfg, plan)
@@ -53,7 +55,7 @@ def check_run(cfg: Config, plan: BatchPlan, log: Callable[[str], None]) -> Chunk
     return chunks
 
 
-# ------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------ models
 def check_models(cfg: Config) -> None:
     """Raises ValueError if teacher, student and initial checkpoint do not fit together. Reads
     configs, no weights."""
@@ -124,12 +126,13 @@ def calibration_warning(cfg: Config) -> str | None:
         return None
     enough = -(-inputs // batch)
     return (
-        f"warning: train.calibrate_init: {cfg.train.calibrate_init} is {tokens:,} tokens, fewer than the {inputs:,}"
-        f" inputs to fit, so the fit will not generalise beyond them; set it to {enough} or more"
+        f"warning: train.calibrate_init: {cfg.train.calibrate_init} is {tokens:,} tokens, fewer than "
+        f"the {inputs:,} inputs to fit, so the fit will not generalise beyond them; "
+        f"set it to {enough} or more"
     )
 
 
-# ------------------------------------------------------------------------------------------------ options and data
+# ------------------------------------------------------------------------ options and data
 def options_without_effect(cfg: Config) -> list[str]:
     """A line for each option that is set and that this stage ignores."""
     reasons = {"train.gradient_checkpointing": ", which never stores the activations of more than one layer"}
@@ -160,8 +163,8 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
         )
     if cfg.train.calibrate_init * plan.micro_batch_size > usable:
         raise DataError(
-            f"train.calibrate_init: {cfg.train.calibrate_init} batches of {plan.micro_batch_size} are more than the "
-            f"{usable} chunks of {folder}; lower it"
+            f"train.calibrate_init: {cfg.train.calibrate_init} batches of {plan.micro_batch_size} are "
+            f"more than the {usable} chunks of {folder}; lower it"
         )
     heldout = None if chunks.heldout is None else _whole_eval_batches(chunks.heldout, cfg, plan)
     return Chunks(chunks.train.select(range(usable)), heldout, chunks.metadata)
@@ -173,8 +176,8 @@ def _whole_eval_batches(heldout, cfg: Config, plan: BatchPlan):
     batches = min(cfg.train.eval_batches, len(heldout) // per_pass)
     if not batches:
         raise DataError(
-            f"data.cache_dir: {cfg.data.cache_dir} has {len(heldout)} held-out chunks, fewer than one "
-            f"evaluation batch ({per_pass}); preprocess with a larger --holdout"
+            f"data.cache_dir: {cfg.data.cache_dir} has {len(heldout)} held-out chunks, fewer than "
+            f"one evaluation batch ({per_pass}); preprocess with a larger --holdout"
         )
     return heldout.select(range(batches * per_pass))
 
@@ -185,22 +188,25 @@ def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
     notes = []
     num_chunks = len(chunks.train)
     epochs = plan.epochs(num_chunks)
-    line = f"data: {num_chunks:,} chunks for {plan.steps * plan.batch_size:,} sequences: {epochs:.1f} epochs"
+    sequences = plan.steps * plan.batch_size
+    line = f"data: {num_chunks:,} chunks for {sequences:,} sequences: {epochs:.1f} epochs"
     if epochs > MANY_EPOCHS:
-        cure = "preprocess more of it or lower the steps"
-        notes.append(f"warning: {line}; repeated more than {MANY_EPOCHS} times, text adds little; {cure}")
+        notes.append(
+            f"warning: {line}; repeated more than {MANY_EPOCHS} times, text adds little; "
+            "preprocess more of it or lower the steps"
+        )
     elif epochs > 1:
         notes.append(line)
     adopted_without_eos = chunks.metadata.get("eos_tokens") == 0
     if cfg.train.add_eos_token is False and not adopted_without_eos:
         notes.append(
-            f"warning: train.add_eos_token: false has no effect; documents end with EOS in {cfg.data.cache_dir}, "
-            "as preprocessing always puts it there; remove the key"
+            "warning: train.add_eos_token: false has no effect; documents end with EOS in "
+            f"{cfg.data.cache_dir}, as preprocessing always puts it there; remove the key"
         )
     return notes
 
 
-# ------------------------------------------------------------------------------------------------ --dry-run
+# ------------------------------------------------------------------------ --dry-run
 def print_plan(ctx: RunContext) -> None:
     """Logs steps, tokens, parameters, and an estimate of the memory per GPU for weights, gradients
     and optimiser."""
@@ -223,8 +229,8 @@ def print_plan(ctx: RunContext) -> None:
         f"{plan.tokens:,} tokens"
     )
     ctx.log(
-        f"devices: {plan.world_size}, each {plan.grad_accum} x {plan.micro_batch_size} sequences per step; "
-        f"ZeRO-{zero_stage}"
+        f"devices: {plan.world_size}, each {plan.grad_accum} x {plan.micro_batch_size} sequences "
+        f"per step; ZeRO-{zero_stage}"
     )
     ctx.log(f"parameters: {student.num_parameters():,} in the student, {trained:,} trained")
     for group in groups:

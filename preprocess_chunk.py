@@ -171,7 +171,7 @@ def cut(args: argparse.Namespace) -> None:
     key = {**source, "kind": "chunks", "context_length": args.context_length, "dtype": dtype}
     output = args.output_dir / f"chunked_context{args.context_length}"
     if is_done(output, key):
-        print(f"{output}: is there already, made from the same tokens")
+        print(f"{output}: already exists, made from the same tokens")
         return
     datasets = dict.fromkeys(SPLITS)
     for split in SPLITS:
@@ -202,7 +202,7 @@ def adopt(args: argparse.Namespace) -> None:
         "dtype": storage_dtype(args.dtype, vocab_size),
     }
     if is_done(output, key):
-        print(f"{output}: is there already, adopted from the same chunks")
+        print(f"{output}: already exists, adopted from the same chunks")
         return
     if saved.heldout_name:
         splits = {"train": saved.train, saved.heldout_name: saved.heldout}
@@ -241,7 +241,7 @@ def warn(args: argparse.Namespace, saved: Saved, tokenizer, eos_count: int) -> N
             f"model learns to write on from one into the next; to separate them, {AGAIN}"
         )
     if saved.left_out:
-        warnings.append(f"{source}: not taken over: {', '.join(saved.left_out)}")
+        warnings.append(f"{source}: ignored: {', '.join(saved.left_out)}")
     for warning in filter(None, warnings):
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -255,7 +255,7 @@ def hold_out_end(dataset, share: float) -> dict:
     held = max(1, round(share * len(dataset))) if share else 0
     first = len(dataset) - held
     if not first:
-        raise DataError(f"--holdout: {share} of {len(dataset)} chunks leaves none to train on; say --holdout 0")
+        raise DataError(f"--holdout: {share} of {len(dataset)} chunks leaves none to train on; use --holdout 0")
     heldout = dataset.select(range(first, len(dataset))) if held else None
     return {"train": dataset.select(range(first)), "heldout": heldout}
 

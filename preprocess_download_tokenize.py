@@ -126,7 +126,7 @@ def text_encoder(tokenizer, allow_special_tokens: bool):
         ids = encoder.encode(name, add_special_tokens=False).ids
         if name != tokenizer.unk_token and token["id"] in ids:
             raise DataError(
-                f"--tokenizer: has no encoding of the text {name!r} but the control token; say --allow_special_tokens"
+                f"--tokenizer: has no encoding of the text {name!r} but the control token; use --allow_special_tokens"
             )
     return encoder
 
@@ -270,7 +270,7 @@ def check_splits(args: argparse.Namespace, corpus: Corpus, counts: dict) -> None
     if held > 0.5 > args.holdout:
         raise DataError(
             f"--holdout: {args.holdout} would hold out {held:.0%} of {args.dataset_name}, "
-            "whose first document is most of it; cut that into several, or say --holdout 0"
+            "whose first document is most of it; cut that into several, or use --holdout 0"
         )
 
 
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer")
     key = describe(args, corpus, tokenizer)
     if is_done(args.output_dir, key):
-        print(f"{args.output_dir}: is there already, made with the same corpus, tokenizer and options")
+        print(f"{args.output_dir}: already exists, made with the same corpus, tokenizer and options")
         return
     print(corpus.selection())
     start = time.perf_counter()

@@ -111,7 +111,7 @@ def logit_stage(cfg: Config, model: StudentForCausalLM, teacher: StudentForCausa
     return Stage(model, KDTrainer, flops, teacher, loss_options)
 
 
-# ------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------ models
 def compute_dtype(cfg: Config, device: str) -> torch.dtype:
     """The dtype of models and activations that train.dtype asks for."""
     use_bf16 = cfg.train.dtype == "bf16" or (cfg.train.dtype == "auto" and device == "cuda")
@@ -210,7 +210,7 @@ def with_calibrated(init_report: dict[int, dict], fitted: dict[int, list[str]]) 
     return updated
 
 
-# ------------------------------------------------------------------------------------------------ engines
+# ------------------------------------------------------------------------ engines
 def deepspeed_config(name: str) -> dict:
     """A new copy of ds_configs/<name>.json."""
     return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
@@ -295,7 +295,7 @@ def teacher_engine_config(
     return config
 
 
-# ------------------------------------------------------------------------------------------------ the trainer
+# ------------------------------------------------------------------------ the trainer
 def training_arguments(ctx: RunContext):
     """transformers' TrainingArguments for the run.
 
@@ -362,6 +362,7 @@ def build_trainer(ctx: RunContext, stage: Stage):
     if stage.teacher is not None:
         options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs)
     peak = device_peak_flops(ctx.device, compute_dtype(cfg, ctx.device))
+    total_peak = None if peak is None else peak * ctx.world_size
     return stage.trainer_class(
         model=stage.model,
         args=args,
@@ -371,7 +372,7 @@ def build_trainer(ctx: RunContext, stage: Stage):
         make_scheduler=lambda optimizer: get_scheduler(optimizer, cfg, plan),
         callbacks=[Wandb()] if ctx.report_to_wandb else None,
         metrics_path=ctx.output_dir / METRICS,
-        throughput=Throughput(plan.tokens_per_step, stage.flops_per_token, peak and peak * ctx.world_size),
+        throughput=Throughput(plan.tokens_per_step, stage.flops_per_token, total_peak),
         facts=ctx.checkpoint_facts,
         stop=ctx.stop,
         save_minutes=cfg.train.save_minutes,

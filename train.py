@@ -88,7 +88,8 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> Run
     report_to_wandb = wandb_wanted(cfg.train.report_to)
     check_optimizer(cfg.train.optimizer)
     if is_finished(cfg, plan.steps) and not args.dry_run:
-        log(f"{cfg.train.output_dir}: this run is finished; its result is {cfg.train.output_dir}/{EXPORT}")
+        folder = cfg.train.output_dir
+        log(f"{folder}: this run is finished; its result is {folder}/{EXPORT}")
         return None
     from preflight import check_run, print_plan
 
@@ -159,7 +160,7 @@ def export(ctx: RunContext) -> None:
 
     from convert_ckpt import export_checkpoint
 
-    unset_hf_deepspeed_config()  # as long as a ZeRO-3 config is set, a new model would be sharded over all ranks
+    unset_hf_deepspeed_config()  # a ZeRO-3 config would shard a new model over all ranks
     target = ctx.output_dir / EXPORT
     export_checkpoint(ctx.cfg, checkpoints(ctx.output_dir)[-1], target)
     print(f"Stage {ctx.cfg.stage} is done: {target}", flush=True)

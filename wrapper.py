@@ -147,7 +147,9 @@ def mean_distances(attn: SoftmaxAttention, hidden_states: torch.Tensor, position
     length = hidden_states.shape[1]
     half = length // 2
     k = k.repeat_interleave(attn.num_heads // attn.num_kv_heads, 2)
-    distance = torch.arange(half, length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+    queries = torch.arange(half, length, device=q.device)
+    keys = torch.arange(length, device=q.device)
+    distance = queries[:, None] - keys
     total = q.new_zeros(attn.num_heads, dtype=torch.float32)
     for q_row, k_row in zip(q[:, half:], k):  # one sequence at a time: the scores are T x T per head
         scores = torch.einsum("thd,shd->hts", q_row, k_row).float() * attn.head_dim**-0.5
@@ -190,8 +192,9 @@ def calibrate(
         if passes == 2:
             _fit_decay_and_gates(model, batches, with_decay, with_gate, progress)
         moments = _output_moments(model, batches, progress)
+        heads = model.config.num_attention_heads
         for layer in layers:
-            _fit_output_projection(layer.student_attn.o_proj, *moments[layer], model.config.num_attention_heads, ridge)
+            _fit_output_projection(layer.student_attn.o_proj, *moments[layer], heads, ridge)
     return [
         *(layer.student_attn.dt_bias for layer in with_decay),
         *(layer.student_attn.g_proj.weight for layer in with_gate),
@@ -225,12 +228,14 @@ def _fit_decay_and_gates(
     moments = dict.fromkeys(with_gate, (0, 0))  # X'X and the sum of X over the tokens
 
     def add_distances(layer, args):
-        distances[layer] = distances[layer] + mean_distances(layer.teacher_attn, *args) / len(batches)
+        mean = mean_distances(layer.teacher_attn, *args)
+        distances[layer] = distances[layer] + mean / len(batches)
 
     def add_moments(layer, args):
         x = args[0].flatten(0, -2).double()
         xx, total = moments[layer]
-        moments[layer] = (xx + x.mT @ x, total + x.sum(0))
+        xx = xx + x.mT @ x
+        moments[layer] = (xx, total + x.sum(0))
 
     hooks = [layer.register_forward_pre_hook(add_distances) for layer in with_decay]
     hooks += [layer.register_forward_pre_hook(add_moments) for layer in with_gate]
@@ -238,7 +243,8 @@ def _fit_decay_and_gates(
     for layer, distance in distances.items():
         layer.student_attn.set_decay(torch.log1p(1 / distance.clamp(min=0.5)))
     for layer, (xx, total) in moments.items():
-        layer.student_attn.open_gate(torch.linalg.solve(xx + _ridge(xx, 0.01), total))
+        direction = torch.linalg.solve(xx + _ridge(xx, 0.01), total)
+        layer.student_attn.open_gate(direction)
 
 
 def _output_moments(
@@ -262,7 +268,9 @@ def _output_moments(
         if o_proj.bias is not None:
             y = y - o_proj.bias
         xx, xy = moments[layer]
-        moments[layer] = (xx + x.mT @ x, xy + x.mT @ y)
+        xx = xx + x.mT @ x
+        xy = xy + x.mT @ y
+        moments[layer] = (xx, xy)
 
     hooks = [layer.register_forward_hook(add_moments) for layer in layers]
     hooks += [layer.student_attn.o_proj.register_forward_pre_hook(keep_input) for layer in layers]
@@ -276,10 +284,12 @@ def _fit_output_projection(o_proj: nn.Linear, xx: torch.Tensor, xy: torch.Tensor
     xx_by_head = xx.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
     overlap = torch.einsum("hdge,ohd,oge->hg", xx_by_head, by_head, by_head)
     target = torch.einsum("hdo,ohd->h", xy.unflatten(0, (heads, -1)), by_head)
-    scales = torch.linalg.pinv(overlap, hermitian=True) @ target  # a head whose outputs are all zero makes it singular
+    # The pseudo-inverse, for a head whose outputs are all zero makes `overlap` singular.
+    scales = torch.linalg.pinv(overlap, hermitian=True) @ target
     scaled_weight = (by_head * scales[:, None]).flatten(1)
     penalty = _ridge(xx, ridge)
-    o_proj.weight.copy_(torch.linalg.solve(xx + penalty, xy + penalty @ scaled_weight.mT).mT)
+    weight = torch.linalg.solve(xx + penalty, xy + penalty @ scaled_weight.mT).mT
+    o_proj.weight.copy_(weight)
 
 
 def _ridge(xx: torch.Tensor, strength: float) -> torch.Tensor:

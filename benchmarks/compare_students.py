@@ -225,7 +225,9 @@ def plot_order(students: dict[str, list[dict]]) -> list[str]:
 
     def key(name: str) -> tuple:
         runs = students[name]
-        means = [statistics.fmean(run[series] for run in runs) for series in ("associative_recall", "all_linear_recall")]
+        means = [
+            statistics.fmean(run[series] for run in runs) for series in ("associative_recall", "all_linear_recall")
+        ]
         return not runs[0]["state_grows"], *(-mean for mean in means)
 
     return sorted(students, key=key)

@@ -1,16 +1,20 @@
-"""Reading a prompt and decoding behind it: the teacher, a hybrid of its shape, and the same hybrid without CUDA graphs, in one run.
+"""Prefill and decode speed of a teacher, a hybrid of its shape, and that hybrid without
+CUDA graphs, in one run.
 
     python benchmarks/decode.py --shape qwen2.5-1.5b --kept 7 --output_dir decode_out
-    python benchmarks/decode.py --shape qwen2.5-0.5b --layers 4 --kept 1 --contexts 256 1024 --batch_sizes 1 2   # a CPU
+    # on a CPU:
+    python benchmarks/decode.py --shape qwen2.5-0.5b --layers 4 --kept 1 --contexts 256 1024 --batch_sizes 1 2
 
-Random weights of a published shape and random prompts, through `generate`, greedily. Teacher (all layers kept) and hybrid decode with
-cache_implementation="static", on a GPU a CUDA graph a token; "hybrid, eager" is the same hybrid with the dynamic cache, which launches
-FLA's kernels one by one, at batch size 1. Prompts are read 4096 tokens at a time, by kernels that are compiled before the
-clock starts. Times of a token are medians over --new_tokens, after the first few, which compile and record; beside them stands what the
-model alone takes, a mean without waits between tokens, and the bytes that a token cannot but move: weights, cache, and states twice.
-The teacher's bytes over the hybrid's are the bytes ratio: the
-speed-up at equal memory bandwidth. Printed and written are a table and what the ratios come to
-(decode.md, decode.json) and a plot (decode.png).
+Random weights of a published shape and random prompts, through `generate`, greedily. Teacher (all
+layers kept) and hybrid decode with cache_implementation="static", on a GPU one CUDA graph replay
+per token; "hybrid, eager" is the same hybrid with the dynamic cache, which launches FLA's kernels
+one by one, at batch size 1. Prompts are read in chunks of 4096 tokens, by kernels that
+are compiled before the clock starts. Times per token are medians over --new_tokens, after the
+first few, which compile and record. Beside them are the time of the model alone, a mean without
+waits between tokens, and the least number of bytes that a token moves: weights, cache, and
+recurrent states twice. The teacher's bytes over the hybrid's are the bytes ratio, the speed-up
+at equal memory bandwidth. Printed and written are a table, the ratios (decode.md,
+decode.json) and a plot (decode.png).
 """
 
 from __future__ import annotations
@@ -34,21 +38,25 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from benchmarks.train_throughput import published_config, random_model
-from distill_model import StudentForCausalLM
+from distill_model import StudentConfig, StudentForCausalLM
 from distill_model.cache import HybridCache, StaticCache, state_tensors
 from distill_model.decode_step import GraphedDecoder
 from layer_selection.ranking import evenly_spaced
 
-PREFILL, WARM = 4096, 4  # tokens read at a time; tokens whose times do not count
-TEACHER, HYBRID, EAGER = "teacher", "hybrid", "hybrid, eager"
+PREFILL = 4096  # tokens of a prefill chunk
+WARM = 4  # tokens whose times do not count
+TEACHER = "teacher"
+HYBRID = "hybrid"
+EAGER = "hybrid, eager"
 COLOURS = ("#c98a2b", "#3f6fb5", "#5a9367", "#8250df")  # of the batch sizes
 
 
 class Clock(LogitsProcessor):
-    """When it was called, and when the logits of each token were there. Nothing waits for it."""
+    """Records when it was called with the logits of each token, without a host-device sync."""
 
     def __init__(self, device: torch.device):
-        self.device, self.times = device, []
+        self.device = device
+        self.times = []
 
     def __call__(self, input_ids=None, scores=None):
         on_gpu = self.device.type == "cuda"
@@ -58,18 +66,18 @@ class Clock(LogitsProcessor):
         return scores
 
     def seconds(self) -> list[float]:
-        """From one time to the next."""
-        if self.device.type == "cuda":
-            self.times[-1].synchronize()
-        return [
-            a.elapsed_time(b) / 1e3 if self.device.type == "cuda" else b - a for a, b in zip(self.times, self.times[1:])
-        ]
+        """From one recorded time to the next."""
+        pairs = list(zip(self.times, self.times[1:]))
+        if self.device.type != "cuda":
+            return [b - a for a, b in pairs]
+        self.times[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairs]
 
 
 @torch.no_grad()
 def model_alone(model: StudentForCausalLM, cache: StaticCache, context: int, tokens: int) -> float:
-    """Seconds a token of the graph, or where there is none of the layers, without what `generate`
-    does between two: the first `tokens` behind `context` once more."""
+    """Seconds per token of the graph alone, or of the layers where there is none, without the work
+    of `generate`: decodes the first `tokens` after `context` again."""
     graph = cache.decoding.graph
     run_step = GraphedDecoder(model, cache).run if graph is None else graph.replay
     cache.decoding.last.fill_(context)
@@ -82,26 +90,29 @@ def model_alone(model: StudentForCausalLM, cache: StaticCache, context: int, tok
 
 
 def bytes_a_token(model: StudentForCausalLM, cache: HybridCache) -> int:
-    """Those that a token cannot but move, of whatever batch: the weights and the cache, read once,
-    and the states of linear layers, written too."""
-    weights = {p for p in model.parameters() if p is not model.model.embeddings.weight} | {
-        model.lm_head.weight
-    }  # which may be tied
-    states = sum(
-        x.nbytes for layer in cache.layers if layer.state.get("attn_state") is None for x in state_tensors(layer.state)
-    )
+    """The least that a token moves, at any batch size: the weights and the cache, read once, and
+    the recurrent states, written too."""
+    weights = {p for p in model.parameters() if p is not model.model.embeddings.weight}
+    weights.add(model.lm_head.weight)  # which may be tied to the embeddings
+    linear_layers = [layer for layer in cache.layers if layer.state.get("attn_state") is None]
+    states = sum(x.nbytes for layer in linear_layers for x in state_tensors(layer.state))
     return sum(p.nbytes for p in weights) + cache.nbytes + states
 
 
-def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: int, new_tokens: int) -> dict | None:
-    """Tokens/s of reading and decoding, milliseconds a token, bytes of the cache and peak bytes;
-    None where memory does not do."""
-    device, clock = model.device, Clock(model.device)
+def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
+
+
+def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: int, new_tokens: int) -> dict | None:
+    """Tokens/s of prefill and decoding, milliseconds per token, bytes of the cache and peak bytes;
+    None if it ran out of memory."""
+    device = model.device
+    clock = Clock(device)
+    free_memory(device)
     ids = torch.randint(1, model.config.vocab_size, (batch_size, context), device=device)
     options = dict(
         do_sample=False,
@@ -110,7 +121,7 @@ def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: i
         cache_implementation="static" if static else None,
     )
     try:
-        model.generate(ids[:, : 2 * PREFILL], max_new_tokens=2, **options)  # compiles the kernels that read a prompt
+        model.generate(ids[:, : 2 * PREFILL], max_new_tokens=2, **options)  # compiles the kernels of prefill
         clock()
         out = model.generate(
             ids,
@@ -121,15 +132,13 @@ def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: i
         )
     except torch.OutOfMemoryError:
         return None
-    reading, *tokens = clock.seconds()
+    prefill, *tokens = clock.seconds()
     token = statistics.median(tokens[WARM:])
-    cache, peak = (
-        out.past_key_values,
-        torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-    )
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    cache = out.past_key_values
     alone = model_alone(model, cache, context, new_tokens - 1) * 1e3 if static else None
     return {
-        "prefill": context * batch_size / reading,
+        "prefill": context * batch_size / prefill,
         "decode": batch_size / token,
         "ms": token * 1e3,
         "alone": alone,
@@ -229,11 +238,11 @@ def _context_axis(axis, contexts: list[int]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen2.5-1.5b", help="a published size of convert/published.yaml")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--kept", type=int, default=7, help="layers of the hybrid that stay full, evenly spaced")
+    parser.add_argument("--kept", type=int, default=7, help="full-attention layers of the hybrid, evenly spaced")
     parser.add_argument("--student", default="gdn_v4")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
@@ -244,37 +253,49 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             f"--new_tokens: {args.new_tokens} must be at least {WARM + 2}, of which the first {WARM} do not count"
         )
-    config = published_config(args.shape, args.layers)
-    if not 1 <= args.kept < config.num_hidden_layers:
-        raise ValueError(
-            f"--kept: {args.kept} must be between 1 and {config.num_hidden_layers - 1}, one less than the layers"
-        )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    kept = evenly_spaced(args.kept, config.num_hidden_layers)
+    return args
+
+
+def measure_all(
+    args: argparse.Namespace, config: StudentConfig, dtype: torch.dtype, device: torch.device
+) -> list[dict]:
+    """A row for each model, batch size and context."""
     torch.manual_seed(0)
-    rows = []
     teacher = random_model(config, dtype, device)
+    kept = evenly_spaced(args.kept, config.num_hidden_layers)
     with torch.device(device):
         hybrid = StudentForCausalLM.from_teacher(teacher, args.student, kept)[0].eval()
+    rows = []
     for name, model in ((TEACHER, teacher), (HYBRID, hybrid), (EAGER, hybrid)):
         for batch_size in args.batch_sizes if name != EAGER else [1]:
             for context in args.contexts:
-                row = {"model": name, "context": context, "batch_size": batch_size}
-                rows.append(row | (measure(model, name != EAGER, context, batch_size, args.new_tokens) or {}))
+                measured = measure(model, name != EAGER, context, batch_size, args.new_tokens) or {}
+                rows.append({"model": name, "context": context, "batch_size": batch_size} | measured)
                 print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
-    what = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    head = (
-        f"{what}, torch {torch.__version__}, {dtype}; {args.shape}, {config.num_hidden_layers} layers, {args.student}, "
-        f"{args.kept} kept"
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    config = published_config(args.shape, args.layers)
+    layers = config.num_hidden_layers
+    if not 1 <= args.kept < layers:
+        raise ValueError(f"--kept: {args.kept} must be between 1 and {layers - 1}, one less than the layers")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = measure_all(args, config, dtype, device)
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    setup = (
+        f"{device_name}, torch {torch.__version__}, {dtype}; "
+        f"{args.shape}, {layers} layers, {args.student}, {args.kept} kept"
     )
     points = compared(rows)
-    text = "\n".join([head, "", table(rows), "", *ratios(points)])
+    text = "\n".join([setup, "", table(rows), "", *ratios(points)])
     print(text)
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         (args.output_dir / "decode.md").write_text(text + "\n")
-        (args.output_dir / "decode.json").write_text(json.dumps({"setup": head, "rows": rows}, indent=1) + "\n")
+        (args.output_dir / "decode.json").write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
         plot(points, args.output_dir / "decode.png")
 
 

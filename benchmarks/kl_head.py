@@ -1,10 +1,12 @@
-"""The distillation head beside FLA's, Liger's where it is installed, and the matrix products that no head can do without.
+"""The distillation head beside FLA's, Liger's where it is installed, and the four GEMMs that every
+head needs.
 
     python benchmarks/kl_head.py [--tokens 16384 --hidden 1536 --vocab 151936]
 
-Forward and backward on random hidden states in bf16, on a GPU. Times are medians of one process, and read as ratios to
-the products: the student's logits, the teacher's, and the two gradients. Memory is the peak above the inputs. The error is
-that of the hidden states' gradient against float64, on the first rows, relative to its norm.
+Forward and backward pass on random hidden states in bf16, on a GPU. Times are medians within one
+process, also given as ratios to the GEMMs: the student's logits, the teacher's, and the two
+gradients. Memory is the peak above the inputs. The error is that of the gradient of the hidden
+states against float64, on the first rows, relative to its norm.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from dataclasses import dataclass
 
 from runtime.command import run_main
 
@@ -23,7 +26,7 @@ REFERENCE_ROWS = 128
 
 
 def median_ms(function, repeats: int = 7) -> float:
-    """The median time of a call on the GPU, after two that warm up."""
+    """The median time of a call on the GPU, after two warm-up calls."""
     times = []
     for _ in range(repeats + 2):
         begin = torch.cuda.Event(enable_timing=True)
@@ -37,6 +40,7 @@ def median_ms(function, repeats: int = 7) -> float:
 
 
 def peak_gib(function) -> float:
+    """The largest memory during a call, above what is allocated before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -46,7 +50,8 @@ def peak_gib(function) -> float:
 
 
 def heads() -> dict:
-    """Name -> function of (student_hidden, teacher_hidden, student_weight, teacher_weight)."""
+    """Name -> function of (student_hidden, teacher_hidden, student_weight, teacher_weight) ->
+    loss."""
     from fla.modules.fused_kl_div import fused_kl_div_loss
 
     found = {"ours": forward_kl, "FLA": lambda s, t, w, tw: fused_kl_div_loss(s, t, w, tw)}
@@ -57,10 +62,52 @@ def heads() -> dict:
     return found
 
 
-def reference_gradient(s, t, w, tw, total: int) -> torch.Tensor:
-    """Of the mean over `total` rows, in float64."""
-    probabilities = [(a.double() @ b.double().mT).softmax(-1) for a, b in ((s, w), (t, tw))]
-    return (probabilities[0] - probabilities[1]) @ w.double() / total
+@dataclass
+class Inputs:
+    """student, teacher: hidden states [n, h]. weight, teacher_weight: of the LM heads, [v, h]."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    weight: torch.Tensor
+    teacher_weight: torch.Tensor
+
+
+def random(*shape: int, scale: float) -> torch.Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).bfloat16()
+
+
+def random_inputs(tokens: int, hidden: int, vocab: int) -> Inputs:
+    student = random(tokens, hidden, scale=1.0)
+    noise = random(tokens, hidden, scale=1.0)
+    weight = random(vocab, hidden, scale=2 * hidden**-0.5)
+    teacher_weight = random(vocab, hidden, scale=2 * hidden**-0.5)
+    teacher = 0.8 * student + 0.6 * noise
+    return Inputs(student.requires_grad_(), teacher, weight.requires_grad_(), teacher_weight)
+
+
+def reference_gradient(inputs: Inputs, rows: int) -> torch.Tensor:
+    """Of the mean KL over all tokens with respect to the first `rows` hidden states, in float64."""
+    weight = inputs.weight.detach().double()
+    logits = inputs.student.detach()[:rows].double() @ weight.mT
+    teacher_logits = inputs.teacher[:rows].double() @ inputs.teacher_weight.double().mT
+    return (logits.softmax(-1) - teacher_logits.softmax(-1)) @ weight / len(inputs.student)
+
+
+def gemms_ms(inputs: Inputs) -> float:
+    """The time of the four GEMMs, over 4096 tokens at a time."""
+    student = inputs.student.detach()
+    weight = inputs.weight.detach()
+    rows = min(len(student), 4096)
+    gradient = random(rows, len(weight), scale=1e-3)
+
+    def gemms():
+        for _ in range(len(student) // rows):
+            student[:rows] @ weight.mT
+            inputs.teacher[:rows] @ inputs.teacher_weight.mT
+            gradient @ weight
+            gradient.mT @ student[:rows]
+
+    return median_ms(gemms)
 
 
 def main() -> None:
@@ -71,49 +118,31 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("kl_head.py: skipped: the fused head runs on a GPU, and this machine has none")
-    n, h, v = args.tokens, args.hidden, args.vocab
-    random = lambda *shape, scale: (torch.randn(*shape, device="cuda") * scale).bfloat16()
-    student, teacher = (random(n, h, scale=1.0) for _ in range(2))
-    teacher = (0.8 * student + 0.6 * teacher).detach()
-    weight, teacher_weight = (random(v, h, scale=2 * h**-0.5) for _ in range(2))
-    student.requires_grad_(), weight.requires_grad_()
-
-    rows, gradient = min(n, 4096), random(min(n, 4096), v, scale=1e-3)
-
-    def products():
-        for _ in range(n // rows):
-            student.detach()[:rows] @ weight.detach().mT
-            teacher[:rows] @ teacher_weight.mT
-            gradient @ weight.detach()
-            gradient.mT @ student.detach()[:rows]
-
-    floor = median_ms(products)
-    flops = 2 * 4 * n * h * v
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {n} tokens x {h}, vocabulary {v}, bf16")
-    print(f"the four matrix products: {floor:.1f} ms, {flops / floor / 1e9:.0f} TFLOP/s\n")
-    print("| head | ms | over the products | peak memory GiB | loss | gradient error |\n|:--|--:|--:|--:|--:|--:|")
-    reference = reference_gradient(
-        student.detach()[:REFERENCE_ROWS],
-        teacher[:REFERENCE_ROWS],
-        weight.detach(),
-        teacher_weight,
-        n,
+    inputs = random_inputs(args.tokens, args.hidden, args.vocab)
+    floor = gemms_ms(inputs)
+    flops = 2 * 4 * args.tokens * args.hidden * args.vocab
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {args.tokens} tokens x {args.hidden}, "
+        f"vocabulary {args.vocab}, bf16"
     )
+    print(f"the four GEMMs: {floor:.1f} ms, {flops / floor / 1e9:.0f} TFLOP/s\n")
+    print("| head | ms | over the GEMMs | peak memory GiB | loss | gradient error |")
+    print("|:--|--:|--:|--:|--:|--:|")
+    reference = reference_gradient(inputs, REFERENCE_ROWS)
     for name, head in heads().items():
 
         def step(head=head):
-            student.grad = weight.grad = None
-            loss = head(student, teacher, weight, teacher_weight)
+            inputs.student.grad = inputs.weight.grad = None
+            loss = head(inputs.student, inputs.teacher, inputs.weight, inputs.teacher_weight)
             loss.backward()
             return loss
 
         loss = step().item()
-        error = ((student.grad[:REFERENCE_ROWS].double() - reference).norm() / reference.norm()).item()
-        time, memory = median_ms(step), peak_gib(step)
-        print(
-            f"| {name} | {time:.1f} | {time / floor:.2f} | {memory:.2f} | {loss:.5f} | {error:.1e} |",
-            flush=True,
-        )
+        difference = inputs.student.grad[:REFERENCE_ROWS].double() - reference
+        error = (difference.norm() / reference.norm()).item()
+        ms = median_ms(step)
+        memory = peak_gib(step)
+        print(f"| {name} | {ms:.1f} | {ms / floor:.2f} | {memory:.2f} | {loss:.5f} | {error:.1e} |", flush=True)
 
 
 if __name__ == "__main__":

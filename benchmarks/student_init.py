@@ -1,12 +1,15 @@
-"""How good each student's start is: quality right after surgery, and after some steps of stage 1.
+"""How good each student's initialisation is: its quality at the start, and after some steps of
+stage 1.
 
-    python benchmarks/student_init.py --teacher quickstart_out/teacher --data quickstart_out/data/chunked_context256
-    python benchmarks/student_init.py --random            # a random teacher of Qwen2.5's kind: output errors alone
+    python benchmarks/student_init.py --teacher quickstart_out/teacher --data
+    quickstart_out/data/chunked_context256 python benchmarks/student_init.py --random            #
+    a random teacher of Qwen2.5's kind: output errors alone
 
-For every student, with one layer replaced and with all: held-out perplexity (of trained teachers), and the error of the
-attention outputs, squared and relative to the teacher's mean square, averaged over layers; at the start and after each
-of --steps. A start must not explode: with all layers replaced, its perplexity is at most that of the teacher without
-attention, the first row; the exit code is 1 where it is not.
+For every student, with one layer replaced and with all: held-out perplexity (of trained
+teachers), and the error of the attention outputs, squared and relative to the teacher's mean
+square, averaged over layers; at the start and after each of --steps. An initialisation must not
+explode: with all layers replaced, its perplexity is at most that of the teacher without
+attention, which the first line shows; the exit code is 1 where it is not.
 """
 
 from __future__ import annotations
@@ -35,11 +38,12 @@ from distill_model import (
 from quickstart.report import alignment, mean_loss
 from quickstart.train_teacher import token_ids
 
-BATCH_SIZE, LEARNING_RATE = 4, 3e-3
+BATCH_SIZE = 4
+LEARNING_RATE = 3e-3
 
 
 def random_teacher() -> StudentForCausalLM:
-    """Qwen2.5's kind at a small size: biases, six query heads a key/value head, tied."""
+    """A small teacher like Qwen2.5: biases, six query heads per key/value head, tied embeddings."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=4096,
@@ -61,18 +65,19 @@ def random_teacher() -> StudentForCausalLM:
 
 
 def without_attention(teacher: StudentForCausalLM, ids: torch.Tensor) -> float:
-    """The loss of the teacher with every attention output 0."""
-    hooks = [
-        layer.attn.register_forward_hook(lambda m, i, out: (torch.zeros_like(out[0]), *out[1:]))
-        for layer in teacher.model.layers
-    ]
+    """The loss of the teacher with all attention outputs set to 0."""
+
+    def zero_output(module, inputs, outputs):
+        return torch.zeros_like(outputs[0]), *outputs[1:]
+
+    hooks = [layer.attn.register_forward_hook(zero_output) for layer in teacher.model.layers]
     loss = mean_loss(teacher, ids)
     for hook in hooks:
         hook.remove()
     return loss
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", help="a trained teacher")
     parser.add_argument("--data", help="chunks with a held-out part, of preprocess_chunk.py")
@@ -81,7 +86,7 @@ def main() -> None:
         "--students",
         nargs="+",
         choices=sorted(STUDENT_ATTENTION_MAP),
-        help="default: all, with --calibrate those that it fits",
+        help="default: all; with --calibrate those that can be calibrated",
     )
     parser.add_argument("--steps", nargs="*", type=int, default=[50, 500], help="steps of stage 1 to measure after")
     parser.add_argument("--layer", type=int, default=0, help="the layer that is replaced alone")
@@ -89,7 +94,7 @@ def main() -> None:
         "--calibrate",
         type=int,
         default=0,
-        help="batches of a calibrated start, as train.calibrate_init",
+        help="batches for calibrating the initialisation, as train.calibrate_init",
     )
     parser.add_argument("--chunks", type=int, default=32, help="held-out chunks to measure on")
     parser.add_argument("--seed", type=int, default=0)
@@ -99,49 +104,59 @@ def main() -> None:
     if args.calibrate:
         for name in args.students or ():
             check_calibration(name)
-    students = args.students or [
-        name for name in sorted(STUDENT_ATTENTION_MAP) if not args.calibrate or can_calibrate(name)
-    ]
+    if not args.students:
+        args.students = [name for name in sorted(STUDENT_ATTENTION_MAP) if not args.calibrate or can_calibrate(name)]
+    return args
 
-    device, last = (
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        max(args.steps, default=0),
-    )
+
+def load(args: argparse.Namespace, device: torch.device) -> tuple[StudentForCausalLM, torch.Tensor, list[torch.Tensor]]:
+    """The teacher, held-out token ids [chunks, T], and batches [BATCH_SIZE, T] for training,
+    followed by those for calibration."""
     generator = torch.Generator().manual_seed(args.seed)
+    batches = max(args.steps, default=0) + args.calibrate
     if args.random:
         teacher = random_teacher().to(device)
-        heldout, *batches = torch.randint(
-            0, 4096, (last + args.calibrate + 1, BATCH_SIZE, 256), generator=generator
-        ).to(device)
-    else:
-        teacher = load_teacher(args.teacher).to(device)
-        chunks = open_chunks(args.data, key="--data", vocab_size=teacher.config.vocab_size)
-        heldout = token_ids(chunks.heldout, range(min(args.chunks, len(chunks.heldout)))).to(device)
-        rows = torch.randint(0, len(chunks.train), (last + args.calibrate, BATCH_SIZE), generator=generator).tolist()
-        batches = [token_ids(chunks.train, row).to(device) for row in rows]
+        heldout, *training = torch.randint(0, 4096, (batches + 1, BATCH_SIZE, 256), generator=generator).to(device)
+        return teacher, heldout, training
+    teacher = load_teacher(args.teacher).to(device)
+    chunks = open_chunks(args.data, key="--data", vocab_size=teacher.config.vocab_size)
+    heldout = token_ids(chunks.heldout, range(min(args.chunks, len(chunks.heldout)))).to(device)
+    rows = torch.randint(0, len(chunks.train), (batches, BATCH_SIZE), generator=generator).tolist()
+    return teacher, heldout, [token_ids(chunks.train, row).to(device) for row in rows]
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher, heldout, batches = load(args, device)
     layers = range(teacher.config.num_hidden_layers)
     if args.layer not in layers:
         raise ValueError(f"--layer: {args.layer} must be one of the teacher's, 0 to {layers[-1]}")
+    other_layers = [i for i in layers if i != args.layer]
 
     def perplexity(loss: float) -> str:
         return "" if args.random else f"{math.exp(loss):.1f}"
 
     bound = math.inf if args.random else without_attention(teacher, heldout)
     print(f"teacher: perplexity {perplexity(mean_loss(teacher, heldout))}; without attention {perplexity(bound)}")
-    print(
-        "| student | steps | error | perplexity | one layer: error | one layer: perplexity |\n|:--|--:|--:|--:|--:|--:|"
-    )
+    print("| student | steps | error | perplexity | one layer: error | one layer: perplexity |")
+    print("|:--|--:|--:|--:|--:|--:|")
     exploded = []
-    for name in tqdm(students, desc="students", unit="student"):
+    last = max(args.steps, default=0)
+    measured_steps = {0, *args.steps}
+    for name in tqdm(args.students, desc="students", unit="student"):
         torch.manual_seed(args.seed)
         student = StudentForCausalLM.from_teacher(teacher, name)[0].to(device)
-        for step in stage_1(teacher, student, batches[:last], last, LEARNING_RATE, {0, *args.steps}, batches[last:]):
+        training = stage_1(teacher, student, batches[:last], last, LEARNING_RATE, measured_steps, batches[last:])
+        for step in training:
             student.eval()
-            errors, loss = alignment(student, teacher, heldout[:8]), mean_loss(student, heldout)
-            alone = student.restore_full_attention(teacher, [i for i in layers if i != args.layer]).to(device).eval()
+            errors = alignment(student, teacher, heldout[:8])
+            loss = mean_loss(student, heldout)
+            with_one_linear = student.restore_full_attention(teacher, other_layers).to(device).eval()
+            error = sum(errors) / len(errors)
             tqdm.write(
-                f"| {name} | {step} | {sum(errors) / len(errors):.3f} | {perplexity(loss)} | {errors[args.layer]:.3f} | "
-                f"{perplexity(mean_loss(alone, heldout))} |",
+                f"| {name} | {step} | {error:.3f} | {perplexity(loss)} | "
+                f"{errors[args.layer]:.3f} | {perplexity(mean_loss(with_one_linear, heldout))} |",
                 file=sys.stdout,
             )
             if step == 0 and not loss <= bound:

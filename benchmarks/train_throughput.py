@@ -1,13 +1,15 @@
-"""Throughput and MFU of a stage by its real trainer, with random weights of a published shape and random tokens.
+"""Throughput and MFU of a stage by its real trainer, with random weights of a published shape and
+random tokens.
 
     python benchmarks/train_throughput.py --shape qwen2.5-1.5b --stage 1
     deepspeed --num_gpus 4 benchmarks/train_throughput.py --shape qwen2.5-7b --stage 2 train.kd_teacher_shard=always
 
-Overrides after the options replace the benchmark's settings, as in train.py. It prints tokens/s per GPU; MFU against the
-peak of the GPU's data sheet (see mfu.py), and the same FLOPs against the rate of a large GEMM in the same run; peak
-memory; seconds from the start of training to the end of the first step, which compiles or loads kernels; and where the
-GPU's time goes: by part of the timed steps, and by kind of kernel, from a profile of further steps. Where CUPTI is
-missing or not permitted there is no profile, and the rest is printed.
+Overrides after the options replace the benchmark's settings, as in train.py. It prints tokens/s per
+GPU; MFU against the peak of the GPU's data sheet (see mfu.py), and the same FLOPs against the rate
+of a large GEMM in the same run; peak memory; seconds from the start of training to the end of the
+first step, which compiles or loads kernels; and where the GPU's time goes: by part of the timed
+steps, and by kind of kernel, from a profile of further steps. Where CUPTI is missing or not
+permitted there is no profile, and the rest is printed.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# ------------------------------------------------------------------------ what is measured
 def published_config(shape: str, layers: int | None) -> StudentConfig:
     """The teacher's config of a shape such as qwen2.5-1.5b or of a checkpoint's folder, with other
     `layers` if they are given."""
@@ -216,7 +218,7 @@ def gemm_rate(device: str) -> float:
     return 2 * size**3 / seconds
 
 
-# ------------------------------------------------------------------------------------------------ where the time goes
+# ------------------------------------------------------------------------ where the time goes
 class Parts:
     """The GPU's time by part of a step, gaps included. A mark says which part the kernels that are
     launched after it belong to."""
@@ -274,8 +276,8 @@ def kind_of(kernel_name: str) -> str:
 
 
 def breakdown(profile, steps: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    """Milliseconds per step by kind of kernel and of an idle GPU, the largest first; and the idle time
-    by the kernels before and after it. Both are empty if the profile holds no kernel."""
+    """Milliseconds per step by kind of kernel and of an idle GPU, the largest first; and the idle
+    time by the kernels before and after it. Both are empty if the profile holds no kernel."""
     kernels = [
         event
         for event in profile.events()
@@ -324,11 +326,11 @@ def start_profile():
 
 
 def where_time_goes(parts: list[tuple[str, float]], profile, steps: int, kernels: bool) -> str:
-    """Tables of milliseconds per micro-batch: by part, and by kind of kernels from `profile`, which may
-    be None.
+    """Tables of milliseconds per micro-batch: by part, and by kind of kernels from `profile`, which
+    may be None.
 
-    steps: micro-batches of the profile. kernels: the longest kernels too, and the longest idle times
-    between two.
+    steps: micro-batches of the profile. kernels: the longest kernels too, and the longest idle
+    times between two.
     """
     kinds, waits = breakdown(profile, steps) if profile else ([], [])
     text = _table("part", parts) + _table("kind of kernels", kinds)
@@ -376,7 +378,8 @@ def save_kernel_configs(folder: Path) -> None:
 
 
 class Clock(TrainerCallback):
-    """Times the steps of a trainer, `steps` of them after `warm` others, and profiles those that follow."""
+    """Times the steps of a trainer, `steps` of them after `warm` others, and profiles those that
+    follow."""
 
     def __init__(self, trainer, stage: int, warm: int, steps: int):
         self.trainer = trainer

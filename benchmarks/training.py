@@ -1,4 +1,5 @@
-"""Stages 1 and 2 without a launcher, for benchmarks that train many small students in one process."""
+"""Stages 1 and 2 without a launcher, for benchmarks that train many small students in one
+process."""
 
 from __future__ import annotations
 
@@ -12,22 +13,19 @@ from distill_model import StudentForCausalLM, is_student_attention
 from layer_selection.side_by_side import MasterAdamW
 from wrapper import AttentionAlignmentModel, calibrate
 
-BETAS, CLIP, WARMUP, FLOOR = (
-    (0.9, 0.95),
-    1.0,
-    10,
-    0.02,
-)  # FLOOR: the last learning rate over the peak
+BETAS = (0.9, 0.95)
+CLIP = 1.0
+WARMUP = 10
+FLOOR = 0.02  # the last learning rate over the peak
 
 
 def optimizer(groups: list[tuple[list[torch.nn.Parameter], float]], steps: int) -> MasterAdamW:
-    """For (parameters, learning rate), with warm-up and cosine."""
+    """For groups of (parameters, peak learning rate): linear warm-up and cosine decay."""
 
-    def factor(i):
-        return min(
-            (i + 1) / WARMUP,
-            FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(1, i / max(1, steps)))) / 2,
-        )
+    def factor(step: int) -> float:
+        progress = min(1, step / max(1, steps))
+        cosine = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * progress)) / 2
+        return min((step + 1) / WARMUP, cosine)
 
     groups = [{"params": params, "lr": rate, "weight_decay": 0.0} for params, rate in groups]
     return MasterAdamW(groups, BETAS, CLIP, lambda adamw: torch.optim.lr_scheduler.LambdaLR(adamw, factor))
@@ -42,12 +40,16 @@ def stage_1(
     measure_after: Iterable[int] = (),
     calibration: list[torch.Tensor] | None = None,
 ) -> Iterator[int]:
-    """Trains the student's attentions to the teacher's outputs; yields the steps of `measure_after`
-    as they are reached, 0 being before the first."""
+    """Aligns the student's attentions with the teacher's outputs; yields each step of
+    `measure_after` when it is done, 0 being before the first.
+
+    batches: token ids [B, T]. calibration: batches for `wrapper.calibrate`, or None.
+    """
     model = AttentionAlignmentModel(copy.deepcopy(teacher), student)
     if calibration:
         calibrate(model, calibration)
-    adamw = optimizer([([p for p in model.parameters() if p.requires_grad], learning_rate)], steps)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adamw = optimizer([(trained, learning_rate)], steps)
     if 0 in measure_after:
         yield 0
     for step, ids in zip(range(1, steps + 1), batches):
@@ -65,23 +67,24 @@ def stage_2(
     learning_rate: float,
     learning_rate_attention: float,
 ) -> None:
-    """Trains all of the hybrid to the teacher's logits."""
-    linear = {id(p) for m in hybrid.modules() if is_student_attention(m) for p in m.parameters()}
+    """Distils the teacher's logits into the hybrid, all of whose weights train. batches: token ids
+    [B, T]."""
+    linear = set()
+    for module in hybrid.modules():
+        if is_student_attention(module):
+            linear.update(id(p) for p in module.parameters())
     parameters = list(hybrid.train().parameters())
-    adamw = optimizer(
-        [
-            ([p for p in parameters if id(p) in linear], learning_rate_attention),
-            ([p for p in parameters if id(p) not in linear], learning_rate),
-        ],
-        steps,
-    )
+    attention = [p for p in parameters if id(p) in linear]
+    rest = [p for p in parameters if id(p) not in linear]
+    adamw = optimizer([(attention, learning_rate_attention), (rest, learning_rate)], steps)
     for _, ids in zip(range(steps), batches):
         with torch.no_grad():
             hidden = teacher.model(ids, use_cache=False).last_hidden_state
-        hybrid(
+        loss = hybrid(
             input_ids=ids,
             use_cache=False,
             teacher_hidden_states=hidden,
             teacher_head_weight=teacher.lm_head.weight,
-        ).loss.backward()
+        ).loss
+        loss.backward()
         adamw.step()

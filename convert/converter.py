@@ -139,7 +139,7 @@ def write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> 
 def check_output(output: Path) -> None:
     """Raises ValueError if `output` exists and is not an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output: {output} is there already; remove it or name another folder")
+        raise ValueError(f"--output: {output} already exists; remove it or name another folder")
 
 
 def chosen_format(wanted: str, lacks: str | None) -> str:

@@ -347,7 +347,7 @@ class ModelFolder:
                     ours = self.family.rename(name)
                     if name in stored or ours in self._where:
                         first = self._where[ours][1] if ours in self._where else f"{stored[name]}'s"
-                        raise ValueError(f"{file}: {name} is there twice, also as {first}; fetch the checkpoint again")
+                        raise ValueError(f"{file}: {name} is stored twice, also as {first}; fetch the checkpoint again")
                     stored[name] = file.name
                     if name.endswith("rotary_emb.inv_freq"):  # of old checkpoints
                         frequencies[name] = tensors.get_tensor(name)
@@ -388,7 +388,7 @@ class ModelFolder:
             same_shape = tensor.shape == expected.shape
             if not same_shape or not torch.allclose(tensor.float(), expected, rtol=1e-2, atol=0):
                 warnings.warn(
-                    f"{self.folder}: {name} differs from config.json's rotary embedding, which is taken, "
+                    f"{self.folder}: {name} differs from config.json's rotary embedding, which is used, "
                     "as in transformers",
                     stacklevel=3,
                 )

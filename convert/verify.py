@@ -109,7 +109,7 @@ class _AsTransformersReads:
                 trust_remote_code=False,
             ).eval()
         except ImportError as error:
-            reason = f"--verify: {source.folder}: its class cannot be built ({error}); say --no-verify"
+            reason = f"--verify: {source.folder}: its class cannot be built ({error}); use --no-verify"
             raise ValueError(reason) from None
         finally:
             logging.set_verbosity(level)

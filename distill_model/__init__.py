@@ -1,4 +1,5 @@
-"""The model library: one class for teachers, linear students and hybrids. Needs torch, transformers, fla and triton."""
+"""The model library: one class for teachers, linear students and hybrids. Needs torch,
+transformers, fla and triton."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 

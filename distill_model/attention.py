@@ -123,8 +123,8 @@ class SoftmaxAttention(nn.Module):
     def with_past(
         self, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The cached k and v followed by the new ones, which are added to the cache, and the mask of
-        these positions."""
+        """The cached k and v followed by the new ones, which are added to the cache, and the mask
+        of these positions."""
         if past_key_values is not None:
             q_len = k.shape[1]
             new = (k, v)
@@ -168,8 +168,8 @@ class SoftmaxAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         past_key_values,
     ) -> torch.Tensor:
-        """Softmax attention [B, T, num_heads, head_dim] of what `project` returns, with the keys and
-        values of the cache, to which the new ones are added."""
+        """Softmax attention [B, T, num_heads, head_dim] of what `project` returns, with the keys
+        and values of the cache, to which the new ones are added."""
         q_len = q.shape[1]
         k, v, attention_mask = self.with_past(k, v, attention_mask, past_key_values)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

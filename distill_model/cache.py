@@ -1,4 +1,5 @@
-"""The caches of teachers, students and hybrids: one that grows with the text, and one of a fixed size for fast decoding."""
+"""The caches of teachers, students and hybrids: one that grows with the text, and one of a fixed
+size for fast decoding."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ class HybridCache(Cache):
         super().crop(keep)
 
 
-# ------------------------------------------------------------------------------------------------ static cache
+# ------------------------------------------------------------------------------------ static cache
 class StaticLayer(FLALayer):
     """The state of one layer for at most `max_len` tokens. Keys and values are buffers [B, max_len,
     heads, head_dim] from the first token on. Other states are new tensors after each text that is
@@ -91,7 +92,8 @@ class StaticLayer(FLALayer):
                 f"past_key_values: a static cache of {self.max_len} tokens has no place for {end}; make a larger one"
             )
         if self.state is None:
-            self.state = {"attn_state": tuple(x.new_zeros(len(x), self.max_len, *x.shape[2:]) for x in new)}
+            empty = (x.new_zeros(len(x), self.max_len, *x.shape[2:]) for x in new)
+            self.state = {"attn_state": tuple(empty)}
         buffers = self.state["attn_state"]
         for buffer, x in zip(buffers, new):
             buffer[:, begin:end] = x
@@ -100,7 +102,8 @@ class StaticLayer(FLALayer):
 
     def overwrite(self, name: str, new) -> None:
         for buffer, tensor in zip(state_tensors(self.state[name]), state_tensors(new)):
-            if buffer.data_ptr() != tensor.data_ptr():  # FLA's convolutions update their state in place
+            # FLA's convolutions update their state in place.
+            if buffer.data_ptr() != tensor.data_ptr():
                 buffer.copy_(tensor)
 
     def fix(self) -> None:
@@ -158,8 +161,9 @@ class StaticCache(HybridCache):
     @staticmethod
     def refusal(config: StudentConfig) -> str | None:
         """Why a static cache does not support a model; None if it does."""
-        if config.linear_layers and not get_student_attention_class(config.student_name).supports_static_cache:
-            return f"has no place for the state of {config.student_name}, which changes its size"
+        name = config.student_name
+        if config.linear_layers and not get_student_attention_class(name).supports_static_cache:
+            return f"has no place for the state of {name}, which changes its size"
         if config.rope_depends_on_length:
             return "cannot follow RoPE of type dynamic, which depends on the length"
         return None

@@ -1,23 +1,25 @@
-"""`StudentConfig`: one configuration for the teacher, the all-linear student and every hybrid between them."""
+"""`StudentConfig`: one configuration for the teacher, the all-linear student and every hybrid
+between them."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-# Types of other projects that could be taken for ours -> why they are not read.
+# Model types of other projects that look like ours -> why they are not supported.
 FOREIGN = {
-    "student": "a student of the KL-guided layer selection paper's code (arXiv 2512.20569), which orders K and V of grouped-query "
-    "teachers in its own way; load it with that code, or distil its teacher anew",
+    "student": "a student of the KL-guided layer selection paper's code (arXiv 2512.20569), which "
+    "orders K and V of grouped-query teachers in its own way; load it with that code, or distil its "
+    "teacher again",
 }
 
 
 class StudentConfig(PreTrainedConfig):
-    """A decoder-only transformer whose layers hold either full softmax attention or a linear
+    """A decoder-only transformer whose layers have either full softmax attention or a linear
     attention.
 
     The fields from `vocab_size` to `tie_word_embeddings` describe the teacher's architecture and
     are read from its own config, never from a table. The last three say which layers are linear,
-    and how:
+    and of which kind:
 
     student_name: the linear attention, a key of `STUDENT_ATTENTION_MAP`; None for a model without
     linear layers. student_options: hyper-parameters of that attention that differ from its
@@ -69,7 +71,8 @@ class StudentConfig(PreTrainedConfig):
                 f"keep_full_attention_layers: {kept} must be different layers in 0..{self.num_hidden_layers - 1}"
             )
         if self.student_name is None and len(kept) < self.num_hidden_layers:
-            raise ValueError(f"student_name: needed, for {self.num_hidden_layers - len(kept)} layers are linear")
+            linear = self.num_hidden_layers - len(kept)
+            raise ValueError(f"student_name: needed, for {linear} layers are linear")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -78,16 +81,18 @@ class StudentConfig(PreTrainedConfig):
         warn of."""
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type or kind in FOREIGN:
-            raise ValueError(f"model_type: {kind!r} is {FOREIGN.get(kind, f'not {cls.model_type}')}")
+            reason = FOREIGN.get(kind, f"not {cls.model_type}")
+            raise ValueError(f"model_type: {kind!r} is {reason}")
         return super().from_dict(config_dict, **kwargs)
 
     @property
     def rope_depends_on_length(self) -> bool:
-        """Whether all angles change when the text outgrows the context, so that a cache of keys
-        cannot follow."""
+        """Whether all angles change when the text exceeds the context, which invalidates cached
+        keys."""
         return self.rope_parameters["rope_type"] == "dynamic"
 
     @property
     def linear_layers(self) -> list[int]:
         """Indices of the layers with linear attention, in order."""
-        return [i for i in range(self.num_hidden_layers) if i not in set(self.keep_full_attention_layers)]
+        kept = set(self.keep_full_attention_layers)
+        return [i for i in range(self.num_hidden_layers) if i not in kept]

@@ -1,9 +1,10 @@
 """Plain PyTorch stand-ins for FLA's Triton kernels, for machines without a GPU.
 
-`install()` makes FLA's own layer classes call them; with a GPU it does nothing and FLA runs unchanged. The functions
-have the signatures of FLA 0.6.0's entry points. Everything is differentiable, computes in at least float32 (float64
-stays float64), accepts packed sequences (`cu_seqlens` [N + 1], which FLA's layers make from padding), initial and final
-states, and returns the dtype of its input, as the kernels do.
+`install()` makes FLA's own layer classes call them; with a GPU it does nothing and FLA runs
+unchanged. The functions have the signatures of FLA 0.6.0's entry points. Everything is
+differentiable, computes in at least float32 (float64 stays float64), accepts packed sequences
+(`cu_seqlens` [N + 1], which FLA's layers make from padding), initial and final states, and
+returns the dtype of its input, as the kernels do.
 
 Shapes: B sequences of T tokens, H query/key heads of K channels, HV >= H value heads of V channels.
 """
@@ -30,8 +31,8 @@ def _l2norm(x, eps=1e-6):
 
 
 def unpack(cu_seqlens, *xs):
-    """The mask of real tokens [N, max(T)], and each [1, sum(T), ...] as [N, max(T), ...], zero-padded
-    on the right. None stays None."""
+    """The mask of real tokens [N, max(T)], and each [1, sum(T), ...] as [N, max(T), ...],
+    zero-padded on the right. None stays None."""
     lengths = cu_seqlens.diff()
     mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
     padded = []
@@ -96,8 +97,9 @@ def _scan(q, k, v, g, beta, S):
         qk, kk = ((k.unsqueeze(-3) * decays) @ torch.stack((q, k), -1)).unbind(-1)
     w = v
     if beta is not None:
+        matrix = (beta * kk).tril(-1)
         sides = torch.cat((beta * v, beta * k * since_start), -1)
-        solved = solve_triangular((beta * kk).tril(-1), sides, upper=False, unitriangular=True)
+        solved = solve_triangular(matrix, sides, upper=False, unitriangular=True)
         v, w = solved.split((v.shape[-1], k.shape[-1]), -1)
     out = []
     chunks = _each_chunk(q * since_start, (k * until_end).mT, v, w, qk, since_start[..., -1, :, None])
@@ -161,8 +163,8 @@ def linear_attention(
 
 
 def _gate_in_kernel(g, A_log, dt_bias, lower_bound):
-    """The log-decay that the kernels of the gated delta rule and KDA compute from a projection g [B,
-    T, HV] or [B, T, HV, K]."""
+    """The log-decay that the kernels of the gated delta rule and KDA compute from a projection g
+    [B, T, HV] or [B, T, HV, K]."""
     g, A_log, dt_bias = _upcast(g, A_log, dt_bias)
     if dt_bias is not None:
         g = g + dt_bias.view(g.shape[2:])
@@ -268,8 +270,9 @@ def _scan_dplr(q, k, v, a, b, g, S):
     qk, ak = of_k.unbind(-1)
     qb, ab = of_b.unbind(-1)
     ak, ab = (F.pad(x[..., :-1, :], (0, 0, 1, 0)) for x in (ak, ab))
+    matrix = -ab
     sides = torch.cat((ak @ v, a * (G - g).exp()), -1)
-    solved = solve_triangular(-ab, sides, upper=False, unitriangular=True)
+    solved = solve_triangular(matrix, sides, upper=False, unitriangular=True)
     u, w = solved.split((v.shape[-1], k.shape[-1]), -1)
     until_end = (G[..., -1:, :] - G).exp()
     decays = G[..., -1, :, None].exp()
@@ -296,7 +299,8 @@ def dplr(
     cu_seqlens=None,
     **_,
 ):
-    """chunk_dplr_delta_rule (RWKV-7): S_t = diag(e^gk_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T."""
+    """chunk_dplr_delta_rule (RWKV-7): S_t = diag(e^gk_t) S_{t-1} + b_t (a_t^T S_{t-1}) +
+    k_t v_t^T."""
     if cu_seqlens is not None:
         mask, q, k, v, a, b, gk = unpack(cu_seqlens, q, k, v, a, b, gk)
     B, T, H, K = q.shape
@@ -349,8 +353,9 @@ def _path_chunks(q, k, v, w, beta, g, scale):
     k, v, w, beta = (x.unsqueeze(2) for x in (k, v, w, beta))
     # UT transform: within a chunk, H_i ... H_{j+1} x = x - w^T (X, or Y x from the chunk's start on).
     bw = beta * w
+    matrix = (bw @ w.mT).tril(-1)
     sides = torch.cat((bw, (bw @ k.mT).tril(-1)), -1)
-    Y, X = solve_triangular((bw @ w.mT).tril(-1), sides, upper=False, unitriangular=True).split((K, C), -1)
+    Y, X = solve_triangular(matrix, sides, upper=False, unitriangular=True).split((K, C), -1)
     qw = (q @ w.mT).tril()
     local = (q @ k.mT - qw @ X).masked_fill(_future(C, q), -torch.inf)
     v = v.flatten(3, 4)
@@ -571,8 +576,8 @@ def token_shift(x, cu_seqlens=None, cache=None, output_cache=False, **_):
 
 
 def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1), softmax_scale=None, **_):
-    """Softmax attention in flash-attn's layout [B, T, H, D]; causality and window are aligned to the
-    last query and the last key."""
+    """Softmax attention in flash-attn's layout [B, T, H, D]; causality and window are aligned to
+    the last query and the last key."""
     query_position = torch.arange(k.shape[1] - q.shape[1], k.shape[1])
     distance = query_position[:, None] - torch.arange(k.shape[1])
     mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)

@@ -1,4 +1,5 @@
-"""The Triton kernels of a decoded token, each beside its PyTorch reference implementation, which runs where there is no GPU."""
+"""The Triton kernels of a decoded token, each beside its PyTorch reference implementation, which
+runs where there is no GPU."""
 
 from __future__ import annotations
 
@@ -8,20 +9,20 @@ import triton
 import triton.language as tl
 from torch import nn
 
-from .fused_ops import device_guard, rotate, use_triton
+from .fused_ops import device_guard, load_fp32, rotate, use_triton
 from .student_deltanet import GatedDeltaNetPlainStudent
 
 STATE_BLOCK = 16384  # elements of a state that a program of 8 warps holds at a time: 64 per thread
 
 
-# ------------------------------------------------------------------------------------------------ SwiGLU
+# ------------------------------------------------------------------------------------------ SwiGLU
 @triton.jit
 def _swiglu_rows(gate, up, out, gate_row, up_row, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    g = tl.load(gate + row * gate_row + at, mask=inside, other=0).to(tl.float32)
-    u = tl.load(up + row * up_row + at, mask=inside, other=0).to(tl.float32)
+    g = load_fp32(gate + row * gate_row + at, inside)
+    u = load_fp32(up + row * up_row + at, inside)
     tl.store(out + row * size + at, g * tl.sigmoid(g) * u, mask=inside)
 
 
@@ -37,20 +38,21 @@ def swiglu_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-# ------------------------------------------------------------------------------------------------ softmax attention
+# ------------------------------------------------------------------------------- softmax attention
 @triton.jit
 def _norm_and_rotate(x, norm, cos, sin, out, eps, NORM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """RMSNorm, if NORM, and RoPE of one head."""
     channel = tl.arange(0, BLOCK)
     inside = channel < HALF
-    first = tl.load(x + channel, mask=inside, other=0).to(tl.float32)
-    second = tl.load(x + HALF + channel, mask=inside, other=0).to(tl.float32)
+    first = load_fp32(x + channel, inside)
+    second = load_fp32(x + HALF + channel, inside)
     if NORM:
-        scale = 1 / tl.sqrt(tl.sum(first * first + second * second, 0) / (2 * HALF) + eps)
-        first *= scale * tl.load(norm + channel, mask=inside, other=0).to(tl.float32)
-        second *= scale * tl.load(norm + HALF + channel, mask=inside, other=0).to(tl.float32)
-    c = tl.load(cos + channel, mask=inside, other=0).to(tl.float32)
-    s = tl.load(sin + channel, mask=inside, other=0).to(tl.float32)
+        mean_square = tl.sum(first * first + second * second, 0) / (2 * HALF)
+        scale = 1 / tl.sqrt(mean_square + eps)
+        first *= scale * load_fp32(norm + channel, inside)
+        second *= scale * load_fp32(norm + HALF + channel, inside)
+    c = load_fp32(cos + channel, inside)
+    s = load_fp32(sin + channel, inside)
     tl.store(out + channel, first * c - second * s, mask=inside)
     tl.store(out + HALF + channel, second * c + first * s, mask=inside)
 
@@ -105,8 +107,9 @@ def _place_token(
 def place_token(q, k, v, q_norm, k_norm, cos, sin, keys, values, last) -> torch.Tensor:
     """Normalises and rotates q and k of a token, writes k and v to the cache, and returns q.
 
-    q [B, heads x D]; k, v [B, kv heads x D]; q_norm, k_norm: nn.RMSNorm or nn.Identity; cos, sin [B,
-    D]; keys, values [B, tokens, kv heads, D], written at position last [1]. Returns [B, 1, heads, D].
+    q [B, heads x D]; k, v [B, kv heads x D]; q_norm, k_norm: nn.RMSNorm or nn.Identity; cos, sin
+    [B, D]; keys, values [B, tokens, kv heads, D], written at position last [1]. Returns [B, 1,
+    heads, D].
     """
     run = _place_token_triton if use_triton(q) else _place_token_reference
     return run(q, k, v, q_norm, k_norm, cos, sin, keys, values, last)
@@ -157,18 +160,18 @@ def _place_token_triton(q, k, v, q_norm, k_norm, cos, sin, keys, values, last) -
     return out
 
 
-# ------------------------------------------------------------------------------------------------ Gated DeltaNet
+# ---------------------------------------------------------------------------------- Gated DeltaNet
 @triton.jit
 def _convolved(x, past, weight, bias, at, inside, W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr):
     """The channels `at` of a projection after a convolution over W tokens (0: none) and SiLU."""
-    value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    value = load_fp32(x + at, inside)
     if W > 0:
-        value *= tl.load(weight + at * W + W - 1, mask=inside, other=0).to(tl.float32)
+        value *= load_fp32(weight + at * W + W - 1, inside)
         for token in tl.static_range(W - 1):
-            old = tl.load(past + at * W + token + 1, mask=inside, other=0).to(tl.float32)
-            value += old * tl.load(weight + at * W + token, mask=inside, other=0).to(tl.float32)
+            old = load_fp32(past + at * W + token + 1, inside)
+            value += old * load_fp32(weight + at * W + token, inside)
         if BIAS:
-            value += tl.load(bias + at, mask=inside, other=0).to(tl.float32)
+            value += load_fp32(bias + at, inside)
     if SILU:
         value *= tl.sigmoid(value)
     return value
@@ -180,8 +183,10 @@ def _new_windows(x, past, at, inside, W: tl.constexpr, W_BLOCK: tl.constexpr):
     that the compiler can give each its own layout."""
     at = at[:, None]
     token = tl.arange(0, W_BLOCK)[None]
-    old = tl.load(past + at * W + token + 1, mask=inside[:, None] & (token < W - 1), other=0)
-    new = tl.load(x + at + token - (W - 1), mask=inside[:, None] & (token == W - 1), other=0)
+    is_old = inside[:, None] & (token < W - 1)
+    is_new = inside[:, None] & (token == W - 1)
+    old = tl.load(past + at * W + token + 1, mask=is_old, other=0)
+    new = tl.load(x + at + token - (W - 1), mask=is_new, other=0)
     return tl.where(token == W - 1, new, old)
 
 
@@ -198,7 +203,7 @@ def _load_state(state, index, SIZE: tl.constexpr, BLOCK: tl.constexpr, V_BLOCK: 
     channel = tl.arange(0, BLOCK)
     both = (value < SIZE)[:, None] & (channel < SIZE)[None]
     place = state + value[:, None] * SIZE + channel[None]
-    return place, both, tl.load(place, mask=both, other=0).to(tl.float32)
+    return place, both, load_fp32(place, both)
 
 
 @triton.jit
@@ -270,8 +275,8 @@ def _gated_delta_token(
         HALF: tl.constexpr = SIZE // 2
         rotated = inside & (channel % HALF < ROTATED)
         other = head * SIZE + (channel + HALF) % SIZE
-        c = tl.where(rotated, tl.load(cos + row * SIZE + channel, mask=rotated, other=0).to(tl.float32), 1.0)
-        s = tl.load(sin + row * SIZE + channel, mask=rotated, other=0).to(tl.float32)
+        c = tl.where(rotated, load_fp32(cos + row * SIZE + channel, rotated), 1.0)
+        s = load_fp32(sin + row * SIZE + channel, rotated)
         s = tl.where(channel < HALF, -s, s)
         queries = queries * c + _convolved(q, q_past, q_weight, q_bias, other, inside, W, BIAS, QK_SILU) * s
         keys = keys * c + _convolved(k, k_past, k_weight, k_bias, other, inside, W, BIAS, QK_SILU) * s
@@ -310,9 +315,9 @@ def _gated_delta_token(
     real_out = at_out < SIZE
     if NORM:
         outs *= 1 / tl.sqrt(tl.sum(tl.sum(outs * outs, 1), 0) / SIZE + eps)
-        outs *= tl.load(norm + at_out, mask=real_out, other=0).to(tl.float32)
+        outs *= load_fp32(norm + at_out, real_out)
     if GATE != "":
-        g = tl.load(gate + row * gate_row + head * SIZE + at_out, mask=real_out, other=0).to(tl.float32)
+        g = load_fp32(gate + row * gate_row + head * SIZE + at_out, real_out)
         outs *= tl.sigmoid(g)
         if GATE == "silu":
             outs *= g
@@ -324,9 +329,10 @@ def gated_delta_token(q, k, v, gate, a, b, attn, state, past, cos, sin) -> torch
     """The output of a Gated DeltaNet layer `attn` (Yang et al., arXiv 2412.06464) for one token,
     before its output projection, [B, heads x D].
 
-    q, k, v, gate [B, heads x D] and a, b [B, heads] are the layer's projections of the token; gate is
-    None without an output gate. state [B, heads, D of v, D of k] and past, the last W inputs [B,
-    heads x D, W] of the convolutions of q, k and v, or None, are updated in place. cos, sin [B, D].
+    q, k, v, gate [B, heads x D] and a, b [B, heads] are the layer's projections of the token;
+    gate is None without an output gate. state [B, heads, D of v, D of k] and past, the last W
+    inputs [B, heads x D, W] of the convolutions of q, k and v, or None, are updated in place.
+    cos, sin [B, D].
     """
     run = _gated_delta_triton if use_triton(q) else _gated_delta_reference
     return run(q, k, v, gate, a, b, attn, state, past, cos, sin)

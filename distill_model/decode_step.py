@@ -1,9 +1,11 @@
-"""Decoding one token of each sequence with a StaticCache, in few kernels: the time per token should be that of reading weights and states.
+"""Decoding one token of each sequence with a StaticCache, in few kernels: the time per token
+should be that of reading weights and states.
 
-A layer is two RMSNorms, four GEMMs, a SwiGLU, and an attention of one kernel (Gated DeltaNet) or three (softmax). Projections of the
-same input are fused into one GEMM: their weights become views of one buffer, so that nothing is stored twice. Residuals are added by
-the GEMMs. Whatever was modified (adapters, hooks, quantised projections) and other linear attentions run as their modules do, the
-rest around them as here.
+A layer is two RMSNorms, four GEMMs, a SwiGLU, and an attention of one kernel (Gated DeltaNet) or
+three (softmax). Projections of the same input are fused into one GEMM: their weights become views
+of one buffer, so that nothing is stored twice. Residuals are added by the GEMMs. Whatever was
+modified (adapters, hooks, quantised projections) and other linear attentions run as their modules
+do, the rest around them as here.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .student_deltanet import GatedDeltaNetPlainStudent, GatedDeltaNetStudent
 GATED_DELTA_NETS = (GatedDeltaNetStudent, GatedDeltaNetPlainStudent)
 
 
-# ------------------------------------------------------------------------------------------------ fused projections
+# ------------------------------------------------------------------------------- fused projections
 def has_no_hooks(module: nn.Module) -> bool:
     """Whether calling the module is calling its class's forward and nothing else. transformers' own
     hooks, which record requested outputs and are never removed, do not count: a decoding step
@@ -55,9 +57,9 @@ def shared_storage(
     each parameter whether its storage has the size and offset for that."""
     example = parameters[0][0]
     nbytes = shape[0] * example[0].nbytes
+    row_size = example[0].numel()
     in_place = [
-        p.untyped_storage().nbytes() == nbytes and p.storage_offset() == rows.start * example[0].numel()
-        for p, rows in parameters
+        p.untyped_storage().nbytes() == nbytes and p.storage_offset() == rows.start * row_size for p, rows in parameters
     ]
     storages = {p.untyped_storage().data_ptr() for p, _ in parameters}
     if all(in_place) and len(storages) == 1:
@@ -73,7 +75,8 @@ def join_parameters(parts: list[nn.Parameter | None], rows: list[int]) -> torch.
     DeepSpeed's flat buffers, or is shared with other processes: they would keep writing there.
     """
     begins = [0, *accumulate(rows)]
-    parameters = [(p, slice(begin, end)) for p, begin, end in zip(parts, begins, begins[1:]) if p is not None]
+    places = [slice(begin, end) for begin, end in zip(begins, begins[1:])]
+    parameters = [(p, place) for p, place in zip(parts, places) if p is not None]
     example = parameters[0][0]
     shape = (begins[-1], *example.shape[1:])
     joined, in_place = shared_storage(parameters, shape)
@@ -85,7 +88,8 @@ def join_parameters(parts: list[nn.Parameter | None], rows: list[int]) -> torch.
         owns_storage = p.untyped_storage().nbytes() == p.nbytes
         if not was_joined and not owns_storage:
             return None
-    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be trained any more
+    # Not in inference mode: an inference tensor could not be trained any more.
+    with torch.inference_mode(False), torch.no_grad():
         joined = example.data.new_zeros(shape)
         for p, at in parameters:
             joined[at] = p.data
@@ -130,11 +134,11 @@ def add_linear_(hidden: torch.Tensor, x: torch.Tensor, linear: nn.Linear) -> Non
         hidden += linear.bias
 
 
-# ------------------------------------------------------------------------------------------------ layers
+# ------------------------------------------------------------------------------------------ layers
 def input_projections(attn: nn.Module) -> list[nn.Linear]:
-    """The projections of an attention's input, in order: q, k, v, and of Gated DeltaNet its gate, if
-    it has one, a and b. Empty for an attention that has to run as its module: of another kind, or
-    with a replaced part, whose weights a kernel would misread."""
+    """The projections of an attention's input, in order: q, k, v, and of Gated DeltaNet its gate,
+    if it has one, a and b. Empty for an attention that has to run as its module: of another kind,
+    or with a replaced part, whose weights a kernel would misread."""
     if type(attn) is SoftmaxAttention:
         norms = (attn.q_norm, attn.k_norm)
         is_original = all(type(norm) in (nn.RMSNorm, nn.Identity) for norm in norms)
@@ -159,8 +163,8 @@ def has_original_parts(attn: GatedDeltaNetStudent) -> bool:
 
 
 def can_fuse_block(block: nn.Module) -> bool:
-    """Whether a block can be run part by part: none of its modules has hooks, and its MLP is the one
-    that it was built with."""
+    """Whether a block can be run part by part: none of its modules has hooks, and its MLP is the
+    one that it was built with."""
     original_mlp = type(block.mlp).__module__ == type(block).__module__
     return original_mlp and all(map(has_no_hooks, block.modules()))
 
@@ -178,8 +182,8 @@ def add_attention(
     projections = input_projections(attn)
     if not projections:
         angles = cos[:, None], sin[:, None]
-        out = attn(x[:, None], past_key_values=cache, use_cache=True, position_embeddings=angles, attend=attend)
-        hidden += out[0][:, 0]
+        options = dict(past_key_values=cache, use_cache=True, position_embeddings=angles)
+        hidden += attn(x[:, None], **options, attend=attend)[0][:, 0]
         return
     q, k, v, *gates = project(x, projections)
     state = cache.layers[attn.layer_idx].state
@@ -192,7 +196,8 @@ def add_attention(
         if attn.factored:
             k, v = attn.k_proj[1](k), attn.v_proj[1](v)
         gate, a, b = gates if attn.use_gate else (None, *gates)
-        out = gated_delta_token(q, k, v, gate, a, b, attn, state["recurrent_state"], state["conv_state"], cos, sin)
+        states = state["recurrent_state"], state["conv_state"]
+        out = gated_delta_token(q, k, v, gate, a, b, attn, *states, cos, sin)
     add_linear_(hidden, out, attn.o_proj)
 
 
@@ -219,8 +224,8 @@ def join_projections(model) -> None:
 
 @torch.no_grad()
 def decode_token(model, cache: StaticCache, attend: Callable) -> torch.Tensor:
-    """The logits [B, 1, vocab_size] after the token in `cache.decoding`; the states in the cache are
-    updated in place.
+    """The logits [B, 1, vocab_size] after the token in `cache.decoding`; the states in the cache
+    are updated in place.
 
     attend(layer, q, k, v): the softmax attention of blocks that run as their modules.
     """
@@ -228,21 +233,22 @@ def decode_token(model, cache: StaticCache, attend: Callable) -> torch.Tensor:
     hidden = inner.embeddings(cache.decoding.input_ids)
     angles = inner.position_embeddings(hidden, cache.decoding.position_ids)
     cos, sin = (x[:, 0] for x in angles)
-    hidden = hidden[:, 0].clone()  # it is updated in place, and a hook may hold the embeddings' output
+    # It is updated in place, and a hook may hold the embeddings' output.
+    hidden = hidden[:, 0].clone()
+    options = dict(past_key_values=cache, use_cache=True, position_embeddings=angles, attend=attend)
     for block in inner.layers:
         if can_fuse_block(block):
             add_attention(block.attn, block.attn_norm(hidden), hidden, cache, attend, cos, sin)
             add_mlp(block.mlp, block.mlp_norm(hidden), hidden)
         else:  # copies in and out: hooks may hold them, and `hidden` is updated in place
-            given = hidden[:, None].clone()
-            out = block(given, past_key_values=cache, use_cache=True, position_embeddings=angles, attend=attend)
-            hidden = out[:, 0].clone()
+            hidden = block(hidden[:, None].clone(), **options)[:, 0].clone()
     return model.lm_head(inner.norm(hidden))[:, None]
 
 
-# ------------------------------------------------------------------------------------------------ the decoder
+# ------------------------------------------------------------------------------------- the decoder
 def is_decoding_step(past_key_values, input_ids: torch.Tensor | None) -> bool:
-    """Whether a forward pass is one more token of each sequence whose prompt is in a StaticCache."""
+    """Whether a forward pass is one more token of each sequence whose prompt is in
+    a StaticCache."""
     if not isinstance(past_key_values, StaticCache) or input_ids is None:
         return False
     return input_ids.shape[1] == 1 and past_key_values.get_seq_length() > 0
@@ -325,8 +331,8 @@ class GraphedDecoder:
         return self.model.lm_head(outputs.last_hidden_state)
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Softmax attention of the decoded token, q [B, 1, heads, head_dim], to all earlier ones and
-        itself; its k and v [B, 1, kv heads, head_dim] are written to the cache."""
+        """Softmax attention of the decoded token, q [B, 1, heads, head_dim], to all earlier ones
+        and itself; its k and v [B, 1, kv heads, head_dim] are written to the cache."""
         keys, values = self.cache.layers[layer_idx].state["attn_state"]
         first = self.cache.decoding.first.to(q.device)  # a model may be on several devices
         last = self.cache.decoding.last.to(q.device)
@@ -339,7 +345,8 @@ class GraphedDecoder:
         return len(devices) == 1 and not getattr(self.model, "is_quantized", False)
 
     def can_fuse(self) -> bool:
-        """Whether `decode_token` applies: it supports neither hooks around all layers nor autocast."""
+        """Whether `decode_token` applies: it supports neither hooks around all layers
+        nor autocast."""
         autocast = torch.is_autocast_enabled(self.model.device.type)
         return self.on_one_device() and has_no_hooks(self.model.model) and not autocast
 

@@ -1,8 +1,9 @@
-"""Distillation and language-model losses that never hold all logits.
+"""Distillation and language-model losses that never materialise all logits.
 
-The heads take hidden states and the output matrix, walk over the rows in chunks, and compute the gradients of a chunk
-while its logits are at hand; backward only scales them. Peak memory is chunk_size x vocabulary, whatever the batch.
-On a GPU the softmaxes of a chunk are one Triton kernel, which reads the logits twice and writes their gradient over them.
+They take hidden states and the output projection's weight, iterate over the rows in chunks, and
+compute the gradients of a chunk while its logits are in memory; backward only scales them. Peak
+memory is chunk_size x vocabulary, whatever the batch. On a GPU the softmaxes of a chunk are one
+Triton kernel, which reads the logits twice and overwrites them with their gradient.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import triton.language as tl
 
 from .fused_ops import device_guard, mean_squared_error, scaled, use_triton
 
-# Rows of logits held at a time: on a GPU enough for its matrix products to run at their full rate.
-CHUNK_SIZE, CHUNK_SIZE_GPU = 1024, 4096
-BLOCK, WARPS = 2048, 4  # of the kernels; measured on an H200 at a vocabulary of 151936
+# Rows of logits in memory at a time: on a GPU enough for GEMMs at full speed.
+CHUNK_SIZE = 1024
+CHUNK_SIZE_GPU = 4096
+# Of the kernels; measured on an H200 at a vocabulary of 151936.
+BLOCK = 2048
+WARPS = 4
 
 
 def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse") -> torch.Tensor:
@@ -30,31 +34,32 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "ms
     if kind == "mse":
         return mean_squared_error(student, teacher)
     if kind == "l2":
-        return torch.linalg.vector_norm(student.float() - teacher.float(), dim=-1).mean() / student.shape[-1] ** 0.5
+        distance = torch.linalg.vector_norm(student.float() - teacher.float(), dim=-1)
+        return distance.mean() / student.shape[-1] ** 0.5
     raise ValueError(f"train.alignment_loss: {kind!r} is unknown; choose mse or l2")
 
 
 @triton.jit
 def _kl_rows(student, teacher, loss, vocabulary, inverse_temperature, BLOCK: tl.constexpr):
-    """KL(teacher || student) of a row of logits, and over the student's its gradient.
+    """KL(teacher || student) of a row of logits; its gradient overwrites the student's logits.
 
-    One pass finds both normalisers and E_teacher[t - s] together: KL = E[t - s] - lse(t) + lse(s).
+    One pass computes both normalisers and E_teacher[t - s]: KL = E[t - s] - lse(t) + lse(s).
     """
     row = tl.program_id(0).to(tl.int64)
     student += row * vocabulary
     teacher += row * vocabulary
     columns = tl.arange(0, BLOCK)
-    max_s, max_t = -float("inf"), -float("inf")
-    sum_s, sum_t, cross = (
-        tl.zeros([BLOCK], tl.float32),
-        tl.zeros([BLOCK], tl.float32),
-        tl.zeros([BLOCK], tl.float32),
-    )
+    max_s = -float("inf")
+    max_t = -float("inf")
+    sum_s = tl.zeros([BLOCK], tl.float32)
+    sum_t = tl.zeros([BLOCK], tl.float32)
+    cross = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocabulary, BLOCK):
         inside = start + columns < vocabulary
         s = tl.load(student + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * inverse_temperature
         t = tl.load(teacher + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * inverse_temperature
-        new_s, new_t = tl.maximum(max_s, tl.max(s, 0)), tl.maximum(max_t, tl.max(t, 0))
+        new_s = tl.maximum(max_s, tl.max(s, 0))
+        new_t = tl.maximum(max_t, tl.max(t, 0))
         old_t = tl.exp(max_t - new_t)
         weight = tl.exp(t - new_t)
         sum_s = sum_s * tl.exp(max_s - new_s) + tl.exp(s - new_s)
@@ -62,7 +67,8 @@ def _kl_rows(student, teacher, loss, vocabulary, inverse_temperature, BLOCK: tl.
         cross = cross * old_t + tl.where(inside, weight * (t - s), 0.0)
         max_s, max_t = new_s, new_t
     total_t = tl.sum(sum_t, 0)
-    lse_s, lse_t = max_s + tl.log(tl.sum(sum_s, 0)), max_t + tl.log(total_t)
+    lse_s = max_s + tl.log(tl.sum(sum_s, 0))
+    lse_t = max_t + tl.log(total_t)
     tl.store(loss + row, tl.sum(cross, 0) / total_t - lse_t + lse_s)
     for start in range(0, vocabulary, BLOCK):
         inside = start + columns < vocabulary
@@ -73,22 +79,25 @@ def _kl_rows(student, teacher, loss, vocabulary, inverse_temperature, BLOCK: tl.
 
 @triton.jit
 def _cross_entropy_rows(logits, labels, loss, vocabulary, BLOCK: tl.constexpr):
-    """Cross-entropy of a row of logits, and over them its gradient; both 0 where the label is -100."""
+    """Cross-entropy of a row of logits, which its gradient overwrites; both 0 where the label is
+    -100."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     label = tl.load(labels + row)
     valid = (label != -100).to(tl.float32)
     columns = tl.arange(0, BLOCK)
-    largest, total = -float("inf"), tl.zeros([BLOCK], tl.float32)
+    largest = -float("inf")
+    total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocabulary, BLOCK):
-        x = tl.load(logits + start + columns, mask=start + columns < vocabulary, other=-float("inf")).to(tl.float32)
+        inside = start + columns < vocabulary
+        x = tl.load(logits + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
         new = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - new) + tl.exp(x - new)
         largest = new
     lse = largest + tl.log(tl.sum(total, 0))
     target = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
     tl.store(loss + row, (lse - target) * valid)
-    tl.debug_barrier()  # the target's logit is read before it is written over
+    tl.debug_barrier()  # the target's logit is read before it is overwritten
     for start in range(0, vocabulary, BLOCK):
         inside = start + columns < vocabulary
         x = tl.load(logits + start + columns, mask=inside).to(tl.float32)
@@ -99,8 +108,8 @@ def _cross_entropy_rows(logits, labels, loss, vocabulary, BLOCK: tl.constexpr):
 class _LinearLoss(torch.autograd.Function):
     """scale x sum_i loss(hidden_i @ weight.T), chunk by chunk.
 
-    `rows(start, stop, logits)` gives the summed loss of a chunk and its gradient, which may be
-    `logits` written over.
+    `rows(start, stop, logits)` returns the summed loss of a chunk and its gradient, for which it
+    may overwrite `logits`.
     """
 
     @staticmethod
@@ -118,7 +127,7 @@ class _LinearLoss(torch.autograd.Function):
                 d_hidden[start : start + len(chunk)] = gradient @ weight
             if need_weight:
                 accumulate(d_weight, gradient.mT, chunk)
-            del gradient  # before the next chunk's logits are made
+            del gradient  # before the next chunk's logits are computed
         ctx.save_for_backward(d_hidden, d_weight, scale)
         ctx.weight_dtype = weight.dtype
         return total * scale
@@ -130,7 +139,8 @@ class _LinearLoss(torch.autograd.Function):
         if d_hidden is not None:
             d_hidden = scaled(d_hidden, factor)
         if d_weight is not None:
-            d_weight = torch.mul(d_weight, factor, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
+            out = torch.empty_like(d_weight, dtype=ctx.weight_dtype)
+            d_weight = torch.mul(d_weight, factor, out=out)
         return d_hidden, d_weight, None, None, None
 
 
@@ -144,7 +154,8 @@ def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 @device_guard
 def linear_loss(hidden, weight, rows, fused_rows, scale, chunk_size):
-    if not torch.is_grad_enabled():  # or gradients would be computed for nothing
+    """See `_LinearLoss`. fused_rows: `rows` with Triton kernels, for a GPU."""
+    if not torch.is_grad_enabled():  # otherwise gradients would be computed in vain
         hidden, weight = hidden.detach(), weight.detach()
     fused = use_triton(hidden)
     chunk_size = chunk_size or (CHUNK_SIZE_GPU if fused else CHUNK_SIZE)
@@ -162,7 +173,8 @@ def linear_cross_entropy(
     valid = labels != -100
 
     def rows(start, stop, logits):
-        target, keep = labels[start:stop].clamp(min=0)[:, None], valid[start:stop, None]
+        target = labels[start:stop].clamp(min=0)[:, None]
+        keep = valid[start:stop, None]
         log_probs = F.log_softmax(logits.float(), -1)
         loss = -(log_probs.gather(-1, target) * keep).sum()
         gradient = log_probs.exp_()
@@ -187,7 +199,7 @@ def check_vocabularies(student_weight: torch.Tensor, teacher_weight: torch.Tenso
 
 
 def _fused_kl(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL(teacher || student) of each row of logits, which their gradient is written over."""
+    """KL(teacher || student) of each row of logits, which their gradient overwrites."""
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _kl_rows[(len(logits),)](logits, teacher, loss, logits.shape[1], 1 / temperature, BLOCK=BLOCK, num_warps=WARPS)
     return loss
@@ -213,7 +225,8 @@ def forward_kl(
 
     def rows(start, stop, logits):
         student = F.log_softmax(logits.float() / temperature, -1)
-        teacher = F.log_softmax((teacher_hidden[start:stop] @ teacher_weight.mT).float() / temperature, -1)
+        teacher = teacher_hidden[start:stop] @ teacher_weight.mT
+        teacher = F.log_softmax(teacher.float() / temperature, -1)
         target = teacher.exp()
         loss = (target * (teacher - student)).sum() * temperature
         return loss, student.exp_().sub_(target)
@@ -227,8 +240,8 @@ def forward_kl(
 
 
 def next_token_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the next tokens, a scalar in fp32. hidden [B, T, H]; weight [V, H]; labels
-    [B, T], aligned with hidden, -100 ignored."""
+    """Mean cross-entropy of the next tokens, a scalar in fp32. hidden [B, T, H]; weight [V, H];
+    labels [B, T], aligned with hidden, -100 ignored."""
     return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
 
 
@@ -272,13 +285,16 @@ def token_kl(
     """KL(teacher || student) of each token, [N] in fp32, of the tensors that `forward_kl` takes. No
     gradient. Raises ValueError if the vocabularies differ."""
     check_vocabularies(student_weight, teacher_weight)
-    fused, kls = use_triton(student_hidden), []
+    fused = use_triton(student_hidden)
     chunk_size = chunk_size or (CHUNK_SIZE_GPU if fused else CHUNK_SIZE)
+    kls = []
     for student, teacher in zip(student_hidden.split(chunk_size), teacher_hidden.split(chunk_size)):
-        student, teacher = student @ student_weight.mT, teacher @ teacher_weight.mT
+        student = student @ student_weight.mT
+        teacher = teacher @ teacher_weight.mT
         if fused:
             kls.append(_fused_kl(student, teacher, 1.0))
         else:
-            student, teacher = (F.log_softmax(logits.float(), -1) for logits in (student, teacher))
+            student = F.log_softmax(student.float(), -1)
+            teacher = F.log_softmax(teacher.float(), -1)
             kls.append((teacher.exp() * (teacher - student)).sum(-1))
     return torch.cat(kls)

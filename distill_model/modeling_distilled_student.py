@@ -1,7 +1,7 @@
 """`StudentForCausalLM`: teacher, all-linear student and hybrid in one model class.
 
-Parameter names are FLA's and the same in all three, so that weights move between them as state dicts with equal keys.
-With every layer kept the model *is* the teacher.
+Parameter names are FLA's and the same in all three, so that weights move between them as state
+dicts with equal keys. With every layer kept the model *is* the teacher.
 """
 
 from __future__ import annotations
@@ -70,9 +70,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: StudentConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        hidden, wide = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, wide, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden, wide, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(wide, hidden, bias=config.mlp_bias)
         self.act = None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
         self.checkpoint_activations = False
 
@@ -192,8 +193,8 @@ class StudentModel(StudentPreTrainedModel):
         self.embeddings = value
 
     def unsupported_empty_rows(self, attention_mask: torch.Tensor | None, q_len: int) -> torch.Tensor | None:
-        """The sequences [B] whose q_len new tokens are all padding, or None if there are none or all
-        layers support them."""
+        """The sequences [B] whose q_len new tokens are all padding, or None if there are none or
+        all layers support them."""
         if attention_mask is None:
             return None
         is_empty = ~attention_mask[:, -q_len:].any(1)
@@ -278,9 +279,11 @@ class StudentModel(StudentPreTrainedModel):
                 attend=attend,
             )
         if empty_rows is not None:
-            for layer, copies in zip_longest(self.linear_states(past_key_values), before, fillvalue=()):
+            after = self.linear_states(past_key_values)
+            for layer, copies in zip_longest(after, before, fillvalue=()):
                 restore_rows(layer, empty_rows, copies)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
 def requested_loss(
@@ -307,7 +310,8 @@ def requested_loss(
 
 
 class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
-    """The language model. See `forward` for its losses and `from_teacher` for its initialisation."""
+    """The language model. See `forward` for its losses and `from_teacher` for
+    its initialisation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
 
@@ -333,11 +337,14 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
                 "it out"
             )
         if model_kwargs.get("past_key_values") is None:
-            generation_config.cache_implementation = None  # which would build transformers' own cache
+            # transformers would build a cache of its own.
+            generation_config.cache_implementation = None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            cache = StaticCache(self.config, max_cache_length) if kind == "static" else HybridCache(self.config)
-            model_kwargs["past_key_values"] = cache
+            is_static = kind == "static"
+            model_kwargs["past_key_values"] = (
+                StaticCache(self.config, max_cache_length) if is_static else HybridCache(self.config)
+            )
 
     def prepare_inputs_for_generation(self, input_ids, *args, tokenizer=None, assistant_tokenizer=None, **kwargs):
         """As transformers, without the tokenizers of stop strings and of an assistant, which
@@ -440,7 +447,8 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         loss_function = requested_loss(labels, teacher_hidden_states, teacher_head_weight, distillation)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if use_cache is not False and not output_hidden_states and is_decoding_step(past_key_values, input_ids):
+        is_step = use_cache is not False and is_decoding_step(past_key_values, input_ids)
+        if is_step and not output_hidden_states:
             logits = GraphedDecoder(self, past_key_values).step(input_ids, position_ids, attention_mask)
             return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
@@ -457,7 +465,9 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         if loss_function is not None:
             loss = self.lm_head(hidden_states, loss=loss_function)
         else:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            keep = logits_to_keep
+            if isinstance(keep, int):
+                keep = slice(-keep, None)
             logits = self.lm_head(hidden_states[:, keep])
         return CausalLMOutputWithPast(
             loss=loss,
@@ -475,9 +485,9 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         keep_full_attention_layers=(),
         student_options=None,
     ) -> tuple[StudentForCausalLM, dict[int, InitReport]]:
-        """A student with the teacher's weights: kept layers and everything outside attention copied,
-        linear layers initialised from the attention that they replace. Returns it, in the teacher's
-        dtype, with one report per linear layer.
+        """A student with the teacher's weights: kept layers and everything outside attention
+        copied, linear layers initialised from the attention that they replace. Returns it, in the
+        teacher's dtype, with one report per linear layer.
 
         Raises ValueError if the student or its options do not suit the teacher: see
         `check_student`.

@@ -1,6 +1,8 @@
-"""What all student attentions share: where their tensors come from, how the others start, and what they support.
+"""What all student attentions share: where their tensors come from, how the others start, and
+what they support.
 
-What no teacher has starts neutral: gates are open, short convolutions are the identity, decays are slow.
+What no teacher has starts neutral: gates are open, short convolutions are the identity, decays
+are slow.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from .fused_ops import use_triton
 # does without.
 warnings.filterwarnings("ignore", message="ShortConvolution is crucial")
 warnings.filterwarnings("ignore", message="According to Bo")  # of RWKV-7, once per layer
-logging.getLogger("fla.layers.mamba2").setLevel(logging.ERROR)  # of missing CUDA packages, once per layer
+# Of missing CUDA packages, once per layer.
+logging.getLogger("fla.layers.mamba2").setLevel(logging.ERROR)
 
 
 @dataclass
@@ -136,9 +139,9 @@ class StudentAttention:
     HEAD_DIMS: the sizes of a teacher's heads that its kernels support; None for all.
     SOURCES: our parameter -> the teacher's that it starts from, where both exist. A parameter with
         as many rows as there are query heads takes a key/value projection repeated by head block.
-    rope_share: the share of the teacher's rotary frequencies, fastest first, that the layer applies.
-    fits_decay: whether its heads decay by exp(-exp(A_log) softplus(... + dt_bias)) per token, and by
-        nothing else.
+    rope_share: the share of the teacher's rotary frequencies, fastest first, that it applies.
+    fits_decay: whether its heads decay by exp(-exp(A_log) softplus(... + dt_bias)) per token, and
+        by nothing else.
     fits_gate: whether its output gate starts closed, and `open_gate` opens it.
     supports_crop: whether its cache holds tokens one by one, so that the last ones can be removed.
     has_constant_state: whether its state keeps its shape from the first token on.
@@ -185,7 +188,8 @@ class StudentAttention:
         log-uniform in [1e-3, 0.1], through the inverse of softplus."""
         rates = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16)
         init.copy_(self.A_log, rates.mul_(factor).log())
-        steps = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        log_steps = torch.empty_like(self.dt_bias, dtype=torch.float32)
+        steps = log_steps.uniform_(math.log(1e-3), math.log(0.1)).exp()
         init.copy_(self.dt_bias, inverse_softplus(steps))
 
     @torch.no_grad()
@@ -245,15 +249,18 @@ def any_padding(forward):
         position_embeddings=None,
         **kwargs,
     ):
+        cache = (past_key_values, use_cache)
         length = hidden_states.shape[1]
         if attention_mask is None or length == 1:
-            return forward(self, hidden_states, attention_mask, past_key_values, use_cache, position_embeddings)
+            return forward(self, hidden_states, attention_mask, *cache, position_embeddings)
         real = attention_mask[:, -length:].bool()
         (hidden_states,) = right_aligned(real, hidden_states)
         if position_embeddings is not None:
-            position_embeddings = right_aligned(real, *(x.expand(len(real), -1, -1) for x in position_embeddings))
-        attention_mask = torch.cat((attention_mask[:, :-length].bool(), left_padding(real.sum(1), length)), 1)
-        out, *rest = forward(self, hidden_states, attention_mask, past_key_values, use_cache, position_embeddings)
+            angles = [x.expand(len(real), -1, -1) for x in position_embeddings]
+            position_embeddings = right_aligned(real, *angles)
+        past_mask = attention_mask[:, :-length].bool()
+        attention_mask = torch.cat((past_mask, left_padding(real.sum(1), length)), 1)
+        out, *rest = forward(self, hidden_states, attention_mask, *cache, position_embeddings)
         original_order = real.long().argsort(dim=1, stable=True).argsort(1)
         return out.take_along_dim(original_order[..., None], 1), *rest
 
@@ -261,8 +268,8 @@ def any_padding(forward):
 
 
 def copy_rows(layer: FLALayer, rows: torch.Tensor) -> list[torch.Tensor]:
-    """Copies of what a cache layer holds of the sequences `rows`, a mask [B]; empty before the first
-    token."""
+    """Copies of what a cache layer holds of the sequences `rows`, a mask [B]; empty before the
+    first token."""
     copies = []
     if layer.state is not None:
         layer._map_state(lambda x: copies.append(x[rows.to(x.device)]))

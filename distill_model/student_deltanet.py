@@ -1,4 +1,5 @@
-"""Student attentions with a delta rule: Gated DeltaNet and its variants, Kimi Delta Attention, DeltaNet, RWKV-7."""
+"""Student attentions with a delta rule: Gated DeltaNet and its variants, Kimi Delta Attention,
+DeltaNet, RWKV-7."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
     factored: K and V are low-rank projections, of as many features as the teacher has for them; the
         second projection starts as the repetition by head block.
     decay: factor on the decay at the start.
-    gate_activation: sigmoid, a gate that starts open; or silu, one that starts closed because it has
-        no bias, and that `open_gate` opens.
+    gate_activation: sigmoid, a gate that starts open; or silu, one that starts closed because it
+        has no bias, and that `open_gate` opens.
     """
 
     OPTIONS = CONVOLUTION | {"allow_neg_eigval": SWITCH}
@@ -79,8 +80,9 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
         self.decay = decay
         if factored:
             kv_dim = config.num_key_value_heads * config.head_dim
-            self.k_proj = nn.Sequential(linear(config.hidden_size, kv_dim), linear(kv_dim, self.key_dim))
-            self.v_proj = nn.Sequential(linear(config.hidden_size, kv_dim), linear(kv_dim, self.key_dim))
+            hidden = config.hidden_size
+            self.k_proj = nn.Sequential(linear(hidden, kv_dim), linear(kv_dim, self.key_dim))
+            self.v_proj = nn.Sequential(linear(hidden, kv_dim), linear(kv_dim, self.key_dim))
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -94,7 +96,8 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
             for projection in (self.k_proj, self.v_proj):
                 second = projection[1]
                 identity = torch.eye(second.in_features, device=second.weight.device)
-                init.copy_(second.weight, expand_kv_heads(identity, self.num_kv_heads, self.num_heads))
+                repetition = expand_kv_heads(identity, self.num_kv_heads, self.num_heads)
+                init.copy_(second.weight, repetition)
 
     @torch.no_grad()
     def open_gate(self, ones: torch.Tensor) -> None:
@@ -142,8 +145,8 @@ class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
             self.o_proj = linear(self.value_dim, config.hidden_size, config.attention_output_bias)
 
     def fast_angles(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [..., head_dim] that rotate the share `rope_share` of the frequencies and leave
-        the others unrotated."""
+        """cos and sin [..., head_dim] that rotate the share `rope_share` of the frequencies and
+        leave the others unrotated."""
         half = self.head_dim // 2  # frequencies, the fastest first, in both halves of a head
         slow = torch.arange(self.head_dim, device=cos.device) % half >= self.rope_share * half
         return cos.masked_fill(slow, 1), sin.masked_fill(slow, 0)
@@ -320,7 +323,8 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
         init.ones_(self.k_k)
         init.ones_(self.g_norm.weight)
         init.constant_(self.w_lora.lora[2].bias, -4.0)  # a decay of exp(-0.011)
-        init.constant_(self.g_lora.lora[2].weight, 2 / self.g_lora.low_rank_dim)  # the sum of sigmoid(0) becomes 1
+        # The sum over low_rank_dim features of sigmoid(0) becomes 1.
+        init.constant_(self.g_lora.lora[2].weight, 2 / self.g_lora.low_rank_dim)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
         """FLA's forward over the real tokens as a packed batch: given a mask, FLA's token shift and
@@ -329,8 +333,8 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
         if length == 1:
             attention_mask = None  # every row has a real token, see supports_empty_rows
         x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, length)
-        no_residual = x.new_zeros(*x.shape[:2], self.value_dim)
-        out = super().forward(x, None, past_key_values, use_cache, v_first=no_residual, cu_seqlens=cu_seqlens)[0]
+        options = dict(v_first=x.new_zeros(*x.shape[:2], self.value_dim), cu_seqlens=cu_seqlens)
+        out = super().forward(x, None, past_key_values, use_cache, **options)[0]
         if past_key_values is not None:
             # FLA has counted the tokens of all rows; the cache counts columns, padding included.
             past_key_values.layers[self.layer_idx]._seen_tokens += length - x.shape[1]

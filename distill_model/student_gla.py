@@ -58,7 +58,8 @@ class GatedLinearStudent(StudentAttention, GatedLinearAttention):
 
 
 class GatedSlotStudent(StudentAttention, GatedSlotAttention):
-    """Gated slot attention (Zhang et al., arXiv 2409.07146): softmax over a fixed number of slots."""
+    """Gated slot attention (Zhang et al., arXiv 2409.07146): softmax over a fixed number
+    of slots."""
 
     weights_read_by_kernel = ("o_proj",)
     OPTIONS = {
@@ -152,7 +153,8 @@ class Mamba2Student(StudentAttention, Mamba2):
 
     @torch.no_grad()
     def init_from_teacher(self, teacher_attn: SoftmaxAttention) -> InitReport:
-        """Also copies v, k and q to their rows of in_proj, which stacks gate, x, B, C and time steps."""
+        """Also copies v, k and q to their rows of in_proj, which stacks gate, x, B, C and time
+        steps."""
         report = super().init_from_teacher(teacher_attn)
         width = self.intermediate_size
         for block, name in enumerate(("v_proj", "k_proj", "q_proj"), 1):

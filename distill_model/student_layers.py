@@ -1,6 +1,6 @@
-"""The student attentions by name. A variant is a line of `STUDENT_ATTENTION_MAP`; the layers are in student_deltanet.py,
-student_gla.py and student_softmax.py. These files stay flat siblings: an exported checkpoint carries what the model
-imports, and only flat relative imports are exported.
+"""The student attentions by name. A variant is a line of `STUDENT_ATTENTION_MAP`; the layers are
+in student_deltanet.py, student_gla.py and student_softmax.py. These files stay flat siblings: an
+exported checkpoint carries what the model imports, and only flat relative imports are exported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class StudentSpec:
     @property
     def options(self) -> dict[str, Option]:
         """The options that a config may set: not those whose `needs` the variant switches off."""
-        return {key: option for key, option in self.layer.OPTIONS.items() if self.settings.get(option.needs, True)}
+        options = self.layer.OPTIONS.items()
+        return {key: option for key, option in options if self.settings.get(option.needs, True)}
 
     def value_of(self, name: str, options: Mapping[str, Any]):
         """The constructor argument `name` under these options of a config: set by them, by the
@@ -102,15 +103,17 @@ STUDENT_ATTENTION_MAP = {
 
 
 def get_student_attention_class(name: str) -> StudentSpec:
-    """The student of this name; call it as `(config, layer_idx, **options)` to build a layer. Raises
-    ValueError for unknown names."""
+    """The student of this name; call it as `(config, layer_idx, **options)` to build a layer.
+    Raises ValueError for unknown names."""
     if name not in STUDENT_ATTENTION_MAP:
-        raise ValueError(f"student_model.name: {name!r} is unknown; choose one of {', '.join(STUDENT_ATTENTION_MAP)}")
+        known = ", ".join(STUDENT_ATTENTION_MAP)
+        raise ValueError(f"student_model.name: {name!r} is unknown; choose one of {known}")
     return STUDENT_ATTENTION_MAP[name]
 
 
 def default_of(layer: type, option: str):
-    """The default of a constructor argument, of the nearest class in the hierarchy that names it."""
+    """The default of a constructor argument, of the nearest class in the hierarchy that
+    names it."""
     for base in layer.__mro__:
         parameters = inspect.signature(base.__init__).parameters
         if option in parameters:
@@ -133,8 +136,9 @@ def check_student(name: str, options: dict, config: StudentConfig) -> None:
     check_options(name, student, options)
     head_dims = student.layer.HEAD_DIMS
     if head_dims is not None and config.head_dim not in head_dims:
-        is_range = isinstance(head_dims, range)
-        supported = f"{head_dims[0]} to {head_dims[-1]}" if is_range else ", ".join(map(str, head_dims))
+        supported = ", ".join(map(str, head_dims))
+        if isinstance(head_dims, range):
+            supported = f"{head_dims[0]} to {head_dims[-1]}"
         raise ValueError(
             f"student_model.name: {name} takes heads of size {supported}, the teacher's have {config.head_dim}; "
             "choose another student"

@@ -27,8 +27,9 @@ from .student_base import (
 
 
 class _MaskedCacheStudent(StudentAttention):
-    """A softmax-like layer of FLA that supports a cache only with a mask, a mask only in evaluation,
-    and with a filled cache only one token at a time, so that chunked prefill is slow."""
+    """A softmax-like layer of FLA that supports a cache only with a mask, a mask only in
+    evaluation, and with a filled cache only one token at a time, so that chunked prefill
+    is slow."""
 
     has_constant_state = False
     supports_chunked_prefill = False
@@ -45,7 +46,8 @@ class _MaskedCacheStudent(StudentAttention):
         if past and length > 1:
             return self.one_by_one(hidden_states, attention_mask, past_key_values), None, past_key_values
         # FLA compiles a helper of the decoding step, which takes longer than running it on a CPU.
-        with torch.compiler.set_stance("force_eager" if hidden_states.device.type == "cpu" else "default"):
+        stance = "force_eager" if hidden_states.device.type == "cpu" else "default"
+        with torch.compiler.set_stance(stance):
             return super().forward(hidden_states, attention_mask, past_key_values, use_cache=True)
 
     def one_by_one(self, hidden_states, attention_mask, past_key_values) -> torch.Tensor:
@@ -71,9 +73,9 @@ class _MaskedCacheStudent(StudentAttention):
 
 
 class PaTHStudent(_MaskedCacheStudent, PaTHAttention):
-    """PaTH attention (Yang et al., arXiv 2505.16381): softmax attention whose position encoding is a
-    product of Householder-like matrices. These start near the identity, and the forget gate, if
-    there is one, starts open."""
+    """PaTH attention (Yang et al., arXiv 2505.16381): softmax attention whose position encoding
+    is a product of Householder-like matrices. These start near the identity, and the forget gate,
+    if there is one, starts open."""
 
     OPTIONS = {
         "conv_size": Option(needs="use_w_shortconv"),
@@ -172,8 +174,8 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
 
 
 def window_sums(q, k, v, valid, window_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unnormalised softmax attention over a sliding window: the weighted sum of the values [B, T, H,
-    D], and the sum of the weights [B, T, H, 1]. The largest weight of each query is 1.
+    """Unnormalised softmax attention over a sliding window: the weighted sum of the values [B, T,
+    H, D], and the sum of the weights [B, T, H, 1]. The largest weight of each query is 1.
 
     q [B, T, H, D], the last T of the S positions of k and v [B, S, H, D]; valid [B, S], False for
     padding.
@@ -184,13 +186,16 @@ def window_sums(q, k, v, valid, window_size: int) -> tuple[torch.Tensor, torch.T
         block = q[:, start : start + window_size]
         low = max(0, offset + start - window_size + 1)
         high = offset + start + block.shape[1]
-        scores = torch.einsum("bthd,bshd->bths", block, k[:, low:high]).float() * q.shape[-1] ** -0.5
+        scores = torch.einsum("bthd,bshd->bths", block, k[:, low:high]).float()
+        scores = scores * q.shape[-1] ** -0.5
         query_position = torch.arange(offset + start, high, device=q.device)
         key_position = torch.arange(low, high, device=q.device)
         distance = query_position[:, None] - key_position
-        seen = ((distance >= 0) & (distance < window_size))[None, :, None] & valid[:, None, None, low:high]
+        in_window = (distance >= 0) & (distance < window_size)
+        seen = in_window[None, :, None] & valid[:, None, None, low:high]
         scores = scores.masked_fill(~seen, -torch.inf)
-        weight = (scores - scores.amax(-1, keepdim=True).clamp(min=-1e4)).exp()  # a padded query sees nothing
+        largest = scores.amax(-1, keepdim=True).clamp(min=-1e4)  # -inf for a padded query
+        weight = (scores - largest).exp()
         values.append(torch.einsum("bths,bshd->bthd", weight, v[:, low:high].float()))
         weights.append(weight.sum(-1, keepdim=True))
     return torch.cat(values, 1), torch.cat(weights, 1)
@@ -290,7 +295,8 @@ class LoLCATsStudent(StudentAttention, SoftmaxAttention):
         )
         sums = normalizer + old_k.float().cumsum(1)
         if past_key_values is not None:
-            past_key_values.update(recurrent_state=(state, sums[:, -1:]), layer_idx=self.layer_idx, offset=0)
+            recurrent_state = (state, sums[:, -1:])
+            past_key_values.update(recurrent_state=recurrent_state, layer_idx=self.layer_idx, offset=0)
         weight = self.window_log_weight.float().exp()[:, None]
         total = weight * near_weight + (old_q.float() * sums).sum(-1, keepdim=True)
         out = ((weight * near + far.float()) / total.clamp(min=1e-6)).to(hidden_states.dtype)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 READ = ("input_ids", "attention_mask")  # columns; the second only to refuse padded rows
 HELDOUT_SPLITS = ("heldout", "validation", "test")  # the first of these that a folder has is held out
-AGAIN = "make the chunks anew with preprocess_download_tokenize.py and preprocess_chunk.py"
+AGAIN = "make the chunks again with preprocess_download_tokenize.py and preprocess_chunk.py"
 TOKENS_AT_A_TIME = 1 << 21  # checked together
 SAMPLED_ROWS = 32
 SAMPLED_TOKENS = 512  # at the beginning of a sampled row
@@ -32,7 +32,7 @@ SAMPLED_TOKENS = 512  # at the beginning of a sampled row
 # 512 tokens; it misses some at the ends of rows and documents, which are cut inside a word or joined
 # without EOS. Wrong tokenizers reproduced at most 91 % over all rows: Qwen2.5's and Llama 3's with
 # each other's ids, and BPEs of 4096 entries that were trained on different texts.
-LEAST_GIVEN_BACK = 0.95
+LEAST_REPRODUCED = 0.95
 
 
 class Saved(NamedTuple):
@@ -156,7 +156,7 @@ def check_rows(folder: Path, split: str, dataset, length: int, vocab_size: int, 
     return count
 
 
-def given_back(tokenizer, segments: list[list[int]]) -> float:
+def share_reproduced(tokenizer, segments: list[list[int]]) -> float:
     """The fraction of the tokens of `segments` that decoding and encoding again reproduces."""
     kept = total = 0
     for ids in segments:
@@ -198,15 +198,14 @@ def check_tokenizer(folder: Path, dataset, tokenizer, name: str) -> str | None:
         raise DataError(
             f"--adopt: {folder} holds only added tokens of {name}; name in --tokenizer the one that made the chunks"
         )
-    share = given_back(tokenizer, segments)
-    if share < LEAST_GIVEN_BACK:
+    share = share_reproduced(tokenizer, segments)
+    if share < LEAST_REPRODUCED:
         raise DataError(
-            f"--tokenizer: {name} did not make {folder}: of a sample, decoded and encoded again, {share:.0%} of the "
-            f"tokens come back, of the right one's at least {LEAST_GIVEN_BACK:.0%}; "
-            "name the one that made it"
+            f"--tokenizer: {name} did not make {folder}: decoding and encoding a sample reproduces {share:.0%} of its "
+            f"tokens, with the right one at least {LEAST_REPRODUCED:.0%}; name the one that made it"
         )
     rng = random.Random(0)
     shuffled = [rng.sample(segment, len(segment)) for segment in segments]
-    if given_back(tokenizer, shuffled) < LEAST_GIVEN_BACK:
+    if share_reproduced(tokenizer, shuffled) < LEAST_REPRODUCED:
         return None
-    return f"{name} gives back any ids, also in a random order: whether it made {folder} cannot be told from them"
+    return f"{name} reproduces any ids, even in random order: this cannot show whether it made {folder}"

@@ -135,7 +135,7 @@ class TrainConfig:
     betas: list[float] = key([0.9, 0.95], help="AdamW's betas")
     optimizer: str = key(
         "adamw",
-        help=("adamw, or adamw_8bit (bitsandbytes), whose moments take 2 bytes per parameter instead of 8"),
+        help="adamw, or adamw_8bit (bitsandbytes): 2 bytes of moments per parameter, not 8",
         choices=("adamw", "adamw_8bit"),
     )
     max_grad_norm: float = key(
@@ -305,7 +305,7 @@ class Config:
     train: TrainConfig = key()
 
 
-# ------------------------------------------------------------------------------------------------ values
+# ------------------------------------------------------------------------ values
 def convert_value(path: str, value: Any, kind: Any) -> Any:
     """`value` as a value of the annotation `kind`, or ConfigError, which names it `path`."""
     if value == "None":
@@ -318,12 +318,19 @@ def convert_value(path: str, value: Any, kind: Any) -> Any:
         value = _number_from_text(value)
     value = _as_wanted_number(value, allowed)
     if type(value) not in allowed:
-        names = ["null" if option is type(None) else getattr(option, "__name__", str(option)) for option in options]
-        raise ConfigError(f"{path}: {value!r} is of type {type(value).__name__}; it must be {' or '.join(names)}")
+        wanted = " or ".join(_shown_type(option) for option in options)
+        raise ConfigError(f"{path}: {value!r} is of type {type(value).__name__}; it must be {wanted}")
     if not isinstance(value, list):
         return value
-    (item_kind,) = next(typing.get_args(option) for option in options if typing.get_origin(option) is list)
+    (list_kind,) = (option for option in options if typing.get_origin(option) is list)
+    (item_kind,) = typing.get_args(list_kind)
     return [convert_value(f"{path}[{i}]", item, item_kind) for i, item in enumerate(value)]
+
+
+def _shown_type(kind: Any) -> str:
+    if kind is type(None):
+        return "null"
+    return getattr(kind, "__name__", str(kind))
 
 
 def _number_from_text(text: str) -> float | str:
@@ -381,7 +388,7 @@ def _check_value(path: str, value: Any, spec: Field) -> None:
         raise ConfigError(f"{path}: {value} must be at least {minimum}")
 
 
-# ------------------------------------------------------------------------------------------------ combinations
+# ------------------------------------------------------------------------ combinations
 def _check(cfg: Config) -> None:
     """Raises ConfigError for combinations that no run can have."""
     _check_numbers(cfg.train)
@@ -440,7 +447,7 @@ def _check_distillation(train: TrainConfig) -> None:
         raise ConfigError("train.kl_weight: 0 with train.ce_weight 0 leaves no loss; give one of them a weight")
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------ files
 def _override(values: dict, override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
@@ -478,8 +485,12 @@ def load_config(path: str | Path, overrides: typing.Iterable[str] = ()) -> Confi
 
 def keys_of_other_stages(cfg: Config) -> list[str]:
     """The keys of `train` that are set to something and that the config's stage does not read."""
-    unread = [spec for spec in fields(TrainConfig) if cfg.stage not in spec.metadata["stages"]]
-    return [f"train.{spec.name}" for spec in unread if getattr(cfg.train, spec.name) != spec.default]
+    names = []
+    for spec in fields(TrainConfig):
+        is_set = getattr(cfg.train, spec.name) != spec.default
+        if is_set and cfg.stage not in spec.metadata["stages"]:
+            names.append(f"train.{spec.name}")
+    return names
 
 
 def check_kept_layers(cfg: Config, num_layers: int) -> None:

@@ -197,7 +197,7 @@ def _type_and_cure(value) -> tuple[str, str]:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         cure = (
             "write it with the tokenizer's apply_chat_template(..., tokenize=False) "
-            "to a column of strings, and say --allow_special_tokens"
+            "to a column of strings, and use --allow_special_tokens"
         )
         return "a conversation (a list of messages)", cure
     cures = {

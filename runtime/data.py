@@ -285,7 +285,7 @@ def read_metadata(folder: str | Path, key: str | None = None) -> dict:
     try:
         return json.loads((folder / METADATA).read_text())
     except (OSError, ValueError):
-        cure = "make the folder anew with preprocess_chunk.py"
+        cure = "make the folder again with preprocess_chunk.py"
         if is_saved_dataset(folder):
             command = f"python preprocess_chunk.py --adopt {folder} --tokenizer TEACHER --output_dir DIR"
             cure = f"if it holds chunks: {command}"

@@ -202,7 +202,7 @@ class Watchdog:
         os._exit(HUNG)
 
 
-# ------------------------------------------------------------------------------------------------ errors in one line
+# ------------------------------------------------------------------------ errors in one line
 @contextmanager
 def failures_in_one_line(rank: int, world_size: int) -> Iterator[None]:
     """Ends the process with one line for an error that the user can correct, and with a traceback
@@ -262,7 +262,7 @@ def settings_that_save_memory(ctx: RunContext) -> list[str]:
     return [setting for setting, helps in options.items() if helps] + ["more GPUs"]
 
 
-# ------------------------------------------------------------------------------------------------ NaN and Inf
+# ------------------------------------------------------------------------ NaN and Inf
 def _finite(value) -> bool:
     """Whether all floating-point tensors in a module's output are finite."""
     import torch

@@ -13,11 +13,11 @@ REPLACEMENTS = {
     },
     "generate_layer_configs_ga_s2.py": {
         "--num-layers": "leave it out: the teacher's config says how many layers there are",
-        "--config-root": "say --output_dir {}",
-        "--teacher": "say teacher_model.name={}",
-        "--student": "say student_model.name={}",
+        "--config-root": "use --output_dir {}",
+        "--teacher": "use teacher_model.name={}",
+        "--student": "use student_model.name={}",
         "--cache-stage1": "leave it out: stage 1 is no part of the selection",
-        "--cache-stage2": "say data.cache_dir={}",
+        "--cache-stage2": "use data.cache_dir={}",
         "--outputs-prefix": "leave it out: the runs write to <output_dir>/layer_<N>/run",
     },
 }

@@ -104,7 +104,7 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-# ------------------------------------------------------------------------------------------------ resuming
+# ------------------------------------------------------------------------ resuming
 def _named(cfg: Config) -> Path | None:
     """The checkpoint that the config names to resume from, or None."""
     resume = cfg.train.resume_from_checkpoint
@@ -251,7 +251,7 @@ def is_finished(cfg: Config, steps: int) -> bool:
     return not saved or step_of(saved[-1]) == steps
 
 
-# ------------------------------------------------------------------------------------------------ what is recorded
+# ------------------------------------------------------------------------ what is recorded
 def _version(package: str) -> str | None:
     try:
         return version(package)

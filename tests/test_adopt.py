@@ -100,7 +100,7 @@ def test_chunks_are_adopted_unchanged(tmp_path, tokenizers, capsys, dtype):
     assert chunks.metadata["eos_token_id"] == tokenizer.eos_token_id
     assert "holds no EOS (<eos>): nothing says where a document ends" in capsys.readouterr().err
     adopt(source, tokenizers["code"], tmp_path / "data", holdout=0.1)
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     with pytest.raises(DataError, match="was made with holdout 0.1, not 0.2"):
         adopt(source, tokenizers["code"], tmp_path / "data", holdout=0.2)
     save_as_hybrid_distillation(source, rows[1:], dtype)
@@ -153,7 +153,7 @@ def test_a_heldout_split_is_used_and_ignored_columns_are_reported(tmp_path, toke
     chunks = open_chunks(adopt(tmp_path / "source", tokenizers["code"], tmp_path / "data"), LENGTH)
     assert chunks.train["input_ids"][:] == rows[:90] and chunks.heldout["input_ids"][:] == rows[90:95]
     shown = capsys.readouterr().err
-    assert "not taken over: split extra, column labels of train" in shown and "holds no EOS" not in shown
+    assert "ignored: split extra, column labels of train" in shown and "holds no EOS" not in shown
     message = "--holdout: .* has its own split to hold out, validation; leave --holdout out"
     with pytest.raises(DataError, match=message):
         adopt(tmp_path / "source", tokenizers["code"], tmp_path / "other", holdout=0.1)
@@ -163,7 +163,7 @@ def test_a_heldout_split_is_used_and_ignored_columns_are_reported(tmp_path, toke
 @pytest.mark.parametrize("text", [CODE, PROSE])
 def test_another_tokenizer_of_the_same_size_is_refused(tmp_path, tokenizers, made_by, named, text):
     source = save_as_hybrid_distillation(tmp_path / "source", chunk_rows(tokenizers[made_by], text))
-    message = f"--tokenizer: .*{named} did not make .*source: .* come back, of the right one's at least 95%"
+    message = f"--tokenizer: .*{named} did not make .*source: .* reproduces .* tokens, with the right one at least 95%"
     with pytest.raises(DataError, match=message):
         adopt(source, tokenizers[named], tmp_path / "data")
     assert not any((tmp_path / "data").rglob("*"))
@@ -186,7 +186,7 @@ def test_a_tokenizer_that_reproduces_any_ids_gives_a_warning(tmp_path, capsys):
     save_tokenizer(tmp_path / "characters")
     source = save_as_hybrid_distillation(tmp_path / "source", chunk_rows(tmp_path / "characters"))
     adopt(source, tmp_path / "characters", tmp_path / "data")
-    assert "characters gives back any ids, also in a random order" in capsys.readouterr().err
+    assert "characters reproduces any ids, even in random order" in capsys.readouterr().err
 
 
 def broken(rows, kind):
@@ -217,7 +217,7 @@ def broken(rows, kind):
 
 
 BROKEN = {
-    "length": "source: row 7 of train has 31 values in input_ids, not 32; make the chunks anew",
+    "length": "source: row 7 of train has 31 values in input_ids, not 32; make the chunks again",
     "large": "row 7 of train holds the id 1000, which is none of the tokenizer's, 0 to 999; name in --tokenizer",
     "negative": "row 7 of train holds the id -100",
     "null": "row 7 of train has a null in input_ids",
@@ -226,7 +226,7 @@ BROKEN = {
     "flat": "has input_ids of type int32 in train",
     "padded": r"row 7 of train is padded \(its attention_mask has a 0\)",
     "column": "has no column input_ids in train, only tokens",
-    "nothing": "source does not open .*; copy it again, or make the chunks anew",
+    "nothing": "source does not open .*; copy it again, or make the chunks again",
 }
 
 
@@ -256,7 +256,7 @@ def test_unsuitable_folders_and_options_are_refused(tmp_path, tokenizers):
         (cut_short, {}, "--adopt: .*cut_short does not open"),
         (source, {"context_length": 64}, "--context_length: 64, but .* has rows of 32"),
         (source, {"holdout": 1.0}, "--holdout: 1.0 must be a share"),
-        (source, {"holdout": 0.999}, "leaves none to train on; say --holdout 0"),
+        (source, {"holdout": 0.999}, "leaves none to train on; use --holdout 0"),
     ]
     for path, values, message in cases:
         with pytest.raises(DataError, match=message):

@@ -1,5 +1,5 @@
-"""Every Triton kernel of the project compiles for NVIDIA's Ampere and Hopper, in the shared memory that the smallest has: no GPU is needed
-to see that, and the interpreter does not."""
+"""Every Triton kernel of the project compiles for NVIDIA's Ampere and Hopper, within the shared
+memory of the smallest of them. This needs no GPU, and the interpreter does not show it."""
 
 import pytest
 import torch
@@ -10,16 +10,17 @@ from triton.compiler import ASTSource
 
 from distill_model import StudentConfig, decode_kernels, fused_ops, get_student_attention_class, losses
 
-SHARED = 99 * 1024  # bytes that a program may have on GPUs of compute capability 8.6 and 8.9
+SHARED = 99 * 1024  # bytes per program on GPUs of compute capability 8.6 and 8.9
 NUMBER = {float: "fp32", int: "i32"}
 POINTER = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 class Compiled:
-    """Stands for a kernel: its calls compile it."""
+    """Replaces a kernel: a call compiles it instead of launching it."""
 
     def __init__(self, kernel):
-        self.kernel, self.calls = kernel, 0
+        self.kernel = kernel
+        self.calls = 0
 
     def __getitem__(self, grid):
         return self
@@ -56,7 +57,7 @@ class Compiled:
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The kernels of the modules, which compile and compute nothing."""
+    """The kernels of the modules, replaced by `Compiled`."""
     kernels = []
     for module in (decode_kernels, fused_ops, losses):
         monkeypatch.setattr(module, "use_triton", lambda tensor: True)
@@ -85,7 +86,8 @@ def test_every_kernel_compiles(compiled, dtype):
     cos, sin = random(2, 5, 128).detach(), random(2, 5, 128).detach()
     fused_ops.rotate(random(2, 5, 3, 128), cos, sin).sum().backward()
     for heads, kv_heads, size in ((12, 2, 128), (32, 8, 64), (4, 4, 256), (3, 1, 20)):
-        q, k = random(2, 1, heads, size).detach(), random(2, 70, kv_heads, size).detach()
+        q = random(2, 1, heads, size).detach()
+        k = random(2, 70, kv_heads, size).detach()
         fused_ops.decode_attention(q, k, k, torch.zeros(2, dtype=torch.long), torch.tensor([69]))
     hidden, weight = random(7, 16), random(53, 16)
     losses.linear_cross_entropy(hidden, weight, torch.randint(53, (7,)))
@@ -110,10 +112,8 @@ def test_every_kernel_compiles(compiled, dtype):
             attn = get_student_attention_class(name)(config, 0, **options)
             x, few = random(2, 3 * size).detach(), random(2, 3).detach()
             past = tuple(torch.empty(3, 2, 3 * size, attn.conv_size, dtype=dtype)) if attn.use_short_conv else None
-            gate, state, angles = (
-                x if attn.use_gate else None,
-                torch.empty(2, 3, size, size),
-                random(2, 2, size).detach(),
-            )
+            gate = x if attn.use_gate else None
+            state = torch.empty(2, 3, size, size)
+            angles = random(2, 2, size).detach()
             decode_kernels.gated_delta_token(x, x, x, gate, few, few, attn.to(dtype), state, past, *angles)
     assert not [each.kernel.__name__ for each in compiled if not each.calls]

@@ -317,7 +317,7 @@ def add_twice(tensors):
         ),
         (add_scale, "up_proj.weight_scale is .* implies no such tensor"),
         (quantise, "up_proj.weight is of dtype F8_E4M3, of quantised weights"),
-        (add_twice, "model.embeddings.weight is there twice"),
+        (add_twice, "model.embeddings.weight is stored twice"),
     ],
 )
 def test_no_tensor_is_invented_or_dropped(tmp_path, change, message):
@@ -765,7 +765,7 @@ def test_an_existing_output_and_another_family_are_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     paths = (tmp_path / "source", tmp_path / "out")
-    with pytest.raises(ValueError, match="--output: .*out is there already"):
+    with pytest.raises(ValueError, match="--output: .*out already exists"):
         run("qwen3", *paths)
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(ValueError, match="of type qwen3; this script is for qwen2"):
@@ -795,7 +795,7 @@ def test_each_script_converts_its_family(tmp_path, monkeypatch, name):
     assert run_script(name, tmp_path / "source", tmp_path / "out", monkeypatch) is None
     assert (tmp_path / "out" / "model.safetensors").is_file()
     error = run_script(name, tmp_path / "source", tmp_path / "out", monkeypatch)
-    assert error.startswith(f"convert_from_{name}.py: error: --output: ") and "out is there already" in error
+    assert error.startswith(f"convert_from_{name}.py: error: --output: ") and "out already exists" in error
 
 
 def test_a_script_runs_from_another_folder(tmp_path):

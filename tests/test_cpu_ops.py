@@ -1,4 +1,5 @@
-"""The CPU stand-ins against token-by-token recurrences in float64, written independently: outputs and gradients."""
+"""The CPU stand-ins against token-by-token recurrences in float64, written independently: outputs
+and gradients."""
 
 import pytest
 import torch
@@ -51,7 +52,9 @@ def rwkv7_reference(r, w, k, v, kk, a, state):
 
 def path_reference(q, k, v, w, beta, g):
     k, v, w, beta = (x.repeat_interleave(HV // H, 2) for x in (k, v, w, beta))
-    g, keys, outputs = g.cumsum(1), q.new_zeros(B, 0, HV, K), []
+    g = g.cumsum(1)
+    keys = q.new_zeros(B, 0, HV, K)
+    outputs = []
     for t in range(q.shape[1]):  # every past key goes through this token's Householder-like map
         seen = torch.einsum("bjhk,bhk->bjh", keys, w[:, t])
         keys = keys - beta[:, t, None, :, None] * seen[..., None] * w[:, t, None]
@@ -188,7 +191,8 @@ def test_outputs_states_and_gradients(case, dtype, tolerance):
     torch.manual_seed(0)
     exact = [x.requires_grad_() for x in make()]
     inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
-    outputs, expected = op(*inputs), reference(*exact)
+    outputs = op(*inputs)
+    expected = reference(*exact)
     cotangents = [torch.randn_like(x) for x in expected]
     gradients = torch.autograd.grad(outputs, inputs, [c.to(o) for c, o in zip(cotangents, outputs)])
     expected_gradients = torch.autograd.grad(expected, exact, cotangents)
@@ -208,7 +212,7 @@ def test_packed_sequences_equal_separate_ones(lengths):
         torch.testing.assert_close(states[i].mT, state[0])
 
 
-def test_packed_softmax_equals_separate_and_queries_count_from_the_end():
+def test_packed_softmax_equals_separate_and_queries_are_aligned_to_the_end():
     q, k, v = torch.randn(14, 4, 8), torch.randn(14, 2, 8), torch.randn(14, 2, 8)
     edges = torch.tensor([0, 5, 14])
     packed = cpu_ops.flash_attn_varlen_func(q, k, v, edges, edges, 9, 9, causal=True)
@@ -252,7 +256,7 @@ def test_install_is_idempotent_and_reaches_the_layers():
     assert not cpu_ops.bind_stand_ins()
 
 
-def test_what_was_bound_can_be_set_back(monkeypatch):
+def test_bindings_can_be_undone(monkeypatch):
     import fla.modules.activations as activations
 
     def stand_in(x):

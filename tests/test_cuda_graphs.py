@@ -278,7 +278,7 @@ def test_moved_weights_and_buffers_are_refused(model, name, frozen):
     else:
         forward = replayed(model)
     moved(attrgetter(name)(model))
-    with pytest.raises(RuntimeError, match="have moved in memory since"):
+    with pytest.raises(RuntimeError, match="moved in memory"):
         forward(**inputs())
 
 
@@ -294,7 +294,7 @@ def test_a_moved_parameter_that_is_an_input_is_refused(model):
     for _ in range(EAGER_CALLS + 2):
         forward(**batch)
     moved(head)
-    with pytest.raises(RuntimeError, match="have moved in memory since"):
+    with pytest.raises(RuntimeError, match="moved in memory"):
         forward(**batch)
 
 

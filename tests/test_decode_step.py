@@ -1,5 +1,6 @@
-"""One token of all layers: each kernel's plain twin against a formula in float64 (the kernels themselves in test_losses.py's interpreter),
-and whole models against their full forward, whatever part of them is not plain."""
+"""Decoding one token of all layers: each kernel's reference implementation against a formula in
+float64 (the kernels themselves run in test_losses.py's interpreter), and whole models, modified
+parts included, against their full forward."""
 
 import copy
 
@@ -56,7 +57,7 @@ def near(ours, theirs, limit):
 
 
 def rows(dtype, batch, *widths, device="cpu"):
-    """Parts of the rows of one matrix, as a product of several maps leaves them."""
+    """Views of the rows of one matrix, as a fused GEMM of several projections leaves them."""
     return torch.randn(batch, sum(widths) + 3, device=device).to(dtype)[:, 3:].split(widths, -1)
 
 
@@ -65,16 +66,16 @@ def angles(dtype, batch, size, device="cpu"):
     return [x.repeat(1, 2).to(dtype) for x in (turn.cos(), turn.sin())]
 
 
-def turned(x, cos, sin):
-    """RoPE as a product of complex numbers; x [heads, size], cos and sin [size]."""
+def rotated(x, cos, sin):
+    """RoPE by multiplying complex numbers; x [heads, size], cos and sin [size]."""
     half = x.shape[-1] // 2
     z = torch.complex(x[:, :half], x[:, half:]) * torch.complex(cos, sin)[:half]
     return torch.cat((z.real, z.imag), -1)
 
 
 def gated_delta_naively(q, k, v, gate, a, b, attn, name, state, past, cos, sin):
-    """S <- alpha S (I - beta k k^T) + beta v k^T, o = S q / sqrt(size), a head after the other in
-    float64, with what each name means."""
+    """S <- alpha S (I - beta k k^T) + beta v k^T, o = S q / sqrt(size), one head after the
+    other in float64, with the options of each student name."""
     double = [x.double() for x in (q, k, v)]
     if past is not None:
         past = [torch.cat((held[..., 1:].double(), new[..., None]), -1) for held, new in zip(past, double)]
@@ -83,10 +84,8 @@ def gated_delta_naively(q, k, v, gate, a, b, attn, name, state, past, cos, sin):
             if convolution.bias is not None:
                 double[i] += convolution.bias.double()
     heads, size = state.shape[1:3]
-    out, state = (
-        torch.empty(len(q), heads, size, dtype=torch.float64, device=q.device),
-        state.double(),
-    )
+    out = torch.empty(len(q), heads, size, dtype=torch.float64, device=q.device)
+    state = state.double()
     for row in range(len(q)):
         q, k, v = (x[row].view(heads, size) for x in double)
         if name != "gdn_v6":
@@ -98,7 +97,7 @@ def gated_delta_naively(q, k, v, gate, a, b, attn, name, state, past, cos, sin):
             for channel in range(size):
                 if channel % (size // 2) >= 0.25 * (size // 2):
                     c[channel], s[channel] = 1, 0
-            q, k = turned(q, c, s), turned(k, c, s)
+            q, k = rotated(q, c, s), rotated(k, c, s)
         for head in range(heads):
             query, key = (x[head] / (x[head] @ x[head] + 1e-6).sqrt() for x in (q, k))
             alpha = (
@@ -139,7 +138,8 @@ def test_gated_delta_token(name, size, options, dtype, device="cpu"):
         parameter.copy_(torch.randn_like(parameter))
     q, k, v, gate, a, b = rows(dtype, batch, *[heads * size] * 4, heads, heads, device=device)
     gate = gate if attn.use_gate else None
-    state, past = torch.randn(batch, heads, size, size, device=device), None
+    state = torch.randn(batch, heads, size, size, device=device)
+    past = None
     if attn.use_short_conv:
         past = tuple(torch.randn(batch, heads * size, attn.conv_size, device=device).to(dtype) for _ in range(3))
     inputs = q, k, v, gate, a, b, attn
@@ -164,13 +164,14 @@ def test_place_token(heads, kv_heads, size, normed, dtype, device="cpu"):
     cos, sin = angles(dtype, 2, size, device)
     norms = [nn.RMSNorm(size, eps=0.1).to(device, dtype) for _ in range(2)] if normed else [nn.Identity()] * 2
     buffers = torch.randn(2, 2, 9, kv_heads, size, device=device).to(dtype)
-    before, expected = buffers.clone(), []
+    before = buffers.clone()
+    expected = []
     for x, norm in zip((q, k), norms):
         if normed:
             norm.weight.copy_(torch.randn(size))
         x = x.double().unflatten(-1, (-1, size))
         x = x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * norm.weight.double() if normed else x
-        expected.append(torch.stack([turned(*row) for row in zip(x, cos.double(), sin.double())]))
+        expected.append(torch.stack([rotated(*row) for row in zip(x, cos.double(), sin.double())]))
     out = place_token(q, k, v, *norms, cos, sin, *buffers, torch.tensor([5], device=device))
     assert out.dtype == dtype
     near(out, expected[0][:, None], LIMITS[dtype])
@@ -189,15 +190,15 @@ def test_swiglu_rows(batch, size, dtype, device="cpu"):
     near(out, F.silu(gate.double()) * up.double(), LIMITS[dtype])
 
 
-# ------------------------------------------------------------------------------------------------ one memory for maps of one input
+# ------------------------------------------------------------------------------- fused projections
 def test_joined_parameters_are_views_of_one_tensor():
-    """Of whatever rows, a bias that some lack; again where somebody has moved one; and not in a
-    memory that is somebody else's."""
+    """Of any numbers of rows, with biases that some lack; again where one was moved; and not in a
+    buffer that somebody else owns."""
     torch.manual_seed(0)
-    maps = [nn.Linear(5, n, bias=bias) for n, bias in ((4, False), (1, True), (7, True))]
-    for parts in ([m.weight for m in maps], [m.bias for m in maps]):
+    projections = [nn.Linear(5, n, bias=bias) for n, bias in ((4, False), (1, True), (7, True))]
+    for parts in ([m.weight for m in projections], [m.bias for m in projections]):
         expected = torch.cat(
-            [torch.zeros(m.out_features) if p is None else p.detach().clone() for m, p in zip(maps, parts)]
+            [torch.zeros(m.out_features) if p is None else p.detach().clone() for m, p in zip(projections, parts)]
         )
         whole = join_parameters(parts, [4, 1, 7])
         assert torch.equal(whole, expected)
@@ -214,7 +215,7 @@ def test_joined_parameters_are_views_of_one_tensor():
         assert join_parameters(parts, [4, 1, 7]) is None and parts[1].data_ptr() == flat[10:].data_ptr()
 
 
-def test_maps_that_cannot_be_one_are_run_one_by_one():
+def test_projections_that_cannot_be_fused_run_one_by_one():
     torch.manual_seed(0)
     x = torch.randn(2, 5)
 
@@ -228,26 +229,26 @@ def test_maps_that_cannot_be_one_are_run_one_by_one():
     def overridden(m):
         m.forward = lambda x: F.linear(x, m.weight, m.bias) + 1
 
-    maps = [nn.Linear(5, 4), nn.Linear(5, 3, bias=False)]
+    projections = [nn.Linear(5, 4), nn.Linear(5, 3, bias=False)]
     with torch.no_grad():
-        expected = maps[0](x), maps[1](x)
-        torch.testing.assert_close(project(x, maps), expected)
-        assert fused_parameters(maps) is not None
+        expected = projections[0](x), projections[1](x)
+        torch.testing.assert_close(project(x, projections), expected)
+        assert fused_parameters(projections) is not None
         for change in (hooked, overridden, lambda m: setattr(m, "__class__", Adapter)):
-            changed = [copy.deepcopy(maps[0]), maps[1]]
+            changed = [copy.deepcopy(projections[0]), projections[1]]
             change(changed[0])
             assert fused_parameters(changed) is None
             torch.testing.assert_close(project(x, changed), (expected[0] + 1, expected[1]))
             hidden = torch.ones(2, 4)
             add_linear_(hidden, x, changed[0])
             torch.testing.assert_close(hidden, expected[0] + 2)
-        assert fused_parameters([maps[0], nn.Linear(5, 3).double()]) is None
+        assert fused_parameters([projections[0], nn.Linear(5, 3).double()]) is None
         hidden = torch.ones(2, 4)
-        add_linear_(hidden, x, maps[0])
+        add_linear_(hidden, x, projections[0])
         torch.testing.assert_close(hidden, expected[0] + 1)
 
 
-# ------------------------------------------------------------------------------------------------ whole models
+# ------------------------------------------------------------------------------------ whole models
 STATIC = [name for name in STUDENTS if STUDENT_ATTENTION_MAP[name].supports_static_cache]
 SCALING = {
     "rope_type": "llama3",
@@ -274,7 +275,7 @@ def teachers(tmp_path_factory):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """How often a token went through `decode_token`."""
+    """The calls of `decode_token`."""
     calls = []
     decode_token = decode_step.decode_token
 
@@ -287,7 +288,8 @@ def steps(monkeypatch):
 
 
 def text(length=30):
-    ids, mask = torch.randint(1, 96, (3, length)), torch.ones(3, length, dtype=torch.long)
+    ids = torch.randint(1, 96, (3, length))
+    mask = torch.ones(3, length, dtype=torch.long)
     mask[0, :7] = 0
     return ids, mask
 
@@ -298,10 +300,8 @@ def check_tokens(model, start=12, limit=5e-5):
     logits."""
     torch.manual_seed(0)
     ids, mask = text()
-    full, cache = (
-        model(ids, attention_mask=mask, use_cache=False).logits,
-        StaticCache(model.config, ids.shape[1]),
-    )
+    full = model(ids, attention_mask=mask, use_cache=False).logits
+    cache = StaticCache(model.config, ids.shape[1])
     model(ids[:, :start], attention_mask=mask[:, :start], past_key_values=cache)
     for at in range(start, ids.shape[1]):
         logits = model(ids[:, at, None], attention_mask=mask[:, : at + 1], past_key_values=cache).logits
@@ -347,13 +347,11 @@ def storages(model):
 
 @pytest.mark.parametrize("kind, name", [("qwen3", "gdn_v4"), ("qwen2", "gdn_v7"), ("llama", "gdn_v3")])
 def test_weights_of_a_decoded_model(teachers, tmp_path, kind, name):
-    """They take no more memory than before, are saved whole, stay tied, are copied apart; joined
-    again where they were moved."""
+    """They take no more memory than before, are saved completely, stay tied, can be copied, and are
+    joined again after they were moved."""
     model = trained(hybrid(teachers[kind], name))
-    before, size = (
-        {key: value.clone() for key, value in model.state_dict().items()},
-        sum(storages(model).values()),
-    )
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    size = sum(storages(model).values())
     logits = check_tokens(model)
     for attn in (block.attn for block in model.model.layers):
         assert len({m.weight.untyped_storage().data_ptr() for m in decode_step.input_projections(attn)}) == 1
@@ -410,7 +408,7 @@ def test_training_after_decoding(teachers, monkeypatch):
 
 
 def test_weights_in_a_flat_buffer_stay_there(teachers, steps):
-    """As DeepSpeed keeps those that it trains: what it writes there is decoded."""
+    """DeepSpeed keeps the weights that it trains in such a buffer: what it writes there is used."""
     model = trained(hybrid(teachers["qwen3"], "gdn_v4"))
     parameters = [*model.parameters()]
     flat = torch.cat([p.detach().flatten() for p in parameters])
@@ -423,24 +421,23 @@ def test_weights_in_a_flat_buffer_stay_there(teachers, steps):
 
 
 class LowRank(nn.Module):
-    """An adapter (Hu et al., arXiv 2106.09685) around a linear map."""
+    """An adapter (Hu et al., arXiv 2106.09685) around a linear layer."""
 
     def __init__(self, base):
         super().__init__()
-        self.base, self.a, self.b = (
-            base,
-            nn.Linear(base.in_features, 2),
-            nn.Linear(2, base.out_features),
-        )
+        self.base = base
+        self.a = nn.Linear(base.in_features, 2)
+        self.b = nn.Linear(2, base.out_features)
 
     def forward(self, x):
         return self.base(x) + self.b(self.a(x))
 
 
 @pytest.mark.parametrize("name", ["gdn_v5", "gdn_v7", "gla_v1"])
-def test_parts_that_are_not_plain(teachers, steps, name):
-    """Adapters, hooks, and a forward that somebody has replaced; a hook's tensors are its own."""
-    model, seen = trained(hybrid(teachers["qwen2"], name)), []
+def test_modified_parts(teachers, steps, name):
+    """Adapters, hooks, and a replaced forward; a hook's tensors are not overwritten."""
+    model = trained(hybrid(teachers["qwen2"], name))
+    seen = []
     layers = model.model.layers
     check_tokens(model)
     layers[0].mlp.up_proj, layers[0].mlp.down_proj = (
@@ -469,7 +466,7 @@ def test_parts_that_are_not_plain(teachers, steps, name):
 
 
 class Half(nn.Module):
-    """Somebody's wrapper around a part, which shows its weight."""
+    """A wrapper around a part that exposes its weight."""
 
     def __init__(self, base):
         super().__init__()
@@ -487,7 +484,7 @@ class Half(nn.Module):
     [("gdn_v7", "q_norm"), ("gdn_v7", "o_norm"), ("gdn_v4", "o_norm"), ("gdn_v5", "k_proj")],
 )
 def test_wrapped_parts_of_an_attention(teachers, steps, name, part):
-    """The kernels would read the weight and pass the wrapper by."""
+    """A kernel would read the weight and bypass the wrapper."""
     model = trained(hybrid(teachers["qwen3"], name))
     attn = next(
         block.attn
@@ -507,23 +504,22 @@ def test_wrapped_parts_of_an_attention(teachers, steps, name, part):
 @pytest.mark.parametrize("part", ["attn_norm", "norm"])
 def test_a_wrapped_norm(teachers, steps, part):
     model = copy.deepcopy(teachers["llama"])
-    before, owner = (
-        check_tokens(model),
-        model.model.layers[0] if part == "attn_norm" else model.model,
-    )
+    before = check_tokens(model)
+    owner = model.model.layers[0] if part == "attn_norm" else model.model
     setattr(owner, part, Half(getattr(owner, part)))
     assert (check_tokens(model) - before).norm() > 0.01 * before.norm() and len(steps) == 2 * 18
 
 
 def test_a_hook_of_the_embeddings_keeps_its_tensors(teachers):
-    model, seen = copy.deepcopy(teachers["llama"]), []
+    model = copy.deepcopy(teachers["llama"])
+    seen = []
     model.model.embeddings.register_forward_hook(lambda *args: seen.append((args[2], args[2].clone())))
     check_tokens(model)
     assert len(seen) > 18 and all(torch.equal(*pair) for pair in seen)
 
 
-def test_memory_of_several_processes_stays_where_it_is(teachers):
-    """Of which one trains while another decodes, say."""
+def test_memory_shared_by_several_processes_is_not_moved(teachers):
+    """One of them may train while another decodes."""
     model = copy.deepcopy(teachers["llama"]).share_memory()
     places = [p.data_ptr() for p in model.parameters()]
     check_tokens(model)
@@ -538,7 +534,7 @@ def test_recorded_hidden_states_do_not_slow_what_follows(teachers, steps):
 
 
 def test_autocast(teachers, steps):
-    """Which casts at every module."""
+    """It casts at every module, so that the modules run."""
     with torch.autocast("cpu", torch.bfloat16):
         check_tokens(teachers["llama"], limit=0.1)
     assert not steps

@@ -1,4 +1,5 @@
-"""The exported folder in the hands of somebody who has nothing of ours: four packages and what those need, any directory."""
+"""An exported folder in an environment without this project: four packages and their
+requirements, any directory."""
 
 import importlib.metadata
 import os
@@ -23,8 +24,9 @@ IDS = torch.arange(1, 82)[None]
 
 
 def closure(*names):
-    """The installed packages of these names and all that they require."""
-    found, queue = {}, list(names)
+    """The installed packages of these names and all of their requirements."""
+    found = {}
+    queue = list(names)
     while queue:
         name = queue.pop()
         try:
@@ -39,8 +41,8 @@ def closure(*names):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A folder that has nothing but torch, transformers, flash-linear-attention and triton to
-    import."""
+    """A folder from which only torch, transformers, flash-linear-attention, triton and their
+    requirements can be imported."""
     folder = tmp_path_factory.mktemp("bare")
     for package in closure("torch", "transformers", "flash-linear-attention", "triton"):
         for top in {Path(file).parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
@@ -79,8 +81,8 @@ def python(script, *options, cwd, **environment):
 
 @pytest.mark.parametrize("name, dtype", [("gdn_v4", torch.float32), ("path_fox_v1", torch.bfloat16)])
 def test_it_loads_in_a_bare_environment(teacher, bare, tmp_path, name, dtype):
-    """Logits, text, dtype and ties are the model's own; what it saves in turn holds the same, code
-    included."""
+    """Logits, text, dtype and tied weights equal the model's; saving it again keeps them, and the
+    code."""
     model = trained(hybrid(teacher, name)).to(dtype)
     script = f"""
 import importlib.util, torch
@@ -98,7 +100,8 @@ for folder in ({str(tmp_path / "given")!r}, "again"):
 text = model.generate(**tokenizer("def f(x):", return_tensors="pt"), max_new_tokens=6, do_sample=False, pad_token_id=0)
 torch.save(text, "text.pt")
 """
-    folder, elsewhere = save(model, tmp_path / "given"), tmp_path / "elsewhere"
+    folder = save(model, tmp_path / "given")
+    elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     python(script, "-S", cwd=elsewhere, PYTHONPATH=str(bare))
     with torch.no_grad():
@@ -153,8 +156,8 @@ assert not any(name.startswith("transformers_modules.") for name in sys.modules)
 
 
 def test_device_maps(teacher, tmp_path):
-    """On a machine without a GPU auto is the CPU; layers that lie on disk are fetched when their
-    turn comes."""
+    """Without a GPU "auto" is the CPU; layers that are offloaded to disk are loaded when
+    they run."""
     model = trained(hybrid(teacher))
     folder = save(model, tmp_path / "given")
     with torch.no_grad():
@@ -177,7 +180,7 @@ def test_device_maps(teacher, tmp_path):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A teacher that is large enough for blocks of 64 weights."""
+    """A teacher that is large enough for quantisation in blocks of 64 weights."""
     folder = tmp_path_factory.mktemp("wide")
     random_teacher(
         folder,
@@ -192,8 +195,8 @@ def wide(tmp_path_factory):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_what_bitsandbytes_would_replace(wide, name):
-    """Exactly nn.Linear: not what makes a number a head, nor a weight that a kernel reads, nor the
-    head."""
+    """Exactly nn.Linear: not the projections to one number per head, nor a weight that a kernel
+    reads, nor the output projection."""
     model = hybrid(wide, name)
     replaced = {key for key, module in model.named_modules() if type(module) is nn.Linear}
     assert {
@@ -228,7 +231,8 @@ def test_four_and_eight_bits(wide, tmp_path, name, kind):
         )
         if name == "mamba2_v1" and not torch.cuda.is_available():
             pytest.skip("its in_proj has a number of rows that bitsandbytes does not pack on a CPU")
-    model, ids = trained(hybrid(wide, name), 0.002), torch.randint(1, 96, (2, 70))
+    model = trained(hybrid(wide, name), 0.002)
+    ids = torch.randint(1, 96, (2, 70))
     model.save_pretrained(tmp_path)
     small = StudentForCausalLM.from_pretrained(tmp_path, quantization_config=settings).eval()
     with torch.no_grad():

@@ -261,7 +261,7 @@ def test_refused_before_anything_is_written(everywhere, tmp_path):
         (tmp_path / "gdn_v4", tmp_path / "b", "gdn_v4 has no short convolution"),
         (absent, tmp_path / "c", f"--model: '{absent}' is neither a folder"),
         (predecessor, tmp_path / "d", f"--model: '{predecessor}' is a student of the KL-guided"),
-        (root / "tied" / "ours", with_files, "is there already"),
+        (root / "tied" / "ours", with_files, "already exists"),
     ):
         with pytest.raises(ValueError) as error:
             export_native.main(options(model=source, output=output))

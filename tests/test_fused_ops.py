@@ -1,4 +1,5 @@
-"""The element-wise steps against PyTorch's own, value and gradients; their kernels in test_losses.py's interpreter."""
+"""The memory-bound operations against PyTorch's own, values and gradients; their kernels run in
+test_losses.py's interpreter."""
 
 import gc
 
@@ -35,7 +36,8 @@ def leaves(shape, count):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_swiglu(shape):
     given, double = leaves(shape, 2)
-    out, expected = swiglu(*given), F.silu(double[0]) * double[1]
+    out = swiglu(*given)
+    expected = F.silu(double[0]) * double[1]
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
     weight = torch.randn(shape)
     (out * weight).sum().backward()
@@ -46,10 +48,11 @@ def test_swiglu(shape):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_project_swiglu(checkpointed):
-    """With the gradients of all, and on a GPU without the product in memory, under gradient
-    checkpointing as well."""
+    """Gradients of all inputs; on a GPU the SwiGLU output is not stored, also under gradient
+    checkpointing."""
     given, double = leaves((2, 5, 60), 2)
-    projection, storages = nn.Linear(60, 7), []
+    projection = nn.Linear(60, 7)
+    storages = []
 
     def project(gate, up):
         def look(module, args):
@@ -60,7 +63,7 @@ def test_project_swiglu(checkpointed):
 
     out = checkpoint(project, *given, use_reentrant=False) if checkpointed else project(*given)
     if fused_ops.use_triton(out):
-        gc.collect()  # Triton's interpreter leaves a cycle
+        gc.collect()  # Triton's interpreter leaves a reference cycle
         assert storages[0].expired()
     expected = F.linear(F.silu(double[0]) * double[1], *(p.double() for p in projection.parameters()))
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
@@ -74,7 +77,8 @@ def test_project_swiglu(checkpointed):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mean_squared_error(shape):
     (student, teacher), (s, t) = leaves(shape, 2)
-    loss, expected = mean_squared_error(student, teacher), F.mse_loss(s, t.detach())
+    loss = mean_squared_error(student, teacher)
+    expected = F.mse_loss(s, t.detach())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     (3 * loss).backward()
     (3 * expected).backward()
@@ -84,14 +88,16 @@ def test_mean_squared_error(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm(shape):
-    """Alone and behind a sum; with the weight's gradient and without, where it is not wanted."""
-    weight, eps = torch.rand(shape[-1], requires_grad=True), 1e-2
+    """Alone and with a fused residual add; with and without the weight's gradient."""
+    weight = torch.rand(shape[-1], requires_grad=True)
+    eps = 1e-2
     for branches, trains in ((0, True), (1, True), (1, False)):
         given, double = leaves(shape, 1 + branches)
         wanted = [*given, *([weight] if trains else [])]
         outs = rms_norm(given[0], weight if trains else weight.detach(), eps, *given[1:])
         outs = outs if branches else (outs,)
-        total, w = sum(double), weight.detach().double().requires_grad_()
+        total = sum(double)
+        w = weight.detach().double().requires_grad_()
         expected = (w * total / (total.square().mean(-1, keepdim=True) + eps).sqrt(), total)[: len(outs)]
         directions = [torch.randn(shape) for _ in outs]
         grads = torch.autograd.grad([(a * b).sum() for a, b in zip(outs, directions)], wanted)
@@ -100,9 +106,9 @@ def test_rms_norm(shape):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
-def test_rms_norm_of_what_is_kept():
-    """The sum is rounded first, so that the norm is of what the next block gets. In fp16, for
-    Triton's interpreter cuts bf16 off."""
+def test_rms_norm_of_the_rounded_sum():
+    """The sum is rounded first, so that the norm is of what the next block gets. In fp16, because
+    Triton's interpreter truncates bf16."""
     torch.manual_seed(0)
     x, branch, weight = *torch.randn(2, 5, 40).half(), torch.rand(40).half()
     out, total = rms_norm(x, weight, 1e-6, branch)
@@ -113,7 +119,7 @@ def test_rms_norm_of_what_is_kept():
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_rotate(batch):
-    """Positions of one row for all, and a row each."""
+    """Positions shared by all rows, and different ones for each."""
     (x,), (double,) = leaves((2, 5, 3, 12), 1)
     angles = torch.randn(batch, 5, 6).repeat(1, 1, 2)
     out = rotate(x, angles.cos(), angles.sin())
@@ -126,7 +132,8 @@ def test_rotate(batch):
 
 
 def test_scaled():
-    x, scale = torch.randn(3, 17), torch.tensor(0.3)
+    x = torch.randn(3, 17)
+    scale = torch.tensor(0.3)
     torch.testing.assert_close(scaled(x.T, scale), x.T * 0.3)
     assert scaled(x.bfloat16(), scale).dtype == torch.bfloat16
 
@@ -143,8 +150,8 @@ def attend_naively(q, k, v, first, last):
 
 @pytest.mark.parametrize("length", [1, 30, 300])
 def test_decode_attention(length):
-    """Sequences that begin at different tokens, one of them at the last; buffers with room, in
-    which anything may lie."""
+    """Sequences that begin at different tokens, one of them at the last; buffers with unused places
+    of arbitrary content."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 6, 20), *torch.full((2, 3, length + 20, 2, 20), 1e4)
     first, last = torch.tensor([0, length // 4, length - 1]), torch.tensor([length - 1])
@@ -165,9 +172,10 @@ def test_decode_attention(length):
         lambda x: decode_attention(x, x, x, torch.tensor([0, 0]), torch.tensor([0])),
     ],
 )
-def test_kernels_start_where_their_tensors_are(step, monkeypatch):
-    """Not on whatever GPU is the current one, as Triton would."""
-    entered, x = [], torch.randn(2, 1, 3, 4)
+def test_kernels_are_launched_on_their_tensors_gpu(step, monkeypatch):
+    """Not on the current GPU, as Triton would."""
+    entered = []
+    x = torch.randn(2, 1, 3, 4)
 
     class Spy:
         def __init__(self, tensor):

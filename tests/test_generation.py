@@ -1,4 +1,5 @@
-"""Generation with every student family in a hybrid: what the cache holds, and that no way of decoding changes the text."""
+"""Generation with every student family in a hybrid: what the cache holds, and that every way of
+decoding gives the same text."""
 
 import copy
 from functools import partial
@@ -45,7 +46,7 @@ def teacher(teacher_dir):
 
 @pytest.fixture(scope="module")
 def models(teacher):
-    """Each student, trained a little, with layer 1 kept; made once."""
+    """Each student, trained a little, with layer 1 kept; built once."""
     made = {}
 
     def get(name):
@@ -57,19 +58,20 @@ def models(teacher):
 
 
 def padded(length=12, rows=3, padding=5):
-    """ids and mask [rows, length], the first row padded on the left; the same whatever ran before."""
+    """ids and mask [rows, length], the first row padded on the left; independent of
+    earlier tests."""
     generator = torch.Generator().manual_seed(length)
-    ids, mask = (
-        torch.randint(1, 96, (rows, length), generator=generator),
-        torch.ones(rows, length, dtype=torch.long),
-    )
+    ids = torch.randint(1, 96, (rows, length), generator=generator)
+    mask = torch.ones(rows, length, dtype=torch.long)
     mask[0, :padding] = 0
     return ids, mask
 
 
 def read(model, ids, mask, *sizes):
-    """Logits [B, T, vocabulary] of a text read in pieces of `sizes`, and the cache."""
-    cache, logits, start = None, [], 0
+    """Logits [B, T, vocabulary] of a text read in chunks of `sizes`, and the cache."""
+    cache = None
+    logits = []
+    start = 0
     for size in sizes:
         out = model(
             ids[:, start : start + size],
@@ -78,13 +80,14 @@ def read(model, ids, mask, *sizes):
             use_cache=True,
         )
         logits.append(out.logits)
-        cache, start = out.past_key_values, start + size
+        cache = out.past_key_values
+        start = start + size
     assert start == ids.shape[1]
     return torch.cat(logits, 1), cache
 
 
 def held(cache):
-    """Bytes a layer."""
+    """Bytes per layer."""
     return [sum(x.nbytes for x in state_tensors(layer.state)) for layer in cache.layers]
 
 
@@ -106,9 +109,8 @@ def test_the_cache_holds_keys_and_values_or_a_constant_state(models, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", STUDENTS)
-def test_a_text_in_pieces_equals_the_full_forward(models, name):
-    """Pieces of one token, of fewer and more than FLA's chunk of 64, some of them all padding in a
-    row."""
+def test_a_text_in_chunks_equals_the_full_forward(models, name):
+    """Chunks of one token, of fewer and more than FLA's 64, some of them all padding in a row."""
     ids, mask = padded(83, padding=11)
     mask[1, :79] = 0
     full = models(name)(ids, attention_mask=mask, use_cache=False).logits
@@ -117,8 +119,8 @@ def test_a_text_in_pieces_equals_the_full_forward(models, name):
         torch.testing.assert_close(logits[mask.bool()], full[mask.bool()], atol=5e-4, rtol=1e-3)
 
 
-# Rows of one batch, 0 for padding: on the right; on the left and inside; a whole piece; a late
-# start; an early end.
+# Rows of one batch, 0 for padding: on the right; on the left and inside; a whole chunk; a late
+# start; an early end; none.
 PADDED = [
     [1] * 20 + [0] * 4,
     [0] * 3 + [1] * 5 + [0] * 5 + [1] * 4 + [0] * 2 + [1] * 5,
@@ -132,9 +134,10 @@ PADDED = [
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["teacher", *STUDENTS])
 def test_padding_anywhere_leaves_the_text_as_it_is(models, name):
-    """At once, in training mode, in turns behind a warm cache, token by token: as each row's text
-    alone."""
-    model, mask = models(name), torch.tensor(PADDED)
+    """At once, in training mode, in chunks with a filled cache, token by token: the same as each
+    row's text alone."""
+    model = models(name)
+    mask = torch.tensor(PADDED)
     ids = padded(mask.shape[1], rows=len(mask))[0]
     texts = torch.cat([model(row[real][None], use_cache=False).logits[0] for row, real in zip(ids, mask.bool())])
     model.train()
@@ -142,7 +145,7 @@ def test_padding_anywhere_leaves_the_text_as_it_is(models, name):
     model.eval()
     results["at once"] = model(ids, attention_mask=mask, use_cache=False).logits
     for sizes in ((24,), (8, 8, 8), (9, 1, 7, 7), (1,) * 24):
-        results[f"pieces of {sizes}"] = read(model, ids, mask, *sizes)[0]
+        results[f"chunks of {sizes}"] = read(model, ids, mask, *sizes)[0]
     for way, logits in results.items():
         difference = (logits[mask.bool()] - texts).abs().max()
         assert difference < 1e-3, f"{way}: {difference:.1e}"
@@ -151,8 +154,9 @@ def test_padding_anywhere_leaves_the_text_as_it_is(models, name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", STATIC)
 def test_a_static_cache_refuses_padding_that_is_not_on_the_left(models, name):
-    """Whether the prompt was padded on the right, or a sequence ends while others go on."""
-    model, (ids, mask) = models(name), padded(12)
+    """Whether the prompt was padded on the right, or a sequence ends before others."""
+    model = models(name)
+    (ids, mask) = padded(12)
     right = mask.flip(1)
     for prompt, step in (
         (right, torch.ones(3, 1, dtype=torch.long)),
@@ -165,7 +169,8 @@ def test_a_static_cache_refuses_padding_that_is_not_on_the_left(models, name):
 
 
 def test_a_mask_of_another_length_is_refused(models):
-    model, (ids, mask) = models("gdn_v4"), padded(12)
+    model = models("gdn_v4")
+    (ids, mask) = padded(12)
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
     for wrong in (mask, mask[:, None, None], torch.ones(3, 12)):
         with pytest.raises(ValueError, match=r"attention_mask: its shape .* must be \(3, 17\)"):
@@ -175,16 +180,19 @@ def test_a_mask_of_another_length_is_refused(models):
 @torch.no_grad()
 @pytest.mark.parametrize("name", STUDENTS)
 def test_chunked_prefill_gives_the_same_text(models, name, monkeypatch):
-    """Greedy, sampled and beam search, beyond the teacher's 64 positions, and never more tokens at
-    a time than asked for."""
-    model, (ids, mask) = models(name), padded(70, padding=23)
+    """Greedy, sampled and beam search, beyond the teacher's 64 positions, and never more tokens
+    at a time than requested."""
+    model = models(name)
+    (ids, mask) = padded(70, padding=23)
     generate = partial(model.generate, ids, attention_mask=mask, max_new_tokens=5, pad_token_id=0)
     for options in (
         {"do_sample": False},
         {"do_sample": False, "num_beams": 3},
         {"do_sample": True, "top_k": 8},
     ):
-        texts, lengths, embed = [], [], model.model.embeddings.forward
+        texts = []
+        lengths = []
+        embed = model.model.embeddings.forward
         for extra in ({}, {"use_cache": False}, {"prefill_chunk_size": 16}):
             torch.manual_seed(3)
             texts.append(generate(**options, **extra))
@@ -197,8 +205,9 @@ def test_chunked_prefill_gives_the_same_text(models, name, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", STUDENTS)
-def test_reordered_rows_go_on_as_themselves(models, name):
-    model, (ids, mask) = models(name), padded(23)
+def test_reordered_rows_continue_as_themselves(models, name):
+    model = models(name)
+    (ids, mask) = padded(23)
     order = torch.tensor([2, 0, 0])
     cache = read(model, ids[:, :22], mask[:, :22], 22)[1]
     cache.reorder_cache(order)
@@ -209,7 +218,7 @@ def test_reordered_rows_go_on_as_themselves(models, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*STUDENTS, "teacher"])
-def test_crop_forgets_or_says_why_not(models, teacher, name):
+def test_crop_removes_tokens_or_says_why_not(models, teacher, name):
     model = teacher if name == "teacher" else models(name)
     ids, mask = padded(8, padding=2)
     cache = read(model, ids, mask, 8)[1]
@@ -230,9 +239,10 @@ def test_crop_forgets_or_says_why_not(models, teacher, name):
         assert cache.get_seq_length() == 8 and cache[1]["attn_state"][0].shape[1] == 8
 
 
-def test_a_chunk_behind_a_cache_of_the_users(models):
+def test_chunked_prefill_with_a_cache_of_the_users(models):
     """The whole text again, or its new part alone, with the mask of all of it."""
-    model, (ids, mask) = models("gdn_v4"), padded(40)
+    model = models("gdn_v4")
+    (ids, mask) = padded(40)
     generate = partial(model.generate, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
     text = generate(ids)[:, 40:]
     for size in (None, 7):
@@ -244,8 +254,9 @@ def test_a_chunk_behind_a_cache_of_the_users(models):
             )
 
 
-def test_caches_that_cannot_be_are_refused(models, teacher):
-    model, ids = models("gdn_v4"), torch.randint(1, 96, (1, 9))
+def test_unsupported_caches_are_refused(models, teacher):
+    model = models("gdn_v4")
+    ids = torch.randint(1, 96, (1, 9))
     with pytest.raises(ValueError, match="a DynamicCache has no place for the states"):
         model(ids, past_key_values=DynamicCache(), use_cache=True)
     with pytest.raises(ValueError, match="cache_implementation: 'quantized' has no place for the states"):
@@ -274,14 +285,12 @@ def test_caches_that_cannot_be_are_refused(models, teacher):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
-def test_strings_that_stop(models, teacher_dir, options):
-    """Of strings that every token holds one, its first token ends a text; one that does not come
-    does not."""
-    model, tokenizer, ids = (
-        models("gdn_v4"),
-        load_tokenizer(teacher_dir),
-        torch.randint(1, 80, (1, 9)),
-    )
+def test_stop_strings(models, teacher_dir, options):
+    """Strings of which every token is one end a text after its first token; a string that does not
+    occur does not end it."""
+    model = models("gdn_v4")
+    tokenizer = load_tokenizer(teacher_dir)
+    ids = torch.randint(1, 80, (1, 9))
     options = {
         "do_sample": False,
         "max_new_tokens": 12,
@@ -294,13 +303,14 @@ def test_strings_that_stop(models, teacher_dir, options):
     assert lengths == [10, 21]
 
 
-# ------------------------------------------------------------------------------------------------ a cache of a fixed size
+# ------------------------------------------------------------------------------------ static cache
 @torch.no_grad()
 @pytest.mark.parametrize("name", STATIC)
 def test_a_static_cache_gives_the_same_text(models, name):
-    """Greedy, sampled, beams, a prompt in pieces, a batch padded on the left, beyond the teacher's
-    64 positions."""
-    model, (ids, mask) = models(name), padded(61, padding=23)
+    """Greedy, sampled, beam search, chunked prefill, a batch padded on the left, beyond the
+    teacher's 64 positions."""
+    model = models(name)
+    (ids, mask) = padded(61, padding=23)
     generate = partial(
         model.generate,
         ids,
@@ -326,7 +336,8 @@ def test_a_static_cache_gives_the_same_text(models, name):
 
 class Heard(BaseStreamer):
     def __init__(self):
-        self.tokens, self.ended = [], 0
+        self.tokens = []
+        self.ended = 0
 
     def put(self, tokens):
         self.tokens += tokens.flatten().tolist()
@@ -345,19 +356,18 @@ class Nines(StoppingCriteria):
 @torch.no_grad()
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 @pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
-def test_its_loop_ends_where_transformers_does(models, monkeypatch, name, ahead):
-    """With tokens begun behind the last too: sequences that end one by one, one that ends at the
-    greatest length, none that ends."""
-    model, (ids, mask) = models(name), padded(21, padding=4)
-    everything, lengths = (
-        {
-            "attention_mask": mask,
-            "pad_token_id": 0,
-            "do_sample": False,
-            "cache_implementation": "static",
-        },
-        set(),
-    )
+def test_the_asynchronous_loop_ends_where_transformers_does(models, monkeypatch, name, ahead):
+    """Also with tokens launched after the last one: sequences that end one by one, one that ends at
+    the greatest length, none that ends."""
+    model = models(name)
+    (ids, mask) = padded(21, padding=4)
+    everything = {
+        "attention_mask": mask,
+        "pad_token_id": 0,
+        "do_sample": False,
+        "cache_implementation": "static",
+    }
+    lengths = set()
     for options in (
         {},
         {"eos_token_id": list(range(1, 60, 2))},
@@ -377,13 +387,11 @@ def test_its_loop_ends_where_transformers_does(models, monkeypatch, name, ahead)
     assert lengths > {1, 2, 14} and len(lengths) > 3
 
 
-def test_its_loop_is_not_ahead_where_that_is_seen():
-    """Of a cache that somebody goes on with, of a streamer, and of what others wrote: it may not
-    bear a token behind the last."""
-    gpu, theirs = (
-        torch.device("cuda"),
-        (MinLengthLogitsProcessor(2, 7, device="cpu"), MaxLengthCriteria(9), EosTokenCriteria(7)),
-    )
+def test_the_asynchronous_loop_does_not_look_ahead_where_that_is_visible():
+    """In a cache that is used again, in a streamer, and in classes outside transformers, which may
+    not tolerate a token after the last."""
+    gpu = torch.device("cuda")
+    theirs = (MinLengthLogitsProcessor(2, 7, device="cpu"), MaxLengthCriteria(9), EosTokenCriteria(7))
     assert decode_loop.tokens_ahead(False, None, theirs, gpu) == 1
     assert (
         decode_loop.tokens_ahead(True, None, theirs, gpu) == decode_loop.tokens_ahead(False, Heard(), theirs, gpu) == 0
@@ -393,7 +401,7 @@ def test_its_loop_is_not_ahead_where_that_is_seen():
 
 
 class Half(MaxLengthCriteria):
-    """Ends where half of what is left has come."""
+    """Ends after half of the allowed tokens."""
 
     def __call__(self, input_ids, scores, **_):
         return input_ids.new_full(
@@ -405,9 +413,10 @@ class Half(MaxLengthCriteria):
 
 @torch.no_grad()
 @pytest.mark.parametrize("criteria, length", [([Half(31)], 26), ([MaxLengthCriteria(31), MaxLengthCriteria(25)], 25)])
-def test_its_loop_asks_every_criterion(models, criteria, length):
-    """A length of its own too, and the shorter of two."""
-    model, (ids, _) = models("teacher"), padded(21, padding=0)
+def test_the_asynchronous_loop_checks_every_criterion(models, criteria, length):
+    """One with a length of its own, and the shorter of two lengths."""
+    model = models("teacher")
+    (ids, _) = padded(21, padding=0)
     options = {
         "max_new_tokens": 12,
         "do_sample": False,
@@ -420,10 +429,12 @@ def test_its_loop_asks_every_criterion(models, criteria, length):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
-def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name):
-    """A cache that is not to be used; an adapter that comes before the text, as PEFT's prompt
-    tuning; ids on another device."""
-    model, (ids, mask), used = models(name), padded(21, padding=0), []
+def test_what_the_asynchronous_loop_leaves_to_transformers(models, monkeypatch, name):
+    """Generation without the given cache; an adapter that prepends tokens, as PEFT's prompt tuning;
+    ids on another device."""
+    model = models(name)
+    (ids, mask) = padded(21, padding=0)
+    used = []
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     monkeypatch.setattr(
         modeling_distilled_student,
@@ -442,7 +453,7 @@ def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name)
     ]
     for asked in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         config = GenerationConfig(use_cache=True, **{asked: True})
-        assert decode_loop.can_sample(model, ids, config)  # without return_dict_in_generate nobody gets them
+        assert decode_loop.can_sample(model, ids, config)  # they are not returned without return_dict_in_generate
         config.return_dict_in_generate = True
         assert not decode_loop.can_sample(model, ids, config)
     config = GenerationConfig(use_cache=True)
@@ -451,10 +462,8 @@ def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name)
     with monkeypatch.context() as patch:
         patch.setattr(model.config, "output_hidden_states", True)
         assert not decode_loop.can_sample(model, ids, model.generation_config)
-    prepare, prompt = (
-        model.prepare_inputs_for_generation,
-        model.get_input_embeddings()(torch.randint(1, 96, (3, 5))),
-    )
+    prepare = model.prepare_inputs_for_generation
+    prompt = model.get_input_embeddings()(torch.randint(1, 96, (3, 5)))
 
     def with_prompt(input_ids, past_key_values=None, attention_mask=None, **kwargs):
         attention_mask = torch.cat((attention_mask.new_ones(3, 5), attention_mask), 1)
@@ -473,10 +482,12 @@ def test_what_its_loop_does_not_serve_is_transformers(models, monkeypatch, name)
 
 
 @torch.no_grad()
-def test_what_its_loop_hands_on(models, monkeypatch):
-    """Positions that are given; logits in fp32, of whatever model; and whether somebody goes on
-    with the cache."""
-    model, (ids, mask), kept = models("teacher"), padded(21, padding=0), []
+def test_what_the_asynchronous_loop_passes_on(models, monkeypatch):
+    """Given positions; logits in fp32, whatever the model's dtype; and whether the cache is used
+    again."""
+    model = models("teacher")
+    (ids, mask) = padded(21, padding=0)
+    kept = []
     options = {
         "attention_mask": mask,
         "position_ids": 3 * torch.arange(21)[None],
@@ -499,8 +510,10 @@ def test_what_its_loop_hands_on(models, monkeypatch):
 
 
 @torch.no_grad()
-def test_its_loop_streams_and_leaves_a_cache_to_go_on_with(models, monkeypatch):
-    model, heard, (ids, _) = models("gdn_v7"), Heard(), padded(20, rows=1, padding=0)
+def test_the_asynchronous_loop_streams_and_leaves_a_usable_cache(models, monkeypatch):
+    model = models("gdn_v7")
+    heard = Heard()
+    (ids, _) = padded(20, rows=1, padding=0)
     options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     options["eos_token_id"] = model.generate(ids, max_new_tokens=12, **options)[0, 25].item()
     whole = model.generate(ids, max_new_tokens=12, streamer=heard, cache_implementation="static", **options)
@@ -512,13 +525,13 @@ def test_its_loop_streams_and_leaves_a_cache_to_go_on_with(models, monkeypatch):
     options |= {
         "eos_token_id": None,
         "attention_mask": torch.ones_like(longer),
-    }  # 0 may stand in the text
+    }  # 0 may occur in the text
     again = model.generate(longer, past_key_values=cache, max_new_tokens=5, return_dict_in_generate=True, **options)
     assert (
         torch.equal(again.sequences, model.generate(longer, max_new_tokens=5, **options))
         and again.past_key_values is cache
     )
-    monkeypatch.setattr(modeling_distilled_student, "sample", None)  # scores are transformers' to gather
+    monkeypatch.setattr(modeling_distilled_student, "sample", None)  # scores are gathered by transformers
     options |= {
         "cache_implementation": "static",
         "return_dict_in_generate": True,
@@ -529,12 +542,15 @@ def test_its_loop_streams_and_leaves_a_cache_to_go_on_with(models, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", STATIC)
-def test_a_static_cache_keeps_its_place(models, name):
-    """No tensor of it moves or grows from step to step; its logits are those of the full forward,
-    also when several tokens come after single ones, and behind reordered rows."""
-    model, (ids, mask) = models(name), padded(40, padding=7)
+def test_a_static_cache_stays_in_place(models, name):
+    """No tensor of it moves or grows from step to step; the logits are those of the full forward,
+    also when several tokens come after single ones, and after rows were reordered."""
+    model = models(name)
+    (ids, mask) = padded(40, padding=7)
     full = model(ids, attention_mask=mask, use_cache=False).logits
-    cache, places, start = StaticCache(model.config, 40), set(), 0
+    cache = StaticCache(model.config, 40)
+    places = set()
+    start = 0
     for size in (11, 1, 1, 1, 12, 1, 1, 1):
         new = slice(start, start := start + size)
         logits = model(ids[:, new], attention_mask=mask[:, :start], past_key_values=cache).logits
@@ -552,11 +568,26 @@ def test_a_static_cache_keeps_its_place(models, name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
+def test_chunked_prefill_after_decoding_with_the_same_static_cache(models, name):
+    model = models(name)
+    (ids, _) = padded(20, rows=1, padding=0)
+    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 5}
+    cache = StaticCache(model.config, 60)
+    first = model.generate(ids, past_key_values=cache, **options)
+    longer = torch.cat((first, ids), 1)
+    options["attention_mask"] = torch.ones_like(longer)
+    again = model.generate(longer, past_key_values=cache, prefill_chunk_size=4, **options)
+    assert torch.equal(again, model.generate(longer, **options))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", [None, "static"])
 def test_hidden_states(models, teacher_dir, kind):
-    """Those of Hugging Face's model, from a forward pass and from `generate`, where a hybrid has as
+    """Those of Hugging Face's model, from a forward pass and from `generate`; a hybrid returns as
     many."""
-    ids, theirs = torch.randint(1, 96, (2, 9)), AutoModelForCausalLM.from_pretrained(teacher_dir)
+    ids = torch.randint(1, 96, (2, 9))
+    theirs = AutoModelForCausalLM.from_pretrained(teacher_dir)
     options = {
         "max_new_tokens": 3,
         "do_sample": False,
@@ -588,7 +619,8 @@ def test_what_a_static_cache_refuses(models, teacher):
     for name in (*GROWING, *WINDOWED):
         with pytest.raises(ValueError, match=f"cache_implementation: static has no place for the state of {name}"):
             models(name).generate(ids, cache_implementation="static", max_new_tokens=2)
-    model, cache = models("gdn_v4"), StaticCache(teacher.config, 10)
+    model = models("gdn_v4")
+    cache = StaticCache(teacher.config, 10)
     mask = torch.ones(2, 11, dtype=torch.long)
     mask[1, 4] = 0
     model(ids, attention_mask=mask[:, :9], past_key_values=cache)
@@ -614,8 +646,9 @@ def test_what_a_static_cache_refuses(models, teacher):
 
 @torch.no_grad()
 def test_a_static_cache_of_a_layer_on_another_device(teacher):
-    """Where the prompt is not, as with device_map="auto"."""
-    cache, ids = StaticCache(teacher.config, 20), torch.randint(1, 96, (2, 5))
+    """Another one than the prompt's, as with device_map="auto"."""
+    cache = StaticCache(teacher.config, 20)
+    ids = torch.randint(1, 96, (2, 5))
     teacher(ids, past_key_values=cache)
     cache.begin_decoding(ids[:, :1], None)
     cache.layers[0].state = cache.layers[0]._map_state(lambda x: x.to("meta"))
@@ -627,7 +660,8 @@ def test_a_static_cache_of_a_layer_on_another_device(teacher):
 
 @torch.no_grad()
 def test_a_static_cache_of_a_teacher_crops(teacher):
-    ids, cache = torch.randint(1, 96, (2, 12)), StaticCache(teacher.config, 20)
+    ids = torch.randint(1, 96, (2, 12))
+    cache = StaticCache(teacher.config, 20)
     teacher(ids, past_key_values=cache)
     teacher(ids[:, :1], past_key_values=cache)
     cache.crop(7)
@@ -637,13 +671,11 @@ def test_a_static_cache_of_a_teacher_crops(teacher):
 
 
 @pytest.mark.parametrize("name", ["teacher", "fox_v1"])
-def test_speculation_where_the_cache_forgets(models, teacher, name):
-    """Prompt lookup guesses several tokens at a time, and crops the cache behind the first wrong
+def test_speculative_decoding_where_the_cache_can_be_cropped(models, teacher, name):
+    """Prompt lookup proposes several tokens at a time, and crops the cache after the first rejected
     one."""
-    model, ids = (
-        teacher if name == "teacher" else models(name),
-        torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]]),
-    )
+    model = teacher if name == "teacher" else models(name)
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
     generate = partial(model.generate, ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(generate(), generate(prompt_lookup_num_tokens=3))
 

@@ -1,8 +1,9 @@
-"""The CPU stand-ins against FLA's own Triton kernels, which run in Triton's interpreter: outputs, final states and every
-gradient, at odd lengths, with initial states, packed sequences and grouped heads.
+"""The CPU stand-ins against FLA's own Triton kernels, which run in Triton's interpreter: outputs,
+final states and every gradient, at odd lengths, with initial states, packed sequences and grouped
+heads.
 
-The kernels run in processes of their own (`python tests/test_interpreter.py RESULTS SHARD`), which have FLA untouched;
-both sides draw the same inputs.
+The kernels run in processes of their own (`python tests/test_interpreter.py RESULTS SHARD`), with
+FLA as it is; both sides draw the same inputs.
 """
 
 import importlib
@@ -47,9 +48,9 @@ def decay(*shape):
     return F.logsigmoid(normal(*shape) + 2)
 
 
-# ------------------------------------------------------------------------------------------------ inputs, drawn in order
+# -------------------------------------------------------------------------- inputs, drawn in order
 def gated_delta(channels=()):
-    """g, beta and the decay's parameters are raw: the kernels make gates of them."""
+    """g, beta and the decay's parameters are logits: the kernels compute the gates."""
 
     def inputs(B, T, N):
         return dict(
@@ -102,7 +103,8 @@ def gsa(B, T, N):
 
 def rwkv7(chunked):
     def inputs(B, T, N):
-        kk, a = unit(B, T, HV, K), share(B, T, HV, K)
+        kk = unit(B, T, HV, K)
+        a = share(B, T, HV, K)
         return dict(
             r=normal(B, T, HV, K),
             w=-0.6065 * share(B, T, HV, K),
@@ -116,7 +118,7 @@ def rwkv7(chunked):
 
 
 def attention(gate=False, path=False):
-    """path: with PaTH's maps."""
+    """path: with PaTH's Householder vectors."""
 
     def inputs(B, T, N):
         k, v = (PATH_K, PATH_K) if path else (K, V)
@@ -177,7 +179,7 @@ def correction(B, T, N):
     )
 
 
-# ------------------------------------------------------------------------------------------------ calls
+# ------------------------------------------------------------------------------------------- calls
 @dataclass(frozen=True)
 class Case:
     """Calls of one entry point. inputs(B, T, N): its tensors, for B sequences of T tokens and N
@@ -210,7 +212,8 @@ IN_KERNEL = dict(
     state_v_first=True,
     output_final_state=True,
 )
-STATE, V_FIRST = dict(output_final_state=True), dict(output_final_state=True, state_v_first=True)
+STATE = dict(output_final_state=True)
+V_FIRST = dict(output_final_state=True, state_v_first=True)
 NORM, MODULES = "fla.modules.norm.layernorm", "fla.modules"
 PATH = "fla.ops.path_attn.parallel.parallel_path_attn"
 ROTARY = dict(cos=ANGLES.cos(), sin=ANGLES.sin())
@@ -277,7 +280,7 @@ CASES = {
     "RWKV-7, mixes": Case("fla.ops.rwkv7.fused_addcmul.fused_addcmul_rwkv7", addcmul, lengths=(19,), packed=False),
     "RWKV-7, keys": Case("fla.ops.rwkv7.fused_k_update.fused_k_rwkv7", k_update, packed=False),
     "RWKV-7, output": Case("fla.ops.rwkv7.gate_output_correction.gate_output_correction", correction, packed=False),
-    "PaTH": Case(PATH, attention(path=True), tolerance=1e-3),  # the kernel rounds its maps to fp16
+    "PaTH": Case(PATH, attention(path=True), tolerance=1e-3),  # the kernel rounds its matrices to fp16
     "PaTH, forget gate": Case(PATH, attention(gate=True, path=True), tolerance=1e-3),
     "PaTH, keys for decoding": Case(PATH, attention(path=True), {"use_cache": True}, gradients=False, tolerance=1e-3),
     "forgetting attention": Case("fla.ops.forgetting_attn.parallel.parallel_forgetting_attn", attention(gate=True)),
@@ -375,7 +378,8 @@ def flat(values):
 
 def call(function, name, shape):
     """Outputs and gradients of one side, as a dict by what they are."""
-    case, packed = CASES[name], isinstance(shape, tuple)
+    case = CASES[name]
+    packed = isinstance(shape, tuple)
     torch.manual_seed(zlib.crc32(f"{name} {shape}".encode()))
     inputs = case.inputs(1, sum(shape), len(shape)) if packed else case.inputs(2, shape, 2)
     convert = lambda x: x if x is None else x.to(case.dtype).requires_grad_(case.gradients)
@@ -405,7 +409,8 @@ def resolve(entry):
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     """The kernels' side of every call: its results or its error, and its seconds."""
-    folder, start = tmp_path_factory.mktemp("kernels"), time.time()
+    folder = tmp_path_factory.mktemp("kernels")
+    start = time.time()
     command = [sys.executable, __file__]
     shards = [
         subprocess.Popen([*command, folder / f"{i}.pt", str(i)], stderr=subprocess.PIPE, text=True)

@@ -1,5 +1,6 @@
-"""The chunked heads against the naive losses in float64: value and every gradient; all Triton kernels of ours in Triton's
-interpreter (`python tests/test_losses.py`, a process of its own)."""
+"""The chunked losses against the naive ones in float64: value and every gradient; and all Triton
+kernels of the project in Triton's interpreter (`python tests/test_losses.py`, a process of its
+own)."""
 
 import os
 import subprocess
@@ -61,14 +62,15 @@ def test_gradients_accumulate_over_micro_batches():
     """Two half batches with half the weight give the gradient of the whole batch."""
     hidden, weight, teacher_hidden, teacher_weight = leaves((N - 1, H), (V, H), (N - 1, H_TEACHER), (V, H_TEACHER))
     forward_kl(hidden, teacher_hidden, weight, teacher_weight, chunk_size=7).backward()
-    whole, weight.grad = weight.grad, None
+    whole = weight.grad
+    weight.grad = None
     for part in (slice(0, 18), slice(18, 36)):
         (forward_kl(hidden[part], teacher_hidden[part], weight, teacher_weight, chunk_size=7) / 2).backward()
     torch.testing.assert_close(weight.grad, whole)
 
 
-def test_two_chunks_of_logits_are_held(monkeypatch):
-    """The teacher's and the student's, over which its gradient is written."""
+def test_only_two_chunks_of_logits_are_in_memory(monkeypatch):
+    """The teacher's and the student's, which its gradient overwrites."""
     held = []
 
     def fused_kl(logits, teacher, temperature):
@@ -84,7 +86,7 @@ def test_two_chunks_of_logits_are_held(monkeypatch):
     assert len(held) == 2 * 2 * 6
 
 
-def test_only_the_wanted_gradients_are_made():
+def test_only_the_needed_gradients_are_computed():
     hidden, weight = leaves((N, H), (V, H))
     labels = torch.randint(0, V, (N,))
     linear_cross_entropy(hidden.detach(), weight, labels).backward()
@@ -129,14 +131,16 @@ def test_different_vocabularies_are_refused():
 
 def test_without_gradients_none_are_computed(monkeypatch):
     monkeypatch.setattr(losses, "accumulate", lambda *_: pytest.fail("a gradient"))
-    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(53, 4, requires_grad=True)
+    hidden = torch.randn(5, 4, requires_grad=True)
+    weight = torch.randn(53, 4, requires_grad=True)
     with torch.no_grad():
         assert linear_cross_entropy(hidden, weight, torch.arange(5)) > 0
         assert forward_kl(hidden, hidden + 1, weight, weight) > 0
 
 
 def test_alignment_loss():
-    a, b = torch.randn(2, 5, 16, dtype=torch.bfloat16), torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    a = torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    b = torch.randn(2, 5, 16, dtype=torch.bfloat16)
     squared = (a.double() - b.double()).square()
     torch.testing.assert_close(alignment_loss(a, b).double(), squared.mean(), rtol=1e-5, atol=0)
     l2 = (squared.sum(-1).sqrt() / 4).mean()
@@ -179,7 +183,7 @@ if __name__ == "__main__":
     )  # three programs, of which each has several of the 10 rows, and not equally many
     for shape in test_fused_ops.SHAPES:
         test_fused_ops.test_rms_norm(shape)
-    test_fused_ops.test_rms_norm_of_what_is_kept()
+    test_fused_ops.test_rms_norm_of_the_rounded_sum()
     for length in (1, 300):
         test_fused_ops.test_decode_attention(length)
     for dtype in test_decode_step.LIMITS:
@@ -193,4 +197,4 @@ if __name__ == "__main__":
     test_token_kl(3)
     test_linear_cross_entropy(8, N)
     test_gradients_accumulate_over_micro_batches()
-    test_only_the_wanted_gradients_are_made()
+    test_only_the_needed_gradients_are_computed()

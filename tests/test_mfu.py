@@ -134,7 +134,7 @@ def test_there_is_no_peak_without_a_gpu_or_in_fp32(monkeypatch):
     assert device_peak_flops("cuda", torch.float32) is None and device_peak_flops("cpu", torch.bfloat16) is None
 
 
-# ------------------------------------------------------------------------------------------------ in the logs
+# ------------------------------------------------------------------------ in the logs
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still until it is set."""

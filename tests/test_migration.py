@@ -1,4 +1,4 @@
-"""What docs/migration.md promises users of hybrid-distillation (arXiv 2512.20569), held against the scripts."""
+"""What docs/migration.md tells users of hybrid-distillation (arXiv 2512.20569) is true of the scripts."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import save_tokenizer, write_config
+from conftest import options, save_tokenizer, write_config
 from tokenizers import Tokenizer
 
 import convert.command
@@ -45,7 +45,7 @@ MAINS = {
     "train.py": train.parse_args,
     "convert_ckpt.py": convert_ckpt.main,
 }
-# All flags that hybrid-distillation's scripts have.
+# All flags of hybrid-distillation's scripts.
 FLAGS = {
     "preprocess_download_tokenize.py": """
         --dataset_name --dataset_config --split --text_field --tokenizer --output_dir --max_length --num_proc
@@ -107,7 +107,7 @@ def test_every_old_flag_is_accepted_or_has_a_replacement(script, monkeypatch):
     replaced = REPLACEMENTS.get(script, {})
     assert set(FLAGS[script].split()) <= ours | set(replaced)
     assert not set(replaced) & ours and set(replaced) <= set(FLAGS[script].split())
-    # Where flags differ, an abbreviation of one there could be another one here.
+    # An abbreviated old flag must not be accepted as another flag.
     assert not parser.allow_abbrev
 
 
@@ -116,7 +116,7 @@ def test_the_page_lists_the_replaced_flags():
     replaced = []
     for script, flags in REPLACEMENTS.items():
         for flag, message in flags.items():
-            replaced.append([script, flag, message.removeprefix("say ").format("VALUE")])
+            replaced.append([script, flag, message.removeprefix("use ").format("VALUE")])
     assert rows("Flags that are replaced") == replaced
 
 
@@ -124,9 +124,9 @@ COMMANDS = {
     "generate_layer_configs_ga_s2.py": (
         "--num-layers 28 --config-root config/qwen --teacher fla-hub/Qwen2.5-7B-Instruct --student=gdn_v4 "
         "--cache-stage2 data_cache/chunked_context4096 --outputs-prefix checkpoints/qwen_{index}",
-        "--num-layers: leave it out: the teacher's config says how many layers there are; --config-root: say "
-        "--output_dir config/qwen; --teacher: say teacher_model.name=fla-hub/Qwen2.5-7B-Instruct; --student: say "
-        "student_model.name=gdn_v4; --cache-stage2: say data.cache_dir=data_cache/chunked_context4096; "
+        "--num-layers: leave it out: the teacher's config says how many layers there are; --config-root: use "
+        "--output_dir config/qwen; --teacher: use teacher_model.name=fla-hub/Qwen2.5-7B-Instruct; --student: use "
+        "student_model.name=gdn_v4; --cache-stage2: use data.cache_dir=data_cache/chunked_context4096; "
         "--outputs-prefix: leave it out: the runs write to <output_dir>/layer_<N>/run; besides: --cfg, a YAML of stage 2 "
         "with student_init_ckpt and all else (docs/migration.md)",
     ),
@@ -202,7 +202,7 @@ def test_defaults_of_keys(tmp_path, row):
 
 
 def load_value(text: str):
-    """As YAML 1.2 reads it, where 1e-05 is a number."""
+    """A value as YAML 1.2 reads it, where 1e-05 is a number."""
     return float(text) if re.fullmatch(r"[\d.]+e-\d+", text) else yaml.safe_load(text)
 
 
@@ -236,7 +236,7 @@ def test_the_table_has_every_default_that_differs(monkeypatch):
 
 
 def test_every_task_can_be_drawn_at_the_old_defaults(monkeypatch):
-    """And the command that hybrid-distillation's README shows is taken."""
+    """The command in hybrid-distillation's README is accepted, too."""
     parser = parser_of("evaluate_layer_importance.py", monkeypatch)
     words = shlex.split(" ".join(old_lines("evaluate_layer_importance.py")))
     for task in TASKS:
@@ -249,8 +249,8 @@ def test_every_task_can_be_drawn_at_the_old_defaults(monkeypatch):
 
 
 def test_the_old_lines_train_as_there(tmp_path, teacher_dir, data_dir):
-    """Against transformers' schedule, PyTorch's AdamW and the formula of the loss, which are what
-    is used there."""
+    """As transformers' schedule, PyTorch's AdamW and the formula of the loss do, which are used
+    there."""
     file = write_config(tmp_path, 2, teacher_dir, data_dir, max_steps=20, lr_scheduler_type="cosine")
     values = yaml.safe_load(file.read_text())
     for line in old_lines("train.py"):
@@ -278,34 +278,24 @@ def test_the_old_lines_train_as_there(tmp_path, teacher_dir, data_dir):
 
 
 def test_the_old_lines_preprocess_as_there(tmp_path, tokenizer_dir):
-    """But for EOS behind each document: the tokens of all documents, joined end to end."""
+    """Except for EOS after each document: the tokens of all documents, joined end to end."""
     texts = [f"def f{i}(x):\n    return {i} * x\n" * (i % 4 + 1) for i in range(30)]
     lines = [json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)]
     (tmp_path / "corpus.jsonl").write_text("".join(lines))
-    words = [
-        *shlex.split(" ".join(old_lines("preprocess_download_tokenize.py"))),
-        "--remove_columns",
-    ]
-    where = [
-        "--dataset_name",
-        str(tmp_path / "corpus.jsonl"),
-        "--output_dir",
-        str(tmp_path / "tokenized"),
-    ]
-    preprocess_download_tokenize.main([*where, "--tokenizer", tokenizer_dir, *words])
+    tokenized = tmp_path / "tokenized"
+    words = shlex.split(" ".join(old_lines("preprocess_download_tokenize.py")))
+    paths = options(dataset_name=tmp_path / "corpus.jsonl", output_dir=tokenized, tokenizer=tokenizer_dir)
+    preprocess_download_tokenize.main([*paths, *words, "--remove_columns"])
     words = shlex.split(" ".join(old_lines("preprocess_chunk.py")))
-    where = [
-        "--output_dir",
-        str(tmp_path / "data"),
-        "--context_length",
-        "16",
-    ]  # after those of the table
-    preprocess_chunk.main([*words, "--tokenized_dataset_path", str(tmp_path / "tokenized"), *where])
+    paths = options(tokenized_dataset_path=tokenized, output_dir=tmp_path / "data")
+    preprocess_chunk.main([*words, *paths, *options(context_length=16)])  # the last value of an option counts
     chunks = open_chunks(str(tmp_path / "data" / "chunked_context16"), 16)
     raw = Tokenizer.from_file(str(Path(tokenizer_dir) / "tokenizer.json"))
-    joined = [i for text in texts for i in [*raw.encode(text).ids, raw.token_to_id("<eos>")]]
+    joined = []
+    for text in texts:
+        joined += [*raw.encode(text).ids, raw.token_to_id("<eos>")]
     assert chunks.heldout is None and chunks.train.features["input_ids"].feature.dtype == "uint32"
-    assert [i for row in chunks.train for i in row["input_ids"]] == joined[: len(joined) // 16 * 16]
+    assert sum(chunks.train["input_ids"][:], []) == joined[: len(joined) // 16 * 16]
 
 
 def test_the_adopt_command_on_the_page_is_accepted():

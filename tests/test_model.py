@@ -1,4 +1,4 @@
-"""The model class: transfer from the teacher, causality, cached decoding, hand-over by save and load."""
+"""The model class: initialisation from the teacher, causality, cached decoding, save and load."""
 
 import copy
 import re
@@ -29,7 +29,7 @@ def teacher(teacher_dir):
     return load_teacher(teacher_dir)
 
 
-# Sizes that the tests' short sequences can tell apart.
+# Small enough to make a difference in the tests' short sequences.
 OPTIONS = {
     "swa_v1": {"window_size": 8},
     "lolcats_v1": {"window_size": 8, "feature_dim": 12},
@@ -53,9 +53,11 @@ def trained(model, scale=0.05):
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 2), (4, 1), (3, 3)])
 def test_expanded_kv_heads_give_the_teachers_attention(heads, kv_heads):
-    """A softmax attention with one kv head a query head, built from the expanded weights, equals
+    """A softmax attention with one kv head per query head, built from the expanded weights, equals
     the grouped one."""
-    head_dim, hidden, x = 8, 20, torch.randn(2, 7, 20).double()
+    head_dim = 8
+    hidden = 20
+    x = torch.randn(2, 7, 20).double()
     q, k, v = (torch.randn(n * head_dim, hidden).double() for n in (heads, kv_heads, kv_heads))
 
     def attend(k, v):
@@ -113,7 +115,8 @@ def test_biases_and_norms_are_kept_where_the_student_has_them(tmp_path, name):
     kept = biases if name == "mamba2_v1" else used
     assert extras & set(reports[0].dropped) == extras - kept
     x = torch.randn(1, 5, 48)
-    attn, positions = student.model.layers[0].attn, student.model.position_embeddings(x)
+    attn = student.model.layers[0].attn
+    positions = student.model.position_embeddings(x)
     before = attn(x, position_embeddings=positions)[0]
     for extra in used:
         with torch.no_grad():
@@ -133,19 +136,24 @@ def test_gdn_v7_equals_its_formula(teacher):
         heads, dim = attn.num_heads, attn.head_dim
         parts = []
         for n in "qkv":
-            y, taps = getattr(attn, f"{n}_proj")(x)[0], getattr(attn, f"{n}_conv1d").weight[:, 0]
+            y = getattr(attn, f"{n}_proj")(x)[0]
+            taps = getattr(attn, f"{n}_conv1d").weight[:, 0]
             padded = torch.cat((y.new_zeros(3, y.shape[1]), y))
             parts.append(sum(padded[i : i + 13] * taps[:, i] for i in range(4)).view(13, heads, dim))
-        q, k, v = F.silu(parts[0]), F.silu(parts[1]), parts[2]
+        q = F.silu(parts[0])
+        k = F.silu(parts[1])
+        v = parts[2]
         angles = torch.arange(13.0)[:, None, None] * 10000.0 ** (-torch.arange(dim // 8) / (dim // 2))
         for y in (q, k):
-            a, b = y[..., : dim // 8].clone(), y[..., dim // 2 : dim // 2 + dim // 8].clone()
+            a = y[..., : dim // 8].clone()
+            b = y[..., dim // 2 : dim // 2 + dim // 8].clone()
             y[..., : dim // 8] = a * angles.cos() - b * angles.sin()
             y[..., dim // 2 : dim // 2 + dim // 8] = b * angles.cos() + a * angles.sin()
             y /= (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
         decay = torch.exp(-attn.A_log.exp() * F.softplus(attn.a_proj(x)[0] + attn.dt_bias))
         beta = attn.b_proj(x)[0].sigmoid()
-        state, rows = x.new_zeros(heads, dim, dim), []
+        state = x.new_zeros(heads, dim, dim)
+        rows = []
         for t in range(13):
             state = state * decay[t, :, None, None]
             error = v[t] - torch.einsum("hkv,hk->hv", state, k[t])
@@ -197,13 +205,15 @@ def test_lolcats_equals_its_formula(teacher):
 
 @pytest.mark.parametrize("name", ["path_v1", "path_fox_v1", "fox_v1"])
 def test_softmax_students_start_near_the_teacher_without_positions(teacher, name):
-    """Gates open and maps near the identity: what is left is the teacher's attention without RoPE
-    (and q/k norms)."""
-    attn, theirs = hybrid(teacher, name, []).model.layers[0].attn, teacher.model.layers[0].attn
+    """With open gates and Householder matrices near the identity they equal the teacher's attention
+    without RoPE (and q/k norms)."""
+    attn = hybrid(teacher, name, []).model.layers[0].attn
+    theirs = teacher.model.layers[0].attn
     x = torch.randn(2, 9, 48)
     q, k, v = (getattr(theirs, f"{n}_proj")(x).unflatten(-1, (-1, theirs.head_dim)) for n in "qkv")
     if name == "fox_v1":
-        q, k = theirs.q_norm(q), theirs.k_norm(k)
+        q = theirs.q_norm(q)
+        k = theirs.k_norm(k)
     plain = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), is_causal=True, enable_gqa=True)
     plain = theirs.o_proj(plain.transpose(1, 2).flatten(2))
     assert (attn(x)[0] - plain).norm() < 0.15 * plain.norm()
@@ -211,7 +221,7 @@ def test_softmax_students_start_near_the_teacher_without_positions(teacher, name
 
 @pytest.mark.parametrize("name", [n for n in STUDENTS if n in ("gdn_v3", "gdn_v4")])
 def test_the_output_gate_starts_neutral(teacher, name):
-    """With the gate's weights at their start, the layer equals the same layer without a gate."""
+    """With the gate's initial weights, the layer equals the same layer without a gate."""
     torch.manual_seed(0)
     attn = hybrid(teacher, name, []).model.layers[0].attn
     plain = {"gdn_v3": "gdn_v1", "gdn_v4": "gdn_v2"}[name]
@@ -226,7 +236,8 @@ def test_the_output_gate_starts_neutral(teacher, name):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_causality(teacher, name):
-    model, ids = trained(hybrid(teacher, name)), torch.randint(0, 96, (2, 83))
+    model = trained(hybrid(teacher, name))
+    ids = torch.randint(0, 96, (2, 83))
     changed = ids.clone()
     changed[:, 40] = (changed[:, 40] + 1) % 96
     with torch.no_grad():
@@ -238,7 +249,8 @@ def test_causality(teacher, name):
 @pytest.mark.parametrize("name", STUDENTS)
 @pytest.mark.parametrize("length", [1, 9, 70])
 def test_prefill_and_decode_equal_the_full_forward(teacher, name, length):
-    model, ids = trained(hybrid(teacher, name)), torch.randint(1, 96, (3, length + 3))
+    model = trained(hybrid(teacher, name))
+    ids = torch.randint(1, 96, (3, length + 3))
     mask = torch.ones_like(ids)
     mask[0, : length // 2] = 0  # left padding
     with torch.no_grad():
@@ -262,7 +274,8 @@ def test_prefill_and_decode_equal_the_full_forward(teacher, name, length):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_prefill_and_decode_in_bf16(teacher, name):
-    model, ids = trained(hybrid(teacher, name).bfloat16()), torch.randint(1, 96, (2, 10))
+    model = trained(hybrid(teacher, name).bfloat16())
+    ids = torch.randint(1, 96, (2, 10))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     with torch.no_grad():
@@ -273,7 +286,8 @@ def test_prefill_and_decode_in_bf16(teacher, name):
 
 
 def test_losses_equal_the_naive_ones(teacher):
-    model, ids = hybrid(teacher), torch.randint(0, 96, (2, 21))
+    model = hybrid(teacher)
+    ids = torch.randint(0, 96, (2, 21))
     with torch.no_grad():
         logits, teacher_logits = model(ids).logits, teacher(ids).logits
         hidden = teacher.model(ids).last_hidden_state
@@ -294,7 +308,8 @@ def test_losses_equal_the_naive_ones(teacher):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_gradient_checkpointing_gives_the_same_gradients(teacher, name):
-    model, ids = trained(hybrid(teacher, name)).train(), torch.randint(0, 96, (2, 19))
+    model = trained(hybrid(teacher, name)).train()
+    ids = torch.randint(0, 96, (2, 19))
 
     def gradients():
         model.zero_grad()
@@ -315,12 +330,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(teacher, name):
 
 
 @pytest.mark.parametrize("what, forward_passes", [(False, 1), ("mlp", 2), (True, 2)])
-def test_gradient_checkpointing_computes_again_what_it_says(teacher, what, forward_passes):
-    model, ids, calls = (
-        hybrid(teacher).train(),
-        torch.randint(0, 96, (1, 8)),
-        {"gate": 0, "attention": 0},
-    )
+def test_gradient_checkpointing_recomputes_what_it_says(teacher, what, forward_passes):
+    model = hybrid(teacher).train()
+    ids = torch.randint(0, 96, (1, 8))
+    calls = {"gate": 0, "attention": 0}
     for name, module in (
         ("gate", model.model.layers[1].mlp.gate_proj),
         ("attention", model.model.layers[1].attn),
@@ -338,21 +351,21 @@ def test_restoring_all_layers_gives_the_teacher(teacher, monkeypatch):
     student = hybrid(teacher, kept=())
     with torch.no_grad():
         student.model.layers[0].mlp.up_proj.weight.copy_(teacher.model.layers[0].mlp.up_proj.weight)
-    restored, ids = (
-        student.restore_full_attention(teacher, range(4)).eval(),
-        torch.randint(0, 96, (1, 11)),
-    )
+    restored = student.restore_full_attention(teacher, range(4)).eval()
+    ids = torch.randint(0, 96, (1, 11))
     with torch.no_grad():
         assert torch.equal(restored(ids).logits, teacher(ids).logits)
-    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", None)  # no linear map is drawn, to be thrown away
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", None)  # no weight is drawn only to be overwritten
     one = student.restore_full_attention(teacher, [2])
     assert one.config.keep_full_attention_layers == [2] and student.config.keep_full_attention_layers == []
 
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_bf16_stays_within_its_error(teacher, name):
-    model, x = hybrid(teacher, name, []), torch.randn(2, 70, 48)
-    attn, positions = model.model.layers[0].attn, model.model.position_embeddings(x)
+    model = hybrid(teacher, name, [])
+    x = torch.randn(2, 70, 48)
+    attn = model.model.layers[0].attn
+    positions = model.model.position_embeddings(x)
     if attn.fits_gate:
         attn.open_gate(torch.randn(48))
     with torch.no_grad():
@@ -363,8 +376,8 @@ def test_bf16_stays_within_its_error(teacher, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_deltanet_spares_the_chunked_kernel_fp32(teacher, monkeypatch, dtype):
-    """FLA's refuses it; its stand-in does not."""
+def test_deltanet_does_not_call_the_chunked_kernel_in_fp32(teacher, monkeypatch, dtype):
+    """FLA's kernel refuses fp32; its stand-in does not."""
     rules = []
     for name in ("chunk_delta_rule", "fused_recurrent_delta_rule"):
         monkeypatch.setattr(
@@ -393,8 +406,8 @@ ALL_OPTIONS = [(name, key) for name in STUDENTS for key in STUDENT_ATTENTION_MAP
 
 @pytest.mark.parametrize("name, key", ALL_OPTIONS)
 def test_every_option_works(teacher, tmp_path, name, key):
-    """A value other than the default, for a number the least: it shows, trains, decodes, and
-    survives save and load."""
+    """A value other than the default, for a number the minimum: it makes a difference, trains,
+    decodes, and survives save and load."""
     student = STUDENT_ATTENTION_MAP[name]
     option = student.options[key]
     default = student.value_of(key, {})
@@ -407,7 +420,9 @@ def test_every_option_works(teacher, tmp_path, name, key):
         torch.manual_seed(1)
         return trained(StudentForCausalLM.from_teacher(teacher, name, [0, 1, 2], options)[0].eval())
 
-    model, other, ids = build(options | {key: value}), build(options), torch.randint(1, 96, (2, 70))
+    model = build(options | {key: value})
+    other = build(options)
+    ids = torch.randint(1, 96, (2, 70))
     with torch.no_grad():
         logits, others = model(ids).logits, other(ids).logits
         cached = model(ids[:, :9], use_cache=True)
@@ -416,7 +431,7 @@ def test_every_option_works(teacher, tmp_path, name, key):
             cached = model(ids[:, t : t + 1], past_key_values=cached.past_key_values, use_cache=True)
             steps.append(cached.logits)
     torch.testing.assert_close(torch.cat(steps, 1), logits[:, :12], atol=2e-4, rtol=1e-3)
-    if key == "chunk_size":  # memory alone depends on it
+    if key == "chunk_size":  # it affects memory alone
         torch.testing.assert_close(logits, others, atol=1e-5, rtol=1e-4)
         assert model.model.layers[3].attn.chunk_size == value
     else:

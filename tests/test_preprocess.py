@@ -256,7 +256,7 @@ def test_a_tokenizer_that_can_encode_a_name_only_as_the_control_token(tmp_path, 
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="?")
     words.save_pretrained(tmp_path / "words")
-    message = "--tokenizer: has no encoding of the text '<eos>' but the control token; say --allow_special_tokens"
+    message = "--tokenizer: has no encoding of the text '<eos>' but the control token; use --allow_special_tokens"
     with pytest.raises(DataError, match=message):
         tokenize(corpus, str(tmp_path / "words"), tmp_path / "out")
     tokenize(corpus, str(tmp_path / "words"), tmp_path / "out", "--allow_special_tokens")
@@ -352,7 +352,7 @@ def test_the_same_command_does_nothing_again_and_another_is_refused(tmp_path, co
     out = tokenize(corpus, tokenizer_dir, tmp_path / "tokenized")
     before = (out / "train.arrow").stat().st_mtime_ns
     tokenize(corpus, tokenizer_dir, out)
-    assert "is there already" in capsys.readouterr().out and (out / "train.arrow").stat().st_mtime_ns == before
+    assert "already exists" in capsys.readouterr().out and (out / "train.arrow").stat().st_mtime_ns == before
     with pytest.raises(DataError, match="max_length None, not 9"):
         tokenize(corpus, tokenizer_dir, out, max_length=9)
     (corpus / "new.py").write_text("x = 1\n")

@@ -146,7 +146,9 @@ def test_a_row_is_reproduced_from_preprocessing_to_ruler():
 )
 def test_what_is_no_row_is_refused(row):
     done = reproduce(row)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"ROW: {row} is not a folder of configs/")
+    assert (
+        done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"ROW: {row} is not a folder of configs/")
+    )
 
 
 @pytest.mark.parametrize("method, stage_2_jobs", [("ga_s2", 3), ("mse", 2)])

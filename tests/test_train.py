@@ -97,7 +97,7 @@ def heldout(data_dir, rows=2):
     return collate([chunks[i] for i in range(rows)])["input_ids"]
 
 
-# ------------------------------------------------------------------------------------------------ the runs
+# ------------------------------------------------------------------------ the runs
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_stage_runs_and_explains_itself(stages, stage):
     folder = stages / f"stage{stage}"
@@ -506,7 +506,7 @@ def test_push_to_hub(stages, tmp_path, hub, monkeypatch):
         (
             (convert_ckpt, "get_token", lambda: None),
             "me/hybrid",
-            "--push-to-hub: me/hybrid: nobody is logged in; run `hf auth login`",
+            "--push-to-hub: me/hybrid: not logged in; run `hf auth login`",
         ),
         ((convert_ckpt.constants, "HF_HUB_OFFLINE", True), "me/hybrid", "HF_HUB_OFFLINE is set"),
         ((convert_ckpt, "get_token", lambda: None), "a/b/c", "a/b/c"),
@@ -665,7 +665,7 @@ def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
     assert StudentForCausalLM.from_pretrained(tmp_path / "stage2" / "converted-hf")
 
 
-# ------------------------------------------------------------------------------------------------ the environment
+# ------------------------------------------------------------------------ the environment
 def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
     """By the GPU's compute capability; the user's own variables win."""
     from runtime import environment
@@ -754,7 +754,7 @@ def test_every_script_that_runs_kernels_uses_their_configs(module, tmp_path):
     assert done.stdout.split()[-2:] == ["fuzzy", "sm_90"], done.stderr
 
 
-# ------------------------------------------------------------------------------------------------ its parts
+# ------------------------------------------------------------------------ its parts
 def graph(node):
     """The names of the operations that a backward pass would go through."""
     return {node.name().rpartition("::")[2]}.union(
@@ -1021,7 +1021,7 @@ def test_wandb_does_not_end_a_run(monkeypatch, capsys, event):
     assert capsys.readouterr().out == "W&B ended (the service is gone); metrics.jsonl continues without it\n"
 
 
-# ------------------------------------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------------ bad input
 BAD = {
     "stage=4": "stage: 4 must be one of",
     "train.lr_atn=1": "did you mean train.lr_attn",

@@ -1,7 +1,9 @@
-"""Runs FLA's Triton kernels, forward and backward, on CPU tensors, in Triton's interpreter (NumPy): slow, and exact.
+"""Runs FLA's Triton kernels, forward and backward, on CPU tensors in Triton's interpreter
+(NumPy): slow, but exact.
 
-`interpret()` must come before FLA is imported, in a process of its own: there is no way back. What the interpreter does
-not see: the autotuner's choices (it takes the first), TF32, and bf16, whose products it gets wrong.
+`interpret()` must be called before FLA is imported, in a process of its own: it cannot be undone.
+The interpreter does not cover the autotuner's choices (it takes the first), TF32, and bf16, whose
+dot products it computes wrongly.
 """
 
 import builtins
@@ -36,10 +38,8 @@ def interpret() -> None:
         fn.__globals__.setdefault("range", _range)
         interpreted_init(self, fn, **kwargs)
 
-    interpreted_init, interpreter.InterpretedFunction.__init__ = (
-        interpreter.InterpretedFunction.__init__,
-        with_range,
-    )
+    interpreted_init = interpreter.InterpretedFunction.__init__
+    interpreter.InterpretedFunction.__init__ = with_range
     Autotuner.run = run_first_config
     precisions = (
         *interpreter.InterpreterOptions.allowed_dot_input_precisions,

@@ -1,5 +1,6 @@
-"""On a GPU: decoding by a CUDA graph, behind a static cache, gives the text of a cache that grows, for every student that it serves; of
-how few kernels a token is; and that the weights it brings together are held once."""
+"""On a GPU: decoding by a CUDA graph with a static cache gives the same text as with a growing
+cache, for every student that supports it; how few kernels a token takes; and that joined weights
+are stored once."""
 
 import copy
 
@@ -21,7 +22,7 @@ STATIC = [name for name, student in STUDENT_ATTENTION_MAP.items() if student.sup
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["teacher", *STATIC])
-def test_a_graph_decodes_what_single_kernels_do(name, dtype):
+def test_a_graph_decodes_the_same_as_single_kernels(name, dtype):
     config = StudentConfig(
         vocab_size=96,
         hidden_size=128,
@@ -39,17 +40,13 @@ def test_a_graph_decodes_what_single_kernels_do(name, dtype):
     if name != "teacher":
         model = StudentForCausalLM.from_teacher(model, name, [1])[0]
     model = model.to("cuda", dtype).eval()
-    ids, mask = (
-        torch.randint(1, 96, (3, 60), device="cuda"),
-        torch.ones(3, 60, dtype=torch.long, device="cuda"),
-    )
+    ids = torch.randint(1, 96, (3, 60), device="cuda")
+    mask = torch.ones(3, 60, dtype=torch.long, device="cuda")
     mask[0, :17] = 0
     exact = copy.deepcopy(model).float()(ids, attention_mask=mask).logits
-    growing, static, errors = (
-        None,
-        StaticCache(config if name == "teacher" else model.config, 60),
-        [],
-    )
+    growing = None
+    static = StaticCache(config if name == "teacher" else model.config, 60)
+    errors = []
     for first, last in ((0, 40), *((at, at + 1) for at in range(40, 60))):
         out = model(
             ids[:, first:last],
@@ -64,7 +61,7 @@ def test_a_graph_decodes_what_single_kernels_do(name, dtype):
         )
     ours, theirs = (
         sum(each) / len(each) for each in zip(*errors)
-    )  # the largest of two roundings' errors is a matter of luck
+    )  # the mean, because the maximum of rounding errors is random
     assert ours < {torch.float32: 1e-3, torch.bfloat16: 1.3 * theirs}[dtype], (ours, theirs)
     assert static.decoding.graph is not None
     for num_beams in (1, 3):
@@ -83,8 +80,8 @@ def test_a_graph_decodes_what_single_kernels_do(name, dtype):
 
 
 def deep(name, layers, hidden_size=1024):
-    """A model in bf16 with the last layer kept, behind 20 tokens of two sequences, and its static
-    cache."""
+    """A model in bf16 with the last layer kept, and its static cache after 20 tokens of two
+    sequences."""
     config = StudentConfig(
         vocab_size=96,
         hidden_size=hidden_size,
@@ -107,8 +104,8 @@ def deep(name, layers, hidden_size=1024):
 @torch.no_grad()
 @pytest.mark.parametrize("name, most", [("teacher", 10), *((f"gdn_v{i}", 10 if i == 5 else 8) for i in range(1, 9))])
 def test_kernels_of_a_layer(name, most):
-    """What six layers have more than two, and three more for sums that a matrix product leaves to a
-    kernel of its own."""
+    """The difference between six layers and two, allowing three more for reductions that cuBLAS
+    runs as separate kernels."""
     counts = []
     for layers in (2, 6):
         model, cache = deep(name, layers)
@@ -124,11 +121,12 @@ def test_kernels_of_a_layer(name, most):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["teacher", "gdn_v7"])
-def test_weights_are_held_once(name):
-    """In the memory that they had, but for what a graph and cuBLAS take. What an optimiser writes
-    to them the graph reads."""
+def test_weights_are_stored_once(name):
+    """In no more memory than before, except for the graph's and cuBLAS's. The graph reads what an
+    optimiser writes to them."""
     model, cache = deep(name, 8, 2048)
-    size, before = sum(p.nbytes for p in model.parameters()), torch.cuda.memory_allocated()
+    size = sum(p.nbytes for p in model.parameters())
+    before = torch.cuda.memory_allocated()
     token = torch.ones(2, 1, dtype=torch.long, device="cuda")
     model(token, past_key_values=cache)
     assert torch.cuda.memory_allocated() - before < size / 3
@@ -149,14 +147,15 @@ def test_weights_are_held_once(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["teacher", "gdn_v7", "gdn_v5"])
 def test_adapters_and_hooks_are_decoded(name):
-    """What is not plain runs as its module does, in the same graph."""
+    """Modified parts run as their modules, in the same graph."""
     model, _ = deep(name, 4, 256)
     layers = model.model.layers
     layers[0].attn.q_proj, layers[1].mlp.down_proj = (
         LowRank(m).to("cuda", torch.bfloat16) for m in (layers[0].attn.q_proj, layers[1].mlp.down_proj)
     )
     layers[2].register_forward_hook(lambda *args: 2 * args[2])
-    ids, cache = torch.randint(1, 96, (2, 30), device="cuda"), StaticCache(model.config, 40)
+    ids = torch.randint(1, 96, (2, 30), device="cuda")
+    cache = StaticCache(model.config, 40)
     exact = copy.deepcopy(model).float()(ids).logits
     model(ids[:, :20], past_key_values=cache)
     for at in range(20, 30):
@@ -169,8 +168,8 @@ def test_adapters_and_hooks_are_decoded(name):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("split", [False, True])
 def test_a_gpu_that_is_not_the_current_one(split):
-    """The whole model, decoded by a graph; or the last layers, as device_map="auto" lays them,
-    decoded without."""
+    """The whole model, decoded by a graph; or only the last layers, as with device_map="auto",
+    decoded without a graph."""
     config = StudentConfig(
         vocab_size=96,
         hidden_size=128,

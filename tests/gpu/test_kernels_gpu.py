@@ -1,4 +1,5 @@
-"""On a GPU: our own Triton kernels against the naive losses and steps in float64, in fp32 and bf16."""
+"""On a GPU: the project's Triton kernels in fp32 and bf16 against naive losses and operations in
+float64."""
 
 import pytest
 import test_decode_step
@@ -18,7 +19,7 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def tensors(dtype, *shapes):
-    """Leaves on the GPU, whose products are of the size of logits, and the same in float64."""
+    """Leaves on the GPU, whose dot products have the size of logits, and the same in float64."""
     given = [
         torch.randn(shape, device="cuda", dtype=dtype).mul_(shape[-1] ** -0.25 * 1.5).requires_grad_()
         for shape in shapes
@@ -73,11 +74,12 @@ def check_step(out, expected, given, references, limit):
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 131, 12, 128), (3, 5, 7, 20)])
-def test_element_wise_steps(dtype, shape):
+def test_element_wise_operations(dtype, shape):
     given, double = tensors(dtype, shape, shape)
     check_step(swiglu(*given), F.silu(double[0]) * double[1], given, double, LIMITS[dtype] / 2)
     given, double = tensors(dtype, shape, shape)
-    loss, expected = mean_squared_error(*given), F.mse_loss(double[0], double[1].detach())
+    loss = mean_squared_error(*given)
+    expected = F.mse_loss(double[0], double[1].detach())
     check(loss, expected, given[:1], double[:1], LIMITS[dtype] / 2)
     for batch in (1, shape[0]):
         given, double = tensors(dtype, shape)
@@ -122,14 +124,15 @@ def test_decode_attention(dtype, heads, kv_heads, size):
         k, v = torch.randn(2, batch, length + 100, kv_heads, size, device="cuda", dtype=dtype)
         first = torch.arange(batch, device="cuda") * (length // 5)
         last = torch.tensor([length - 1], device="cuda")
-        out, expected = decode_attention(q, k, v, first, last), attend_naively(q, k, v, first, last)
+        out = decode_attention(q, k, v, first, last)
+        expected = attend_naively(q, k, v, first, last)
         assert (out.double() - expected).norm() < LIMITS[dtype] * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_kernels_of_a_decoded_token(dtype):
-    """Those of test_decode_step.py, and sizes of published teachers: of one part of the state, of
-    many, with all that a kernel can do."""
+    """The cases of test_decode_step.py, and sizes of published teachers: one block of the state and
+    several, with all options of a kernel."""
     options = {"conv_bias": True, "allow_neg_eigval": True}
     published = [
         (name, size, options if name in ("gdn_v3", "gdn_v7") else {})

@@ -1,7 +1,8 @@
-"""On a GPU: every student through FLA's Triton kernels against the same weights and inputs through the stand-ins on the CPU,
-in fp32: output, every gradient, and decoding behind left padding.
+"""On a GPU: every student through FLA's Triton kernels against the same weights and inputs
+through the stand-ins on the CPU, in fp32: output, every gradient, and decoding after left
+padding.
 
-What a precision may cost is measured: by the error that the stand-ins make in bf16.
+The tolerance of a dtype is measured: by the error of the stand-ins in bf16.
 """
 
 import contextlib
@@ -39,14 +40,14 @@ CONFIG = StudentConfig(
     student_name="gdn_v4",
 )
 OPTIONS = {"swa_v1": {"window_size": 8}, "lolcats_v1": {"window_size": 8}}  # shorter than the text
-# The most that an error may be: a floor, and a multiple of what the stand-ins lose in bf16.
+# The largest error allowed: a floor, and a multiple of the stand-ins' error in bf16.
 LIMITS = {torch.float32: (3e-3, 0.0), torch.bfloat16: (1e-2, 3.0)}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_config():
-    """Of each kernel only a configuration with the fewest stages, so the least shared memory: all
-    would take half an hour on a cold machine."""
+    """Compiles only the configuration of each kernel with the fewest stages, hence the least shared
+    memory: all of them would take half an hour with a cold cache."""
     everything = Autotuner.prune_configs
 
     def smallest(self, kwargs):
@@ -60,7 +61,7 @@ def one_config():
 @contextlib.contextmanager
 def stand_ins():
     bound = cpu_ops.bind_stand_ins()
-    assert bound, "the stand-ins were bound all along: nothing would be compared"
+    assert bound, "the stand-ins were bound before: nothing would be compared"
     try:
         yield
     finally:
@@ -69,8 +70,8 @@ def stand_ins():
 
 
 def build(name, dtype, device):
-    """A layer a little off its start, so that no gate is neutral and no gradient 0; its weights fit
-    into bf16."""
+    """A layer near its initialisation, so that no gate is neutral and no gradient 0; its weights
+    are exact in bf16."""
     torch.manual_seed(0)
     layer = get_student_attention_class(name)(CONFIG, 0, **OPTIONS.get(name, {}))
     layer.init_fresh()
@@ -99,18 +100,20 @@ def train(layer, length):
 
 
 @torch.no_grad()
-def decode(layer, pieces):
-    """Outputs of a prompt that is read in `pieces` of these lengths, the first sequence padded on
-    the left, the second inside its second piece, and of single steps."""
+def decode(layer, chunks):
+    """Outputs of a prompt that is read in `chunks` of these lengths, the first sequence padded on
+    the left, the second inside its second chunk, and of single steps."""
     layer.eval()
-    sizes = (*pieces, *[1] * STEPS)
+    sizes = (*chunks, *[1] * STEPS)
     x = random(BATCH, sum(sizes), CONFIG.hidden_size, like=layer.o_proj.weight)
     mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
     mask[0, :PADDING] = 0
-    if len(pieces) > 1:
-        mask[1, pieces[0] + 2 : pieces[0] + 2 + PADDING] = 0
+    if len(chunks) > 1:
+        mask[1, chunks[0] + 2 : chunks[0] + 2 + PADDING] = 0
     cos, sin = positions(x, (mask.cumsum(-1) - 1).clamp(min=0))
-    cache, outputs, start = Cache(), {}, 0
+    cache = Cache()
+    outputs = {}
+    start = 0
     for size in sizes:
         part = slice(start, start := start + size)
         output = layer(
@@ -127,9 +130,9 @@ def decode(layer, pieces):
 SCENARIOS = {
     "train on one token": functools.partial(train, length=1),
     "train": functools.partial(train, length=131),
-    "decode behind a short prompt": functools.partial(decode, pieces=(19,)),  # token by token
-    "decode": functools.partial(decode, pieces=(131,)),  # chunk by chunk
-    "decode behind a prompt in pieces": functools.partial(decode, pieces=(131, 70, 19)),
+    "decode after a short prompt": functools.partial(decode, chunks=(19,)),  # token by token
+    "decode": functools.partial(decode, chunks=(131,)),  # chunk by chunk
+    "decode after chunked prefill": functools.partial(decode, chunks=(131, 70, 19)),
 }
 
 
@@ -139,15 +142,15 @@ def run(name, scenario, dtype, device):
 
 @functools.cache
 def expected(name, scenario):
-    """What the stand-ins give in fp32, and their error in bf16."""
+    """Results of the stand-ins in fp32, and their error in bf16."""
     with stand_ins():
         exact, rounded = (run(name, scenario, dtype, "cpu") for dtype in (torch.float32, torch.bfloat16))
     return exact, {key: error(rounded[key], exact[key]) for key in exact}
 
 
 def error(got, exact):
-    """Relative to the size of the tensor; to 1 a number where that is 0, for there kernels leave
-    rounding errors."""
+    """Relative to the norm of the tensor; absolute per element where that is 0 but for rounding
+    errors of the kernels."""
     one = exact.numel() ** 0.5
     return ((got - exact).norm() / (exact.norm() if exact.norm() > 1e-3 * one else one)).item()
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A real two-node Slurm cluster on this machine while a command runs, and nothing of it afterwards. Needs root and the
-# packages slurmctld, slurmd, slurm-client, munge and iproute2.
+# Starts a real two-node Slurm cluster on this machine, runs a command, and removes the cluster. Needs root and the packages
+# slurmctld, slurmd, slurm-client, munge and iproute2.
 #
 #   tests/slurm/cluster.sh FOLDER COMMAND...
 #
-# Every node has a network and host name of its own (node1, node2, at 10.77.0.11 and .12; the command runs on "login", at
-# 10.77.0.1) and claims 64 cores and 8 GPUs, which are devices that do nothing. All lives in namespaces whose first process
-# takes everything along when it ends. FOLDER holds configuration, state and logs; munge wants it reachable by all.
+# Every node has its own network and host name (node1, node2, at 10.77.0.11 and .12; the command runs on "login", at
+# 10.77.0.1) and claims 64 cores and 8 GPUs, which are dummy devices. Everything runs in namespaces and ends with their
+# first process. FOLDER holds configuration, state and logs; munge requires that everybody can reach it.
 set -euo pipefail
 FOLDER=$1
 shift
@@ -63,10 +63,10 @@ CONF
 printf '%s\n' "127.0.0.1 localhost" "10.77.0.1 login" "10.77.0.11 node1" "10.77.0.12 node2" >"$FOLDER/etc/hosts"
 (umask 077 && head -c 1024 /dev/urandom >"$FOLDER/munge/key")
 mkdir -p /etc/slurm
-mount --bind "$FOLDER/etc" /etc/slurm # in these namespaces alone
+mount --bind "$FOLDER/etc" /etc/slurm # in these namespaces only
 mount --bind "$FOLDER/etc/hosts" /etc/hosts
 
-# ---- network: a bridge, a cable to each node
+# ---- network: a bridge with a link to each node
 hostname login
 ip link set lo up
 ip link add br0 type bridge
@@ -95,6 +95,6 @@ for _ in {1..1200}; do
     [[ $(timeout 3 sinfo -h -t idle -o %D 2>/dev/null) == 2 ]] && break
     sleep 0.1
 done
-[[ $(timeout 3 sinfo -h -t idle -o %D) == 2 ]] || { echo "cluster.sh: the nodes are not up after 2 minutes; logs in $FOLDER/log" >&2; exit 97; }
+[[ $(timeout 3 sinfo -h -t idle -o %D) == 2 ]] || { echo "cluster.sh: the nodes did not start within 2 minutes; see the logs in $FOLDER/log" >&2; exit 97; }
 
 "$@"
