@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+FOR_OLD_FILES = "Allowed so that files of fla-org/hybrid-distillation load"
 SCHEDULERS = ("constant", "linear", "cosine")
 # The types of values, as docs/config.md names them.
 SHOWN_TYPES = {
@@ -150,26 +151,25 @@ class TrainConfig:
     )
     max_length: int | None = key(
         None,
-        help="no effect; must equal train_seq_len. Allowed so that files of fla-org/hybrid-distillation load",
+        help="no effect; must equal train_seq_len. " + FOR_OLD_FILES,
     )
     add_eos_token: bool | None = key(
         None,
-        help="no effect; false gives a warning, because EOS always stands between documents. Allowed so that files of "
-        "fla-org/hybrid-distillation load",
+        help="no effect; false gives a warning, because EOS always separates documents. " + FOR_OLD_FILES,
     )
     resume_from_checkpoint: str | bool | None = key(
         "auto",
         help=(
-            "auto or true: resume from the newest undamaged checkpoint in output_dir, if there is one. "
+            "auto or true: resume from the newest undamaged checkpoint in output_dir, if any. "
             "null: start, or end with an error if output_dir has a run. "
-            "A checkpoint-N folder of output_dir: the first start resumes from it and sets later checkpoints aside; "
-            "the same command, rerun, resumes from the newest"
+            "A checkpoint-N folder of output_dir: the first start resumes from it and sets later "
+            "checkpoints aside; the same command, rerun, resumes from the newest"
         ),
     )
     gradient_checkpointing: bool | str = key(
         False,
         help=(
-            "activation checkpointing. false: none. mlp: the activations inside the MLPs are recomputed. "
+            "activation checkpointing. false: none. mlp: activations inside the MLPs are recomputed. "
             "true: all activations of a layer are"
         ),
         choices=(False, True, "mlp"),
@@ -177,15 +177,16 @@ class TrainConfig:
     )
     alignment_loss: str = key(
         "mse",
-        help="mse, or l2: the norm of the difference over sqrt(hidden size), as in RADLADS (arXiv 2505.03005)",
+        help=("mse, or l2: the norm of the difference over sqrt(hidden size), as in RADLADS (arXiv 2505.03005)"),
         choices=("mse", "l2"),
         stages=(1,),
     )
     calibrate_init: int = key(
         0,
         help=(
-            "before the first step, fit decay, gates and output projections in closed form to this many batches of "
-            "micro_batch_size sequences, see docs/students.md#calibrated-start; 0: do not"
+            "before the first step, fit decay, gates and output projections in closed form to this "
+            "many batches of micro_batch_size sequences, see docs/students.md#calibrated-start; "
+            "0: do not"
         ),
         minimum=0,
         stages=(1,),
@@ -210,7 +211,7 @@ class TrainConfig:
     )
     kd_teacher_shard: str = key(
         "auto",
-        help=("shard the teacher with ZeRO-3; auto: only if a replica does not fit on every device"),
+        help="shard the teacher with ZeRO-3; auto: if its replicas do not fit",
         choices=("auto", "always", "never"),
         stages=(2,),
     )
@@ -222,23 +223,25 @@ class TrainConfig:
     )
     kd_teacher_use_cache: bool = key(
         False,
-        help="no effect. Allowed so that files of fla-org/hybrid-distillation load",
+        help="no effect. " + FOR_OLD_FILES,
         stages=(2,),
     )
     zero_stage: int | None = key(
         None,
         help=(
-            "DeepSpeed's ZeRO stage. null: equal to the training stage; 1 on one process. A run keeps what it started "
-            "with: set 3 at the start to resume on more GPUs with sharded parameters"
+            "DeepSpeed's ZeRO stage. null: equal to the training stage; 1 on one process. "
+            "A run keeps what it started with: set 3 at the start to resume on more GPUs with "
+            "sharded parameters"
         ),
         choices=(None, 1, 2, 3),
     )
     cuda_graphs: bool = key(
         False,
         help=(
-            "on a GPU: replay the forward and backward passes of a step as CUDA graphs, which avoids "
-            "the overhead of kernel launches: several times as fast for a small model, at the cost of "
-            "extra memory, see docs/performance.md#cuda-graphs; not used with ZeRO-3 or a sharded teacher"
+            "on a GPU: replay the forward and backward passes of a step as CUDA graphs, which "
+            "avoids the overhead of kernel launches: several times as fast for a small model, at "
+            "the cost of extra memory, see docs/performance.md#cuda-graphs; not used with ZeRO-3 "
+            "or a sharded teacher"
         ),
     )
     dtype: str = key(
@@ -515,22 +518,29 @@ def dump_config(cfg: Config) -> str:
 
 
 def reference() -> str:
-    """The config reference of docs/config.md, a Markdown table made from the fields; keys without effect come last."""
+    """The config reference of docs/config.md, a Markdown table made from the fields."""
+    lines = ["| key | default | allowed | stages | meaning |", "|---|---|---|---|---|"]
+    for name, spec, kind in _all_keys():
+        stages = ", ".join(map(str, spec.metadata["stages"]))
+        meaning = re.sub(r"docs/(\w+\.md)(#[\w-]+)?", r"[\1](\1\2)", spec.metadata["help"])
+        cells = [f"`{name}`", _shown_default(spec), _shown_values(spec, kind), stages, meaning]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _all_keys() -> list[tuple[str, Field, Any]]:
+    """(path, field, annotation) of every key; those without effect come last."""
     hints = typing.get_type_hints(Config)
     keys = []
     for section in fields(Config):
-        if not is_dataclass(hints[section.name]):
-            keys.append((section.name, section, hints[section.name]))
+        kind = hints[section.name]
+        if not is_dataclass(kind):
+            keys.append((section.name, section, kind))
             continue
-        own_hints = typing.get_type_hints(hints[section.name])
-        keys += [(f"{section.name}.{spec.name}", spec, own_hints[spec.name]) for spec in fields(hints[section.name])]
-    keys.sort(key=lambda item: item[1].metadata["help"].startswith("no effect"))
-    lines = ["| key | default | allowed | stages | meaning |", "|---|---|---|---|---|"]
-    for name, spec, kind in keys:
-        stages = ", ".join(map(str, spec.metadata["stages"]))
-        meaning = re.sub(r"docs/(\w+\.md)(#[\w-]+)?", r"[\1](\1\2)", spec.metadata["help"])
-        lines.append(f"| `{name}` | {_shown_default(spec)} | {_shown_values(spec, kind)} | {stages} | {meaning} |")
-    return "\n".join(lines)
+        own_hints = typing.get_type_hints(kind)
+        for spec in fields(kind):
+            keys.append((f"{section.name}.{spec.name}", spec, own_hints[spec.name]))
+    return sorted(keys, key=lambda item: item[1].metadata["help"].startswith("no effect"))
 
 
 def _shown_values(spec: Field, kind: Any) -> str:
