@@ -50,7 +50,7 @@ QUESTIONS = 64  # documents of each task
 EVAL_BATCH_SIZE = 8
 ALIGNMENT_CHUNKS = 16
 RECALL_SERIES = [
-    ("all_linear_recall", "all-linear, after stage 1", "#c98a2b"),
+    ("all_linear_recall", "every layer a student layer, after stage 1", "#c98a2b"),
     ("associative_recall", "hybrid, after stage 2", "#3f6fb5"),
 ]
 COLUMNS = [
@@ -253,10 +253,23 @@ def table(runs: list[dict], stage1_steps: int) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: list[dict], path: Path) -> None:
-    """Associative recall of each student, all-linear and as a hybrid.
+def plot_order(students: dict[str, list[dict]]) -> list[str]:
+    """The names of students whose cache grows, then those of the others; by the hybrid's mean recall, the best first."""
 
-    A dot is the mean over the seeds, the bar behind it their range.
+    def key(name: str) -> tuple:
+        runs = students[name]
+        means = [
+            statistics.fmean(run[series] for run in runs) for series in ("associative_recall", "all_linear_recall")
+        ]
+        return not runs[0]["state_grows"], *(-mean for mean in means)
+
+    return sorted(students, key=key)
+
+
+def plot(runs: list[dict], path: Path, teacher: tuple[str, float] | None = None) -> None:
+    """Associative recall of each student, with student layers only and as a hybrid, and of the teacher.
+
+    teacher: its label and recall. A dot is the mean over the seeds, the bar behind it their range. Students whose cache grows stand apart.
     """
     import matplotlib
 
@@ -264,8 +277,9 @@ def plot(runs: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     students = by_student(runs)
-    names = list(students)[::-1]  # the first is drawn at the bottom
-    figure, axis = pyplot.subplots(figsize=(8, 1 + 0.24 * len(names)), layout="constrained")
+    names = plot_order(students)[::-1]  # the first is drawn at the bottom
+    growing = [name for name in names if students[name][0]["state_grows"]]
+    figure, axis = pyplot.subplots(figsize=(8, 1.2 + 0.24 * len(names)), layout="constrained")
     for place, name in enumerate(names):
         means = []
         for key, label, colour in RECALL_SERIES:
@@ -274,14 +288,19 @@ def plot(runs: list[dict], path: Path) -> None:
             axis.barh(place, max(values) - min(values), 0.28, min(values), color=colour, alpha=0.45)
             axis.plot(means[-1], place, "o", color=colour, label=None if place else label)
         axis.plot(means, [place, place], color="gray", linewidth=1, zorder=0)
-    axis.set_yticks(range(len(names)), names)
+    if teacher:
+        label, recall = teacher
+        axis.axvline(100 * recall, color="#4a4a4a", linestyle="--", linewidth=1, label=label, zorder=0)
+    if growing:
+        axis.axhline(len(names) - len(growing) - 0.5, color="gray", linewidth=0.8, linestyle=":")
+    labels = [f"{name} (cache grows)" if name in growing else name for name in names]
+    axis.set_yticks(range(len(names)), labels)
     axis.set(xlim=(-2, 102), ylim=(-0.7, len(names) - 0.3))
-    axis.set_xlabel("associative recall, % of answers that are correct")
-    axis.set_title("Recall lost by linear attention, and restored by the kept layers", loc="left")
+    axis.set_xlabel("associative recall: % of the answers that are correct")
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     if names:
-        axis.legend(loc="lower right")
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -186,16 +186,20 @@ def files(published: dict) -> dict[str, str]:
 README = """\
 # Configurations
 
-This page lists what is in each folder: teacher, student, ratio, selector and kept layers.
+This page lists what is in each folder: teacher, student layer, ratio, selector and kept layers.
 [docs/layer_selection.md](../docs/layer_selection.md) explains the selectors,
-[docs/config.md](../docs/config.md) the keys.
-
-`python layer_selection/write_configs.py` writes this page and the folders from
-`layer_selection/published.yaml`; do not edit them by hand. `quickstart/` belongs to `quickstart.sh`.
+[docs/config.md](../docs/config.md) the keys. No folder has been trained with the real weights here.
 
 - `{teacher}_{student}/stage1.yaml`: the stage 1 that all hybrids of that pair start from.
 - `{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml`: a hybrid. Where the table has a *,
-  `stage3.yaml` lies beside it.
+  `stage3.yaml` lies beside it; for the other folders, name the kept layers, the start and the run
+  folder of stage 3 [yourself](../docs/layer_selection.md).
+
+The student layers are `gdn_v4` and `gla_v1` because these files reproduce published layer choices;
+[docs/students.md](../docs/students.md#which-one) says how to train the recommended one with them.
+
+`python layer_selection/write_configs.py` writes this page and the folders from
+`layer_selection/published.yaml`; do not edit them by hand. `quickstart/` belongs to `quickstart.sh`.
 
 | selector | source |
 |---|---|

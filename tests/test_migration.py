@@ -112,7 +112,11 @@ def test_every_old_flag_is_accepted_or_has_a_replacement(script, monkeypatch):
 
 
 def test_the_page_lists_the_replaced_flags():
-    replaced = [[script, *pair] for script, flags in REPLACEMENTS.items() for pair in flags.items()]
+    """In the words of the messages; VALUE stands for the flag's value."""
+    replaced = []
+    for script, flags in REPLACEMENTS.items():
+        for flag, message in flags.items():
+            replaced.append([script, flag, message.removeprefix("use ").format("VALUE")])
     assert rows("Flags that are replaced") == replaced
 
 

@@ -147,7 +147,9 @@ def test_a_row_is_reproduced_from_preprocessing_to_ruler():
 )
 def test_unpublished_rows_are_refused(row):
     done = reproduce(row)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"ROW: {row} is no published row")
+    assert (
+        done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"ROW: {row} is not a folder of configs/")
+    )
 
 
 @pytest.mark.parametrize("method, stage_2_jobs", [("ga_s2", 3), ("mse", 2)])
