@@ -1,25 +1,33 @@
 #!/usr/bin/env bash
-# From a softmax teacher to a hybrid, end to end on real text: teacher, data, three training stages, report.
+# From a softmax teacher to a hybrid, end to end: data, three training stages, layer selection, evaluation, report.
 #
-#   bash quickstart.sh [--tiny] [--skip_bad_files] [CORPUS]
+#   bash quickstart.sh [--tiny] [--train_teacher] [--skip_bad_files] [CORPUS]
 #
-# CORPUS: a hub dataset's name, a file or folder of text or tables; the standard library's sources without one.
+# Without CORPUS it distils quickstart/teacher, a small model that recalls what it has read, on the standard library's
+# sources and recall tasks. The report shows who recalls: the teacher, the all-linear student, the hybrid.
+# CORPUS: a hub dataset's name, a file or folder of text or tables. A teacher is trained from scratch on it.
+# --train_teacher: train the teacher that recalls instead of taking the one that comes along; by estimate 40 minutes on two cores.
 # --skip_bad_files: leave out and count files of CORPUS that cannot be read.
-# --tiny (or QUICKSTART_TINY=1): every step in seconds, to see that it runs; nothing is learnt.
-# QUICKSTART_OUT: the folder for all results (quickstart_out). Run again, it goes on behind the last finished step.
+# --tiny (or QUICKSTART_TINY=1): fewer steps and questions, without the comparison of kept layers.
+# QUICKSTART_OUT: the folder for all results (quickstart_out). Run again, it resumes after the last completed step.
 set -euo pipefail
 
 TINY=${QUICKSTART_TINY:-}
 [[ $TINY == 0 ]] && TINY=
-CORPUS= BAD_FILES=()
+CORPUS= TRAIN_TEACHER= BAD_FILES=()
+USAGE="usage: bash quickstart.sh [--tiny] [--train_teacher] [--skip_bad_files] [CORPUS]"
 for argument in "$@"; do
     case $argument in
         --tiny) TINY=1 ;;
+        --train_teacher) TRAIN_TEACHER=1 ;;
         --skip_bad_files) BAD_FILES=(--skip_bad_files) ;;
-        -*) echo "$argument: unknown option; usage: bash quickstart.sh [--tiny] [--skip_bad_files] [CORPUS]" >&2; exit 2 ;;
+        -*) echo "$argument: unknown option; $USAGE" >&2; exit 2 ;;
         *) [[ -z $CORPUS ]] || { echo "$argument: a second corpus; give one at most" >&2; exit 2; }; CORPUS=$argument ;;
     esac
 done
+if [[ $CORPUS && $TRAIN_TEACHER ]]; then
+    echo "--train_teacher: a teacher is always trained on a CORPUS; leave the option out" >&2; exit 2
+fi
 # Paths count from where the command was typed, not from here.
 [[ -e $CORPUS ]] && CORPUS=$(realpath "$CORPUS")
 OUT=quickstart_out
@@ -34,34 +42,48 @@ if ! python -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null; then
     export DS_ACCELERATOR=cpu
 fi
 
-if [[ $TINY ]]; then
-    TOKENIZER=(--vocab_size 512 --max_files 40) TOKENS=(--max_tokens 60000 --holdout 0.2) TEACHER=(--tiny --steps 20)
-    TRAIN=(train.max_steps=4 train.batch_size=2 train.micro_batch_size=2 train.save_steps=4 train.eval_steps=2 train.eval_batches=1)
-    SCAN=(--chunks 4 --batch_size 4) REPORT=(--tiny --chunks 4) CONTEXT=64 LONG=128 LIMIT=4
-else
-    TOKENIZER=() TOKENS=(--max_tokens 4000000 --holdout 0.02) TEACHER=() TRAIN=() SCAN=() REPORT=() CONTEXT=256 LONG=512 LIMIT=50
+CONTEXT=256 LONG=512 DATA=$OUT/data LIMIT=64 CONTEXTS=(256 1024 4096 16384)
+STAGE1=() STAGE2=() STAGE3=() # overrides of configs/quickstart/stageN.yaml
+VOCABULARY=() TOKENS=(--holdout 0.02) TEACHER_SIZE=() REPORT=()
+if [[ $CORPUS && $TINY ]]; then # to see that every step runs; nothing is learnt
+    CONTEXT=64 LONG=128 LIMIT=4 CONTEXTS=(256 1024)
+    VOCABULARY=(--vocab_size 512) TOKENS=(--max_tokens 60000 --holdout 0.2) TEACHER_SIZE=(--tiny --steps 20) REPORT=(--tiny)
+    STAGE1=(train.max_steps=4 train.save_steps=4 train.eval_steps=2 train.eval_batches=1 train.batch_size=2 train.micro_batch_size=2)
+    STAGE2=("${STAGE1[@]}" "train.train_seq_len=$CONTEXT") STAGE3=("${STAGE1[@]}" "train.train_seq_len=$LONG")
+    STAGE1+=("train.train_seq_len=$CONTEXT")
+elif [[ $CORPUS ]]; then # a larger teacher, on text alone
+    TOKENS=(--max_tokens 4000000 --holdout 0.02)
+    STAGE1=(train.max_steps=100 train.save_steps=100 train.batch_size=4 train.micro_batch_size=4)
+    STAGE2=(train.max_steps=120 train.save_steps=120 train.batch_size=4 train.micro_batch_size=4)
+    STAGE3=(train.max_steps=100 train.save_steps=100 train.batch_size=8 train.micro_batch_size=8 train.lr=1e-3 train.final_lr=5e-5)
+elif [[ $TINY ]]; then
+    LIMIT=16 CONTEXTS=(256 1024 4096)
+    STAGE2=(train.max_steps=24 train.save_steps=24)
+    STAGE3=(train.max_steps=8 train.save_steps=8 train.eval_steps=4)
 fi
-SHORT_DATA=$OUT/data/chunked_context$CONTEXT LONG_DATA=$OUT/data/chunked_context$LONG
+SHORT_DATA=$DATA/chunked_context$CONTEXT LONG_DATA=$DATA/chunked_context$LONG
+TEACHER=quickstart/teacher
+[[ $TRAIN_TEACHER ]] && TEACHER=$OUT/recall_teacher/teacher
+[[ $CORPUS ]] && TEACHER=$OUT/teacher
 
-# stage_overrides STAGE: what differs from configs/quickstart/stageN.yaml, one a line; nothing in a plain stage 1.
+# stage_overrides STAGE [FOLDER KEPT]: what differs from configs/quickstart/stageN.yaml, one per line.
 stage_overrides() {
-    local kept
-    if [[ $OUT != quickstart_out || $TINY ]]; then
-        printf '%s\n' "teacher_model.name=$OUT/teacher" "train.output_dir=$OUT/stage$1"
-        if [[ $1 == 3 ]]; then
-            printf '%s\n' "data.cache_dir=$LONG_DATA" "train.train_seq_len=$LONG"
-        else
-            printf '%s\n' "data.cache_dir=$SHORT_DATA" "train.train_seq_len=$CONTEXT"
-        fi
-        if [[ $1 != 1 ]]; then
-            printf '%s\n' "train.student_init_ckpt=$OUT/stage$(($1 - 1))/converted-hf"
-        fi
+    local stage=$1 folder=${2:-stage$1} kept=${3:-} data=$SHORT_DATA
+    [[ $stage == 3 ]] && data=$LONG_DATA
+    [[ $TEACHER == quickstart/teacher ]] || printf '%s\n' "teacher_model.name=$TEACHER"
+    if [[ $OUT != quickstart_out || $folder != stage$stage ]]; then
+        printf '%s\n' "train.output_dir=$OUT/$folder"
     fi
-    if [[ $1 != 1 ]]; then
-        kept=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["keep"])' "$OUT/layer_scan/layer_scan.json")
-        printf '%s\n' "student_model.keep_full_attention_layers=${kept// /}"
+    [[ $OUT == quickstart_out && $CONTEXT == 256 ]] || printf '%s\n' "data.cache_dir=$data"
+    if [[ $OUT != quickstart_out ]]; then
+        [[ $stage == 1 ]] || printf '%s\n' "train.student_init_ckpt=$OUT/stage$((stage - 1))/converted-hf"
     fi
-    [[ ${#TRAIN[@]} == 0 ]] || printf '%s\n' "${TRAIN[@]}"
+    [[ -z $kept ]] || printf '%s\n' "student_model.keep_full_attention_layers=$kept"
+    case $stage in
+        1) [[ ${#STAGE1[@]} == 0 ]] || printf '%s\n' "${STAGE1[@]}" ;;
+        2) [[ ${#STAGE2[@]} == 0 ]] || printf '%s\n' "${STAGE2[@]}" ;;
+        3) [[ ${#STAGE3[@]} == 0 ]] || printf '%s\n' "${STAGE3[@]}" ;;
+    esac
 }
 
 # step NAME PRODUCT TEXT COMMAND...: runs the command, unless the same one has made PRODUCT before.
@@ -85,50 +107,81 @@ step() {
     printf '$'
     printf ' %q' "$@"
     printf '\n'
-    "$@" || die "$STEP/$STEPS $name failed (above); mend that and start quickstart.sh again, finished steps are kept."
+    "$@" || die "$STEP/$STEPS $name failed (above); fix that and start quickstart.sh again, it resumes at this step."
     [[ -e $product ]] || die "$STEP/$STEPS $name left no $product."
     printf '%s\n' "$made_by" >"$stamp"
     printf '   %s s\n' "$((SECONDS - start))"
 }
 
-train_stage() {
-    local overrides
-    overrides=$(stage_overrides "$1")
-    mapfile -t overrides <<<"$overrides"
-    [[ -n ${overrides[0]} ]] || overrides=()
-    step "stage$1" "$OUT/stage$1/converted-hf/config.json" "$2" \
-        deepspeed --num_gpus 1 train.py --cfg "configs/quickstart/stage$1.yaml" ${overrides[@]+"${overrides[@]}"}
+# train STAGE TEXT [FOLDER KEPT]
+train() {
+    local stage=$1 text=$2 folder=${3:-stage$1} overrides
+    mapfile -t overrides < <(stage_overrides "$stage" "$folder" "${4:-}")
+    step "$folder" "$OUT/$folder/converted-hf/config.json" "$text" \
+        python train.py --cfg "configs/quickstart/stage$stage.yaml" ${overrides[@]+"${overrides[@]}"}
 }
 
+[[ $CORPUS || $TINY ]] || STEPS=$((STEPS + 1)) # the comparison of kept layers
 mkdir -p "$OUT/.done"
+SETTINGS="tiny=${TINY:-0} train_teacher=${TRAIN_TEACHER:-0} corpus=$CORPUS ${BAD_FILES[*]-}"
+if [[ -e $OUT/.done/settings && "$(<"$OUT/.done/settings")" != "$SETTINGS" ]]; then
+    die "$OUT: holds the results of another quickstart ($(<"$OUT/.done/settings")); remove it or set QUICKSTART_OUT to another folder."
+fi
+printf '%s\n' "$SETTINGS" >"$OUT/.done/settings"
 BEGIN=$SECONDS
 if [[ $CORPUS ]]; then
-    SOURCE=(--corpus "$CORPUS") DATASET=$CORPUS
+    TOKENIZER=$OUT/tokenizer DATASET=$CORPUS
+    say "Quickstart: results in $OUT; a teacher is trained on $CORPUS, $([[ $TINY ]] && echo 3 || echo 15) minutes on two cores"
+    step tokenizer "$OUT/tokenizer/tokenizer.json" "BPE tokenizer" \
+        python -m quickstart.train_tokenizer --corpus "$CORPUS" --output_dir "$TOKENIZER" \
+        ${VOCABULARY[@]+"${VOCABULARY[@]}"} ${BAD_FILES[@]+"${BAD_FILES[@]}"}
 else
-    SOURCE=(--stdlib_dir "$OUT/corpus") DATASET=$OUT/corpus
+    TOKENIZER=$TEACHER DATASET=$OUT/corpus
+    say "Quickstart: results in $OUT, at most $([[ $TINY ]] && echo 2 || echo 6) minutes on two cores$([[ $TRAIN_TEACHER ]] && echo ', after the training of the teacher')"
+    if [[ $TRAIN_TEACHER ]]; then
+        STEPS=$((STEPS + 1))
+        step teacher "$TEACHER/config.json" "Teacher: a small Qwen3 that recalls, from scratch" \
+            python benchmarks/recall_teacher.py --size quickstart --seed 1 --output_dir "$OUT/recall_teacher"
+    fi
+    step corpus "$OUT/corpus/tasks.jsonl" "Corpus: the standard library's sources, and recall tasks" \
+        python -m quickstart.corpus --output_dir "$OUT/corpus"
 fi
-say "Quickstart: results in $OUT, $([[ $TINY ]] && echo 'tiny, 3 minutes' || echo 'at most 10 minutes on two cores')"
-step tokenizer "$OUT/tokenizer/tokenizer.json" "Corpus and BPE tokenizer, 10 s" \
-    python -m quickstart.train_tokenizer --output_dir "$OUT/tokenizer" "${SOURCE[@]}" ${TOKENIZER[@]+"${TOKENIZER[@]}"} ${BAD_FILES[@]+"${BAD_FILES[@]}"}
-step tokens "$OUT/data/tokenized" "Corpus to tokens, 20 s" \
-    python preprocess_download_tokenize.py --dataset_name "$DATASET" --tokenizer "$OUT/tokenizer" \
-    --output_dir "$OUT/data/tokenized" ${TOKENS[@]+"${TOKENS[@]}"} ${BAD_FILES[@]+"${BAD_FILES[@]}"}
-step chunks "$SHORT_DATA/metadata.json" "Chunks of $CONTEXT tokens, for stages 1 and 2, 10 s" \
-    python preprocess_chunk.py --tokenized_dataset_path "$OUT/data/tokenized" --context_length "$CONTEXT" --output_dir "$OUT/data"
-step long_chunks "$LONG_DATA/metadata.json" "Chunks of $LONG tokens, for stage 3, 10 s" \
-    python preprocess_chunk.py --tokenized_dataset_path "$OUT/data/tokenized" --context_length "$LONG" --output_dir "$OUT/data"
-step teacher "$OUT/teacher/config.json" "Teacher: a small Qwen3 from scratch, 2 to 3 minutes" \
-    python -m quickstart.train_teacher --data "$SHORT_DATA" --tokenizer "$OUT/tokenizer" --output_dir "$OUT/teacher" ${TEACHER[@]+"${TEACHER[@]}"}
-train_stage 1 "Stage 1: each layer's linear attention learns the teacher's output, 1 minute"
-step layer_scan "$OUT/layer_scan/layer_scan.json" "Layer scan: which quarter keeps full attention, 30 s" \
-    python -m layer_selection.scan_layers --student "$OUT/stage1/converted-hf" --teacher "$OUT/teacher" \
-    --data "$SHORT_DATA" --output_dir "$OUT/layer_scan" ${SCAN[@]+"${SCAN[@]}"}
-train_stage 2 "Stage 2: the hybrid learns the teacher's logits, 1 to 2 minutes"
-train_stage 3 "Stage 3: the hybrid goes on at context $LONG, without the teacher, 2 to 3 minutes"
-step evaluation "$OUT/evaluation/results.md" "Evaluation: recall and held-out text through lm-evaluation-harness, 1 minute" \
-    python evaluate.py "$OUT/teacher" "$OUT/stage2/converted-hf" "$OUT/stage3/converted-hf" --tasks local --seq_lens 256 \
-    --data "$SHORT_DATA" --teacher "$OUT/teacher" --limit "$LIMIT" --output "$OUT/evaluation"
-step report "$OUT/report.html" "Report: every model on held-out text, 40 s" \
-    python -m quickstart.report --out "$OUT" --context "$CONTEXT" --long_context "$LONG" ${REPORT[@]+"${REPORT[@]}"}
-printf '\nThe whole: %s s. Pictures and samples: %s\n\n' "$((SECONDS - BEGIN))" "$OUT/report.html"
+step tokens "$DATA/tokenized" "Corpus to tokens" \
+    python preprocess_download_tokenize.py --dataset_name "$DATASET" --tokenizer "$TOKENIZER" --output_dir "$DATA/tokenized" \
+    "${TOKENS[@]}" ${BAD_FILES[@]+"${BAD_FILES[@]}"}
+step chunks "$SHORT_DATA/metadata.json" "Chunks of $CONTEXT tokens, for stages 1 and 2" \
+    python preprocess_chunk.py --tokenized_dataset_path "$DATA/tokenized" --context_length "$CONTEXT" --output_dir "$DATA"
+step long_chunks "$LONG_DATA/metadata.json" "Chunks of $LONG tokens, for stage 3" \
+    python preprocess_chunk.py --tokenized_dataset_path "$DATA/tokenized" --context_length "$LONG" --output_dir "$DATA"
+if [[ $CORPUS ]]; then
+    step teacher "$TEACHER/config.json" "Teacher: a small Qwen3 from scratch, 2 to 3 minutes" \
+        python -m quickstart.train_teacher --data "$SHORT_DATA" --tokenizer "$TOKENIZER" --output_dir "$TEACHER" \
+        ${TEACHER_SIZE[@]+"${TEACHER_SIZE[@]}"}
+fi
+train 1 "Stage 1: each layer's linear attention learns the teacher's attention output"
+mapfile -t OVERRIDES < <(stage_overrides 2)
+step selection "$OUT/selection/ranking.json" "Layer selection: which quarter of the layers keeps full attention" \
+    python layer_selection/select_layers.py --cfg configs/quickstart/stage2.yaml --method scan --ratio 0.25 \
+    --output_dir "$OUT/selection" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+KEPT=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["keep"])' "$OUT/selection/ranking.json")
+train 2 "Stage 2: the hybrid learns the teacher's logits" stage2 "${KEPT// /}"
+if [[ $CORPUS ]]; then
+    EVALUATED=(stage1 stage2 stage3) TASKS=(--tasks heldout_perplexity,heldout_kl)
+else
+    EVALUATED=(stage1 stage2 stage3) TASKS=(--tasks local --seq_lens "$CONTEXT" --num_words 64) REPORT=(--recall)
+    if [[ ! $TINY ]]; then
+        EVALUATED+=(even)
+        train 2 "Stage 2 again, for comparison: as many layers kept, evenly spaced" even "[1,4]"
+    fi
+fi
+EVALUATED=("${EVALUATED[@]/#/$OUT/}")
+EVALUATED=("${EVALUATED[@]/%//converted-hf}")
+train 3 "Stage 3: the hybrid goes on at context $LONG, without the teacher" stage3 "${KEPT// /}"
+step evaluation "$OUT/evaluation/results.md" "Evaluation: recall and held-out text, through lm-evaluation-harness" \
+    python evaluate.py "$TEACHER" "${EVALUATED[@]}" "${TASKS[@]}" \
+    --data "$SHORT_DATA" --teacher "$TEACHER" --limit "$LIMIT" --output "$OUT/evaluation"
+step report "$OUT/report.html" "Report: every model on held-out text, answers, cache and decoding speed" \
+    python -m quickstart.report --out "$OUT" --teacher "$TEACHER" --chunks "$LIMIT" --contexts "${CONTEXTS[@]}" ${REPORT[@]+"${REPORT[@]}"}
+printf '\n%s s in all.\n\n' "$((SECONDS - BEGIN))"
 cat "$OUT/report.txt"
+printf '\nCurves, questions and answers, layer selection, decoding speed: %s\n' "$OUT/report.html"

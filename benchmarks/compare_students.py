@@ -38,7 +38,7 @@ from convert.export_native import native_export_refusal
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate
 from heldout import HeldoutFigures, heldout_figures, read_chunks
 from layer_selection.ranking import budget, evenly_spaced
-from quickstart.report import alignment
+from quickstart.measure import alignment
 from quickstart.train_teacher import token_ids
 from recall_tasks import RECALL_TASKS, Document, answer_accuracy
 

@@ -1,17 +1,20 @@
-"""A teacher worth distilling: it predicts text, and it recalls what it has read. Comparisons are measured on it.
+"""Trains a teacher that predicts text and recalls what it has read. Comparisons are measured on it.
 
-    python benchmarks/recall_teacher.py --output_dir recall_out [--text FOLDER]      # a GPU, less than 10 minutes
-    python benchmarks/recall_teacher.py --output_dir recall_out --tiny               # a CPU, some minutes
+    python benchmarks/recall_teacher.py --output_dir recall_out [--text FOLDER]         # a GPU, less than 10 minutes
+    python benchmarks/recall_teacher.py --output_dir recall_out --size tiny             # a CPU, some minutes
+    python benchmarks/recall_teacher.py --output_dir recall_out --size quickstart --seed 1   # made quickstart/teacher
 
-A Qwen3-shaped model of 40M parameters (--tiny: 0.6M) learns from the standard library's source text, the files of --text, and
-the tasks of recall_tasks.py: recall of pairs, of two hops, copying. Of the tasks only answers count at first: next
-to the random words around them, which nobody can tell, recall is learnt ten times later. Training goes on at a constant
-learning rate until 95 % of every task's held-out questions are answered (or for four fifths of --max_steps), then cools
-down with all words counting. The exit code is 1 if held-out recall ends below 90 %.
+A Qwen3-type model of 40M parameters (quickstart: 0.7M, tiny: 0.6M) learns from the standard
+library's source text, the files of --text, and the recall tasks of recall_tasks.py. Of the tasks
+only the answers count at first: next to the random words around them, which cannot be predicted,
+recall is learnt ten times later. Training continues at a constant learning rate until 95 % of
+every task's held-out questions are answered (or for four fifths of --max_steps), then the learning
+rate decays while all words count. The exit code is 1 if held-out recall ends below 90 %.
 
-Written are tokenizer/, data/chunked_context<N> for the stages, teacher/ (a plain Hugging Face checkpoint), teacher.json and
-teacher.png, the way there. Run again, it does only what is missing, with the exit code of the first time; a folder belongs to
-one size, text and seed (settings.json).
+OUTPUT_DIR gets tokenizer/, data/chunked_context<N> for the stages, teacher/ (a plain Hugging Face
+checkpoint), teacher.json and teacher.png with the training curves. Run again, the command does
+only what is missing, with the exit code of the first time. A folder belongs to one size, text and
+seed (settings.json).
 """
 
 from __future__ import annotations
@@ -20,8 +23,6 @@ import argparse
 import itertools
 import json
 import os
-import random
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -30,44 +31,47 @@ from functools import partial
 from pathlib import Path
 
 from runtime.command import run_main
+from runtime.corpora import Corpus
+from runtime.data import load_tokenizer, open_chunks_for
+from runtime.files import atomic_directory
 
 import matplotlib
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
-from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 matplotlib.use("Agg")
-from runtime.corpora import Corpus
-from runtime.data import load_tokenizer, open_chunks_for
-from runtime.files import atomic_directory
-
 from matplotlib import pyplot
 
 import preprocess_chunk
 import preprocess_download_tokenize
-from quickstart.train_teacher import heldout_loss, token_ids, unigram_entropy
-from quickstart.train_tokenizer import copy_stdlib, limited, train_tokenizer
+from quickstart.corpus import QUICKSTART_TASKS, TASK_DOCUMENTS, TEXT_FILES, TaskMix, make_corpus
+from quickstart.train_teacher import heldout_loss, token_ids, unigram_entropy, untrained_teacher
+from quickstart.train_tokenizer import limited, train_tokenizer
 from recall_tasks import RECALL_TASKS, Document, answer_accuracy, encode
 
-ENOUGH, DEMANDED = (
-    0.95,
-    0.90,
-)  # accuracy that ends the constant part, and that recall must have at the end
-WARMUP_STEPS, CHECK_STEPS, COOLDOWN, WEIGHT_DECAY = 100, 200, 0.2, 0.1
+ENOUGH = 0.95  # accuracy that ends training at a constant learning rate
+DEMANDED = 0.90  # recall that the result must have
+WARMUP_STEPS = 100
+CHECK_STEPS = 200
+COOLDOWN = 0.2  # share of the steps at the end, in which the learning rate decays
+FLOOR = 0.05  # of the learning rate, at the last step
+WEIGHT_DECAY = 0.1
+QUESTIONS = 32  # held-out documents of each task
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Model, data and training. tasks: option -> (easiest, hardest); held-out questions are the
-    hardest. A batch has text_rows and task_rows; text_weight: of the loss on text, the loss on
-    answers having 1."""
+    """Model, data and training.
+
+    A batch has text_rows and task_rows. text_weight: of the loss on text; the loss on answers has
+    weight 1. text_files: of the standard library, all if None.
+    """
 
     shape: dict
-    tasks: dict[str, dict[str, tuple[int, int]]]
-    num_words: int
+    tasks: TaskMix
     task_documents: int
     text_files: int | None
     vocab_size: int
@@ -89,12 +93,14 @@ FULL = Scale(
         intermediate_size=1920,
         initializer_range=0.03,
     ),
-    tasks={
-        "associative_recall": {"num_pairs": (4, 64), "num_queries": (16, 32)},
-        "multi_hop_recall": {"num_chains": (2, 24), "num_queries": (8, 12)},
-        "copying": {"length": (8, 128)},
-    },
-    num_words=256,
+    tasks=TaskMix(
+        ranges={
+            "associative_recall": {"num_pairs": (4, 64), "num_queries": (16, 32)},
+            "multi_hop_recall": {"num_chains": (2, 24), "num_queries": (8, 12)},
+            "copying": {"length": (8, 128)},
+        },
+        num_words=256,
+    ),
     task_documents=30_000,
     text_files=None,
     vocab_size=4096,
@@ -103,6 +109,29 @@ FULL = Scale(
     task_rows=32,
     text_weight=1.0,
     learning_rate=1e-3,
+    max_steps=4000,
+)
+# Heads of size 16 recall 32 pairs by softmax attention; a linear attention's state of 16 x 16 per
+# head cannot.
+QUICKSTART = Scale(
+    shape=dict(
+        hidden_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=288,
+        initializer_range=0.06,
+    ),
+    tasks=QUICKSTART_TASKS,
+    task_documents=TASK_DOCUMENTS,
+    text_files=TEXT_FILES,
+    vocab_size=1024,
+    context_length=256,
+    text_rows=8,
+    task_rows=24,
+    text_weight=0.3,
+    learning_rate=3e-3,
     max_steps=4000,
 )
 TINY = Scale(
@@ -115,12 +144,14 @@ TINY = Scale(
         intermediate_size=288,
         initializer_range=0.06,
     ),
-    tasks={
-        "associative_recall": {"num_pairs": (2, 8), "num_queries": (4, 8)},
-        "multi_hop_recall": {"num_chains": (2, 3), "num_queries": (2, 3)},
-        "copying": {"length": (4, 16)},
-    },
-    num_words=32,
+    tasks=TaskMix(
+        ranges={
+            "associative_recall": {"num_pairs": (2, 8), "num_queries": (4, 8)},
+            "multi_hop_recall": {"num_chains": (2, 3), "num_queries": (2, 3)},
+            "copying": {"length": (4, 16)},
+        },
+        num_words=32,
+    ),
     task_documents=10_000,
     text_files=60,
     vocab_size=1024,
@@ -133,34 +164,15 @@ TINY = Scale(
 )
 
 
-def task_documents(scale: Scale, seed: int | str, count: int, hardest: bool = False) -> dict[str, list[Document]]:
-    """`count` documents of every task, drawn between its easiest and hardest options, or at the
-    hardest."""
-    rng = random.Random(seed)
-
-    def draw(task: str) -> Document:
-        options = {name: high if hardest else rng.randint(low, high) for name, (low, high) in scale.tasks[task].items()}
-        return RECALL_TASKS[task](rng, num_words=scale.num_words, **options)
-
-    return {task: [draw(task) for _ in range(count)] for task in scale.tasks}
+def scale_of(size: str) -> Scale:
+    return {"full": FULL, "quickstart": QUICKSTART, "tiny": TINY}[size]
 
 
-def make_corpus(folder: Path, scale: Scale, text: Path | None, seed: int) -> None:
-    """Text files and tasks.jsonl in `folder`, complete or not at all."""
-    if folder.is_dir():
-        return
-    with atomic_directory(folder) as temporary:
-        copy_stdlib(temporary / "text" / "stdlib", scale.text_files)
-        if text:
-            shutil.copytree(text, temporary / "text" / "given")
-        by_task = task_documents(scale, seed, scale.task_documents // len(scale.tasks))
-        with (temporary / "tasks.jsonl").open("w") as file:
-            for row in zip(*by_task.values()):
-                file.writelines(json.dumps({"text": document.text}) + "\n" for document in row)
-
-
+# ---------------------------------------------------------------------------------- data
 def make_chunks(corpus: Path, tokenizer: Path, folder: Path, context_length: int) -> None:
-    """`folder`/chunked_context<N> of the texts in `corpus`, a part of them held out."""
+    """Tokenizes the texts in `corpus` and writes `folder`/chunked_context<N>; a part of them is
+    held out."""
+    tokenized = str(folder / "tokenized")
     preprocess_download_tokenize.main(
         [
             "--dataset_name",
@@ -170,13 +182,13 @@ def make_chunks(corpus: Path, tokenizer: Path, folder: Path, context_length: int
             "--holdout",
             "0.02",
             "--output_dir",
-            str(folder / "tokenized"),
+            tokenized,
         ]
     )
     preprocess_chunk.main(
         [
             "--tokenized_dataset_path",
-            str(folder / "tokenized"),
+            tokenized,
             "--output_dir",
             str(folder),
             "--context_length",
@@ -186,142 +198,187 @@ def make_chunks(corpus: Path, tokenizer: Path, folder: Path, context_length: int
 
 
 def prepare(out: Path, scale: Scale, text: Path | None, seed: int) -> None:
-    """Under `out`, each unless it is there: corpus, tokenizer, chunks of all (data) and of text
-    alone (data/text)."""
-    make_corpus(out / "corpus", scale, text, seed)
+    """Makes what is missing under `out`: corpus, tokenizer, chunks of everything (data) and of
+    text alone (data/text)."""
+    make_corpus(out / "corpus", scale.tasks, scale.task_documents, scale.text_files, seed, text)
     if not (out / "tokenizer").is_dir():
-        tasks = "".join(d.text for row in zip(*task_documents(scale, seed + 1, 1000).values()) for d in row)
+        tasks = "".join(document.text for document in scale.tasks.interleaved(seed + 1, 1000))
         texts = (document.text for document in Corpus(str(out / "corpus" / "text")).documents())
+        learnt_from = itertools.chain([tasks], limited(texts, len(tasks)))
+        tokenizer = train_tokenizer(learnt_from, scale.vocab_size)
         with atomic_directory(out / "tokenizer") as folder:
-            train_tokenizer(itertools.chain([tasks], limited(texts, len(tasks))), scale.vocab_size).save_pretrained(
-                folder
-            )
+            tokenizer.save_pretrained(folder)
     make_chunks(out / "corpus", out / "tokenizer", out / "data", scale.context_length)
-    make_chunks(out / "corpus" / "text", out / "tokenizer", out / "data" / "text", scale.context_length)
+    text_chunks = out / "data" / "text"
+    make_chunks(out / "corpus" / "text", out / "tokenizer", text_chunks, scale.context_length)
 
 
 class TaskRows(IterableDataset):
     """Endless fresh task documents packed into rows: (token ids [T], whether each belongs to an
     answer [T]).
 
-    A model learns a finite set of questions by heart before it learns to look up. No document is
-    cut; what is left of a row is EOS.
+    They are fresh because a model learns a finite set of questions by heart before it learns to
+    look up. No document is cut; the rest of a row is EOS.
     """
 
     def __init__(self, tokenizer, scale: Scale, seed: int):
-        self.tokenizer, self.scale, self.seed = tokenizer, scale, seed
+        self.tokenizer = tokenizer
+        self.scale = scale
+        self.seed = seed
+
+    def documents(self) -> Iterator[Document]:
+        """Without end; other ones in every worker of a DataLoader."""
+        worker = get_worker_info()
+        worker_id = worker.id if worker else 0
+        for part in itertools.count():
+            yield from self.scale.tasks.interleaved(f"{self.seed} {worker_id} {part}", 64)
+
+    def row(self, tokens: list[int], answers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        length = self.scale.context_length
+        is_answer = torch.zeros(length, dtype=torch.bool)
+        is_answer[answers] = True
+        padding = [self.tokenizer.eos_token_id] * (length - len(tokens))
+        return torch.tensor(tokens + padding), is_answer
 
     def __iter__(self):
-        worker, length, eos = (
-            get_worker_info(),
-            self.scale.context_length,
-            self.tokenizer.eos_token_id,
-        )
-        row, marks = [], []
-        for part in itertools.count():
-            seed = f"{self.seed} {worker.id if worker else 0} {part}"
-            by_task = task_documents(self.scale, seed, 64)
-            for ids, spans in encode(
-                [document for group in zip(*by_task.values()) for document in group], self.tokenizer
-            ):
+        length = self.scale.context_length
+        documents = self.documents()
+        tokens = []
+        answers = []
+        while True:
+            batch = list(itertools.islice(documents, 64))
+            for ids, spans in encode(batch, self.tokenizer):
                 assert len(ids) < length, "a document must fit into a row"
-                if len(row) + len(ids) >= length:
-                    is_answer = torch.zeros(length, dtype=torch.bool)
-                    is_answer[marks] = True
-                    yield torch.tensor(row + [eos] * (length - len(row))), is_answer
-                    row, marks = [], []
-                marks += [len(row) + i for span in spans for i in span]
-                row += [*ids, eos]
+                if len(tokens) + len(ids) >= length:
+                    yield self.row(tokens, answers)
+                    tokens = []
+                    answers = []
+                answers += [len(tokens) + index for span in spans for index in span]
+                tokens += [*ids, self.tokenizer.eos_token_id]
 
 
 def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Batches of row numbers for ever, without repeats within an epoch."""
+    """Endless batches of row numbers, without repeats within an epoch."""
     while True:
         order = torch.randperm(count, generator=generator).tolist()
         for start in range(0, count - batch_size + 1, batch_size):
             yield order[start : start + batch_size]
 
 
-def train(model, tokenizer, text, scale: Scale, max_steps: int, seed: int) -> list[dict]:
-    """Trains in place, on text chunks and `TaskRows`.
+# ---------------------------------------------------------------------------------- training
+@dataclass
+class Schedule:
+    """Warm-up, a constant part, and a linear decay that begins at `cool_from` and ends training at
+    `cool_to`."""
 
-    Returns step, learning rate, mean loss on text and on answers, and accuracy by task, every
-    CHECK_STEPS and at the end.
-    """
-    device, text_rows = model.device, scale.text_rows
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        scale.learning_rate,
-        (0.9, 0.95),
-        weight_decay=WEIGHT_DECAY,
-        fused=device.type == "cuda",
-    )
-    mixed = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
-    questions = task_documents(scale, seed + 2, 32, hardest=True)
-    generator = torch.Generator().manual_seed(seed)
-    text_batches = shuffled(len(text), text_rows, generator)
-    task_batches = iter(
-        DataLoader(
-            TaskRows(tokenizer, scale, seed),
-            scale.task_rows,
-            num_workers=8 if device.type == "cuda" else 1,
+    cool_from: int
+    cool_to: int
+
+    @classmethod
+    def of(cls, max_steps: int) -> Schedule:
+        return cls(min(round(max_steps * (1 - COOLDOWN)), max_steps - 1), max_steps)
+
+    def factor(self, step: int) -> float:
+        """Of the learning rate at `step`, counted from 1."""
+        decay = FLOOR + (1 - FLOOR) * (self.cool_to - step) / (self.cool_to - self.cool_from)
+        return min(1.0, step / WARMUP_STEPS, decay)
+
+    def cool_down_after(self, step: int) -> None:
+        self.cool_from = step
+        self.cool_to = round(step / (1 - COOLDOWN))
+
+
+class Training:
+    """Trains `model` in place on text chunks and `TaskRows`."""
+
+    def __init__(self, model, tokenizer, text, scale: Scale, max_steps: int, seed: int):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.text = text
+        self.scale = scale
+        self.schedule = Schedule.of(max_steps)
+        on_gpu = model.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            scale.learning_rate,
+            (0.9, 0.95),
+            weight_decay=WEIGHT_DECAY,
+            fused=on_gpu,
         )
-    )
-    history, losses, cool_from, cool_to, step = (
-        [],
-        [],
-        min(round(max_steps * (1 - COOLDOWN)), max_steps - 1),
-        max_steps,
-        0,
-    )
-    with tqdm(total=max_steps, desc="teacher", unit="step") as bar:
-        while step < cool_to:
-            step += 1
-            rows, answers = next(task_batches)
-            ids = torch.cat([token_ids(text, next(text_batches)), rows]).to(device)
-            answers = answers[:, 1:].to(device)
-            factor = min(1.0, step / WARMUP_STEPS, 0.05 + 0.95 * (cool_to - step) / (cool_to - cool_from))
-            for group in optimizer.param_groups:
-                group["lr"] = scale.learning_rate * factor
-            with mixed():
-                logits = model(input_ids=ids).logits[:, :-1]
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(
-                    len(ids), -1
+        self.autocast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=on_gpu)
+        self.questions = scale.tasks.documents(seed + 2, QUESTIONS, hardest=True)
+        generator = torch.Generator().manual_seed(seed)
+        self.text_batches = shuffled(len(text), scale.text_rows, generator)
+        rows = TaskRows(tokenizer, scale, seed)
+        self.task_batches = iter(DataLoader(rows, scale.task_rows, num_workers=8 if on_gpu else 1))
+
+    def step(self, step: int) -> torch.Tensor:
+        """One optimiser step; returns the mean losses [on text, on answers]."""
+        scale = self.scale
+        rows, answers = next(self.task_batches)
+        ids = torch.cat([token_ids(self.text, next(self.text_batches)), rows]).to(self.model.device)
+        answers = answers[:, 1:].to(self.model.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = scale.learning_rate * self.schedule.factor(step)
+        with self.autocast():
+            logits = self.model(input_ids=ids).logits[:, :-1]
+            losses = F.cross_entropy(
+                logits.flatten(0, 1).float(),
+                ids[:, 1:].flatten(),
+                reduction="none",
+            )
+            losses = losses.view(len(ids), -1)
+        on_text = losses[: scale.text_rows].mean()
+        on_tasks = losses[scale.text_rows :]
+        on_answers = on_tasks[answers].mean()
+        on_all_words = on_tasks.mean() if step > self.schedule.cool_from else 0
+        (scale.text_weight * on_text + on_answers + on_all_words).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack([on_text.detach(), on_answers.detach()])
+
+    def accuracies(self) -> dict[str, float]:
+        """Task -> share of its held-out questions that are answered."""
+        self.model.eval()
+        with self.autocast():
+            found = {
+                task: answer_accuracy(
+                    self.model,
+                    self.tokenizer,
+                    asked,
                 )
-            on_text, on_tasks = loss[:text_rows].mean(), loss[text_rows:]
-            on_answers = on_tasks[answers].mean()
-            (scale.text_weight * on_text + on_answers + (on_tasks.mean() if step > cool_from else 0)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(torch.stack([on_text.detach(), on_answers.detach()]))
-            bar.update()
-            if step % CHECK_STEPS == 0 or step == cool_to:
-                model.eval()
-                with mixed():
-                    accuracy = {task: answer_accuracy(model, tokenizer, asked) for task, asked in questions.items()}
-                model.train()
+                for task, asked in self.questions.items()
+            }
+        self.model.train()
+        return found
+
+    def run(self) -> list[dict]:
+        """Step, learning rate, mean loss on text and on answers, and accuracy by task, every
+        CHECK_STEPS and at the end."""
+        history = []
+        losses = []
+        step = 0
+        with tqdm(total=self.schedule.cool_to, desc="teacher", unit="step") as bar:
+            while step < self.schedule.cool_to:
+                step += 1
+                losses.append(self.step(step))
+                bar.update()
+                if step % CHECK_STEPS and step != self.schedule.cool_to:
+                    continue
+                accuracies = self.accuracies()
                 text_loss, answer_loss = torch.stack(losses).mean(0).tolist()
-                history.append(
-                    {
-                        "step": step,
-                        "lr": scale.learning_rate * factor,
-                        "text_loss": text_loss,
-                        "answer_loss": answer_loss,
-                        **accuracy,
-                    }
-                )
                 losses.clear()
-                bar.set_postfix(
-                    {
-                        "text": f"{text_loss:.3f}",
-                        **{task: f"{a:.1%}" for task, a in accuracy.items()},
-                    }
+                lr = self.scale.learning_rate * self.schedule.factor(step)
+                history.append(
+                    dict(step=step, lr=lr, text_loss=text_loss, answer_loss=answer_loss, **accuracies),
                 )
-                if step < cool_from and min(accuracy.values()) >= ENOUGH:
-                    cool_from, cool_to = step, round(step / (1 - COOLDOWN))
-                    bar.total = cool_to
-    return history
+                shown = {task: f"{accuracy:.1%}" for task, accuracy in accuracies.items()}
+                bar.set_postfix({"text": f"{text_loss:.3f}", **shown})
+                if step < self.schedule.cool_from and min(accuracies.values()) >= ENOUGH:
+                    self.schedule.cool_down_after(step)
+                    bar.total = self.schedule.cool_to
+        return history
 
 
 def plot(history: list[dict], path: Path) -> None:
@@ -339,7 +396,7 @@ def plot(history: list[dict], path: Path) -> None:
         linestyle=":",
         label="loss on text (right)",
     )
-    loss.set_ylabel("nats a token")
+    loss.set_ylabel("nats per token")
     handles = [*axis.get_lines(), *loss.get_lines()]
     axis.legend(handles, [line.get_label() for line in handles], loc="center right")
     figure.savefig(path, dpi=130)
@@ -352,84 +409,44 @@ def demand(recall: float) -> None:
         sys.exit(f"--max_steps: too few, held-out recall is {recall:.1%}, not {DEMANDED:.0%}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--text", type=Path, help="a folder of text files to learn beside the standard library")
-    parser.add_argument(
-        "--tiny",
-        action="store_true",
-        help="a model of 0.6M parameters and easier questions, for a CPU",
-    )
-    parser.add_argument("--max_steps", type=int, help="the most steps to take; default: as the size needs")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.text and not args.text.is_dir():
-        raise ValueError(f"--text: {args.text} is no folder; give one of text files")
-    if args.max_steps is not None and args.max_steps < 1:
-        raise ValueError(f"--max_steps: {args.max_steps} must be at least 1")
-    out, scale = args.output_dir, TINY if args.tiny else FULL
-    settings = {
-        "tiny": args.tiny,
-        "text": args.text and str(args.text.resolve()),
-        "seed": args.seed,
-    }
-    kept_settings = out / "settings.json"
-    if kept_settings.is_file() and (found := json.loads(kept_settings.read_text())) != settings:
-        name = next(k for k in settings if settings[k] != found.get(k))
-        raise ValueError(
-            f"--output_dir: {out} was begun with {name} {found.get(name)!r}, not {settings[name]!r}; name another"
-        )
-    if (out / "teacher").is_dir():
-        print(f"{out}/teacher: is there already")
-        demand(json.loads((out / "teacher.json").read_text())["associative_recall"])
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    kept_settings.write_text(json.dumps(settings) + "\n")
-
-    disable_progress_bar()  # transformers' own, a line for every file written
-    begin = time.monotonic()
-    prepare(out, scale, args.text, args.seed)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork of the loader's workers
-    # A seed shall give the same teacher: the sums of some CUDA kernels depend on the order of
-    # threads otherwise, and cuDNN's attention has no other backward.
+def make_deterministic() -> None:
+    """A seed gives the same teacher: some CUDA kernels sum in the order of threads otherwise, and
+    cuDNN's attention has no deterministic backward."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)  # a warning instead would leave flash attention's backward as it is
+    torch.use_deterministic_algorithms(
+        True,
+    )  # a warning instead would leave flash attention's backward as it is
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def train_teacher(out: Path, scale: Scale, max_steps: int, seed: int) -> dict:
+    """Trains on what `prepare` made, writes teacher/, teacher.json and teacher.png, and returns
+    the content of teacher.json."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork of the loader's workers
+    make_deterministic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     tokenizer = load_tokenizer(str(out / "tokenizer"))
-    folder = out / "data" / "text" / f"chunked_context{scale.context_length}"
-    text = open_chunks_for(tokenizer, len(tokenizer), str(folder), scale.context_length)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        **scale.shape,
-    )
-    model = Qwen3ForCausalLM(config).to(device)
+    chunks = str(out / "data" / "text" / f"chunked_context{scale.context_length}")
+    text = open_chunks_for(tokenizer, len(tokenizer), chunks, scale.context_length)
+    model = untrained_teacher(tokenizer, scale.shape).to(device)
+    tokens_per_step = (scale.text_rows + scale.task_rows) * scale.context_length
     print(
-        f"Teacher: {model.num_parameters() / 1e6:.1f}M parameters on {device.type}, {scale.text_rows + scale.task_rows} x "
-        f"{scale.context_length} tokens a step; data ready after {time.monotonic() - begin:.0f} s"
+        f"Teacher: {model.num_parameters() / 1e6:.1f}M parameters on {device.type}, {tokens_per_step} tokens per step"
     )
     start = time.monotonic()
-    history = train(model, tokenizer, text.train, scale, args.max_steps or scale.max_steps, args.seed)
+    history = Training(model, tokenizer, text.train, scale, max_steps, seed).run()
     seconds = time.monotonic() - start
-    heldout = token_ids(text.heldout, range(min(64, len(text.heldout)))).to(device)
-    last, tokens = (
-        history[-1],
-        history[-1]["step"] * (scale.text_rows + scale.task_rows) * scale.context_length,
-    )
+    heldout = token_ids(text.heldout, range(min(64, len(text.heldout))))
+    last = history[-1]
     result = {
         "parameters": model.num_parameters(),
-        "heldout_loss": heldout_loss(model, heldout),
-        "unigram_entropy": unigram_entropy(heldout.cpu()),
+        "heldout_loss": heldout_loss(model, heldout.to(device)),
+        "unigram_entropy": unigram_entropy(heldout),
         **{task: last[task] for task in RECALL_TASKS},
-        "tokens": tokens,
+        "tokens": last["step"] * tokens_per_step,
         "seconds": round(seconds, 1),
-        "seed": args.seed,
+        "seed": seed,
         "history": history,
     }
     plot(history, out / "teacher.png")
@@ -437,13 +454,92 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_directory(out / "teacher") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    accuracies = ", ".join(f"{task.replace('_', ' ')} {last[task]:.1%}" for task in RECALL_TASKS)
-    print(
-        f"Teacher: {accuracies}; held-out loss on text {result['heldout_loss']:.3f}, unigram entropy "
-        f"{result['unigram_entropy']:.3f}; {last['step']} steps, {tokens / seconds:,.0f} tokens/s; "
-        f"the whole {time.monotonic() - begin:.0f} s"
+    return result
+
+
+# ---------------------------------------------------------------------------------- command line
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Raises ValueError for options that cannot be."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    demand(last["associative_recall"])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="a folder of text files to learn beside the standard library",
+    )
+    parser.add_argument(
+        "--size",
+        choices=("full", "quickstart", "tiny"),
+        default="full",
+        help="model, data and questions",
+    )
+    parser.add_argument(
+        "--tiny",
+        dest="size",
+        action="store_const",
+        const="tiny",
+        help="the same as --size tiny",
+    )
+    parser.add_argument(
+        "--max_steps",
+        type=int,
+        help="the most steps to take; default: as the size needs",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.text and not args.text.is_dir():
+        raise ValueError(f"--text: {args.text} is no folder; give one of text files")
+    if args.max_steps is not None and args.max_steps < 1:
+        raise ValueError(f"--max_steps: {args.max_steps} must be at least 1")
+    return args
+
+
+def claim_folder(args: argparse.Namespace) -> None:
+    """Binds the output folder to this size, text and seed. Raises ValueError if it is bound to
+    others."""
+    settings = {
+        "size": args.size,
+        "text": args.text and str(args.text.resolve()),
+        "seed": args.seed,
+    }
+    file = args.output_dir / "settings.json"
+    if file.is_file():
+        found = json.loads(file.read_text())
+        if "tiny" in found:  # written before there were three sizes
+            found["size"] = "tiny" if found.pop("tiny") else "full"
+        for name, value in settings.items():
+            if found.get(name) != value:
+                begun = f"was begun with {name} {found.get(name)!r}, not {value!r}"
+                raise ValueError(f"--output_dir: {args.output_dir} {begun}; name another")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    claim_folder(args)
+    out = args.output_dir
+    if (out / "teacher").is_dir():
+        print(f"{out}/teacher: is there already")
+        demand(json.loads((out / "teacher.json").read_text())["associative_recall"])
+        return
+    disable_progress_bar()  # transformers' own, a line for every file written
+    start = time.monotonic()
+    scale = scale_of(args.size)
+    prepare(out, scale, args.text, args.seed)
+    print(f"Data ready after {time.monotonic() - start:.0f} s")
+    result = train_teacher(out, scale, args.max_steps or scale.max_steps, args.seed)
+    accuracies = ", ".join(f"{task.replace('_', ' ')} {result[task]:.1%}" for task in RECALL_TASKS)
+    text = f"held-out loss on text {result['heldout_loss']:.3f}, unigram entropy {result['unigram_entropy']:.3f}"
+    speed = f"{result['tokens'] / result['seconds']:,.0f} tokens/s"
+    steps = result["history"][-1]["step"]
+    print(
+        f"Teacher: {accuracies}; {text}; {steps} steps, {speed}; {time.monotonic() - start:.0f} s in all",
+    )
+    demand(result["associative_recall"])
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from distill_model import (
     can_calibrate,
     check_calibration,
 )
-from quickstart.report import alignment, mean_loss
+from quickstart.measure import alignment, mean_loss
 from quickstart.train_teacher import token_ids
 
 BATCH_SIZE = 4

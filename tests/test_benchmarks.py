@@ -50,7 +50,7 @@ def test_recall_teacher_is_a_plain_checkpoint_with_its_history(recall_dir, capsy
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "was begun with tiny True, not False; name another"),
+        ([], "was begun with size 'tiny', not 'full'; name another"),
         (["--tiny", "--seed", "1"], "was begun with seed 0, not 1; name another"),
         (
             ["--tiny", "--text", str(ROOT / "docs")],
