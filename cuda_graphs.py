@@ -102,8 +102,9 @@ class GraphedForward:
         return {name: value.detach() for name, value in tensors.items()}
 
     def _backward_pass(self) -> tuple[torch.Tensor | None, ...]:
+        leaves = list(self.leaves.values())
         with _with_leaves(self.model, self.leaves):  # activation checkpointing reads them again
-            return torch.autograd.grad(self._pass["loss"], list(self.leaves.values()), self.d_loss, allow_unused=True)
+            return torch.autograd.grad(self._pass["loss"], leaves, self.d_loss, allow_unused=True)
 
     def _addresses(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self.in_place]
@@ -221,7 +222,9 @@ def _is_copied(value) -> bool:
 
 
 def _same_values(values: dict, others: dict) -> bool:
-    return values.keys() == others.keys() and all(_same(value, others[name]) for name, value in values.items())
+    if values.keys() != others.keys():
+        return False
+    return all(_same(value, others[name]) for name, value in values.items())
 
 
 def _same(value, other) -> bool:

@@ -1,11 +1,13 @@
-"""Held-out figures of a model, per chunk of tokens: cross-entropy, KL divergence to a teacher, top-1 agreement with it.
+"""Held-out figures of a model, per chunk of tokens: cross-entropy, KL divergence to a teacher,
+top-1 agreement with it.
 
     teacher_outputs = [read_chunks(teacher, ids) for ids in batches]
     figures = heldout_figures(student, batches, teacher_outputs)
     figures.mean_kl, figures.mean_cross_entropy, figures.perplexity, figures.mean_agreement
 
-A model is read as hidden states and the matrix of its output head, so that the logits of a batch are never held as a
-whole: the heads of `distill_model.losses` compute them chunk by chunk. All values are float32; losses are in nats.
+A model is read as hidden states and the matrix of its output head, so that the logits of a batch
+are never held as a whole: the heads of `distill_model.losses` compute them chunk by chunk. All
+values are float32; losses are in nats.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ class ModelOutput:
 
 @torch.no_grad()
 def read_chunks(model, ids: torch.Tensor) -> ModelOutput:
-    """One forward pass without the head over chunks ids [B, T]; ids are moved to the model's device.
+    """One forward pass without the head over chunks ids [B, T]; ids are moved to the model's
+    device.
 
-    model: a causal language model with the interface of transformers whose logits are linear in the hidden states
-    (`check_linear_head`).
+    model: a causal language model with the interface of transformers whose logits are linear in the
+    hidden states (`check_linear_head`).
     """
     hidden = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state
     return ModelOutput(hidden, model.get_output_embeddings().weight)
@@ -44,8 +47,8 @@ def read_chunks(model, ids: torch.Tensor) -> ModelOutput:
 
 @torch.no_grad()
 def check_linear_head(model, ids: torch.Tensor) -> None:
-    """Raises ValueError if the model's logits for ids [1, T] are not those of `read_chunks`, as where a head has a bias
-    or logits are scaled or capped."""
+    """Raises ValueError if the model's logits for ids [1, T] are not those of `read_chunks`, as
+    where a head has a bias or logits are scaled or capped."""
     output = read_chunks(model, ids)
     expected = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
     difference = (output.hidden @ output.head.mT).float() - expected
@@ -58,7 +61,8 @@ def check_linear_head(model, ids: torch.Tensor) -> None:
 
 @torch.no_grad()
 def heldout_cross_entropy(output: ModelOutput, ids: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross-entropy of each chunk, [B], over the T - 1 predicted tokens of ids [B, T]."""
+    """Mean next-token cross-entropy of each chunk, [B], over the T - 1 predicted tokens of ids [B,
+    T]."""
     ids = ids.to(output.hidden.device)
     losses = [
         linear_cross_entropy(hidden[:-1], output.head, chunk[1:])  # [T - 1, H] and [T - 1]
@@ -68,8 +72,8 @@ def heldout_cross_entropy(output: ModelOutput, ids: torch.Tensor) -> torch.Tenso
 
 
 def heldout_kl(student: ModelOutput, teacher: ModelOutput) -> torch.Tensor:
-    """KL(teacher || student) of each chunk, [B], the mean over its T positions. Raises ValueError if the vocabularies
-    differ."""
+    """KL(teacher || student) of each chunk, [B], the mean over its T positions. Raises ValueError
+    if the vocabularies differ."""
     teacher_hidden = teacher.hidden.to(student.hidden.device)
     kl = token_kl(student.hidden.flatten(0, 1), teacher_hidden.flatten(0, 1), student.head, teacher.head)
     return kl.view(student.hidden.shape[:2]).mean(1)
@@ -80,7 +84,10 @@ def top1_agreement(student: ModelOutput, teacher: ModelOutput) -> torch.Tensor:
     """Share of each chunk's T positions at which both models predict the same token, [B]."""
     teacher_hidden = teacher.hidden.to(student.hidden.device)
     agree = []
-    rows = zip(student.hidden.flatten(0, 1).split(CHUNK_SIZE), teacher_hidden.flatten(0, 1).split(CHUNK_SIZE))
+    rows = zip(
+        student.hidden.flatten(0, 1).split(CHUNK_SIZE),
+        teacher_hidden.flatten(0, 1).split(CHUNK_SIZE),
+    )
     for student_rows, teacher_rows in rows:
         predicted = (student_rows @ student.head.mT).argmax(-1)
         expected = (teacher_rows @ teacher.head.mT).argmax(-1)
@@ -117,7 +124,8 @@ class HeldoutFigures:
 def heldout_figures(model, batches: Iterable[torch.Tensor], teacher_outputs: Sequence[ModelOutput]) -> HeldoutFigures:
     """All three figures of `model` from one forward pass per batch.
 
-    batches: token ids [B, T] each. teacher_outputs: what `read_chunks` returned for the teacher on the same batches.
+    batches: token ids [B, T] each. teacher_outputs: what `read_chunks` returned for the teacher on
+    the same batches.
     """
     cross_entropy = []
     kl = []

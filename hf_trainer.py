@@ -152,7 +152,7 @@ class Throughput(TrainerCallback):
         self.begin = time.perf_counter()
 
     def figures(self) -> dict[str, float]:
-        """tokens_per_second and, where the peak is known, mfu; starts counting anew."""
+        """tokens_per_second and, where the peak is known, mfu; resets the counters."""
         tokens_per_second = self.steps * self.tokens_per_step / self.seconds
         self.steps = 0
         self.seconds = 0.0
@@ -468,8 +468,7 @@ class DistillTrainer(StageTrainer):
         super().log(logs, *args, **kwargs)
 
     def _layer_figures(self, training: bool) -> dict[str, float]:
-        """The mean losses and relative errors of all layers since they were last logged; starts
-        anew."""
+        """The mean losses and relative errors of all layers since the last log; resets the sums."""
         total, count = self._layers[training]
         losses, variances = self.accelerator.reduce(total / count, reduction="mean")
         errors = self.model.relative_errors(losses, variances)

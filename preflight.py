@@ -78,11 +78,11 @@ def _check_initial_student(cfg: Config, teacher: StudentConfig) -> None:
     for name, value in expected.items():
         found = getattr(student, name)
         if found != value:
-            raise ConfigError(f"{key} has {name} {found!r}, this run {value!r}; use one of its own kind")
+            raise ConfigError(f"{key} has {name} {found!r}, this run {value!r}; use one that matches")
     options = cfg.student_model.options
     if not same_options(cfg.student_model.name, student.student_options, options):
         raise ConfigError(
-            f"{key} has student_options {student.student_options!r}, this run {options!r}; use one of its own kind"
+            f"{key} has student_options {student.student_options!r}, this run {options!r}; use one that matches"
         )
     kept = set(student.keep_full_attention_layers)
     wanted = set(cfg.student_model.keep_full_attention_layers)
@@ -135,12 +135,10 @@ def calibration_warning(cfg: Config) -> str | None:
 # ------------------------------------------------------------------------ options and data
 def options_without_effect(cfg: Config) -> list[str]:
     """A line for each option that is set and that this stage ignores."""
-    lines = [f"{name}: has no effect in stage {cfg.stage}" for name in keys_of_other_stages(cfg)]
-    if cfg.stage == 1 and cfg.train.gradient_checkpointing:
-        lines.append(
-            "train.gradient_checkpointing: has no effect in stage 1, which never stores the "
-            "activations of more than one layer"
-        )
+    reasons = {"train.gradient_checkpointing": ", which never stores the activations of more than one layer"}
+    lines = []
+    for name in keys_of_other_stages(cfg):
+        lines.append(f"{name}: has no effect in stage {cfg.stage}{reasons.get(name, '')}")
     if cfg.stage == 2 and cfg.train.kd_teacher_use_cache:
         lines.append("train.kd_teacher_use_cache: has no effect, for the teacher reads whole sequences in one pass")
     return lines

@@ -1,9 +1,9 @@
 """Synthetic recall tasks as text: recall of pairs, recall over several hops, copying.
 
-A generator takes a `random.Random` and returns a `Document`: a text, and the spans of it that follow from the text
-before them (the answers). The same documents train a teacher, are scored in one forward pass (`answer_accuracy`), and
-serve as prompts for generation, whose earlier questions show the format. Words are built from syllables, so that no
-model has seen them.
+A generator takes a `random.Random` and returns a `Document`: a text, and the spans of it that
+follow from the text before them (the answers). The same documents train a teacher, are scored in
+one forward pass (`answer_accuracy`), and serve as prompts for generation, whose earlier questions
+show the format. Words are built from syllables, so that no model has seen them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ NUM_WORDS = 256  # default size of the vocabulary that a document draws from
 
 @dataclass(frozen=True)
 class Document:
-    """A task's text; `answers` are the [start, stop) character spans that follow from the text before them, in order."""
+    """A task's text; `answers` are the [start, stop) character spans that follow from the text
+    before them, in order."""
 
     text: str
     answers: list[tuple[int, int]]
@@ -57,7 +58,8 @@ def _document(head: str, questions: Iterable[tuple[str, str]]) -> Document:
 def associative_recall(
     rng: random.Random, num_pairs: int = 48, num_queries: int = 16, num_words: int = NUM_WORDS
 ) -> Document:
-    """Key-value pairs of words, then keys whose values are asked for (multi-query associative recall, arXiv 2312.04927)."""
+    """Key-value pairs of words, then keys whose values are asked for (multi-query associative
+    recall, arXiv 2312.04927)."""
     keys = rng.sample(WORDS[:num_words], num_pairs)
     values = [rng.choice(WORDS[:num_words]) for _ in keys]
     pairs = [f" {key} {value}" for key, value in zip(keys, values)]
@@ -73,7 +75,8 @@ def multi_hop_recall(
     num_queries: int = 8,
     num_words: int = NUM_WORDS,
 ) -> Document:
-    """Shuffled pairs that form chains of `num_hops` links; a chain's first word asks for all words after it."""
+    """Shuffled pairs that form chains of `num_hops` links; a chain's first word asks for all words
+    after it."""
     words = rng.sample(WORDS[:num_words], num_chains * (num_hops + 1))
     chains = [words[i::num_chains] for i in range(num_chains)]
     pairs = [f" {key} {value}" for chain in chains for key, value in itertools.pairwise(chain)]
@@ -105,8 +108,8 @@ def answer_tokens(
 ) -> list[list[int]]:
     """For each answer, the indices of the tokens that overlap it.
 
-    answers, offsets: [start, stop) characters of the answers and of the tokens, both in order. first_index: of the
-    first token.
+    answers, offsets: [start, stop) characters of the answers and of the tokens, both in order.
+    first_index: of the first token.
     """
     spans: list[list[int]] = [[] for _ in answers]
     first = 0  # the first answer that does not end before the current token
@@ -121,8 +124,8 @@ def answer_tokens(
 
 
 def encode(documents: list[Document], tokenizer) -> list[tuple[list[int], list[list[int]]]]:
-    """For every document its token ids, which begin as the tokenizer begins every text (BOS or nothing), and for each
-    of its answers the indices of the tokens that hold it."""
+    """For every document its token ids, which begin as the tokenizer begins every text (BOS or
+    nothing), and for each of its answers the indices of the tokens that hold it."""
     encoded = tokenizer(
         [document.text for document in documents],
         add_special_tokens=False,
@@ -138,10 +141,12 @@ def encode(documents: list[Document], tokenizer) -> list[tuple[list[int], list[l
 
 @torch.no_grad()
 def document_accuracies(model, tokenizer, documents: list[Document], batch_size: int = 16) -> list[float]:
-    """For each document the share of its answers that greedy decoding reproduces exactly, given the text before them.
+    """For each document the share of its answers that greedy decoding reproduces exactly, given the
+    text before them.
 
-    One forward pass over whole documents (teacher forcing): an answer counts if each of its tokens is the argmax.
-    model: any causal language model with the interface of transformers. Raises ValueError if its logits are not finite.
+    One forward pass over whole documents (teacher forcing): an answer counts if each of its tokens
+    is the argmax. model: any causal language model with the interface of transformers. Raises
+    ValueError if its logits are not finite.
     """
     shares = []
     for start in range(0, len(documents), batch_size):

@@ -10,6 +10,11 @@
 # An unpacked archive works without the last line, or where the requirements are installed already, if its folder is on
 # PYTHONPATH.
 
+if [ -z "${BASH_VERSION:-}" ]; then
+    echo "setup.sh: needs bash; start bash, then: source setup.sh" >&2
+    return 1
+fi
+
 say() { printf '\n== %s\n' "$*"; }
 die() { printf '%s\n' "$*" >&2; exit 1; }
 
@@ -66,9 +71,12 @@ set_up() {
     say "Set-up: done in $((SECONDS - start)) s"
 }
 
-set_up
+# In a subshell: an error in it must not close the shell that sources this file.
+(set_up) || return 1
 source "$SETUP_ROOT/.venv/bin/activate"
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 # OpenMP's threads wait for each other by spinning, which wastes most of the time of a shared CPU:
 # see docs/performance.md.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
+# Scripts use these functions; an interactive shell has no use for them.
+[[ $- != *i* ]] || unset -f say die find_python setup_stamp set_up

@@ -244,7 +244,7 @@ def use_cuda_graphs(
     if zero_stage == 3:
         reason = "ZeRO-3 gathers weights during a pass"
     elif sharded_teacher:
-        reason = "the head of a sharded teacher is gathered anew for each pass"
+        reason = "the head of a sharded teacher is gathered into new memory for each pass"
     elif model_config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         reason = "RoPE of this type reads lengths on the host"
     if reason:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from benchmarks.recall_teacher import FULL
 from distill_model import StudentConfig, StudentForCausalLM
-from layer_selection.side_by_side import Rounds
+from layer_selection.candidate_training import JointTraining
+from layer_selection.stopping_rule import StoppingRule
 
 NUM_LAYERS = FULL.shape["num_hidden_layers"]
 
@@ -101,20 +102,20 @@ def main() -> None:
         train=RandomChunks(cfg.train.batch_size * 4, cfg.train.train_seq_len),
         kls=lambda hybrid: [0.0],
     )
-    choice = SimpleNamespace(rounds=1, window=0, correlation=1.0, halving=False, top_k=1)
     candidates = list(range(args.candidates))
-    rounds = Rounds(bench, choice, {layer: [layer] for layer in candidates}, -1, Path("."))
-    rounds.build(candidates, 0)
+    kept = {layer: [layer] for layer in candidates}
+    training = JointTraining(bench, StoppingRule(), kept, -1, Path("."))
+    training.build(candidates, 0)
     for first in (0, args.steps):  # the first round is the warm-up
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        rounds.train_round(candidates, first, first + args.steps, tqdm(disable=True))
+        training.train_round(candidates, first, first + args.steps, tqdm(disable=True))
         torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-    rate = args.steps * rounds.plan.tokens_per_step * len(candidates) / seconds
+    rate = args.steps * training.plan.tokens_per_step * len(candidates) / seconds
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {len(candidates)} x {args.student}, "
-        f"{rounds.plan.batch_size} x {rounds.plan.seq_len} tokens per step, "
+        f"{training.plan.batch_size} x {training.plan.seq_len} tokens per step, "
         f"CUDA graphs {'on' if cfg.train.cuda_graphs else 'off'}: {rate:,.0f} tokens/s; "
         f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
     )

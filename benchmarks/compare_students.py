@@ -50,7 +50,7 @@ QUESTIONS = 64  # documents of each task
 EVAL_BATCH_SIZE = 8
 ALIGNMENT_CHUNKS = 16
 RECALL_SERIES = [
-    ("all_linear_recall", "all-linear, after stage 1", "#c98a2b"),
+    ("all_linear_recall", "every layer a student layer, after stage 1", "#c98a2b"),
     ("associative_recall", "hybrid, after stage 2", "#3f6fb5"),
 ]
 COLUMNS = [
@@ -123,17 +123,22 @@ class Comparison:
         self.heldout = token_ids(chunks.heldout, rows).to(self.device)
         self.heldout_batches = self.heldout.split(EVAL_BATCH_SIZE)
         self.teacher_outputs = [read_chunks(self.teacher, ids) for ids in self.heldout_batches]
-        self.kept = evenly_spaced(budget(args.ratio, teacher.num_hidden_layers), teacher.num_hidden_layers)
+        layers = teacher.num_hidden_layers
+        self.kept = evenly_spaced(budget(args.ratio, layers), layers)
         self.questions = hardest_questions(chunks.metadata["context_length"], args.num_words)
 
     def batches(self, seed: str, count: int) -> Iterator[torch.Tensor]:
         """Token ids [B, T] of `count` batches, the same for every student of a seed."""
         size = self.args.batch_size
-        rows = [random.Random(f"{seed} {i}").sample(range(len(self.train)), size) for i in range(count)]
+        chunks = range(len(self.train))
+        rows = [random.Random(f"{seed} {i}").sample(chunks, size) for i in range(count)]
         return (token_ids(self.train, row).to(self.device) for row in rows)
 
     def accuracy(self, model: StudentForCausalLM) -> dict[str, float]:
-        return {task: answer_accuracy(model.eval(), self.tokenizer, asked) for task, asked in self.questions.items()}
+        accuracies = {}
+        for task, documents in self.questions.items():
+            accuracies[task] = answer_accuracy(model.eval(), self.tokenizer, documents)
+        return accuracies
 
     def hybrid(self, student: StudentForCausalLM) -> StudentForCausalLM:
         return student.restore_full_attention(self.teacher, self.kept).to(self.device).eval()
@@ -146,7 +151,8 @@ class Comparison:
         begin = time.perf_counter()
         torch.manual_seed(seed)
         student_name = name.removesuffix(CALIBRATED)
-        student, _ = StudentForCausalLM.from_teacher(self.teacher, student_name, (), OPTIONS.get(student_name))
+        options = OPTIONS.get(student_name)
+        student, _ = StudentForCausalLM.from_teacher(self.teacher, student_name, (), options)
         student = student.to(self.device)
         calibration = None
         if name.endswith(CALIBRATED):
@@ -247,10 +253,23 @@ def table(runs: list[dict], stage1_steps: int) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: list[dict], path: Path) -> None:
-    """Associative recall of each student, all-linear and as a hybrid.
+def plot_order(students: dict[str, list[dict]]) -> list[str]:
+    """The names of students whose cache grows, then those of the others; by the hybrid's mean recall, the best first."""
 
-    A dot is the mean over the seeds, the bar behind it their range.
+    def key(name: str) -> tuple:
+        runs = students[name]
+        means = [
+            statistics.fmean(run[series] for run in runs) for series in ("associative_recall", "all_linear_recall")
+        ]
+        return not runs[0]["state_grows"], *(-mean for mean in means)
+
+    return sorted(students, key=key)
+
+
+def plot(runs: list[dict], path: Path, teacher: tuple[str, float] | None = None) -> None:
+    """Associative recall of each student, with student layers only and as a hybrid, and of the teacher.
+
+    teacher: its label and recall. A dot is the mean over the seeds, the bar behind it their range. Students whose cache grows stand apart.
     """
     import matplotlib
 
@@ -258,8 +277,9 @@ def plot(runs: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     students = by_student(runs)
-    names = list(students)[::-1]  # the first is drawn at the bottom
-    figure, axis = pyplot.subplots(figsize=(8, 1 + 0.24 * len(names)), layout="constrained")
+    names = plot_order(students)[::-1]  # the first is drawn at the bottom
+    growing = [name for name in names if students[name][0]["state_grows"]]
+    figure, axis = pyplot.subplots(figsize=(8, 1.2 + 0.24 * len(names)), layout="constrained")
     for place, name in enumerate(names):
         means = []
         for key, label, colour in RECALL_SERIES:
@@ -268,14 +288,19 @@ def plot(runs: list[dict], path: Path) -> None:
             axis.barh(place, max(values) - min(values), 0.28, min(values), color=colour, alpha=0.45)
             axis.plot(means[-1], place, "o", color=colour, label=None if place else label)
         axis.plot(means, [place, place], color="gray", linewidth=1, zorder=0)
-    axis.set_yticks(range(len(names)), names)
+    if teacher:
+        label, recall = teacher
+        axis.axvline(100 * recall, color="#4a4a4a", linestyle="--", linewidth=1, label=label, zorder=0)
+    if growing:
+        axis.axhline(len(names) - len(growing) - 0.5, color="gray", linewidth=0.8, linestyle=":")
+    labels = [f"{name} (cache grows)" if name in growing else name for name in names]
+    axis.set_yticks(range(len(names)), labels)
     axis.set(xlim=(-2, 102), ylim=(-0.7, len(names) - 0.3))
-    axis.set_xlabel("associative recall, % of answers that are correct")
-    axis.set_title("Recall lost by linear attention, and restored by the kept layers", loc="left")
+    axis.set_xlabel("associative recall: % of the answers that are correct")
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     if names:
-        axis.legend(loc="lower right")
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -359,7 +384,7 @@ def check_same_settings(settings: dict, file: Path, folder: Path) -> None:
     for name, value in settings.items():
         if found.get(name) != value:
             raise ValueError(
-                f"--output_dir: {folder} holds runs with {name} {found.get(name)!r}, not {value!r}; name another"
+                f"--output_dir: {folder} has runs with {name} {found.get(name)!r}, not {value!r}; name another"
             )
 
 

@@ -1,5 +1,5 @@
-"""Prefill and decode speed of a teacher, a hybrid of its shape, and that hybrid with FLA's own
-decoding, in one run.
+"""Prefill and decode speed of a teacher, a hybrid of its shape, and that hybrid without
+CUDA graphs, in one run.
 
     python benchmarks/decode.py --shape qwen2.5-1.5b --kept 7 --output_dir decode_out
     # on a CPU:
@@ -7,13 +7,13 @@ decoding, in one run.
 
 Random weights of a published shape and random prompts, through `generate`, greedily. Teacher (all
 layers kept) and hybrid decode with cache_implementation="static", on a GPU one CUDA graph replay
-per token; "FLA's loop" is the same hybrid with FLA's cache and one launch per kernel, as FLA's
-own models generate, at batch size 1. Prompts are read in chunks of 4096 tokens, by kernels that
+per token; "hybrid, eager" is the same hybrid with the dynamic cache, which launches FLA's kernels
+one by one, at batch size 1. Prompts are read in chunks of 4096 tokens, by kernels that
 are compiled before the clock starts. Times per token are medians over --new_tokens, after the
 first few, which compile and record. Beside them are the time of the model alone, a mean without
 waits between tokens, and the least number of bytes that a token moves: weights, cache, and
-recurrent states twice. The ratio of these bytes is the roofline speed-up of a hybrid, reached
-where both are memory-bandwidth bound. Printed and written are a table, the ratios (decode.md,
+recurrent states twice. The teacher's bytes over the hybrid's are the bytes ratio, the speed-up
+at equal memory bandwidth. Printed and written are a table, the ratios (decode.md,
 decode.json) and a plot (decode.png).
 """
 
@@ -47,7 +47,7 @@ PREFILL = 4096  # tokens of a prefill chunk
 WARM = 4  # tokens whose times do not count
 TEACHER = "teacher"
 HYBRID = "hybrid"
-LOOP = "hybrid, FLA's loop"
+EAGER = "hybrid, eager"
 COLOURS = ("#c98a2b", "#3f6fb5", "#5a9367", "#8250df")  # of the batch sizes
 
 
@@ -155,15 +155,22 @@ def table(rows: list[dict]) -> str:
         "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        head = f"| {row['model']} | {row['context']:,} | {row['batch_size']} | "
+        cells = [row["model"], f"{row['context']:,}", f"{row['batch_size']}"]
         if "decode" not in row:
-            lines.append(head + "out of memory | | | | | | | |")
+            lines.append(f"| {' | '.join(cells)} | out of memory | | | | | | | |")
             continue
-        peak = f"{row['peak'] / 2**30:.1f}" if row["peak"] else ""
-        alone = f"{row['alone']:.2f}" if row["alone"] else ""
-        speed = f"{row['prefill']:,.0f} | {row['decode']:,.1f} | {row['ms']:.2f} | {alone}"
-        moved = f"{row['bytes'] / 1e9:.2f} | {row['bytes'] / row['ms'] / 1e9:.2f}"
-        lines.append(head + f"{speed} | {moved} | {row['cache'] / 2**20:,.1f} | {peak} |")
+        gigabytes = row["bytes"] / 1e9
+        cells += [
+            f"{row['prefill']:,.0f}",
+            f"{row['decode']:,.1f}",
+            f"{row['ms']:.2f}",
+            f"{row['alone']:.2f}" if row["alone"] else "",
+            f"{gigabytes:.2f}",
+            f"{gigabytes / row['ms']:.2f}",
+            f"{row['cache'] / 2**20:,.1f}",
+            f"{row['peak'] / 2**30:.1f}" if row["peak"] else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -178,26 +185,26 @@ def compared(rows: list[dict]) -> list[dict]:
                 "batch_size": batch_size,
                 "context": context,
                 "speed_up": hybrid["decode"] / teacher["decode"],
-                "roofline_speed_up": teacher["bytes"] / hybrid["bytes"],
+                "bytes_ratio": teacher["bytes"] / hybrid["bytes"],
                 "cache_share": hybrid["cache"] / teacher["cache"],
             }
-            if loop := found.get((LOOP, context, batch_size)):
-                point["speed_up_over_loop"] = hybrid["decode"] / loop["decode"]
+            if eager := found.get((EAGER, context, batch_size)):
+                point["speed_up_over_eager"] = hybrid["decode"] / eager["decode"]
             points.append(point)
     return points
 
 
 def ratios(points: list[dict]) -> list[str]:
-    """A line for each of the hybrid's figures relative to the teacher and to FLA's loop."""
+    """A line for each of the hybrid's figures relative to the teacher and to its own eager decoding."""
     lines = []
     for point in points:
         where = f"context {point['context']:,}, batch {point['batch_size']}"
         lines.append(
             f"{where}: cache {point['cache_share']:.1%} of the teacher's, "
-            f"{point['speed_up']:.2f} times its tokens/s; roofline {point['roofline_speed_up']:.2f}"
+            f"{point['speed_up']:.2f} times its tokens/s; bytes ratio {point['bytes_ratio']:.2f}"
         )
-        if "speed_up_over_loop" in point:
-            lines.append(f"{where}: {point['speed_up_over_loop']:.2f} times the tokens/s of FLA's loop")
+        if "speed_up_over_eager" in point:
+            lines.append(f"{where}: {point['speed_up_over_eager']:.2f} times the tokens/s of eager decoding")
     return lines
 
 
@@ -208,10 +215,9 @@ def plot(points: list[dict], path: Path) -> None:
         own = [point for point in points if point["batch_size"] == batch_size]
         own.sort(key=lambda point: point["context"])
         contexts = [point["context"] for point in own]
-        label = f"batch {batch_size}"
-        speed.plot(contexts, [point["speed_up"] for point in own], "o-", color=colour, label=label)
-        roofline = [point["roofline_speed_up"] for point in own]
-        speed.plot(contexts, roofline, ":", color=colour, label=f"{label}, roofline")
+        speed.plot(contexts, [point["speed_up"] for point in own], "o-", color=colour, label=f"batch {batch_size}")
+        bytes_ratio = [point["bytes_ratio"] for point in own]
+        speed.plot(contexts, bytes_ratio, ":", color=colour, label=f"batch {batch_size}, bytes ratio")
         # The share is the same for every batch size.
         cache.plot(contexts, [100 * point["cache_share"] for point in own], "o-", color="dimgray")
     speed.axhline(1, color="gray", linewidth=1)
@@ -221,18 +227,19 @@ def plot(points: list[dict], path: Path) -> None:
     for axis in (speed, cache):
         _context_axis(axis, sorted({point["context"] for point in points}))
     if points:
-        speed.legend(loc="lower right", ncols=2, fontsize=9)
+        speed.legend(loc="upper left", fontsize=9)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
 def _context_axis(axis, contexts: list[int]) -> None:
-    """Linear axes from 0; labels at those of the contexts that lie apart."""
-    labelled = [context for context in contexts if context > 0.05 * contexts[-1]]
-    names = [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in labelled]
-    axis.set_xlabel("context, tokens")
-    axis.set_xticks(labelled, names)
+    """A logarithmic axis of contexts, with a tick at each, over a linear one from 0."""
+    names = [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in contexts]
+    if contexts:
+        axis.set_xscale("log", base=2)
+    axis.set_xlabel("context, tokens (logarithmic)")
+    axis.set_xticks(contexts, names)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
@@ -266,10 +273,10 @@ def measure_all(
     with torch.device(device):
         hybrid = StudentForCausalLM.from_teacher(teacher, args.student, kept)[0].eval()
     rows = []
-    for name, model in ((TEACHER, teacher), (HYBRID, hybrid), (LOOP, hybrid)):
-        for batch_size in args.batch_sizes if name != LOOP else [1]:
+    for name, model in ((TEACHER, teacher), (HYBRID, hybrid), (EAGER, hybrid)):
+        for batch_size in args.batch_sizes if name != EAGER else [1]:
             for context in args.contexts:
-                measured = measure(model, name != LOOP, context, batch_size, args.new_tokens) or {}
+                measured = measure(model, name != EAGER, context, batch_size, args.new_tokens) or {}
                 rows.append({"model": name, "context": context, "batch_size": batch_size} | measured)
                 print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
     return rows

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from distill_model import StudentForCausalLM, is_student_attention
-from layer_selection.side_by_side import MasterAdamW
+from layer_selection.candidate_training import MasterAdamW
 from wrapper import AttentionAlignmentModel, calibrate
 
 BETAS = (0.9, 0.95)

@@ -57,7 +57,11 @@ def _causal_decay(G):
 def _chunk(C, *xs):
     """[B, T, H, D] -> [B, H, N, C, D], zero-padded."""
     pad = -xs[0].shape[1] % C
-    return [F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, C)).permute(0, 3, 1, 2, 4) for x in xs]
+    chunked = []
+    for x in xs:
+        padded = F.pad(x, (0, 0, 0, 0, 0, pad))
+        chunked.append(padded.unflatten(1, (-1, C)).permute(0, 3, 1, 2, 4))
+    return chunked
 
 
 def _each_chunk(*xs):
@@ -73,9 +77,10 @@ def _unchunk(outputs, T):
 def _scan_value_gates(q, k, v, g, S):
     """Chunked gated linear attention with decays of the values: g [B, H, N, C, V]."""
     G = g.cumsum(-2)
+    decays = _causal_decay(G)
     since_start = G.exp()
     until_end = (G[..., -1:, :] - G).exp()
-    intra = ((q @ k.mT).unsqueeze(-2) @ (v.unsqueeze(-3) * _causal_decay(G))).squeeze(-2)
+    intra = ((q @ k.mT).unsqueeze(-2) @ (v.unsqueeze(-3) * decays)).squeeze(-2)
     out = []
     chunks = _each_chunk(q, k.mT, v * until_end, since_start, intra, since_start[..., -1:, :])
     for q_i, k_i, v_i, since_start_i, intra_i, decay in chunks:
@@ -264,7 +269,8 @@ def _scan_dplr(q, k, v, a, b, g, S):
     """Chunked DPLR delta rule of tensors [B, H, N, C, channels]."""
     G = g.cumsum(-2)
     # a_t reads the state before its own decay, so row t of `a` uses the decay of row t - 1.
-    rows = torch.stack((q, F.pad(a[..., 1:, :], (0, 0, 0, 1))), -1).unsqueeze(-4)
+    next_a = F.pad(a[..., 1:, :], (0, 0, 0, 1))
+    rows = torch.stack((q, next_a), -1).unsqueeze(-4)
     columns = torch.stack((k, b), -3).unsqueeze(-3) * _causal_decay(G).unsqueeze(-4)
     of_k, of_b = (columns @ rows).unbind(-4)
     qk, ak = of_k.unbind(-1)
@@ -275,9 +281,10 @@ def _scan_dplr(q, k, v, a, b, g, S):
     solved = solve_triangular(matrix, sides, upper=False, unitriangular=True)
     u, w = solved.split((v.shape[-1], k.shape[-1]), -1)
     until_end = (G[..., -1:, :] - G).exp()
-    decays = G[..., -1, :, None].exp()
     out = []
-    chunks = _each_chunk(q * G.exp(), qk, qb, v, u, w, (k * until_end).mT, (b * until_end).mT, decays)
+    chunks = _each_chunk(
+        q * G.exp(), qk, qb, v, u, w, (k * until_end).mT, (b * until_end).mT, G[..., -1, :, None].exp()
+    )
     for q_i, qk_i, qb_i, v_i, u_i, w_i, k_i, b_i, decay in chunks:
         u_i = u_i + w_i @ S
         out.append(q_i @ S + qk_i @ v_i + qb_i @ u_i)
@@ -348,7 +355,9 @@ def _path_chunks(q, k, v, w, beta, g, scale):
     C = min(q.shape[1], 64)
     K = q.shape[-1]
     G = q.shape[2] // k.shape[2]
-    q, k, v, w, beta, g = _chunk(C, q, k, v, w, beta.unsqueeze(-1), g.cumsum(1).unsqueeze(-1))
+    beta = beta.unsqueeze(-1)
+    g = g.cumsum(1).unsqueeze(-1)
+    q, k, v, w, beta, g = _chunk(C, q, k, v, w, beta, g)
     q, g = (x.unflatten(1, (-1, G)) for x in (q, g))  # [B, H, G, N, C, .]
     k, v, w, beta = (x.unsqueeze(2) for x in (k, v, w, beta))
     # UT transform: within a chunk, H_i ... H_{j+1} x = x - w^T (X, or Y x from the chunk's start on).
@@ -362,11 +371,13 @@ def _path_chunks(q, k, v, w, beta, g, scale):
     g_all = g.flatten(3)
     past = k[..., 0, :0, :]  # keys as seen from the end of the last chunk
     out = []
-    chunks = zip(*(x.unbind(3) for x in (q - qw @ Y, k - X.mT @ w, w, Y, local, g)))
+    per_chunk = (q - qw @ Y, k - X.mT @ w, w, Y, local, g)
+    chunks = zip(*(x.unbind(3) for x in per_chunk))
     for q_i, k_i, w_i, y_i, local_i, g_i in chunks:
         logits = torch.cat((q_i @ past.mT, local_i), -1)
         n = logits.shape[-1]
-        out.append(((logits + g_i - g_all[..., None, :n]) * scale).softmax(-1) @ v[..., :n, :])
+        weights = ((logits + g_i - g_all[..., None, :n]) * scale).softmax(-1)
+        out.append(weights @ v[..., :n, :])
         past = torch.cat((past - (past @ y_i.mT) @ w_i, k_i), -2)
     return torch.cat(out, -2), past
 
@@ -441,7 +452,8 @@ def causal_conv1d(
 
 def causal_conv1d_update(x, cache, residual=None, weight=None, bias=None, activation=None):
     """One token per sequence; updates `cache` [N, D, W] in place."""
-    cache.copy_(torch.cat((cache[..., 1:], x.reshape(cache.shape[0], -1, 1).to(cache)), -1))
+    new = x.reshape(cache.shape[0], -1, 1).to(cache)
+    cache.copy_(torch.cat((cache[..., 1:], new), -1))
     y = (cache * weight).sum(-1)
     if bias is not None:
         y = y + bias
@@ -556,9 +568,15 @@ def rotary_embedding(x, cos, sin, interleaved=False, inplace=False, seqlen_offse
     valid = (pos >= 0)[..., None, None]  # left-padding: rows without a position are zero
     cos, sin = (c[pos.clamp(min=0)].unsqueeze(-2) * valid for c in (cos, sin))
     R = 2 * cos.shape[-1]
-    a, b = (x[..., 0:R:2], x[..., 1:R:2]) if interleaved else x[..., :R].chunk(2, -1)
+    rotated = x[..., :R]
+    if interleaved:
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+    else:
+        a, b = rotated.chunk(2, -1)
     a, b = a * cos - b * sin, a * sin + b * cos
-    y = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+    y = torch.cat((a, b), -1)
+    if interleaved:
+        y = torch.stack((a, b), -1).flatten(-2)
     return torch.cat((y, x[..., R:]), -1)
 
 

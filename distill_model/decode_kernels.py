@@ -405,7 +405,8 @@ def _gated_delta_triton(q, k, v, gate, a, b, attn, state, past, cos, sin) -> tor
 def _convolve_token(x: torch.Tensor, past: torch.Tensor, convolution: nn.Conv1d) -> torch.Tensor:
     """A token x [B, channels] after a causal convolution, whose last inputs `past` [B, channels, W]
     are updated in place."""
-    past.copy_(torch.cat((past[..., 1:], x[..., None].to(past.dtype)), -1))
+    new = x[..., None].to(past.dtype)
+    past.copy_(torch.cat((past[..., 1:], new), -1))
     out = (past.to(x.dtype) * convolution.weight[:, 0]).sum(-1)
     return out if convolution.bias is None else out + convolution.bias
 
@@ -423,7 +424,8 @@ def _gated_delta_reference(q, k, v, gate, a, b, attn, state, past, cos, sin) -> 
     if v_silu:
         v = F.silu(v)
     if attn.rope_share:
-        cos, sin = attn.fast_angles(cos[:, None].to(state.dtype), sin[:, None].to(state.dtype))
+        cos, sin = (x[:, None].to(state.dtype) for x in (cos, sin))
+        cos, sin = attn.fast_angles(cos, sin)
         q, k = (rotate(x[:, None], cos, sin)[:, 0] for x in (q, k))
     q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     log_decay = -attn.A_log.to(state.dtype).exp() * F.softplus(a + attn.dt_bias)

@@ -221,8 +221,10 @@ def _join_parts(parts, weight, out, SIZE: tl.constexpr, PARTS: tl.constexpr, SIZ
     inside = channel < SIZE
     w = tl.load(weight + row * PARTS + part)
     w = tl.exp(w - tl.max(w, 0))
-    x = tl.load(parts + (row * PARTS + part)[:, None] * SIZE + channel[None], mask=inside[None], other=0)
-    tl.store(out + row * SIZE + channel, tl.sum(x * w[:, None], 0) / tl.sum(w, 0), mask=inside)
+    at = (row * PARTS + part)[:, None] * SIZE + channel[None]
+    x = tl.load(parts + at, mask=inside[None], other=0)
+    mean = tl.sum(x * w[:, None], 0) / tl.sum(w, 0)
+    tl.store(out + row * SIZE + channel, mean, mask=inside)
 
 
 def _grid(tensor: torch.Tensor) -> tuple[int]:

@@ -36,7 +36,7 @@ OPEN_SILU = 0.3
 
 
 class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
-    """Gated DeltaNet (Yang et al., arXiv 2412.06464) with one key/value head a query head of the
+    """Gated DeltaNet (Yang et al., arXiv 2412.06464) with one key/value head per query head of the
     teacher.
 
     factored: K and V are low-rank projections, of as many features as the teacher has for them; the

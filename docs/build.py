@@ -43,7 +43,8 @@ def with_generated(page: str) -> str:
 def main() -> None:
     for page in GENERATED:
         (DOCS / page).write_text(with_generated(page))
-    compare_students.plot(STUDENTS["runs"], DOCS / "students.png")
+    teacher = ("teacher (made on an H100)", STUDENTS["teacher"]["associative_recall"])
+    compare_students.plot(STUDENTS["runs"], DOCS / "students.png", teacher)
     decode.plot(DECODE["points"], DOCS / "decode.png")
 
 

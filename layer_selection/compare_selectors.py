@@ -1,13 +1,15 @@
-"""Selectors at one budget: the hybrids of their layers, trained alike and with seeds, side by side.
+"""Compares selectors at one budget: the hybrids with the layers that they choose, trained alike and
+with several seeds.
 
-    python layer_selection/compare_selectors.py --cfg STAGE2.yaml --ratio 0.25 --methods ga_s2 smart scan mse uniform random \
-        --seeds 3 --output_dir outputs/selectors
+    python layer_selection/compare_selectors.py --cfg STAGE2.yaml --ratio 0.25 --seeds 3 \
+        --methods ga_s2 smart scan mse uniform random --output_dir outputs/selectors
 
-Runs select_layers.py for each method in <output_dir>/<method>/, then stage 2 of STAGE2.yaml for each set of layers, once for methods that
-chose the same, and for each seed, which orders the data. Prints and writes selectors.md, selectors.json and selectors.png: held-out KL
-to the teacher, perplexity, and the share of associative-recall questions (recall_tasks.py) that are answered, as means and half
-ranges over the seeds. Methods whose range touches the best one's are marked as ties with it. Run again, with more methods or seeds, it
-does only what is missing.
+Runs each method of select_layers.py in <output_dir>/<method>/, then stage 2 of STAGE2.yaml for each
+set of layers (once for methods that chose the same) and for each seed, which orders the data.
+Prints and writes selectors.md, selectors.json and selectors.png: held-out KL to the teacher,
+perplexity, and the share of associative-recall questions (recall_tasks.py) that are answered, as
+means and half ranges over the seeds. Methods whose range touches the best one's are marked as ties
+with it. Rerun it, with more methods or seeds, and it does only what is missing.
 """
 
 from __future__ import annotations
@@ -16,124 +18,186 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 from runtime.command import run_main
-
-import matplotlib
-
-matplotlib.use("Agg")
 from runtime.config import Config, ConfigError, dump_config, load_config
 from runtime.data import load_tokenizer
 from runtime.files import atomic_write_text
 from runtime.run_folder import difference
 
-from matplotlib import pyplot
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from layer_selection import select_layers
-from layer_selection.full_runs import check_start, load_stage_2
-from layer_selection.side_by_side import Rounds, check_optimizer
-from recall_tasks import answer_accuracy, associative_recall
+from convert import load_teacher_config
+from layer_selection.ablation_questions import QuestionOptions
+from layer_selection.baselines import TASK_METHODS
+from layer_selection.bench import Bench
+from layer_selection.candidate_training import (
+    JointTraining,
+    SequenceKLs,
+    TrainingOptions,
+    check_optimizer,
+)
+from layer_selection.ranking import budget
+from layer_selection.selection import METHODS, SelectionOptions, select
+from layer_selection.stage2_runs import check_start, deepspeed_launcher, load_stage_2
+from layer_selection.stopping_rule import CORRELATION, ROUNDS, WINDOW, StoppingRule
+from recall_tasks import Document, answer_accuracy, associative_recall
 
 FIGURES = {"kl": "held-out KL", "perplexity": "perplexity", "recall": "recall"}
+SETTINGS = (
+    "ratio",
+    "rounds",
+    "sequences",
+    "questions",
+    "num_pairs",
+    "num_words",
+)  # that the figures depend on
 
 
-class MeasuredRounds(Rounds):
-    """Writes the figures of its hybrids to `file`, with those that are `known`, before their last
-    round counts as done."""
+class MeasuredTraining(JointTraining):
+    """Hybrids that keep these sets of layers, trained to the last step. Their figures are added to
+    `known` and written to `file` before their last round counts as done."""
 
-    def __init__(self, bench, args, sets: list[list[int]], folder: Path, file: Path, known: dict):
-        rules = SimpleNamespace(rounds=args.rounds, window=0, correlation=1.0, halving=False, top_k=1)
-        super().__init__(bench, rules, dict(enumerate(sets)), -1, folder)
-        self.file, self.known, self.tokenizer = (
-            file,
-            known,
-            load_tokenizer(bench.cfg.teacher_model.name),
-        )
-        rng = random.Random(1)
-        self.documents = [
-            associative_recall(rng, num_pairs=args.num_pairs, num_words=args.num_words) for _ in range(args.questions)
-        ]
+    def __init__(
+        self,
+        bench: Bench,
+        rounds: int,
+        sets: list[list[int]],
+        folder: Path,
+        file: Path,
+        known: dict,
+        documents: list[Document],
+    ):
+        super().__init__(bench, StoppingRule(rounds=rounds), dict(enumerate(sets)), -1, folder)
+        self.file = file
+        self.known = known
+        self.documents = documents
+        self.tokenizer = load_tokenizer(bench.cfg.teacher_model.name)
 
-    def train_round(self, mine, first, last, bar):
+    def train_round(self, mine: list[int], first: int, last: int, bar: tqdm) -> SequenceKLs:
         kls = super().train_round(mine, first, last, bar)
         if last == self.plan.steps:
             for i in mine:
-                self.candidates[i].to(self.bench.device)
-                model = self.candidates[i].hybrid.eval()
-                losses = self.bench.losses(model)
-                self.known[str(self.kept[i])] = {
-                    "kl": sum(kls[i]) / len(kls[i]),
-                    "perplexity": math.exp(sum(losses) / len(losses)),
-                    "recall": answer_accuracy(model, self.tokenizer, self.documents),
-                }
+                self.known[str(self.kept[i])] = self.figures(i, kls[i])
             atomic_write_text(self.file, json.dumps(self.known, indent=1) + "\n")
         return kls
+
+    def figures(self, i: int, kls: list[float]) -> dict[str, float]:
+        """Of the i-th hybrid, whose held-out KLs are `kls`."""
+        self.candidates[i].to(self.bench.device)
+        model = self.candidates[i].hybrid.eval()
+        losses = self.bench.cross_entropies(model)
+        return {
+            "kl": sum(kls) / len(kls),
+            "perplexity": math.exp(sum(losses) / len(losses)),
+            "recall": answer_accuracy(model, self.tokenizer, self.documents),
+        }
 
 
 def claim(cfg: Config, args: argparse.Namespace) -> None:
     """Records in --output_dir what its figures are of. Raises ConfigError if they are of another
     config, budget or measurement."""
-    config, settings = args.output_dir / "stage2.yaml", args.output_dir / "settings.json"
-    mine = {
-        name: getattr(args, name) for name in ("ratio", "rounds", "sequences", "questions", "num_pairs", "num_words")
-    }
+    config = args.output_dir / "stage2.yaml"
+    settings = args.output_dir / "settings.json"
+    ours = {name: getattr(args, name) for name in SETTINGS}
     if settings.is_file() and any(args.output_dir.glob("*/ranking.json")):
         theirs = json.loads(settings.read_text())
-        other = next(
-            (f"--{name} is {theirs[name]} there, {mine[name]} here" for name in mine if mine[name] != theirs[name]),
-            None,
-        )
-        if other := other or difference(load_config(config), cfg):
+        changed = [name for name in ours if ours[name] != theirs[name]]
+        if changed:
+            name = changed[0]
+            other = f"--{name} is {theirs[name]} there, {ours[name]} here"
+        else:
+            other = difference(load_config(config), cfg)
+        if other:
             raise ConfigError(
-                f"--output_dir: {args.output_dir} compares selectors otherwise ({other}); name another folder"
+                f"--output_dir: {args.output_dir} compares selectors with other settings ({other}); name another folder"
             )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     atomic_write_text(config, dump_config(cfg))
-    atomic_write_text(settings, json.dumps(mine) + "\n")
+    atomic_write_text(settings, json.dumps(ours) + "\n")
 
 
-def train_sets(cfg, sets: list[list[int]], seed: int, args: argparse.Namespace) -> list[dict]:
-    """Figures of the hybrid of every set after its stage 2, in order; from the seed's file where
-    that has them."""
+def chosen_layers(cfg: Config, method: str, top_k: int, args: argparse.Namespace) -> list[int]:
+    """The layers that a method keeps; selects them unless <output_dir>/<method>/ has its
+    ranking."""
+    folder = args.output_dir / method
+    if not (folder / "ranking.json").is_file():
+        rule = StoppingRule(args.rounds, WINDOW, CORRELATION, top_k=top_k)
+        launcher = deepspeed_launcher(os.environ.get("MASTER_PORT"))
+        questions = None
+        if method in TASK_METHODS:
+            questions = QuestionOptions(num_pairs=args.num_pairs, vocab_size=args.num_words)
+        options = SelectionOptions(
+            method=method,
+            top_k=top_k,
+            training=TrainingOptions(folder, rule, launcher=launcher),
+            ratio=args.ratio,
+            sequences=args.sequences,
+            batch_size=args.batch_size,
+            questions=questions,
+        )
+        print(select(cfg, options).summary())
+    return json.loads((folder / "ranking.json").read_text())["keep"]
+
+
+def train_sets(cfg: Config, sets: list[list[int]], seed: int, args: argparse.Namespace) -> list[dict]:
+    """Figures of the hybrid of every set after its stage 2, in order; those that the seed's file
+    has are read from it."""
     file = args.output_dir / f"seed_{seed}.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
     if missing := [kept for kept in sets if str(kept) not in known]:
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, seed=seed))
-        bench = select_layers.Bench(cfg, args.sequences, args.batch_size)
+        bench = Bench(cfg, args.sequences, args.batch_size)
         check_start(cfg)
         folder = args.output_dir / f"training_{seed}_{len(known)}"
-        MeasuredRounds(bench, args, missing, folder, file, known).run()
+        rng = random.Random(1)
+        size = {"num_pairs": args.num_pairs, "num_words": args.num_words}
+        documents = [associative_recall(rng, **size) for _ in range(args.questions)]
+        MeasuredTraining(bench, args.rounds, missing, folder, file, known, documents).run()
     return [known[str(kept)] for kept in sets]
 
 
 def spread(values: list[float], digits: int) -> str:
-    return f"{sum(values) / len(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
+    """mean ± half the range."""
+    mean = sum(values) / len(values)
+    half_range = (max(values) - min(values)) / 2
+    return f"{mean:.{digits}f} ± {half_range:.{digits}f}"
+
+
+def best_first(results: dict[str, dict]) -> list[str]:
+    """The methods, the lowest KL first."""
+    return sorted(results, key=lambda method: sum(results[method]["kl"]))
 
 
 def table(results: dict[str, dict]) -> str:
     """Markdown, the lowest KL first; results: method -> keep, and a list over seeds for each of
     FIGURES."""
-    order = sorted(results, key=lambda method: sum(results[method]["kl"]))
+    order = best_first(results)
     highest = max(results[order[0]]["kl"])
     lines = ["| selector | layers | held-out KL | perplexity | recall |", "|:--|:--|--:|--:|--:|"]
     for method in order:
         row = results[method]
         tie = " *" if min(row["kl"]) <= highest else ""
+        layers = " ".join(map(str, row["keep"]))
         recall = spread([100 * share for share in row["recall"]], 1)
-        lines.append(
-            f"| `{method}`{tie} | {' '.join(map(str, row['keep']))} | {spread(row['kl'], 4)} | "
-            f"{spread(row['perplexity'], 3)} | {recall} % |"
-        )
+        kl = spread(row["kl"], 4)
+        perplexity = spread(row["perplexity"], 3)
+        lines.append(f"| `{method}`{tie} | {layers} | {kl} | {perplexity} | {recall} % |")
     return "\n".join(lines)
 
 
 def plot(results: dict[str, dict], path: Path) -> None:
-    """A panel a figure, a dot a seed, the selectors in the table's order."""
-    order = sorted(results, key=lambda method: sum(results[method]["kl"]))[::-1]
+    """One panel per figure, one dot per seed, the selectors in the table's order."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    order = best_first(results)[::-1]
     figure, axes = pyplot.subplots(
         1,
         len(FIGURES),
@@ -153,60 +217,57 @@ def plot(results: dict[str, dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, help="YAML of stage 2")
-    parser.add_argument("--ratio", type=float, required=True, help="share of the layers to keep, for all methods")
-    parser.add_argument("--methods", nargs="+", choices=select_layers.METHODS, required=True, metavar="METHOD")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--sequences", type=int, default=64, help="held-out sequences to measure on")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=20, help="see select_layers.py")
-    parser.add_argument("--questions", type=int, default=64, help="documents of associative recall")
-    parser.add_argument("--num_pairs", type=int, default=64)
-    parser.add_argument("--num_words", type=int, default=256)
-    parser.add_argument("--overrides", nargs="*", default=[], metavar="key.path=value", help="come after the file")
+    add = parser.add_argument
+    add("--cfg", required=True, help="YAML of stage 2")
+    add("--ratio", type=float, required=True, help="share of the layers to keep, for all methods")
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        required=True,
+        metavar="METHOD",
+        help="see select_layers.py",
+    )
+    add("--seeds", type=int, default=3)
+    add("--output_dir", type=Path, required=True)
+    add("--sequences", type=int, default=64, help="held-out sequences to measure on")
+    add("--batch_size", type=int, default=8)
+    add("--rounds", type=int, default=ROUNDS, help="see select_layers.py")
+    add("--questions", type=int, default=64, help="documents of associative recall")
+    add("--num_pairs", type=int, default=64)
+    add("--num_words", type=int, default=256)
+    add(
+        "--overrides",
+        nargs="*",
+        default=[],
+        metavar="key.path=value",
+        help="applied after the file",
+    )
     args = parser.parse_args(argv)
     if args.seeds < 1:
         raise ConfigError(f"--seeds: {args.seeds} must be at least 1")
-    disable_progress_bar()
-    cfg, sets = load_stage_2(args.cfg, args.overrides), {}
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    disable_progress_bar()  # transformers' own, a line for every file read
+    cfg = load_stage_2(args.cfg, args.overrides)
     check_optimizer(cfg)
+    top_k = budget(args.ratio, load_teacher_config(cfg.teacher_model.name).num_hidden_layers)
     claim(cfg, args)
-    for method in args.methods:
-        out = args.output_dir / method
-        if not (out / "ranking.json").is_file():
-            select_layers.main(
-                [
-                    "--cfg",
-                    args.cfg,
-                    "--method",
-                    method,
-                    "--ratio",
-                    str(args.ratio),
-                    "--output_dir",
-                    str(out),
-                    "--rounds",
-                    str(args.rounds),
-                    "--sequences",
-                    str(args.sequences),
-                    "--batch_size",
-                    str(args.batch_size),
-                    "--num_pairs",
-                    str(args.num_pairs),
-                    "--vocab_size",
-                    str(args.num_words),
-                    *args.overrides,
-                ]
-            )
-        sets[method] = json.loads((out / "ranking.json").read_text())["keep"]
+    sets = {method: chosen_layers(cfg, method, top_k, args) for method in args.methods}
     unique = [list(kept) for kept in dict.fromkeys(map(tuple, sets.values()))]
-    by_seed = [dict(zip(map(tuple, unique), train_sets(cfg, unique, seed, args))) for seed in range(args.seeds)]
-    results = {
-        method: {"keep": kept} | {name: [figures[tuple(kept)][name] for figures in by_seed] for name in FIGURES}
-        for method, kept in sets.items()
-    }
+    by_seed = []  # of each seed: set of layers -> figures
+    for seed in range(args.seeds):
+        by_seed.append(dict(zip(map(tuple, unique), train_sets(cfg, unique, seed, args))))
+    results = {}
+    for method, kept in sets.items():
+        results[method] = {"keep": kept}
+        for name in FIGURES:
+            results[method][name] = [figures[tuple(kept)][name] for figures in by_seed]
     plot(results, args.output_dir / "selectors.png")
     atomic_write_text(args.output_dir / "selectors.json", json.dumps(results, indent=1) + "\n")
     atomic_write_text(args.output_dir / "selectors.md", table(results) + "\n")

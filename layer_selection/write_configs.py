@@ -1,10 +1,12 @@
-"""Writes configs/ from published.yaml: the stages of every teacher with every student, at every published budget and selector.
+"""Writes configs/ from published.yaml: the stages of every teacher with every student, at every
+published budget and selector.
 
     python layer_selection/write_configs.py [--output_dir configs]
 
-One stage 1 a teacher and student, {teacher}_{student}/stage1.yaml, which every stage 2 of that pair starts from:
-{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml, each with a run folder of its own. stage3.yaml lies beside the stage 2
-of a quarter of the layers, chosen by GA-S2 where that is published, else evenly. Other folders are left alone.
+Each pair of teacher and student has one stage 1, {teacher}_{student}/stage1.yaml, which every stage
+2 of that pair starts from: {teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml, each with a
+run folder of its own. stage3.yaml is next to the stage 2 with a quarter of the layers, chosen by
+GA-S2 where that is published, else evenly. Other folders are not changed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import yaml
 from layer_selection.ranking import RATIOS, budget, evenly_spaced, hybrid_folder, ratio_of
 
 ROOT = Path(__file__).resolve().parents[1]
-
 PUBLISHED = Path(__file__).with_name("published.yaml")
 STAGE_3_RATIO = 0.25
 
@@ -111,70 +112,94 @@ class Row:
 def rows(published: dict) -> Iterator[Row]:
     """Every published hybrid, and the evenly spaced ones of the same budgets."""
     for teacher, facts in published["teachers"].items():
-        count, ratios = facts["layers"], facts.get("ratios", RATIOS)
-        chosen = {}
-        for selector, ranked in facts.get("ranked", {}).items():
-            chosen |= {
-                (r, selector): sorted(ranked[: budget(r, count)]) for r in ratios if budget(r, count) <= len(ranked)
-            }
-        for selector, sets in facts.get("set", {}).items():
-            chosen |= {(ratio_of(len(layers), count, ratios), selector): layers for layers in sets}
-        compared = {ratio for ratio, _ in chosen}
-        chosen |= {
-            (r, "uniform"): evenly_spaced(budget(r, count), count) for r in ratios if r in compared or not compared
-        }
+        chosen = chosen_layers(facts)
         for student in facts["students"]:
             for (ratio, selector), layers in sorted(chosen.items()):
                 yield Row(teacher, student, ratio, selector, layers)
 
 
+def chosen_layers(facts: dict) -> dict[tuple[float, str], list[int]]:
+    """(ratio, selector) -> the layers that a teacher's hybrid keeps. facts: of the teacher."""
+    count = facts["layers"]
+    ratios = facts.get("ratios", RATIOS)
+    chosen = {}
+    for selector, ranked in facts.get("ranked", {}).items():
+        for ratio in ratios:
+            keep = budget(ratio, count)
+            if keep <= len(ranked):
+                chosen[ratio, selector] = sorted(ranked[:keep])
+    for selector, sets in facts.get("set", {}).items():
+        for layers in sets:
+            chosen[ratio_of(len(layers), count, ratios), selector] = layers
+    published_ratios = {ratio for ratio, _ in chosen}
+    for ratio in ratios:
+        if ratio in published_ratios or not published_ratios:
+            chosen[ratio, "uniform"] = evenly_spaced(budget(ratio, count), count)
+    return chosen
+
+
+def stage_file(published: dict, stage: int, folder: str, row: Row, layers: list[int]) -> str:
+    """The content of a stage's YAML in `folder`."""
+    facts = published["teachers"][row.teacher]
+    length, comment, train = STAGES[stage]
+    values = {
+        "stage": stage,
+        "teacher": row.teacher,
+        "name": facts["name"],
+        "student": row.student,
+        "layers": layers,
+        "folder": folder,
+        "start": row.start,
+        "length": length,
+        "count": len(layers),
+        "total": facts["layers"],
+        "source": published["sources"][row.selector],
+    }
+    return (HEAD + train).format(comment=comment.format(**values), **values)
+
+
+def has_stage_3(published: dict, row: Row, hybrids: list[Row]) -> bool:
+    """Whether a hybrid is the one of its teacher that stage 3 trains: of its first student, at
+    STAGE_3_RATIO, chosen by GA-S2 where that is published, else evenly spaced."""
+    if row.ratio != STAGE_3_RATIO or row.student != published["teachers"][row.teacher]["students"][0]:
+        return False
+    selectors = set()
+    for other in hybrids:
+        if other.start == row.start and other.ratio == STAGE_3_RATIO:
+            selectors.add(other.selector)
+    return row.selector == ("ga_s2" if "ga_s2" in selectors else "uniform")
+
+
 def files(published: dict) -> dict[str, str]:
     """Path under configs/ -> content."""
-    made, everything = {}, list(rows(published))
-
-    def add(stage: int, folder: str, row: Row, layers: list[int]) -> None:
-        facts, (length, comment, train) = published["teachers"][row.teacher], STAGES[stage]
-        values = {
-            "stage": stage,
-            "teacher": row.teacher,
-            "name": facts["name"],
-            "student": row.student,
-            "layers": layers,
-            "folder": folder,
-            "start": row.start,
-            "length": length,
-            "count": len(layers),
-            "total": facts["layers"],
-            "source": published["sources"][row.selector],
-        }
-        made[f"{folder}/stage{stage}.yaml"] = (HEAD + train).format(comment=comment.format(**values), **values)
-
-    for row in everything:
-        add(1, row.start, row, [])
-        add(2, row.folder, row, row.layers)
-        others = {other.selector for other in everything if (other.start, other.ratio) == (row.start, STAGE_3_RATIO)}
-        best = "ga_s2" if "ga_s2" in others else "uniform"
-        if (row.ratio, row.selector) == (STAGE_3_RATIO, best) and row.student == published["teachers"][row.teacher][
-            "students"
-        ][0]:
-            add(3, row.folder, row, row.layers)
-    made["README.md"] = readme(published, everything, made)
+    made = {}
+    hybrids = list(rows(published))
+    for row in hybrids:
+        made[f"{row.start}/stage1.yaml"] = stage_file(published, 1, row.start, row, [])
+        stages = (2, 3) if has_stage_3(published, row, hybrids) else (2,)
+        for stage in stages:
+            made[f"{row.folder}/stage{stage}.yaml"] = stage_file(published, stage, row.folder, row, row.layers)
+    made["README.md"] = readme(published, hybrids, made)
     return made
 
 
 README = """\
 # Configurations
 
-This page lists what is in each folder: teacher, student, ratio, selector and kept layers.
+This page lists what is in each folder: teacher, student layer, ratio, selector and kept layers.
 [docs/layer_selection.md](../docs/layer_selection.md) explains the selectors,
-[docs/config.md](../docs/config.md) the keys.
-
-`python layer_selection/write_configs.py` writes this page and the folders from
-`layer_selection/published.yaml`; do not edit them by hand. `quickstart/` belongs to `quickstart.sh`.
+[docs/config.md](../docs/config.md) the keys. No folder has been trained with the real weights here.
 
 - `{teacher}_{student}/stage1.yaml`: the stage 1 that all hybrids of that pair start from.
 - `{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml`: a hybrid. Where the table has a *,
-  `stage3.yaml` lies beside it.
+  `stage3.yaml` lies beside it; for the other folders, name the kept layers, the start and the run
+  folder of stage 3 [yourself](../docs/layer_selection.md).
+
+The student layers are `gdn_v4` and `gla_v1` because these files reproduce published layer choices;
+[docs/students.md](../docs/students.md#which-one) says how to train the recommended one with them.
+
+`python layer_selection/write_configs.py` writes this page and the folders from
+`layer_selection/published.yaml`; do not edit them by hand. `quickstart/` belongs to `quickstart.sh`.
 
 | selector | source |
 |---|---|

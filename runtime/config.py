@@ -8,6 +8,7 @@ line: key, value, cure.
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -16,7 +17,18 @@ from typing import Any
 
 import yaml
 
+FOR_OLD_FILES = "Allowed so that files of fla-org/hybrid-distillation load"
 SCHEDULERS = ("constant", "linear", "cosine")
+# The types of values, as docs/config.md names them.
+SHOWN_TYPES = {
+    bool: "true, false",
+    dict: "mapping",
+    float: "number",
+    int: "whole number",
+    list: "list",
+    str: "text",
+    type(None): "null",
+}
 
 
 class ConfigError(ValueError):
@@ -45,19 +57,19 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    name: str = key(help="teacher: a Hugging Face name or a folder, see Teachers")
+    name: str = key(help="teacher: a Hugging Face name or a folder, see docs/teachers.md")
 
 
 @dataclass(frozen=True)
 class StudentModelConfig:
-    name: str = key(help="linear attention of the student, see Students")
+    name: str = key(help="student layer, see docs/students.md")
     keep_full_attention_layers: list[int] = key(
         [],
-        help="0-based layers that keep softmax attention; [] in stage 1",
+        help="layers that keep full attention, counted from 0; [] in stage 1",
     )
     options: dict = key(
         {},
-        help="hyper-parameters of the linear attention, see Students",
+        help="hyper-parameters of the student layer, see docs/students.md#options",
     )
 
 
@@ -73,7 +85,7 @@ class TrainConfig:
         minimum=2,
     )
     lr: float = key(
-        help="peak learning rate of everything except linear attention",
+        help="peak learning rate of all trained weights but those that lr_attn is for",
         minimum=0,
     )
     micro_batch_size: int = key(
@@ -93,12 +105,12 @@ class TrainConfig:
     )
     lr_attn: float | None = key(
         None,
-        help="peak learning rate of the linear attention modules; null: lr",
+        help="peak learning rate of the modules that lr_attn_scope names; null: lr",
         minimum=0,
     )
     lr_attn_scope: str = key(
         "linear",
-        help="which modules train at lr_attn: linear attentions, or all attentions",
+        help="linear: lr_attn is for the student layers; all: for the kept layers' attention too",
         choices=("linear", "all"),
     )
     lr_scheduler_type: str = key(
@@ -134,88 +146,92 @@ class TrainConfig:
     )
     student_init_ckpt: str | None = key(
         None,
-        help="initial student of stage 2 (stage 1's converted-hf) and of stage 3 (stage 2's)",
+        help="converted-hf folder of the stage before, from which this stage starts",
+        stages=(2, 3),
     )
     max_length: int | None = key(
         None,
-        help="accepted for old configs; must equal train_seq_len",
+        help="no effect; must equal train_seq_len. " + FOR_OLD_FILES,
     )
     add_eos_token: bool | None = key(
         None,
-        help="accepted for old configs; EOS always separates documents, so false gives a warning",
+        help="no effect; false gives a warning, because EOS always separates documents. " + FOR_OLD_FILES,
     )
     resume_from_checkpoint: str | bool | None = key(
         "auto",
         help=(
-            "auto or true: resume from the newest undamaged checkpoint in output_dir, if any; "
-            "null: refuse to start if output_dir holds a run; "
-            "a checkpoint-N folder of output_dir: resume from it once, and from the newest when "
-            "the same command is run again"
+            "auto or true: resume from the newest undamaged checkpoint in output_dir, if any. "
+            "null: start, or end with an error if output_dir has a run. "
+            "A checkpoint-N folder of output_dir: the first start resumes from it and sets later "
+            "checkpoints aside; the same command, rerun, resumes from the newest"
         ),
     )
     gradient_checkpointing: bool | str = key(
         False,
         help=(
-            "stages 2 and 3: activation checkpointing; false: none, mlp: inside the MLPs, "
-            "true: whole layers; stage 1 never stores the activations of more than one layer"
+            "activation checkpointing. false: none. mlp: activations inside the MLPs are recomputed. "
+            "true: all activations of a layer are"
         ),
         choices=(False, True, "mlp"),
+        stages=(2, 3),
     )
     alignment_loss: str = key(
         "mse",
-        help="stage 1: mse, or l2 (norm over sqrt(D), RADLADS)",
+        help=("mse, or l2: the norm of the difference over sqrt(hidden size), as in RADLADS (arXiv 2505.03005)"),
         choices=("mse", "l2"),
         stages=(1,),
     )
     calibrate_init: int = key(
         0,
         help=(
-            "stage 1: fit decay, gates and output projections in closed form before the first "
-            "step, on this many batches of micro_batch_size sequences; 0: no calibration"
+            "before the first step, fit decay, gates and output projections in closed form to this "
+            "many batches of micro_batch_size sequences, see docs/students.md#calibrated-start; "
+            "0: do not"
         ),
         minimum=0,
+        stages=(1,),
     )
     kl_temperature: float = key(
         1.0,
-        help="stage 2: temperature tau; the loss is tau^2 KL",
+        help="temperature tau; the loss is tau^2 KL",
         minimum=1e-3,
         stages=(2,),
     )
     kl_weight: float = key(
         1.0,
-        help="stage 2: weight of the KL",
+        help="weight of the KL",
         minimum=0,
         stages=(2,),
     )
     ce_weight: float = key(
         0.0,
-        help="stage 2: weight of the next-token cross-entropy",
+        help="weight of the next-token cross-entropy",
         minimum=0,
         stages=(2,),
     )
     kd_teacher_shard: str = key(
         "auto",
-        help="stage 2: shard the teacher with ZeRO-3; auto: if its replicas do not fit",
+        help="shard the teacher with ZeRO-3; auto: if its replicas do not fit",
         choices=("auto", "always", "never"),
         stages=(2,),
     )
     kd_teacher_offload: str = key(
         "none",
-        help="stage 2: keep the weights of a sharded teacher in CPU memory",
+        help="keep the weights of a sharded teacher in CPU memory",
         choices=("none", "cpu"),
         stages=(2,),
     )
     kd_teacher_use_cache: bool = key(
         False,
-        help="accepted for old configs; the teacher's forward pass needs no KV cache",
+        help="no effect. " + FOR_OLD_FILES,
         stages=(2,),
     )
     zero_stage: int | None = key(
         None,
         help=(
-            "DeepSpeed ZeRO stage; null: the number of the training stage, but 1 for one process, "
-            "which has nothing to shard; a resumed run keeps its ZeRO stage, so set 3 if more GPUs "
-            "will resume it"
+            "DeepSpeed's ZeRO stage. null: equal to the training stage; 1 on one process. "
+            "A run keeps what it started with: set 3 at the start to resume on more GPUs with "
+            "sharded parameters"
         ),
         choices=(None, 1, 2, 3),
     )
@@ -224,7 +240,8 @@ class TrainConfig:
         help=(
             "on a GPU: replay the forward and backward passes of a step as CUDA graphs, which "
             "avoids the overhead of kernel launches: several times as fast for a small model, at "
-            "the cost of extra memory (see Performance); not used with ZeRO-3 or a sharded teacher"
+            "the cost of extra memory, see docs/performance.md#cuda-graphs; not used with ZeRO-3 "
+            "or a sharded teacher"
         ),
     )
     dtype: str = key(
@@ -502,23 +519,48 @@ def dump_config(cfg: Config) -> str:
 
 def reference() -> str:
     """The config reference of docs/config.md, a Markdown table made from the fields."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
-    hints = typing.get_type_hints(Config)
-    for section in fields(Config):
-        is_section = is_dataclass(hints[section.name])
-        specs = fields(hints[section.name]) if is_section else [section]
-        for spec in specs:
-            name = f"{section.name}.{spec.name}" if is_section else spec.name
-            lines.append(f"| `{name}` | {_shown_default(spec)} | {spec.metadata['help']} |")
+    lines = ["| key | default | allowed | stages | meaning |", "|---|---|---|---|---|"]
+    for name, spec, kind in _all_keys():
+        stages = ", ".join(map(str, spec.metadata["stages"]))
+        meaning = re.sub(r"docs/(\w+\.md)(#[\w-]+)?", r"[\1](\1\2)", spec.metadata["help"])
+        cells = [f"`{name}`", _shown_default(spec), _shown_values(spec, kind), stages, meaning]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _all_keys() -> list[tuple[str, Field, Any]]:
+    """(path, field, annotation) of every key; those without effect come last."""
+    hints = typing.get_type_hints(Config)
+    keys = []
+    for section in fields(Config):
+        kind = hints[section.name]
+        if not is_dataclass(kind):
+            keys.append((section.name, section, kind))
+            continue
+        own_hints = typing.get_type_hints(kind)
+        for spec in fields(kind):
+            keys.append((f"{section.name}.{spec.name}", spec, own_hints[spec.name]))
+    return sorted(keys, key=lambda item: item[1].metadata["help"].startswith("no effect"))
+
+
+def _shown_values(spec: Field, kind: Any) -> str:
+    """The values that a key takes: its choices, or its types and minimum."""
+    if choices := spec.metadata["choices"]:
+        return ", ".join(_as_yaml(choice) for choice in choices)
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    shown = ", ".join(SHOWN_TYPES[typing.get_origin(option) or option] for option in options)
+    minimum = spec.metadata["minimum"]
+    return shown if minimum is None else shown.replace("number", f"number >= {minimum:g}")
+
+
+def _as_yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _shown_default(spec: Field) -> str:
     """The default as YAML spells it."""
     if spec.default_factory is not MISSING:
         return str(spec.default_factory())
-    if spec.default is MISSING:
-        return "required"
-    if spec.default is None:
-        return "null"
-    return str(spec.default).lower() if isinstance(spec.default, bool) else str(spec.default)
+    return "required" if spec.default is MISSING else _as_yaml(spec.default)

@@ -1,7 +1,8 @@
-"""Real processes to break: forked from this one, which has imported everything once, so that a start takes a second.
+"""Real processes for fault tests, forked from this one, which has imported everything, so that a
+start takes a second.
 
-A child is what `python train.py ...` is in all that matters: its own process, ranks, signals, files. The parent never
-runs a thread of PyTorch's, which a fork would lose.
+A child behaves as `python train.py ...` does: it has its own process, ranks, signals and files. The
+parent never starts a thread of PyTorch's, which a fork would lose.
 """
 
 import contextlib
@@ -21,13 +22,14 @@ PATIENCE = 600  # seconds to wait for what takes a few on a quiet machine
 
 
 class Child:
-    """A forked process that runs function(), its output going to a file."""
+    """A forked process that runs function(), with its output in a file."""
 
     def __init__(self, function, log: Path, environment: dict):
         self.log = log
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pid, self.code = os.fork(), None
+        self.code = None
+        self.pid = os.fork()
         if self.pid == 0:
             code = 1
             try:
@@ -76,18 +78,19 @@ class Child:
 
 
 class Job:
-    """The ranks of one training run. Like a launcher, it ends the others when one has failed."""
+    """The ranks of one training run. Like a launcher, it ends the other ranks when one has
+    failed."""
 
     def __init__(self, ranks: list[Child]):
         self.ranks = ranks
 
     def wait(self, seconds=PATIENCE):
-        """The exit code of a rank that failed, of one that a signal ended if there is such; 0 if
-        none did."""
+        """The exit code of a rank that failed, preferably of one that a signal ended; 0 if none
+        failed."""
         end = time.monotonic() + seconds
         while True:
             codes = [rank.poll() for rank in self.ranks]
-            if bad := sorted(code for code in codes if code):  # several, where this process slept for long
+            if bad := sorted(code for code in codes if code):  # several, if this process slept for long
                 grace = time.monotonic() + 20
                 while any(rank.poll() is None for rank in self.ranks) and time.monotonic() < grace:
                     time.sleep(0.02)
@@ -116,7 +119,8 @@ class Job:
 
 
 def free_port():
-    """Below those of outgoing connections, of which one might take it before it is used."""
+    """A free port below the range of outgoing connections, one of which might take it before it is
+    used."""
     for port in random.SystemRandom().sample(range(12000, 32000), 99):
         with contextlib.suppress(OSError), socket.create_server(("", port)):
             return port
@@ -124,7 +128,7 @@ def free_port():
 
 def start(file, *options, log, ranks=1, hook=None, environment=None):
     """Starts `train.py --cfg file options...` on `ranks` processes; hook(rank) runs first in each,
-    to plant its fault."""
+    to inject its fault."""
     import train
 
     def body(rank):
@@ -132,7 +136,8 @@ def start(file, *options, log, ranks=1, hook=None, environment=None):
             hook(rank)
         train.main(["--cfg", str(file), *map(str, options)])
 
-    port, children = free_port(), []
+    port = free_port()
+    children = []
     for rank in range(ranks):
         values = {
             "RANK": rank,
@@ -150,7 +155,7 @@ def start(file, *options, log, ranks=1, hook=None, environment=None):
 
 
 def import_once():
-    """What every child would import for itself. Call it before the first start."""
+    """Imports what every child would import for itself. Call it before the first start."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 

@@ -418,7 +418,7 @@ def test_decode(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert len(rows) == 2 * 2 * 3 + 2 and shown.count("out of memory") == 4
     by = {(row["model"], row["context"], row["batch_size"]): row for row in rows}
-    assert all((row["alone"] is None) == (row["model"] == decode.LOOP) for row in rows if "decode" in row)
+    assert all((row["alone"] is None) == (row["model"] == decode.EAGER) for row in rows if "decode" in row)
     tokens = 90 + 7 - 1  # the last one is not read
     keys_and_values, state = 2 * tokens * 2 * 16 * 4, 4 * 16 * 16 * 4
     assert by["teacher", 90, 2]["cache"] == 2 * 4 * keys_and_values and by["hybrid", 90, 2]["cache"] == 2 * (
@@ -429,9 +429,9 @@ def test_decode(tmp_path, monkeypatch, capsys):
     assert teacher["bytes"] == teacher["cache"] + 4 * (4 * (layer + 4 * 32 * 64 - 2 * 32 * 32) + 32 + 32 * 100)
     more = by["hybrid", 90, 2]["bytes"] - by["hybrid", 90, 1]["bytes"]
     assert more == keys_and_values + 2 * 3 * state and hybrid["bytes"] > hybrid["cache"] + 2 * 3 * state + 4 * 4 * layer
-    assert f"roofline {teacher['bytes'] / hybrid['bytes']:.2f}" in shown
+    assert f"bytes ratio {teacher['bytes'] / hybrid['bytes']:.2f}" in shown
     share = f"context 90, batch 2: cache {(keys_and_values + 3 * state) / (4 * keys_and_values):.1%} of the teacher's"
-    assert share in shown and shown.count("of FLA's loop") == 2
+    assert share in shown and shown.count("of eager decoding") == 2
     for options, message in (
         (["--kept", "4"], "--kept: 4 must be between 1 and 3"),
         (["--new_tokens", "5"], "--new_tokens: 5 must be at least 6"),

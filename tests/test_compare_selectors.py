@@ -1,37 +1,31 @@
-"""Selectors side by side: figures of the hybrids they chose, once a set; what is there is not done again."""
+"""The comparison of selectors: figures of the hybrids they chose, once per set; finished work is
+not repeated."""
 
 import json
 
 import pytest
+from test_select_layers import flags
 
-from layer_selection import compare_selectors, select_layers
-from layer_selection.side_by_side import Candidate
+from layer_selection import compare_selectors
+from layer_selection.candidate_training import Candidate
 
 
 def compare(stage2, out, *options):
     compare_selectors.main(
         [
-            "--cfg",
-            str(stage2),
-            "--ratio",
-            "0.25",
-            "--output_dir",
-            str(out),
-            "--sequences",
-            "6",
-            "--rounds",
-            "2",
-            "--seeds",
-            "2",
-            "--questions",
-            "4",
-            "--num_pairs",
-            "2",
-            "--num_words",
-            "16",
+            *flags(
+                cfg=stage2,
+                ratio=0.25,
+                output_dir=out,
+                sequences=6,
+                rounds=2,
+                seeds=2,
+                questions=4,
+                num_pairs=2,
+                num_words=16,
+                overrides="train.max_steps=4",
+            ),
             *options,
-            "--overrides",
-            "train.max_steps=4",
         ]
     )
     return json.loads((out / "selectors.json").read_text())
@@ -47,18 +41,18 @@ def test_selectors_are_compared(stage2, tmp_path, monkeypatch, capsys):
         and results["scan"]["kl"][0] != results["scan"]["kl"][1]
     )
     assert all(kl > best for kl, best in zip(results["random"]["kl"], results["scan"]["kl"])), (
-        "layer 2 is the one that is off"
+        "layer 2 is the one with a large error"
     )
     shown = capsys.readouterr().out
     assert "| `scan` * | 2 | " in shown and (tmp_path / "selectors.png").stat().st_size > 10_000
     figures = json.loads((tmp_path / "seed_0.json").read_text())
     assert set(figures) == {"[2]", str(results["random"]["keep"])} and figures["[2]"]["perplexity"] > 1
     monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(select_layers, "main", lambda *_: pytest.fail("ranked again"))
+    monkeypatch.setattr(compare_selectors, "select", lambda *_: pytest.fail("ranked again"))
     assert compare(stage2, tmp_path, "--methods", "scan", "random") == results
 
 
-def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):
+def test_a_failed_start_does_not_claim_the_folder(stage2, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(stage2.read_text().replace("cache_dir: ", "cache_dir: /nowhere"))
     with pytest.raises(ValueError, match="data.cache_dir: /nowhere"):
@@ -67,7 +61,7 @@ def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):
 
 
 def test_figures_of_another_comparison_are_refused(stage2, tmp_path):
-    """Whichever methods: what is there was ranked or trained otherwise."""
+    """Whichever methods: what is there was ranked or trained with other settings."""
     compare(stage2, tmp_path, "--methods", "mse")
     written = (tmp_path / "selectors.json").read_text()
     for options, other in (
@@ -76,7 +70,7 @@ def test_figures_of_another_comparison_are_refused(stage2, tmp_path):
     ):
         with pytest.raises(
             ValueError,
-            match=f"--output_dir: .* compares selectors otherwise \\({other}\\); name another folder",
+            match=f"--output_dir: .* compares selectors with other settings \\({other}\\); name another folder",
         ):
             compare(stage2, tmp_path, "--methods", "mse", *options)
     changed = tmp_path / "changed.yaml"

@@ -1,4 +1,5 @@
-"""Configs: every shipped file parses, users' files load unchanged, bad input ends in one line that names the key."""
+"""Configs: every shipped file parses, users' files load unchanged, bad input ends in one line that
+names the key."""
 
 import json
 from pathlib import Path
@@ -79,7 +80,9 @@ train:
   kd_teacher_use_cache: False
 """)
     cfg = load_config(file)
-    assert cfg.train.target_tokens == 600_000_000 and cfg.train.lr == 1e-3 and cfg.train.resume_from_checkpoint is None
+    assert cfg.train.target_tokens == 600_000_000
+    assert cfg.train.lr == 1e-3
+    assert cfg.train.resume_from_checkpoint is None
     assert batch_plan(cfg, 8).steps == 600_000_000 // (96 * 512)
     again = tmp_path / "resolved.yaml"
     again.write_text(dump_config(cfg))
@@ -94,7 +97,8 @@ def test_overrides_come_after_the_file(tmp_path):
         "student_model.keep_full_attention_layers=[3]",
     ]
     cfg = load(tmp_path, *overrides)
-    assert cfg.train.lr == 5e-5 and cfg.student_model.keep_full_attention_layers == [3]
+    assert cfg.train.lr == 5e-5
+    assert cfg.student_model.keep_full_attention_layers == [3]
     assert batch_plan(cfg, 1).steps == 7
 
 
@@ -133,7 +137,7 @@ def test_bad_input(tmp_path, override):
     assert "\n" not in str(error.value)
 
 
-def test_an_offloaded_teacher_is_a_sharded_one(tmp_path):
+def test_an_offloaded_teacher_must_be_sharded(tmp_path):
     load(tmp_path, "train.kd_teacher_offload=cpu")
     with pytest.raises(
         ConfigError,
@@ -205,8 +209,10 @@ def test_kept_layers_must_exist(tmp_path):
 @pytest.mark.parametrize("batch, micro, world, accum", [(4, 1, 1, 4), (4, 2, 2, 1), (96, 12, 8, 1), (96, 3, 8, 4)])
 def test_batch_plan_is_exact(tmp_path, batch, micro, world, accum):
     plan = batch_plan(load(tmp_path, f"train.batch_size={batch}", f"train.micro_batch_size={micro}"), world)
-    assert plan.grad_accum == accum and plan.grad_accum * micro * world == batch
-    assert plan.steps == max(1, 1000 // (batch * 16)) and plan.tokens == plan.steps * batch * 16
+    assert plan.grad_accum == accum
+    assert plan.grad_accum * micro * world == batch
+    assert plan.steps == max(1, 1000 // (batch * 16))
+    assert plan.tokens == plan.steps * batch * 16
 
 
 def test_a_batch_that_does_not_divide(tmp_path):
@@ -216,4 +222,7 @@ def test_a_batch_that_does_not_divide(tmp_path):
 
 def test_saves_and_evals_happen_within_the_run(tmp_path):
     plan = batch_plan(load(tmp_path, "train.target_tokens=320"), 1)
-    assert plan.steps == 5 and plan.every(1000) == 5 and plan.every(None) == 1 and plan.every(2) == 2
+    assert plan.steps == 5
+    assert plan.every(1000) == 5
+    assert plan.every(None) == 1
+    assert plan.every(2) == 2

@@ -1,5 +1,6 @@
-"""What lies around CUDA graphs, with a stand-in for the graphs on the CPU: it runs what was recorded again, and writes the
-results over those of the first time. The graphs themselves: tests/gpu/test_cuda_graphs_gpu.py."""
+"""The code around CUDA graphs, with a stand-in for the graphs on the CPU: a replay runs what was
+recorded again, and overwrites the first results. The graphs themselves:
+tests/gpu/test_cuda_graphs_gpu.py."""
 
 import json
 import os
@@ -35,7 +36,9 @@ class Recomputed:
     count = 0
 
     def __init__(self, run):
-        self.run, self.result, self.with_gradients = run, run(), torch.is_grad_enabled()
+        self.run = run
+        self.result = run()
+        self.with_gradients = torch.is_grad_enabled()
 
     def replay(self):
         Recomputed.count += 1
@@ -55,11 +58,12 @@ def use_stand_ins() -> None:
         graph = Recomputed(run)
         return graph, graph.result
 
-    cuda_graphs._record, cuda_graphs._free_memory = record, lambda: None
+    cuda_graphs._record = record
+    cuda_graphs._free_memory = lambda: None
 
 
 def train_with_stand_ins(arguments: list[str]) -> None:
-    """train.py where all graphs are stand-ins; prints how often one was replayed."""
+    """Runs train.py with stand-ins for all graphs; prints how often one was replayed."""
     use_stand_ins()
     wanted = stages.use_cuda_graphs
     stages.use_cuda_graphs = lambda cfg, device, *rest: wanted(cfg, "cuda", *rest)
@@ -95,30 +99,31 @@ def test_training_through_deepspeed_is_the_same_with_and_without(tmp_path, teach
             folder = tmp_path / f"graphs_{graphs}"
             folder.mkdir(exist_ok=True)
             file = write_config(folder, stage, teacher_dir, data_dir, **changes)
-            init = (
-                [f"train.student_init_ckpt={tmp_path}/graphs_true/stage{stage - 1}/converted-hf"] if stage > 1 else []
-            )
-            out = run(file, f"train.cuda_graphs={graphs}", *init)
+            overrides = [f"train.cuda_graphs={graphs}"]
+            if stage > 1:
+                before = tmp_path / "graphs_true" / f"stage{stage - 1}" / "converted-hf"
+                overrides.append(f"train.student_init_ckpt={before}")
+            out = run(file, *overrides)
             assert ("replayed 0 times" in out) == (graphs == "false")
             lines = map(json.loads, (folder / f"stage{stage}" / "metrics.jsonl").read_text().splitlines())
-            losses = [
-                (line["step"], name, line[name])
-                for line in lines
-                for name in line
-                if "loss" in name or name == "grad_norm"
-            ]
+            losses = []
+            for line in lines:
+                names = [name for name in line if "loss" in name or name == "grad_norm"]
+                losses += [(line["step"], name, line[name]) for name in names]
             results.append((losses, load_file(folder / f"stage{stage}" / "converted-hf" / "model.safetensors")))
         (losses, weights), (expected, expected_weights) = results
-        assert losses == expected and len(losses) > 8
+        assert losses == expected
+        assert len(losses) > 8
         assert all(torch.equal(weight, expected_weights[name]) for name, weight in weights.items())
 
 
 def test_a_sharded_teacher_trains_without(tmp_path, teacher_dir, data_dir):
-    """Its head is gathered into other memory for each pass, where a graph would not look for it."""
+    """Its head is gathered into new memory for each pass, which a graph would not read."""
     StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0].save_pretrained(tmp_path / "student")
     file = write_config(tmp_path, 2, teacher_dir, data_dir, max_steps=5, student_init_ckpt=str(tmp_path / "student"))
     out = run(file, "train.cuda_graphs=true", "train.kd_teacher_shard=always")
-    assert "train.cuda_graphs: not used, for the head of a sharded teacher" in out and "replayed 0 times" in out
+    assert "train.cuda_graphs: not used, for the head of a sharded teacher" in out
+    assert "replayed 0 times" in out
 
 
 @pytest.mark.parametrize(
@@ -147,7 +152,7 @@ def context(cfg) -> RunContext:
     return RunContext(cfg, batch_plan(cfg, 1), None, 0, print, zero_stage=zero_stage_of_run(cfg, 1))
 
 
-def test_a_run_that_memory_ended_goes_on_without_graphs_as_advised(tmp_path, teacher_dir, data_dir):
+def test_a_run_that_was_out_of_memory_resumes_without_graphs_as_advised(tmp_path, teacher_dir, data_dir):
     file = write_config(tmp_path, 1, teacher_dir, data_dir, cuda_graphs=True)
     cfg = load_config(file)
     with (
@@ -204,7 +209,7 @@ def replayed(model) -> GraphedForward:
 
 
 def test_gradients_add_up_over_calls(model):
-    """A replay writes over the graph's own gradients, which must not be those that the parameters
+    """A replay overwrites the graph's own gradients, which must not be those that the parameters
     hold."""
     batches = [inputs() | {"labels": inputs()["labels"].roll(i, 1)} for i in range(3)]
     forward = replayed(model)
@@ -218,16 +223,15 @@ def test_gradients_add_up_over_calls(model):
             losses[-1].backward()
         gradients.append(([loss.item() for loss in losses], [p.grad for p in model.parameters()]))
     (losses, replays), (expected, launches) = gradients
-    assert losses == expected and len(set(losses)) == 3
+    assert losses == expected
+    assert len(set(losses)) == 3
     assert all(map(torch.equal, replays, launches))
 
 
 @pytest.mark.parametrize("between", ["the same model", "a frozen model", "the backward pass"])
 def test_activations_that_are_overwritten_are_not_used(model, between):
-    forward, other = (
-        replayed(model),
-        GraphedForward(StudentForCausalLM(model.config).requires_grad_(False)),
-    )
+    forward = replayed(model)
+    other = GraphedForward(StudentForCausalLM(model.config).requires_grad_(False))
     for _ in range(EAGER_CALLS + 1):
         other(**inputs())
     loss = forward(**inputs())["loss"]
@@ -244,10 +248,8 @@ def test_activations_that_are_overwritten_are_not_used(model, between):
 def test_parameters_are_the_models_own_again(model):
     before = list(model.parameters())
     replayed(model)
-    assert (
-        all(a is b for a, b in zip(before, model.parameters()))
-        and model.lm_head.weight is model.model.embeddings.weight
-    )
+    assert all(a is b for a, b in zip(before, model.parameters()))
+    assert model.lm_head.weight is model.model.embeddings.weight
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_moved_weights_and_buffers_are_refused(model, name, frozen):
 
 
 def test_a_moved_parameter_that_is_an_input_is_refused(model):
-    """Such as the head of a teacher."""
+    """As the head of a teacher is."""
     head = torch.nn.Parameter(torch.randn(50, 32), requires_grad=False)
     forward = GraphedForward(model)
     batch = inputs() | {
@@ -316,7 +318,7 @@ def test_a_pass_that_cannot_be_recorded_names_the_cure(model, monkeypatch):
         replayed(model)
 
 
-def test_switched_off_every_call_is_launched_and_nothing_is_held(model):
+def test_switched_off_every_call_is_eager_and_no_memory_is_held(model):
     forward = replayed(model)
     again = GraphedForward(model)  # not recorded yet
     expected = model(**inputs(1))["loss"]
@@ -333,4 +335,5 @@ def test_a_frozen_model_is_replayed_without_gradients(model):
     expected = [
         model.model(input_ids=ids.roll(i, 1), use_cache=False)["last_hidden_state"] for i in range(EAGER_CALLS + 3)
     ]
-    assert forward.forward_graph is not None and all(map(torch.equal, calls, expected))
+    assert forward.forward_graph is not None
+    assert all(map(torch.equal, calls, expected))

@@ -186,7 +186,8 @@ def test_place_token(heads, kv_heads, size, normed, dtype, device="cpu"):
 def test_swiglu_rows(batch, size, dtype, device="cpu"):
     gate, up = rows(dtype, batch, size, size, device=device)
     out = swiglu_rows(gate, up)
-    assert out.is_contiguous() and out.dtype == dtype
+    assert out.is_contiguous()
+    assert out.dtype == dtype
     near(out, F.silu(gate.double()) * up.double(), LIMITS[dtype])
 
 
@@ -205,14 +206,18 @@ def test_joined_parameters_are_views_of_one_tensor():
         assert join_parameters(parts, [4, 1, 7]).data_ptr() == whole.data_ptr()
         with torch.no_grad():
             parts[1] += 1
-        assert torch.equal(whole[4:5], parts[1]) and not torch.equal(whole, expected)
+        assert torch.equal(whole[4:5], parts[1])
+        assert not torch.equal(whole, expected)
         parts[2].data = torch.full_like(parts[2], 3)
         again = join_parameters(parts, [4, 1, 7])
-        assert again.data_ptr() != whole.data_ptr() and torch.equal(again, torch.cat((whole[:5], parts[2])))
-        assert parts[1].data_ptr() == again[4:].data_ptr() and all(p.requires_grad and p.is_leaf for p in parts[1:])
+        assert again.data_ptr() != whole.data_ptr()
+        assert torch.equal(again, torch.cat((whole[:5], parts[2])))
+        assert parts[1].data_ptr() == again[4:].data_ptr()
+        assert all(p.requires_grad and p.is_leaf for p in parts[1:])
         flat = torch.randn(100)
         parts[1].data = flat[10 : 10 + parts[1].numel()].view(parts[1].shape)
-        assert join_parameters(parts, [4, 1, 7]) is None and parts[1].data_ptr() == flat[10:].data_ptr()
+        assert join_parameters(parts, [4, 1, 7]) is None
+        assert parts[1].data_ptr() == flat[10:].data_ptr()
 
 
 def test_projections_that_cannot_be_fused_run_one_by_one():
@@ -368,7 +373,8 @@ def test_weights_of_a_decoded_model(teachers, tmp_path, kind, name):
     model.save_pretrained(tmp_path)
     again = StudentForCausalLM.from_pretrained(tmp_path).eval()
     for state in (model.state_dict(), again.state_dict(), copy.deepcopy(model).state_dict()):
-        assert state.keys() == before.keys() and all(torch.equal(state[key], before[key]) for key in before)
+        assert state.keys() == before.keys()
+        assert all(torch.equal(state[key], before[key]) for key in before)
     for loaded in (model, again):
         assert (loaded.lm_head.weight is loaded.model.embeddings.weight) == (kind == "qwen3")
     torch.testing.assert_close(check_tokens(again), logits)
@@ -415,7 +421,8 @@ def test_weights_in_a_flat_buffer_stay_there(teachers, steps):
     for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.data = piece.view(p.shape)
     before = check_tokens(model)
-    assert {*storages(model)} == {flat.untyped_storage().data_ptr()} and len(steps) == 18
+    assert {*storages(model)} == {flat.untyped_storage().data_ptr()}
+    assert len(steps) == 18
     flat *= 0.9
     assert (check_tokens(model) - before).norm() > 0.01 * before.norm()
 
@@ -456,10 +463,10 @@ def test_modified_parts(teachers, steps, name):
     check_tokens(model)
     layers[3].mlp.forward = lambda x: x
     assert [can_fuse_block(block) for block in layers] == [True, True, False, False]
-    assert (check_tokens(model) - changed).norm() > 0.01 * changed.norm() and len(steps) == 4 * 18
-    assert len(seen) == 2 * 20 and all(
-        torch.equal(*pair) for given, kept, out, held in seen for pair in ((given, kept), (out, held))
-    )
+    assert (check_tokens(model) - changed).norm() > 0.01 * changed.norm()
+    assert len(steps) == 4 * 18
+    assert len(seen) == 2 * 20
+    assert all(torch.equal(*pair) for given, kept, out, held in seen for pair in ((given, kept), (out, held)))
     model.model.register_forward_hook(lambda *_: None)
     check_tokens(model)
     assert len(steps) == 4 * 18
@@ -494,11 +501,9 @@ def test_wrapped_parts_of_an_attention(teachers, steps, name, part):
     before = check_tokens(model)
     assert input_projections(attn)
     setattr(attn, part, Half(getattr(attn, part)))
-    assert (
-        not input_projections(attn)
-        and (check_tokens(model) - before).norm() > 1e-4 * before.norm()
-        and len(steps) == 2 * 18
-    )
+    assert not input_projections(attn)
+    assert (check_tokens(model) - before).norm() > 1e-4 * before.norm()
+    assert len(steps) == 2 * 18
 
 
 @pytest.mark.parametrize("part", ["attn_norm", "norm"])
@@ -507,7 +512,8 @@ def test_a_wrapped_norm(teachers, steps, part):
     before = check_tokens(model)
     owner = model.model.layers[0] if part == "attn_norm" else model.model
     setattr(owner, part, Half(getattr(owner, part)))
-    assert (check_tokens(model) - before).norm() > 0.01 * before.norm() and len(steps) == 2 * 18
+    assert (check_tokens(model) - before).norm() > 0.01 * before.norm()
+    assert len(steps) == 2 * 18
 
 
 def test_a_hook_of_the_embeddings_keeps_its_tensors(teachers):
@@ -515,7 +521,8 @@ def test_a_hook_of_the_embeddings_keeps_its_tensors(teachers):
     seen = []
     model.model.embeddings.register_forward_hook(lambda *args: seen.append((args[2], args[2].clone())))
     check_tokens(model)
-    assert len(seen) > 18 and all(torch.equal(*pair) for pair in seen)
+    assert len(seen) > 18
+    assert all(torch.equal(*pair) for pair in seen)
 
 
 def test_memory_shared_by_several_processes_is_not_moved(teachers):
@@ -530,7 +537,8 @@ def test_recorded_hidden_states_do_not_slow_what_follows(teachers, steps):
     model = trained(hybrid(teachers["qwen3"], "gdn_v4"))
     model(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
     check_tokens(model)
-    assert len(steps) == 18 and all(map(can_fuse_block, model.model.layers))
+    assert len(steps) == 18
+    assert all(map(can_fuse_block, model.model.layers))
 
 
 def test_autocast(teachers, steps):

@@ -30,7 +30,8 @@ SCRIPTS = [
     if path.relative_to(ROOT).parts[0] not in OF_RUNS
 ]
 OF_THE_PREDECESSOR = {"eval/harness.py"}  # docs/migration.md says what replaces it
-FLAGS_OF_OTHERS = {"--check", "--gen_kwargs", "--help", "--no-deps", "--nodes", "--num_gpus"}
+FLAGS_OF_SLURM = {"--account", "--gpus-per-node", "--nodes", "--partition", "--time"}
+FLAGS_OF_OTHERS = FLAGS_OF_SLURM | {"--check", "--gen_kwargs", "--help", "--no-deps", "--num_gpus"}
 
 
 def read(name: str) -> str:
@@ -133,7 +134,7 @@ def test_the_decoding_table_is_that_of_the_stored_points():
             f"{point['teacher_tokens_per_s']:,}",
             f"{point['hybrid_tokens_per_s']:,}",
             f"{point['speed_up']:.2f}",
-            f"{point['roofline_speed_up']:.2f}",
+            f"{point['bytes_ratio']:.2f}",
             f"{point['teacher_cache_mib']:,} MiB",
             f"{point['hybrid_cache_mib']:,} MiB",
             f"{point['cache_share']:.0%}",
@@ -142,7 +143,7 @@ def test_the_decoding_table_is_that_of_the_stored_points():
 
 
 def test_the_front_page_has_figures_of_the_performance_page():
-    row = r"^\| [123].*\| .* tokens \| ([\d,]+) \| ([\d.]+ GiB) \|"
+    row = r"^\| [123].*\| \d+ x \d+ \| ([\d,]+) \| ([\d.]+ GiB) \|"
     found = re.findall(row, read("README.md"), re.MULTILINE)
     assert len(found) == 3
     lines = read("docs/performance.md").splitlines()

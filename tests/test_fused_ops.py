@@ -114,7 +114,8 @@ def test_rms_norm_of_the_rounded_sum():
     out, total = rms_norm(x, weight, 1e-6, branch)
     double = total.double()
     expected = weight.double() * double / (double.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    assert torch.equal(total, x + branch) and torch.equal(out, expected.half())
+    assert torch.equal(total, x + branch)
+    assert torch.equal(out, expected.half())
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -189,4 +190,5 @@ def test_kernels_are_launched_on_their_tensors_gpu(step, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_of", Spy)
     step(x)
-    assert len(entered) == 1 and entered[0] is x
+    assert len(entered) == 1
+    assert entered[0] is x

@@ -99,7 +99,8 @@ def test_the_cache_holds_keys_and_values_or_a_constant_state(models, name):
     for cache, length in ((short, 20), (long, 90)):
         assert [cache.get_seq_length(i) for i in range(4)] == [length] * 4
         kept = cache[1]["attn_state"]
-        assert [tuple(x.shape) for x in kept] == [(3, length, 2, 16)] * 2 and len(kept) == 2
+        assert [tuple(x.shape) for x in kept] == [(3, length, 2, 16)] * 2
+        assert len(kept) == 2
     a, b = held(short), held(long)
     assert long.nbytes == sum(b)
     assert a[1] * 90 == b[1] * 20
@@ -196,7 +197,9 @@ def test_chunked_prefill_gives_the_same_text(models, name, monkeypatch):
         for extra in ({}, {"use_cache": False}, {"prefill_chunk_size": 16}):
             torch.manual_seed(3)
             texts.append(generate(**options, **extra))
-        assert texts[0].shape == (3, 75) and torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+        assert texts[0].shape == (3, 75)
+        assert torch.equal(texts[0], texts[1])
+        assert torch.equal(texts[0], texts[2])
     with monkeypatch.context() as patch:
         patch.setattr(model.model.embeddings, "forward", lambda x: (lengths.append(x.shape[1]), embed(x))[1])
         generate(do_sample=False, prefill_chunk_size=16)
@@ -236,7 +239,8 @@ def test_crop_removes_tokens_or_says_why_not(models, teacher, name):
             match=rf"{name} in layers \[0, 2, 3\] holds .* the last 2 tokens cannot be removed",
         ):
             cache.crop(-2)
-        assert cache.get_seq_length() == 8 and cache[1]["attn_state"][0].shape[1] == 8
+        assert cache.get_seq_length() == 8
+        assert cache[1]["attn_state"][0].shape[1] == 8
 
 
 def test_chunked_prefill_with_a_cache_of_the_users(models):
@@ -384,7 +388,8 @@ def test_the_asynchronous_loop_ends_where_transformers_does(models, monkeypatch,
                 patch.setattr(decode_loop, "tokens_ahead", lambda *_: ahead)
                 assert torch.equal(model.generate(ids, **wanted), expected)
             lengths.add(expected.shape[1] - 21)
-    assert lengths > {1, 2, 14} and len(lengths) > 3
+    assert lengths > {1, 2, 14}
+    assert len(lengths) > 3
 
 
 def test_the_asynchronous_loop_does_not_look_ahead_where_that_is_visible():
@@ -424,7 +429,8 @@ def test_the_asynchronous_loop_checks_every_criterion(models, criteria, length):
         "stopping_criteria": criteria,
     }
     out = model.generate(ids, cache_implementation="static", **options)
-    assert out.shape[1] == length and torch.equal(out, model.generate(ids, **options))
+    assert out.shape[1] == length
+    assert torch.equal(out, model.generate(ids, **options))
 
 
 @torch.no_grad()
@@ -478,7 +484,8 @@ def test_what_the_asynchronous_loop_leaves_to_transformers(models, monkeypatch, 
     monkeypatch.setitem(vars(model), "prepare_inputs_for_generation", with_prompt)
     tuned = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, past_key_values=StaticCache(model.config, 60), **options), tuned)
-    assert not torch.equal(tuned, expected) and not used
+    assert not torch.equal(tuned, expected)
+    assert not used
 
 
 @torch.no_grad()
@@ -506,7 +513,8 @@ def test_what_the_asynchronous_loop_passes_on(models, monkeypatch):
         "logits_processor": dtypes[:],
     }
     copy.deepcopy(model).bfloat16().generate(ids, **options)
-    assert kept == [False, True, True] and dtypes[1:] == 6 * [torch.float32]
+    assert kept == [False, True, True]
+    assert dtypes[1:] == 6 * [torch.float32]
 
 
 @torch.no_grad()
@@ -517,20 +525,21 @@ def test_the_asynchronous_loop_streams_and_leaves_a_usable_cache(models, monkeyp
     options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     options["eos_token_id"] = model.generate(ids, max_new_tokens=12, **options)[0, 25].item()
     whole = model.generate(ids, max_new_tokens=12, streamer=heard, cache_implementation="static", **options)
-    assert heard.tokens == whole[0].tolist() and heard.ended == 1 and 21 <= whole.shape[1] <= 26
+    assert heard.tokens == whole[0].tolist()
+    assert heard.ended == 1
+    assert 21 <= whole.shape[1] <= 26
     cache = StaticCache(model.config, 60)
     first = model.generate(ids, past_key_values=cache, max_new_tokens=12, **options)
-    assert torch.equal(first, whole) and cache.get_seq_length() == whole.shape[1] - 1
+    assert torch.equal(first, whole)
+    assert cache.get_seq_length() == whole.shape[1] - 1
     longer = torch.cat((first, ids), 1)
     options |= {
         "eos_token_id": None,
         "attention_mask": torch.ones_like(longer),
     }  # 0 may occur in the text
     again = model.generate(longer, past_key_values=cache, max_new_tokens=5, return_dict_in_generate=True, **options)
-    assert (
-        torch.equal(again.sequences, model.generate(longer, max_new_tokens=5, **options))
-        and again.past_key_values is cache
-    )
+    assert torch.equal(again.sequences, model.generate(longer, max_new_tokens=5, **options))
+    assert again.past_key_values is cache
     monkeypatch.setattr(modeling_distilled_student, "sample", None)  # scores are gathered by transformers
     options |= {
         "cache_implementation": "static",
@@ -558,7 +567,8 @@ def test_a_static_cache_stays_in_place(models, name):
         if size == 1 and start < 15:
             places.add(tuple(x.data_ptr() for layer in cache.layers for x in state_tensors(layer.state)))
             assert [tuple(x.shape) for x in cache[1]["attn_state"]] == [(3, 40, 2, 16)] * 2
-    assert len(places) == 1 and cache.get_seq_length() == start == 29
+    assert len(places) == 1
+    assert cache.get_seq_length() == start == 29
     order = torch.tensor([2, 0, 0])
     cache.reorder_cache(order)
     for _ in range(2):
@@ -697,4 +707,5 @@ def test_streaming_with_a_chat_template(models, tmp_path, name):
     thread.start()
     text = "".join(streamer)
     thread.join()
-    assert text == tokenizer.decode(generate()[0, inputs["input_ids"].shape[1] :]) and text
+    assert text == tokenizer.decode(generate()[0, inputs["input_ids"].shape[1] :])
+    assert text

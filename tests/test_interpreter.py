@@ -18,16 +18,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-SHARDS = 2  # one a core
+SHARDS = 2  # one per core
 PACKED = (5, 64, 1, 3)  # lengths of packed sequences: a whole chunk, one token, odd ones
-H, HV, K, V, M, D = (
-    1,
-    2,
-    20,
-    24,
-    12,
-    24,
-)  # key heads, value or query heads, channels of k, of v, slots, channels of a layer
+H = 1  # key heads
+HV = 2  # value or query heads
+K = 20  # channels of a key
+V = 24  # channels of a value
+M = 12  # slots
+D = 24  # channels of a layer
 PATH_K = 16  # of PaTH, whose kernel takes few sizes
 ANGLES = torch.arange(140)[:, None] * 0.3 ** torch.arange(K // 2)
 
@@ -382,7 +380,10 @@ def call(function, name, shape):
     packed = isinstance(shape, tuple)
     torch.manual_seed(zlib.crc32(f"{name} {shape}".encode()))
     inputs = case.inputs(1, sum(shape), len(shape)) if packed else case.inputs(2, shape, 2)
-    convert = lambda x: x if x is None else x.to(case.dtype).requires_grad_(case.gradients)
+
+    def convert(x):
+        return None if x is None else x.to(case.dtype).requires_grad_(case.gradients)
+
     inputs = {key: tuple(map(convert, x)) if isinstance(x, tuple) else convert(x) for key, x in inputs.items()}
     options = case.options | ({"cu_seqlens": torch.tensor([0, *shape]).cumsum(0)} if packed else {})
     outputs = function(*inputs.values()) if case.positional else function(**inputs, **options)

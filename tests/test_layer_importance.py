@@ -1,4 +1,5 @@
-"""Task ablations: exact scores, and zeroed layers that agree with Hugging Face's own model with a zeroed layer."""
+"""Task ablations: exact scores, and zeroed layers that agree with Hugging Face's own model with a
+zeroed layer."""
 
 import argparse
 import csv
@@ -11,45 +12,42 @@ from runtime.data import load_tokenizer
 import pytest
 import torch
 from conftest import begin_with_bos, save_tokenizer
+from test_select_layers import flags
 from transformers import AutoModelForCausalLM
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from layer_selection import evaluate_layer_importance
-from layer_selection.evaluate_layer_importance import SLACK, continuations
-from layer_selection.questions import TASKS, Options, Question, add_options, draw_questions
+from layer_selection import evaluate_layer_importance, task_ablation
+from layer_selection.ablation_questions import (
+    TASKS,
+    Question,
+    QuestionOptions,
+    add_options,
+    draw_questions,
+    question_options,
+)
+from layer_selection.task_ablation import EXTRA_TOKENS, continuations
 
-SMALL = [
-    "--num_pairs",
-    "3",
-    "--num_chains",
-    "2",
-    "--num_hops",
-    "2",
-    "--freq_cw",
-    "3",
-    "--freq_ucw",
-    "1",
-    "--num_cw",
-    "2",
-    "--num_ucw",
-    "3",
-    "--vocab_size",
-    "30",
-    "--num_words",
-    "60",
-    "--pb_min_len",
-    "2",
-    "--pb_max_len",
-    "4",
-]
+SMALL = flags(
+    num_pairs=3,
+    num_chains=2,
+    num_hops=2,
+    freq_cw=3,
+    freq_ucw=1,
+    num_cw=2,
+    num_ucw=3,
+    vocab_size=30,
+    num_words=60,
+    pb_min_len=2,
+    pb_max_len=4,
+)
 
 
 def draw(task, *flags, seed=0, num_samples=5):
     parser = argparse.ArgumentParser()
     add_options(parser)
     args = parser.parse_args(["--num_samples", str(num_samples), *flags])
-    return draw_questions(task, argparse.Namespace(seed=seed, **vars(args)))
+    return draw_questions(task, question_options(args), seed)
 
 
 # ------------------------------------------------------------------------------------------------ questions
@@ -93,8 +91,8 @@ def test_questions_follow_from_seed_and_options(task):
     assert draw(task, num_samples=3) == draw(task, num_samples=8)[:3] != draw(task, num_samples=3, seed=1)
 
 
-def test_the_text_holds_the_answers():
-    """Each answer found again by other means than those that made it."""
+def test_the_text_contains_the_answers():
+    """Each answer is found again by other means than those that made it."""
     for question in draw("synthetic_retrieval", num_samples=20):
         text, key = (
             question.prompt.split("\n")[0],
@@ -126,7 +124,7 @@ def test_the_text_holds_the_answers():
 
 
 @pytest.mark.parametrize("ratio", [0, 0.5, 1, 2.5])
-def test_noise_is_counted_for_each_sentence_that_says_something(ratio):
+def test_noise_ratio_counts_fillers_per_informative_sentence(ratio):
     retrieval, *_ = draw("synthetic_retrieval", "--noise_ratio", str(ratio), "--num_pairs", "20")
     sentences = retrieval.prompt.split("\n")[0].removesuffix(".").split(". ")
     signal = sum("number of" in sentence for sentence in sentences)
@@ -139,7 +137,7 @@ def test_noise_is_counted_for_each_sentence_that_says_something(ratio):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_examples_show_the_format(task):
-    """Before the question stand others of its kind, each with an answer of as many items."""
+    """Others of its kind come before the question, each with an answer of as many items."""
     for question in draw(task):
         if question.ends == ",\n":
             *shown, asked = question.prompt.partition("?")[2].split(",")
@@ -170,17 +168,17 @@ def test_bad_options(flags):
         draw("phone_book", *flags.split())
 
 
-def test_texts_that_cannot_be_made():
+def test_impossible_options_are_refused():
     rng = random.Random(0)
     with pytest.raises(ValueError, match="--num_pairs: needs 16 different words; set --vocab_size"):
-        TASKS["associative_recall"](rng, Options(vocab_size=8))
+        TASKS["associative_recall"](rng, QuestionOptions(vocab_size=8))
     with pytest.raises(
         ValueError,
         match="--num_words: 20 words, the most frequent coming .* do not tell 3 from the next",
     ):
-        TASKS["frequent_words_extraction"](rng, Options(num_words=20))
+        TASKS["frequent_words_extraction"](rng, QuestionOptions(num_words=20))
     with pytest.raises(ValueError, match="--num_ucw: .* are too many"):
-        TASKS["common_words_extraction"](rng, Options(num_ucw=5000))
+        TASKS["common_words_extraction"](rng, QuestionOptions(num_ucw=5000))
 
 
 # ------------------------------------------------------------------------------------------------ ablations
@@ -208,7 +206,7 @@ def test_ablations_equal_hugging_faces_model_with_a_zeroed_layer(teacher_dir):
     untouched, *without = continuations(load_teacher(teacher_dir), tokenizer, questions)
     oracle, steps = (
         AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32).eval(),
-        SLACK + 9,
+        EXTRA_TOKENS + 9,
     )
 
     def expected():
@@ -228,12 +226,12 @@ def test_ablations_equal_hugging_faces_model_with_a_zeroed_layer(teacher_dir):
 
 @torch.no_grad()
 def test_prompts_begin_as_the_tokenizer_begins_texts(teacher_dir, tmp_path, monkeypatch):
-    """With BOS, behind the padding, and without EOS at their end."""
+    """With BOS after the padding, and without EOS at their end."""
     save_tokenizer(tmp_path)
     bos, read = begin_with_bos(tmp_path, ends=True), []
-    inner = evaluate_layer_importance.read_prompts
+    inner = task_ablation.read_prompts
     monkeypatch.setattr(
-        evaluate_layer_importance,
+        task_ablation,
         "read_prompts",
         lambda model, ids, mask: (read.append((ids, mask)), inner(model, ids, mask))[1],
     )
@@ -261,7 +259,7 @@ def test_our_checkpoints(teacher_dir, tmp_path, student):
             if i
             else []
         )
-        expected = [greedy(model, tokenizer, prompt, SLACK + 9).partition("<eos>")[0] for prompt in PROMPTS]
+        expected = [greedy(model, tokenizer, prompt, EXTRA_TOKENS + 9).partition("<eos>")[0] for prompt in PROMPTS]
         assert [text.rstrip("\n") for text in texts] == [text.rstrip("\n") for text in expected]
         for hook in hooks:
             hook.remove()
@@ -283,7 +281,7 @@ def long_teacher(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", [*TASKS, "associative_recall_mutihop"])
-def test_every_task_leaves_its_files(task, long_teacher, tmp_path, capsys):
+def test_every_task_writes_its_files(task, long_teacher, tmp_path, capsys):
     evaluate(long_teacher, tmp_path, "--task", task, "--num_samples", "3")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
         f"plots/ablation_{task}.png",
@@ -299,7 +297,7 @@ def test_every_task_leaves_its_files(task, long_teacher, tmp_path, capsys):
     )  # it has not learnt anything
 
 
-def test_results_whose_noise_ratio_was_a_share_are_another_ones(long_teacher, tmp_path):
+def test_results_with_the_former_noise_ratio_are_refused(long_teacher, tmp_path):
     options = (
         "--task",
         "variable_tracking",
@@ -324,7 +322,7 @@ def test_results_whose_noise_ratio_was_a_share_are_another_ones(long_teacher, tm
         evaluate(long_teacher, tmp_path, *options)
 
 
-def test_done_work_is_kept_and_other_settings_are_refused(long_teacher, tmp_path, capsys):
+def test_finished_results_are_kept_and_other_settings_are_refused(long_teacher, tmp_path, capsys):
     evaluate(long_teacher, tmp_path, "--task", "phone_book", "--num_samples", "2")
     file = tmp_path / "results" / "baseline_phone_book.json"
     written = file.stat().st_mtime_ns

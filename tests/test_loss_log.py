@@ -1,4 +1,5 @@
-"""The candidates' scripts: configs for every layer, losses back from real W&B offline runs or metrics.jsonl, and their ranking."""
+"""The W&B scripts: configs for every layer, losses from real offline runs or metrics.jsonl, and
+their ranking."""
 
 import json
 import os
@@ -100,7 +101,7 @@ def test_a_config_for_every_layer_of_the_teacher(runs, stage2):
 
 
 def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2, monkeypatch):
-    """Layer 1's run was stopped and went on in a second W&B run, which repeats step 10."""
+    """Layer 1's run was stopped and resumed in a second W&B run, which repeats step 10."""
     write_metrics(runs)
     local = retrieve(runs, "--source", "metrics")
     logged = [(str(runs / f"layer_{layer}" / "run"), rows_of(LOSSES[layer])) for layer in (0, 2, 3)]
@@ -140,7 +141,7 @@ def test_missing_and_unfinished_layers_are_named(runs):
 
 
 @pytest.mark.parametrize("loss", [float("nan"), "NaN", float("inf")])
-def test_a_loss_that_is_no_number_has_no_rank(runs, loss):
+def test_a_loss_that_is_not_finite_is_refused(runs, loss):
     write_metrics(runs, LOSSES | {2: [0.7, 0.6, loss]})
     with pytest.raises(ValueError, match="layer 2 has eval/loss (nan|inf) at step 20"):
         retrieve(runs, "--source", "metrics")
@@ -159,8 +160,8 @@ def test_a_damaged_metrics_file_is_named(runs):
 
 
 def test_stopped_by_rule_is_a_state(runs):
-    """Layers 2, 0 stop at step 10 and come behind 1 and 3, although layer 0 had a lower loss there
-    than 3 in the end."""
+    """Layers 2 and 0 stop at step 10 and come after 1 and 3, although layer 0 had a lower loss
+    there than 3 at its last step."""
     losses = {0: [0.9, 0.15], 1: LOSSES[1], 2: [0.7, 0.6], 3: LOSSES[3]}
     write_metrics(runs, losses)
     log = retrieve(runs, "--source", "metrics", "--stopped_at", "5", "10")
@@ -215,7 +216,7 @@ def test_bad_input(runs, tmp_path, capsys):
     (tmp_path / "offline-run" / "run-x.wandb").write_bytes(b"no log")
     with pytest.raises(ValueError, match="layer 0 has no run .*; layer 1 has no run"):
         retrieve(runs, "--source", "offline", "--wandb_dir", str(tmp_path / "offline-run"))
-    assert "run-x.wandb: holds no run, passed over" in capsys.readouterr().out
+    assert "run-x.wandb: holds no run, skipped" in capsys.readouterr().out
     retrieve(runs, "--source", "metrics")
     log = runs / "loss_log.json"
     whole = json.loads(log.read_text())
@@ -268,7 +269,7 @@ def test_no_key(runs):
 
 
 class Service:
-    """As much of wandb.Api as is used, with runs as it gives them."""
+    """The part of wandb.Api that is used, with runs as it returns them."""
 
     def __init__(self, runs):
         self.found = {"me/mine": runs}
@@ -289,8 +290,8 @@ def service_run(created, name, output_dir, rows):
 
 
 def test_the_service(runs, monkeypatch):
-    """Runs renamed there are known by their output_dir, those of others are left alone, later ones
-    go on from earlier ones."""
+    """Renamed runs are identified by their output_dir, those of others are ignored, later ones
+    continue earlier ones."""
     folders = {layer: str(runs / f"layer_{layer}" / "run") for layer in range(4)}
     there = [
         service_run("2026-01-01", f"renamed {layer}", folders[layer], rows_of(LOSSES[layer])) for layer in (0, 2, 3)
@@ -307,7 +308,7 @@ def test_the_service(runs, monkeypatch):
     assert retrieve(runs) == log
     with pytest.raises(
         ValueError,
-        match="--project: W&B did not give me/other .*Could not find.*check --entity and --project",
+        match="--project: W&B did not return me/other .*Could not find.*check --entity and --project",
     ):
         retrieve(runs, "--entity", "me", "--project", "other")
     there.pop(0)
@@ -316,9 +317,9 @@ def test_the_service(runs, monkeypatch):
 
 
 @pytest.mark.slow
-def test_by_hand_from_configs_to_a_ranking(stage2, tmp_path):
-    """The four scripts with real training runs that log to W&B offline: its logs say what
-    metrics.jsonl says."""
+def test_the_scripts_from_configs_to_a_ranking(stage2, tmp_path):
+    """The scripts with real training runs that log to W&B offline: its logs agree with
+    metrics.jsonl."""
     generate_layer_configs_ga_s2.main(["--cfg", str(stage2), "--output_dir", str(tmp_path), "train.report_to=wandb"])
     root = os.path.dirname(os.path.dirname(retrieve_loss_log_from_wandb.__file__))
     for layer in range(4):

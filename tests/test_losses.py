@@ -55,7 +55,8 @@ def test_forward_kl(chunk_size, temperature):
     naive = temperature**2 * (teacher.exp() * (teacher - student)).sum(-1).mean()
     loss = forward_kl(hidden, teacher_hidden, weight, teacher_weight, temperature, chunk_size)
     compare(loss, naive, [hidden, weight], [h, w])
-    assert teacher_hidden.grad is None and teacher_weight.grad is None
+    assert teacher_hidden.grad is None
+    assert teacher_weight.grad is None
 
 
 def test_gradients_accumulate_over_micro_batches():
@@ -90,10 +91,12 @@ def test_only_the_needed_gradients_are_computed():
     hidden, weight = leaves((N, H), (V, H))
     labels = torch.randint(0, V, (N,))
     linear_cross_entropy(hidden.detach(), weight, labels).backward()
-    assert hidden.grad is None and weight.grad is not None
+    assert hidden.grad is None
+    assert weight.grad is not None
     weight.grad = None
     linear_cross_entropy(hidden, weight.detach(), labels).backward()
-    assert hidden.grad is not None and weight.grad is None
+    assert hidden.grad is not None
+    assert weight.grad is None
     with torch.no_grad():
         assert linear_cross_entropy(hidden, weight, labels).grad_fn is None
 
@@ -104,11 +107,13 @@ def test_bfloat16_stays_near_float64():
     h, w, th, tw = double(*low, teacher_hidden.bfloat16(), teacher_weight.bfloat16())
     loss = forward_kl(low[0], th.bfloat16(), low[1], tw.bfloat16(), chunk_size=8)
     naive = ((p := (th @ tw.T).log_softmax(-1)).exp() * (p - (h @ w.T).log_softmax(-1))).sum(-1).mean()
-    assert loss.dtype == torch.float32 and abs(loss.item() - naive.item()) < 0.01 * naive.item()
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - naive.item()) < 0.01 * naive.item()
     loss.backward()
     naive.backward()
     for a, b in zip(low, (h, w)):
-        assert a.grad.dtype == torch.bfloat16 and (a.grad.double() - b.grad).norm() < 0.02 * b.grad.norm()
+        assert a.grad.dtype == torch.bfloat16
+        assert (a.grad.double() - b.grad).norm() < 0.02 * b.grad.norm()
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -117,7 +122,8 @@ def test_token_kl(chunk_size):
     hidden, weights = torch.randn(2, 7, 16), torch.randn(2, 53, 16)
     theirs, ours = ((h.double() @ w.double().T).log_softmax(-1) for h, w in zip(hidden, weights))
     got = token_kl(hidden[1], hidden[0], weights[1], weights[0], chunk_size)
-    assert got.dtype == torch.float32 and not got.requires_grad
+    assert got.dtype == torch.float32
+    assert not got.requires_grad
     torch.testing.assert_close(got.double(), (theirs.exp() * (theirs - ours)).sum(-1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.mean(), forward_kl(hidden[1], hidden[0], weights[1], weights[0]))
 

@@ -1,4 +1,5 @@
-"""FLOPs of a training step against PyTorch's own count of the operations that run, and the throughput in the logs."""
+"""FLOPs of a training step against PyTorch's own count of the operations that run, and the
+throughput in the logs."""
 
 from types import SimpleNamespace
 
@@ -42,8 +43,8 @@ def count(step, only=None) -> float:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_finetuning_takes_what_runs(tied):
-    """Of a softmax model, whose every operation PyTorch counts. Logits are made whole here: the fused head
-    computes some of them again, which is no FLOP of the model."""
+    """Of a softmax model, whose every operation PyTorch counts. Logits are made whole here: the
+    fused head computes some of them again, which is no FLOP of the model."""
     model = model_of(tie_word_embeddings=tied)
     ids = torch.randint(0, 100, (ROWS, LENGTH))
 
@@ -79,8 +80,8 @@ def test_gemms_of_a_hybrid(name):
 
 
 def test_alignment_takes_what_runs():
-    """The teacher's blocks without lm_head and the last MLP; students forward and backward. The gates
-    that read what o_proj reads are projections of the input, whose gradient nobody needs."""
+    """The teacher's blocks without lm_head and the last MLP; students forward and backward. The
+    gates that read what o_proj reads are projections of the input, whose gradient nobody needs."""
     teacher = model_of()
     student = StudentForCausalLM.from_teacher(teacher, "gdn_v4")[0]
     model = AttentionAlignmentModel(teacher, student).train()
@@ -131,7 +132,8 @@ def test_the_peak_of_a_gpu_by_its_name(name, tera):
 def test_there_is_no_peak_without_a_gpu_or_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert device_peak_flops("cuda", torch.bfloat16) == 989e12
-    assert device_peak_flops("cuda", torch.float32) is None and device_peak_flops("cpu", torch.bfloat16) is None
+    assert device_peak_flops("cuda", torch.float32) is None
+    assert device_peak_flops("cpu", torch.bfloat16) is None
 
 
 # ------------------------------------------------------------------------ in the logs
@@ -163,7 +165,8 @@ def test_throughput_of_known_times(clock, peak):
 
 
 def test_time_left_after_a_resume(monkeypatch):
-    """Step 91 to 100 of 100, a second each: the 90 steps of the process before are no part of the rate."""
+    """Step 91 to 100 of 100, a second each: the 90 steps of the process before are no part of the
+    rate."""
     import tqdm.std
 
     now = SimpleNamespace(value=0.0)
@@ -178,5 +181,7 @@ def test_time_left_after_a_resume(monkeypatch):
     bar.on_log(None, state, None, logs={"loss": 1.23456, "tokens_per_second": 83246.1, "mfu": 0.4312, "other": 1})
     shown = str(bar.training_bar)
     bar.on_train_end(None, state, None)
-    assert "95/100" in shown and "00:05<00:05" in shown and "1.00it/s" in shown, shown
+    assert "95/100" in shown, shown
+    assert "00:05<00:05" in shown, shown
+    assert "1.00it/s" in shown, shown
     assert "loss=1.23, tokens_per_second=83,246, mfu=43.1%" in shown

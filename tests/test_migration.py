@@ -32,7 +32,7 @@ from distill_model import StudentForCausalLM
 from distill_model.losses import alignment_loss
 from evaluation.options import add_options
 from layer_selection import evaluate_layer_importance, generate_layer_configs_ga_s2
-from layer_selection.questions import TASKS, draw_questions
+from layer_selection.ablation_questions import TASKS, draw_questions, question_options
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "migration.md").read_text()
@@ -112,7 +112,11 @@ def test_every_old_flag_is_accepted_or_has_a_replacement(script, monkeypatch):
 
 
 def test_the_page_lists_the_replaced_flags():
-    replaced = [[script, *pair] for script, flags in REPLACEMENTS.items() for pair in flags.items()]
+    """In the words of the messages; VALUE stands for the flag's value."""
+    replaced = []
+    for script, flags in REPLACEMENTS.items():
+        for flag, message in flags.items():
+            replaced.append([script, flag, message.removeprefix("use ").format("VALUE")])
     assert rows("Flags that are replaced") == replaced
 
 
@@ -238,10 +242,11 @@ def test_every_task_can_be_drawn_at_the_old_defaults(monkeypatch):
     for task in TASKS:
         args = parser.parse_args(["--task", task, "--model_name", "x", *words])
         args.num_samples = 5
-        assert len(draw_questions(task, args)) == 5
+        assert len(draw_questions(task, question_options(args), args.seed)) == 5
     shown = """--task variable_tracking --model_name fla-hub/Qwen2.5-3B-Instruct --output_dir layer_selection_baselines
         --num_samples 500 --batch_size 8 --num_chains 2 --num_hops 2 --noise_ratio 1.0"""
-    assert len(draw_questions("variable_tracking", parser.parse_args(shlex.split(shown)))) == 500
+    args = parser.parse_args(shlex.split(shown))
+    assert len(draw_questions("variable_tracking", question_options(args), args.seed)) == 500
 
 
 def test_the_old_lines_train_as_there(tmp_path, teacher_dir, data_dir):

@@ -1,4 +1,5 @@
-"""The published rows: checked-in configs equal what the generator writes; names, counts, ranges, folders; and reproduce.sh."""
+"""The published rows: checked-in configs equal what the generator writes; names, counts, ranges,
+folders; and reproduce.sh."""
 
 import re
 import subprocess
@@ -27,7 +28,7 @@ def test_checked_in_files_are_what_the_generator_writes(tmp_path):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.folder)
-def test_a_row(row):
+def test_a_folder_name_matches_its_config(row):
     """The folder's name says what the file holds."""
     cfg = load_config(ROOT / "configs" / row.folder / "stage2.yaml")
     teacher, size, kind, version, ratio, selector = re.fullmatch(
@@ -90,7 +91,7 @@ def test_no_two_share_an_output_folder():
     assert len(folders) == len(FILES) and all(re.search(r"/stage[123]$", folder) for folder in folders)
 
 
-def test_stage_3_goes_on_from_the_stage_2_beside_it():
+def test_stage_3_starts_from_the_stage_2_in_its_folder():
     files = [path for path in FILES if path.name == "stage3.yaml"]
     assert {"qwen3_0.6b_gdn_v4_hybrid_0_25_uniform", "qwen3_8b_gdn_v4_hybrid_0_25_uniform"} <= {
         path.parent.name for path in files
@@ -144,9 +145,11 @@ def test_a_row_is_reproduced_from_preprocessing_to_ruler():
     "row",
     ["qwen2.5_1.5b_gdn_v4", "quickstart", "../configs/quickstart", "nowhere_hybrid_0_25_uniform"],
 )
-def test_what_is_no_row_is_refused(row):
+def test_unpublished_rows_are_refused(row):
     done = reproduce(row)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"ROW: {row} is no published row")
+    assert (
+        done.returncode == 1 and done.stdout == "" and done.stderr.startswith(f"ROW: {row} is not a folder of configs/")
+    )
 
 
 @pytest.mark.parametrize("method, stage_2_jobs", [("ga_s2", 3), ("mse", 2)])

@@ -225,31 +225,6 @@ def test_unigram_entropy():
     assert unigram_entropy(torch.tensor([[1, 1], [2, 5]])) == pytest.approx(1.5 * math.log(2))
 
 
-def test_scan_restores_one_layer_and_leaves_the_student_as_it_was(teacher_dir):
-    from convert import load_teacher
-    from distill_model import StudentForCausalLM
-    from layer_selection.scan_layers import choose, scan
-
-    teacher = load_teacher(teacher_dir)
-    torch.manual_seed(0)
-    student = StudentForCausalLM.from_teacher(teacher, "gdn_v4")[0].eval()
-    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    ids = torch.randint(0, teacher.config.vocab_size, (4, 24))
-    baseline, kls = scan(student, teacher, [ids[:2], ids[2:]])
-    after = student.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-    def naive(model):
-        with torch.no_grad():
-            ours, theirs = (m(ids, use_cache=False).logits.double().log_softmax(-1) for m in (model, teacher))
-        return (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
-
-    assert baseline == pytest.approx(naive(student), rel=1e-4)
-    for layer, kl in enumerate(kls):
-        assert kl == pytest.approx(naive(student.restore_full_attention(teacher, [layer]).eval()), rel=1e-4)
-    assert choose([0.3, 0.1, 0.4, 0.2], 2) == [1, 3]
-
-
 def test_report_alignment_is_zero_for_the_teacher_itself(teacher_dir):
     from convert import load_teacher
     from quickstart.measure import HeldoutData, alignment, figures_of

@@ -1,4 +1,5 @@
-"""The synthetic tasks: their answers follow from the text before them, and only exact answers count."""
+"""The synthetic tasks: their answers follow from the text before them, and only exact answers
+count."""
 
 import random
 import re

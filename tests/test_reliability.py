@@ -1,4 +1,5 @@
-"""What docs/reliability.md promises has tests by those names; the launch scripts' parts that need no cluster."""
+"""What docs/reliability.md promises has tests by those names; the launch scripts' parts that need
+no cluster."""
 
 import json
 import os
@@ -60,8 +61,11 @@ def test_the_deepspeed_env_is_private_and_holds_no_secret():
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("700 ") and lines[1].startswith("600 ") and lines[1].endswith("/.deepspeed_env")
-    assert lines[2].startswith("TRITON_CACHE_DIR=/tmp/triton-") and lines[3:] == [
+    assert lines[0].startswith("700 ")
+    assert lines[1].startswith("600 ")
+    assert lines[1].endswith("/.deepspeed_env")
+    assert lines[2].startswith("TRITON_CACHE_DIR=/tmp/triton-")
+    assert lines[3:] == [
         "HF_HOME=/hub",
         "WANDB_PROJECT=p",
         "MY_FLAG=1",
@@ -69,24 +73,24 @@ def test_the_deepspeed_env_is_private_and_holds_no_secret():
     ]
     assert not Path(lines[0].split()[1]).exists()
     done = shell(show, DEEPSPEED_ENV="HF_TOKEN", HF_TOKEN="hf_PLANTED")
-    assert done.returncode == 1 and "HF_TOKEN looks like a secret" in done.stderr and "PLANTED" not in done.stderr
+    assert done.returncode == 1
+    assert "HF_TOKEN looks like a secret" in done.stderr
+    assert "PLANTED" not in done.stderr
 
 
 def test_what_looks_like_a_secret():
-    """Whatever its case; a setting of the tokenizers is none."""
+    """In upper or lower case; a setting of the tokenizers does not."""
     show = 'make_job_dir; plan_nodes; write_deepspeed_env; cat "$DS_ENV_FILE"'
     assert "TOKENIZERS_PARALLELISM=false\n" in shell(show, DEEPSPEED_ENV="TOKENIZERS_PARALLELISM").stdout
     for name in ("my_token", "HF_TOKEN_2", "Api_Key", "DB_PASSWD"):
         done = shell(show, DEEPSPEED_ENV=name, **{name: "PLANTED"})
-        assert (
-            done.returncode == 1
-            and f"{name} looks like a secret" in done.stderr
-            and "PLANTED" not in done.stdout + done.stderr
-        )
+        assert done.returncode == 1
+        assert f"{name} looks like a secret" in done.stderr
+        assert "PLANTED" not in done.stdout + done.stderr
 
 
 def test_jobs_do_not_share_a_folder():
-    """A process' number on one machine may be that of another one's, or of a Slurm job."""
+    """The process id of one machine may be used on another, or be the number of a Slurm job."""
     folders = [
         shell('make_job_dir; echo "$$ $JOB_DIR"', **environment).stdout.split()
         for environment in ({}, {"SLURM_JOB_ID": "17"})
@@ -97,9 +101,9 @@ def test_jobs_do_not_share_a_folder():
     ]
 
 
-def test_a_signal_before_the_run_listens(tmp_path):
-    """Its launcher ignores SIGUSR1, and so does Python until it is told otherwise: the run learns
-    of it when it begins to listen."""
+def test_a_signal_before_the_handlers_are_set(tmp_path):
+    """Its launcher ignores SIGUSR1, and so does Python until a handler is set: the run learns about
+    the signal then."""
     code = f"""
 import os, pathlib, time
 pathlib.Path({str(tmp_path / "ready")!r}).touch()
@@ -107,7 +111,7 @@ while not os.path.exists({str(tmp_path / "go")!r}):
     time.sleep(0.05)
 from runtime.guard import StopSignals
 with StopSignals():
-    print("nobody told", flush=True)
+    print("not stopped", flush=True)
 """
     command = (
         f"set -euo pipefail; source launch_common.sh; make_job_dir; plan_nodes; supervise python -c {shlex.quote(code)}"
@@ -121,21 +125,25 @@ with StopSignals():
     )
     end = time.monotonic() + PATIENCE
     while not (tmp_path / "ready").exists():
-        assert job.poll() is None and time.monotonic() < end
+        assert job.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
     (folder,) = (ROOT / ".launch").glob(f"*-{job.pid}")
     while not (folder / "stop").exists():
-        assert job.poll() is None and time.monotonic() < end
+        assert job.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.05)
     (tmp_path / "go").touch()
     output = job.communicate(timeout=PATIENCE)[0]
-    assert job.returncode == 75 and "SIGUSR1: stopping" in output and "nobody told" not in output
+    assert job.returncode == 75
+    assert "SIGUSR1: stopping" in output
+    assert "not stopped" not in output
     assert not folder.exists()
 
 
-def test_layer_selection_waits_for_the_run_that_saves(tmp_path):
-    """SIGTERM reaches both, or selection alone: it hands it on, and ends with the code for a
+def test_layer_selection_waits_until_its_run_has_saved(tmp_path):
+    """SIGTERM reaches both, or selection alone, which forwards it and exits with the code for a
     requeue once the run has ended."""
     run = f"""
 import pathlib, signal, sys, time
@@ -148,7 +156,7 @@ pathlib.Path({str(tmp_path / "ready")!r}).touch()
 time.sleep(600)
 """
     (tmp_path / "run.py").write_text(run)
-    code = "import sys; from layer_selection.full_runs import run_to_its_end; print(run_to_its_end(sys.argv[1:]))"
+    code = "import sys; from layer_selection.stage2_runs import run_to_completion as run; print(run(sys.argv[1:]))"
     selection = subprocess.Popen(
         [sys.executable, "-c", code, sys.executable, str(tmp_path / "run.py")],
         cwd=ROOT,
@@ -157,24 +165,27 @@ time.sleep(600)
     )
     end = time.monotonic() + PATIENCE
     while not (tmp_path / "ready").exists():
-        assert selection.poll() is None and time.monotonic() < end
+        assert selection.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.05)
     selection.terminate()
-    assert selection.communicate(timeout=PATIENCE)[0] == "(1, True)\n" and (tmp_path / "saved").exists()
+    assert selection.communicate(timeout=PATIENCE)[0] == "(1, True)\n"
+    assert (tmp_path / "saved").exists()
 
 
 def test_headers():
-    """Every script that trains asks for GPUs, a requeue and a signal to its shell; preprocessing
-    asks for none."""
+    """Every script that trains requests GPUs, a requeue and a signal to its shell; preprocessing
+    requests no GPU and no signal."""
     for script in ("stage1", "stage2", "stage3", "selection", "preprocess"):
         headers = re.findall(r"^#SBATCH --(.*)", (ROOT / f"launch_{script}.sh").read_text(), re.MULTILINE)
-        assert "requeue" in headers and "open-mode=append" in headers
+        assert "requeue" in headers
+        assert "open-mode=append" in headers
         assert any("gpu" in line for line in headers) == (script != "preprocess")
         assert ("signal=B:USR1@600" in headers) == (script != "preprocess")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_while_python_ends_changes_nothing(name):
+def test_a_signal_while_python_exits_changes_nothing(name):
     code = f"""
 import os, signal
 from runtime.guard import StopSignals
@@ -191,7 +202,7 @@ with StopSignals():
 
 
 def test_a_signal_in_the_middle_of_a_print():
-    """It ends the process with its code all the same."""
+    """It ends the process with the same exit code."""
     code = """
 import io, os, signal, sys
 from runtime.guard import StopSignals
@@ -209,11 +220,12 @@ with StopSignals():
     print("a line", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 75 and done.stdout == "SIGTERM: stopping; run the same command again\n", done
+    assert done.returncode == 75, done
+    assert done.stdout == "SIGTERM: stopping; run the same command again\n", done
 
 
-def test_python_does_not_end_while_a_thread_is_in_the_store():
-    """Its C++ would abort the process, with another exit code than the run's."""
+def test_python_does_not_exit_while_a_thread_uses_the_store():
+    """The store's C++ code would abort the process, with another exit code than the run's."""
     code = """
 import sys, threading, time
 import torch.distributed as dist
@@ -239,10 +251,10 @@ sys.exit(75)
     assert [rank.wait(PATIENCE) for rank in ranks] == [75, 75]
 
 
-def test_norms_at_once_are_deepspeeds():
-    """On two ranks, clipped: the same weights to the bit and the same norms; a gradient that is not
-    finite, on one rank and in one of two groups, skips the step on both. And no gradient is looked
-    at by itself."""
+def test_foreach_norms_equal_deepspeeds():
+    """On two ranks, with clipping: bitwise equal weights and equal norms; an infinite gradient or
+    NaN, on one rank and in one of two groups, skips the step on both. And no gradient is checked by
+    itself."""
     code = """
 import os, sys, torch
 os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2],
@@ -291,7 +303,7 @@ for stage in (1, 2):
     assert [rank.wait(PATIENCE) for rank in ranks] == [0, 0]
 
 
-def test_training_takes_norms_at_once(monkeypatch):
+def test_training_uses_foreach_norms(monkeypatch):
     optimizer, given = object(), []
     monkeypatch.setattr(hf_trainer, "use_foreach_grad_norm", given.append)
     trainer = SimpleNamespace(finish_resuming=lambda: None, deepspeed=SimpleNamespace(optimizer=optimizer))
@@ -301,7 +313,7 @@ def test_training_takes_norms_at_once(monkeypatch):
 
 
 def test_an_export_that_is_stopped_between_its_renames_leaves_the_one_before(tmp_path, monkeypatch):
-    """Not only after a kill: an exception there, as of a signal, cleans up."""
+    """Not only after a kill: an exception there, such as that of a signal, cleans up."""
     folder, replace = tmp_path / "converted-hf", os.replace
     folder.mkdir()
     (folder / "config.json").write_text("before")
@@ -321,7 +333,7 @@ def test_an_export_that_is_stopped_between_its_renames_leaves_the_one_before(tmp
 
 
 def test_a_lock_that_goes_while_it_is_watched(tmp_path, monkeypatch):
-    """Its holder on another machine has ended: no error, and no waiting for the rest of the time."""
+    """Its holder on another machine has ended: no error, and no further waiting."""
     lock = tmp_path / ".lock"
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": None, "since": "then"}))
     monkeypatch.setattr(files, "WATCH", 600.0)
@@ -337,7 +349,7 @@ def test_a_lock_that_goes_while_it_is_watched(tmp_path, monkeypatch):
 
 
 def test_two_jobs_that_take_a_lock_together(tmp_path, monkeypatch):
-    """On two machines whose locks do not know each other: the one that wrote last has it."""
+    """On two machines that do not see each other's locks: the job that wrote last holds it."""
     lock, other = (
         tmp_path / ".lock",
         json.dumps({"host": "elsewhere", "pid": 1, "job": "18", "since": "then"}),

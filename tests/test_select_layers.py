@@ -19,31 +19,34 @@ from conftest import LENGTH
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from layer_selection import select_layers
-from layer_selection.full_runs import HELDOUT_KL, teacher_name
+from layer_selection import baselines, bench, select_layers
+from layer_selection.stage2_runs import HELDOUT_KL, teacher_name
 from layer_selection.write_configs import PUBLISHED
 
 
-def select(stage2, out, *options):
-    select_layers.main(
-        [
-            "--cfg",
-            str(stage2),
-            "--output_dir",
-            str(out),
-            "--sequences",
-            "6",
-            "--batch_size",
-            "4",
-            *options,
-        ]
-    )
-    return json.loads((out / "ranking.json").read_text()) if (out / "ranking.json").is_file() else None
+def flags(**options) -> list[str]:
+    """The words of a command line: --name value for every option, --name alone where the value is
+    True."""
+    words = []
+    for name, value in options.items():
+        words.append("--top-k" if name == "top_k" else f"--{name}")
+        if value is not True:
+            words.append(str(value))
+    return words
+
+
+def select(stage2, out, *words, **options):
+    """Runs select_layers.py on six held-out sequences; its ranking.json, or None if it wrote
+    none."""
+    defaults = flags(cfg=stage2, output_dir=out, sequences=6, batch_size=4)
+    select_layers.main([*defaults, *words, *flags(**options)])
+    ranking = out / "ranking.json"
+    return json.loads(ranking.read_text()) if ranking.is_file() else None
 
 
 @pytest.mark.parametrize("method", ["scan", "ppl", "mse"])
-def test_the_layer_that_is_off_comes_first(stage2, tmp_path, method):
-    ranking = select(stage2, tmp_path, "--method", method, "--ratio", "0.25")
+def test_a_layer_with_a_large_error_ranks_first(stage2, tmp_path, method):
+    ranking = select(stage2, tmp_path, method=method, ratio=0.25)
     assert ranking["keep"] == [2] and sorted(layer["layer"] for layer in ranking["layers"]) == [
         0,
         1,
@@ -60,8 +63,8 @@ def test_the_layer_that_is_off_comes_first(stage2, tmp_path, method):
 
 
 def test_scan_is_the_kl_with_one_layer_restored(stage2, tmp_path, teacher_dir):
-    """Against a hybrid that is built anew, on the held-out sequences."""
-    ranking = select(stage2, tmp_path, "--method", "scan", "--top-k", "1")
+    """Against a hybrid that is built for every layer, on the held-out sequences."""
+    ranking = select(stage2, tmp_path, method="scan", top_k=1)
     teacher = load_teacher(teacher_dir)
     student = StudentForCausalLM.from_pretrained(load_config(stage2).train.student_init_ckpt)
     chunks = open_chunks(load_config(stage2).data.cache_dir, LENGTH)
@@ -82,15 +85,15 @@ def test_teachers_are_named_as_in_configs():
 
 
 def test_top_k_names_the_ratio_that_keeps_as_many(stage2, tmp_path):
-    select(stage2, tmp_path, "--method", "uniform", "--top-k", "3")
+    select(stage2, tmp_path, method="uniform", top_k=3)
     (folder,) = tmp_path.glob("*_gdn_v4_hybrid_*")
     assert folder.name.endswith("_hybrid_0_75_uniform") and (folder / "stage2.yaml").is_file()
 
 
 def test_uniform_and_random(stage2, tmp_path):
-    assert select(stage2, tmp_path / "u", "--method", "uniform", "--top-k", "2")["keep"] == [1, 3]
+    assert select(stage2, tmp_path / "u", method="uniform", top_k=2)["keep"] == [1, 3]
     first, again, other = (
-        select(stage2, tmp_path / f"r{i}", "--method", "random", "--top-k", "2", "--seed", seed)["layers"]
+        select(stage2, tmp_path / f"r{i}", method="random", top_k=2, seed=seed)["layers"]
         for i, seed in enumerate("112")
     )
     assert first == again != other
@@ -116,24 +119,10 @@ def test_ga_s2_trains_what_is_missing(stage2, tmp_path):
     for layer in (0, 3):
         (tmp_path / f"layer_{layer}").mkdir()
         (tmp_path / f"layer_{layer}" / HELDOUT_KL).write_text(json.dumps([9.0] * 6))
-    assert (
-        select(
-            stage2,
-            tmp_path,
-            "--method",
-            "ga_s2",
-            "--top-k",
-            "1",
-            "--launcher",
-            sys.executable,
-            "--candidate",
-            "1",
-        )
-        is None
-    )
+    assert select(stage2, tmp_path, method="ga_s2", top_k=1, launcher=sys.executable, candidate=1) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layer_0", "layer_1", "layer_3"]
     written = (tmp_path / "layer_1" / HELDOUT_KL).stat().st_mtime_ns
-    ranking = select(stage2, tmp_path, "--method", "ga_s2", "--top-k", "1", "--launcher", sys.executable)
+    ranking = select(stage2, tmp_path, method="ga_s2", top_k=1, launcher=sys.executable)
     assert ranking["keep"] == [2] and (tmp_path / "layer_1" / HELDOUT_KL).stat().st_mtime_ns == written
 
 
@@ -167,18 +156,19 @@ def test_bad_input(stage2, tmp_path, options, message):
 @pytest.mark.parametrize("method", ["scan", "ppl", "mse", "smart", "ga_s1"])
 def test_a_signal_makes_untrained_methods_exit_to_be_requeued(stage2, tmp_path, monkeypatch, method, number):
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as the launch scripts hand it on
-    name = "AttentionAlignmentModel" if method in ("mse", "ga_s1") else "tqdm"  # where it begins to measure
-    monkeypatch.setattr(select_layers, name, lambda *args, **options: os.kill(os.getpid(), number))
+    # Where it begins to measure.
+    module, name = (baselines, "AttentionAlignmentModel") if method in ("mse", "ga_s1") else (bench, "tqdm")
+    monkeypatch.setattr(module, name, lambda *args, **options: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as end:
-        select(stage2, tmp_path / "out", "--method", method, "--top-k", "1")
+        select(stage2, tmp_path / "out", method=method, top_k=1)
     assert end.value.code == REQUEUE and not (tmp_path / "out").exists()
     monkeypatch.undo()
-    assert select(stage2, tmp_path / "out", "--method", method, "--top-k", "1")["keep"]
+    assert select(stage2, tmp_path / "out", method=method, top_k=1)["keep"]
 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """An sbatch that writes down what it is given."""
+    """An sbatch that records its arguments."""
     (tmp_path / "bin").mkdir()
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >>{tmp_path}/submitted\nwc -l <{tmp_path}/submitted\n')
@@ -188,7 +178,7 @@ def slurm(tmp_path, monkeypatch):
     return tmp_path / "submitted"
 
 
-def test_slurm_gets_what_is_missing_as_an_array_and_the_ranking_behind_it(stage2, tmp_path, slurm, monkeypatch):
+def test_slurm_gets_missing_layers_as_an_array_and_the_ranking_after_it(stage2, tmp_path, slurm, monkeypatch):
     monkeypatch.setenv("SBATCH_ARGS", "--partition=p --mem=1G")
     out = tmp_path / "out"
     measured = out / "layer_1" / HELDOUT_KL
@@ -224,7 +214,7 @@ def test_slurm_gets_what_is_missing_as_an_array_and_the_ranking_behind_it(stage2
         ),
     ],
 )
-def test_nothing_wrong_is_submitted(stage2, tmp_path, slurm, monkeypatch, options, message):
+def test_invalid_commands_are_not_submitted(stage2, tmp_path, slurm, monkeypatch, options, message):
     with pytest.raises(ValueError, match=message):
         select(stage2, tmp_path / "out", "--top-k", "2", "--slurm", *options)
     with pytest.raises(SystemExit):  # its jobs would submit themselves again
@@ -235,8 +225,8 @@ def test_nothing_wrong_is_submitted(stage2, tmp_path, slurm, monkeypatch, option
     assert not slurm.exists()
 
 
-def test_the_launch_script_hands_a_whole_command_on(tmp_path):
-    """As --slurm submits it: nothing of its own defaults, and the task's layer behind it."""
+def test_the_launch_script_passes_a_complete_command_on(tmp_path):
+    """As --slurm submits it: without its own defaults, and with the task's layer at the end."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path}/bin:$PATH\n")
     (tmp_path / "bin" / "python").write_text('#!/bin/bash\necho "python $*"\n')
@@ -264,8 +254,8 @@ def test_the_launch_script_hands_a_whole_command_on(tmp_path):
         ), done
 
 
-def test_a_file_in_the_place_of_the_folder(stage2, tmp_path):
+def test_an_output_dir_that_is_a_file_is_refused(stage2, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="--output_dir: .*out is a file; name a folder"):
-        select(stage2, tmp_path / "out", "--method", "uniform", "--top-k", "1")
+        select(stage2, tmp_path / "out", method="uniform", top_k=1)
     assert (tmp_path / "out").read_text() == "mine"

@@ -368,7 +368,8 @@ def dry_run(cfg):
 def test_an_eos_token_that_the_model_lacks_is_refused_everywhere(tmp_path):
     import chat
     from evaluation.commands import evaluate_checkpoints
-    from layer_selection import evaluate_layer_importance, select_layers
+    from layer_selection import evaluate_layer_importance
+    from layer_selection.bench import Bench
 
     name = grown(tmp_path / "teacher", eos_token="<|im_end|>")
     data = make_chunks(tmp_path, name, TEXTS)
@@ -377,7 +378,7 @@ def test_an_eos_token_that_the_model_lacks_is_refused_everywhere(tmp_path):
     )
     stage1, stage2 = (str(write_config(tmp_path, stage, name, data, batch_size=2)) for stage in (1, 2))
     in_one_line(f"^teacher_model.name{message}", dry_run, stage1)
-    in_one_line(f"^teacher_model.name{message}", select_layers.Bench, load_config(stage2), 4, 2)
+    in_one_line(f"^teacher_model.name{message}", Bench, load_config(stage2), 4, 2)
     in_one_line(f"^--model{message}", chat.main, ["--model", name])
     in_one_line(
         f"^CHECKPOINT{message}",

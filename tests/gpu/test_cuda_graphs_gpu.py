@@ -1,4 +1,5 @@
-"""On a GPU: training passes replayed as CUDA graphs, beside the same passes launched kernel by kernel."""
+"""On a GPU: training passes replayed as CUDA graphs against the same passes launched kernel by
+kernel."""
 
 import copy
 
@@ -29,7 +30,7 @@ CONFIG = StudentConfig(
 
 
 def models(name, stage):
-    """(what trains, its teacher)."""
+    """(the model that trains, its teacher)."""
     torch.manual_seed(0)
     teacher = StudentForCausalLM(CONFIG).to("cuda", torch.bfloat16).eval()
     student = StudentForCausalLM.from_teacher(teacher, name, [1] if stage > 1 else [], OPTIONS.get(name))[0].to(
@@ -41,7 +42,7 @@ def models(name, stage):
 
 
 def train(name, stage, graphed, checkpointing=False):
-    """Losses and weights of CALLS micro-batches, with an optimiser's step after every ACCUMULATED
+    """Losses and weights of CALLS micro-batches, with an optimiser step after every ACCUMULATED
     ones."""
     model, teacher = models(name, stage)
     if stage > 1:
@@ -66,7 +67,7 @@ def train(name, stage, graphed, checkpointing=False):
                 "distillation": DistillationLoss(ce_weight=0.5),
             }
         loss = forward(**inputs)["loss"]
-        (loss / 3).backward()  # no power of two: where the scale enters shows in the last bit
+        (loss / 3).backward()  # not a power of two, so that the last bit shows where the scale enters
         losses.append(loss.detach())
         if graphed and stage == 2:
             assert (read.forward_graph is not None) == (call >= EAGER_CALLS)
@@ -81,7 +82,8 @@ def train(name, stage, graphed, checkpointing=False):
 def test_graphs_equal_launches_to_the_bit(name, stage):
     losses, weights = train(name, stage, graphed=False)
     graphed_losses, graphed_weights = train(name, stage, graphed=True)
-    assert losses.isfinite().all() and losses.unique().numel() > CALLS // 2
+    assert losses.isfinite().all()
+    assert losses.unique().numel() > CALLS // 2
     assert torch.equal(losses, graphed_losses), losses - graphed_losses
     assert all(map(torch.equal, weights, graphed_weights))
 
@@ -90,7 +92,8 @@ def test_graphs_equal_launches_to_the_bit(name, stage):
 def test_graphs_equal_launches_with_activation_checkpointing(checkpointing):
     losses, weights = train("gdn_v4", 3, False, checkpointing)
     graphed_losses, graphed_weights = train("gdn_v4", 3, True, checkpointing)
-    assert torch.equal(losses, graphed_losses) and all(map(torch.equal, weights, graphed_weights))
+    assert torch.equal(losses, graphed_losses)
+    assert all(map(torch.equal, weights, graphed_weights))
 
 
 def graph_of_stage_3():
@@ -126,7 +129,7 @@ def test_without_gradients_and_when_switched_off_hooks_see_every_call():
 
 
 def test_graphs_that_are_switched_off_give_their_memory_back():
-    """To launches, which find it free only after the last graph of the shared pool is gone."""
+    """To eager calls; it is free only after the last graph of the shared pool is dropped."""
     torch.cuda.empty_cache()
     model, forward, ids = graph_of_stage_3()
     reader = GraphedForward(models("gdn_v4", 3)[1].model.requires_grad_(False))

@@ -27,12 +27,19 @@ def tensors(dtype, *shapes):
     return given, [t.detach().double().requires_grad_() for t in given]
 
 
+def relative_error(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def gradient_errors(given, references):
+    return [relative_error(a.grad, b.grad) for a, b in zip(given, references)]
+
+
 def check(loss, naive, given, references, limit):
     assert loss.dtype == torch.float32
     (3 * loss).backward()
     (3 * naive).backward()
-    errors = [abs(loss.item() - naive.item()) / abs(naive.item())]
-    errors += [((a.grad.double() - b.grad).norm() / b.grad.norm()).item() for a, b in zip(given, references)]
+    errors = [relative_error(loss, naive), *gradient_errors(given, references)]
     assert max(errors) < limit, errors
 
 
@@ -67,8 +74,7 @@ def check_step(out, expected, given, references, limit):
     weight = torch.randn(expected.shape, device="cuda", dtype=torch.float64)
     (out.double() * weight).sum().backward()
     (expected * weight).sum().backward()
-    errors = [((out.double() - expected).norm() / expected.norm()).item()]
-    errors += [((a.grad.double() - b.grad).norm() / b.grad.norm()).item() for a, b in zip(given, references)]
+    errors = [relative_error(out, expected), *gradient_errors(given, references)]
     assert max(errors) < limit, errors
 
 

@@ -1,9 +1,9 @@
-"""Hybrids side by side: their steps are those of a plain loop, a stopped selection goes on to the same end, and the rules of stopping."""
+"""Joint training of candidates: steps equal to a plain loop, resuming to the same result,
+offloading, and the stopping rules."""
 
 import json
 import shutil
 import signal
-from types import SimpleNamespace
 
 from runtime.batch_plan import batch_plan
 from runtime.config import load_config
@@ -11,21 +11,15 @@ from runtime.config import load_config
 import pytest
 import torch
 from test_cuda_graphs import use_stand_ins
-from test_select_layers import select
+from test_select_layers import flags, select
 from tqdm import tqdm
 
 import cuda_graphs
 from benchmarks import selection_cost
-from layer_selection import compare_selectors, select_layers, side_by_side
-from layer_selection.select_layers import Bench
-from layer_selection.side_by_side import (
-    Candidate,
-    Rounds,
-    order_after,
-    rank_correlation,
-    settled,
-    survivors,
-)
+from layer_selection import bench, candidate_training, compare_selectors
+from layer_selection.bench import Bench
+from layer_selection.candidate_training import Candidate, JointTraining
+from layer_selection.stopping_rule import StoppingRule, order_after, rank_correlation
 
 STEPS = ["train.max_steps=8", "train.lr=1e-3", "train.lr_attn=3e-3", "train.save_minutes=0"]
 
@@ -36,74 +30,46 @@ def history(folder):
 
 
 def test_a_finished_selection_trains_nothing(stage2, tmp_path, monkeypatch):
-    options = [
-        "--method",
-        "ga_s2",
-        "--top-k",
-        "1",
-        "--rounds",
-        "2",
-        "--window",
-        "0",
-        "--sequences",
-        "2",
-        *STEPS,
-    ]
+    options = [*flags(method="ga_s2", top_k=1, rounds=2, window=0, sequences=2), *STEPS]
     ranking = select(stage2, tmp_path, *options)
     assert ranking["facts"]["steps"] == 8 and not ranking["facts"]["stopped"]
     assert [step for step, _ in history(tmp_path)] == [4, 8] and not (tmp_path / "side_by_side" / "states").exists()
-    # The teacher's work, two parts of eight, is done once for four hybrids; the measurements come
-    # on top.
+    # The teacher's work, two parts of eight, is done once for four hybrids; the measurements are
+    # added to that.
     assert 26 / 32 < ranking["facts"]["share_of_full_runs"] < 0.95
     monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
     assert select(stage2, tmp_path, *options) == ranking
-    assert (
-        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    )  # what comes behind it in the process can be stopped again
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # what runs next in the process can be stopped again
 
 
-def test_it_ends_when_the_order_has_settled(stage2, tmp_path):
-    ranking = select(
-        stage2,
-        tmp_path,
-        "--method",
-        "gr_s2",
-        "--top-k",
-        "1",
-        "--rounds",
-        "8",
-        "--window",
-        "2",
-        "--correlation",
-        "-1",
-        *STEPS,
-    )
+def test_training_ends_when_the_ranking_has_converged(stage2, tmp_path):
+    ranking = select(stage2, tmp_path, *STEPS, method="gr_s2", top_k=1, rounds=8, window=2, correlation=-1)
     rounds = [{int(k): sum(v) for k, v in kl.items()} for _, kl in history(tmp_path)]
     best = [max(scores, key=scores.get) for scores in rounds]
     assert best[-2] in {best[-1], *ranking["undecided"]} and ranking["keep"] == [best[-1]]
     assert ranking["facts"]["steps"] == len(rounds) < 8
 
 
-def test_what_other_rules_ended_is_not_trained_again(stage2, tmp_path, monkeypatch):
-    """Its states are gone: another K ranks what is there if told to, and never starts from the
+def test_candidates_that_another_rule_stopped_are_not_trained_again(stage2, tmp_path, monkeypatch):
+    """Their states are gone: another K ranks what is there if told to, and never trains from the
     first step."""
     options = ["--method", "ga_s2", "--rounds", "8", "--correlation", "-1", *STEPS]
-    select(stage2, tmp_path, *options, "--top-k", "1", "--window", "2")
+    select(stage2, tmp_path, *options, top_k=1, window=2)
     known = history(tmp_path)
     assert len(known) < 8
     monkeypatch.setattr(Candidate, "train", lambda *_: pytest.fail("trained again"))
     with pytest.raises(
         ValueError,
-        match=f"ended behind round {len(known)} of 8, before .* --top-k 2, --window 8 .*; --window 1 ranks",
+        match=f"ended after round {len(known)} of 8, before .* --top-k 2, --window 8 .*; --window 1 ranks",
     ):
-        select(stage2, tmp_path, *options, "--top-k", "2", "--window", "8")
+        select(stage2, tmp_path, *options, top_k=2, window=8)
     assert history(tmp_path) == known
-    assert len(select(stage2, tmp_path, *options, "--top-k", "2", "--window", "1")["keep"]) == 2
+    assert len(select(stage2, tmp_path, *options, top_k=2, window=1)["keep"]) == 2
     with pytest.raises(ValueError, match="--sequences: .* was measured on 6 sequences, not 5"):
-        select(stage2, tmp_path, *options, "--top-k", "1", "--window", "2", "--sequences", "5")
+        select(stage2, tmp_path, *options, top_k=1, window=2, sequences=5)
 
 
-def test_steps_are_those_of_a_plain_loop(stage2):
+def test_steps_equal_those_of_a_plain_loop(stage2):
     cfg = load_config(
         stage2,
         [
@@ -156,7 +122,7 @@ def test_steps_are_those_of_a_plain_loop(stage2):
         )  # AdamW turns rounding of tiny gradients into steps
 
 
-def test_a_stopped_selection_goes_on_to_the_same_end(stage2, tmp_path, monkeypatch):
+def test_a_stopped_selection_resumes_to_the_same_result(stage2, tmp_path, monkeypatch):
     options = ["--method", "ga_s2", "--top-k", "1", "--rounds", "4", "--window", "0", *STEPS]
     select(stage2, tmp_path / "whole", *options)
     train = Candidate.train
@@ -175,18 +141,20 @@ def test_a_stopped_selection_goes_on_to_the_same_end(stage2, tmp_path, monkeypat
     assert history(tmp_path / "parts") == history(tmp_path / "whole")
 
 
-def test_waiting_in_memory_changes_nothing(stage2, tmp_path, monkeypatch):
+def test_offloading_changes_nothing(stage2, tmp_path, monkeypatch):
     options = ["--method", "ga_s2", "--top-k", "1", "--rounds", "2", "--window", "0", *STEPS]
     select(stage2, tmp_path / "whole", *options)
-    build = Rounds.build
-    monkeypatch.setattr(Rounds, "build", lambda self, *args: (build(self, *args), setattr(self, "resident", False)))
-    monkeypatch.setattr(side_by_side, "CACHE_BYTES", 1)
+    build = JointTraining.build
+    monkeypatch.setattr(
+        JointTraining, "build", lambda self, *args: (build(self, *args), setattr(self, "resident", False))
+    )
+    monkeypatch.setattr(candidate_training, "TEACHER_CACHE_BYTES", 1)
     select(stage2, tmp_path / "parked", *options)
     assert history(tmp_path / "parked") == history(tmp_path / "whole")
 
 
-def test_replayed_passes_train_the_same_candidates(stage2, tmp_path, monkeypatch):
-    """Beside each other, behind one teacher; a stand-in takes the place of the graphs."""
+def test_cuda_graph_replay_trains_the_same_candidates(stage2, tmp_path, monkeypatch):
+    """All of them with one teacher; a stand-in replaces the graphs."""
     monkeypatch.setattr(cuda_graphs, "_record", None)
     monkeypatch.setattr(cuda_graphs, "_free_memory", None)
     use_stand_ins()
@@ -194,19 +162,18 @@ def test_replayed_passes_train_the_same_candidates(stage2, tmp_path, monkeypatch
         stage2,
         ["train.max_steps=5", "train.micro_batch_size=1", "train.batch_size=1", "train.lr=1e-3"],
     )
-    args = SimpleNamespace(rounds=1, window=0, correlation=1.0, halving=False, top_k=1)
     results = []
     for graphs in (True, False):
-        monkeypatch.setattr(side_by_side, "use_cuda_graphs", lambda *_: graphs)
-        rounds = Rounds(Bench(cfg, 2, 2), args, {0: [0], 2: [2]}, -1, tmp_path)
+        monkeypatch.setattr(candidate_training, "use_cuda_graphs", lambda *_, graphs=graphs: graphs)
+        rounds = JointTraining(Bench(cfg, 2, 2), StoppingRule(), {0: [0], 2: [2]}, -1, tmp_path)
         rounds.build([0, 2], 0)
         results.append(rounds.train_round([0, 2], 0, 5, tqdm(disable=True)))
-        forwards = [rounds.read, *(candidate.forward for candidate in rounds.candidates.values())]
+        forwards = [rounds.teacher_forward, *(candidate.forward for candidate in rounds.candidates.values())]
         assert [getattr(forward, "forward_graph", None) is not None for forward in forwards] == [graphs] * 3
     assert results[0] == results[1] and results[0][0] != results[0][2]
 
 
-def test_a_loss_that_is_not_finite_ends_it_wherever_in_a_step(stage2):
+def test_a_non_finite_loss_of_any_micro_batch_is_an_error(stage2):
     cfg = load_config(stage2, ["train.micro_batch_size=1"])
     bench = Bench(cfg, 4, 2)
     candidate = Candidate("one", bench.student.restore_full_attention(bench.teacher, [1]), cfg, batch_plan(cfg, 1))
@@ -220,20 +187,7 @@ def test_a_loss_that_is_not_finite_ends_it_wherever_in_a_step(stage2):
 
 
 def test_halving_stops_the_worse_half_and_ranks_it_last(stage2, tmp_path):
-    ranking = select(
-        stage2,
-        tmp_path,
-        "--method",
-        "ga_s2",
-        "--top-k",
-        "1",
-        "--rounds",
-        "4",
-        "--window",
-        "0",
-        "--halving",
-        *STEPS,
-    )
+    ranking = select(stage2, tmp_path, *STEPS, method="ga_s2", top_k=1, rounds=4, window=0, halving=True)
     assert [sorted(kl) for _, kl in history(tmp_path)][1:] == [
         ["0", "1", "2", "3"],
         *[sorted(map(str, ranking_ids(ranking)[:2]))] * 2,
@@ -248,45 +202,32 @@ def ranking_ids(ranking):
 
 def test_other_candidates_are_refused(stage2, tmp_path):
     options = ["--method", "ga_s2", "--top-k", "1", "--window", "0"]
-    select(stage2, tmp_path, *options, "--rounds", "2", *STEPS)
+    select(stage2, tmp_path, *options, *STEPS, rounds=2)
     with pytest.raises(ValueError, match="--rounds 2"):
-        select(stage2, tmp_path, *options, "--rounds", "4", *STEPS)
+        select(stage2, tmp_path, *options, *STEPS, rounds=4)
     with pytest.raises(ValueError, match="train.lr"):
-        select(stage2, tmp_path, *options, "--rounds", "2", *STEPS, "train.lr=5e-3")
+        select(stage2, tmp_path, *options, *STEPS, "train.lr=5e-3", rounds=2)
 
 
 def test_another_optimizer_is_refused_before_a_model_is_read(stage2, tmp_path, monkeypatch):
-    for where in (select_layers, side_by_side):
+    for where in (bench, candidate_training):
         monkeypatch.setattr(where, "StudentForCausalLM", None)
-    monkeypatch.setattr(select_layers, "load_teacher", lambda *_: pytest.fail("read the teacher"))
+    monkeypatch.setattr(bench, "load_teacher", lambda *_: pytest.fail("read the teacher"))
     for method in ("ga_s2", "gr_s2", "avg_s2"):
         with pytest.raises(
             ValueError,
-            match="^train.optimizer: adamw_8bit: side by side, .*; set that, or take --full_runs$",
+            match="^train.optimizer: adamw_8bit: candidates train jointly with adamw only; set that, or take --full_runs$",
         ):
-            select(
-                stage2,
-                tmp_path / "out",
-                "--method",
-                method,
-                "--top-k",
-                "1",
-                "train.optimizer=adamw_8bit",
-            )
+            select(stage2, tmp_path / "out", "train.optimizer=adamw_8bit", method=method, top_k=1)
     with pytest.raises(ValueError, match="^train.optimizer: adamw_8bit"):
         compare_selectors.main(
-            [
-                "--cfg",
-                str(stage2),
-                "--ratio",
-                "0.25",
-                "--methods",
-                "scan",
-                "--output_dir",
-                str(tmp_path / "out"),
-                "--overrides",
-                "train.optimizer=adamw_8bit",
-            ]
+            flags(
+                cfg=stage2,
+                ratio=0.25,
+                methods="scan",
+                output_dir=tmp_path / "out",
+                overrides="train.optimizer=adamw_8bit",
+            )
         )
     assert not (tmp_path / "out").exists()
 
@@ -306,14 +247,14 @@ def test_a_history_of_an_older_version_is_refused(stage2, tmp_path):
     assert json.loads(file.read_text()) == known
 
 
-def test_a_start_that_failed_does_not_claim_the_folder(stage2, tmp_path):
+def test_a_failed_start_does_not_claim_the_folder(stage2, tmp_path):
     options = ["--method", "ga_s2", "--top-k", "1", "--window", "0", "--rounds", "2", *STEPS]
     with pytest.raises(ValueError, match="its loss is not finite at step .*; try a lower train.lr"):
         select(stage2, tmp_path, *options, "train.lr=1e30", "train.lr_attn=1e30")
     assert select(stage2, tmp_path, *options)["keep"] == [2]
 
 
-def test_rules():
+def test_stopping_rules():
     a, b, c = {0: 3.0, 1: 2.0, 2: 1.0}, {0: 2.0, 1: 3.0, 2: 1.0}, {0: 3.1, 1: 1.0, 2: 2.0}
     assert rank_correlation(a, a) == 1 and rank_correlation(a, b) == 0.5
     rounds = {
@@ -322,11 +263,15 @@ def test_rules():
     }
     tied = {0: [3.0, 1.9], 1: [2.0, 2.95], 2: [1.0, 1.0]}  # 0 or 1, as the sequence has it
     a, b, c = rounds.values()
+
+    def settled(rounds, top_k, window, correlation):
+        return StoppingRule(window=window, correlation=correlation, top_k=top_k).has_converged(rounds)
+
     assert settled([c, a, a], 1, 2, 0.9) and not settled([a], 1, 2, 0.0) and not settled([a, a], 1, 0, 0.0)
     assert settled([a, b], 2, 2, 0.4) and not settled([a, b], 2, 2, 0.6) and not settled([a, b], 1, 2, 0.0)
     assert settled([a, tied], 1, 2, 0.4) and settled([b, tied], 1, 2, 0.4) and not settled([c, tied], 2, 2, -1.0)
-    # Those that stopped keep their places behind the rest: two that swap at the top of four are 0.8
-    # of Spearman's, not -1.
+    # Layers that stopped keep their places after the rest: two that swap at the top of four have a
+    # Spearman correlation of 0.8, not -1.
     four = {layer: [float(-layer)] for layer in range(4)}
     halved = [four, four, {0: [0.0], 1: [0.5]}]
     assert order_after([{k: v[0] for k, v in scores.items()} for scores in halved]) == {
@@ -337,29 +282,17 @@ def test_rules():
     }
     assert settled(halved, 2, 2, 0.8) and not settled(halved, 2, 2, 0.9) and not settled(halved, 1, 2, 0.0)
     eight = {layer: float(layer) for layer in range(8)}
-    assert survivors(eight, 2, 1) == survivors(eight, 2, 3) == list(range(8)) and survivors(eight, 2, 2) == [4, 5, 6, 7]
-    assert survivors({layer: float(layer) for layer in range(4, 8)}, 2, 4) == [5, 6, 7]
+    halving = StoppingRule(halving=True, top_k=2)
+    assert halving.survivors(eight, 1) == halving.survivors(eight, 3) == list(range(8))
+    assert halving.survivors(eight, 2) == [4, 5, 6, 7]
+    assert halving.survivors({layer: float(layer) for layer in range(4, 8)}, 4) == [5, 6, 7]
+    assert StoppingRule(top_k=2).survivors(eight, 2) == list(range(8))
 
 
-def test_what_it_costs(stage2, tmp_path, capsys, monkeypatch):
-    """All of the rounds cost what full runs do, less the teacher's work that is not done again;
-    half of them half of it."""
-    options = [
-        "--cfg",
-        str(stage2),
-        "--ratio",
-        "0.25",
-        "--seeds",
-        "2",
-        "--rounds",
-        "4",
-        "--sequences",
-        "1",
-        "--correlation",
-        "-1",
-        "--output_dir",
-        str(tmp_path),
-    ]
+def test_selection_cost(stage2, tmp_path, capsys, monkeypatch):
+    """All rounds cost what full runs do, less the repeated work of the teacher; half of the rounds
+    cost half of that."""
+    options = flags(cfg=stage2, ratio=0.25, seeds=2, rounds=4, sequences=1, correlation=-1, output_dir=tmp_path)
     selection_cost.main([*options, "--window", "0", *STEPS])
     whole = json.loads((tmp_path / "cost.json").read_text())
     assert [len(row["full"]) for row in whole] == [1, 1] and all(row["same"] and row["steps"] == 8 for row in whole)
@@ -367,7 +300,7 @@ def test_what_it_costs(stage2, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == (tmp_path / "cost.md").read_text()
     for seed in range(2):
         shutil.rmtree(tmp_path / f"seed_{seed}" / "side_by_side")
-    monkeypatch.setattr(side_by_side, "settled", lambda rounds, *_: len(rounds) == 2)
+    monkeypatch.setattr(StoppingRule, "has_converged", lambda self, rounds: len(rounds) == 2)
     selection_cost.main([*options, *STEPS])
     for row, before in zip(json.loads((tmp_path / "cost.json").read_text()), whole):
         assert (

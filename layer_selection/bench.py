@@ -1,0 +1,108 @@
+"""What layers are measured on: the teacher, the all-linear student, and a fixed set of held-out
+sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TypeVar
+
+from runtime.config import Config, ConfigError
+from runtime.data import load_tokenizer, open_chunks_for
+
+import torch
+from tqdm import tqdm
+
+from convert import load_teacher, load_teacher_config
+from distill_model import StudentForCausalLM
+from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, read_chunks
+from layer_selection.stage2_runs import check_start
+from stages import compute_dtype
+
+Figure = TypeVar("Figure")
+
+
+def heldout_batches(chunks, sequences: int, batch_size: int, missing: str) -> tuple[torch.Tensor, ...]:
+    """Token ids [B, T] of the first `sequences` held-out chunks. Raises ConfigError, beginning with
+    `missing` (the option and its value), if the data has no held-out split."""
+    if chunks.heldout is None:
+        raise ConfigError(f"{missing} has no held-out split; preprocess with --holdout")
+    rows = range(min(sequences, len(chunks.heldout)))
+    return torch.as_tensor(chunks.heldout[rows]["input_ids"], dtype=torch.long).split(batch_size)
+
+
+def sequence_kls(model: StudentForCausalLM, batches, teacher_outputs: list[ModelOutput]) -> list[float]:
+    """KL(teacher || model) of each sequence of the batches, the mean over its tokens."""
+    kls = []
+    for ids, teacher in zip(batches, teacher_outputs):
+        kls += heldout_kl(read_chunks(model, ids), teacher).tolist()
+    return kls
+
+
+def measure_layer_swaps(
+    measure: Callable[[StudentForCausalLM], Figure],
+    model: StudentForCausalLM,
+    source: StudentForCausalLM,
+) -> dict[int, Figure]:
+    """Layer -> `measure(model)` with only that layer's attention taken from `source`; `model` is
+    unchanged afterwards."""
+    figures = {}
+    blocks = zip(tqdm(model.model.layers, desc="layers", unit="layer"), source.model.layers)
+    for i, (block, other) in enumerate(blocks):
+        own = block.attn
+        block.attn = other.attn
+        try:
+            figures[i] = measure(model)
+        finally:
+            block.attn = own
+    return figures
+
+
+class Bench:
+    """Teacher, all-linear student and held-out sequences of a stage-2 config; the models load when
+    first used.
+
+    sequences: how many of the held-out ones. batch_size: of a forward pass. Raises ValueError for
+    data that does not fit the teacher or has no held-out split.
+    """
+
+    def __init__(self, cfg: Config, sequences: int, batch_size: int):
+        self.cfg = cfg
+        teacher = load_teacher_config(cfg.teacher_model.name)
+        self.layers = range(teacher.num_hidden_layers)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = compute_dtype(cfg, self.device.type)
+        tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
+        chunks = open_chunks_for(tokenizer, teacher.vocab_size, cfg.data.cache_dir, cfg.train.train_seq_len)
+        self.batches = heldout_batches(chunks, sequences, batch_size, f"data.cache_dir: {cfg.data.cache_dir}")
+        self.train = chunks.train
+
+    @cached_property
+    def teacher(self) -> StudentForCausalLM:
+        teacher = load_teacher(self.cfg.teacher_model.name, self.dtype)
+        return teacher.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def student(self) -> StudentForCausalLM:
+        check_start(self.cfg)
+        student = StudentForCausalLM.from_pretrained(self.cfg.train.student_init_ckpt, dtype=self.dtype)
+        return student.to(self.device).eval()
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(map(len, self.batches))
+
+    @cached_property
+    def teacher_outputs(self) -> list[ModelOutput]:
+        return [read_chunks(self.teacher, ids) for ids in self.batches]
+
+    def cross_entropies(self, model: StudentForCausalLM) -> list[float]:
+        """Mean next-token cross-entropy of each sequence, in nats."""
+        losses = []
+        for ids in self.batches:
+            losses += heldout_cross_entropy(read_chunks(model, ids), ids).tolist()
+        return losses
+
+    def kls(self, model: StudentForCausalLM) -> list[float]:
+        """KL(teacher || model) of each sequence, the mean over its tokens, in nats."""
+        return sequence_kls(model, self.batches, self.teacher_outputs)

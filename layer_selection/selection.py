@@ -1,0 +1,132 @@
+"""A selection: runs one method and writes its ranking and the stage-2 config with the chosen
+layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.config import Config, ConfigError
+from runtime.guard import StopSignals
+
+from layer_selection.ablation_questions import QuestionOptions
+from layer_selection.baselines import (
+    TASK_METHODS,
+    alignment_error,
+    avg_s2,
+    ga_s1,
+    gr_s2,
+    perplexity,
+    random_order,
+    scan,
+    smart,
+    task_ablation,
+    uniform,
+)
+from layer_selection.bench import Bench
+from layer_selection.candidate_training import TrainingOptions, ga_s2
+from layer_selection.ranking import Ranking, table, write
+from layer_selection.stage2_runs import write_chosen
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """What one selection is asked for.
+
+    ratio: what top_k was computed from, or None. sequences: held-out ones to measure on.
+    batch_size: of sequences, or of a task's questions. seed: of the method `random`, and of a
+    task's questions. questions: of a task's ablation, None for other methods.
+
+    Raises ConfigError, naming the command-line option, for numbers that make no sense.
+    """
+
+    method: str
+    top_k: int
+    training: TrainingOptions
+    ratio: float | None = None
+    sequences: int = 64
+    batch_size: int = 8
+    seed: int = 0
+    questions: QuestionOptions | None = None
+
+    def __post_init__(self):
+        for name, least in (("sequences", 2), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"--{name}: {value} must be at least {least}")
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise ConfigError(f"--output_dir: {self.output_dir} is a file; name a folder")
+
+    @property
+    def output_dir(self) -> Path:
+        return self.training.output_dir
+
+
+Method = Callable[[Bench, SelectionOptions], Ranking | None]
+
+
+def ablate_task(bench: Bench, options: SelectionOptions) -> Ranking:
+    return task_ablation(bench, options.method, options.questions, options.batch_size, options.seed)
+
+
+METHODS: dict[str, Method] = {
+    "ga_s2": lambda bench, options: ga_s2(bench, options.training),
+    "gr_s2": lambda bench, options: gr_s2(bench, options.training),
+    "avg_s2": lambda bench, options: avg_s2(bench, options.training),
+    "ga_s1": lambda bench, options: ga_s1(bench),
+    "smart": lambda bench, options: smart(bench, options.top_k),
+    "scan": lambda bench, options: scan(bench),
+    "ppl": lambda bench, options: perplexity(bench),
+    "mse": lambda bench, options: alignment_error(bench),
+    "uniform": lambda bench, options: uniform(bench, options.top_k),
+    "random": lambda bench, options: random_order(bench, options.seed),
+    **dict.fromkeys(TASK_METHODS, ablate_task),
+}
+TRAINED_METHODS = ("ga_s2", "gr_s2", "avg_s2")  # with a training run for every layer
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A ranking, how many layers it keeps, and the stage-2 config with those."""
+
+    ranking: Ranking
+    top_k: int
+    chosen: Path
+
+    def summary(self) -> str:
+        """The table, what the training took, and what comes next."""
+        facts = self.ranking.facts
+        lines = [table(self.ranking, self.top_k)]
+        if "share_of_full_runs" in facts:
+            lines.append(
+                f"Trained jointly for {facts['steps']} of {facts['of_steps']} steps: "
+                f"{facts['share_of_full_runs']:.1%} of the FLOPs of {len(self.ranking.layers)} full runs, "
+                f"{facts['seconds']:.0f} s"
+            )
+        kept = f"Kept: {self.ranking.keep(self.top_k)}"
+        if undecided := self.ranking.undecided(self.top_k):
+            kept += f"; statistically tied at the cut: {undecided}"
+        lines.append(f"{kept}; next: deepspeed train.py --cfg {self.chosen}")
+        return "\n".join(lines)
+
+
+def select(cfg: Config, options: SelectionOptions) -> Selection | None:
+    """Runs options.method and writes ranking.json, ranking.png, ranking.md and the chosen stage-2
+    config to options.output_dir. None where a candidate was trained alone.
+
+    Raises ValueError for what the user can correct. Told to stop by a signal, it exits with
+    REQUEUE.
+    """
+    # Training handles signals itself; the other methods take minutes, keep nothing, and start again
+    # when requeued.
+    signals = nullcontext() if options.method in TRAINED_METHODS else StopSignals(to_the_end=False)
+    with signals:
+        bench = Bench(cfg, options.sequences, options.batch_size)
+        ranking = METHODS[options.method](bench, options)
+    if ranking is None:
+        return None
+    write(ranking, options.top_k, options.output_dir)
+    chosen = write_chosen(cfg, ranking, options.top_k, options.ratio, options.output_dir)
+    return Selection(ranking, options.top_k, chosen)
