@@ -87,7 +87,7 @@ stage_overrides() {
 }
 
 # step NAME PRODUCT TEXT COMMAND...: runs the command, unless the same one has made PRODUCT before.
-STEP=0 STEPS=11
+STEP=0 STEPS=10
 step() {
     local name=$1 product=$2 text=$3 start=$SECONDS stamp=$OUT/.done/$1
     shift 3
@@ -121,7 +121,9 @@ train() {
         python train.py --cfg "configs/quickstart/stage$stage.yaml" ${overrides[@]+"${overrides[@]}"}
 }
 
-[[ $CORPUS || $TINY ]] || STEPS=$((STEPS + 1)) # the comparison of kept layers
+if [[ $CORPUS || ! $TINY ]]; then # the teacher's training, or the comparison of kept layers
+    STEPS=$((STEPS + 1))
+fi
 mkdir -p "$OUT/.done"
 SETTINGS="tiny=${TINY:-0} train_teacher=${TRAIN_TEACHER:-0} corpus=$CORPUS ${BAD_FILES[*]-}"
 if [[ -e $OUT/.done/settings && "$(<"$OUT/.done/settings")" != "$SETTINGS" ]]; then
