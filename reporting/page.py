@@ -12,9 +12,10 @@ body { font: 15px/1.55 system-ui, sans-serif; color: #222; max-width: 62rem; mar
 h1 { font-size: 1.6rem; margin-bottom: .3rem; }
 h2 { font-size: 1.15rem; margin-top: 2.4rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 table { border-collapse: collapse; margin: .8rem 0; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top;
+  white-space: nowrap; }
 th { font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-table.text td, table.text th { text-align: left; }
+table.text td, table.text th { text-align: left; white-space: normal; }
 code, pre { font: 13px/1.5 ui-monospace, monospace; }
 pre { background: #f6f6f4; padding: .7rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 img { max-width: 100%; } .note { color: #666; max-width: 50rem; }
