@@ -161,7 +161,10 @@ if [[ $CORPUS ]]; then
         ${TEACHER_SIZE[@]+"${TEACHER_SIZE[@]}"}
 fi
 train 1 "Stage 1: each layer's linear attention learns the teacher's attention output"
-mapfile -t OVERRIDES < <(stage_overrides 2)
+# Selection ignores the kept layers of the config, but they must exist: a teacher of one's own may have fewer layers.
+ANY_LAYER=
+[[ $CORPUS ]] && ANY_LAYER="[0]"
+mapfile -t OVERRIDES < <(stage_overrides 2 stage2 "$ANY_LAYER")
 step selection "$OUT/selection/ranking.json" "Layer selection: which quarter of the layers keeps full attention" \
     python layer_selection/select_layers.py --cfg configs/quickstart/stage2.yaml --method scan --ratio 0.25 \
     --output_dir "$OUT/selection" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
