@@ -256,22 +256,24 @@ def table(runs: list[dict], stage1_steps: int) -> str:
 
 
 def plot_order(students: dict[str, list[dict]]) -> list[str]:
-    """The names of students whose cache grows, then those of the others; by the hybrid's mean recall, the best first."""
+    """The names of students whose cache grows, then those of the others; by the hybrid's mean
+    recall, the best first."""
 
     def key(name: str) -> tuple:
         runs = students[name]
-        means = [
-            statistics.fmean(run[series] for run in runs) for series in ("associative_recall", "all_linear_recall")
-        ]
-        return not runs[0]["state_grows"], *(-mean for mean in means)
+        hybrid = statistics.fmean(run["associative_recall"] for run in runs)
+        all_linear = statistics.fmean(run["all_linear_recall"] for run in runs)
+        return not runs[0]["state_grows"], -hybrid, -all_linear
 
     return sorted(students, key=key)
 
 
 def plot(runs: list[dict], path: Path, teacher: tuple[str, float] | None = None) -> None:
-    """Associative recall of each student, with student layers only and as a hybrid, and of the teacher.
+    """Associative recall of each student, with student layers only and as a hybrid, and of the
+    teacher.
 
-    teacher: its label and recall. A dot is the mean over the seeds, the bar behind it their range. Students whose cache grows stand apart.
+    teacher: its label and recall. A dot is the mean over the seeds, the bar behind it their range.
+    Students whose cache grows stand apart.
     """
     import matplotlib
 

@@ -192,7 +192,7 @@ This page lists what is in each folder: teacher, student layer, ratio, selector 
 
 - `{teacher}_{student}/stage1.yaml`: the stage 1 that all hybrids of that pair start from.
 - `{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml`: a hybrid. Where the table has a *,
-  `stage3.yaml` lies beside it; for the other folders, name the kept layers, the start and the run
+  `stage3.yaml` is next to it; for the other folders, name the kept layers, the start and the run
   folder of stage 3 [yourself](../docs/layer_selection.md).
 
 The student layers are `gdn_v4` and `gla_v1` because these files reproduce published layer choices;
