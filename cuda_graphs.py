@@ -139,6 +139,11 @@ class GraphedForward:
         self.inputs = self.outputs = self.gradients = None
 
 
+def graphs_in_use() -> bool:
+    """Whether any model of the process runs as CUDA graphs, or will after its first calls."""
+    return any(graphed.enabled for graphed in _instances)
+
+
 def switch_off_all() -> None:
     """Switches off the graphs of every model of the process. They share their memory, which is free
     once the last of them is dropped."""

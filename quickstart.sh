@@ -181,7 +181,7 @@ else
 fi
 EVALUATED=("${EVALUATED[@]/#/$OUT/}")
 EVALUATED=("${EVALUATED[@]/%//converted-hf}")
-train 3 "Stage 3: the hybrid goes on at context $LONG, without the teacher" stage3 "${KEPT// /}"
+train 3 "Stage 3: the hybrid trains on context $LONG, without the teacher" stage3 "${KEPT// /}"
 step evaluation "$OUT/evaluation/results.md" "Evaluation: recall and held-out text, through lm-evaluation-harness" \
     python evaluate.py "$TEACHER" "${EVALUATED[@]}" "${TASKS[@]}" \
     --data "$SHORT_DATA" --teacher "$TEACHER" --limit "$LIMIT" --output "$OUT/evaluation"

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from convert import load_teacher
-from distill_model import StudentConfig, StudentForCausalLM
+from distill_model import StudentForCausalLM
 from mfu import alignment_flops_per_token, device_peak_flops, training_flops_per_token
 from optim import STATE_BYTES, get_optimizer, get_scheduler, parameter_groups
 from wrapper import AttentionAlignmentModel, calibrate
@@ -34,6 +34,7 @@ from wrapper import AttentionAlignmentModel, calibrate
 
 ROOT = Path(__file__).resolve().parent
 GIB = 2**30
+LARGE_MODEL = 10**9  # parameters from which on CUDA graphs gain little (docs/performance.md)
 Log = Callable[[str], None]
 
 
@@ -232,22 +233,25 @@ def use_cuda_graphs(
     cfg: Config,
     device: str,
     zero_stage: int,
-    model_config: StudentConfig,
+    model: nn.Module,
     log: Log = print,
     sharded_teacher: bool = False,
 ) -> bool:
     """Whether the passes of a training step run as CUDA graphs. Logs the reason where
-    train.cuda_graphs asks for them on a GPU and they cannot be used."""
-    if not cfg.train.cuda_graphs or device != "cuda":
+    train.cuda_graphs is true and they cannot be used on this GPU."""
+    mode = cfg.train.cuda_graphs
+    if not mode or device != "cuda":
+        return False
+    if mode == "auto" and sum(p.numel() for p in model.parameters()) >= LARGE_MODEL:
         return False
     reason = None
     if zero_stage == 3:
         reason = "ZeRO-3 gathers weights during a pass"
     elif sharded_teacher:
         reason = "the head of a sharded teacher is gathered into new memory for each pass"
-    elif model_config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+    elif model.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         reason = "RoPE of this type reads lengths on the host"
-    if reason:
+    if reason and mode is True:
         log(f"train.cuda_graphs: not used, for {reason}")
     return reason is None
 
@@ -357,7 +361,7 @@ def build_trainer(ctx: RunContext, stage: Stage):
     if stage.teacher is not None:
         teacher_config = teacher_engine_config(cfg, stage.teacher, ctx.device, ctx.world_size, ctx.log)
     sharded = teacher_config is not None
-    graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model.config, ctx.log, sharded)
+    graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded)
     options = dict(stage.loss_options)
     if stage.teacher is not None:
         options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs)

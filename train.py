@@ -111,8 +111,7 @@ def run(ctx: RunContext) -> None:
         zero_stage = zero_stage_of_run(cfg, ctx.world_size)
         ctx = replace(ctx, device=device, resume=checkpoint, zero_stage=zero_stage)
         if checkpoint is None or step_of(checkpoint) < ctx.plan.steps:
-            with memory_advice(ctx):
-                train_stage(ctx)
+            train_stage(ctx)
         if ctx.rank == 0:
             export(ctx)
     import torch
@@ -123,14 +122,15 @@ def run(ctx: RunContext) -> None:
 def train_stage(ctx: RunContext) -> None:
     """Trains from ctx.resume, or from the start. After a signal it exits with REQUEUE, its
     checkpoint saved."""
+    from cuda_graphs import graphs_in_use
     from stages import build_stage, build_trainer
 
     cfg, checkpoint = ctx.cfg, ctx.resume
-    ctx = replace(ctx, resume=loadable_checkpoint(ctx))
-    with Watchdog(60 * cfg.train.hang_minutes) as watchdog:
+    ctx = replace(ctx, resume=loadable_checkpoint(ctx), watchdog=Watchdog(60 * cfg.train.hang_minutes))
+    with ctx.watchdog, memory_advice(ctx, graphs_in_use):
         try:
             stage = build_stage(ctx)
-            trainer = build_trainer(replace(ctx, watchdog=watchdog), stage)
+            trainer = build_trainer(ctx, stage)
         except ValueError as error:
             raise ConfigError(one_line(error)) from error
         if ctx.rank == 0:

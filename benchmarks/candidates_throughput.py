@@ -1,7 +1,7 @@
 """Throughput of hybrids that are trained jointly on one teacher, as layer selection trains them.
 
     python benchmarks/candidates_throughput.py
-    python benchmarks/candidates_throughput.py train.cuda_graphs=true
+    python benchmarks/candidates_throughput.py train.cuda_graphs=false
 
 Random weights of the recall teacher's shape (benchmarks/recall_teacher.py) and random tokens. It prints the tokens/s of all
 candidates together; the teacher's forward pass, which they share, is included.
@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.recall_teacher import FULL
+from cuda_graphs import GraphedForward
 from distill_model import StudentConfig, StudentForCausalLM
 from layer_selection.candidate_training import JointTraining
 from layer_selection.stopping_rule import StoppingRule
@@ -113,10 +114,11 @@ def main() -> None:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
     rate = args.steps * training.plan.tokens_per_step * len(candidates) / seconds
+    graphs = isinstance(training.teacher_forward, GraphedForward)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {len(candidates)} x {args.student}, "
         f"{training.plan.batch_size} x {training.plan.seq_len} tokens per step, "
-        f"CUDA graphs {'on' if cfg.train.cuda_graphs else 'off'}: {rate:,.0f} tokens/s; "
+        f"CUDA graphs {'on' if graphs else 'off'}: {rate:,.0f} tokens/s; "
         f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
     )
 

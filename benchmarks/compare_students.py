@@ -56,9 +56,10 @@ RECALL_SERIES = [
 COLUMNS = [
     "student",
     "alignment error",
-    "KL, half of stage 1",
-    "after stage 1",
-    "after stage 2",
+    "all-linear KL",
+    "hybrid KL, half of stage 1",
+    "hybrid KL, all of stage 1",
+    "hybrid KL, after stage 2",
     "recall",
     "two-hop recall",
     "copying",
@@ -217,6 +218,7 @@ def cells(runs: list[dict], stage1_steps: int) -> list[str]:
     grows = " at 256 tokens, grows" if first["state_grows"] else ""
     return [
         spread(column["alignment_error"], 3),
+        spread(column["all_linear_kl"], 2),
         spread(column[f"hybrid_kl_after_{stage1_steps // 2}"], 2),
         spread(column[f"hybrid_kl_after_{stage1_steps}"], 2),
         spread(column["kl"], 3),
@@ -244,7 +246,7 @@ def table(runs: list[dict], stage1_steps: int) -> str:
     highest = max(run["kl"] for run in best)
     lines = [
         f"| {' | '.join(COLUMNS)} |",
-        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|:--|",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|:--|",
     ]
     for name, its_runs in students.items():
         tie = " *" if min(run["kl"] for run in its_runs) <= highest else ""

@@ -358,7 +358,8 @@ def save_kernel_configs(folder: Path) -> None:
     from fla.ops.utils.cache import AutotuneKey, CachedAutotuner
 
     folder.mkdir(parents=True, exist_ok=True)
-    tuners = [x for x in gc.get_objects() if isinstance(x, CachedAutotuner) and x.cache]
+    # By type(): isinstance raises for a weak reference whose object is gone.
+    tuners = [x for x in gc.get_objects() if issubclass(type(x), CachedAutotuner) and x.cache]
     for tuner in tuners:
         file = folder / f"{tuner.kernel_name}.json"
         entries = json.loads(file.read_text())["autotune_entries"] if file.is_file() else {}

@@ -306,7 +306,7 @@ class JointTraining:
         teacher = self.bench.teacher
         student = self.bench.student
         self.resident = self.check_memory(len(mine))
-        graphs = self.resident and use_cuda_graphs(self.cfg, self.bench.device.type, 1, teacher.config)
+        graphs = self.resident and use_cuda_graphs(self.cfg, self.bench.device.type, 1, student)
         self.teacher_forward = GraphedForward(teacher.model) if graphs else teacher.model
         for layer in mine:
             torch.manual_seed(self.cfg.train.seed)

@@ -235,14 +235,15 @@ class TrainConfig:
         ),
         choices=(None, 1, 2, 3),
     )
-    cuda_graphs: bool = key(
-        False,
+    cuda_graphs: bool | str = key(
+        "auto",
         help=(
             "on a GPU: replay the forward and backward passes of a step as CUDA graphs, which "
             "avoids the overhead of kernel launches: several times as fast for a small model, at "
-            "the cost of extra memory, see docs/performance.md#cuda-graphs; not used with ZeRO-3 "
-            "or a sharded teacher"
+            "the cost of extra memory, see docs/performance.md#cuda-graphs. auto: for models of "
+            "less than a billion parameters. Not used with ZeRO-3 or a sharded teacher"
         ),
+        choices=("auto", True, False),
     )
     dtype: str = key(
         "auto",

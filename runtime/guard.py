@@ -224,21 +224,24 @@ def failures_in_one_line(rank: int, world_size: int) -> Iterator[None]:
 
 
 @contextmanager
-def memory_advice(ctx: RunContext) -> Iterator[None]:
+def memory_advice(ctx: RunContext, uses_graphs: Callable[[], bool]) -> Iterator[None]:
     """Turns an out-of-memory error of the GPU into a ConfigError that names the settings that can
-    still be changed, those that cost least first."""
+    still be changed, those that cost least first.
+
+    uses_graphs: whether passes of the run are CUDA graphs; called when memory is exhausted.
+    """
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        settings = "; ".join(settings_that_save_memory(ctx))
+        settings = "; ".join(settings_that_save_memory(ctx, uses_graphs()))
         wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
         amount = f" ({wanted[1]} more were wanted)" if wanted else ""
         raise ConfigError(f"out of GPU memory{amount}; try {settings}") from None
 
 
-def settings_that_save_memory(ctx: RunContext) -> list[str]:
+def settings_that_save_memory(ctx: RunContext, uses_graphs: bool) -> list[str]:
     """The settings that would lower the run's memory per GPU, those that cost least first.
 
     A resumed run keeps its optimiser and its ZeRO stage.
@@ -247,7 +250,7 @@ def settings_that_save_memory(ctx: RunContext) -> list[str]:
     fresh = not checkpoints(ctx.output_dir)
     options = {
         f"train.micro_batch_size below {train.micro_batch_size}, which changes no result": train.micro_batch_size > 1,
-        "train.cuda_graphs=false, which changes no result": train.cuda_graphs and ctx.zero_stage < 3,
+        "train.cuda_graphs=false, which changes no result": uses_graphs,
         "train.optimizer=adamw_8bit": train.optimizer == "adamw" and fresh,
     }
     if ctx.cfg.stage > 1:

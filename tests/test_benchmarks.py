@@ -156,6 +156,7 @@ def test_students_whose_range_touches_the_best_are_ties():
             **dict.fromkeys(
                 (
                     "alignment_error",
+                    "all_linear_kl",
                     "hybrid_kl_after_1",
                     "hybrid_kl_after_2",
                     "all_linear_recall",

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 import cuda_graphs
 import stages
 import train
-from convert import load_teacher, load_teacher_config
-from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
+from convert import load_teacher
+from cuda_graphs import EAGER_CALLS, GraphedForward, graphs_in_use, switch_off_all
 from distill_model import DistillationLoss, StudentConfig, StudentForCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -131,20 +131,30 @@ def test_a_sharded_teacher_trains_without(tmp_path, teacher_dir, data_dir):
     [
         ({"cuda_graphs": True}, False, True),
         ({"cuda_graphs": True}, True, False),
-        ({}, False, False),
+        ({"cuda_graphs": False}, False, False),
         ({"cuda_graphs": True, "zero_stage": 3}, False, False),
+        ({}, False, True),
+        ({}, True, False),
+        ({"zero_stage": 3}, False, False),
     ],
 )
 def test_where_graphs_are_used(tmp_path, teacher_dir, data_dir, changes, sharded_teacher, used):
     cfg = load_config(write_config(tmp_path, 2, teacher_dir, data_dir, **changes))
+    model = load_teacher(teacher_dir)
     lines = []
     for device, expected in (("cuda", used), ("cpu", False)):
-        config = load_teacher_config(teacher_dir)
-        assert (
-            stages.use_cuda_graphs(cfg, device, cfg.train.zero_stage or 2, config, lines.append, sharded_teacher)
-            == expected
-        )
-    assert len(lines) == (cfg.train.cuda_graphs and not used)
+        zero_stage = cfg.train.zero_stage or 2
+        found = stages.use_cuda_graphs(cfg, device, zero_stage, model, lines.append, sharded_teacher)
+        assert found == expected
+    assert len(lines) == (cfg.train.cuda_graphs is True and not used)
+
+
+def test_large_models_have_graphs_only_on_request(tmp_path, teacher_dir, data_dir, monkeypatch):
+    file = write_config(tmp_path, 2, teacher_dir, data_dir)
+    model = load_teacher(teacher_dir)
+    monkeypatch.setattr(stages, "LARGE_MODEL", model.num_parameters())
+    assert not stages.use_cuda_graphs(load_config(file), "cuda", 2, model)
+    assert stages.use_cuda_graphs(load_config(file, ["train.cuda_graphs=true"]), "cuda", 2, model)
 
 
 def context(cfg) -> RunContext:
@@ -153,23 +163,22 @@ def context(cfg) -> RunContext:
 
 
 def test_a_run_that_was_out_of_memory_resumes_without_graphs_as_advised(tmp_path, teacher_dir, data_dir):
-    file = write_config(tmp_path, 1, teacher_dir, data_dir, cuda_graphs=True)
+    file = write_config(tmp_path, 1, teacher_dir, data_dir)
     cfg = load_config(file)
-    with (
-        pytest.raises(ConfigError, match="out of GPU memory; .*train.cuda_graphs=false"),
-        memory_advice(context(cfg)),
-    ):
-        raise torch.OutOfMemoryError
+
+    def advice():
+        with pytest.raises(ConfigError, match="out of GPU memory") as error, memory_advice(context(cfg), graphs_in_use):
+            raise torch.OutOfMemoryError
+        return str(error.value)
+
+    assert "cuda_graphs" not in advice()
+    graphed = GraphedForward(load_teacher(teacher_dir))
+    assert "train.cuda_graphs=false" in advice()
+    graphed.switch_off()
+    assert "cuda_graphs" not in advice()
     Path(cfg.train.output_dir).mkdir()
     (Path(cfg.train.output_dir) / "config.yaml").write_text(dump_config(cfg))
     check_run_folder(load_config(file, ["train.cuda_graphs=false"]))
-    cfg = load_config(file, ["train.zero_stage=3"])
-    with (
-        pytest.raises(ConfigError, match="out of GPU memory") as error,
-        memory_advice(context(cfg)),
-    ):
-        raise torch.OutOfMemoryError
-    assert "cuda_graphs" not in str(error.value)
 
 
 @pytest.fixture

@@ -104,6 +104,13 @@ def test_files_that_are_named_exist(page):
 
 
 @every_page
+def test_tests_that_are_named_exist(page):
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)", code, re.MULTILINE))
+    assert set(re.findall(r"`(test_\w+)`", page.read_text())) <= defined
+
+
+@every_page
 def test_commands_that_are_shown_can_be_typed(page):
     """Their scripts, configs, flags and config keys exist."""
     code = "\n".join(path.read_text() for path in SCRIPTS)
