@@ -6,7 +6,7 @@
 # Without CORPUS it distils quickstart/teacher, a small model that recalls what it has read, on the standard library's
 # sources and recall tasks. The report shows who recalls: the teacher, the all-linear student, the hybrid.
 # CORPUS: a hub dataset's name, a file or folder of text or tables. A teacher is trained from scratch on it.
-# --train_teacher: train the teacher that recalls instead of taking the one that comes along; by estimate 40 minutes on two cores.
+# --train_teacher: train the teacher that recalls instead of taking the stored one; by estimate 40 minutes on two cores.
 # --skip_bad_files: leave out and count files of CORPUS that cannot be read.
 # --tiny (or QUICKSTART_TINY=1): fewer steps and questions, without the comparison of kept layers.
 # QUICKSTART_OUT: the folder for all results (quickstart_out). Run again, it resumes after the last completed step.

@@ -185,7 +185,7 @@ def calibrate_students(
     ids = first_rows(chunks.train, batches * batch_size)
     if chunks.heldout is None:
         test = ids
-        where = "the same tokens, for there are no held-out chunks"
+        where = "the same tokens, because there are no held-out chunks"
     else:
         test = first_rows(chunks.heldout, len(ids))
         where = f"{test.numel():,} held-out tokens"
@@ -367,6 +367,9 @@ def build_trainer(ctx: RunContext, stage: Stage):
         options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs)
     peak = device_peak_flops(ctx.device, compute_dtype(cfg, ctx.device))
     total_peak = None if peak is None else peak * ctx.world_size
+    if peak is not None:
+        name = torch.cuda.get_device_name()
+        ctx.log(f"MFU: relative to {peak / 1e12:g} TFLOP/s per GPU, the dense bf16 peak of {name}")
     return stage.trainer_class(
         model=stage.model,
         args=args,

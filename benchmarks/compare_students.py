@@ -311,7 +311,7 @@ def plot(runs: list[dict], path: Path, teacher: tuple[str, float] | None = None)
 
 
 def stored(settings: dict, runs: list[dict]) -> str:
-    """As JSON, a line a run."""
+    """As JSON, one line per run."""
     lines = ",\n  ".join(map(json.dumps, runs))
     return f'{{"settings": {json.dumps(settings)},\n "runs": [\n  {lines}\n]}}\n'
 

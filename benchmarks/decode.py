@@ -150,7 +150,7 @@ def measure(model: StudentForCausalLM, static: bool, context: int, batch_size: i
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| model | context | batch | prefill tokens/s | decode tokens/s | ms a token | ms without generate | GB a token | TB/s | "
+        "| model | context | batch | prefill tokens/s | decode tokens/s | ms per token | ms without generate | GB per token | TB/s | "
         "cache MiB | peak GiB |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]

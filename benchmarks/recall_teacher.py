@@ -342,14 +342,7 @@ class Training:
         """Task -> share of its held-out questions that are answered."""
         self.model.eval()
         with self.autocast():
-            found = {
-                task: answer_accuracy(
-                    self.model,
-                    self.tokenizer,
-                    asked,
-                )
-                for task, asked in self.questions.items()
-            }
+            found = {task: answer_accuracy(self.model, self.tokenizer, asked) for task, asked in self.questions.items()}
         self.model.train()
         return found
 

@@ -71,7 +71,7 @@ def join_parameters(parts: list[nn.Parameter | None], rows: list[int]) -> torch.
     """One tensor [sum(rows), ...] of parameters [rows[i], ...], which become views of it; None is
     rows of zeros.
 
-    Returns None, and changes nothing, where a parameter is a view of somebody else's buffer, as in
+    Returns None, and changes nothing, where a parameter is a view of a buffer that other code owns, as in
     DeepSpeed's flat buffers, or is shared with other processes: they would keep writing there.
     """
     begins = [0, *accumulate(rows)]

@@ -22,7 +22,7 @@ FIGURES = {
     KL: "held-out KL",
     "top1_agreement": "top-1 agreement",
     "associative_recall": "associative recall",
-    "multi_hop_recall": "multi-hop recall",
+    "multi_hop_recall": "two-hop recall",
     "copying": "copying",
     RECALL_GENERATION: "generated recall",
 }

@@ -2,7 +2,7 @@
 
 Every candidate is a stage 2 of the config, with its batches, schedule and optimiser. All take the
 same steps in turn: the teacher reads each batch once for all of them. After every round each
-candidate is measured on the held-out sequences, and a `StoppingRule` decides which of them go on
+candidate is measured on the held-out sequences, and a `StoppingRule` decides which of them continue training
 (GA-S2's ranking is stable after a quarter to two fifths of its steps: arXiv 2512.20569).
 
 Where the candidates do not all fit into the GPU, idle ones are offloaded to CPU memory.

@@ -70,7 +70,7 @@ class TaskMix:
         return [document for group in groups for document in group]
 
 
-# What the quickstart's teacher has learnt, at most 256 tokens a document.
+# What the quickstart's teacher has learnt, at most 256 tokens per document.
 QUICKSTART_TASKS = TaskMix(
     ranges={
         "associative_recall": {"num_pairs": (2, 32), "num_queries": (4, 16)},

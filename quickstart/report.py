@@ -174,12 +174,7 @@ def number(value: float | None, kind: str) -> str:
     return "" if value is None else format(value, kind)
 
 
-def summary(
-    results: dict[str, ModelFigures], speeds: list[Decoding], names: tuple[str, ...]
-) -> tuple[
-    list,
-    list,
-]:
+def summary(results: dict[str, ModelFigures], speeds: list[Decoding], names: tuple[str, ...]) -> tuple[list, list]:
     """(head, rows) of the models' table; the cache and the speed are those at the longest
     context."""
     context = max(speed.context for speed in speeds)

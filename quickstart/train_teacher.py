@@ -65,12 +65,7 @@ def unigram_entropy(ids: torch.Tensor) -> float:
 def heldout_loss(model, ids: torch.Tensor) -> float:
     """Mean next-token cross-entropy over ids [N, T]."""
     model.eval()
-    losses = [
-        model(input_ids=batch, labels=batch).loss.item() * len(batch)
-        for batch in ids.split(
-            8,
-        )
-    ]
+    losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in ids.split(8)]
     model.train()
     return sum(losses) / len(ids)
 

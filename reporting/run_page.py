@@ -116,10 +116,7 @@ def alignment_section(run: RunRecord, kept: list[int] | None = None) -> str:
 def run_sections(run: RunRecord, samples: list[tuple[str, str]]) -> dict[str, str]:
     return {
         "Run": facts_table(run),
-        "Loss": heldout_table(run)
-        + loss_curves(
-            {run.title: (run.curve("loss"), run.curve("eval_loss"))},
-        ),
+        "Loss": heldout_table(run) + loss_curves({run.title: (run.curve("loss"), run.curve("eval_loss"))}),
         "Progress": progress_curves(run),
         "Alignment of each layer's attention": alignment_section(run),
         "Evaluation": evaluation_table(run),

@@ -40,14 +40,7 @@ class RunRecord:
     def curve(self, name: str) -> Curve:
         """The values of a logged figure. Of a step that was logged twice, by a run that was
         interrupted and resumed, the later value counts."""
-        values = {
-            int(line["step"]): float(line[name])
-            for line in self.metrics
-            if line.get(
-                name,
-            )
-            is not None
-        }
+        values = {int(line["step"]): float(line[name]) for line in self.metrics if line.get(name) is not None}
         return sorted(values.items())
 
     def per_layer(self, name: str) -> tuple[list[int], list[list[float]]]:

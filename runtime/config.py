@@ -260,11 +260,7 @@ class TrainConfig:
         help="longest time between checkpoints in minutes, besides save_steps; null: no limit",
         minimum=0,
     )
-    save_total_limit: int = key(
-        2,
-        help="number of checkpoints to keep",
-        minimum=1,
-    )
+    save_total_limit: int = key(2, help="number of checkpoints to keep", minimum=1)
     eval_steps: int | None = key(
         None,
         help="steps between held-out evaluations; null: a tenth of the run",
@@ -275,11 +271,7 @@ class TrainConfig:
         help="micro-batches per held-out evaluation during training",
         minimum=1,
     )
-    logging_steps: int = key(
-        10,
-        help="steps between logged metrics",
-        minimum=1,
-    )
+    logging_steps: int = key(10, help="steps between logged metrics", minimum=1)
     report_to: str = key(
         "auto",
         help="wandb or none; auto: wandb if WANDB_API_KEY or WANDB_MODE is set",
@@ -290,11 +282,7 @@ class TrainConfig:
         help="minutes without progress after which a hanging rank ends the run",
         minimum=0.01,
     )
-    seed: int = key(
-        42,
-        help="seed of data order and fresh weights",
-        minimum=0,
-    )
+    seed: int = key(42, help="seed of data order and fresh weights", minimum=0)
 
 
 @dataclass(frozen=True)

@@ -344,7 +344,7 @@ def _is_text(file: Path, text_field: str) -> bool:
     if "\0" in text:
         return False
     if _begins_as_json(text, whole):
-        cure = "rename it to .jsonl (an object a line) or .json (an array)"
+        cure = "rename it to .jsonl (one object per line) or .json (an array)"
         raise DataError(f"{file}: holds JSON under a suffix of text; {cure}")
     if _begins_as_csv(text, whole, text_field):
         raise DataError(f"{file}: holds a table under a suffix of text; rename it to .csv or .tsv")

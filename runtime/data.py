@@ -86,7 +86,7 @@ def _read_tokenizer(name_or_path: str):
     """(A tokenizer of transformers, the tokenizers.Tokenizer of its tokenizer.json or None if it
     has no such file).
 
-    The class named in tokenizer_config.json may encode otherwise than tokenizer.json says. Then the
+    The class named in tokenizer_config.json may encode differently from tokenizer.json says. Then the
     generic class reads the file, first with the properties of added tokens from
     tokenizer_config.json, then without. Raises ValueError if all of them differ.
     """
@@ -119,7 +119,7 @@ def _read_tokenizer(name_or_path: str):
             continue
         if (text := encoded_otherwise(tokenizer, raw)) is None:
             return tokenizer, raw
-        reason = ValueError(f"with the settings beside it, transformers encodes {text!r} otherwise than {file}")
+        reason = ValueError(f"with the settings beside it, transformers encodes {text!r} differently from {file}")
     raise reason
 
 
@@ -137,7 +137,7 @@ def tokenizer_file(name_or_path: str) -> Path | None:
 
 
 def encoded_otherwise(tokenizer, raw) -> str | None:
-    """A text that `tokenizer`, one of transformers, encodes or decodes otherwise than `raw`, a
+    """A text that `tokenizer`, one of transformers, encodes or decodes differently from `raw`, a
     tokenizers.Tokenizer; None if none of the probe texts differs. Removes truncation and padding
     from `raw`."""
     raw.no_truncation()

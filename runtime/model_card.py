@@ -37,7 +37,7 @@ def objective(cfg: Config) -> str:
     if cfg.stage == 1:
         return f"distance to the teacher's attention outputs ({train.alignment_loss})"
     if cfg.stage == 3:
-        return "cross-entropy, nats a token"
+        return "cross-entropy, nats per token"
     terms = []
     for weight, name in (
         (train.kl_weight, f"KL to the teacher (temperature {train.kl_temperature:g})"),
@@ -45,7 +45,7 @@ def objective(cfg: Config) -> str:
     ):
         if weight:
             terms.append(name if weight == 1 else f"{weight:g} x {name}")
-    return " + ".join(terms) + ", nats a token"
+    return " + ".join(terms) + ", nats per token"
 
 
 def stage_record(cfg: Config, checkpoint: Path) -> dict:

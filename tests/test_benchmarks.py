@@ -181,7 +181,7 @@ def test_students_whose_range_touches_the_best_are_ties():
 
 
 def init_rows(monkeypatch, capsys, *options):
-    """The rows of the table, cells a row, and the first lines before it."""
+    """The rows of the table, cells per row, and the first lines before it."""
     monkeypatch.setattr(sys, "argv", ["student_init.py", *map(str, options)])
     student_init.main()
     lines = capsys.readouterr().out.splitlines()

@@ -42,7 +42,7 @@ def quickstart(out, *arguments):
 
 
 @pytest.mark.slow
-def test_the_tiny_quickstart_tells_who_recalls(tmp_path):
+def test_the_tiny_quickstart_shows_recall(tmp_path):
     """Teacher, all-linear student and hybrid in the table that it prints last, with all measures
     met; run again, it resumes; another one is refused there."""
     out = tmp_path / "out"
@@ -91,7 +91,7 @@ def test_the_tiny_quickstart_tells_who_recalls(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_corpus_of_ones_own_gets_a_teacher_of_its_own(tmp_path):
+def test_a_teacher_is_trained_on_a_users_corpus(tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for file in sorted((ROOT / "docs").glob("*.md")):
@@ -108,7 +108,7 @@ def test_a_corpus_of_ones_own_gets_a_teacher_of_its_own(tmp_path):
     assert "<h2>Samples</h2>" in (out / "report.html").read_text()
 
 
-def test_the_teacher_that_comes_along_is_the_one_that_its_manifest_names():
+def test_the_stored_teacher_matches_its_manifest():
     """Its files have the hashes that are written down beside them, with the command and the seed
     that made them."""
     manifest = json.loads((ROOT / "quickstart" / "teacher.json").read_text())
@@ -125,7 +125,7 @@ def test_the_teacher_that_comes_along_is_the_one_that_its_manifest_names():
     assert "--size quickstart --seed 1 " in (ROOT / "quickstart.sh").read_text()  # what --train_teacher runs
 
 
-def test_the_teacher_that_comes_along_recalls_what_it_has_read():
+def test_the_stored_teacher_recalls():
     from runtime.data import load_tokenizer
 
     from convert import load_teacher

@@ -673,7 +673,7 @@ def test_calibration_without_held_out_chunks_is_logged_as_such(tmp_path, teacher
     said, chunks = [], dataclasses.replace(open_chunks(data_dir, LENGTH), heldout=None)
     model, _ = stage_builders.build_student_for_stage1(cfg, torch.float32, said.append)
     stage_builders.calibrate_students(model, chunks, 2, 1, said.append)
-    assert said[-1].endswith("on the same tokens, for there are no held-out chunks")
+    assert said[-1].endswith("on the same tokens, because there are no held-out chunks")
 
 
 def test_calibration_on_fewer_tokens_than_inputs_is_warned_of(tmp_path, teacher_dir, data_dir, capsys):

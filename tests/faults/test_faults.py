@@ -925,7 +925,7 @@ def test_null_with_a_run_in_the_folder(make_run):
     assert "this run is finished; its result is" in run.to_the_end()
 
 
-def test_going_on_from_a_named_checkpoint(make_run):
+def test_resuming_from_a_named_checkpoint(make_run):
     """Later ones are set aside, so that `auto` follows this choice. The same command, as a
     scheduler repeats it after a time limit, resumes from its own newer checkpoints, even if the
     named one is gone, and finishes."""
@@ -942,7 +942,7 @@ def test_going_on_from_a_named_checkpoint(make_run):
     assert "this run is finished" in run.to_the_end(named)
 
 
-def test_setting_out_again_from_a_checkpoint_of_a_finished_run(make_run):
+def test_restarting_a_finished_run_from_a_checkpoint(make_run):
     """Although the export of the last step exists, the run does not count as finished."""
     run = make_run()
     run.to_the_end()
@@ -953,7 +953,7 @@ def test_setting_out_again_from_a_checkpoint_of_a_finished_run(make_run):
     run.must_equal_the_whole()
 
 
-def test_an_export_in_mid_run_does_not_end_it(make_run):
+def test_an_export_during_a_run_does_not_end_it(make_run):
     import convert_ckpt
 
     def export():
@@ -1011,7 +1011,7 @@ def test_another_number_of_processes(make_run, stage, before, after, zero):
     assert not (run.folder / ".universal").exists()
 
 
-def test_another_number_of_processes_with_weights_that_stay_behind(make_run):
+def test_another_number_of_processes_in_stage_1_with_zero_3(make_run):
     """Stage 1 under ZeRO-3: DeepSpeed's universal checkpoint has no frozen weights. This is refused
     with a message, and the old number of processes resumes."""
     import hf_trainer
@@ -1069,7 +1069,7 @@ class Bomb:
         return os.mkdir, (str(self.target),)
 
 
-def test_a_checkpoint_of_somebody_else_is_not_unpickled(make_run):
+def test_a_foreign_checkpoint_is_not_unpickled(make_run):
     import torch
 
     run = make_run()

@@ -10,7 +10,7 @@ import functools
 import os
 
 # Triton's default for fp32 is TF32, in whose ten bits of mantissa the gradients of decays, sums of
-# many terms that cancel, are off by percents; the kernels shall be compared, not their rounding.
+# many terms that cancel, are off by percents; the kernels are what is compared, not their rounding.
 # bf16 is not touched.
 os.environ["TRITON_F32_DEFAULT"] = "ieee"
 
