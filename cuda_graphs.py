@@ -73,6 +73,8 @@ class GraphedForward:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None  # leaving the capture failed after it
             name = type(self.model).__name__
             cure = "set train.cuda_graphs=false"
             raise RuntimeError(f"{name} cannot be recorded as a CUDA graph; {cure} ({error})") from error

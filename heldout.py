@@ -6,7 +6,8 @@ top-1 agreement with it.
     figures.mean_kl, figures.mean_cross_entropy, figures.perplexity, figures.mean_agreement
 
 A model is read as hidden states and the matrix of its output head, so that the logits of a batch
-are never held as a whole: the heads of `distill_model.losses` compute them chunk by chunk. All
+are never held as a whole: the heads of `distill_model.losses` compute them chunk by chunk. Where
+logits are no linear function of hidden states (`has_linear_head`), `read_logits` holds them. All
 values are float32; losses are in nats.
 """
 
@@ -14,10 +15,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from distill_model.losses import CHUNK_SIZE, linear_cross_entropy, token_kl
 
@@ -26,11 +28,24 @@ from distill_model.losses import CHUNK_SIZE, linear_cross_entropy, token_kl
 class ModelOutput:
     """A model's predictions for chunks of tokens; their logits are `hidden @ head.T`.
 
-    hidden: [B, T, H], after the final norm. head: [V, H], the weight of the output head.
+    hidden: [B, T, H], after the final norm. head: [V, H], the weight of the output head; None:
+    hidden are the logits, [B, T, V].
     """
 
     hidden: torch.Tensor
-    head: torch.Tensor
+    head: torch.Tensor | None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hidden.shape[-1] if self.head is None else len(self.head)
+
+    def to(self, device: torch.device) -> ModelOutput:
+        return ModelOutput(self.hidden.to(device), None if self.head is None else self.head.to(device))
+
+    def logits(self) -> Iterator[torch.Tensor]:
+        """The logits of all B * T positions in fp32, in chunks [N, V]."""
+        for rows in self.hidden.flatten(0, 1).split(CHUNK_SIZE):
+            yield (rows if self.head is None else rows @ self.head.mT).float()
 
 
 @torch.no_grad()
@@ -39,24 +54,31 @@ def read_chunks(model, ids: torch.Tensor) -> ModelOutput:
     device.
 
     model: a causal language model with the interface of transformers whose logits are linear in the
-    hidden states (`check_linear_head`).
+    hidden states (`has_linear_head`).
     """
     hidden = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state
     return ModelOutput(hidden, model.get_output_embeddings().weight)
 
 
 @torch.no_grad()
-def check_linear_head(model, ids: torch.Tensor) -> None:
-    """Raises ValueError if the model's logits for ids [1, T] are not those of `read_chunks`, as
-    where a head has a bias or logits are scaled or capped."""
+def read_logits(model, ids: torch.Tensor) -> ModelOutput:
+    """As `read_chunks`, for any causal language model: its logits are held."""
+    return ModelOutput(model(input_ids=ids.to(model.device), use_cache=False).logits, None)
+
+
+@torch.no_grad()
+def has_linear_head(model, ids: torch.Tensor) -> bool:
+    """Whether the model's logits for ids [1, T] are those of `read_chunks`; not where its head has
+    a bias, or logits are scaled or capped. Raises ValueError if they are not finite."""
+    expected = read_logits(model, ids).hidden.float()
+    if not expected.isfinite().all():
+        raise ValueError("the logits are not finite")
     output = read_chunks(model, ids)
-    expected = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
+    if output.hidden.shape[-1] != output.head.shape[-1]:
+        return False
     difference = (output.hidden @ output.head.mT).float() - expected
     tolerance = 4 * torch.finfo(output.hidden.dtype).eps * expected.abs().max()
-    if not difference.abs().max() <= tolerance:
-        raise ValueError(
-            f"{type(model).__name__}: its logits are not finite, or not a linear function of hidden states"
-        )
+    return bool(difference.abs().max() <= tolerance)
 
 
 @torch.no_grad()
@@ -64,35 +86,41 @@ def heldout_cross_entropy(output: ModelOutput, ids: torch.Tensor) -> torch.Tenso
     """Mean next-token cross-entropy of each chunk, [B], over the T - 1 predicted tokens of ids [B,
     T]."""
     ids = ids.to(output.hidden.device)
-    losses = [
-        linear_cross_entropy(hidden[:-1], output.head, chunk[1:])  # [T - 1, H] and [T - 1]
-        for hidden, chunk in zip(output.hidden, ids)
-    ]
+    losses = []
+    for hidden, chunk in zip(output.hidden, ids):
+        if output.head is None:
+            losses.append(cross_entropy(hidden[:-1].float(), chunk[1:]))
+        else:
+            losses.append(linear_cross_entropy(hidden[:-1], output.head, chunk[1:]))
     return torch.stack(losses)
 
 
+@torch.no_grad()
 def heldout_kl(student: ModelOutput, teacher: ModelOutput) -> torch.Tensor:
     """KL(teacher || student) of each chunk, [B], the mean over its T positions. Raises ValueError
     if the vocabularies differ."""
-    teacher_hidden = teacher.hidden.to(student.hidden.device)
-    kl = token_kl(student.hidden.flatten(0, 1), teacher_hidden.flatten(0, 1), student.head, teacher.head)
+    teacher = teacher.to(student.hidden.device)
+    if student.head is None or teacher.head is None:
+        rows = zip(student.logits(), teacher.logits())
+        parts = [_row_kl(ours.log_softmax(-1), theirs.log_softmax(-1)) for ours, theirs in rows]
+        kl = torch.cat(parts)
+    else:
+        kl = token_kl(student.hidden.flatten(0, 1), teacher.hidden.flatten(0, 1), student.head, teacher.head)
     return kl.view(student.hidden.shape[:2]).mean(1)
+
+
+def _row_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) of each row, [N], of log-probabilities [N, V]."""
+    return (teacher.exp() * (teacher - student)).sum(-1)
 
 
 @torch.no_grad()
 def top1_agreement(student: ModelOutput, teacher: ModelOutput) -> torch.Tensor:
     """Share of each chunk's T positions at which both models predict the same token, [B]."""
-    teacher_hidden = teacher.hidden.to(student.hidden.device)
-    agree = []
-    rows = zip(
-        student.hidden.flatten(0, 1).split(CHUNK_SIZE),
-        teacher_hidden.flatten(0, 1).split(CHUNK_SIZE),
-    )
-    for student_rows, teacher_rows in rows:
-        predicted = (student_rows @ student.head.mT).argmax(-1)
-        expected = (teacher_rows @ teacher.head.mT).argmax(-1)
-        agree.append(predicted == expected)
-    return torch.cat(agree).float().view(student.hidden.shape[:2]).mean(1)
+    teacher = teacher.to(student.hidden.device)
+    rows = zip(student.logits(), teacher.logits())
+    agree = torch.cat([ours.argmax(-1) == theirs.argmax(-1) for ours, theirs in rows])
+    return agree.float().view(student.hidden.shape[:2]).mean(1)
 
 
 @dataclass(frozen=True)

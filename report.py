@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from runtime.command import run_main
+from runtime.files import one_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     for folder in args.runs:
         try:
             print(write_run_report(folder, args.samples))
-        except ValueError as error:
-            print(f"report.py: error: {error}", file=sys.stderr)
+        except (ValueError, OSError) as error:
+            print(f"report.py: error: {one_line(error)}", file=sys.stderr)
             failed += 1
     return int(failed > 0)
 

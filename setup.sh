@@ -31,12 +31,12 @@ find_python() {
     return 1
 }
 
-# What an installation depends on: the pinned versions, the project's packages and the interpreter.
+# What an installation depends on: the pinned versions, the project's packages and folder, and the interpreter.
 setup_stamp() {
     "$SETUP_ROOT/.venv/bin/python" - "$SETUP_ROOT"/{requirements.txt,pyproject.toml} 2>/dev/null <<'PY'
 import hashlib, pathlib, sys
 content = b"".join(pathlib.Path(name).read_bytes() for name in sys.argv[1:])
-print(hashlib.sha256(content).hexdigest(), sys.version.split()[0])
+print(hashlib.sha256(content).hexdigest(), sys.version.split()[0], pathlib.Path(sys.argv[1]).parent.resolve())
 PY
 }
 
@@ -56,10 +56,10 @@ set_up() {
     "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         die "$venv: made with a Python older than 3.10; remove it and rerun the command."
     # torch first: DeepSpeed imports it while it builds. DeepSpeed last, and built in this environment, not an isolated one.
-    pins=$(mktemp)
-    grep -E '^(torch|setuptools|wheel|ninja|numpy)==' "$SETUP_ROOT/requirements.txt" >"$pins"
+    pins=$(mktemp) || die "Set-up: no temporary file can be made; free space in ${TMPDIR:-/tmp} or set TMPDIR."
+    grep -E '^(torch|setuptools|wheel|ninja|numpy)==' "$SETUP_ROOT/requirements.txt" >"$pins" || die "$pins: cannot be written."
     "$venv/bin/python" -m pip install -r "$pins" || die "Set-up: pip failed at torch (above); fix this and rerun the command; what is installed stays."
-    grep -v '^deepspeed==' "$SETUP_ROOT/requirements.txt" >"$pins"
+    grep -v '^deepspeed==' "$SETUP_ROOT/requirements.txt" >"$pins" || die "$pins: cannot be written."
     "$venv/bin/python" -m pip install -r "$pins" || die "Set-up: pip failed (above); fix this and rerun the command; what is installed stays."
     "$venv/bin/python" -m pip install --no-build-isolation -r "$SETUP_ROOT/requirements.txt" ||
         die "Set-up: pip failed at deepspeed (above); fix this and rerun the command; what is installed stays."
@@ -67,12 +67,12 @@ set_up() {
     # Editable: imports find this folder's files, whatever folder a script is run from.
     "$venv/bin/python" -m pip install --no-deps --no-build-isolation -e "$SETUP_ROOT" ||
         die "Set-up: pip failed at the project itself (above); fix this and rerun the command; what is installed stays."
-    setup_stamp >"$stamp" # last: an interrupted installation has no stamp and is continued next time
+    setup_stamp >"$stamp" || die "$stamp: cannot be written." # last: an interrupted installation has no stamp and is continued next time
     say "Set-up: done in $((SECONDS - start)) s"
 }
 
 # In a subshell: an error in it must not close the shell that sources this file.
-(set_up) || return 1
+(set_up) || { return 1 2>/dev/null || exit 1; }
 source "$SETUP_ROOT/.venv/bin/activate"
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 # OpenMP's threads wait for each other by spinning, which wastes most of the time of a shared CPU:

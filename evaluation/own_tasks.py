@@ -20,7 +20,7 @@ from .tasks import HELDOUT, KL, PERPLEXITY, RECALL_GENERATION, Unit
 NUM_DOCUMENTS = 100  # of a recall task
 MAX_HELDOUT_CHUNKS = 256
 BATCH_TOKENS = 4096  # per forward pass
-CHECKED_TOKENS = 64  # for `check_linear_head`, which holds their logits
+CHECKED_TOKENS = 64  # for `has_linear_head`, which holds their logits
 METRICS = {PERPLEXITY: "perplexity", KL: "nats"}  # of the others: accuracy
 
 
@@ -110,23 +110,25 @@ def heldout_chunks(options: Options, lm) -> torch.Tensor:
 def heldout_values(unit: Unit, options: Options, lm, ids: torch.Tensor, teacher) -> list[float]:
     """Of each of the chunks ids [N, T] the mean over its positions, in nats: cross-entropy of the
     next token, or KL(teacher || model). Raises ValueError if the vocabularies differ."""
-    from heldout import check_linear_head, heldout_cross_entropy, heldout_kl, read_chunks
+    from heldout import has_linear_head, heldout_cross_entropy, heldout_kl, read_chunks, read_logits
 
-    for model in (lm.model, teacher) if unit.task == KL else (lm.model,):
-        if len(ids):
-            check_linear_head(model, ids[:1, :CHECKED_TOKENS])
+    def reader(model):
+        return read_chunks if has_linear_head(model, ids[:1, :CHECKED_TOKENS]) else read_logits
+
+    if not len(ids):  # of a rank that got none
+        return []
+    read_model = reader(lm.model)
+    read_teacher = reader(teacher) if unit.task == KL else None
     values = []
     for batch in batches(unit, lm, ids, ids.shape[1]):
-        output = read_chunks(lm.model, batch)
+        output = read_model(lm.model, batch)
         if unit.task == PERPLEXITY:
             values += heldout_cross_entropy(output, batch).tolist()
             continue
-        expected = read_chunks(teacher, batch)
-        ours = len(output.head)
-        theirs = len(expected.head)
-        if ours != theirs:
-            sizes = f"a vocabulary of {ours} entries, the teacher {options.teacher} one of {theirs}"
-            raise ValueError(f"CHECKPOINT: it has {sizes}")
+        expected = read_teacher(teacher, batch)
+        if output.vocab_size != expected.vocab_size:
+            sizes = f"a vocabulary of {output.vocab_size} entries, the teacher {options.teacher} one of"
+            raise ValueError(f"CHECKPOINT: it has {sizes} {expected.vocab_size}")
         values += heldout_kl(output, expected).tolist()
     if not all(math.isfinite(value) for value in values):
         raise ValueError("the logits are not finite")

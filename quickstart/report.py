@@ -130,10 +130,10 @@ class Quickstart:
         student = self.runs[1].config.student_model
         torch.manual_seed(0)
         model, _ = StudentForCausalLM.from_teacher(self.teacher, student.name, [], student.options)
-        return model.eval()
+        return model.to(self.device).eval()
 
     def restored(self) -> StudentForCausalLM:
-        return self.exported("stage1").restore_full_attention(self.teacher, self.kept).eval()
+        return self.exported("stage1").restore_full_attention(self.teacher, self.kept).to(self.device).eval()
 
     def models(self) -> dict[str, Callable[[], StudentForCausalLM]]:
         """Name -> what loads or builds it."""
@@ -369,8 +369,8 @@ def main(argv: list[str] | None = None) -> int:
     pairs = [(name, context) for context in args.contexts for name in shown]
     bar = tqdm(pairs, desc="decoding")
     speeds = [decoding(name, shown[name], context) for name, context in bar]
-    losses = {stage: run.curve("loss") for stage, run in quickstart.runs.items()}
-    checks = heldout_measures(results, unigram_entropy(data.ids.cpu())) + loss_measures(losses)
+    curves = {stage: run.curve("eval_loss") for stage, run in quickstart.runs.items()}
+    checks = heldout_measures(results, unigram_entropy(data.ids.cpu())) + loss_measures(curves)
     if args.recall:
         checks = recall_measures(results) + checks
     names = tuple(name for name in SHOWN_LAST if name in results)

@@ -61,15 +61,6 @@ class RunRecord:
         return (steps, errors) if steps else self.per_layer("layer_error")
 
 
-def per_step(curve: Curve) -> list[float]:
-    """The loss of every step, from a curve whose points are means over the steps since the point
-    before."""
-    losses = []
-    for step, loss in curve:
-        losses += [loss] * (step - len(losses))
-    return losses
-
-
 def read_metrics(file: Path) -> list[dict]:
     """The lines of metrics.jsonl; one whose writer was killed half-way is left out."""
     lines = []

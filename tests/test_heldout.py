@@ -11,11 +11,12 @@ import heldout
 from convert import load_teacher
 from distill_model import StudentForCausalLM, losses
 from heldout import (
-    check_linear_head,
+    has_linear_head,
     heldout_cross_entropy,
     heldout_figures,
     heldout_kl,
     read_chunks,
+    read_logits,
     top1_agreement,
 )
 
@@ -103,15 +104,33 @@ def test_models_of_transformers_are_read_as_well(kind, tmp_path):
     output = read_chunks(model, ids)
     with torch.no_grad():
         torch.testing.assert_close(output.hidden @ output.head.T, model(ids).logits)
-    check_linear_head(model, ids[:1])
+    assert has_linear_head(model, ids[:1])
+
+
+@pytest.mark.parametrize("wrong", [lambda logits: 3 * torch.tanh(logits / 3), lambda logits: logits + torch.arange(96)])
+def test_other_logits_than_linear_ones_are_held(models, monkeypatch, wrong):
+    """As of heads with a bias, or models that cap their logits."""
+    teacher, model, (ids, _) = models
     forward = model.forward
-    for wrong in (
-        lambda logits: 30 * torch.tanh(logits / 30),
-        lambda logits: logits + 0.1,
-        lambda logits: logits * math.nan,
-    ):
-        model.forward = lambda *args, wrong=wrong, **options: SimpleNamespace(
-            logits=wrong(forward(*args, **options).logits)
-        )
-        with pytest.raises(ValueError, match="ForCausalLM: its logits are not finite, or not a linear function"):
-            check_linear_head(model, ids[:1])
+    model.forward = lambda *args, **options: SimpleNamespace(logits=wrong(forward(*args, **options).logits))
+    assert not has_linear_head(model, ids[:1])
+    monkeypatch.setattr(heldout, "CHUNK_SIZE", 7)
+    output = read_logits(model, ids)
+    ours = log_probabilities(model, ids)
+    theirs = log_probabilities(teacher, ids)
+    expected = read_chunks(teacher, ids)
+    kl = (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
+    torch.testing.assert_close(heldout_kl(output, expected).double(), kl, rtol=1e-4, atol=1e-6)
+    cross_entropy = -ours[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].mean(1)
+    torch.testing.assert_close(heldout_cross_entropy(output, ids).double(), cross_entropy, rtol=1e-5, atol=1e-6)
+    agreement = (ours.argmax(-1) == theirs.argmax(-1)).float().mean(1)
+    assert torch.equal(top1_agreement(output, expected), agreement)
+    assert output.vocab_size == expected.vocab_size == 96
+
+
+def test_logits_that_are_not_finite_are_refused(models):
+    _, model, (ids, _) = models
+    forward = model.forward
+    model.forward = lambda *args, **options: SimpleNamespace(logits=forward(*args, **options).logits * math.nan)
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        has_linear_head(model, ids[:1])

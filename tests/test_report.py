@@ -11,7 +11,7 @@ import yaml
 
 import report
 from reporting.page import page, table
-from reporting.run_record import per_step, read_run
+from reporting.run_record import read_run
 
 FACTS = {
     "started": "2026-01-02T03:04:05+0000",
@@ -145,10 +145,6 @@ def test_layer_errors_are_of_heldout_text_where_there_is_some(tmp_path):
     heldout = [{"step": step, "eval_layer_error/01": 2 * error, "eval_layer_error/00": error} for step, error in pairs]
     run = read_run(run_folder(tmp_path / "heldout", [train, *heldout]))
     assert run.layer_errors() == ([0, 4], [[8, 16], [1, 2]])
-
-
-def test_a_logged_mean_counts_for_each_of_its_steps():
-    assert per_step([(1, 5.0), (3, 4.0), (6, 1.0)]) == [5.0, 4.0, 4.0, 1.0, 1.0, 1.0]
 
 
 def test_texts_are_escaped_and_empty_sections_left_out():
