@@ -139,7 +139,7 @@ if [[ $CORPUS ]]; then
         ${VOCABULARY[@]+"${VOCABULARY[@]}"} ${BAD_FILES[@]+"${BAD_FILES[@]}"}
 else
     TOKENIZER=$TEACHER DATASET=$OUT/corpus
-    say "Quickstart: results in $OUT, $([[ $TINY ]] && echo "about 2" || echo "at most 6") minutes on two cores$([[ $TRAIN_TEACHER ]] && echo ', after the training of the teacher')"
+    say "Quickstart: results in $OUT, $([[ $TINY ]] && echo 2 || echo 3) minutes on two quiet cores$([[ $TRAIN_TEACHER ]] && echo ', after the training of the teacher')"
     if [[ $TRAIN_TEACHER ]]; then
         STEPS=$((STEPS + 1))
         step teacher "$TEACHER/config.json" "Teacher: a small Qwen3 that recalls, from scratch" \

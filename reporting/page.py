@@ -14,7 +14,7 @@ h2 { font-size: 1.15rem; margin-top: 2.4rem; border-bottom: 1px solid #ddd; padd
 table { border-collapse: collapse; margin: .8rem 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #e5e5e5; text-align: right; vertical-align: top;
   white-space: nowrap; }
-th { font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th { font-weight: 600; white-space: normal; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 table.text td, table.text th { text-align: left; white-space: normal; }
 code, pre { font: 13px/1.5 ui-monospace, monospace; }
 pre { background: #f6f6f4; padding: .7rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
