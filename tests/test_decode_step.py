@@ -194,7 +194,7 @@ def test_swiglu_rows(batch, size, dtype, device="cpu"):
 # ------------------------------------------------------------------------------- fused projections
 def test_joined_parameters_are_views_of_one_tensor():
     """Of any numbers of rows, with biases that some lack; again where one was moved; and not in a
-    buffer that somebody else owns."""
+    buffer that other code owns."""
     torch.manual_seed(0)
     projections = [nn.Linear(5, n, bias=bias) for n, bias in ((4, False), (1, True), (7, True))]
     for parts in ([m.weight for m in projections], [m.bias for m in projections]):
