@@ -23,6 +23,7 @@ from .student_base import (
     CONVOLUTION,
     SWITCH,
     Option,
+    State,
     StudentAttention,
     expand_kv_heads,
     expanded_sizes,
@@ -83,6 +84,9 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
             hidden = config.hidden_size
             self.k_proj = nn.Sequential(linear(hidden, kv_dim), linear(kv_dim, self.key_dim))
             self.v_proj = nn.Sequential(linear(hidden, kv_dim), linear(kv_dim, self.key_dim))
+
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_v_dim, self.head_k_dim), torch.float32)
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -187,12 +191,13 @@ class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
         past_key_values=None,
         use_cache=False,
         position_embeddings=None,
+        cu_seqlens=None,
         **kwargs,
     ):
         """FLA's forward with other activations, and with what `keep_attention` keeps."""
         batch_size, q_len, _ = hidden_states.shape
         last_state = get_layer_cache(self, past_key_values)
-        x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, q_len)
+        x, indices, cu_seqlens = unpad_hidden_states(hidden_states, cu_seqlens, attention_mask, q_len)
         qkv = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         qkv, conv_state = self.convolve(qkv, last_state, use_cache, cu_seqlens)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
@@ -237,6 +242,9 @@ class KimiDeltaStudent(StudentAttention, KimiDeltaAttention):
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**sizes(config, layer_idx), head_dim=config.head_dim, expand_v=1, **options)
 
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_v_dim, self.head_k_dim), torch.float32)
+
     @torch.no_grad()
     def init_fresh(self) -> None:
         super().init_fresh()
@@ -253,6 +261,9 @@ class DeltaNetStudent(StudentAttention, DeltaNet):
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**expanded_sizes(config, layer_idx), **options)
+
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_k_dim, self.head_v_dim), torch.float32)
 
     def forward(self, hidden_states, *args, **kwargs):
         # FLA's chunked kernel refuses fp32; the recurrent one supports it, but is slow on long text.
@@ -305,6 +316,13 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
             lora.lora[0] = linear(hidden, lora.low_rank_dim)
         self.v_lora = ClosedGate(wide)
 
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_dim, self.head_v_dim), torch.float32)
+
+    def conv_state(self) -> State:
+        """The last token, for the token shift."""
+        return State((self.k_proj.in_features,))
+
     @torch.no_grad()
     def init_fresh(self) -> None:
         super().init_fresh()
@@ -326,16 +344,18 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
         # The sum over low_rank_dim features of sigmoid(0) becomes 1.
         init.constant_(self.g_lora.lora[2].weight, 2 / self.g_lora.low_rank_dim)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
+    def forward(
+        self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, cu_seqlens=None, **kwargs
+    ):
         """FLA's forward over the real tokens as a packed batch: given a mask, FLA's token shift and
         decay would include padding."""
         batch, length, _ = hidden_states.shape
         if length == 1:
             attention_mask = None  # every row has a real token, see supports_empty_rows
-        x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, length)
+        x, indices, cu_seqlens = unpad_hidden_states(hidden_states, cu_seqlens, attention_mask, length)
         options = dict(v_first=x.new_zeros(*x.shape[:2], self.value_dim), cu_seqlens=cu_seqlens)
         out = super().forward(x, None, past_key_values, use_cache, **options)[0]
-        if past_key_values is not None:
+        if past_key_values is not None and x.shape[1] != length:
             # FLA has counted the tokens of all rows; the cache counts columns, padding included.
             past_key_values.layers[self.layer_idx]._seen_tokens += length - x.shape[1]
         return repad_hidden_states(out, indices, batch, length), None, past_key_values

@@ -10,6 +10,7 @@ from fla.layers import GatedLinearAttention, GatedSlotAttention, HGRN2Attention,
 from fla.layers import gla as gated_linear
 from fla.layers.utils import get_layer_cache, update_layer_cache
 from fla.modules import RMSNorm
+from fla.modules.causal_conv1d import ops as convolution
 from torch import nn
 from transformers import initialization as init
 
@@ -21,6 +22,7 @@ from .student_base import (
     SWITCH,
     InitReport,
     Option,
+    State,
     StudentAttention,
     any_padding,
     expand_kv_heads,
@@ -49,6 +51,9 @@ class GatedLinearStudent(StudentAttention, GatedLinearAttention):
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**expanded_sizes(config, layer_idx), gate_fn="sigmoid", **options)
 
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_v_dim, self.head_k_dim), torch.float32)
+
     @torch.no_grad()
     def init_fresh(self) -> None:
         super().init_fresh()
@@ -61,6 +66,7 @@ class GatedSlotStudent(StudentAttention, GatedSlotAttention):
     """Gated slot attention (Zhang et al., arXiv 2409.07146): softmax over a fixed number
     of slots."""
 
+    heads_are_independent = False  # for the norm
     weights_read_by_kernel = ("o_proj",)
     OPTIONS = {
         "num_slots": Option(minimum=LEAST_BLOCK),
@@ -72,6 +78,12 @@ class GatedSlotStudent(StudentAttention, GatedSlotAttention):
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**expanded_sizes(config, layer_idx), **options)
         self.g_norm = RMSNorm(self.value_dim, eps=config.rms_norm_eps, dtype=torch.float32)
+
+    def recurrent_state(self) -> tuple[State, State]:
+        """The keys and the values of the slots."""
+        keys = (self.num_heads, self.head_k_dim, self.num_slots)
+        values = (self.num_heads, self.num_slots, self.head_v_dim)
+        return State(keys, torch.float32), State(values, torch.float32)
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -87,6 +99,7 @@ class HGRN2Student(StudentAttention, HGRN2Attention):
     are dropped.
     """
 
+    heads_are_independent = False  # for the norm
     weights_read_by_kernel = ("o_proj",)
     SOURCES = {
         "q_proj.weight": "q_proj.weight",
@@ -104,6 +117,9 @@ class HGRN2Student(StudentAttention, HGRN2Attention):
         for name in ("q_proj", "f_proj", "i_proj"):
             setattr(self, name, linear(config.hidden_size, self.forget_dim))
         self.o_proj = linear(self.input_dim, config.hidden_size)
+
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_i_dim, self.head_f_dim), torch.float32)
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -137,9 +153,23 @@ class Mamba2Student(StudentAttention, Mamba2):
             **options,
         )
 
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_dim, self.ssm_state_size), torch.float32)
+
+    def conv_state(self) -> State:
+        return State((self.conv_dim, self.conv_kernel_size))
+
     @property
     def o_proj(self) -> nn.Linear:
         return self.out_proj
+
+    def share_of_heads(self, name: str, whole: torch.Tensor, rank: int, devices: int) -> torch.Tensor:
+        """As for other students; in_proj stacks gate, x, B, C and time steps, conv1d x, B and C."""
+        if name.split(".")[0] not in ("in_proj", "conv1d"):
+            return super().share_of_heads(name, whole, rank, devices)
+        width = self.intermediate_size * devices
+        blocks = whole.split(width)  # the time steps, fewer rows, are the last
+        return torch.cat([block.chunk(devices)[rank] for block in blocks])
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -168,40 +198,65 @@ class Mamba2Student(StudentAttention, Mamba2):
         return report
 
     @any_padding
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, *args):
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=False,
+        position_embeddings=None,
+        cu_seqlens=None,
+        **kwargs,
+    ):
         state = get_layer_cache(self, past_key_values)
         is_plain_text = state is None and attention_mask is None
-        if hidden_states.shape[1] == 1 or is_plain_text:
+        if cu_seqlens is None and (hidden_states.shape[1] == 1 or is_plain_text):
             return super().forward(hidden_states, None, past_key_values, use_cache)
-        return self.scan(hidden_states, attention_mask, state, past_key_values), None, past_key_values
+        out = self.scan(hidden_states, attention_mask, state, past_key_values, cu_seqlens)
+        return out, None, past_key_values
 
-    def scan(self, hidden_states, attention_mask, state, past_key_values) -> torch.Tensor:
-        """The outputs [B, T, hidden_size] of T left-padded tokens. state: what the cache holds, or
-        None. FLA's layer reads only one token at a time with a filled cache, and lets padding decay
-        its state.
+    def convolve(self, xbc, attention_mask, past, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, B and C [B, T, conv_dim] after their convolution, with padding on the left alone, and its new state.
+        past: the last inputs of each sequence, or None."""
+        if cu_seqlens is not None:
+            return convolution.causal_conv1d(
+                x=xbc,
+                weight=self.conv1d.weight[:, 0],
+                bias=self.conv1d.bias,
+                initial_state=past,
+                output_final_state=True,
+                activation="silu",
+                cu_seqlens=cu_seqlens,
+            )
+        batch, length, _ = xbc.shape
+        before = self.conv_kernel_size - 1
+        past = xbc.new_zeros(batch, before, self.conv_dim) if past is None else past[..., 1:].mT
+        xbc = torch.cat((past, xbc), 1)
+        if attention_mask is not None:
+            real = attention_mask[:, -length:].bool()
+            (xbc,) = right_aligned(F.pad(real, (before, 0), value=True), xbc)
+        xbc = xbc.mT
+        conv_state = xbc[..., -self.conv_kernel_size :]
+        xbc = F.conv1d(xbc, self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT
+        return self.act(xbc), conv_state
+
+    def scan(self, hidden_states, attention_mask, state, past_key_values, cu_seqlens=None) -> torch.Tensor:
+        """The outputs [B, T, hidden_size] of T left-padded tokens, or of packed sequences. state: what
+        the cache holds, or None. FLA's layer reads only one token at a time with a filled cache, and
+        lets padding decay its state.
 
         With one group per head the scan is gated linear attention with q = C, k = B and v = x times
         its time steps. Padding has time steps of 0: it neither writes to the state nor decays it.
         """
-        batch, length, _ = hidden_states.shape
+        length = hidden_states.shape[1]
         width = self.intermediate_size
-        before = self.conv_kernel_size - 1
         gate, xbc, steps = self.in_proj(hidden_states).split([width, self.conv_dim, self.num_heads], -1)
-        if state is None:
-            past = xbc.new_zeros(batch, before, self.conv_dim)
-            recurrent_state = None
-        else:
-            past = state["conv_state"][..., 1:].mT
-            recurrent_state = state["recurrent_state"].float()
-        xbc = torch.cat((past, xbc), 1)
+        past = None if state is None else state["conv_state"]
+        recurrent_state = None if state is None else state["recurrent_state"].float()
+        xbc, conv_state = self.convolve(xbc, attention_mask, past, cu_seqlens)
         steps = F.softplus(steps.float() + self.dt_bias.float()).clamp(*self.dt_limit)[..., None]
         if attention_mask is not None:
-            real = attention_mask[:, -length:].bool()
-            (xbc,) = right_aligned(F.pad(real, (before, 0), value=True), xbc)
-            steps = steps * real[..., None, None]
-        xbc = xbc.mT
-        conv_state = xbc[..., -self.conv_kernel_size :]
-        xbc = self.act(F.conv1d(xbc, self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT)
+            steps = steps * attention_mask[:, -length:].bool()[..., None, None]
         x, b, c = (y.unflatten(-1, (self.num_heads, -1)) for y in xbc.split(width, -1))
         decay = -steps * self.A_log.float().exp()[:, None]
         y, recurrent_state = gated_linear.chunk_gla(
@@ -213,6 +268,7 @@ class Mamba2Student(StudentAttention, Mamba2):
             state_v_first=True,
             initial_state=recurrent_state,
             output_final_state=past_key_values is not None,
+            cu_seqlens=cu_seqlens,
         )
         update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=length)
         y = y + x * self.D[:, None]
