@@ -48,9 +48,9 @@ def test_greedy_text_is_that_of_transformers(name, models, reference):
 def test_preempted_sequences_and_recycled_pages(name, models, reference):
     """The cache holds fewer sequences than are decoded at once, so that some are preempted and all pages recycled."""
     expected = reference(name)
-    order = [3, 2, 0, 1] * 3
+    order = [2] * 8 + [0, 1]  # of 110 tokens, which soon need a second page of 128
     prompts = [expected["prompts"][i] for i in order]
-    settings = dict(num_gpu_blocks_override=blocks(name), enable_prefix_caching=False, max_num_seqs=12)
+    settings = dict(num_gpu_blocks_override=blocks(name), enable_prefix_caching=False, max_num_seqs=10)
     with engine(models / name, **settings) as llm:
         assert texts(decode(llm, prompts)) == [expected["texts"][i] for i in order]
         preempted = counter(llm, "vllm:num_preemptions")
@@ -63,7 +63,7 @@ def test_preempted_sequences_and_recycled_pages(name, models, reference):
 
 def blocks(name: str) -> int:
     """Of the cache, in a test of preemption."""
-    return 60 if name.startswith("teacher") else 12
+    return 12 if name.startswith("teacher") else 24
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_LAYER)
@@ -85,7 +85,7 @@ def test_bf16_within_its_noise(name, models, reference):
             gap = exact[same, expected_text[same]] - exact[same, text[same]]
             assert gap <= 2 * expected["bf16_largest"]
     differences = torch.cat(differences)
-    assert len(differences) >= 40
+    assert len(differences) >= 24
     assert differences.square().mean().sqrt() <= 2 * expected["bf16_rms"]
 
 

@@ -1,7 +1,7 @@
 """Writes tiny random exports of every kind, and the greedy text that transformers decodes from each, for the tests in
 vLLM's environment. Runs in the project's environment:
 
-    PYTHONPATH=.:tests python serving/tests/make_models.py OUTPUT
+    PYTHONPATH=.:tests python serving/make_models.py OUTPUT
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from conftest import random_teacher, save_tokenizer
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import load_teacher
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM
 
 SIZES = dict(hidden_size=96, num_hidden_layers=3, head_dim=32, max_position_embeddings=1024, initializer_range=0.15)
-PROMPT_LENGTHS = (1, 20, 77, 300)
+PROMPT_LENGTHS = (1, 20, 110, 300)
 NEW_TOKENS = 40
+MESSAGES = [{"role": "user", "content": "Hello, who are you?"}]
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -90,9 +91,9 @@ def export(folder: Path, teacher: dict, student: str | None, kept, options: dict
 @torch.no_grad()
 def reference(folder: Path, prompts: list[list[int]]) -> dict:
     """The greedy continuation of each prompt in fp32; the log-probabilities of all tokens there [NEW_TOKENS, vocab];
-    and how much bf16 changes them: the largest difference and its root mean square."""
+    how much bf16 changes them: the largest difference, and the root mean square of the texts' tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    texts, log_probabilities, differences = [], [], []
+    texts, log_probabilities, differences, largest = [], [], [], 0.0
     options = dict(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=None)
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -103,6 +104,7 @@ def reference(folder: Path, prompts: list[list[int]]) -> dict:
     for prompt, text, exact in zip(prompts, texts, log_probabilities):
         ids = torch.tensor([prompt + text])
         rounded = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        largest = max(largest, (rounded - exact).abs().max().item())
         chosen = torch.tensor(text)[:, None]
         differences.append((rounded - exact).gather(1, chosen))
     difference = torch.cat(differences)
@@ -110,9 +112,23 @@ def reference(folder: Path, prompts: list[list[int]]) -> dict:
         "prompts": prompts,
         "texts": texts,
         "log_probabilities": [x.tolist() for x in log_probabilities],
-        "bf16_largest": difference.abs().max().item(),
+        "bf16_largest": largest,
         "bf16_rms": difference.square().mean().sqrt().item(),
     }
+
+
+@torch.no_grad()
+def chat(folder: Path) -> dict:
+    """Exports a model whose tokens are exactly those of its tokenizer; returns a chat, and its greedy answer."""
+    save_tokenizer(folder.with_name("tokenizer"))
+    size = len(AutoTokenizer.from_pretrained(folder.with_name("tokenizer")))
+    export(folder, TEACHERS["qwen2"] | dict(vocab_size=size), "gdn_v7", [1], {})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    options = dict(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=None)
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
+    return {"messages": MESSAGES, "prompt_tokens": ids.shape[1], "answer": tokenizer.decode(text)}
 
 
 def main(output: Path) -> None:
@@ -122,6 +138,8 @@ def main(output: Path) -> None:
         folder = output / name
         export(folder, *case)
         (output / f"{name}.json").write_text(json.dumps(reference(folder, prompts)))
+    (output / "chat").mkdir()
+    (output / "chat" / "chat.json").write_text(json.dumps(chat(output / "chat" / "model")))
 
 
 if __name__ == "__main__":
