@@ -8,8 +8,10 @@ import pytest
 import test_train_gpu
 import torch
 import torch.nn.functional as F
+from conftest import random_teacher, save_tokenizer
 
 import stages
+from convert import load_teacher
 from cuda_graphs import EAGER_CALLS, GraphedForward
 from distill_model import StudentConfig, StudentForCausalLM, fp8
 from distill_model.fp8 import CAPABILITY, Fp8SwiGLU, kl_of, quantize_mlps, quantize_rows, quantize_swiglu
@@ -37,9 +39,9 @@ def test_kernels_agree_with_casts(rows, size):
         assert (found.float() != expected.float()).float().mean() < 2e-3
 
 
-def teacher(tokens=512, **sizes):
+def teacher():
     config = StudentConfig(
-        vocab_size=tokens,
+        vocab_size=512,
         hidden_size=512,
         intermediate_size=1536,
         num_hidden_layers=4,
@@ -75,11 +77,14 @@ def test_kl_and_cuda_graph():
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_stages_train(tmp_path, teacher_dir, data_dir, monkeypatch, stage, cuda_graphs):
+def test_stages_train(tmp_path, data_dir, stage, cuda_graphs):
     """Against the same stage with the exact teacher, from the same student."""
+    teacher_dir = str(tmp_path / "teacher")
+    random_teacher(teacher_dir, "qwen3", initializer_range=0.1)  # of usual weights; FP8 changes larger ones more
+    save_tokenizer(teacher_dir)
     changes = {"cuda_graphs": cuda_graphs}
     if stage == 2:
-        student = StudentForCausalLM.from_teacher(stages.load_teacher(teacher_dir), "gdn_v4")[0]
+        student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0]
         student.save_pretrained(tmp_path / "student")
         changes["student_init_ckpt"] = str(tmp_path / "student")
     files = {}
