@@ -66,6 +66,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "flash-linear-attention",
+    "flash-qla",
     "deepspeed",
     "triton",
     "accelerate",
