@@ -56,35 +56,33 @@ class Stage:
 
 
 def build_stage(ctx: RunContext) -> Stage:
-    """The stage of the config: models with their weights loaded, calibrated where that is asked
-    for."""
+    """The stage of the config: models with their weights loaded."""
     from transformers import set_seed
 
     set_seed(ctx.cfg.train.seed)
     dtype = compute_dtype(ctx.cfg, ctx.device)
     if ctx.cfg.stage == 1:
-        return _build_alignment_stage(ctx, dtype)
+        recompute = ctx.zero_stage == 3
+        return alignment_stage(ctx.cfg, *build_student_for_stage1(ctx.cfg, dtype, ctx.log, recompute))
     teacher = load_teacher(ctx.cfg.teacher_model.name, dtype) if ctx.cfg.stage == 2 else None
     model = build_student_for_stage2_and_3(ctx.cfg, dtype, ctx.log, teacher)
     return logit_stage(ctx.cfg, model, teacher)
 
 
-def _build_alignment_stage(ctx: RunContext, dtype: torch.dtype) -> Stage:
-    train = ctx.cfg.train
-    recompute = ctx.zero_stage == 3
-    model, init_report = build_student_for_stage1(ctx.cfg, dtype, ctx.log, recompute=recompute)
-    if train.calibrate_init and ctx.resume is None:
-        model.to(ctx.device)
-        fitted = calibrate_students(
-            model,
-            ctx.chunks,
-            train.calibrate_init,
-            train.micro_batch_size,
-            ctx.log,
-            show_progress=ctx.rank == 0,
-        )
-        init_report = with_calibrated(init_report, fitted)
-    return alignment_stage(ctx.cfg, model, init_report)
+def calibrate_stage(ctx: RunContext, stage: Stage) -> None:
+    """Calibrates the students of a run that starts, where train.calibrate_init asks for it."""
+    batches = ctx.cfg.train.calibrate_init
+    if not batches or ctx.resume is not None:
+        return
+    fitted = calibrate_students(
+        stage.model.to(ctx.device),
+        ctx.chunks,
+        batches,
+        ctx.plan.micro_batch_size,
+        ctx.log,
+        show_progress=ctx.rank == 0,
+    )
+    stage.init_report = with_calibrated(stage.init_report, fitted)
 
 
 def alignment_stage(cfg: Config, model: AttentionAlignmentModel, init_report: dict[int, dict] | None = None) -> Stage:
@@ -257,7 +255,7 @@ def use_cuda_graphs(
     return reason is None
 
 
-def _shard_teacher(cfg: Config, size: int, device: str, world_size: int) -> tuple[bool, str]:
+def shard_teacher(cfg: Config, size: int, device: str, world_size: int) -> tuple[bool, str]:
     """Whether to shard a teacher of `size` bytes, and why. All ranks call it together and decide
     alike."""
     mode = cfg.train.kd_teacher_shard
@@ -288,7 +286,7 @@ def teacher_engine_config(
     """DeepSpeed's config of a teacher that is sharded with ZeRO-3, or None where every device holds
     a replica."""
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
-    shard, why = _shard_teacher(cfg, size, device, world_size)
+    shard, why = shard_teacher(cfg, size, device, world_size)
     log(f"teacher: {'sharded with ZeRO-3' if shard else 'replicated'} ({size / GIB:.2f} GiB; {why})")
     if not shard:
         return None
