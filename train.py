@@ -36,6 +36,7 @@ from runtime.guard import REQUEUE, StopSignals, Watchdog, failures_in_one_line, 
 from runtime.run_folder import (
     EXPORT,
     INIT_REPORT,
+    TEACHER_PRECISION,
     check_run_folder,
     is_finished,
     loadable_checkpoint,
@@ -139,6 +140,8 @@ def train_stage(ctx: RunContext) -> None:
             record_run(cfg, root, step, world_size=ctx.world_size, device=ctx.device, tokens=ctx.plan.tokens)
             if stage.init_report and not checkpoint:  # a resumed run has not calibrated again
                 atomic_write_text(ctx.output_dir / INIT_REPORT, json.dumps(stage.init_report, indent=1))
+            if stage.teacher_precision:
+                atomic_write_text(ctx.output_dir / TEACHER_PRECISION, json.dumps(stage.teacher_precision, indent=1))
         if checkpoint:
             ctx.log(f"resuming from {checkpoint}")
         trainer.train(resume_from_checkpoint=str(ctx.resume) if ctx.resume else None)

@@ -42,6 +42,7 @@ from benchmarks.kl_head import median_ms
 from convert import load_teacher_config
 from cuda_graphs import EAGER_CALLS, GraphedForward
 from distill_model import StudentConfig, StudentForCausalLM
+from distill_model.fp8 import quantize_mlps
 from layer_selection.ranking import budget, evenly_spaced
 from mfu import device_peak_flops
 from stages import Stage, alignment_stage, build_trainer, compute_dtype, logit_stage
@@ -73,6 +74,7 @@ KINDS = {
         "kda_",
         "causal_conv",
         "gate_",
+        "tilelang_",
     ),
     "losses": ("_kl_rows", "_cross_entropy_rows", "_squared_difference"),
     "optimiser": ("multi_tensor", "adam"),
@@ -195,6 +197,8 @@ def random_stage(ctx: RunContext, config: StudentConfig) -> Stage:
     with torch.device(ctx.device):
         kept = cfg.student_model.keep_full_attention_layers
         student, _ = StudentForCausalLM.from_teacher(teacher, cfg.student_model.name, kept)
+    if cfg.teacher_model.precision == "fp8":
+        quantize_mlps(teacher)
     if cfg.stage == 1:
         recompute = ctx.zero_stage == 3
         model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, recompute)
