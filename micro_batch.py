@@ -27,7 +27,7 @@ from tqdm import tqdm
 from distill_model import DistillationLoss
 from optim import STATE_BYTES
 from preflight import calibration_warning, with_whole_eval_batches
-from stages import GIB, Stage, shard_teacher, use_cuda_graphs
+from stages import GIB, Stage, bytes_of, shard_teacher, use_cuda_graphs
 
 MARGIN = 0.08  # of the GPU's memory, for fragmentation and for buffers of DeepSpeed and NCCL
 GAIN = 0.03  # of the throughput: what a larger size must add to be worth its memory
@@ -220,8 +220,7 @@ def _loss_function(ctx: RunContext, stage: Stage) -> Callable[[dict], torch.Tens
 def _shards_teacher(ctx: RunContext, stage: Stage) -> bool:
     if stage.teacher is None:
         return False
-    size = sum(p.numel() * p.element_size() for p in stage.teacher.parameters())
-    return shard_teacher(ctx.cfg, size, ctx.device, ctx.world_size)[0]
+    return shard_teacher(ctx.cfg, bytes_of(stage.teacher), ctx.device, ctx.world_size)[0]
 
 
 def _engine_bytes(ctx: RunContext, stage: Stage, sharded_teacher: bool) -> int:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.batch_plan import batch_plan
 from runtime.checkpoints import checkpoints, step_of
@@ -38,6 +39,7 @@ from runtime.guard import REQUEUE, StopSignals, Watchdog, failures_in_one_line, 
 from runtime.run_folder import (
     EXPORT,
     INIT_REPORT,
+    TEACHER_PRECISION,
     check_run_folder,
     is_finished,
     loadable_checkpoint,
@@ -47,6 +49,9 @@ from runtime.run_folder import (
     with_micro_batch_size_of_run,
     zero_stage_of_run,
 )
+
+if TYPE_CHECKING:
+    from stages import Stage
 
 # Modules that import torch or DeepSpeed are imported in functions, after set_up_process() and
 # set_up_device().
@@ -141,7 +146,7 @@ def train_stage(ctx: RunContext) -> RunContext:
                 calibrate_stage(ctx, stage)
                 trainer = build_trainer(ctx, stage)
             if ctx.rank == 0:
-                record(ctx, step_of(checkpoint) if checkpoint else 0, stage.init_report)
+                record(ctx, step_of(checkpoint) if checkpoint else 0, stage)
             if checkpoint:
                 ctx.log(f"resuming from {checkpoint}")
             trainer.train(resume_from_checkpoint=str(ctx.resume) if ctx.resume else None)
@@ -166,12 +171,14 @@ def as_config_errors() -> Iterator[None]:
         raise ConfigError(one_line(error)) from error
 
 
-def record(ctx: RunContext, step: int, init_report: dict | None) -> None:
+def record(ctx: RunContext, step: int, stage: Stage) -> None:
     """Writes what the run folder says about the run, which resumes from `step`."""
     root = Path(__file__).resolve().parent
     record_run(ctx.cfg, root, step, world_size=ctx.world_size, device=ctx.device, tokens=ctx.plan.tokens)
-    if init_report and not step:  # a resumed run has not calibrated again
-        atomic_write_text(ctx.output_dir / INIT_REPORT, json.dumps(init_report, indent=1))
+    if stage.init_report and not step:  # a resumed run has not calibrated again
+        atomic_write_text(ctx.output_dir / INIT_REPORT, json.dumps(stage.init_report, indent=1))
+    if stage.teacher_precision:
+        atomic_write_text(ctx.output_dir / TEACHER_PRECISION, json.dumps(stage.teacher_precision, indent=1))
 
 
 def export(ctx: RunContext) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 FOR_OLD_FILES = "Allowed so that files of fla-org/hybrid-distillation load"
+FOR_A_REPLICA = "set train.kd_teacher_shard=never and train.kd_teacher_offload=none, or precision: exact"
 SCHEDULERS = ("constant", "linear", "cosine")
 # The types of values, as docs/config.md names them.
 SHOWN_TYPES = {
@@ -61,6 +62,15 @@ class DataConfig:
 @dataclass(frozen=True)
 class TeacherConfig:
     name: str = key(help="teacher: a Hugging Face name or a folder, see docs/teachers.md")
+    precision: str = key(
+        "exact",
+        help=(
+            "exact: train.dtype. fp8: the frozen teacher's MLPs in FP8, refused if that changes its "
+            "predictions, see docs/training.md#teacher-in-fp8"
+        ),
+        choices=("exact", "fp8"),
+        stages=(1, 2),
+    )
 
 
 @dataclass(frozen=True)
@@ -397,6 +407,8 @@ def _check(cfg: Config) -> None:
     _check_numbers(cfg.train)
     _check_layers(cfg)
     _check_start(cfg)
+    if cfg.teacher_model.precision == "fp8":
+        _check_fp8(cfg)
     if cfg.stage == 2:
         _check_distillation(cfg.train)
 
@@ -438,6 +450,16 @@ def _check_start(cfg: Config) -> None:
             f"train.calibrate_init: {train.calibrate_init} is for stage 1, whose students start from the teacher; "
             "remove it"
         )
+
+
+def _check_fp8(cfg: Config) -> None:
+    key = "teacher_model.precision: fp8"
+    if cfg.stage == 3:
+        raise ConfigError(f"{key} is for stages 1 and 2, stage 3 has no teacher; remove it")
+    if cfg.train.dtype == "fp32":
+        raise ConfigError(f"{key} needs train.dtype bf16, not fp32; set one of them to another value")
+    if cfg.stage == 2 and (cfg.train.kd_teacher_shard == "always" or cfg.train.kd_teacher_offload == "cpu"):
+        raise ConfigError(f"{key} needs a replica of the teacher on every GPU; {FOR_A_REPLICA}")
 
 
 def _check_distillation(train: TrainConfig) -> None:

@@ -41,6 +41,7 @@ METRICS = "metrics.jsonl"
 EXPORT = "converted-hf"
 HISTORY = "training.json"  # in an export: the stages that it went through
 INIT_REPORT = "init_report.json"  # stage 1: where each tensor of the students came from
+TEACHER_PRECISION = "teacher_precision.json"  # teacher_model.precision fp8: what it changes
 # A resumed run may change these: how often something is written, and how the work is distributed.
 FREE_KEYS = {
     "logging_steps",
