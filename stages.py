@@ -37,8 +37,8 @@ from wrapper import AttentionAlignmentModel, calibrate
 ROOT = Path(__file__).resolve().parent
 GIB = 2**30
 LARGE_MODEL = 10**9  # parameters from which on CUDA graphs gain little (docs/performance.md)
-# KL(exact teacher || its FP8 version), in nats per token: half of what is left to the student after
-# a good stage 2 (docs/training.md), so that the student is not taught errors as large as its own.
+# The largest KL(exact teacher || FP8 teacher) accepted, in nats per token: a seventh of the KL that
+# the best student of docs/students.md has after stage 2.
 FP8_MAX_KL = 0.01
 FP8_TOKENS = 2**15  # on which it is measured
 Log = Callable[[str], None]
