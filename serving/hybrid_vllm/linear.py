@@ -31,6 +31,7 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, mamba_get_block_tabl
 
 from distill_model import StudentConfig, get_student_attention_class
 from distill_model.cache import state_tensors
+from distill_model.decode_step import decode_gated_delta, fused_parameters, input_projections, project
 from distill_model.student_base import State
 
 
@@ -154,6 +155,8 @@ def config_of_rank(config: StudentConfig, devices: int) -> StudentConfig:
 def layer_states(vllm_config: VllmConfig) -> tuple[dict, list[tuple[tuple[int, ...], torch.dtype]]]:
     """What a device keeps of each sequence in a linear layer: the declaration, and shape and dtype of each tensor."""
     model = vllm_config.model_config
+    if not model.hf_config.linear_layers:  # vLLM 0.26 asks for the states of a teacher, too
+        return {}, []
     config = config_of_rank(model.hf_config, vllm_config.parallel_config.tensor_parallel_size)
     declared = get_student_attention_class(config.student_name).states(config)
     return declared, [(state.shape, state.dtype or model.dtype) for state in state_tensors(declared)]
@@ -218,6 +221,23 @@ class StudentLinear(nn.Module, MambaBase):
             pool[rows] = state.to(pool.dtype)
         return out
 
+    def join_projections(self) -> None:
+        """Makes the weights of one input views of one tensor, as decoding reads them; without, the first step would."""
+        if projections := input_projections(self.inner):
+            fused_parameters(projections)
+
+    def decode(self, x, rope, rows, has_state) -> torch.Tensor:
+        """As `run`, for one token of each sequence, x [B, hidden_size]: a Gated DeltaNet is one kernel that reads and
+        writes the pages, between two GEMMs."""
+        projections = input_projections(self.inner)
+        if not projections:
+            angles = None if rope is None else tuple(y[:, None] for y in rope)
+            return self.run(x[:, None], angles, rows, has_state)[:, 0]
+        state = nested(self.declared, iter(self.kv_cache))
+        angles = (None, None) if rope is None else rope
+        out = decode_gated_delta(self.inner, project(x, projections), state, *angles, (rows, has_state))
+        return self.inner.o_proj(out)
+
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """x [tokens, hidden_size]; rope: cos and sin [tokens, head_dim], or None for a layer without."""
         metadata = get_forward_context().attn_metadata
@@ -233,8 +253,8 @@ class StudentLinear(nn.Module, MambaBase):
         n = batch.decodes
         out = torch.zeros_like(x)
         if n:
-            angles = None if rope is None else tuple(y[:n, None] for y in rope)
-            out[:n] = self.run(x[:n, None], angles, batch.rows[:n], batch.has_state[:n])[:, 0]
+            angles = None if rope is None else tuple(y[:n] for y in rope)
+            out[:n] = self.decode(x[:n], angles, batch.rows[:n], batch.has_state[:n])
         if n < len(batch.rows):
             packed = slice(n, n + batch.tokens)
             angles = None if rope is None else tuple(y[None, packed] for y in rope)

@@ -163,8 +163,7 @@ class StudentForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = self.config = vllm_config.model_config.hf_config
-        if config.linear_layers:
-            type(self).states_per_layer = len(layer_states(vllm_config)[1])
+        type(self).states_per_layer = len(layer_states(vllm_config)[1])
         self.model = StudentModel(vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
@@ -206,6 +205,9 @@ class StudentForCausalLM(nn.Module, HasInnerState, IsHybrid):
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
             loaded.add(self.load_weight(parameters, name, tensor))
+        for block in self.model.layers:
+            if not block.is_full:
+                block.attn.join_projections()
         return loaded
 
     def load_weight(self, parameters: dict[str, nn.Parameter], name: str, tensor: torch.Tensor) -> str:

@@ -29,7 +29,7 @@ def chosen_log_probabilities(outputs) -> list[torch.Tensor]:
 def test_greedy_text_is_that_of_transformers(name, models, reference):
     """Prompts of 1 to 300 tokens: in one batch whose prefill is chunked, from the prefix cache, and alone."""
     expected = reference(name)
-    with engine(models / name, max_num_batched_tokens=96, enable_prefix_caching=True) as llm:
+    with engine(models / name, max_num_batched_tokens=128, enable_prefix_caching=True) as llm:
         batched = decode(llm, expected["prompts"], logprobs=1)
         assert texts(batched) == expected["texts"]
         for found, text, exact in zip(
@@ -61,6 +61,13 @@ def test_preempted_sequences_and_recycled_pages(name, models, reference):
         assert texts(decode(llm, [expected["prompts"][i] for i in alone])) == [expected["texts"][i] for i in alone]
 
 
+@pytest.mark.parametrize("name", ["gdn_v5", "gdn_v7", "kda_v1", "gla_v1", "mamba2_v1", "rwkv7_v1", "teacher_llama"])
+def test_heads_distributed_to_two_devices(name, models, reference):
+    expected = reference(name)
+    with engine(models / name, tensor_parallel_size=2, max_num_batched_tokens=128) as llm:
+        assert texts(decode(llm, expected["prompts"])) == expected["texts"]
+
+
 def blocks(name: str) -> int:
     """Of the cache, in a test of preemption."""
     return 12 if name.startswith("teacher") else 24
@@ -71,7 +78,7 @@ def test_bf16_within_its_noise(name, models, reference):
     """Log-probabilities differ from fp32's about as much as those of transformers in bf16, and the text differs only
     where two tokens are as close."""
     expected = reference(name)
-    with engine(models / name, dtype="bfloat16", max_num_batched_tokens=96) as llm:
+    with engine(models / name, dtype="bfloat16", max_num_batched_tokens=128) as llm:
         outputs = decode(llm, expected["prompts"], logprobs=1)
     differences = []
     for found, text, expected_text, exact in zip(
