@@ -26,4 +26,4 @@ trap 'rm -rf "$models" serving/build serving/*.egg-info' EXIT
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTHONPATH=.:tests "$reference" serving/make_models.py "$models"
 cd serving
-HYBRID_MODELS=$models "$(cd .. && realpath "$env")/bin/python" -m pytest tests "$@"
+HYBRID_MODELS=$models "$(cd .. && realpath "$env")/bin/pytest" tests "$@"

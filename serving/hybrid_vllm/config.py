@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
@@ -30,7 +32,8 @@ def refusal(vllm_config: VllmConfig) -> str | None:
     """Why vLLM cannot serve a model with these settings; None if it can."""
     config = vllm_config.model_config.hf_config
     parallel = vllm_config.parallel_config
-    state_dtype = vllm_config.cache_config.mamba_ssm_cache_dtype
+    cache = vllm_config.cache_config
+    state_dtype = cache.mamba_ssm_cache_dtype
     reasons = {
         "RoPE of type dynamic depends on the length of the text": config.rope_depends_on_length,
         "speculative decoding needs states that can be rolled back; leave it out": (
@@ -40,6 +43,10 @@ def refusal(vllm_config: VllmConfig) -> str | None:
         f"mamba_ssm_cache_dtype: recurrent states are float32, not {state_dtype}; leave it out": (
             state_dtype not in ("auto", "float32")
         ),
+        "mamba_cache_mode: all keeps a state per block, of which the layers know one; leave it out": (
+            cache.mamba_cache_mode == "all"
+        ),
+        "enable_lora: the layers take no adapters; merge them into the export": vllm_config.lora_config is not None,
         **student_refusals(config, parallel.tensor_parallel_size),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
@@ -54,6 +61,9 @@ class HybridConfig(VerifyAndUpdateConfig):
         because a compiler cannot see through the kernels of linear layers."""
         if reason := refusal(vllm_config):
             raise ValueError(f"{vllm_config.model_config.model}: {reason}")
+        model = vllm_config.model_config
+        if not model.hf_config.linear_layers:  # vLLM 0.26 would take a teacher for a hybrid, because of its class
+            model._model_info = replace(model._model_info, is_hybrid=False)
         compilation = vllm_config.compilation_config
         compilation.mode = CompilationMode.NONE
         if compilation.cudagraph_mode is None:

@@ -1,4 +1,5 @@
-"""Engines on the tiny exports that make_models.py wrote to the folder HYBRID_MODELS."""
+"""Engines on the tiny exports that make_models.py wrote to the folder HYBRID_MODELS. HYBRID_ENGINE, JSON, has more
+arguments of vllm.LLM, such as {"attention_backend": "TRITON_ATTN"} for fp32 on a GPU."""
 
 import gc
 import json
@@ -38,7 +39,8 @@ def engine(model, **settings):
         kv_cache_memory_bytes=64 << 20,
         disable_log_stats=False,
     )
-    llm = LLM(str(model), **defaults | settings)
+    more = json.loads(os.environ.get("HYBRID_ENGINE", "{}"))
+    llm = LLM(str(model), **defaults | settings | more)
     try:
         yield llm
     finally:
