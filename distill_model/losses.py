@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .documents import counted_rows
 from .fused_ops import device_guard, mean_squared_error, scaled, use_triton
 
 # Rows of logits in memory at a time: on a GPU enough for GEMMs at full speed.
@@ -213,8 +214,8 @@ def forward_kl(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32 (Hinton et al.,
-    arXiv 1503.02531).
+    """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32, 0 without rows
+    (Hinton et al., arXiv 1503.02531).
 
     student_hidden [N, H_s], teacher_hidden [N, H_t], student_weight [V, H_s], teacher_weight [V,
     H_t]. The gradient flows to the student's two tensors only. Raises ValueError if the
@@ -235,13 +236,20 @@ def forward_kl(
         loss = _fused_kl(logits, teacher_hidden[start:stop] @ teacher_weight.mT, temperature)
         return loss.sum() * temperature, logits
 
-    scale = student_hidden.new_full((), temperature / len(student_hidden), dtype=torch.float32)
+    scale = student_hidden.new_full((), temperature / max(1, len(student_hidden)), dtype=torch.float32)
     return linear_loss(student_hidden, student_weight, rows, fused_rows, scale, chunk_size)
 
 
-def next_token_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def next_token_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, document_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean cross-entropy of the next tokens, a scalar in fp32. hidden [B, T, H]; weight [V, H];
-    labels [B, T], aligned with hidden, -100 ignored."""
+    labels [B, T], aligned with hidden, -100 ignored; document_ids [B, T]: only of next tokens of
+    the same document."""
+    if document_ids is not None:
+        counted = counted_rows(document_ids)
+        rows = hidden.flatten(0, 1).index_select(0, counted)
+        return linear_cross_entropy(rows, weight, labels.flatten()[counted + 1])
     return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
 
 
@@ -262,14 +270,19 @@ class DistillationLoss:
         teacher_hidden: torch.Tensor,
         teacher_weight: torch.Tensor,
         labels: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A scalar in fp32. hidden [B, T, H_s] and teacher_hidden [B, T, H_t] after the final norm;
-        weight [V, H_s] and teacher_weight [V, H_t] of the heads; labels [B, T], for ce_weight."""
+        weight [V, H_s] and teacher_weight [V, H_t] of the heads; labels [B, T], for ce_weight;
+        document_ids [B, T]: only positions whose next token is of the same document count."""
         student_rows = hidden.flatten(0, 1)
         teacher_rows = teacher_hidden.flatten(0, 1)
+        if document_ids is not None:
+            counted = counted_rows(document_ids)
+            student_rows, teacher_rows = (x.index_select(0, counted) for x in (student_rows, teacher_rows))
         loss = self.kl_weight * forward_kl(student_rows, teacher_rows, weight, teacher_weight, self.kl_temperature)
         if self.ce_weight:
-            loss = loss + self.ce_weight * next_token_loss(hidden, weight, labels)
+            loss = loss + self.ce_weight * next_token_loss(hidden, weight, labels, document_ids)
         return loss
 
 
