@@ -15,7 +15,7 @@ from pathlib import Path
 from runtime.checkpoints import UNIVERSAL
 from runtime.config import Config
 from runtime.context import RunContext
-from runtime.data import Chunks
+from runtime.data import Chunks, read_batch, split_batch
 from runtime.environment import WANDB_PROJECT
 from runtime.run_folder import METRICS
 
@@ -173,27 +173,30 @@ def calibrate_students(
     """
     device = next(model.parameters()).device
 
-    def first_rows(split, count: int) -> torch.Tensor:
-        rows = split[: min(count, len(split))]["input_ids"]
-        return torch.as_tensor(rows, device=device, dtype=torch.long)
+    def first_rows(split, count: int) -> list[dict]:
+        batch = read_batch(split, range(min(count, len(split))))
+        return split_batch({name: tensor.to(device) for name, tensor in batch.items()}, batch_size)
 
-    def alignment_loss(ids: torch.Tensor, when: str) -> float:
-        parts = ids.split(batch_size)
+    def alignment_loss(parts: list[dict], when: str) -> float:
         bar = tqdm(parts, desc=f"alignment loss {when}", unit="batch", disable=not show_progress)
-        return sum(model(part)["loss"].item() * len(part) for part in bar) / len(ids)
+        return sum(model(**part)["loss"].item() * len(part["input_ids"]) for part in bar) / rows_in(parts)
 
-    ids = first_rows(chunks.train, batches * batch_size)
+    def rows_in(parts: list[dict]) -> int:
+        return sum(len(part["input_ids"]) for part in parts)
+
+    parts = first_rows(chunks.train, batches * batch_size)
+    length = parts[0]["input_ids"].shape[1]
     if chunks.heldout is None:
-        test = ids
+        test = parts
         where = "the same tokens, because there are no held-out chunks"
     else:
-        test = first_rows(chunks.heldout, len(ids))
-        where = f"{test.numel():,} held-out tokens"
+        test = first_rows(chunks.heldout, rows_in(parts))
+        where = f"{rows_in(test) * length:,} held-out tokens"
     with torch.no_grad():
         before = alignment_loss(test, "before")
-        fitted = set(calibrate(model, ids.split(batch_size), show=show_progress))
+        fitted = set(calibrate(model, parts, show=show_progress))
         after = alignment_loss(test, "after")
-    log(f"calibrated on {ids.numel():,} tokens: alignment loss {before:.4g} -> {after:.4g} on {where}")
+    log(f"calibrated on {rows_in(parts) * length:,} tokens: alignment loss {before:.4g} -> {after:.4g} on {where}")
     names = {}
     for layer, block in enumerate(model.model.layers):
         parameters = block.attn.student_attn.named_parameters()
@@ -237,11 +240,14 @@ def use_cuda_graphs(
     log: Log = print,
     sharded_teacher: bool = False,
     world_size: int = 1,
+    has_documents: bool = False,
 ) -> bool:
     """Whether the passes of a training step run as CUDA graphs. Logs the reason where
-    train.cuda_graphs is true and they cannot be used on this GPU."""
+    train.cuda_graphs is true and they cannot be used on this GPU. has_documents: whether documents
+    are read one by one; the grids of FLA's kernels then depend on their lengths, which the host
+    reads in each pass."""
     mode = cfg.train.cuda_graphs
-    if not mode or device != "cuda":
+    if not mode or device != "cuda" or has_documents:
         return False
     if mode == "auto" and (world_size > 1 or sum(p.numel() for p in model.parameters()) >= LARGE_MODEL):
         return False
@@ -362,7 +368,10 @@ def build_trainer(ctx: RunContext, stage: Stage):
     if stage.teacher is not None:
         teacher_config = teacher_engine_config(cfg, stage.teacher, ctx.device, ctx.world_size, ctx.log)
     sharded = teacher_config is not None
-    graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded, ctx.world_size)
+    where = (ctx.device, ctx.zero_stage)
+    graphs = use_cuda_graphs(
+        cfg, *where, stage.model, ctx.log, sharded, ctx.world_size, has_documents=chunks.has_documents
+    )
     options = dict(stage.loss_options)
     if stage.teacher is not None:
         options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs)

@@ -123,7 +123,7 @@ class AttentionAlignmentModel(nn.Module):
         for block in self.model.layers:
             with torch.no_grad():
                 normed = block.attn_norm(hidden_states)
-            output, loss = block.attn(normed, position_embeddings, documents)
+            output, loss = block.attn(normed, position_embeddings, documents=documents)
             losses.append(loss)
             # One reduction per layer here; the means over the features of all layers come below.
             variances.append(real_rows(output, documents).var(0, correction=0))
@@ -242,19 +242,18 @@ def _fit_decay_and_gates(
     distances = dict.fromkeys(with_decay, 0)
     moments = dict.fromkeys(with_gate, (0, 0))  # X'X and the sum of X over the tokens
 
-    def add_distances(layer, args):
-        mean = mean_distances(layer.teacher_attn, *args)
+    def add_distances(layer, args, kwargs):
+        mean = mean_distances(layer.teacher_attn, *args, **kwargs)
         distances[layer] = distances[layer] + mean / len(batches)
 
-    def add_moments(layer, args):
-        hidden_states, _, documents = args
-        x = real_rows(hidden_states, documents).double()
+    def add_moments(layer, args, kwargs):
+        x = real_rows(args[0], kwargs["documents"]).double()
         xx, total = moments[layer]
         xx = xx + x.mT @ x
         moments[layer] = (xx, total + x.sum(0))
 
-    hooks = [layer.register_forward_pre_hook(add_distances) for layer in with_decay]
-    hooks += [layer.register_forward_pre_hook(add_moments) for layer in with_gate]
+    hooks = [layer.register_forward_pre_hook(add_distances, with_kwargs=True) for layer in with_decay]
+    hooks += [layer.register_forward_pre_hook(add_moments, with_kwargs=True) for layer in with_gate]
     _run(model, batches, hooks, progress)
     for layer, distance in distances.items():
         layer.student_attn.set_decay(torch.log1p(1 / distance.clamp(min=0.5)))
@@ -277,9 +276,9 @@ def _output_moments(
     def keep_input(o_proj, args):
         inputs[o_proj] = args[0]
 
-    def add_moments(layer, args, output):
+    def add_moments(layer, args, kwargs, output):
+        documents = kwargs["documents"]
         o_proj = layer.student_attn.o_proj
-        documents = args[2]
         x = real_rows(inputs.pop(o_proj), documents).double()
         y = real_rows(output[0], documents).double()
         if o_proj.bias is not None:
@@ -289,7 +288,7 @@ def _output_moments(
         xy = xy + x.mT @ y
         moments[layer] = (xx, xy)
 
-    hooks = [layer.register_forward_hook(add_moments) for layer in layers]
+    hooks = [layer.register_forward_hook(add_moments, with_kwargs=True) for layer in layers]
     hooks += [layer.student_attn.o_proj.register_forward_pre_hook(keep_input) for layer in layers]
     _run(model, batches, hooks, progress)
     return moments

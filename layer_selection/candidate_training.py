@@ -20,6 +20,7 @@ from pathlib import Path
 
 from runtime.batch_plan import BatchPlan, batch_plan
 from runtime.config import Config, ConfigError, dump_config, load_config
+from runtime.data import INPUT_IDS, read_batch, split_batch
 from runtime.files import atomic_directory, atomic_write_text, locked
 from runtime.guard import REQUEUE, StopSignals
 from runtime.run_folder import difference
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from cuda_graphs import GraphedForward
 from distill_model import DistillationLoss, StudentForCausalLM
+from heldout import ids_of
 from layer_selection.bench import Bench
 from layer_selection.ranking import Layer, Ranking, rank_samples
 from layer_selection.stage2_runs import train_hybrid
@@ -49,10 +51,14 @@ TEACHER_CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at
 BYTES_PER_PARAMETER = 16
 CPU = torch.device("cpu")
 
-# Token ids [B, T] and the teacher's hidden states [B, T, H] of each micro-batch.
-MicroBatches = list[tuple[torch.Tensor, torch.Tensor]]
+# The chunks, and the teacher's hidden states [B, T, H], of each micro-batch.
+MicroBatches = list[tuple[dict[str, torch.Tensor], torch.Tensor]]
 # Layer -> KL(teacher || its candidate) of each held-out sequence.
 SequenceKLs = dict[int, list[float]]
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def master_of(param: nn.Parameter) -> torch.Tensor:
@@ -184,11 +190,11 @@ class Candidate:
         weights = DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight)
         device = self.hybrid.device
         losses = []
-        for ids, hidden in micro_batches:
-            ids = ids.to(device)
+        for batch, hidden in micro_batches:
+            batch = on_device(batch, device)
             loss = self.forward(
-                input_ids=ids,
-                labels=ids if train.ce_weight else None,
+                **batch,
+                labels=batch[INPUT_IDS] if train.ce_weight else None,
                 teacher_hidden_states=hidden.to(device),
                 teacher_head_weight=head_weight,
                 use_cache=False,
@@ -290,14 +296,13 @@ class JointTraining:
         size = self.plan.batch_size
         for step in range(first, last):
             rows = self.order[step * size : (step + 1) * size].tolist()
-            tokens = self.bench.train[rows]["input_ids"]
-            ids = torch.as_tensor(tokens, dtype=torch.long, device=self.bench.device)
-            parts = ids.split(self.plan.micro_batch_size)
+            batch = on_device(read_batch(self.bench.train, rows), self.bench.device)
+            parts = split_batch(batch, self.plan.micro_batch_size)
             yield step + 1, [(part, self.teacher_hidden_states(part)) for part in parts]
 
     @torch.no_grad()
-    def teacher_hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.teacher_forward(input_ids=ids, use_cache=False)["last_hidden_state"]
+    def teacher_hidden_states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.teacher_forward(**batch, use_cache=False)["last_hidden_state"]
 
     # ---- candidates
     def build(self, mine: list[int], done: int) -> None:
@@ -306,7 +311,9 @@ class JointTraining:
         teacher = self.bench.teacher
         student = self.bench.student
         self.resident = self.check_memory(len(mine))
-        graphs = self.resident and use_cuda_graphs(self.cfg, self.bench.device.type, 1, student)
+        has_documents = self.bench.has_documents
+        device = self.bench.device.type
+        graphs = self.resident and use_cuda_graphs(self.cfg, device, 1, student, has_documents=has_documents)
         self.teacher_forward = GraphedForward(teacher.model) if graphs else teacher.model
         for layer in mine:
             torch.manual_seed(self.cfg.train.seed)
@@ -379,7 +386,7 @@ class JointTraining:
         for start in range(first, last, segment):
             cached = []
             for step, micro_batches in self.batches(start, min(last, start + segment)):
-                cached.append((step, [(ids.cpu(), hidden.cpu()) for ids, hidden in micro_batches]))
+                cached.append((step, [(on_device(batch, CPU), hidden.cpu()) for batch, hidden in micro_batches]))
             for layer in mine:
                 candidate = self.candidates[layer]
                 candidate.to(self.bench.device)
@@ -531,7 +538,7 @@ class JointTraining:
         teacher = linear_weights(self.bench.teacher)
         student = linear_weights(self.bench.student)
         head = linear_weights(self.bench.teacher.lm_head)
-        heldout_tokens = sum(batch.numel() for batch in self.bench.batches)
+        heldout_tokens = sum(ids_of(batch).numel() for batch in self.bench.batches)
         spent = 0
         before = 0
         for entry in self.history:

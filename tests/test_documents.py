@@ -99,9 +99,17 @@ def test_a_changed_document_changes_no_other(name):
     for row, document in ((0, 1), (0, 3), (2, 20)):
         changed[row] |= groups[row] == document
     other[changed] = (ids[changed] + 7) % 64
-    before, after = (model.model(x, document_ids=groups).last_hidden_state for x in (ids, other))
-    assert torch.equal(before[~changed], after[~changed])
-    assert (before[changed] - after[changed]).abs().amax(-1).min() > 1e-3
+    weights = torch.randn(*ids.shape, 40).double()
+    found = []
+    for x in (ids, other):
+        embedded = model.model.embeddings(x).detach().requires_grad_()
+        output = model.model(inputs_embeds=embedded, document_ids=groups).last_hidden_state
+        (output * weights).sum().backward()
+        found.append((output.detach(), embedded.grad))
+    (output, gradient), (other_output, other_gradient) = found
+    assert torch.equal(output[~changed], other_output[~changed])
+    assert torch.equal(gradient[~changed], other_gradient[~changed])
+    assert (output[changed] - other_output[changed]).abs().amax(-1).min() > 1e-3
 
 
 def padded_document_ids(rows=ROWS):
