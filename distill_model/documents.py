@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,16 @@ def _supports_varlen(q: torch.Tensor) -> bool:
     return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
+@cache
+def _varlen_attention():
+    """PyTorch's attention of packed rows, and the options with which it takes grouped queries: since
+    version 2.12 they have to be asked for. Imported only where it is used: on a GPU."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return varlen_attn, {"enable_gqa": True} if grouped else {}
+
+
 def packed_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -98,10 +109,7 @@ def packed_attention(
     window_size: how many tokens a query attends to, itself included; None for all.
     """
     if _supports_varlen(q):
-        from torch.nn.attention.varlen import varlen_attn
-
-        # Since PyTorch 2.12 grouped queries have to be asked for.
-        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        varlen_attn, grouped = _varlen_attention()
         left = -1 if window_size is None else window_size - 1
         longest = max(documents.lengths)
         bounds = (documents.cu_seqlens, documents.cu_seqlens, longest, longest)

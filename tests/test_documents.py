@@ -2,13 +2,18 @@
 count its own predictions only."""
 
 import copy
+from types import SimpleNamespace
 
+from runtime.data import collate
+
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 
 from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM, cpu_ops
 from distill_model.documents import PADDING, Documents, counted_positions
+from hf_trainer import FinetuneTrainer, FrozenTeacher, KDTrainer
 from wrapper import AttentionAlignmentModel, mean_distances
 
 OPTIONS = {"swa_v1": {"window_size": 5}, "lolcats_v1": {"window_size": 5}}  # shorter than most documents
@@ -259,3 +264,22 @@ def test_long_and_short_documents_are_not_padded_to_one_length():
         out, _ = cpu_ops.delta_rule(q, k, v, torch.randn(1, 500, 2).neg().exp().neg(), cu_seqlens=bounds)
     assert sum(seen) == 500
     torch.testing.assert_close(out[:, 300:], (k[:, 300:] * q[:, 300:]).sum(-1, keepdim=True) * v[:, 300:] * 8**-0.5)
+
+
+def test_the_trainers_hand_documents_to_teacher_and_student():
+    """The losses of stages 2 and 3 on a batch, as the data loader makes it, against log-probabilities
+    of each document alone."""
+    model, teacher = hybrid("gdn_v4").float(), hybrid("gla_v1", seed=1).float()
+    frozen = FrozenTeacher(teacher, torch.device("cpu"))
+    rows = [
+        {"input_ids": ids.numpy(), "document_lengths": numpy.array(lengths)}
+        for ids, lengths in zip(random_ids(), ([1, 70, 2, 1], *ROWS[1:]))  # the first row ends with padding
+    ]
+    batch = collate(rows)
+    ours, targets = predictions(model, batch["input_ids"], batch["document_ids"])
+    theirs, _ = predictions(teacher, batch["input_ids"], batch["document_ids"])
+    stage_2 = SimpleNamespace(teacher=frozen, distillation=DistillationLoss())
+    loss = KDTrainer.forward_loss(stage_2, model, batch)
+    torch.testing.assert_close(loss, (theirs.exp() * (theirs - ours)).sum(1).mean(), rtol=1e-4, atol=1e-6)
+    loss = FinetuneTrainer.forward_loss(None, model, batch)
+    torch.testing.assert_close(loss, -ours.gather(1, targets[:, None]).mean(), rtol=1e-4, atol=1e-6)
