@@ -166,11 +166,13 @@ def test_triton_kernels_in_the_interpreter():
 
 if __name__ == "__main__":
     import test_decode_step
+    import test_fp8
     import test_fused_ops
 
-    from distill_model import decode_kernels, fused_ops
+    from distill_model import decode_kernels, fp8, fused_ops
 
-    losses.use_triton = fused_ops.use_triton = decode_kernels.use_triton = lambda tensor: True
+    for module in (losses, fused_ops, decode_kernels, fp8):
+        module.use_triton = lambda tensor: True
     losses.BLOCK = fused_ops.BLOCK = 16  # 53 entries are three blocks and a part
     for shape in test_fused_ops.SHAPES:
         test_fused_ops.test_swiglu(shape)
@@ -192,6 +194,7 @@ if __name__ == "__main__":
     test_fused_ops.test_rms_norm_of_the_rounded_sum()
     for length in (1, 300):
         test_fused_ops.test_decode_attention(length)
+    test_fp8.test_representable_values_are_kept()
     for dtype in test_decode_step.LIMITS:
         for case in test_decode_step.GDN:
             test_decode_step.test_gated_delta_token(*case, dtype)
