@@ -88,8 +88,8 @@ def _supports_varlen(q: torch.Tensor) -> bool:
 
 @cache
 def _varlen_attention():
-    """PyTorch's attention of packed rows, and the options with which it takes grouped queries: since
-    version 2.12 they have to be asked for. Imported only where it is used: on a GPU."""
+    """PyTorch's attention of packed rows, and the options with which it takes grouped queries:
+    version 2.11 takes them unasked. Imported only where it is used, on a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
