@@ -50,13 +50,13 @@ def shape(**more):
 
 
 def hybrid(name, seed=0):
-    """A kept layer between two of the student, in float64, near its initialisation: no gate is
-    neutral, and no gradient 0."""
+    """A layer of the student and a kept one, in float64, near its initialisation: no gate is neutral,
+    and no gradient 0."""
     torch.manual_seed(seed)
     options = OPTIONS.get(name, {})
     kept = [1]
     config = StudentConfig(
-        **shape(num_hidden_layers=3), student_name=name, student_options=options, keep_full_attention_layers=kept
+        **shape(num_hidden_layers=2), student_name=name, student_options=options, keep_full_attention_layers=kept
     )
     model = StudentForCausalLM(config).double().train()
     with torch.no_grad():
