@@ -37,8 +37,8 @@ from wrapper import AttentionAlignmentModel, calibrate
 ROOT = Path(__file__).resolve().parent
 GIB = 2**30
 LARGE_MODEL = 10**9  # parameters from which on CUDA graphs gain little (docs/performance.md)
-# KL(exact teacher || its FP8 version), in nats per token: half of what is left to the student after
-# a good stage 2 (docs/training.md), so that the student is not taught errors as large as its own.
+# The largest KL(exact teacher || FP8 teacher) accepted, in nats per token: a seventh of the KL that
+# the best student of docs/students.md has after stage 2.
 FP8_MAX_KL = 0.01
 FP8_TOKENS = 2**15  # on which it is measured
 Log = Callable[[str], None]
@@ -64,8 +64,7 @@ class Stage:
 
 
 def build_stage(ctx: RunContext) -> Stage:
-    """The stage of the config: models with their weights loaded, calibrated where that is asked
-    for."""
+    """The stage of the config: models with their weights loaded."""
     from transformers import set_seed
 
     set_seed(ctx.cfg.train.seed)
@@ -81,7 +80,6 @@ def build_stage(ctx: RunContext) -> Stage:
 
 
 def _build_alignment_stage(ctx: RunContext, dtype: torch.dtype) -> Stage:
-    train = ctx.cfg.train
     precision = {}
     model, init_report = build_student_for_stage1(
         ctx.cfg,
@@ -90,18 +88,23 @@ def _build_alignment_stage(ctx: RunContext, dtype: torch.dtype) -> Stage:
         recompute=ctx.zero_stage == 3,
         convert_teacher=lambda teacher: precision.update(set_teacher_precision(ctx, teacher)),
     )
-    if train.calibrate_init and ctx.resume is None:
-        model.to(ctx.device)
-        fitted = calibrate_students(
-            model,
-            ctx.chunks,
-            train.calibrate_init,
-            train.micro_batch_size,
-            ctx.log,
-            show_progress=ctx.rank == 0,
-        )
-        init_report = with_calibrated(init_report, fitted)
     return replace(alignment_stage(ctx.cfg, model, init_report), teacher_precision=precision)
+
+
+def calibrate_stage(ctx: RunContext, stage: Stage) -> None:
+    """Calibrates the students of a run that starts, where train.calibrate_init asks for it."""
+    batches = ctx.cfg.train.calibrate_init
+    if not batches or ctx.resume is not None:
+        return
+    fitted = calibrate_students(
+        stage.model.to(ctx.device),
+        ctx.chunks,
+        batches,
+        ctx.plan.micro_batch_size,
+        ctx.log,
+        show_progress=ctx.rank == 0,
+    )
+    stage.init_report = with_calibrated(stage.init_report, fitted)
 
 
 def alignment_stage(cfg: Config, model: AttentionAlignmentModel, init_report: dict[int, dict] | None = None) -> Stage:
@@ -197,7 +200,7 @@ def set_teacher_precision(ctx: RunContext, teacher: StudentForCausalLM) -> dict:
     heldout, train = ctx.chunks.heldout, ctx.cfg.train
     split, name = (ctx.chunks.train, "training") if heldout is None else (heldout, "held-out")
     ids = first_rows(split, max(1, FP8_TOKENS // train.train_seq_len), ctx.device)
-    kl = kl_of(quantize_mlps, teacher.to(ctx.device).eval(), ids.split(train.micro_batch_size))
+    kl = kl_of(quantize_mlps, teacher.to(ctx.device).eval(), ids.split(ctx.plan.micro_batch_size))
     measured = f"KL(exact || fp8) is {kl:.3g} nats per token on {ids.numel():,} {name} tokens"
     if not kl <= FP8_MAX_KL:
         raise ValueError(f"{FP8_KEY}: {measured}, more than {FP8_MAX_KL}; set exact")
@@ -301,7 +304,12 @@ def use_cuda_graphs(
     return reason is None
 
 
-def _shard_teacher(cfg: Config, size: int, device: str, world_size: int) -> tuple[bool, str]:
+def bytes_of(model: nn.Module) -> int:
+    """Of parameters and buffers; FP8 weights are buffers."""
+    return sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+
+
+def shard_teacher(cfg: Config, size: int, device: str, world_size: int) -> tuple[bool, str]:
     """Whether to shard a teacher of `size` bytes, and why. All ranks call it together and decide
     alike."""
     mode = cfg.train.kd_teacher_shard
@@ -331,8 +339,8 @@ def teacher_engine_config(
 ) -> dict | None:
     """DeepSpeed's config of a teacher that is sharded with ZeRO-3, or None where every device holds
     a replica."""
-    size = sum(tensor.nbytes for tensor in chain(teacher.parameters(), teacher.buffers()))
-    shard, why = _shard_teacher(cfg, size, device, world_size)
+    size = bytes_of(teacher)
+    shard, why = shard_teacher(cfg, size, device, world_size)
     log(f"teacher: {'sharded with ZeRO-3' if shard else 'replicated'} ({size / GIB:.2f} GiB; {why})")
     if not shard:
         return None

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from distill_model import StudentConfig, StudentForCausalLM
 from distill_model.fp8 import quantize_mlps
 from layer_selection.ranking import budget, evenly_spaced
 from mfu import device_peak_flops
+from micro_batch import with_measured_micro_batch
 from stages import Stage, alignment_stage, build_trainer, compute_dtype, logit_stage
 from wrapper import AttentionAlignmentModel
 
@@ -425,6 +427,9 @@ def main() -> None:
         ctx.output_dir.mkdir()
         rate = gemm_rate(device)
         stage = random_stage(ctx, config)
+        if cfg.train.micro_batch_size == "auto":
+            ctx = with_measured_micro_batch(replace(ctx, log=print if rank == 0 else ctx.log), stage)
+            plan = ctx.plan
         trainer = build_trainer(ctx, stage)
         trainer.args.save_strategy = "no"
         clock = Clock(trainer, args.stage, WARM_STEPS, args.steps)

@@ -213,8 +213,13 @@ class Candidate:
         self.losses.clear()
 
 
-def check_optimizer(cfg: Config) -> None:
-    """Raises ConfigError unless candidates can train jointly with the config's optimiser."""
+def check_joint_training(cfg: Config) -> None:
+    """Raises ConfigError unless candidates can train jointly with the config's settings."""
+    if cfg.train.micro_batch_size == "auto":
+        raise ConfigError(
+            "train.micro_batch_size: auto: train.py measures it for one model; set a number for candidates that "
+            "train jointly, or take --full_runs"
+        )
     if cfg.train.optimizer != "adamw":
         raise ConfigError(
             f"train.optimizer: {cfg.train.optimizer}: candidates train jointly with adamw only; "
@@ -243,7 +248,7 @@ class JointTraining:
     """
 
     def __init__(self, bench: Bench, rule: StoppingRule, kept: dict[int, list[int]], sign: int, folder: Path):
-        check_optimizer(bench.cfg)
+        check_joint_training(bench.cfg)
         self.bench = bench
         self.rule = rule
         self.kept = kept

@@ -39,7 +39,7 @@ from layer_selection.candidate_training import (
     JointTraining,
     SequenceKLs,
     TrainingOptions,
-    check_optimizer,
+    check_joint_training,
 )
 from layer_selection.ranking import budget
 from layer_selection.selection import METHODS, SelectionOptions, select
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     disable_progress_bar()  # transformers' own, a line for every file read
     cfg = load_stage_2(args.cfg, args.overrides)
-    check_optimizer(cfg)
+    check_joint_training(cfg)
     top_k = budget(args.ratio, load_teacher_config(cfg.teacher_model.name).num_hidden_layers)
     claim(cfg, args)
     sets = {method: chosen_layers(cfg, method, top_k, args) for method in args.methods}

@@ -10,6 +10,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+from runtime.config import load_config
 from runtime.guard import REQUEUE
 
 import psutil
@@ -153,6 +154,29 @@ def test_killed_and_resumed(both, tmp_path, teacher_dir, data_dir, stage, end, c
     }
     resumed = torch.tensor([lines[step] for step in sorted(lines)])
     torch.testing.assert_close(resumed, losses(both / "gpu" / f"stage{stage}"), rtol=0, atol=0)
+
+
+def test_measured_micro_batches(both, tmp_path, teacher_dir, data_dir):
+    """train.micro_batch_size auto takes more than one sequence, keeps the number when the run is
+    killed and resumed, and has the losses of one sequence at a time, within the rounding of bf16."""
+    changes = {"micro_batch_size": "auto", **start_of(both, 2)}
+    file = configs(tmp_path / "run", teacher_dir, data_dir, 2, **changes)
+    output = tmp_path / "run" / "stage2"
+    process, limit = start(file), time.monotonic() + 300
+    while not list(output.glob("checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < limit, file.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.01)
+    chosen = load_config(output / "config.yaml").train.micro_batch_size
+    assert chosen in (2, 4)
+    process.kill()
+    process.wait(60)
+    finish(start(file), file)
+    log = file.with_suffix(".log").read_text()
+    (line,) = (line for line in log.splitlines() if "train.micro_batch_size: auto" in line)
+    print(line)
+    assert f"auto: {chosen} (" in line and "resuming from" in log
+    assert load_config(output / "config.yaml").train.micro_batch_size == chosen
+    torch.testing.assert_close(losses(output), losses(both / "gpu" / "stage2"), rtol=0.1, atol=1e-3)
 
 
 # The train settings of stage 2 by how its models are sharded.
