@@ -242,7 +242,6 @@ def _engine_bytes(ctx: RunContext, stage: Stage, sharded_teacher: bool) -> int:
         stage.model,
         log=lambda _: None,  # build_trainer logs the reason
         sharded_teacher=sharded_teacher,
-        world_size=ctx.world_size,
     )
     if graphs:
         # A copy of the gradients; and the activations stay allocated during an optimiser step.

@@ -258,6 +258,6 @@ def _memory_per_gpu(ctx: RunContext, model: nn.Module, frozen: int, zero_stage: 
         "gradients": trained * width / (world_size if zero_stage > 1 else 1),
         "optimiser": trained * STATE_BYTES[train.optimizer] / world_size,
     }
-    if use_cuda_graphs(ctx.cfg, device, zero_stage, model, ctx.log, shard_teacher, world_size):
+    if use_cuda_graphs(ctx.cfg, device, zero_stage, model, ctx.log, shard_teacher):
         memory["CUDA graphs"] = trained * width  # the gradients that the graphs write
     return memory

@@ -282,7 +282,6 @@ def use_cuda_graphs(
     model: nn.Module,
     log: Log = print,
     sharded_teacher: bool = False,
-    world_size: int = 1,
 ) -> bool:
     """Whether the passes of a training step run as CUDA graphs. Logs the reason where
     train.cuda_graphs is true and they cannot be used on this GPU."""
@@ -290,7 +289,7 @@ def use_cuda_graphs(
     if not mode or device != "cuda":
         return False
     size = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))  # FP8 weights are buffers
-    if mode == "auto" and (world_size > 1 or size >= LARGE_MODEL):
+    if mode == "auto" and size >= LARGE_MODEL:
         return False
     reason = None
     if zero_stage == 3:
@@ -416,7 +415,7 @@ def build_trainer(ctx: RunContext, stage: Stage):
     if stage.teacher is not None:
         teacher_config = teacher_engine_config(cfg, stage.teacher, ctx.device, ctx.world_size, ctx.log)
     sharded = teacher_config is not None
-    graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded, ctx.world_size)
+    graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded)
     options = dict(stage.loss_options)
     if stage.teacher is not None:
         options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs)

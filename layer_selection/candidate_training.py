@@ -61,7 +61,8 @@ def master_of(param: nn.Parameter) -> torch.Tensor:
 
 
 class MasterAdamW:
-    """AdamW on fp32 master copies of parameters that are not fp32, as in DeepSpeed.
+    """AdamW on fp32 master copies of parameters that are not fp32, as in DeepSpeed; of parameters on
+    a GPU in fused kernels.
 
     groups: torch's, of params, lr and weight_decay. make_scheduler(optimiser) returns the schedule.
     """
@@ -81,7 +82,8 @@ class MasterAdamW:
             masters = [master_of(param) for param in group["params"]]
             master_groups.append(group | {"params": masters})
             self.masters += masters
-        self.adamw = torch.optim.AdamW(master_groups, betas=betas)
+        self.fused = all(master.is_cuda for master in self.masters)
+        self.adamw = torch.optim.AdamW(master_groups, betas=betas, fused=self.fused or None)
         self.scheduler = make_scheduler(self.adamw)
 
         self.copied = []  # parameters that have a master copy
@@ -123,7 +125,8 @@ class MasterAdamW:
         for i, (param, master) in enumerate(zip(self.params, self.masters)):
             master.copy_(tensors[f"{i}.master"])
             self.adamw.state[master] = {
-                "step": torch.tensor(float(steps)),
+                # The fused kernels read it on the GPU, the others on the CPU.
+                "step": torch.tensor(float(steps), device=master.device if self.fused else CPU),
                 "exp_avg": tensors[f"{i}.exp_avg"].to(master.device),
                 "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].to(master.device),
             }
@@ -139,7 +142,7 @@ class MasterAdamW:
                 master.data = master.data.to(device)
             state = self.adamw.state.get(master, {})
             for name, value in state.items():
-                if name != "step":
+                if name != "step" or self.fused:
                     state[name] = value.to(device)
 
 

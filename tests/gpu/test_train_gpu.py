@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from conftest import write_config
+from test_candidate_training import check_master_adamw
 
 from distill_model import StudentForCausalLM
 
@@ -26,6 +27,11 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 STEPS = 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_adamw_on_master_copies(dtype):
+    check_master_adamw("cuda", dtype)
 
 
 def start(file, *options, gpu=True, rank=0, world_size=1):
@@ -175,14 +181,15 @@ def test_measured_micro_batches(both, tmp_path, teacher_dir, data_dir):
 
 # The train settings of stage 2 by how its models are sharded.
 SHARDING = {
-    "ZeRO-1": {"zero_stage": 1, "kd_teacher_shard": "never"},
-    "ZeRO-1, CUDA graphs": {"zero_stage": 1, "kd_teacher_shard": "never", "cuda_graphs": True},
-    "ZeRO-2": {"zero_stage": 2, "kd_teacher_shard": "never"},
-    "ZeRO-2, CUDA graphs": {"zero_stage": 2, "kd_teacher_shard": "never", "cuda_graphs": True},
+    "ZeRO-1": {"zero_stage": 1, "kd_teacher_shard": "never", "cuda_graphs": False},
+    "ZeRO-1, CUDA graphs": {"zero_stage": 1, "kd_teacher_shard": "never"},
+    "ZeRO-2": {"zero_stage": 2, "kd_teacher_shard": "never", "cuda_graphs": False},
+    "ZeRO-2, CUDA graphs": {"zero_stage": 2, "kd_teacher_shard": "never"},
     "ZeRO-2, teacher ZeRO-3": {"zero_stage": 2, "kd_teacher_shard": "always"},
     "ZeRO-3": {"zero_stage": 3, "kd_teacher_shard": "never"},
 }
-LIMITS = {"fp32": 1e-3, "bf16": 2e-2}  # relative, of a loss
+# Relative, of a loss. In bf16 ZeRO-2 adds up the gradients of micro-batches in bf16: 2.0e-2 on two H200s.
+LIMITS = {"fp32": 1e-3, "bf16": 3e-2}
 
 
 def distil(folder, teacher_dir, data_dir, stage1, dtype, world_size, sharding):
