@@ -49,12 +49,12 @@ def random_order(bench: Bench, seed: int) -> Ranking:
 # ------------------------------------------------------------------------ without training
 def scan(bench: Bench) -> Ranking:
     """-KL(teacher || the all-linear student with this layer restored), as GA-S2 but without training."""
-    return rank_scan(measure_layer_swaps(bench.kls, bench.student, bench.teacher))
+    return rank_scan(measure_layer_swaps(bench.losses, bench.student, bench.teacher), bench.unit)
 
 
-def rank_scan(kls: dict[int, list[float]]) -> Ranking:
-    """kls: layer -> the KL with this layer restored, on each sequence."""
-    return rank_samples("scan", "-KL", negated(kls))
+def rank_scan(losses: dict[int, list[float]], unit: str = "KL") -> Ranking:
+    """losses: layer -> the objective, called `unit`, with this layer restored, on each sequence."""
+    return rank_samples("scan", f"-{unit}", negated(losses))
 
 
 def perplexity(bench: Bench) -> Ranking:
@@ -168,7 +168,7 @@ def gr_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
     if trained is None:
         return None
     kls, facts = trained
-    return rank_hybrids("gr_s2", "KL", kls, facts)
+    return rank_hybrids("gr_s2", bench.unit, kls, facts)
 
 
 def avg_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:

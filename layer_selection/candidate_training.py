@@ -51,7 +51,7 @@ CPU = torch.device("cpu")
 
 # Token ids [B, T] and the teacher's hidden states [B, T, H] of each micro-batch.
 MicroBatches = list[tuple[torch.Tensor, torch.Tensor]]
-# Layer -> KL(teacher || its candidate) of each held-out sequence.
+# Layer -> its candidate's objective, by default KL(teacher || candidate), on each held-out sequence.
 SequenceKLs = dict[int, list[float]]
 
 
@@ -389,10 +389,11 @@ class JointTraining:
                 candidate.to(CPU)
 
     def measure(self, candidate: Candidate) -> list[float]:
-        """Its held-out KLs. Raises ConfigError if a loss of its training was not finite."""
+        """The objective on each held-out sequence. Raises ConfigError if a loss of its training was not
+        finite."""
         candidate.check_losses()
         candidate.to(self.bench.device)
-        kls = self.bench.kls(candidate.hybrid.eval())
+        kls = self.bench.losses(candidate.hybrid.eval())
         candidate.hybrid.train()
         candidate.to(self.bench.device if self.resident else CPU)
         return kls
@@ -414,6 +415,8 @@ class JointTraining:
             "of_steps": self.plan.steps,
             "stopped": {layer: entry.step for layer, entry in last.items() if entry.step < end},
             "share_of_full_runs": self.compute_share(),
+            "flops": self.spent_flops(),
+            "tokens": self.trained_tokens(),
             "seconds": round(sum(entry.seconds for entry in self.history), 1),
         }
         return {layer: entry.kl[layer] for layer, entry in last.items()}, facts
@@ -450,6 +453,12 @@ class JointTraining:
             raise ConfigError(
                 f"--output_dir: {self.folder} has other candidates or --rounds {known['rounds']}; name another"
             )
+        objective = known.get("objective", "kl")
+        if objective != self.bench.objective_name:
+            raise ConfigError(
+                f"--objective: {self.folder} was measured by {objective}, not {self.bench.objective_name}; "
+                "set that, or name another --output_dir"
+            )
         measured = len(next(iter(known["history"][0]["kl"].values())))
         if measured != self.bench.num_sequences:
             raise ConfigError(
@@ -462,6 +471,7 @@ class JointTraining:
             "rounds": self.num_rounds,
             "kept": self.kept,
             "over": self.over(),
+            "objective": self.bench.objective_name,
             "history": [vars(entry) for entry in self.history],
         }
         atomic_write_text(self.folder / HISTORY, json.dumps(known))
@@ -524,7 +534,19 @@ class JointTraining:
         bar.set_postfix({"best": ",".join(map(str, sorted(best))), "training": len(alive)})
 
     def compute_share(self) -> float:
-        """FLOPs of the GEMMs over those of a full run for every candidate, evaluations included.
+        """FLOPs over those of a full run for every candidate, evaluations included."""
+        teacher = linear_weights(self.bench.teacher)
+        student = linear_weights(self.bench.student)
+        return self.spent_flops() / (self.plan.tokens * (2 * teacher + 6 * student) * len(self.kept))
+
+    def trained_tokens(self) -> int:
+        """Of all candidates together."""
+        starts = [0, *(entry.step for entry in self.history)]
+        steps = [(entry.step - start) * len(entry.kl) for start, entry in zip(starts, self.history)]
+        return sum(steps) * self.plan.tokens_per_step
+
+    def spent_flops(self) -> int:
+        """FLOPs of the GEMMs, evaluations included.
 
         Per token and weight: 2 in a forward pass of teacher or student, 6 in a training step.
         """
@@ -539,7 +561,7 @@ class JointTraining:
             spent += tokens * (2 * teacher + 6 * student * len(entry.kl))
             spent += heldout_tokens * 2 * (student + head) * len(entry.kl)
             before = entry.step
-        return spent / (self.plan.tokens * (2 * teacher + 6 * student) * len(self.kept))
+        return spent
 
 
 def linear_weights(model: nn.Module) -> int:
@@ -611,4 +633,4 @@ def ga_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
     if trained is None:
         return None
     kls, facts = trained
-    return rank_hybrids("ga_s2", "-KL", negated(kls), facts)
+    return rank_hybrids("ga_s2", f"-{bench.unit}", negated(kls), facts)

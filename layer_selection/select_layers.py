@@ -57,9 +57,16 @@ from convert import load_teacher_config
 from layer_selection.ablation_questions import add_options, question_options
 from layer_selection.baselines import TASK_METHODS
 from layer_selection.candidate_training import TrainingOptions
+from layer_selection.objective import OBJECTIVES, RecallOptions
 from layer_selection.ranking import budget
-from layer_selection.selection import METHODS, TRAINED_METHODS, SelectionOptions, select
-from layer_selection.stage2_runs import HELDOUT_KL, check_start, deepspeed_launcher, load_stage_2
+from layer_selection.selection import (
+    METHODS,
+    OBJECTIVE_METHODS,
+    TRAINED_METHODS,
+    SelectionOptions,
+    select,
+)
+from layer_selection.stage2_runs import check_start, deepspeed_launcher, heldout_file, load_stage_2
 from layer_selection.stopping_rule import add_rule_options, read_rule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +103,14 @@ def make_parser() -> argparse.ArgumentParser:
         default=0,
         help="of the method random, and of a task's questions (%(default)s)",
     )
+    add(
+        "--objective",
+        choices=OBJECTIVES,
+        default="kl",
+        help=f"what {', '.join(OBJECTIVE_METHODS)} minimise, see objective.py; recall and mixture take documents of "
+        "--num_pairs and --vocab_size (%(default)s)",
+    )
+    add("--search_tokens", type=int, help="tokens that gates trains on; default: half of the config's, at most 12M")
     add_options(parser)
     add("overrides", nargs="*", metavar="key.path=value", help="applied after the file")
     return parser
@@ -150,6 +165,9 @@ def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> Selectio
         batch_size=args.batch_size,
         seed=args.seed,
         questions=question_options(args) if args.method in TASK_METHODS else None,
+        objective=args.objective,
+        recall=RecallOptions(args.num_pairs, args.vocab_size),
+        search_tokens=args.search_tokens,
     )
 
 
@@ -181,7 +199,7 @@ def submit(options: SelectionOptions, cfg: Config, cfg_file: str, arguments: lis
         raise ConfigError(f"--slurm: jobs run in {ROOT}; run this command there")
     check_start(cfg)
     folders = [training.output_dir / f"layer_{layer}" for layer in range(layers)]
-    missing = [layer for layer in range(layers) if not (folders[layer] / HELDOUT_KL).is_file()]
+    missing = [layer for layer in range(layers) if not (folders[layer] / heldout_file(options.objective)).is_file()]
     array = f"--array={','.join(map(str, missing))}%{os.environ.get('PARALLEL', 8)}"
     user_options = os.environ.get("SBATCH_ARGS", "").split()
     command = ["launch_selection.sh", "--cfg", cfg_file, "--full_runs", *arguments]

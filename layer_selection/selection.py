@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.config import Config, ConfigError
@@ -27,6 +27,8 @@ from layer_selection.baselines import (
 )
 from layer_selection.bench import Bench
 from layer_selection.candidate_training import TrainingOptions, ga_s2
+from layer_selection.gates import gates
+from layer_selection.objective import OBJECTIVES, RecallOptions
 from layer_selection.ranking import Ranking, table, write
 from layer_selection.stage2_runs import write_chosen
 
@@ -37,7 +39,9 @@ class SelectionOptions:
 
     ratio: what top_k was computed from, or None. sequences: held-out ones to measure on.
     batch_size: of sequences, or of a task's questions. seed: of the method `random`, and of a
-    task's questions. questions: of a task's ablation, None for other methods.
+    task's questions. questions: of a task's ablation, None for other methods. objective, recall:
+    what the methods of OBJECTIVE_METHODS minimise. search_tokens: that `gates` trains on, None for
+    its default.
 
     Raises ConfigError, naming the command-line option, for numbers that make no sense.
     """
@@ -50,12 +54,21 @@ class SelectionOptions:
     batch_size: int = 8
     seed: int = 0
     questions: QuestionOptions | None = None
+    objective: str = "kl"
+    recall: RecallOptions = field(default_factory=RecallOptions)
+    search_tokens: int | None = None
 
     def __post_init__(self):
-        for name, least in (("sequences", 2), ("batch_size", 1)):
+        for name, least in (("sequences", 2), ("batch_size", 1), ("search_tokens", 1)):
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise ConfigError(f"--{name}: {value} must be at least {least}")
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"--objective: {self.objective} is unknown; choose of {', '.join(OBJECTIVES)}")
+        if self.objective != "kl" and self.method not in OBJECTIVE_METHODS:
+            raise ConfigError(
+                f"--objective: {self.objective} is for --method {', '.join(OBJECTIVE_METHODS)}; {self.method} has its own"
+            )
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise ConfigError(f"--output_dir: {self.output_dir} is a file; name a folder")
 
@@ -71,7 +84,12 @@ def ablate_task(bench: Bench, options: SelectionOptions) -> Ranking:
     return task_ablation(bench, options.method, options.questions, options.batch_size, options.seed)
 
 
+def learn_gates(bench: Bench, options: SelectionOptions) -> Ranking:
+    return gates(bench, options.top_k, options.search_tokens, options.output_dir)
+
+
 METHODS: dict[str, Method] = {
+    "gates": learn_gates,
     "ga_s2": lambda bench, options: ga_s2(bench, options.training),
     "gr_s2": lambda bench, options: gr_s2(bench, options.training),
     "avg_s2": lambda bench, options: avg_s2(bench, options.training),
@@ -85,6 +103,8 @@ METHODS: dict[str, Method] = {
     **dict.fromkeys(TASK_METHODS, ablate_task),
 }
 TRAINED_METHODS = ("ga_s2", "gr_s2", "avg_s2")  # with a training run for every layer
+OBJECTIVE_METHODS = ("gates", "scan", "ga_s2", "gr_s2")  # those that minimise --objective
+SIGNAL_METHODS = (*TRAINED_METHODS, "gates")  # those that save and stop at a signal
 
 
 @dataclass(frozen=True)
@@ -121,9 +141,9 @@ def select(cfg: Config, options: SelectionOptions) -> Selection | None:
     """
     # Training handles signals itself; the other methods take minutes, keep nothing, and start again
     # when requeued.
-    signals = nullcontext() if options.method in TRAINED_METHODS else StopSignals(to_the_end=False)
+    signals = nullcontext() if options.method in SIGNAL_METHODS else StopSignals(to_the_end=False)
     with signals:
-        bench = Bench(cfg, options.sequences, options.batch_size)
+        bench = Bench(cfg, options.sequences, options.batch_size, options.objective, options.recall)
         ranking = METHODS[options.method](bench, options)
     if ranking is None:
         return None
