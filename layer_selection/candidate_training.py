@@ -251,6 +251,7 @@ class JointTraining:
         self.num_rounds = min(rule.rounds, self.plan.steps)
         self.history: list[Round] = []
         self.ended = False  # whether training was over for the process that wrote the history
+        self.received: str | None = None  # the signal that told the training to stop
         self.candidates: dict[int, Candidate] = {}
         self.order = self.draw_order(len(bench.train))
 
@@ -300,6 +301,10 @@ class JointTraining:
         return self.teacher_forward(input_ids=ids, use_cache=False)["last_hidden_state"]
 
     # ---- candidates
+    def make_hybrid(self, layer: int) -> StudentForCausalLM:
+        """What the layer's candidate starts from."""
+        return self.bench.student.restore_full_attention(self.bench.teacher, self.kept[layer])
+
     def build(self, mine: list[int], done: int) -> None:
         """Builds the candidates of these layers as they were after round `done`. Raises ConfigError
         if they need more memory than there is."""
@@ -310,7 +315,7 @@ class JointTraining:
         self.teacher_forward = GraphedForward(teacher.model) if graphs else teacher.model
         for layer in mine:
             torch.manual_seed(self.cfg.train.seed)
-            hybrid = student.restore_full_attention(teacher, self.kept[layer])
+            hybrid = self.make_hybrid(layer)
             candidate = Candidate(f"layer {layer}", hybrid, self.cfg, self.plan, graphs)
             if done:
                 state = load_file(self.saved(done) / f"{layer}.safetensors")
@@ -513,6 +518,7 @@ class JointTraining:
                 if stop.received or save_is_due:
                     self.save()
                     saved_at = time.monotonic()
+                self.received = stop.received
                 if stop.received and not self.over():
                     after = f"stopped after round {len(self.history)}"
                     print(f"{stop.received}: {after}; rerun the command to resume", flush=True)

@@ -59,6 +59,7 @@ from layer_selection.baselines import TASK_METHODS
 from layer_selection.candidate_training import TrainingOptions
 from layer_selection.objective import OBJECTIVES, RecallOptions
 from layer_selection.ranking import budget
+from layer_selection.rounds import CANDIDATES, RoundOptions
 from layer_selection.selection import (
     METHODS,
     OBJECTIVE_METHODS,
@@ -110,7 +111,20 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"what {', '.join(OBJECTIVE_METHODS)} minimise, see objective.py; recall and mixture take documents of "
         "--num_pairs and --vocab_size (%(default)s)",
     )
-    add("--search_tokens", type=int, help="tokens that gates trains on; default: half of the config's, at most 12M")
+    add(
+        "--search_tokens",
+        type=int,
+        help="tokens that gates trains on (default: half of the config's, at most 12M); of all candidates of rounds "
+        "together (default: a tenth of the config's for every layer)",
+    )
+    add("--direction", default="add", help="rounds: add layers, or remove them (%(default)s)")
+    add("--layers_per_round", type=int, help="rounds: layers that a round adds or removes; default: a quarter of all")
+    add(
+        "--candidates_per_round",
+        type=int,
+        default=CANDIDATES,
+        help="rounds: hybrids that a round trains, chosen by their figures without training (%(default)s)",
+    )
     add_options(parser)
     add("overrides", nargs="*", metavar="key.path=value", help="applied after the file")
     return parser
@@ -168,6 +182,7 @@ def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> Selectio
         objective=args.objective,
         recall=RecallOptions(args.num_pairs, args.vocab_size),
         search_tokens=args.search_tokens,
+        rounds=RoundOptions(args.direction, args.layers_per_round, args.candidates_per_round, args.search_tokens),
     )
 
 

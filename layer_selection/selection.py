@@ -30,6 +30,7 @@ from layer_selection.candidate_training import TrainingOptions, ga_s2
 from layer_selection.gates import gates
 from layer_selection.objective import OBJECTIVES, RecallOptions
 from layer_selection.ranking import Ranking, table, write
+from layer_selection.rounds import RoundOptions, rounds
 from layer_selection.stage2_runs import write_chosen
 
 
@@ -41,7 +42,7 @@ class SelectionOptions:
     batch_size: of sequences, or of a task's questions. seed: of the method `random`, and of a
     task's questions. questions: of a task's ablation, None for other methods. objective, recall:
     what the methods of OBJECTIVE_METHODS minimise. search_tokens: that `gates` trains on, None for
-    its default.
+    its default. rounds: of the method `rounds`.
 
     Raises ConfigError, naming the command-line option, for numbers that make no sense.
     """
@@ -57,6 +58,7 @@ class SelectionOptions:
     objective: str = "kl"
     recall: RecallOptions = field(default_factory=RecallOptions)
     search_tokens: int | None = None
+    rounds: RoundOptions = field(default_factory=RoundOptions)
 
     def __post_init__(self):
         for name, least in (("sequences", 2), ("batch_size", 1), ("search_tokens", 1)):
@@ -88,7 +90,12 @@ def learn_gates(bench: Bench, options: SelectionOptions) -> Ranking:
     return gates(bench, options.top_k, options.search_tokens, options.output_dir)
 
 
+def go_in_rounds(bench: Bench, options: SelectionOptions) -> Ranking:
+    return rounds(bench, options.top_k, options.rounds, options.output_dir)
+
+
 METHODS: dict[str, Method] = {
+    "rounds": go_in_rounds,
     "gates": learn_gates,
     "ga_s2": lambda bench, options: ga_s2(bench, options.training),
     "gr_s2": lambda bench, options: gr_s2(bench, options.training),
@@ -103,8 +110,7 @@ METHODS: dict[str, Method] = {
     **dict.fromkeys(TASK_METHODS, ablate_task),
 }
 TRAINED_METHODS = ("ga_s2", "gr_s2", "avg_s2")  # with a training run for every layer
-OBJECTIVE_METHODS = ("gates", "scan", "ga_s2", "gr_s2")  # those that minimise --objective
-SIGNAL_METHODS = (*TRAINED_METHODS, "gates")  # those that save and stop at a signal
+OBJECTIVE_METHODS = ("gates", "rounds", "scan", "ga_s2", "gr_s2")  # those that minimise --objective
 
 
 @dataclass(frozen=True)
@@ -139,9 +145,9 @@ def select(cfg: Config, options: SelectionOptions) -> Selection | None:
     Raises ValueError for what the user can correct. Told to stop by a signal, it exits with
     REQUEUE.
     """
-    # Training handles signals itself; the other methods take minutes, keep nothing, and start again
-    # when requeued.
-    signals = nullcontext() if options.method in SIGNAL_METHODS else StopSignals(to_the_end=False)
+    # Joint training handles signals itself; the others have nothing to save where a signal comes
+    # here.
+    signals = nullcontext() if options.method in TRAINED_METHODS else StopSignals(to_the_end=False)
     with signals:
         bench = Bench(cfg, options.sequences, options.batch_size, options.objective, options.recall)
         ranking = METHODS[options.method](bench, options)
