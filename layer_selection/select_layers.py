@@ -89,6 +89,12 @@ def make_parser() -> argparse.ArgumentParser:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--top-k", type=int, help="how many layers to keep")
     size.add_argument("--ratio", type=float, help="share of the layers to keep: floor(ratio x layers + 0.5)")
+    size.add_argument(
+        "--interval",
+        type=int,
+        metavar="N",
+        help="keep every N-th layer, of the best phase; with scan or ga_s2",
+    )
     add("--output_dir", type=Path, help="default: <train.output_dir>_<method>")
     add_training_options(parser)
     add("--sequences", type=int, default=64, help="held-out sequences to measure on (%(default)s)")
@@ -157,7 +163,17 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> SelectionOptions:
     """The typed options of a teacher of so many layers. Raises ConfigError, naming the option, for
     those that make no sense."""
-    top_k = budget(args.ratio, layers) if args.ratio is not None else args.top_k
+    top_k = args.top_k
+    if args.ratio is not None:
+        top_k = budget(args.ratio, layers)
+    if args.interval is not None:
+        if not 1 <= args.interval <= layers:
+            raise ConfigError(f"--interval: {args.interval} must be between 1 and the teacher's {layers} layers")
+        if args.candidate is not None or args.slurm or args.full_runs:
+            raise ConfigError(
+                "--interval: its candidates train jointly; leave --candidate, --slurm and --full_runs out"
+            )
+        top_k = 1  # of the phases
     if not 1 <= top_k <= layers:
         raise ConfigError(f"--top-k: {top_k} must be between 1 and the teacher's {layers} layers")
     can_train = args.method in TRAINED_METHODS and args.candidate in range(layers)
@@ -180,6 +196,7 @@ def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> Selectio
         seed=args.seed,
         questions=question_options(args) if args.method in TASK_METHODS else None,
         objective=args.objective,
+        interval=args.interval,
         recall=RecallOptions(args.num_pairs, args.vocab_size),
         search_tokens=args.search_tokens,
         rounds=RoundOptions(args.direction, args.layers_per_round, args.candidates_per_round, args.search_tokens),

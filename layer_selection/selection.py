@@ -28,6 +28,8 @@ from layer_selection.baselines import (
 from layer_selection.bench import Bench
 from layer_selection.candidate_training import TrainingOptions, ga_s2
 from layer_selection.gates import gates
+from layer_selection.intervals import METHODS as INTERVAL_METHODS
+from layer_selection.intervals import best_phase, interval_of
 from layer_selection.objective import OBJECTIVES, RecallOptions
 from layer_selection.ranking import Ranking, table, write
 from layer_selection.rounds import RoundOptions, rounds
@@ -42,7 +44,8 @@ class SelectionOptions:
     batch_size: of sequences, or of a task's questions. seed: of the method `random`, and of a
     task's questions. questions: of a task's ablation, None for other methods. objective, recall:
     what the methods of OBJECTIVE_METHODS minimise. search_tokens: that `gates` trains on, None for
-    its default. rounds: of the method `rounds`.
+    its default. rounds: of the method `rounds`. interval: keep every interval-th layer, of the best
+    phase, instead of top_k layers.
 
     Raises ConfigError, naming the command-line option, for numbers that make no sense.
     """
@@ -59,12 +62,18 @@ class SelectionOptions:
     recall: RecallOptions = field(default_factory=RecallOptions)
     search_tokens: int | None = None
     rounds: RoundOptions = field(default_factory=RoundOptions)
+    interval: int | None = None
 
     def __post_init__(self):
         for name, least in (("sequences", 2), ("batch_size", 1), ("search_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name}: {value} must be at least {least}")
+        if self.interval is not None and self.method not in INTERVAL_METHODS:
+            raise ConfigError(
+                f"--interval: {self.interval} is for --method {' and '.join(INTERVAL_METHODS)}, which measure sets of "
+                f"layers; {self.method} does not"
+            )
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"--objective: {self.objective} is unknown; choose of {', '.join(OBJECTIVES)}")
         if self.objective != "kl" and self.method not in OBJECTIVE_METHODS:
@@ -131,10 +140,16 @@ class Selection:
                 f"{facts['share_of_full_runs']:.1%} of the FLOPs of {len(self.ranking.layers)} full runs, "
                 f"{facts['seconds']:.0f} s"
             )
-        kept = f"Kept: {self.ranking.keep(self.top_k)}"
+        layers = self.ranking.keep(self.top_k)
+        kept = f"Kept: {layers}"
         if undecided := self.ranking.undecided(self.top_k):
             kept += f"; statistically tied at the cut: {undecided}"
         lines.append(f"{kept}; next: deepspeed train.py --cfg {self.chosen}")
+        if interval_of(layers, len(self.ranking.layers)) is None:
+            lines.append(
+                "Warning: runtimes that derive the layer kinds from full_attention_interval (llama.cpp, MLX) cannot run "
+                "this set; --interval chooses among evenly spaced ones (docs/layer_selection.md)"
+            )
         return "\n".join(lines)
 
 
@@ -150,9 +165,12 @@ def select(cfg: Config, options: SelectionOptions) -> Selection | None:
     signals = nullcontext() if options.method in TRAINED_METHODS else StopSignals(to_the_end=False)
     with signals:
         bench = Bench(cfg, options.sequences, options.batch_size, options.objective, options.recall)
-        ranking = METHODS[options.method](bench, options)
+        if options.interval is None:
+            ranking, count = METHODS[options.method](bench, options), options.top_k
+        else:
+            ranking, count = best_phase(bench, options.method, options.interval, options.training)
     if ranking is None:
         return None
-    write(ranking, options.top_k, options.output_dir)
-    chosen = write_chosen(cfg, ranking, options.top_k, options.ratio, options.output_dir)
-    return Selection(ranking, options.top_k, chosen)
+    write(ranking, count, options.output_dir)
+    chosen = write_chosen(cfg, ranking, count, options.ratio, options.output_dir)
+    return Selection(ranking, count, chosen)
