@@ -63,6 +63,22 @@ def test_a_folder_belongs_to_one_recall_teacher(recall_dir, options, message):
         recall_teacher.main(["--output_dir", str(recall_dir), *options])
 
 
+def test_difficulty_is_a_choice(recall_dir):
+    """What is not chosen stays, to the document."""
+    for size in ("full", "quickstart"):
+        mix = {"full": recall_teacher.FULL, "quickstart": recall_teacher.QUICKSTART}[size].tasks
+        assert recall_teacher.scale_of(size).tasks.interleaved(0, 5) == mix.interleaved(0, 5)
+    harder = recall_teacher.scale_of("hard", {"num_pairs": 100, "num_words": 600, "num_fillers": 9}).tasks
+    (document,) = harder.documents(0, 1, hardest=True)["associative_recall"]
+    pairs = document.text.partition(" ?")[0].removeprefix("recall:").split(",")
+    assert len(pairs) == 100 and len(pairs[-1].split()) == 2 + 9 and harder.num_words == 600
+    assert harder.ranges["multi_hop_recall"]["num_fillers"] == (0, 9)
+    with pytest.raises(ValueError, match="--num_pairs: 3 must be at least 8, the easiest of --size hard"):
+        recall_teacher.main(["--output_dir", "unused", "--size", "hard", "--num_pairs", "3"])
+    with pytest.raises(ValueError, match="was begun with num_pairs None, not 9; name another"):
+        recall_teacher.main(["--output_dir", str(recall_dir), "--tiny", "--num_pairs", "9"])
+
+
 def test_task_rows_are_fresh_and_mark_answers_alone(recall_dir):
     tokenizer = recall_teacher.load_tokenizer(str(recall_dir / "tokenizer"))
     rows = recall_teacher.TaskRows(tokenizer, recall_teacher.TINY, seed=3)
