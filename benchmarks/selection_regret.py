@@ -415,6 +415,7 @@ def plot(results: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
 
     methods = by_method(results["choices"])
     names = ["all sets", *methods]
@@ -441,7 +442,9 @@ def plot(results: dict, path: Path) -> None:
     axis.invert_yaxis()
     axis.set(xscale="log", xlabel="held-out KL over that of the best set (line: mean)")
     axis.grid(axis="x", which="both", alpha=0.25)
-    axis.legend(loc="lower right", fontsize="small")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    figure.legend(loc="outside upper center", ncols=len(groups), frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -92,10 +92,10 @@ def ga_s1(bench: Bench) -> Ranking:
 
 
 def task_ablation(bench: Bench, method: str, options: QuestionOptions, batch_size: int, seed: int) -> Ranking:
-    """accuracy(teacher) - accuracy(teacher with the layer's attention output zeroed) on the task of
-    `method`.
+    """Accuracy of the teacher on a synthetic task - its accuracy with this layer's attention output
+    zeroed.
 
-    Raises ValueError if the teacher answers nothing: there is no accuracy to lose.
+    method: names the task. Raises ValueError if the teacher answers nothing: there is no accuracy to lose.
     """
     task = TASK_METHODS[method]
     questions = draw_questions(task, options, seed)
@@ -111,10 +111,11 @@ def task_ablation(bench: Bench, method: str, options: QuestionOptions, batch_siz
 
 # ------------------------------------------------------------------------ SMART
 def smart(bench: Bench, top_k: int) -> Ranking:
-    """Sensitivity, KL(all-linear) - KL(with this layer restored), and placement (arXiv 2505.17272):
-    see `place`.
+    """Sensitivity, KL(all-linear) - KL(with this layer restored), and placement: the most sensitive
+    layer among the first and among the last L / K, the others nearly evenly between, at the largest
+    sum (arXiv 2505.17272).
 
-    The layers that it places come first; those and the others are not compared, so that there are
+    The layers that `place` places come first; those and the others are not compared, so that there are
     no ties.
     """
     all_linear = bench.kls(bench.student)

@@ -108,6 +108,11 @@ class Bench:
     def num_sequences(self) -> int:
         return sum(map(len, self.batches))
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the held-out sequences."""
+        return sum(batch.numel() for batch in self.batches)
+
     @cached_property
     def teacher_outputs(self) -> list[ModelOutput]:
         return [read_chunks(self.teacher, ids) for ids in self.batches]

@@ -559,7 +559,7 @@ class JointTraining:
         teacher = linear_weights(self.bench.teacher)
         student = linear_weights(self.bench.student)
         head = linear_weights(self.bench.teacher.lm_head)
-        heldout_tokens = sum(batch.numel() for batch in self.bench.batches)
+        heldout_tokens = self.bench.num_tokens
         spent = 0
         before = 0
         for entry in self.history:
@@ -634,7 +634,9 @@ def negated(kls: SequenceKLs) -> SequenceKLs:
 
 def ga_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
     """Greedy addition at stage 2 (arXiv 2512.20569): -KL(teacher || student) after stage 2 in which
-    only this layer is full attention. None where `options.candidate` was trained alone."""
+    only this layer is full attention.
+
+    None where `options.candidate` was trained alone."""
     trained = trained_hybrids(bench, options, {layer: [layer] for layer in bench.layers}, sign=-1)
     if trained is None:
         return None

@@ -278,6 +278,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--sets", nargs="+", default=[], metavar="NAME=LAYERS", help="sets of layers to compare with")
     add("--seeds", type=int, default=3)
+    add(
+        "--only_seed",
+        type=int,
+        metavar="N",
+        help="train the hybrids of seed N alone, for one process per GPU; the command without it writes the table",
+    )
     add("--output_dir", type=Path, required=True)
     add("--sequences", type=int, default=64, help="held-out sequences to measure on")
     add("--batch_size", type=int, default=8)
@@ -295,6 +301,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for method in args.methods:
         split_method(method)
+    if args.only_seed is not None and args.only_seed not in range(args.seeds):
+        raise ConfigError(f"--only_seed: {args.only_seed} must be one of 0 to {args.seeds - 1}")
     if args.seeds < 1:
         raise ConfigError(f"--seeds: {args.seeds} must be at least 1")
     return args
@@ -311,6 +319,9 @@ def main(argv: list[str] | None = None) -> None:
     claim(cfg, args)
     sets |= {method: chosen_layers(cfg, method, top_k, args) for method in args.methods}
     unique = [list(kept) for kept in dict.fromkeys(map(tuple, sets.values()))]
+    if args.only_seed is not None:
+        train_sets(cfg, unique, args.only_seed, args)
+        return
     by_seed = []  # of each seed: set of layers -> figures
     for seed in range(args.seeds):
         by_seed.append(dict(zip(map(tuple, unique), train_sets(cfg, unique, seed, args))))

@@ -277,8 +277,7 @@ class GateTraining:
         )
         both = student + sum(map(linear_weights, self.model.softmax))
         trained = self.steps * self.plan.tokens_per_step * (2 * teacher + 4 * both)
-        heldout_tokens = sum(batch.numel() for batch in self.bench.batches)
-        return trained + len(self.sets.known) * heldout_tokens * 2 * (student + head)
+        return trained + len(self.sets.known) * self.bench.num_tokens * 2 * (student + head)
 
 
 def gates(bench: Bench, top_k: int, tokens: int | None, folder: Path) -> Ranking:
@@ -300,6 +299,7 @@ def gates(bench: Bench, top_k: int, tokens: int | None, folder: Path) -> Ranking
         gates=history[-1].gates,
         objective=training.sets.mean(kept),
         tokens=training.steps * training.plan.tokens_per_step,
+        tokens_measured=len(training.sets.known) * bench.num_tokens,
         flops=training.flops(),
         seconds=round(seconds, 1),
     )

@@ -136,6 +136,7 @@ class Done:
     steps: int
     seconds: float
     tokens: int
+    tokens_measured: int
     flops: int
 
 
@@ -156,7 +157,6 @@ class Rounds:
         planned = options.candidates * (-(-change // self.per_round) + EXCHANGES)
         self.steps = min(plan.steps, max(1, tokens // (planned * plan.tokens_per_step)))
         self.history: list[Done] = []
-        self.measured = 0  # sets that were measured without training
 
     def settings(self) -> dict:
         """What stored rounds must agree in."""
@@ -241,6 +241,7 @@ class Rounds:
                 self.steps,
                 round(time.perf_counter() - begin, 3),
                 facts["tokens"],
+                (measured + len(candidates)) * bench.num_tokens,
                 facts["flops"] + measured * self.flops_of_measurement(),
             )
         )
@@ -264,7 +265,7 @@ class Rounds:
     def flops_of_measurement(self) -> int:
         """Of the GEMMs of one set's measurement."""
         weights = linear_weights(self.bench.student) + linear_weights(self.bench.student.lm_head)
-        return 2 * weights * sum(batch.numel() for batch in self.bench.batches)
+        return 2 * weights * self.bench.num_tokens
 
     def save(self) -> None:
         content = self.settings() | {"history": [vars(done) for done in self.history]}
@@ -300,6 +301,7 @@ def rounds(bench: Bench, top_k: int, options: RoundOptions, folder: Path) -> Ran
         "rounds": [{"action": done.action, "kept": done.kept, "objective": done.trained[0][1]} for done in history],
         "steps_per_round": training.steps,
         "tokens": sum(done.tokens for done in history),
+        "tokens_measured": sum(done.tokens_measured for done in history) + len(sets.known) * bench.num_tokens,
         "flops": sum(done.flops for done in history) + len(sets.known) * training.flops_of_measurement(),
         "seconds": round(sum(done.seconds for done in history) + time.perf_counter() - begin, 1),
     }

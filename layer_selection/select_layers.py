@@ -11,6 +11,10 @@ ranks a layer:
 
     ga_s2    -KL(teacher || student) on held-out text after stage 2 with only this layer restored
              (arXiv 2512.20569)
+    gates    what the objective rises by exchanging this layer, in the set found by gates of all
+             layers that train together (gates.py; arXiv 2605.20936, arXiv 2606.30562)
+    rounds   the same, in the set found by rounds that add (or remove) layers around the best hybrid
+             so far (rounds.py)
   baselines:
     gr_s2    +KL after stage 2 with all but this layer restored (arXiv 2512.20569)
     avg_s2   the mean of both (arXiv 2512.20569)
@@ -35,7 +39,7 @@ Written to --output_dir: ranking.json, ranking.png, ranking.md, and
 {teacher}_{size}_{student}_hybrid_{ratio}_{method}/stage2.yaml with the K best layers, which trains
 in a folder of its own. ga_s2 and gr_s2 train all candidates jointly on one teacher until their
 ranking has converged, or with --full_runs and --candidate each to the end with train.py in
-<output_dir>/layer_<N>/. Rerun the command to resume: it does only what is missing. avg_s2 uses the
+<output_dir>/layer_<N>/. gates and rounds train on one device. Rerun the command to resume: it does only what is missing. avg_s2 uses the
 default folders of both.
 """
 
@@ -61,6 +65,7 @@ from layer_selection.objective import OBJECTIVES, RecallOptions
 from layer_selection.ranking import budget
 from layer_selection.rounds import CANDIDATES, RoundOptions
 from layer_selection.selection import (
+    DEFAULT,
     METHODS,
     OBJECTIVE_METHODS,
     TRAINED_METHODS,
@@ -85,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--cfg", required=True, help="YAML of stage 2")
-    add("--method", choices=METHODS, default="ga_s2", help="see above (%(default)s)")
+    add("--method", choices=METHODS, default=DEFAULT, help="see above (%(default)s)")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--top-k", type=int, help="how many layers to keep")
     size.add_argument("--ratio", type=float, help="share of the layers to keep: floor(ratio x layers + 0.5)")

@@ -118,6 +118,23 @@ METHODS: dict[str, Method] = {
     "random": lambda bench, options: random_order(bench, options.seed),
     **dict.fromkeys(TASK_METHODS, ablate_task),
 }
+# Where each method's formula and source are documented.
+DOCUMENTED: dict[str, Callable] = {
+    "gates": gates,
+    "rounds": rounds,
+    "ga_s2": ga_s2,
+    "gr_s2": gr_s2,
+    "avg_s2": avg_s2,
+    "scan": scan,
+    "smart": smart,
+    "mse": alignment_error,
+    "ga_s1": ga_s1,
+    "ppl": perplexity,
+    **dict.fromkeys(TASK_METHODS, task_ablation),
+    "uniform": uniform,
+    "random": random_order,
+}
+DEFAULT = "ga_s2"
 TRAINED_METHODS = ("ga_s2", "gr_s2", "avg_s2")  # with a training run for every layer
 OBJECTIVE_METHODS = ("gates", "rounds", "scan", "ga_s2", "gr_s2")  # those that minimise --objective
 

@@ -52,6 +52,16 @@ def test_selectors_are_compared(stage2, tmp_path, monkeypatch, capsys):
     assert compare(stage2, tmp_path, "--methods", "scan", "random") == results
 
 
+def test_seeds_can_train_in_processes_of_their_own(stage2, tmp_path, monkeypatch):
+    options = ["--methods", "uniform", "--sequences", "2"]
+    with pytest.raises(FileNotFoundError):  # it writes no table
+        compare(stage2, tmp_path, *options, "--only_seed", "1")
+    assert sorted(file.name for file in tmp_path.glob("seed_*.json")) == ["seed_1.json"]
+    assert len(compare(stage2, tmp_path, *options)["uniform"]["kl"]) == 2
+    with pytest.raises(ValueError, match="--only_seed: 2 must be one of 0 to 1"):
+        compare(stage2, tmp_path, *options, "--only_seed", "2")
+
+
 def test_objectives_and_sets_of_ones_own(stage2, tmp_path):
     results = compare(
         stage2, tmp_path, *flags(num_pairs=1, num_words=8), "--methods", "scan:recall", "--sets", "mine=0,3"
