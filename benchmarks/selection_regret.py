@@ -36,7 +36,7 @@ from pathlib import Path
 from runtime.command import run_main
 from runtime.config import Config, ConfigError, dump_config, load_config
 from runtime.data import load_tokenizer, open_chunks_for
-from runtime.files import FolderLockedError, atomic_directory, atomic_write_text, locked
+from runtime.files import FolderLockedError, atomic_directory, atomic_write_text, locked, one_line
 
 import torch
 from tqdm import tqdm
@@ -61,7 +61,6 @@ METHODS = (
     "gates:mixture",
     "rounds",
     "rounds:mixture",
-    "rounds:remove",
     "ga_s2",
     "scan",
     "smart",
@@ -233,7 +232,7 @@ class Regret:
         shutil.rmtree(folder)
 
     def choose(self, case: Case, top_k: int, seed: int, method: str, file: Path) -> None:
-        """A selector's set, and what it cost. Kernels are compiled before its time is taken."""
+        """A selector's set and what it cost, or why it chose none. Kernels are compiled before its time is taken."""
         args = self.args
         cfg = self.with_seed(case, seed)
         self.warm_up(cfg)
@@ -242,13 +241,17 @@ class Regret:
         recall = RecallOptions(tasks.ranges["associative_recall"]["num_pairs"][1], tasks.num_words)
         options = selection_options(method, top_k, folder, args.sequences, args.batch_size, recall)
         begin = time.perf_counter()
-        selection = select(cfg, dataclasses.replace(options, seed=seed))
-        seconds = time.perf_counter() - begin
-        facts = selection.ranking.facts
-        result = {"keep": selection.ranking.keep(top_k), "seconds": round(seconds, 2)}
-        result |= {name: facts.get(name) for name in ("tokens", "flops")}
+        try:
+            selection = select(cfg, dataclasses.replace(options, seed=seed))
+        except ValueError as error:  # such as a teacher that answers none of a task's questions
+            result = {"error": one_line(error)}
+        else:
+            seconds = time.perf_counter() - begin
+            facts = selection.ranking.facts
+            result = {"keep": selection.ranking.keep(top_k), "seconds": round(seconds, 2)}
+            result |= {name: facts.get(name) for name in ("tokens", "flops")}
         atomic_write_text(file, json.dumps(result) + "\n")
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def warm_up(self, cfg: Config) -> None:
         """Compiles the kernels of a step and of a measurement, once in a process and student."""
@@ -331,6 +334,7 @@ def collect(regret: Regret) -> dict:
     that it loses to the best set, and its cost."""
     cases = []
     choices = []
+    errors = []
     for case, top_k in itertools.product(regret.cases, regret.args.top_k):
         sets = read_sets(regret, case, top_k)
         if sets is None:
@@ -341,6 +345,9 @@ def collect(regret: Regret) -> dict:
             file = regret.choice(case, top_k, seed, method)
             if file.is_file():
                 chosen = json.loads(file.read_text())
+                if "error" in chosen:
+                    errors.append(f"`{method}`, {case.name}, K = {top_k}: {chosen['error']}")
+                    continue
                 figures = sets[str(chosen["keep"])]
                 chosen["regret"] = figures["kl"] / sets[best]["kl"]
                 chosen["recall_lost"] = sets[best]["recall"] - figures["recall"]
@@ -352,7 +359,7 @@ def collect(regret: Regret) -> dict:
             teacher = json.loads(file.read_text())
             teachers[seed] = {name: teacher[name] for name in ("parameters", "associative_recall", "multi_hop_recall")}
     settings = {name: str(value) for name, value in sorted(vars(regret.args).items()) if name in SETTINGS}
-    return {"settings": settings, "teachers": teachers, "cases": cases, "choices": choices}
+    return {"settings": settings, "teachers": teachers, "cases": cases, "choices": choices, "errors": errors}
 
 
 def by_method(choices: list[dict]) -> dict[str, list[dict]]:
@@ -406,6 +413,8 @@ def table(results: dict) -> str:
         recall = teacher["associative_recall"]
         warning = f"; less than {DEMANDED:.0%}, train it longer" if recall < DEMANDED else ""
         lines += ["", f"Teacher {seed}: {teacher['parameters'] / 1e6:.1f}M parameters, recall {recall:.1%}{warning}."]
+    for error in results["errors"]:
+        lines += ["", error]
     return "\n".join(lines)
 
 

@@ -44,6 +44,7 @@ CONFIG = "rounds.yaml"
 BEST = "best"  # a round's best hybrid
 CANDIDATES = 4
 EXCHANGES = 2  # rounds of exchanges that the tokens are planned for
+GRAPH_STEPS = 30  # fewer are not worth the recording of CUDA graphs for each candidate
 SHARE = 0.1  # of a full stage 2 for every layer, that all rounds take
 
 
@@ -227,6 +228,8 @@ class Rounds:
         train = self.bench.cfg.train
         bench = copy.copy(self.bench)  # with the models that are loaded already
         changes = {"max_steps": self.steps, "target_tokens": None, "seed": train.seed + number}
+        if self.steps < GRAPH_STEPS:
+            changes["cuda_graphs"] = False
         bench.cfg = dataclasses.replace(bench.cfg, train=dataclasses.replace(train, **changes))
         kept = {i: sorted(candidate) for i, candidate in enumerate(candidates)}
         training = RoundTraining(bench, start, kept, folder)

@@ -157,6 +157,11 @@ class Selection:
                 f"{facts['share_of_full_runs']:.1%} of the FLOPs of {len(self.ranking.layers)} full runs, "
                 f"{facts['seconds']:.0f} s"
             )
+        elif "flops" in facts:
+            lines.append(
+                f"Trained on {facts['tokens'] / 1e6:.1f}M tokens: {facts['flops']:.2g} FLOPs with all measurements, "
+                f"{facts['seconds']:.0f} s"
+            )
         layers = self.ranking.keep(self.top_k)
         kept = f"Kept: {layers}"
         if undecided := self.ranking.undecided(self.top_k):

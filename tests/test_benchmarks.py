@@ -470,12 +470,17 @@ def test_regret_of_selectors_over_all_sets(recall_dir, tmp_path, capsys, monkeyp
     """Every set is trained once; a choice is compared with the best of them; nothing is repeated."""
     shutil.copytree(recall_dir, tmp_path / "teacher_0")
     methods = ["uniform", "scan", "gates:recall", "ga_s2"]
-    results = regret(tmp_path, "--methods", *methods)
+    results = regret(tmp_path, "--methods", *methods, "ar")  # the teacher answers no question
+    methods.append("ar")
+    assert results["errors"] == [
+        "`ar`, teacher0-gdn_v7, K = 1: --method: the teacher answers none of 100 questions of associative_recall, so "
+        "they cannot rank its layers; make the task easier (--num_pairs ...) or take another method"
+    ]
     (case,) = results["cases"]
     assert sorted(case["sets"]) == ["[0]", "[1]", "[2]", "[3]"] and case["top_k"] == 1
     kls = {kept: figures["kl"] for kept, figures in case["sets"].items()}
     assert case["best"] == min(kls, key=kls.get) and len(set(kls.values())) == 4
-    assert [choice["method"] for choice in results["choices"]] == methods
+    assert [choice["method"] for choice in results["choices"]] == methods[:-1]
     for choice in results["choices"]:
         assert choice["regret"] == kls[str(choice["keep"])] / min(kls.values()) >= 1 and choice["seconds"] > 0
     by_method = {choice["method"]: choice for choice in results["choices"]}
@@ -488,7 +493,7 @@ def test_regret_of_selectors_over_all_sets(recall_dir, tmp_path, capsys, monkeyp
         monkeypatch.setattr(selection_regret.Regret, name, lambda *_: pytest.fail("repeated"))
     assert regret(tmp_path, "--methods", *methods) == results
     some = regret(tmp_path, "--methods", *methods, "random", "--minutes", "0")
-    assert some["choices"] == results["choices"] and "1 of 9 jobs are missing" in capsys.readouterr().out
+    assert some["choices"] == results["choices"] and "1 of 10 jobs are missing" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--output_dir: .* has figures with stage2_steps 2, not 3; name another"):
         regret(tmp_path, "--stage2_steps", "3")
     with pytest.raises(ValueError, match="--top_k: 4 must be between 1 and 3"):
