@@ -549,6 +549,25 @@ class FrozenTeacher:
         return self.model.lm_head.weight
 
 
+def distillation_loss(model, inputs: dict, teacher: FrozenTeacher, distillation: DistillationLoss) -> torch.Tensor:
+    """Stage 2's loss of a micro-batch, a scalar."""
+    hidden_states = teacher.hidden_states(inputs["input_ids"])
+    with teacher.gathered_head():
+        return model(
+            **inputs,
+            labels=inputs["input_ids"] if distillation.ce_weight else None,
+            teacher_hidden_states=hidden_states,
+            teacher_head_weight=teacher.head_weight,
+            distillation=distillation,
+            use_cache=False,
+        )["loss"]
+
+
+def next_token_loss(model, inputs: dict) -> torch.Tensor:
+    """Stage 3's loss of a micro-batch, a scalar."""
+    return model(**inputs, labels=inputs["input_ids"], use_cache=False)["loss"]
+
+
 class KDTrainer(StageTrainer):
     """Stage 2: forward KL to the teacher's logits, computed inside the student's forward()."""
 
@@ -566,20 +585,11 @@ class KDTrainer(StageTrainer):
         self.distillation = DistillationLoss(kl_temperature, kl_weight, ce_weight)
 
     def forward_loss(self, model, inputs):
-        hidden_states = self.teacher.hidden_states(inputs["input_ids"])
-        with self.teacher.gathered_head():
-            return model(
-                **inputs,
-                labels=inputs["input_ids"] if self.distillation.ce_weight else None,
-                teacher_hidden_states=hidden_states,
-                teacher_head_weight=self.teacher.head_weight,
-                distillation=self.distillation,
-                use_cache=False,
-            )["loss"]
+        return distillation_loss(model, inputs, self.teacher, self.distillation)
 
 
 class FinetuneTrainer(StageTrainer):
     """Stage 3: next-token cross-entropy on long sequences."""
 
     def forward_loss(self, model, inputs):
-        return model(**inputs, labels=inputs["input_ids"], use_cache=False)["loss"]
+        return next_token_loss(model, inputs)

@@ -7,6 +7,7 @@ It reads configs and data, no weights, and writes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.batch_plan import BatchPlan
@@ -17,12 +18,14 @@ from runtime.run_folder import EXPORT, zero_stage_of_run
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
 from convert import load_teacher_config
 from convert_ckpt import student_config
 from distill_model import StudentConfig, StudentForCausalLM, check_calibration, check_student, same_options
 from optim import STATE_BYTES, parameter_groups
-from stages import compute_dtype
+from stages import compute_dtype, use_cuda_graphs
+from wrapper import AttentionAlignmentModel
 
 MANY_EPOCHS = 4  # more teach much less than new text would (Muennighoff et al., arXiv 2305.16264)
 GIB = 2**30
@@ -50,7 +53,7 @@ def check_run(cfg: Config, plan: BatchPlan, log: Callable[[str], None]) -> Chunk
     chunks = open_data(cfg, plan)
     for line in notes_on_data(cfg, plan, chunks):
         log(line)
-    if warning := calibration_warning(cfg):
+    if cfg.train.micro_batch_size != "auto" and (warning := calibration_warning(cfg, plan)):
         log(warning)
     return chunks
 
@@ -111,7 +114,7 @@ def _read_student_config(cfg: Config, key: str) -> StudentConfig:
         raise ConfigError(f"{key} has a config.json that cannot be read: {reason}") from None
 
 
-def calibration_warning(cfg: Config) -> str | None:
+def calibration_warning(cfg: Config, plan: BatchPlan) -> str | None:
     """A warning if calibration has fewer tokens than inputs to fit, or None.
 
     The inputs are num_heads x head_dim, of the output projection, or hidden_size, of a gate.
@@ -120,7 +123,7 @@ def calibration_warning(cfg: Config) -> str | None:
         return None
     teacher = load_teacher_config(cfg.teacher_model.name)
     inputs = max(teacher.num_attention_heads * teacher.head_dim, teacher.hidden_size)
-    batch = cfg.train.micro_batch_size * cfg.train.train_seq_len
+    batch = plan.micro_batch_size * plan.seq_len
     tokens = cfg.train.calibrate_init * batch
     if tokens >= inputs:
         return None
@@ -149,7 +152,7 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
 
     The training split is cut to whole batches, so that every step of every epoch has
     train.batch_size sequences; the held-out split is cut to train.eval_batches micro-batches per
-    device. Raises DataError.
+    device, unless their size is not chosen yet. Raises DataError.
     """
     folder = cfg.data.cache_dir
     tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
@@ -166,20 +169,24 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
             f"train.calibrate_init: {cfg.train.calibrate_init} batches of {plan.micro_batch_size} are "
             f"more than the {usable} chunks of {folder}; lower it"
         )
-    heldout = None if chunks.heldout is None else _whole_eval_batches(chunks.heldout, cfg, plan)
-    return Chunks(chunks.train.select(range(usable)), heldout, chunks.metadata)
+    chunks = replace(chunks, train=chunks.train.select(range(usable)))
+    to_evaluate = with_whole_eval_batches(chunks, cfg, plan)
+    return chunks if cfg.train.micro_batch_size == "auto" else to_evaluate
 
 
-def _whole_eval_batches(heldout, cfg: Config, plan: BatchPlan):
-    """The first held-out chunks, as many as an evaluation reads."""
+def with_whole_eval_batches(chunks: Chunks, cfg: Config, plan: BatchPlan) -> Chunks:
+    """The chunks with as many held-out ones as an evaluation reads, the first. Raises DataError if
+    there are fewer than one batch."""
+    if chunks.heldout is None:
+        return chunks
     per_pass = plan.micro_batch_size * plan.world_size
-    batches = min(cfg.train.eval_batches, len(heldout) // per_pass)
+    batches = min(cfg.train.eval_batches, len(chunks.heldout) // per_pass)
     if not batches:
         raise DataError(
-            f"data.cache_dir: {cfg.data.cache_dir} has {len(heldout)} held-out chunks, fewer than "
+            f"data.cache_dir: {cfg.data.cache_dir} has {len(chunks.heldout)} held-out chunks, fewer than "
             f"one evaluation batch ({per_pass}); preprocess with a larger --holdout"
         )
-    return heldout.select(range(batches * per_pass))
+    return replace(chunks, heldout=chunks.heldout.select(range(batches * per_pass)))
 
 
 def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
@@ -208,46 +215,49 @@ def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
 
 # ------------------------------------------------------------------------ --dry-run
 def print_plan(ctx: RunContext) -> None:
-    """Logs steps, tokens, parameters, and an estimate of the memory per GPU for weights, gradients
-    and optimiser."""
+    """Logs steps, tokens, parameters, and an estimate of the memory per GPU for weights, gradients,
+    optimiser and CUDA graphs."""
     cfg, plan = ctx.cfg, ctx.plan
     teacher_config = load_teacher_config(cfg.teacher_model.name)
     with torch.device("meta"):
         student = StudentForCausalLM(student_config(cfg, teacher_config))
         teacher = StudentForCausalLM(teacher_config)
-    if cfg.stage == 1:
-        student.requires_grad_(False)
-        for i in student.config.linear_layers:
-            student.model.layers[i].attn.requires_grad_(True)
-    groups = parameter_groups(student, cfg)
-    trained = sum(group.numel for group in groups)
+    in_student = student.num_parameters()
     frozen = teacher.num_parameters() if cfg.stage < 3 else 0
+    model = AttentionAlignmentModel(teacher, student) if cfg.stage == 1 else student
+    groups = parameter_groups(model, cfg)
+    trained = sum(group.numel for group in groups)
     zero_stage = zero_stage_of_run(cfg, plan.world_size)
-    memory = _memory_per_gpu(cfg, trained, frozen, zero_stage, plan.world_size)
+    memory = _memory_per_gpu(ctx, model, frozen, zero_stage)
     ctx.log(
         f"stage {cfg.stage}: {plan.steps:,} steps x {plan.batch_size} sequences x {plan.seq_len} = "
         f"{plan.tokens:,} tokens"
     )
-    ctx.log(
-        f"devices: {plan.world_size}, each {plan.grad_accum} x {plan.micro_batch_size} sequences "
-        f"per step; ZeRO-{zero_stage}"
-    )
-    ctx.log(f"parameters: {student.num_parameters():,} in the student, {trained:,} trained")
+    per_step = f"{plan.grad_accum} x {plan.micro_batch_size} sequences per step"
+    if cfg.train.micro_batch_size == "auto":
+        per_step = f"{plan.grad_accum} sequences per step, in micro-batches measured before the first step"
+    ctx.log(f"devices: {plan.world_size}, each {per_step}; ZeRO-{zero_stage}")
+    ctx.log(f"parameters: {in_student:,} in the student, {trained:,} trained")
     for group in groups:
         ctx.log(f"  {group.numel:>14,}  {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
     shares = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
     ctx.log(f"memory per GPU: {sum(memory.values()) / GIB:.2f} GiB + activations ({shares})")
 
 
-def _memory_per_gpu(cfg: Config, trained: int, frozen: int, zero_stage: int, world_size: int) -> dict[str, float]:
-    """Bytes per device of all but activations. trained, frozen: numbers of parameters."""
-    width = compute_dtype(cfg, "cuda" if torch.cuda.is_available() else "cpu").itemsize
-    weight_shards = world_size if zero_stage == 3 else 1
-    gradient_shards = world_size if zero_stage > 1 else 1
-    teacher_shards = world_size if cfg.train.kd_teacher_shard == "always" else 1
-    return {
-        "weights": trained * width / weight_shards,
-        "teacher": frozen * width / teacher_shards,
-        "gradients": trained * width / gradient_shards,
-        "optimiser": trained * STATE_BYTES[cfg.train.optimizer] / world_size,
+def _memory_per_gpu(ctx: RunContext, model: nn.Module, frozen: int, zero_stage: int) -> dict[str, float]:
+    """Bytes per device of all but activations. model: what trains. frozen: the teacher's number of
+    parameters."""
+    train, world_size = ctx.cfg.train, ctx.world_size
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    width = compute_dtype(ctx.cfg, device).itemsize
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shard_teacher = ctx.cfg.stage == 2 and train.kd_teacher_shard == "always"
+    memory = {
+        "weights": trained * width / (world_size if zero_stage == 3 else 1),
+        "teacher": frozen * width / (world_size if shard_teacher else 1),
+        "gradients": trained * width / (world_size if zero_stage > 1 else 1),
+        "optimiser": trained * STATE_BYTES[train.optimizer] / world_size,
     }
+    if use_cuda_graphs(ctx.cfg, device, zero_stage, model, ctx.log, shard_teacher):
+        memory["CUDA graphs"] = trained * width  # the gradients that the graphs write
+    return memory

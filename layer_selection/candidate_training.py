@@ -61,7 +61,8 @@ def master_of(param: nn.Parameter) -> torch.Tensor:
 
 
 class MasterAdamW:
-    """AdamW on fp32 master copies of parameters that are not fp32, as in DeepSpeed.
+    """AdamW on fp32 master copies of parameters that are not fp32, as in DeepSpeed; of parameters on
+    a GPU in fused kernels.
 
     groups: torch's, of params, lr and weight_decay. make_scheduler(optimiser) returns the schedule.
     """
@@ -81,7 +82,8 @@ class MasterAdamW:
             masters = [master_of(param) for param in group["params"]]
             master_groups.append(group | {"params": masters})
             self.masters += masters
-        self.adamw = torch.optim.AdamW(master_groups, betas=betas)
+        self.fused = all(master.is_cuda for master in self.masters)
+        self.adamw = torch.optim.AdamW(master_groups, betas=betas, fused=self.fused or None)
         self.scheduler = make_scheduler(self.adamw)
 
         self.copied = []  # parameters that have a master copy
@@ -123,7 +125,8 @@ class MasterAdamW:
         for i, (param, master) in enumerate(zip(self.params, self.masters)):
             master.copy_(tensors[f"{i}.master"])
             self.adamw.state[master] = {
-                "step": torch.tensor(float(steps)),
+                # The fused kernels read it on the GPU, the others on the CPU.
+                "step": torch.tensor(float(steps), device=master.device if self.fused else CPU),
                 "exp_avg": tensors[f"{i}.exp_avg"].to(master.device),
                 "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].to(master.device),
             }
@@ -139,7 +142,7 @@ class MasterAdamW:
                 master.data = master.data.to(device)
             state = self.adamw.state.get(master, {})
             for name, value in state.items():
-                if name != "step":
+                if name != "step" or self.fused:
                     state[name] = value.to(device)
 
 
@@ -210,8 +213,13 @@ class Candidate:
         self.losses.clear()
 
 
-def check_optimizer(cfg: Config) -> None:
-    """Raises ConfigError unless candidates can train jointly with the config's optimiser."""
+def check_joint_training(cfg: Config) -> None:
+    """Raises ConfigError unless candidates can train jointly with the config's settings."""
+    if cfg.train.micro_batch_size == "auto":
+        raise ConfigError(
+            "train.micro_batch_size: auto: train.py measures it for one model; set a number for candidates that "
+            "train jointly, or take --full_runs"
+        )
     if cfg.train.optimizer != "adamw":
         raise ConfigError(
             f"train.optimizer: {cfg.train.optimizer}: candidates train jointly with adamw only; "
@@ -240,7 +248,7 @@ class JointTraining:
     """
 
     def __init__(self, bench: Bench, rule: StoppingRule, kept: dict[int, list[int]], sign: int, folder: Path):
-        check_optimizer(bench.cfg)
+        check_joint_training(bench.cfg)
         self.bench = bench
         self.rule = rule
         self.kept = kept

@@ -40,7 +40,7 @@ from layer_selection.candidate_training import (
     JointTraining,
     SequenceKLs,
     TrainingOptions,
-    check_optimizer,
+    check_joint_training,
 )
 from layer_selection.objective import OBJECTIVES, RecallOptions
 from layer_selection.ranking import budget
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     disable_progress_bar()  # transformers' own, a line for every file read
     cfg = load_stage_2(args.cfg, args.overrides)
-    check_optimizer(cfg)
+    check_joint_training(cfg)
     num_layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
     top_k = budget(args.ratio, num_layers)
     sets = own_sets(args.sets, num_layers)

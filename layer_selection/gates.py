@@ -158,6 +158,10 @@ class GateTraining:
     """
 
     def __init__(self, bench: Bench, top_k: int, tokens: int | None, folder: Path):
+        if bench.cfg.train.micro_batch_size == "auto":
+            raise ConfigError(
+                "train.micro_batch_size: auto: train.py measures it for one model; set a number for gates"
+            )
         self.bench = bench
         self.cfg = bench.cfg
         self.folder = folder

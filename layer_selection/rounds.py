@@ -33,7 +33,7 @@ from transformers.initialization import no_init_weights
 
 from distill_model import StudentForCausalLM
 from layer_selection.bench import Bench
-from layer_selection.candidate_training import JointTraining, SequenceKLs, check_optimizer, linear_weights
+from layer_selection.candidate_training import JointTraining, SequenceKLs, check_joint_training, linear_weights
 from layer_selection.layer_sets import MeasuredSets, neighbours, rank_around
 from layer_selection.ranking import Ranking
 from layer_selection.stopping_rule import StoppingRule
@@ -145,7 +145,7 @@ class Rounds:
     """All rounds of a selection, in `folder`, which a stopped one resumes from."""
 
     def __init__(self, bench: Bench, top_k: int, options: RoundOptions, folder: Path):
-        check_optimizer(bench.cfg)
+        check_joint_training(bench.cfg)
         self.bench = bench
         self.top_k = top_k
         self.options = options

@@ -126,6 +126,11 @@ def test_a_stopped_training_resumes_to_the_same_gates(stage2, tmp_path, monkeypa
     assert history(tmp_path / "parts") == history(tmp_path / "whole")
 
 
+def test_a_micro_batch_size_to_be_measured_is_refused(stage2, tmp_path):
+    with pytest.raises(ValueError, match="train.micro_batch_size: auto: .*; set a number for gates"):
+        select(stage2, tmp_path, *flags(method="gates", top_k=1), "train.micro_batch_size=auto")
+
+
 def test_cuda_graph_replay_learns_the_same_gates(stage2, tmp_path, monkeypatch):
     """A stand-in replaces the graphs."""
     monkeypatch.setattr(cuda_graphs, "_record", None)
