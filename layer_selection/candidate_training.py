@@ -321,14 +321,14 @@ class JointTraining:
         self.resident = self.check_memory(len(mine))
         graphs = self.resident and use_cuda_graphs(self.cfg, self.bench.device.type, 1, student)
         self.teacher_forward = GraphedForward(teacher.model) if graphs else teacher.model
+        home = self.bench.device if self.resident else CPU
         for layer in mine:
             torch.manual_seed(self.cfg.train.seed)
-            hybrid = self.make_hybrid(layer)
+            hybrid = self.make_hybrid(layer).to(home)  # before its optimiser, which is fused on a GPU
             candidate = Candidate(f"layer {layer}", hybrid, self.cfg, self.plan, graphs)
             if done:
                 state = load_file(self.saved(done) / f"{layer}.safetensors")
                 candidate.optimizer.load(state, self.last_step(done))
-            candidate.to(self.bench.device if self.resident else CPU)
             self.candidates[layer] = candidate
 
     def check_memory(self, count: int) -> bool:
