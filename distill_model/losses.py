@@ -227,30 +227,40 @@ def forward_kl(
     teacher_weight: torch.Tensor,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32 (Hinton et al.,
     arXiv 1503.02531).
 
     student_hidden [N, H_s], teacher_hidden [N, H_t], student_weight [V, H_s], teacher_weight [V,
-    H_t]. The gradient flows to the student's two tensors only. Raises ValueError if the
-    vocabularies differ.
+    H_t]. row_weights [N] in fp32: the sum of weight x KL instead of the mean. The gradient flows to
+    the student's two tensors only. Raises ValueError if the vocabularies differ.
     """
     check_vocabularies(student_weight, teacher_weight)
     teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
+
+    def weighted(start: int, stop: int, losses: torch.Tensor, gradient: torch.Tensor):
+        """The chunk's loss, and its gradient in place."""
+        if row_weights is not None:
+            weights = row_weights[start:stop]
+            losses = losses * weights
+            gradient.mul_(weights[:, None])
+        return losses.sum() * temperature, gradient
 
     def rows(start, stop, logits):
         student = F.log_softmax(logits.float() / temperature, -1)
         teacher = teacher_hidden[start:stop] @ teacher_weight.mT
         teacher = F.log_softmax(teacher.float() / temperature, -1)
         target = teacher.exp()
-        loss = (target * (teacher - student)).sum() * temperature
-        return loss, student.exp_().sub_(target)
+        losses = (target * (teacher - student)).sum(-1)
+        return weighted(start, stop, losses, student.exp_().sub_(target))
 
     def fused_rows(start, stop, logits):
-        loss = _fused_kl(logits, teacher_hidden[start:stop] @ teacher_weight.mT, temperature)
-        return loss.sum() * temperature, logits
+        losses = _fused_kl(logits, teacher_hidden[start:stop] @ teacher_weight.mT, temperature)
+        return weighted(start, stop, losses, logits)
 
-    scale = student_hidden.new_full((), temperature / len(student_hidden), dtype=torch.float32)
+    divisor = len(student_hidden) if row_weights is None else 1
+    scale = student_hidden.new_full((), temperature / divisor, dtype=torch.float32)
     return linear_loss(student_hidden, student_weight, rows, fused_rows, scale, chunk_size)
 
 

@@ -59,6 +59,18 @@ def test_forward_kl(chunk_size, temperature):
     assert teacher_weight.grad is None
 
 
+@pytest.mark.parametrize("chunk_size", [8, 1000])
+def test_forward_kl_of_weighted_rows(chunk_size):
+    """The sum of weight x KL, also where rows have no weight."""
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
+    row_weights = torch.rand(N) * (torch.arange(N) % 3 > 0)
+    h, w, th, tw = double(hidden, weight, teacher_hidden, teacher_weight)
+    student, teacher = ((a @ b.T / 2.5).log_softmax(-1) for a, b in ((h, w), (th, tw)))
+    naive = 2.5**2 * ((teacher.exp() * (teacher - student)).sum(-1) * row_weights.double()).sum()
+    loss = forward_kl(hidden, teacher_hidden, weight, teacher_weight, 2.5, chunk_size, row_weights)
+    compare(loss, naive, [hidden, weight], [h, w])
+
+
 def test_gradients_accumulate_over_micro_batches():
     """Two half batches with half the weight give the gradient of the whole batch."""
     hidden, weight, teacher_hidden, teacher_weight = leaves((N - 1, H), (V, H), (N - 1, H_TEACHER), (V, H_TEACHER))
