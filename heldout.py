@@ -71,6 +71,13 @@ def ids_of(batch: Batch) -> torch.Tensor:
     return batch["input_ids"] if isinstance(batch, Mapping) else batch
 
 
+def counted_of(batch: Batch) -> torch.Tensor:
+    """The positions of a batch that figures are means over, [B, T] of bool."""
+    if isinstance(batch, Mapping) and "document_ids" in batch:
+        return counted_positions(batch["document_ids"])
+    return torch.ones_like(ids_of(batch), dtype=torch.bool)
+
+
 def _read(module, batch: Batch, device: torch.device, field: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`field` of a module's output for a batch, [B, T, ...], and the positions that count.
 

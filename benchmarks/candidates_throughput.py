@@ -102,7 +102,7 @@ def main() -> None:
         device=teacher.device,
         train=RandomChunks(cfg.train.batch_size * 4, cfg.train.train_seq_len),
         has_documents=False,
-        kls=lambda hybrid: [0.0],
+        losses=lambda hybrid: [0.0],
     )
     candidates = list(range(args.candidates))
     kept = {layer: [layer] for layer in candidates}

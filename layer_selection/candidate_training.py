@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 from cuda_graphs import GraphedForward
 from distill_model import DistillationLoss, StudentForCausalLM
-from heldout import ids_of
 from layer_selection.bench import Bench
 from layer_selection.ranking import Layer, Ranking, rank_samples
 from layer_selection.stage2_runs import train_hybrid
@@ -53,7 +52,7 @@ CPU = torch.device("cpu")
 
 # The chunks, and the teacher's hidden states [B, T, H], of each micro-batch.
 MicroBatches = list[tuple[dict[str, torch.Tensor], torch.Tensor]]
-# Layer -> KL(teacher || its candidate) of each held-out sequence.
+# Layer -> its candidate's objective, by default KL(teacher || candidate), on each held-out sequence.
 SequenceKLs = dict[int, list[float]]
 
 
@@ -67,7 +66,8 @@ def master_of(param: nn.Parameter) -> torch.Tensor:
 
 
 class MasterAdamW:
-    """AdamW on fp32 master copies of parameters that are not fp32, as in DeepSpeed.
+    """AdamW on fp32 master copies of parameters that are not fp32, as in DeepSpeed; of parameters on
+    a GPU in fused kernels.
 
     groups: torch's, of params, lr and weight_decay. make_scheduler(optimiser) returns the schedule.
     """
@@ -87,7 +87,8 @@ class MasterAdamW:
             masters = [master_of(param) for param in group["params"]]
             master_groups.append(group | {"params": masters})
             self.masters += masters
-        self.adamw = torch.optim.AdamW(master_groups, betas=betas)
+        self.fused = all(master.is_cuda for master in self.masters)
+        self.adamw = torch.optim.AdamW(master_groups, betas=betas, fused=self.fused or None)
         self.scheduler = make_scheduler(self.adamw)
 
         self.copied = []  # parameters that have a master copy
@@ -129,7 +130,8 @@ class MasterAdamW:
         for i, (param, master) in enumerate(zip(self.params, self.masters)):
             master.copy_(tensors[f"{i}.master"])
             self.adamw.state[master] = {
-                "step": torch.tensor(float(steps)),
+                # The fused kernels read it on the GPU, the others on the CPU.
+                "step": torch.tensor(float(steps), device=master.device if self.fused else CPU),
                 "exp_avg": tensors[f"{i}.exp_avg"].to(master.device),
                 "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].to(master.device),
             }
@@ -145,7 +147,7 @@ class MasterAdamW:
                 master.data = master.data.to(device)
             state = self.adamw.state.get(master, {})
             for name, value in state.items():
-                if name != "step":
+                if name != "step" or self.fused:
                     state[name] = value.to(device)
 
 
@@ -262,6 +264,7 @@ class JointTraining:
         self.num_rounds = min(rule.rounds, self.plan.steps)
         self.history: list[Round] = []
         self.ended = False  # whether training was over for the process that wrote the history
+        self.received: str | None = None  # the signal that told the training to stop
         self.candidates: dict[int, Candidate] = {}
         self.order = self.draw_order(len(bench.train))
 
@@ -310,6 +313,10 @@ class JointTraining:
         return self.teacher_forward(**batch, use_cache=False)["last_hidden_state"]
 
     # ---- candidates
+    def make_hybrid(self, layer: int) -> StudentForCausalLM:
+        """What the layer's candidate starts from."""
+        return self.bench.student.restore_full_attention(self.bench.teacher, self.kept[layer])
+
     def build(self, mine: list[int], done: int) -> None:
         """Builds the candidates of these layers as they were after round `done`. Raises ConfigError
         if they need more memory than there is."""
@@ -320,14 +327,14 @@ class JointTraining:
         device = self.bench.device.type
         graphs = self.resident and use_cuda_graphs(self.cfg, device, 1, student, has_documents=has_documents)
         self.teacher_forward = GraphedForward(teacher.model) if graphs else teacher.model
+        home = self.bench.device if self.resident else CPU
         for layer in mine:
             torch.manual_seed(self.cfg.train.seed)
-            hybrid = student.restore_full_attention(teacher, self.kept[layer])
+            hybrid = self.make_hybrid(layer).to(home)  # before its optimiser, which is fused on a GPU
             candidate = Candidate(f"layer {layer}", hybrid, self.cfg, self.plan, graphs)
             if done:
                 state = load_file(self.saved(done) / f"{layer}.safetensors")
                 candidate.optimizer.load(state, self.last_step(done))
-            candidate.to(self.bench.device if self.resident else CPU)
             self.candidates[layer] = candidate
 
     def check_memory(self, count: int) -> bool:
@@ -401,10 +408,11 @@ class JointTraining:
                 candidate.to(CPU)
 
     def measure(self, candidate: Candidate) -> list[float]:
-        """Its held-out KLs. Raises ConfigError if a loss of its training was not finite."""
+        """The objective on each held-out sequence. Raises ConfigError if a loss of its training was not
+        finite."""
         candidate.check_losses()
         candidate.to(self.bench.device)
-        kls = self.bench.kls(candidate.hybrid.eval())
+        kls = self.bench.losses(candidate.hybrid.eval())
         candidate.hybrid.train()
         candidate.to(self.bench.device if self.resident else CPU)
         return kls
@@ -426,6 +434,8 @@ class JointTraining:
             "of_steps": self.plan.steps,
             "stopped": {layer: entry.step for layer, entry in last.items() if entry.step < end},
             "share_of_full_runs": self.compute_share(),
+            "flops": self.spent_flops(),
+            "tokens": self.trained_tokens(),
             "seconds": round(sum(entry.seconds for entry in self.history), 1),
         }
         return {layer: entry.kl[layer] for layer, entry in last.items()}, facts
@@ -462,6 +472,12 @@ class JointTraining:
             raise ConfigError(
                 f"--output_dir: {self.folder} has other candidates or --rounds {known['rounds']}; name another"
             )
+        objective = known.get("objective", "kl")
+        if objective != self.bench.objective_name:
+            raise ConfigError(
+                f"--objective: {self.folder} was measured by {objective}, not {self.bench.objective_name}; "
+                "set that, or name another --output_dir"
+            )
         measured = len(next(iter(known["history"][0]["kl"].values())))
         if measured != self.bench.num_sequences:
             raise ConfigError(
@@ -474,6 +490,7 @@ class JointTraining:
             "rounds": self.num_rounds,
             "kept": self.kept,
             "over": self.over(),
+            "objective": self.bench.objective_name,
             "history": [vars(entry) for entry in self.history],
         }
         atomic_write_text(self.folder / HISTORY, json.dumps(known))
@@ -515,6 +532,7 @@ class JointTraining:
                 if stop.received or save_is_due:
                     self.save()
                     saved_at = time.monotonic()
+                self.received = stop.received
                 if stop.received and not self.over():
                     after = f"stopped after round {len(self.history)}"
                     print(f"{stop.received}: {after}; rerun the command to resume", flush=True)
@@ -536,14 +554,26 @@ class JointTraining:
         bar.set_postfix({"best": ",".join(map(str, sorted(best))), "training": len(alive)})
 
     def compute_share(self) -> float:
-        """FLOPs of the GEMMs over those of a full run for every candidate, evaluations included.
+        """FLOPs over those of a full run for every candidate, evaluations included."""
+        teacher = linear_weights(self.bench.teacher)
+        student = linear_weights(self.bench.student)
+        return self.spent_flops() / (self.plan.tokens * (2 * teacher + 6 * student) * len(self.kept))
+
+    def trained_tokens(self) -> int:
+        """Of all candidates together."""
+        starts = [0, *(entry.step for entry in self.history)]
+        steps = [(entry.step - start) * len(entry.kl) for start, entry in zip(starts, self.history)]
+        return sum(steps) * self.plan.tokens_per_step
+
+    def spent_flops(self) -> int:
+        """FLOPs of the GEMMs, evaluations included.
 
         Per token and weight: 2 in a forward pass of teacher or student, 6 in a training step.
         """
         teacher = linear_weights(self.bench.teacher)
         student = linear_weights(self.bench.student)
         head = linear_weights(self.bench.teacher.lm_head)
-        heldout_tokens = sum(ids_of(batch).numel() for batch in self.bench.batches)
+        heldout_tokens = self.bench.num_tokens
         spent = 0
         before = 0
         for entry in self.history:
@@ -551,7 +581,7 @@ class JointTraining:
             spent += tokens * (2 * teacher + 6 * student * len(entry.kl))
             spent += heldout_tokens * 2 * (student + head) * len(entry.kl)
             before = entry.step
-        return spent / (self.plan.tokens * (2 * teacher + 6 * student) * len(self.kept))
+        return spent
 
 
 def linear_weights(model: nn.Module) -> int:
@@ -618,9 +648,11 @@ def negated(kls: SequenceKLs) -> SequenceKLs:
 
 def ga_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
     """Greedy addition at stage 2 (arXiv 2512.20569): -KL(teacher || student) after stage 2 in which
-    only this layer is full attention. None where `options.candidate` was trained alone."""
+    only this layer is full attention.
+
+    None where `options.candidate` was trained alone."""
     trained = trained_hybrids(bench, options, {layer: [layer] for layer in bench.layers}, sign=-1)
     if trained is None:
         return None
     kls, facts = trained
-    return rank_hybrids("ga_s2", "-KL", negated(kls), facts)
+    return rank_hybrids("ga_s2", f"-{bench.unit}", negated(kls), facts)

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from conftest import write_config
+from test_candidate_training import check_master_adamw
 
 from distill_model import StudentForCausalLM
 
@@ -26,6 +27,11 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 STEPS = 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_adamw_on_master_copies(dtype):
+    check_master_adamw("cuda", dtype)
 
 
 def start(file, *options, gpu=True, rank=0, world_size=1):
