@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from runtime.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
-from runtime.data import collate
+from runtime.data import DOCUMENT_IDS, INPUT_IDS, collate
 from runtime.files import one_line
 from runtime.guard import NonFiniteError, StopSignals, Watchdog, first_not_finite
 
@@ -532,9 +532,11 @@ class FrozenTeacher:
         self.forward = GraphedForward(self.model.model) if cuda_graphs and not self.sharded else self.model.model
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids [B, T] -> the hidden states after the final norm, [B, T, hidden_size]."""
-        return self.forward(input_ids=input_ids, use_cache=False)["last_hidden_state"]
+    def hidden_states(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """input_ids [B, T] -> the hidden states after the final norm, [B, T, hidden_size].
+        document_ids: see `StudentModel.forward`."""
+        documents = {} if document_ids is None else {DOCUMENT_IDS: document_ids}
+        return self.forward(input_ids=input_ids, use_cache=False, **documents)["last_hidden_state"]
 
     def gathered_head(self):
         """A context in which `head_weight` is not sharded."""
@@ -551,7 +553,7 @@ class FrozenTeacher:
 
 def distillation_loss(model, inputs: dict, teacher: FrozenTeacher, distillation: DistillationLoss) -> torch.Tensor:
     """Stage 2's loss of a micro-batch, a scalar."""
-    hidden_states = teacher.hidden_states(inputs["input_ids"])
+    hidden_states = teacher.hidden_states(inputs[INPUT_IDS], inputs.get(DOCUMENT_IDS))
     with teacher.gathered_head():
         return model(
             **inputs,

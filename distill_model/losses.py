@@ -8,6 +8,7 @@ Triton kernel, which reads the logits twice and overwrites them with their gradi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +16,19 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .documents import counted_rows
 from .fused_ops import device_guard, mean_squared_error, scaled, use_triton
 
 # Rows of logits in memory at a time: on a GPU enough for GEMMs at full speed.
 CHUNK_SIZE = 1024
 CHUNK_SIZE_GPU = 4096
-# Of the kernels; measured on an H200 at a vocabulary of 151936.
+# Of the kernels of the cross-entropy and of the KL; measured on an H200 at a vocabulary of 151936.
 BLOCK = 2048
 WARPS = 4
+KL_BLOCK = 4096
+KL_WARPS = 8
+LN_2 = tl.constexpr(math.log(2))
+LEAST = tl.constexpr(-1e38)  # below all logits; unlike -inf its difference from itself is 0
 
 
 def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse") -> torch.Tensor:
@@ -40,41 +46,50 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "ms
 
 
 @triton.jit
-def _kl_rows(student, teacher, loss, vocabulary, inverse_temperature, BLOCK: tl.constexpr):
+def _kl_rows(student, teacher, loss, vocabulary, scale, BLOCK: tl.constexpr):
     """KL(teacher || student) of a row of logits; its gradient overwrites the student's logits.
 
-    One pass computes both normalisers and E_teacher[t - s]: KL = E[t - s] - lse(t) + lse(s).
+    scale: log2(e) / temperature, for softmaxes in base 2. One pass computes both normalisers and
+    E_teacher[t - s]: KL = E[t - s] - lse(t) + lse(s). Each group of 8 neighbouring columns of the
+    blocks keeps maxima and sums of its own, within a thread; they are joined once, after the pass.
+    The second pass takes the blocks backwards, as the last ones are still in the cache.
     """
     row = tl.program_id(0).to(tl.int64)
     student += row * vocabulary
     teacher += row * vocabulary
-    columns = tl.arange(0, BLOCK)
-    max_s = -float("inf")
-    max_t = -float("inf")
-    sum_s = tl.zeros([BLOCK], tl.float32)
-    sum_t = tl.zeros([BLOCK], tl.float32)
-    cross = tl.zeros([BLOCK], tl.float32)
+    GROUPS: tl.constexpr = BLOCK // 8
+    columns = tl.arange(0, GROUPS)[:, None] * 8 + tl.arange(0, 8)[None]
+    max_s = tl.full([GROUPS], LEAST, tl.float32)
+    max_t = tl.full([GROUPS], LEAST, tl.float32)
+    sum_s = tl.zeros([GROUPS], tl.float32)
+    sum_t = tl.zeros([GROUPS], tl.float32)
+    cross = tl.zeros([GROUPS], tl.float32)
     for start in range(0, vocabulary, BLOCK):
         inside = start + columns < vocabulary
-        s = tl.load(student + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * inverse_temperature
-        t = tl.load(teacher + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * inverse_temperature
-        new_s = tl.maximum(max_s, tl.max(s, 0))
-        new_t = tl.maximum(max_t, tl.max(t, 0))
-        old_t = tl.exp(max_t - new_t)
-        weight = tl.exp(t - new_t)
-        sum_s = sum_s * tl.exp(max_s - new_s) + tl.exp(s - new_s)
-        sum_t = sum_t * old_t + weight
-        cross = cross * old_t + tl.where(inside, weight * (t - s), 0.0)
+        s = tl.load(student + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * scale
+        t = tl.load(teacher + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * scale
+        new_s = tl.maximum(max_s, tl.max(s, 1))
+        new_t = tl.maximum(max_t, tl.max(t, 1))
+        old_t = tl.exp2(max_t - new_t)
+        weight = tl.exp2(t - new_t[:, None])
+        sum_s = sum_s * tl.exp2(max_s - new_s) + tl.sum(tl.exp2(s - new_s[:, None]), 1)
+        sum_t = sum_t * old_t + tl.sum(weight, 1)
+        cross = cross * old_t + tl.sum(tl.where(inside, weight * (t - s), 0.0), 1)
         max_s, max_t = new_s, new_t
-    total_t = tl.sum(sum_t, 0)
-    lse_s = max_s + tl.log(tl.sum(sum_s, 0))
-    lse_t = max_t + tl.log(total_t)
-    tl.store(loss + row, tl.sum(cross, 0) / total_t - lse_t + lse_s)
-    for start in range(0, vocabulary, BLOCK):
+    top_s = tl.max(max_s, 0)
+    top_t = tl.max(max_t, 0)
+    share_t = tl.exp2(max_t - top_t)
+    total_t = tl.sum(sum_t * share_t, 0)
+    lse_s = top_s + tl.log2(tl.sum(sum_s * tl.exp2(max_s - top_s), 0))
+    lse_t = top_t + tl.log2(total_t)
+    tl.store(loss + row, (tl.sum(cross * share_t, 0) / total_t - lse_t + lse_s) * LN_2)
+    blocks = tl.cdiv(vocabulary, BLOCK)
+    for i in range(0, blocks):
+        start = (blocks - 1 - i) * BLOCK
         inside = start + columns < vocabulary
-        s = tl.load(student + start + columns, mask=inside).to(tl.float32) * inverse_temperature
-        t = tl.load(teacher + start + columns, mask=inside).to(tl.float32) * inverse_temperature
-        tl.store(student + start + columns, tl.exp(s - lse_s) - tl.exp(t - lse_t), mask=inside)
+        s = tl.load(student + start + columns, mask=inside).to(tl.float32) * scale
+        t = tl.load(teacher + start + columns, mask=inside).to(tl.float32) * scale
+        tl.store(student + start + columns, tl.exp2(s - lse_s) - tl.exp2(t - lse_t), mask=inside)
 
 
 @triton.jit
@@ -201,7 +216,8 @@ def check_vocabularies(student_weight: torch.Tensor, teacher_weight: torch.Tenso
 def _fused_kl(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """KL(teacher || student) of each row of logits, which their gradient overwrites."""
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    _kl_rows[(len(logits),)](logits, teacher, loss, logits.shape[1], 1 / temperature, BLOCK=BLOCK, num_warps=WARPS)
+    scale = math.log2(math.e) / temperature
+    _kl_rows[(len(logits),)](logits, teacher, loss, logits.shape[1], scale, BLOCK=KL_BLOCK, num_warps=KL_WARPS)
     return loss
 
 
@@ -212,36 +228,53 @@ def forward_kl(
     teacher_weight: torch.Tensor,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32 (Hinton et al.,
-    arXiv 1503.02531).
+    """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32, 0 without rows
+    (Hinton et al., arXiv 1503.02531).
 
     student_hidden [N, H_s], teacher_hidden [N, H_t], student_weight [V, H_s], teacher_weight [V,
-    H_t]. The gradient flows to the student's two tensors only. Raises ValueError if the
-    vocabularies differ.
+    H_t]. row_weights [N] in fp32: the sum of weight x KL instead of the mean. The gradient flows to
+    the student's two tensors only. Raises ValueError if the vocabularies differ.
     """
     check_vocabularies(student_weight, teacher_weight)
     teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
+
+    def weighted(start: int, stop: int, losses: torch.Tensor, gradient: torch.Tensor):
+        """The chunk's loss, and its gradient in place."""
+        if row_weights is not None:
+            weights = row_weights[start:stop]
+            losses = losses * weights
+            gradient.mul_(weights[:, None])
+        return losses.sum() * temperature, gradient
 
     def rows(start, stop, logits):
         student = F.log_softmax(logits.float() / temperature, -1)
         teacher = teacher_hidden[start:stop] @ teacher_weight.mT
         teacher = F.log_softmax(teacher.float() / temperature, -1)
         target = teacher.exp()
-        loss = (target * (teacher - student)).sum() * temperature
-        return loss, student.exp_().sub_(target)
+        losses = (target * (teacher - student)).sum(-1)
+        return weighted(start, stop, losses, student.exp_().sub_(target))
 
     def fused_rows(start, stop, logits):
-        loss = _fused_kl(logits, teacher_hidden[start:stop] @ teacher_weight.mT, temperature)
-        return loss.sum() * temperature, logits
+        losses = _fused_kl(logits, teacher_hidden[start:stop] @ teacher_weight.mT, temperature)
+        return weighted(start, stop, losses, logits)
 
-    scale = student_hidden.new_full((), temperature / len(student_hidden), dtype=torch.float32)
+    divisor = max(1, len(student_hidden)) if row_weights is None else 1
+    scale = student_hidden.new_full((), temperature / divisor, dtype=torch.float32)
     return linear_loss(student_hidden, student_weight, rows, fused_rows, scale, chunk_size)
 
 
-def next_token_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def next_token_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, document_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean cross-entropy of the next tokens, a scalar in fp32. hidden [B, T, H]; weight [V, H];
-    labels [B, T], aligned with hidden, -100 ignored."""
+    labels [B, T], aligned with hidden, -100 ignored; document_ids [B, T]: only of next tokens of
+    the same document."""
+    if document_ids is not None:
+        counted = counted_rows(document_ids)
+        rows = hidden.flatten(0, 1).index_select(0, counted)
+        return linear_cross_entropy(rows, weight, labels.flatten()[counted + 1])
     return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
 
 
@@ -262,14 +295,19 @@ class DistillationLoss:
         teacher_hidden: torch.Tensor,
         teacher_weight: torch.Tensor,
         labels: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A scalar in fp32. hidden [B, T, H_s] and teacher_hidden [B, T, H_t] after the final norm;
-        weight [V, H_s] and teacher_weight [V, H_t] of the heads; labels [B, T], for ce_weight."""
+        weight [V, H_s] and teacher_weight [V, H_t] of the heads; labels [B, T], for ce_weight;
+        document_ids [B, T]: only positions whose next token is of the same document count."""
         student_rows = hidden.flatten(0, 1)
         teacher_rows = teacher_hidden.flatten(0, 1)
+        if document_ids is not None:
+            counted = counted_rows(document_ids)
+            student_rows, teacher_rows = (x.index_select(0, counted) for x in (student_rows, teacher_rows))
         loss = self.kl_weight * forward_kl(student_rows, teacher_rows, weight, teacher_weight, self.kl_temperature)
         if self.ce_weight:
-            loss = loss + self.ce_weight * next_token_loss(hidden, weight, labels)
+            loss = loss + self.ce_weight * next_token_loss(hidden, weight, labels, document_ids)
         return loss
 
 

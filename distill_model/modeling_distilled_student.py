@@ -35,6 +35,7 @@ from .cache import HybridCache, StaticCache
 from .config_distilled_student import StudentConfig
 from .decode_loop import can_sample, sample
 from .decode_step import GraphedDecoder, is_decoding_step
+from .documents import Documents, run_attention
 from .fused_ops import project_swiglu, rms_norm, swiglu
 from .losses import DistillationLoss, forward_kl, next_token_loss
 from .student_base import InitReport, copy_rows, restore_rows
@@ -122,7 +123,7 @@ class StudentBlock(GradientCheckpointingLayer):
         self.mlp = SwiGLU(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attention_output = self.attn(self.attn_norm(hidden_states), **kwargs)[0]
+        attention_output = run_attention(self.attn, self.attn_norm(hidden_states), **kwargs)
         normed, hidden_states = self.mlp_norm(hidden_states, attention_output)
         return hidden_states + self.mlp(normed)
 
@@ -165,6 +166,16 @@ def expected_mask(attention_mask: torch.Tensor | None, shape: tuple[int, int]) -
             "each token in the cache and in the input"
         )
     return None if attention_mask.all() else attention_mask
+
+
+def check_documents(document_ids: torch.Tensor, shape: tuple[int, int], **others) -> None:
+    """Raises ValueError for document_ids of another shape than `shape`, or beside inputs of a
+    forward pass that go on with a text: others, by name."""
+    if document_ids.shape != shape:
+        raise ValueError(f"document_ids: its shape {tuple(document_ids.shape)} must be {tuple(shape)}, of the input")
+    for name, value in others.items():
+        if value is not None and value is not False:
+            raise ValueError(f"document_ids: whole documents are read, without {name}; leave one of them out")
 
 
 def count_positions(attention_mask: torch.Tensor | None, past: int, q_len: int, device: torch.device) -> torch.Tensor:
@@ -248,14 +259,23 @@ class StudentModel(StudentPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         attend: Callable[..., torch.Tensor] | None = None,
+        document_ids: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T]; attention_mask [B, past + T], 0 for padding; attend: see
-        `SoftmaxAttention.forward`. Returns last_hidden_state [B, T, hidden_size] after the final
+        `SoftmaxAttention.forward`; document_ids [B, T]: each document is read as if it stood alone,
+        see documents.py. Returns last_hidden_state [B, T, hidden_size] after the final
         norm; with output_hidden_states also hidden_states, the embeddings and each block's output,
         as transformers' models do. Raises ValueError for a cache that has no place for the states
         of linear layers."""
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         batch_size, q_len, _ = hidden_states.shape
+        documents = None
+        if document_ids is not None:
+            ruled_out = dict(attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache)
+            check_documents(document_ids, (batch_size, q_len), position_ids=position_ids, **ruled_out)
+            use_cache = False
+            documents = Documents.of(document_ids)
+            position_ids = documents.positions
         past_key_values = self.cache_of(past_key_values, use_cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         attention_mask = expected_mask(attention_mask, (batch_size, past + q_len))
@@ -277,6 +297,7 @@ class StudentModel(StudentPreTrainedModel):
                 use_cache=past_key_values is not None,
                 position_embeddings=position_embeddings,
                 attend=attend,
+                documents=documents,
             )
         if empty_rows is not None:
             after = self.linear_states(past_key_values)
@@ -291,6 +312,7 @@ def requested_loss(
     teacher_hidden_states: torch.Tensor | None,
     teacher_head_weight: torch.Tensor | None,
     distillation: DistillationLoss | None,
+    document_ids: torch.Tensor | None = None,
 ) -> Callable | None:
     """The loss as a function of (hidden, weight) that these inputs of a forward pass ask for, or
     None. Raises ValueError if it lacks some of its inputs."""
@@ -305,8 +327,9 @@ def requested_loss(
             teacher_hidden=teacher_hidden_states,
             teacher_weight=teacher_head_weight,
             labels=labels,
+            document_ids=document_ids,
         )
-    return None if labels is None else partial(next_token_loss, labels=labels)
+    return None if labels is None else partial(next_token_loss, labels=labels, document_ids=document_ids)
 
 
 class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
@@ -435,6 +458,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         distillation: DistillationLoss | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
+        document_ids: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size] (the last `logits_to_keep` of them if that is not 0), or a loss
         without logits.
@@ -442,9 +466,12 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         labels [B, T] alone, aligned with input_ids, -100 ignored: the mean cross-entropy of the
         next tokens. teacher_hidden_states [B, T, teacher's hidden_size], after its final norm, with
         teacher_head_weight [vocab_size, teacher's hidden_size]: the loss `distillation`, by default
-        KL(teacher || student). Raises ValueError if a requested loss lacks its inputs.
+        KL(teacher || student). document_ids [B, T]: each document is read as if it stood alone, and
+        the losses skip the prediction of a document's first token, see documents.py. Raises
+        ValueError if a requested loss lacks its inputs, and for document_ids beside a cache, a mask
+        or position_ids.
         """
-        loss_function = requested_loss(labels, teacher_hidden_states, teacher_head_weight, distillation)
+        loss_function = requested_loss(labels, teacher_hidden_states, teacher_head_weight, distillation, document_ids)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         is_step = use_cache is not False and is_decoding_step(past_key_values, input_ids)
@@ -459,6 +486,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
             inputs_embeds,
             use_cache,
             output_hidden_states=output_hidden_states,
+            document_ids=document_ids,
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = None

@@ -14,7 +14,7 @@ from fla.layers.utils import (
     unpad_hidden_states,
     update_layer_cache,
 )
-from fla.modules.l2norm import l2norm
+from fla.modules.norm.l2norm import l2norm
 from fla.ops.common.gate import fused_beta_sigmoid
 from fla.ops.gated_delta_rule.backends import FlashQLABackend
 from fla.ops.gated_delta_rule.gate import fused_gdn_gate

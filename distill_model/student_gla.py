@@ -199,77 +199,81 @@ class Mamba2Student(StudentAttention, Mamba2):
 
     @any_padding
     def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        past_key_values=None,
-        use_cache=False,
-        position_embeddings=None,
-        cu_seqlens=None,
-        **kwargs,
+        self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, *args, cu_seqlens=None, **_
     ):
         state = get_layer_cache(self, past_key_values)
-        is_plain_text = state is None and attention_mask is None
-        if cu_seqlens is None and (hidden_states.shape[1] == 1 or is_plain_text):
-            return super().forward(hidden_states, None, past_key_values, use_cache)
-        out = self.scan(hidden_states, attention_mask, state, past_key_values, cu_seqlens)
-        return out, None, past_key_values
-
-    def convolve(self, xbc, attention_mask, past, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, B and C [B, T, conv_dim] after their convolution, with padding on the left alone, and its new state.
-        past: the last inputs of each sequence, or None."""
         if cu_seqlens is not None:
-            return convolution.causal_conv1d(
-                x=xbc,
-                weight=self.conv1d.weight[:, 0],
-                bias=self.conv1d.bias,
-                initial_state=past,
-                output_final_state=True,
-                activation="silu",
-                cu_seqlens=cu_seqlens,
-            )
-        batch, length, _ = xbc.shape
-        before = self.conv_kernel_size - 1
-        past = xbc.new_zeros(batch, before, self.conv_dim) if past is None else past[..., 1:].mT
-        xbc = torch.cat((past, xbc), 1)
-        if attention_mask is not None:
-            real = attention_mask[:, -length:].bool()
-            (xbc,) = right_aligned(F.pad(real, (before, 0), value=True), xbc)
-        xbc = xbc.mT
-        conv_state = xbc[..., -self.conv_kernel_size :]
-        xbc = F.conv1d(xbc, self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT
-        return self.act(xbc), conv_state
+            return self.scan_packed(hidden_states, cu_seqlens, state, past_key_values), None, past_key_values
+        is_plain_text = state is None and attention_mask is None
+        if hidden_states.shape[1] == 1 or is_plain_text:
+            return super().forward(hidden_states, None, past_key_values, use_cache)
+        return self.scan(hidden_states, attention_mask, state, past_key_values), None, past_key_values
 
-    def scan(self, hidden_states, attention_mask, state, past_key_values, cu_seqlens=None) -> torch.Tensor:
-        """The outputs [B, T, hidden_size] of T left-padded tokens, or of packed sequences. state: what
-        the cache holds, or None. FLA's layer reads only one token at a time with a filled cache, and
-        lets padding decay its state.
+    def scan(self, hidden_states, attention_mask, state, past_key_values) -> torch.Tensor:
+        """The outputs [B, T, hidden_size] of T left-padded tokens. state: what the cache holds, or
+        None. FLA's layer reads only one token at a time with a filled cache, and lets padding decay
+        its state.
 
         With one group per head the scan is gated linear attention with q = C, k = B and v = x times
         its time steps. Padding has time steps of 0: it neither writes to the state nor decays it.
         """
-        length = hidden_states.shape[1]
-        width = self.intermediate_size
-        gate, xbc, steps = self.in_proj(hidden_states).split([width, self.conv_dim, self.num_heads], -1)
-        past = None if state is None else state["conv_state"]
-        recurrent_state = None if state is None else state["recurrent_state"].float()
-        xbc, conv_state = self.convolve(xbc, attention_mask, past, cu_seqlens)
-        steps = F.softplus(steps.float() + self.dt_bias.float()).clamp(*self.dt_limit)[..., None]
+        batch, length, _ = hidden_states.shape
+        before = self.conv_kernel_size - 1
+        gate, xbc, steps = self.project(hidden_states)
+        if state is None:
+            past = xbc.new_zeros(batch, before, self.conv_dim)
+            recurrent_state = None
+        else:
+            past = state["conv_state"][..., 1:].mT
+            recurrent_state = state["recurrent_state"].float()
+        xbc = torch.cat((past, xbc), 1)
         if attention_mask is not None:
-            steps = steps * attention_mask[:, -length:].bool()[..., None, None]
-        x, b, c = (y.unflatten(-1, (self.num_heads, -1)) for y in xbc.split(width, -1))
-        decay = -steps * self.A_log.float().exp()[:, None]
-        y, recurrent_state = gated_linear.chunk_gla(
-            q=c,
-            k=b,
-            v=(x * steps).to(c),
-            g=decay.expand(b.shape),
-            scale=1.0,
-            state_v_first=True,
-            initial_state=recurrent_state,
-            output_final_state=past_key_values is not None,
+            real = attention_mask[:, -length:].bool()
+            (xbc,) = right_aligned(F.pad(real, (before, 0), value=True), xbc)
+            steps = steps * real[..., None, None]
+        xbc = xbc.mT
+        conv_state = xbc[..., -self.conv_kernel_size :]
+        xbc = self.act(F.conv1d(xbc, self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT)
+        keep_state = past_key_values is not None
+        y, recurrent_state = self.recur(xbc, steps, initial_state=recurrent_state, output_final_state=keep_state)
+        update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=length)
+        return self.out_proj(self.norm(y, gate))
+
+    def scan_packed(self, hidden_states, cu_seqlens, state, past_key_values) -> torch.Tensor:
+        """As `scan`, of packed sequences [1, tokens, hidden_size]."""
+        gate, xbc, steps = self.project(hidden_states)
+        keep_state = past_key_values is not None
+        # Looked up in FLA's module, where `cpu_ops` binds its replacement.
+        xbc, conv_state = convolution.causal_conv1d(
+            x=xbc.contiguous(),
+            weight=self.conv1d.weight.squeeze(1),
+            bias=self.conv1d.bias,
+            initial_state=None if state is None else state["conv_state"],
+            output_final_state=keep_state,
+            activation=self.activation,
             cu_seqlens=cu_seqlens,
         )
+        before = None if state is None else state["recurrent_state"].float()
+        options = dict(initial_state=before, output_final_state=keep_state, cu_seqlens=cu_seqlens)
+        y, recurrent_state = self.recur(xbc, steps, **options)
+        length = hidden_states.shape[1]
         update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=length)
+        return self.out_proj(self.norm(y, gate))
+
+    def project(self, hidden_states) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gate, the input of the convolution, and the time steps [B, T, heads, 1]."""
+        gate, xbc, steps = self.in_proj(hidden_states).split(
+            [self.intermediate_size, self.conv_dim, self.num_heads], -1
+        )
+        return gate, xbc, F.softplus(steps.float() + self.dt_bias.float()).clamp(*self.dt_limit)[..., None]
+
+    def recur(self, xbc, steps, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The recurrence over what the convolution returns, [B, T, conv_dim]: its output [B, T,
+        intermediate_size], and its last state."""
+        x, b, c = (y.unflatten(-1, (self.num_heads, -1)) for y in xbc.split(self.intermediate_size, -1))
+        decay = -steps * self.A_log.float().exp()[:, None]
+        y, state = gated_linear.chunk_gla(
+            q=c, k=b, v=(x * steps).to(c), g=decay.expand(b.shape), scale=1.0, state_v_first=True, **options
+        )
         y = y + x * self.D[:, None]
-        return self.out_proj(self.norm(y.flatten(2).to(hidden_states.dtype), gate))
+        return y.flatten(2).to(xbc.dtype), state

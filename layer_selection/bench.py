@@ -7,35 +7,36 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TypeVar
 
-from runtime.config import Config, ConfigError
-from runtime.data import load_tokenizer, open_chunks_for
+from runtime.config import Config, ConfigError, check_cuda_graphs
+from runtime.data import load_tokenizer, open_chunks_for, read_batch, split_batch
 
 import torch
 from tqdm import tqdm
 
 from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM
-from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, read_chunks
+from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, ids_of, read_chunks
+from layer_selection.objective import Objective, RecallOptions
 from layer_selection.stage2_runs import check_start
 from stages import compute_dtype
 
 Figure = TypeVar("Figure")
 
 
-def heldout_batches(chunks, sequences: int, batch_size: int, missing: str) -> tuple[torch.Tensor, ...]:
-    """Token ids [B, T] of the first `sequences` held-out chunks. Raises ConfigError, beginning with
-    `missing` (the option and its value), if the data has no held-out split."""
+def heldout_batches(chunks, sequences: int, batch_size: int, missing: str) -> list[dict]:
+    """The first `sequences` held-out chunks. Raises ConfigError, beginning with `missing` (the
+    option and its value), if the data has no held-out split."""
     if chunks.heldout is None:
         raise ConfigError(f"{missing} has no held-out split; preprocess with --holdout")
     rows = range(min(sequences, len(chunks.heldout)))
-    return torch.as_tensor(chunks.heldout[rows]["input_ids"], dtype=torch.long).split(batch_size)
+    return split_batch(read_batch(chunks.heldout, rows), batch_size)
 
 
 def sequence_kls(model: StudentForCausalLM, batches, teacher_outputs: list[ModelOutput]) -> list[float]:
     """KL(teacher || model) of each sequence of the batches, the mean over its tokens."""
     kls = []
-    for ids, teacher in zip(batches, teacher_outputs):
-        kls += heldout_kl(read_chunks(model, ids), teacher).tolist()
+    for batch, teacher in zip(batches, teacher_outputs):
+        kls += heldout_kl(read_chunks(model, batch), teacher).tolist()
     return kls
 
 
@@ -62,20 +63,36 @@ class Bench:
     """Teacher, all-linear student and held-out sequences of a stage-2 config; the models load when
     first used.
 
-    sequences: how many of the held-out ones. batch_size: of a forward pass. Raises ValueError for
-    data that does not fit the teacher or has no held-out split.
+    sequences: how many of the held-out ones. batch_size: of a forward pass. objective: a name of
+    `OBJECTIVES`, with its documents of recall. Raises ValueError for data that does not fit the
+    teacher or has no held-out split.
     """
 
-    def __init__(self, cfg: Config, sequences: int, batch_size: int):
+    def __init__(
+        self,
+        cfg: Config,
+        sequences: int,
+        batch_size: int,
+        objective: str = "kl",
+        recall: RecallOptions | None = None,
+    ):
         self.cfg = cfg
+        self.objective_name = objective
+        self.recall = recall or RecallOptions()
         teacher = load_teacher_config(cfg.teacher_model.name)
         self.layers = range(teacher.num_hidden_layers)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_dtype(cfg, self.device.type)
-        tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
-        chunks = open_chunks_for(tokenizer, teacher.vocab_size, cfg.data.cache_dir, cfg.train.train_seq_len)
-        self.batches = heldout_batches(chunks, sequences, batch_size, f"data.cache_dir: {cfg.data.cache_dir}")
+        self.tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
+        data = cfg.data
+        length = cfg.train.train_seq_len
+        chunks = open_chunks_for(
+            self.tokenizer, teacher.vocab_size, data.cache_dir, length, document_mask=data.document_mask
+        )
+        self.batches = heldout_batches(chunks, sequences, batch_size, f"data.cache_dir: {data.cache_dir}")
         self.train = chunks.train
+        self.has_documents = chunks.has_documents
+        check_cuda_graphs(cfg, self.has_documents)
 
     @cached_property
     def teacher(self) -> StudentForCausalLM:
@@ -89,18 +106,46 @@ class Bench:
         return student.to(self.device).eval()
 
     @property
+    def unit(self) -> str:
+        """What the objective is called in tables."""
+        return "KL" if self.objective_name == "kl" else self.objective_name
+
+    @property
     def num_sequences(self) -> int:
-        return sum(map(len, self.batches))
+        return sum(len(ids_of(batch)) for batch in self.batches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the held-out sequences."""
+        return sum(ids_of(batch).numel() for batch in self.batches)
 
     @cached_property
     def teacher_outputs(self) -> list[ModelOutput]:
-        return [read_chunks(self.teacher, ids) for ids in self.batches]
+        return [read_chunks(self.teacher, batch) for batch in self.batches]
+
+    @cached_property
+    def objective(self) -> Objective:
+        return Objective(
+            self.objective_name,
+            self.teacher,
+            self.student,
+            self.tokenizer,
+            self.batches,
+            self.recall,
+            self.cfg.train.seed,
+        )
+
+    def losses(self, model: StudentForCausalLM) -> list[float]:
+        """The objective on each held-out sequence."""
+        if self.objective_name == "kl":
+            return self.kls(model)
+        return self.objective.losses(model)
 
     def cross_entropies(self, model: StudentForCausalLM) -> list[float]:
         """Mean next-token cross-entropy of each sequence, in nats."""
         losses = []
-        for ids in self.batches:
-            losses += heldout_cross_entropy(read_chunks(model, ids), ids).tolist()
+        for batch in self.batches:
+            losses += heldout_cross_entropy(read_chunks(model, batch), ids_of(batch)).tolist()
         return losses
 
     def kls(self, model: StudentForCausalLM) -> list[float]:

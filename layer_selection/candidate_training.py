@@ -20,6 +20,7 @@ from pathlib import Path
 
 from runtime.batch_plan import BatchPlan, batch_plan
 from runtime.config import Config, ConfigError, dump_config, load_config
+from runtime.data import INPUT_IDS, read_batch, split_batch
 from runtime.files import atomic_directory, atomic_write_text, locked
 from runtime.guard import REQUEUE, StopSignals
 from runtime.run_folder import difference
@@ -49,10 +50,14 @@ TEACHER_CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at
 BYTES_PER_PARAMETER = 16
 CPU = torch.device("cpu")
 
-# Token ids [B, T] and the teacher's hidden states [B, T, H] of each micro-batch.
-MicroBatches = list[tuple[torch.Tensor, torch.Tensor]]
-# Layer -> KL(teacher || its candidate) of each held-out sequence.
+# The chunks, and the teacher's hidden states [B, T, H], of each micro-batch.
+MicroBatches = list[tuple[dict[str, torch.Tensor], torch.Tensor]]
+# Layer -> its candidate's objective, by default KL(teacher || candidate), on each held-out sequence.
 SequenceKLs = dict[int, list[float]]
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def master_of(param: nn.Parameter) -> torch.Tensor:
@@ -61,7 +66,8 @@ def master_of(param: nn.Parameter) -> torch.Tensor:
 
 
 class MasterAdamW:
-    """AdamW on fp32 master copies of parameters that are not fp32, as in DeepSpeed.
+    """AdamW on fp32 master copies of parameters that are not fp32, as in DeepSpeed; of parameters on
+    a GPU in fused kernels.
 
     groups: torch's, of params, lr and weight_decay. make_scheduler(optimiser) returns the schedule.
     """
@@ -81,7 +87,8 @@ class MasterAdamW:
             masters = [master_of(param) for param in group["params"]]
             master_groups.append(group | {"params": masters})
             self.masters += masters
-        self.adamw = torch.optim.AdamW(master_groups, betas=betas)
+        self.fused = all(master.is_cuda for master in self.masters)
+        self.adamw = torch.optim.AdamW(master_groups, betas=betas, fused=self.fused or None)
         self.scheduler = make_scheduler(self.adamw)
 
         self.copied = []  # parameters that have a master copy
@@ -123,7 +130,8 @@ class MasterAdamW:
         for i, (param, master) in enumerate(zip(self.params, self.masters)):
             master.copy_(tensors[f"{i}.master"])
             self.adamw.state[master] = {
-                "step": torch.tensor(float(steps)),
+                # The fused kernels read it on the GPU, the others on the CPU.
+                "step": torch.tensor(float(steps), device=master.device if self.fused else CPU),
                 "exp_avg": tensors[f"{i}.exp_avg"].to(master.device),
                 "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].to(master.device),
             }
@@ -139,7 +147,7 @@ class MasterAdamW:
                 master.data = master.data.to(device)
             state = self.adamw.state.get(master, {})
             for name, value in state.items():
-                if name != "step":
+                if name != "step" or self.fused:
                     state[name] = value.to(device)
 
 
@@ -184,11 +192,11 @@ class Candidate:
         weights = DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight)
         device = self.hybrid.device
         losses = []
-        for ids, hidden in micro_batches:
-            ids = ids.to(device)
+        for batch, hidden in micro_batches:
+            batch = on_device(batch, device)
             loss = self.forward(
-                input_ids=ids,
-                labels=ids if train.ce_weight else None,
+                **batch,
+                labels=batch[INPUT_IDS] if train.ce_weight else None,
                 teacher_hidden_states=hidden.to(device),
                 teacher_head_weight=head_weight,
                 use_cache=False,
@@ -256,6 +264,7 @@ class JointTraining:
         self.num_rounds = min(rule.rounds, self.plan.steps)
         self.history: list[Round] = []
         self.ended = False  # whether training was over for the process that wrote the history
+        self.received: str | None = None  # the signal that told the training to stop
         self.candidates: dict[int, Candidate] = {}
         self.order = self.draw_order(len(bench.train))
 
@@ -295,32 +304,37 @@ class JointTraining:
         size = self.plan.batch_size
         for step in range(first, last):
             rows = self.order[step * size : (step + 1) * size].tolist()
-            tokens = self.bench.train[rows]["input_ids"]
-            ids = torch.as_tensor(tokens, dtype=torch.long, device=self.bench.device)
-            parts = ids.split(self.plan.micro_batch_size)
+            batch = on_device(read_batch(self.bench.train, rows), self.bench.device)
+            parts = split_batch(batch, self.plan.micro_batch_size)
             yield step + 1, [(part, self.teacher_hidden_states(part)) for part in parts]
 
     @torch.no_grad()
-    def teacher_hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.teacher_forward(input_ids=ids, use_cache=False)["last_hidden_state"]
+    def teacher_hidden_states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.teacher_forward(**batch, use_cache=False)["last_hidden_state"]
 
     # ---- candidates
+    def make_hybrid(self, layer: int) -> StudentForCausalLM:
+        """What the layer's candidate starts from."""
+        return self.bench.student.restore_full_attention(self.bench.teacher, self.kept[layer])
+
     def build(self, mine: list[int], done: int) -> None:
         """Builds the candidates of these layers as they were after round `done`. Raises ConfigError
         if they need more memory than there is."""
         teacher = self.bench.teacher
         student = self.bench.student
         self.resident = self.check_memory(len(mine))
-        graphs = self.resident and use_cuda_graphs(self.cfg, self.bench.device.type, 1, student)
+        has_documents = self.bench.has_documents
+        device = self.bench.device.type
+        graphs = self.resident and use_cuda_graphs(self.cfg, device, 1, student, has_documents=has_documents)
         self.teacher_forward = GraphedForward(teacher.model) if graphs else teacher.model
+        home = self.bench.device if self.resident else CPU
         for layer in mine:
             torch.manual_seed(self.cfg.train.seed)
-            hybrid = student.restore_full_attention(teacher, self.kept[layer])
+            hybrid = self.make_hybrid(layer).to(home)  # before its optimiser, which is fused on a GPU
             candidate = Candidate(f"layer {layer}", hybrid, self.cfg, self.plan, graphs)
             if done:
                 state = load_file(self.saved(done) / f"{layer}.safetensors")
                 candidate.optimizer.load(state, self.last_step(done))
-            candidate.to(self.bench.device if self.resident else CPU)
             self.candidates[layer] = candidate
 
     def check_memory(self, count: int) -> bool:
@@ -384,7 +398,7 @@ class JointTraining:
         for start in range(first, last, segment):
             cached = []
             for step, micro_batches in self.batches(start, min(last, start + segment)):
-                cached.append((step, [(ids.cpu(), hidden.cpu()) for ids, hidden in micro_batches]))
+                cached.append((step, [(on_device(batch, CPU), hidden.cpu()) for batch, hidden in micro_batches]))
             for layer in mine:
                 candidate = self.candidates[layer]
                 candidate.to(self.bench.device)
@@ -394,10 +408,11 @@ class JointTraining:
                 candidate.to(CPU)
 
     def measure(self, candidate: Candidate) -> list[float]:
-        """Its held-out KLs. Raises ConfigError if a loss of its training was not finite."""
+        """The objective on each held-out sequence. Raises ConfigError if a loss of its training was not
+        finite."""
         candidate.check_losses()
         candidate.to(self.bench.device)
-        kls = self.bench.kls(candidate.hybrid.eval())
+        kls = self.bench.losses(candidate.hybrid.eval())
         candidate.hybrid.train()
         candidate.to(self.bench.device if self.resident else CPU)
         return kls
@@ -419,6 +434,8 @@ class JointTraining:
             "of_steps": self.plan.steps,
             "stopped": {layer: entry.step for layer, entry in last.items() if entry.step < end},
             "share_of_full_runs": self.compute_share(),
+            "flops": self.spent_flops(),
+            "tokens": self.trained_tokens(),
             "seconds": round(sum(entry.seconds for entry in self.history), 1),
         }
         return {layer: entry.kl[layer] for layer, entry in last.items()}, facts
@@ -455,6 +472,12 @@ class JointTraining:
             raise ConfigError(
                 f"--output_dir: {self.folder} has other candidates or --rounds {known['rounds']}; name another"
             )
+        objective = known.get("objective", "kl")
+        if objective != self.bench.objective_name:
+            raise ConfigError(
+                f"--objective: {self.folder} was measured by {objective}, not {self.bench.objective_name}; "
+                "set that, or name another --output_dir"
+            )
         measured = len(next(iter(known["history"][0]["kl"].values())))
         if measured != self.bench.num_sequences:
             raise ConfigError(
@@ -467,6 +490,7 @@ class JointTraining:
             "rounds": self.num_rounds,
             "kept": self.kept,
             "over": self.over(),
+            "objective": self.bench.objective_name,
             "history": [vars(entry) for entry in self.history],
         }
         atomic_write_text(self.folder / HISTORY, json.dumps(known))
@@ -508,6 +532,7 @@ class JointTraining:
                 if stop.received or save_is_due:
                     self.save()
                     saved_at = time.monotonic()
+                self.received = stop.received
                 if stop.received and not self.over():
                     after = f"stopped after round {len(self.history)}"
                     print(f"{stop.received}: {after}; rerun the command to resume", flush=True)
@@ -529,14 +554,26 @@ class JointTraining:
         bar.set_postfix({"best": ",".join(map(str, sorted(best))), "training": len(alive)})
 
     def compute_share(self) -> float:
-        """FLOPs of the GEMMs over those of a full run for every candidate, evaluations included.
+        """FLOPs over those of a full run for every candidate, evaluations included."""
+        teacher = linear_weights(self.bench.teacher)
+        student = linear_weights(self.bench.student)
+        return self.spent_flops() / (self.plan.tokens * (2 * teacher + 6 * student) * len(self.kept))
+
+    def trained_tokens(self) -> int:
+        """Of all candidates together."""
+        starts = [0, *(entry.step for entry in self.history)]
+        steps = [(entry.step - start) * len(entry.kl) for start, entry in zip(starts, self.history)]
+        return sum(steps) * self.plan.tokens_per_step
+
+    def spent_flops(self) -> int:
+        """FLOPs of the GEMMs, evaluations included.
 
         Per token and weight: 2 in a forward pass of teacher or student, 6 in a training step.
         """
         teacher = linear_weights(self.bench.teacher)
         student = linear_weights(self.bench.student)
         head = linear_weights(self.bench.teacher.lm_head)
-        heldout_tokens = sum(batch.numel() for batch in self.bench.batches)
+        heldout_tokens = self.bench.num_tokens
         spent = 0
         before = 0
         for entry in self.history:
@@ -544,7 +581,7 @@ class JointTraining:
             spent += tokens * (2 * teacher + 6 * student * len(entry.kl))
             spent += heldout_tokens * 2 * (student + head) * len(entry.kl)
             before = entry.step
-        return spent / (self.plan.tokens * (2 * teacher + 6 * student) * len(self.kept))
+        return spent
 
 
 def linear_weights(model: nn.Module) -> int:
@@ -611,9 +648,11 @@ def negated(kls: SequenceKLs) -> SequenceKLs:
 
 def ga_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
     """Greedy addition at stage 2 (arXiv 2512.20569): -KL(teacher || student) after stage 2 in which
-    only this layer is full attention. None where `options.candidate` was trained alone."""
+    only this layer is full attention.
+
+    None where `options.candidate` was trained alone."""
     trained = trained_hybrids(bench, options, {layer: [layer] for layer in bench.layers}, sign=-1)
     if trained is None:
         return None
     kls, facts = trained
-    return rank_hybrids("ga_s2", "-KL", negated(kls), facts)
+    return rank_hybrids("ga_s2", f"-{bench.unit}", negated(kls), facts)

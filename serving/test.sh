@@ -24,6 +24,6 @@ fi
 models=$(mktemp -d)
 trap 'rm -rf "$models" serving/build serving/*.egg-info' EXIT
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-PYTHONPATH=.:tests "$reference" serving/make_models.py "$models"
+PYTHONPATH=.:tests "$reference" serving/reference/make_models.py "$models"
 cd serving
 HYBRID_MODELS=$models "$(cd .. && realpath "$env")/bin/pytest" tests "$@"

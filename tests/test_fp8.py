@@ -120,7 +120,7 @@ def test_kl_of(teacher_dir):
 
     with torch.no_grad():
         exact = log_probabilities()
-        found = kl_of(quantize_mlps, model, batches)
+        found = kl_of(quantize_mlps, model, [{"input_ids": ids} for ids in batches])
         changed = log_probabilities()
     naive = (exact.exp() * (exact - changed)).sum(-1).mean().item()
     assert naive > 1e-4  # it changes something
@@ -166,7 +166,7 @@ def test_unsupported_mlps_are_refused(teacher_dir):
 
 def test_a_teacher_that_would_be_sharded_is_refused(tmp_path, teacher_dir, monkeypatch):
     cfg = load_config(write_config(tmp_path, 2, teacher_dir, "data"), [FP8])
-    monkeypatch.setattr(stages, "_shard_teacher", lambda *_: (True, "it does not fit"))
+    monkeypatch.setattr(stages, "shard_teacher", lambda *_: (True, "it does not fit"))
     with pytest.raises(ValueError, match="needs a replica of the teacher on every GPU"):
         stages.teacher_engine_config(cfg, load_teacher(teacher_dir), "cuda", 2, print)
 

@@ -225,9 +225,9 @@ def context(cfg, world_size=1, chunks=None, **changes):
         (1, 1, ["train.cuda_graphs=false"], 12),
         (1, 1, [], 12 + 2 + 6),  # graphs
         (1, 1, ["train.optimizer=adamw_8bit", "train.cuda_graphs=false"], 6),
-        (1, 4, [], 12 / 4),  # auto: no graphs on several GPUs
-        (2, 4, [], 12 / 4 - 2 + 2 / 4),
-        (3, 4, [], 12 / 4 - 2 + 2 / 4),
+        (1, 4, [], 12 / 4 + 2 + 6 / 4),
+        (2, 4, ["train.cuda_graphs=false"], 12 / 4 - 2 + 2 / 4),
+        (3, 4, [], 12 / 4 - 2 + 2 / 4),  # ZeRO-3 has no graphs
     ],
 )
 def test_what_the_engine_adds(tmp_path, teacher_dir, zero_stage, world_size, options, expected):
@@ -236,7 +236,8 @@ def test_what_the_engine_adds(tmp_path, teacher_dir, zero_stage, world_size, opt
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)).bfloat16()
     model[1].requires_grad_(False)
     model.config = SimpleNamespace(rope_parameters={"rope_type": "default"})
-    ctx = context(cfg, world_size, device="cuda", zero_stage=zero_stage)
+    chunks = SimpleNamespace(has_documents=False)
+    ctx = context(cfg, world_size, chunks, device="cuda", zero_stage=zero_stage)
     added = micro_batch._engine_bytes(ctx, SimpleNamespace(model=model), sharded_teacher=False)
     assert added == expected * 72
 
@@ -334,8 +335,9 @@ def test_a_dry_run_counts_the_gradients_of_cuda_graphs(tmp_path, teacher_dir, da
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     file = write_config(tmp_path, 1, teacher_dir, data_dir)
     shares = {}
+    whole = ["data.document_mask=false"]
     for graphs in ("true", "false"):
-        train.prepare(train.parse_args(["--cfg", str(file), "--dry-run", f"train.cuda_graphs={graphs}"]))
+        train.prepare(train.parse_args(["--cfg", str(file), "--dry-run", f"train.cuda_graphs={graphs}", *whole]))
         out = capsys.readouterr().out
         shares[graphs] = re.search(r"activations \((.*)\)", out)[1]
     assert "CUDA graphs" not in shares["false"]

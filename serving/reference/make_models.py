@@ -1,7 +1,7 @@
 """Writes tiny random exports of every kind, and the greedy text that transformers decodes from each, for the tests in
 vLLM's environment. Runs in the project's environment:
 
-    PYTHONPATH=.:tests python serving/make_models.py OUTPUT
+    PYTHONPATH=.:tests python serving/reference/make_models.py OUTPUT
 """
 
 from __future__ import annotations
