@@ -145,7 +145,9 @@ def config_of_rank(config: StudentConfig, devices: int) -> StudentConfig:
     student = get_student_attention_class(config.student_name)
     with torch.device("meta"):
         whole = student(config, 0, **config.student_options)
-    derived = {key: getattr(whole, key) for key in student.options if key.endswith("low_rank_dim")}
+    derived = {
+        key: getattr(whole, key) for key in student.options if key.endswith("low_rank_dim") and hasattr(whole, key)
+    }
     share = copy.deepcopy(config)
     share.num_attention_heads //= devices
     share.student_options = derived | config.student_options

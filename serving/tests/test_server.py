@@ -110,7 +110,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
         ({"student_name": "path_v1"}, {}, "student path_v1: its state grows with the text; served are gdn_v1, "),
         ({"rope_parameters": DYNAMIC}, {}, "RoPE of type dynamic depends on the length"),
         ({}, {"mamba_ssm_cache_dtype": "float16"}, "mamba_ssm_cache_dtype: recurrent states are float32, not float16"),
-        ({}, {"mamba_cache_mode": "all"}, "mamba_cache_mode: all keeps a state per block"),
+        ({}, {"mamba_cache_mode": "all"}, "mamba_cache_mode"),
         ({}, {"enable_lora": True}, "enable_lora: the layers take no adapters"),
         ({"student_name": "gsa_v1"}, {"tensor_parallel_size": 2}, "tensor_parallel_size: the norm of gsa_v1 spans"),
         ({}, {"tensor_parallel_size": 3}, "tensor_parallel_size: 3 does not divide the 4 heads"),
