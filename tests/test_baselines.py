@@ -72,7 +72,7 @@ def test_smart_ranks_its_layers_first(stage2, tmp_path):
     offset = repaired[0] - scanned[0]  # KL of the all-linear student
     assert repaired == pytest.approx({layer: kl + offset for layer, kl in scanned.items()}, abs=1e-6)
     cfg = load_config(stage2)
-    chunks = open_chunks(cfg.data.cache_dir, LENGTH)
+    chunks = open_chunks(cfg.data.cache_dir, LENGTH, document_mask="auto")
     student = StudentForCausalLM.from_pretrained(cfg.train.student_init_ckpt).eval()
     teacher = load_teacher(cfg.teacher_model.name)
     kls = [mean_kl(*predicted) for predicted, _ in read_alone(chunks.heldout, 6, student, teacher)]

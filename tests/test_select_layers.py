@@ -66,7 +66,7 @@ def test_scan_is_the_kl_with_one_layer_restored(stage2, tmp_path, teacher_dir):
     ranking = select(stage2, tmp_path, method="scan", top_k=1)
     teacher = load_teacher(teacher_dir)
     student = StudentForCausalLM.from_pretrained(load_config(stage2).train.student_init_ckpt)
-    chunks = open_chunks(load_config(stage2).data.cache_dir, LENGTH)
+    chunks = open_chunks(load_config(stage2).data.cache_dir, LENGTH, document_mask="auto")
     for layer in ranking["layers"]:
         hybrid = student.restore_full_attention(teacher, [layer["layer"]]).eval()
         kls = [mean_kl(*predicted) for predicted, _ in read_alone(chunks.heldout, 6, hybrid, teacher)]
