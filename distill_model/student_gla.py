@@ -22,6 +22,7 @@ from .student_base import (
     SWITCH,
     InitReport,
     Option,
+    State,
     StudentAttention,
     any_padding,
     expand_kv_heads,
@@ -50,6 +51,9 @@ class GatedLinearStudent(StudentAttention, GatedLinearAttention):
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**expanded_sizes(config, layer_idx), gate_fn="sigmoid", **options)
 
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_v_dim, self.head_k_dim), torch.float32)
+
     @torch.no_grad()
     def init_fresh(self) -> None:
         super().init_fresh()
@@ -62,6 +66,7 @@ class GatedSlotStudent(StudentAttention, GatedSlotAttention):
     """Gated slot attention (Zhang et al., arXiv 2409.07146): softmax over a fixed number
     of slots."""
 
+    heads_are_independent = False  # for the norm
     weights_read_by_kernel = ("o_proj",)
     OPTIONS = {
         "num_slots": Option(minimum=LEAST_BLOCK),
@@ -73,6 +78,12 @@ class GatedSlotStudent(StudentAttention, GatedSlotAttention):
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**expanded_sizes(config, layer_idx), **options)
         self.g_norm = RMSNorm(self.value_dim, eps=config.rms_norm_eps, dtype=torch.float32)
+
+    def recurrent_state(self) -> tuple[State, State]:
+        """The keys and the values of the slots."""
+        keys = (self.num_heads, self.head_k_dim, self.num_slots)
+        values = (self.num_heads, self.num_slots, self.head_v_dim)
+        return State(keys, torch.float32), State(values, torch.float32)
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -88,6 +99,7 @@ class HGRN2Student(StudentAttention, HGRN2Attention):
     are dropped.
     """
 
+    heads_are_independent = False  # for the norm
     weights_read_by_kernel = ("o_proj",)
     SOURCES = {
         "q_proj.weight": "q_proj.weight",
@@ -105,6 +117,9 @@ class HGRN2Student(StudentAttention, HGRN2Attention):
         for name in ("q_proj", "f_proj", "i_proj"):
             setattr(self, name, linear(config.hidden_size, self.forget_dim))
         self.o_proj = linear(self.input_dim, config.hidden_size)
+
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_i_dim, self.head_f_dim), torch.float32)
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -138,9 +153,23 @@ class Mamba2Student(StudentAttention, Mamba2):
             **options,
         )
 
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_dim, self.ssm_state_size), torch.float32)
+
+    def conv_state(self) -> State:
+        return State((self.conv_dim, self.conv_kernel_size))
+
     @property
     def o_proj(self) -> nn.Linear:
         return self.out_proj
+
+    def share_of_heads(self, name: str, whole: torch.Tensor, rank: int, devices: int) -> torch.Tensor:
+        """As for other students; in_proj stacks gate, x, B, C and time steps, conv1d x, B and C."""
+        if name.split(".")[0] not in ("in_proj", "conv1d"):
+            return super().share_of_heads(name, whole, rank, devices)
+        width = self.intermediate_size * devices
+        blocks = whole.split(width)  # the time steps, fewer rows, are the last
+        return torch.cat([block.chunk(devices)[rank] for block in blocks])
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -172,9 +201,9 @@ class Mamba2Student(StudentAttention, Mamba2):
     def forward(
         self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, *args, cu_seqlens=None, **_
     ):
-        if cu_seqlens is not None:
-            return self.scan_documents(hidden_states, cu_seqlens), None, None
         state = get_layer_cache(self, past_key_values)
+        if cu_seqlens is not None:
+            return self.scan_packed(hidden_states, cu_seqlens, state, past_key_values), None, past_key_values
         is_plain_text = state is None and attention_mask is None
         if hidden_states.shape[1] == 1 or is_plain_text:
             return super().forward(hidden_states, None, past_key_values, use_cache)
@@ -210,18 +239,25 @@ class Mamba2Student(StudentAttention, Mamba2):
         update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=length)
         return self.out_proj(self.norm(y, gate))
 
-    def scan_documents(self, hidden_states, cu_seqlens) -> torch.Tensor:
-        """As `scan`, of the documents of a packed row [1, tokens, hidden_size]."""
+    def scan_packed(self, hidden_states, cu_seqlens, state, past_key_values) -> torch.Tensor:
+        """As `scan`, of packed sequences [1, tokens, hidden_size]."""
         gate, xbc, steps = self.project(hidden_states)
+        keep_state = past_key_values is not None
         # Looked up in FLA's module, where `cpu_ops` binds its replacement.
-        xbc, _ = convolution.causal_conv1d(
+        xbc, conv_state = convolution.causal_conv1d(
             x=xbc.contiguous(),
             weight=self.conv1d.weight.squeeze(1),
             bias=self.conv1d.bias,
+            initial_state=None if state is None else state["conv_state"],
+            output_final_state=keep_state,
             activation=self.activation,
             cu_seqlens=cu_seqlens,
         )
-        y, _ = self.recur(xbc, steps, cu_seqlens=cu_seqlens)
+        before = None if state is None else state["recurrent_state"].float()
+        options = dict(initial_state=before, output_final_state=keep_state, cu_seqlens=cu_seqlens)
+        y, recurrent_state = self.recur(xbc, steps, **options)
+        length = hidden_states.shape[1]
+        update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=length)
         return self.out_proj(self.norm(y, gate))
 
     def project(self, hidden_states) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
