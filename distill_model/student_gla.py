@@ -131,8 +131,9 @@ class Mamba2Student(StudentAttention, Mamba2):
     """Mamba-2 (Dao and Gu, arXiv 2405.21060) with one group per head: C, B and x start as the
     teacher's q, k and v.
 
-    The teacher's q/k/v biases are kept. Without the package mamba_ssm FLA runs this layer in plain
-    PyTorch, whose memory grows with `chunk_size`.
+    The teacher's q/k/v biases are kept. Several tokens are read by the kernels of gated linear
+    attention: without the package mamba_ssm FLA's layer would read them in plain PyTorch. The option
+    `chunk_size` has no effect since; older configs have it.
     """
 
     OPTIONS = {"conv_kernel": Option(), "chunk_size": Option()}
@@ -201,21 +202,17 @@ class Mamba2Student(StudentAttention, Mamba2):
     def forward(
         self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, *args, cu_seqlens=None, **_
     ):
-        state = get_layer_cache(self, past_key_values)
-        if cu_seqlens is not None:
-            return self.scan_packed(hidden_states, cu_seqlens, state, past_key_values), None, past_key_values
-        is_plain_text = state is None and attention_mask is None
-        if hidden_states.shape[1] == 1 or is_plain_text:
+        if hidden_states.shape[1] == 1 and cu_seqlens is None:
             return super().forward(hidden_states, None, past_key_values, use_cache)
-        return self.scan(hidden_states, attention_mask, state, past_key_values), None, past_key_values
+        state = get_layer_cache(self, past_key_values)
+        if attention_mask is None:
+            return self.scan(hidden_states, cu_seqlens, state, past_key_values), None, past_key_values
+        return self.scan_padded(hidden_states, attention_mask, state, past_key_values), None, past_key_values
 
-    def scan(self, hidden_states, attention_mask, state, past_key_values) -> torch.Tensor:
+    def scan_padded(self, hidden_states, attention_mask, state, past_key_values) -> torch.Tensor:
         """The outputs [B, T, hidden_size] of T left-padded tokens. state: what the cache holds, or
-        None. FLA's layer reads only one token at a time with a filled cache, and lets padding decay
-        its state.
-
-        With one group per head the scan is gated linear attention with q = C, k = B and v = x times
-        its time steps. Padding has time steps of 0: it neither writes to the state nor decays it.
+        None. FLA's layer lets padding decay its state; here it has time steps of 0, so that it
+        neither writes to the state nor decays it.
         """
         batch, length, _ = hidden_states.shape
         before = self.conv_kernel_size - 1
@@ -226,11 +223,9 @@ class Mamba2Student(StudentAttention, Mamba2):
         else:
             past = state["conv_state"][..., 1:].mT
             recurrent_state = state["recurrent_state"].float()
-        xbc = torch.cat((past, xbc), 1)
-        if attention_mask is not None:
-            real = attention_mask[:, -length:].bool()
-            (xbc,) = right_aligned(F.pad(real, (before, 0), value=True), xbc)
-            steps = steps * real[..., None, None]
+        real = attention_mask[:, -length:].bool()
+        (xbc,) = right_aligned(F.pad(real, (before, 0), value=True), torch.cat((past, xbc), 1))
+        steps = steps * real[..., None, None]
         xbc = xbc.mT
         conv_state = xbc[..., -self.conv_kernel_size :]
         xbc = self.act(F.conv1d(xbc, self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT)
@@ -239,8 +234,10 @@ class Mamba2Student(StudentAttention, Mamba2):
         update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=length)
         return self.out_proj(self.norm(y, gate))
 
-    def scan_packed(self, hidden_states, cu_seqlens, state, past_key_values) -> torch.Tensor:
-        """As `scan`, of packed sequences [1, tokens, hidden_size]."""
+    def scan(self, hidden_states, cu_seqlens, state, past_key_values) -> torch.Tensor:
+        """The outputs [B, T, hidden_size] of T tokens, or with cu_seqlens of packed sequences [1,
+        tokens, hidden_size]. state: what the cache holds, or None; FLA's layer reads only one token
+        at a time with a filled cache."""
         gate, xbc, steps = self.project(hidden_states)
         keep_state = past_key_values is not None
         # Looked up in FLA's module, where `cpu_ops` binds its replacement.
@@ -269,7 +266,8 @@ class Mamba2Student(StudentAttention, Mamba2):
 
     def recur(self, xbc, steps, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The recurrence over what the convolution returns, [B, T, conv_dim]: its output [B, T,
-        intermediate_size], and its last state."""
+        intermediate_size], and its last state. With one group per head it is gated linear attention
+        with q = C, k = B and v = x times its time steps."""
         x, b, c = (y.unflatten(-1, (self.num_heads, -1)) for y in xbc.split(self.intermediate_size, -1))
         decay = -steps * self.A_log.float().exp()[:, None]
         y, state = gated_linear.chunk_gla(

@@ -58,10 +58,10 @@ def key(
 class DataConfig:
     cache_dir: str = key(help="folder of chunks that preprocess_chunk.py wrote: `DIR/chunked_context512`")
     document_mask: bool | str = key(
-        "auto",
+        False,
         help=(
-            "read the documents of a chunk one by one, see docs/data.md#documents. auto: where the chunks record "
-            "where documents begin, as preprocess_chunk.py makes them"
+            "read the documents of a chunk one by one, see docs/data.md#documents; without CUDA graphs. auto: where "
+            "the chunks record where documents begin, as preprocess_chunk.py makes them"
         ),
         choices=("auto", True, False),
     )

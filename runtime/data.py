@@ -335,7 +335,7 @@ def open_chunks(
     fingerprint: str | None = None,
     key: str = "data.cache_dir",
     vocab_size: int | None = None,
-    document_mask: bool | str = "auto",
+    document_mask: bool | str = False,
 ) -> Chunks:
     """The memory-mapped chunks in `cache_dir`, the value of the option `key`.
 
@@ -419,7 +419,7 @@ def open_chunks_for(
     train_seq_len: int | None = None,
     key: str = "data.cache_dir",
     model_key: str = "teacher_model.name",
-    document_mask: bool | str = "auto",
+    document_mask: bool | str = False,
 ) -> Chunks:
     """The chunks of `cache_dir`, checked against a tokenizer, and that against the vocabulary of
     the model that the option `model_key` names."""

@@ -146,7 +146,7 @@ def test_documents_are_measured_one_by_one(teacher_dir, data_dir, tmp_path):
     hf_teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
     torch.manual_seed(0)
     student = StudentForCausalLM.from_teacher(teacher, "gdn_v4", [1])[0].eval()
-    chunks = open_chunks(data_dir).heldout
+    chunks = open_chunks(data_dir, document_mask="auto").heldout
     batch = read_batch(chunks, range(5))
     alone = read_alone(chunks, 5, student, teacher)
     kl = [mean_kl(*predicted) for predicted, _ in alone]

@@ -243,7 +243,7 @@ def test_what_the_engine_adds(tmp_path, teacher_dir, zero_stage, world_size, opt
 
 
 def test_sizes_leave_enough_chunks(tmp_path, teacher_dir, data_dir):
-    chunks = open_chunks(data_dir, LENGTH)
+    chunks = open_chunks(data_dir, LENGTH, document_mask="auto")
     chunks = dataclasses.replace(chunks, heldout=chunks.heldout.select(range(7)))
     file = write_config(tmp_path, 1, teacher_dir, data_dir, micro_batch_size="auto", batch_size=12)
     ctx = context(load_config(file), chunks=chunks)

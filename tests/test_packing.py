@@ -125,7 +125,7 @@ def chunk(tokenized, output, **more):
 def test_batches_say_which_document_a_token_is_of(tmp_path, tokenized, packing, capsys):
     folder = chunk(tokenized, tmp_path / "data", packing=packing)
     assert ("padding" in capsys.readouterr().out) == (packing == "fit")
-    chunks = open_chunks(str(folder), 32)
+    chunks = open_chunks(str(folder), 32, document_mask="auto")
     metadata = chunks.metadata
     assert metadata["packing"] == packing
     for split, dataset in (("train", chunks.train), ("heldout", chunks.heldout)):
@@ -193,7 +193,7 @@ def test_document_lengths_that_do_not_fit_are_refused(tmp_path, tokenized, lengt
     writer.finalize()
     (tmp_path / "new").replace(folder / "heldout.arrow")
     with pytest.raises(DataError, match="heldout.arrow: row 3 of document_lengths does not fit a chunk of 32 tokens"):
-        open_chunks(str(folder))
+        open_chunks(str(folder), document_mask="auto")
     assert open_chunks(str(folder), document_mask=False).heldout.num_rows == len(dataset)
 
 

@@ -95,7 +95,7 @@ def stages(tmp_path_factory, teacher_dir, data_dir):
 
 
 def heldout(data_dir, rows=2):
-    return read_batch(open_chunks(data_dir, LENGTH).heldout, range(rows))
+    return read_batch(open_chunks(data_dir, LENGTH, document_mask="auto").heldout, range(rows))
 
 
 # ------------------------------------------------------------------------ the runs
@@ -202,7 +202,10 @@ def test_stage_2_starts_from_stage_1_with_the_teachers_layers(stages, teacher_di
     teacher = load_teacher(teacher_dir)
     linear = StudentForCausalLM.from_pretrained(stages / "stage1" / "converted-hf")
     hybrid = linear.restore_full_attention(teacher, KEPT)
-    kls = [mean_kl(*predicted) for predicted, _ in read_alone(open_chunks(data_dir).heldout, 2, hybrid, teacher)]
+    kls = [
+        mean_kl(*predicted)
+        for predicted, _ in read_alone(open_chunks(data_dir, document_mask="auto").heldout, 2, hybrid, teacher)
+    ]
     assert logged(stages / "stage2", "eval_loss")[0] == pytest.approx(sum(kls) / 2, rel=1e-4)
 
 
@@ -215,7 +218,7 @@ def test_stage_3_changes_nothing_at_load(stages, teacher_dir, data_dir):
         assert torch.equal(a, b), name
     attention = export.model.layers[KEPT[0]].attn.q_proj.weight
     assert not torch.equal(attention, load_teacher(teacher_dir).model.layers[KEPT[0]].attn.q_proj.weight)
-    alone = read_alone(open_chunks(data_dir).heldout, 2, export.eval())
+    alone = read_alone(open_chunks(data_dir, document_mask="auto").heldout, 2, export.eval())
     losses = [torch.nn.functional.nll_loss(predicted, tokens).item() for (predicted,), tokens in alone]
     assert logged(stages / "stage3", "eval_loss")[0] == pytest.approx(sum(losses) / 2, rel=1e-4)
 
@@ -635,7 +638,7 @@ def test_the_report_has_what_calibration_changed(tmp_path, teacher_dir, data_dir
     model, init_report = stage_builders.build_student_for_stage1(cfg, torch.float32)
     students = [block.attn.student_attn for block in model.model.layers]
     before = [{n: p.detach().clone() for n, p in student.named_parameters()} for student in students]
-    fitted = stage_builders.calibrate_students(model, open_chunks(data_dir, LENGTH), 2, 2)
+    fitted = stage_builders.calibrate_students(model, open_chunks(data_dir, LENGTH, document_mask="auto"), 2, 2)
     init_report = stage_builders.with_calibrated(init_report, fitted)
     for layer, student in enumerate(students):
         report = init_report[layer]
@@ -651,7 +654,7 @@ def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir, capfd):
     cfg = load_config(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=4, micro_batch_size=2))
     said = []
     model, _ = stage_builders.build_student_for_stage1(cfg, torch.float32, said.append)
-    chunks = open_chunks(data_dir, LENGTH)
+    chunks = open_chunks(data_dir, LENGTH, document_mask="auto")
     test = read_batch(chunks.heldout, range(8))
     losses = [model(**test)["loss"].item()]
     stage_builders.calibrate_students(model, chunks, cfg.train.calibrate_init, cfg.train.micro_batch_size, said.append)
@@ -666,7 +669,7 @@ def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir, capfd):
 
 def test_calibration_without_held_out_chunks_is_logged_as_such(tmp_path, teacher_dir, data_dir):
     cfg = load_config(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=2))
-    said, chunks = [], dataclasses.replace(open_chunks(data_dir, LENGTH), heldout=None)
+    said, chunks = [], dataclasses.replace(open_chunks(data_dir, LENGTH, document_mask="auto"), heldout=None)
     model, _ = stage_builders.build_student_for_stage1(cfg, torch.float32, said.append)
     stage_builders.calibrate_students(model, chunks, 2, 1, said.append)
     assert said[-1].endswith("on the same tokens, because there are no held-out chunks")
@@ -1042,7 +1045,7 @@ def test_a_dry_run_warns_about_data_and_options(tmp_path, teacher_dir, data_dir,
     """Too many epochs, an EOS that the config does not want, and options that the stage ignores; no
     warning otherwise."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    chunks = len(open_chunks(data_dir, LENGTH).train)
+    chunks = len(open_chunks(data_dir, LENGTH, document_mask="auto").train)
     chunks -= chunks % 4  # whole batches
     config = write_config(tmp_path, 1, teacher_dir, data_dir)
     few, many = chunks, chunks + 1  # steps of 4 sequences
