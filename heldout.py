@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 
-from distill_model.losses import CHUNK_SIZE, linear_cross_entropy, token_kl
+from distill_model.losses import CHUNK_SIZE, linear_cross_entropy, predicting_learned, token_kl
 
 
 @dataclass(frozen=True)
@@ -81,24 +81,47 @@ def has_linear_head(model, ids: torch.Tensor) -> bool:
     return bool(difference.abs().max() <= tolerance)
 
 
+def position_weights(loss_mask: torch.Tensor) -> torch.Tensor:
+    """The weights of positions, [N, T], that the functions below take, of loss_mask [N, T] bool: the
+    tokens that are learned, of all held-out chunks.
+
+    A chunk's figure is then its sum over the positions whose next token is learned, divided by the
+    mean number of them per chunk, so that the mean over the chunks is the mean over all learned
+    tokens.
+    """
+    positions = predicting_learned(loss_mask).float()
+    return positions / (positions.sum() / len(positions)).clamp(min=1)
+
+
 @torch.no_grad()
-def heldout_cross_entropy(output: ModelOutput, ids: torch.Tensor) -> torch.Tensor:
+def heldout_cross_entropy(output: ModelOutput, ids: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Mean next-token cross-entropy of each chunk, [B], over the T - 1 predicted tokens of ids [B,
-    T]."""
+    T]. weights: [B, T], see `position_weights`."""
     ids = ids.to(output.hidden.device)
     losses = []
-    for hidden, chunk in zip(output.hidden, ids):
+    for i, (hidden, chunk) in enumerate(zip(output.hidden, ids)):
+        labels = chunk[1:]
+        if weights is not None:
+            labels = labels.masked_fill(weights[i, :-1].to(labels.device) == 0, -100)
         if output.head is None:
-            losses.append(cross_entropy(hidden[:-1].float(), chunk[1:]))
+            loss = cross_entropy(hidden[:-1].float(), labels)
         else:
-            losses.append(linear_cross_entropy(hidden[:-1], output.head, chunk[1:]))
+            loss = linear_cross_entropy(hidden[:-1], output.head, labels)
+        if weights is not None:
+            loss = loss * weights[i].sum().to(loss.device)  # all weights that are not 0 are equal
+        losses.append(loss)
     return torch.stack(losses)
 
 
+def _means(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Of values [B, T] the mean over positions, or the sum with weights [B, T]."""
+    return values.mean(1) if weights is None else (values * weights.to(values.device)).sum(1)
+
+
 @torch.no_grad()
-def heldout_kl(student: ModelOutput, teacher: ModelOutput) -> torch.Tensor:
-    """KL(teacher || student) of each chunk, [B], the mean over its T positions. Raises ValueError
-    if the vocabularies differ."""
+def heldout_kl(student: ModelOutput, teacher: ModelOutput, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """KL(teacher || student) of each chunk, [B], the mean over its T positions. weights: [B, T], see
+    `position_weights`. Raises ValueError if the vocabularies differ."""
     teacher = teacher.to(student.hidden.device)
     if student.head is None or teacher.head is None:
         rows = zip(student.logits(), teacher.logits())
@@ -106,7 +129,7 @@ def heldout_kl(student: ModelOutput, teacher: ModelOutput) -> torch.Tensor:
         kl = torch.cat(parts)
     else:
         kl = token_kl(student.hidden.flatten(0, 1), teacher.hidden.flatten(0, 1), student.head, teacher.head)
-    return kl.view(student.hidden.shape[:2]).mean(1)
+    return _means(kl.view(student.hidden.shape[:2]), weights)
 
 
 def _row_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,11 @@ import socket
 import statistics
 import time
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from runtime.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
-from runtime.data import collate
+from runtime.data import INPUT_IDS, LOSS_MASK, collate
 from runtime.files import one_line
 from runtime.guard import NonFiniteError, StopSignals, Watchdog, first_not_finite
 
@@ -28,6 +28,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cuda_graphs import GraphedForward, switch_off_all
 from distill_model import DistillationLoss, StudentForCausalLM
+from distill_model.losses import micro_batch_weights, predicting_learned
+
+LOSS_WEIGHT = "loss_weight"  # of a micro-batch, beside its inputs
 
 # What the progress bar shows, and how.
 BAR_FORMATS = {
@@ -265,8 +268,8 @@ class StageTrainer(Trainer):
         self.facts = facts
         self.watchdog = watchdog
         self._micro_batches: list[tuple[dict, torch.Tensor]] = []  # inputs and loss, of this step
-        # Every micro-batch has the same number of tokens and its loss is a mean: the Trainer has to
-        # divide by their number.
+        # The loss of a micro-batch is a mean over its tokens, weighted where a mask makes their
+        # number vary: the Trainer has to divide by the number of micro-batches.
         self.model_accepts_loss_kwargs = False
         self.guard = Guard(self, stop, save_minutes)
         self.remove_callback(ProgressCallback)
@@ -307,10 +310,23 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.beat(f"forward of micro-batch {len(self._micro_batches)}")
+        weight = inputs.pop(LOSS_WEIGHT, None)
         loss = self.forward_loss(model, inputs)
+        if weight is not None:
+            loss = loss * weight
         self._micro_batches.append((inputs, loss.detach()))
         self.beat(f"backward of micro-batch {len(self._micro_batches) - 1}")
         return loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, with their weights if there is a mask: see
+        `micro_batch_weights`."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and LOSS_MASK in batches[0]:
+            masks = [batch[LOSS_MASK] for batch in batches]
+            for batch, weight in zip(batches, micro_batch_weights(masks, device, self.args.world_size)):
+                batch[LOSS_WEIGHT] = weight
+        return batches, items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -371,7 +387,17 @@ class StageTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self.beat("evaluation")
         with torch.no_grad():
-            return self.forward_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            loss = self.forward_loss(model, self._prepare_inputs(inputs)).detach()
+        if LOSS_MASK in inputs:  # the Trainer takes the mean over batches of equal size
+            loss = loss * predicting_learned(inputs[LOSS_MASK]).sum().to(loss.device) / self.learned_per_batch
+        return loss, None, None
+
+    @cached_property
+    def learned_per_batch(self) -> float:
+        """Learned tokens per held-out batch, on average."""
+        mask = torch.as_tensor(self.eval_dataset[:][LOSS_MASK])
+        batches = len(mask) / self.args.per_device_eval_batch_size
+        return max(1, predicting_learned(mask).sum().item()) / batches
 
     # -------------------------------------------------------------------- checkpoints
     def save_model(self, output_dir=None, _internal_call=False):
@@ -566,11 +592,11 @@ class KDTrainer(StageTrainer):
         self.distillation = DistillationLoss(kl_temperature, kl_weight, ce_weight)
 
     def forward_loss(self, model, inputs):
-        hidden_states = self.teacher.hidden_states(inputs["input_ids"])
+        hidden_states = self.teacher.hidden_states(inputs[INPUT_IDS])
         with self.teacher.gathered_head():
             return model(
                 **inputs,
-                labels=inputs["input_ids"] if self.distillation.ce_weight else None,
+                labels=inputs[INPUT_IDS] if self.distillation.ce_weight else None,
                 teacher_hidden_states=hidden_states,
                 teacher_head_weight=self.teacher.head_weight,
                 distillation=self.distillation,
@@ -582,4 +608,4 @@ class FinetuneTrainer(StageTrainer):
     """Stage 3: next-token cross-entropy on long sequences."""
 
     def forward_loss(self, model, inputs):
-        return model(**inputs, labels=inputs["input_ids"], use_cache=False)["loss"]
+        return model(**inputs, labels=inputs[INPUT_IDS], use_cache=False)["loss"]

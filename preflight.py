@@ -12,7 +12,7 @@ from pathlib import Path
 from runtime.batch_plan import BatchPlan
 from runtime.config import Config, ConfigError, check_kept_layers, keys_of_other_stages
 from runtime.context import RunContext
-from runtime.data import Chunks, DataError, load_tokenizer, open_chunks_for, read_metadata
+from runtime.data import LOSS_MASK, Chunks, DataError, load_tokenizer, open_chunks_for, read_metadata
 from runtime.run_folder import EXPORT, zero_stage_of_run
 
 import torch
@@ -167,7 +167,11 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
             f"more than the {usable} chunks of {folder}; lower it"
         )
     heldout = None if chunks.heldout is None else _whole_eval_batches(chunks.heldout, cfg, plan)
-    return Chunks(chunks.train.select(range(usable)), heldout, chunks.metadata)
+    train = chunks.train.select(range(usable))
+    if cfg.stage == 1 and LOSS_MASK in train.column_names:  # aligns attention at every token
+        train = train.remove_columns(LOSS_MASK)
+        heldout = heldout and heldout.remove_columns(LOSS_MASK)
+    return Chunks(train, heldout, chunks.metadata)
 
 
 def _whole_eval_batches(heldout, cfg: Config, plan: BatchPlan):

@@ -22,7 +22,9 @@ from pathlib import Path
 from runtime.adopt import AGAIN, HELDOUT_SPLITS, Saved, check_rows, check_tokenizer, open_saved, source_key
 from runtime.command import run_main
 from runtime.data import (
+    INPUT_IDS,
     LARGEST,
+    LOSS_MASK,
     METADATA,
     SPLITS,
     DataError,
@@ -42,7 +44,7 @@ HOLDOUT = 0.01  # default fraction of the chunks of --adopt
 
 def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> tuple[int, int]:
     """Writes the chunks of `dataset` to the arrow file `path`; returns their number and their
-    largest token id.
+    largest token id. Chunks of which nothing is learned are left out.
 
     Raises DataError if `dtype` cannot hold an id.
     """
@@ -51,21 +53,31 @@ def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> tup
     from datasets.arrow_writer import ArrowWriter
     from tqdm import tqdm
 
-    writer = ArrowWriter(features=Features({"input_ids": Sequence(Value(dtype), length=length)}), path=str(path))
-    rest = numpy.empty(0, dtype)  # tokens that do not yet fill a chunk
+    dtypes = {INPUT_IDS: dtype}
+    if LOSS_MASK in dataset.column_names:
+        dtypes[LOSS_MASK] = "bool"
+    features = Features({name: Sequence(Value(kind), length=length) for name, kind in dtypes.items()})
+    writer = ArrowWriter(features=features, path=str(path))
+    rest = {name: numpy.empty(0, kind) for name, kind in dtypes.items()}  # tokens that do not yet fill a chunk
     count = 0
     largest = 0
     with tqdm(total=len(dataset), desc=description, unit=" documents", unit_scale=True) as progress:
         for batch in dataset.with_format("arrow").iter(batch_size=256):
-            ids = batch["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            if len(ids) and ids.max() > numpy.iinfo(dtype).max:
-                raise DataError(f"--dtype: {dtype} cannot hold the token id {ids.max()}; take int32")
-            ids = numpy.concatenate((rest, ids.astype(dtype)))
-            full = len(ids) // length
-            whole, rest = numpy.split(ids, [full * length])
-            if full:
-                largest = max(largest, int(whole.max()))
-                writer.write_batch({"input_ids": list(whole.reshape(full, length))})
+            rows = {}
+            for name, kind in dtypes.items():
+                values = batch[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+                if name == INPUT_IDS and len(values) and values.max() > numpy.iinfo(dtype).max:
+                    raise DataError(f"--dtype: {dtype} cannot hold the token id {values.max()}; take int32")
+                values = numpy.concatenate((rest[name], values.astype(kind)))
+                full = len(values) // length
+                whole, rest[name] = numpy.split(values, [full * length])
+                rows[name] = whole.reshape(full, length)
+            if LOSS_MASK in rows:
+                learned = rows[LOSS_MASK][:, 1:].any(1)  # a chunk's first token is never predicted
+                rows = {name: values[learned] for name, values in rows.items()}
+            if full := len(rows[INPUT_IDS]):
+                largest = max(largest, int(rows[INPUT_IDS].max()))
+                writer.write_batch({name: list(values) for name, values in rows.items()})
             count += full
             progress.update(len(batch))
     writer.finalize()
@@ -141,6 +153,8 @@ def write_chunks(output: Path, key: dict, datasets: dict) -> None:
             file = folder / f"{split}.arrow"
             counts[split], largest[split] = chunk(datasets[split], length, key["dtype"], file, f"chunking {split}")
         if not counts["train"]:
+            if key["train"]["tokens"] >= length:
+                raise DataError(f"--context_length: no chunk of {length} tokens holds a token to be learned")
             raise DataError(f"--context_length: {length} is more than the {key['train']['tokens']} training tokens")
         found = {
             "num_chunks": counts["train"],

@@ -40,8 +40,11 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "ms
 
 
 @triton.jit
-def _kl_rows(student, teacher, loss, vocabulary, inverse_temperature, BLOCK: tl.constexpr):
-    """KL(teacher || student) of a row of logits; its gradient overwrites the student's logits.
+def _kl_rows(
+    student, teacher, learned, loss, vocabulary, inverse_temperature, MASKED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """KL(teacher || student) of a row of logits; its gradient overwrites the student's logits. Both
+    are 0 where MASKED and `learned` is 0.
 
     One pass computes both normalisers and E_teacher[t - s]: KL = E[t - s] - lse(t) + lse(s).
     """
@@ -69,12 +72,19 @@ def _kl_rows(student, teacher, loss, vocabulary, inverse_temperature, BLOCK: tl.
     total_t = tl.sum(sum_t, 0)
     lse_s = max_s + tl.log(tl.sum(sum_s, 0))
     lse_t = max_t + tl.log(total_t)
-    tl.store(loss + row, tl.sum(cross, 0) / total_t - lse_t + lse_s)
+    divergence = tl.sum(cross, 0) / total_t - lse_t + lse_s
+    if MASKED:
+        weight_of_row = tl.load(learned + row).to(tl.float32)
+        divergence *= weight_of_row
+    tl.store(loss + row, divergence)
     for start in range(0, vocabulary, BLOCK):
         inside = start + columns < vocabulary
         s = tl.load(student + start + columns, mask=inside).to(tl.float32) * inverse_temperature
         t = tl.load(teacher + start + columns, mask=inside).to(tl.float32) * inverse_temperature
-        tl.store(student + start + columns, tl.exp(s - lse_s) - tl.exp(t - lse_t), mask=inside)
+        gradient = tl.exp(s - lse_s) - tl.exp(t - lse_t)
+        if MASKED:
+            gradient *= weight_of_row
+        tl.store(student + start + columns, gradient, mask=inside)
 
 
 @triton.jit
@@ -198,11 +208,33 @@ def check_vocabularies(student_weight: torch.Tensor, teacher_weight: torch.Tenso
         raise ValueError(f"student and teacher vocabularies differ: {len(student_weight)} and {len(teacher_weight)}")
 
 
-def _fused_kl(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL(teacher || student) of each row of logits, which their gradient overwrites."""
+def _fused_kl(
+    logits: torch.Tensor, teacher: torch.Tensor, temperature: float, learned: torch.Tensor | None = None
+) -> torch.Tensor:
+    """KL(teacher || student) of each row of logits, which their gradient overwrites; both 0 where
+    not `learned` (bool [N])."""
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    _kl_rows[(len(logits),)](logits, teacher, loss, logits.shape[1], 1 / temperature, BLOCK=BLOCK, num_warps=WARPS)
+    masked = learned is not None
+    _kl_rows[(len(logits),)](
+        logits,
+        teacher,
+        learned.to(torch.int8) if masked else loss,  # not read without a mask
+        loss,
+        logits.shape[1],
+        1 / temperature,
+        MASKED=masked,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
     return loss
+
+
+def mean_scale(hidden: torch.Tensor, learned: torch.Tensor | None, factor: float) -> torch.Tensor:
+    """factor / the number of rows of hidden [N, H] that are `learned` (at least 1; None: all), a
+    scalar in fp32."""
+    if learned is None:
+        return hidden.new_full((), factor / len(hidden), dtype=torch.float32)
+    return factor / learned.sum().clamp(min=1).float()
 
 
 def forward_kl(
@@ -212,9 +244,11 @@ def forward_kl(
     teacher_weight: torch.Tensor,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    learned: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32 (Hinton et al.,
-    arXiv 1503.02531).
+    arXiv 1503.02531). learned: bool [N], the rows to take the mean of (0 if there are none); None:
+    all.
 
     student_hidden [N, H_s], teacher_hidden [N, H_t], student_weight [V, H_s], teacher_weight [V,
     H_t]. The gradient flows to the student's two tensors only. Raises ValueError if the
@@ -228,14 +262,19 @@ def forward_kl(
         teacher = teacher_hidden[start:stop] @ teacher_weight.mT
         teacher = F.log_softmax(teacher.float() / temperature, -1)
         target = teacher.exp()
-        loss = (target * (teacher - student)).sum() * temperature
-        return loss, student.exp_().sub_(target)
+        divergences = target * (teacher - student)
+        gradient = student.exp_().sub_(target)
+        if learned is not None:
+            divergences *= learned[start:stop, None]
+            gradient *= learned[start:stop, None]
+        return divergences.sum() * temperature, gradient
 
     def fused_rows(start, stop, logits):
-        loss = _fused_kl(logits, teacher_hidden[start:stop] @ teacher_weight.mT, temperature)
+        teacher = teacher_hidden[start:stop] @ teacher_weight.mT
+        loss = _fused_kl(logits, teacher, temperature, None if learned is None else learned[start:stop])
         return loss.sum() * temperature, logits
 
-    scale = student_hidden.new_full((), temperature / len(student_hidden), dtype=torch.float32)
+    scale = mean_scale(student_hidden, learned, temperature)
     return linear_loss(student_hidden, student_weight, rows, fused_rows, scale, chunk_size)
 
 
@@ -245,11 +284,38 @@ def next_token_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Te
     return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
 
 
+def predicting_learned(loss_mask: torch.Tensor) -> torch.Tensor:
+    """The positions [B, T] whose next token is learned, of loss_mask [B, T] bool: True for the tokens
+    that are. Never a sequence's last position, whose next token is not in it."""
+    positions = torch.zeros_like(loss_mask)
+    positions[:, :-1] = loss_mask[:, 1:]
+    return positions
+
+
+def micro_batch_weights(
+    masks: list[torch.Tensor | None], device: torch.device, world_size: int = 1
+) -> list[torch.Tensor | float]:
+    """What the loss of each micro-batch of a step is multiplied by before their mean is taken, over
+    all ranks, so that it is the mean over all learned tokens of the step: a micro-batch's number of
+    them, relative to the mean number.
+
+    masks: bool [B, T] of this rank's micro-batches, True for tokens that are learned; None without a
+    mask, for which the weights are 1. All ranks call it together.
+    """
+    if masks[0] is None:
+        return [1.0] * len(masks)
+    counts = torch.stack([predicting_learned(mask).sum() for mask in masks]).to(device)
+    total = counts.sum()
+    if world_size > 1:
+        torch.distributed.all_reduce(total)
+    return list(counts * (len(masks) * world_size) / total.clamp(min=1))
+
+
 @dataclass(frozen=True)
 class DistillationLoss:
     """kl_weight * tau^2 KL(teacher || student), tau = kl_temperature (Hinton et al., arXiv
     1503.02531), the mean over all positions; plus, where ce_weight is not 0, ce_weight *
-    cross-entropy of the next tokens."""
+    cross-entropy of the next tokens. With a mask both are means over `predicting_learned`."""
 
     kl_temperature: float = 1.0
     kl_weight: float = 1.0
@@ -262,12 +328,16 @@ class DistillationLoss:
         teacher_hidden: torch.Tensor,
         teacher_weight: torch.Tensor,
         labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A scalar in fp32. hidden [B, T, H_s] and teacher_hidden [B, T, H_t] after the final norm;
-        weight [V, H_s] and teacher_weight [V, H_t] of the heads; labels [B, T], for ce_weight."""
+        weight [V, H_s] and teacher_weight [V, H_t] of the heads; labels [B, T], for ce_weight, -100
+        ignored; loss_mask [B, T] bool, the tokens that are learned, None: all."""
         student_rows = hidden.flatten(0, 1)
         teacher_rows = teacher_hidden.flatten(0, 1)
-        loss = self.kl_weight * forward_kl(student_rows, teacher_rows, weight, teacher_weight, self.kl_temperature)
+        learned = None if loss_mask is None else predicting_learned(loss_mask).flatten()
+        kl = forward_kl(student_rows, teacher_rows, weight, teacher_weight, self.kl_temperature, learned=learned)
+        loss = self.kl_weight * kl
         if self.ce_weight:
             loss = loss + self.ce_weight * next_token_loss(hidden, weight, labels)
         return loss

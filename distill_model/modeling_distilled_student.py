@@ -291,11 +291,14 @@ def requested_loss(
     teacher_hidden_states: torch.Tensor | None,
     teacher_head_weight: torch.Tensor | None,
     distillation: DistillationLoss | None,
+    loss_mask: torch.Tensor | None = None,
 ) -> Callable | None:
     """The loss as a function of (hidden, weight) that these inputs of a forward pass ask for, or
     None. Raises ValueError if it lacks some of its inputs."""
     if (teacher_hidden_states is None) != (teacher_head_weight is None):
         raise ValueError("teacher_hidden_states and teacher_head_weight go together")
+    if loss_mask is not None and labels is not None:
+        labels = labels.masked_fill(~loss_mask, -100)
     if teacher_hidden_states is not None:
         distillation = distillation or DistillationLoss()
         if distillation.ce_weight and labels is None:
@@ -305,6 +308,7 @@ def requested_loss(
             teacher_hidden=teacher_hidden_states,
             teacher_weight=teacher_head_weight,
             labels=labels,
+            loss_mask=loss_mask,
         )
     return None if labels is None else partial(next_token_loss, labels=labels)
 
@@ -433,6 +437,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         teacher_hidden_states: torch.Tensor | None = None,
         teacher_head_weight: torch.Tensor | None = None,
         distillation: DistillationLoss | None = None,
+        loss_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast:
@@ -442,9 +447,10 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         labels [B, T] alone, aligned with input_ids, -100 ignored: the mean cross-entropy of the
         next tokens. teacher_hidden_states [B, T, teacher's hidden_size], after its final norm, with
         teacher_head_weight [vocab_size, teacher's hidden_size]: the loss `distillation`, by default
-        KL(teacher || student). Raises ValueError if a requested loss lacks its inputs.
+        KL(teacher || student). loss_mask [B, T] bool: the tokens that a loss is the mean over; None:
+        all. Raises ValueError if a requested loss lacks its inputs.
         """
-        loss_function = requested_loss(labels, teacher_hidden_states, teacher_head_weight, distillation)
+        loss_function = requested_loss(labels, teacher_hidden_states, teacher_head_weight, distillation, loss_mask)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         is_step = use_cache is not False and is_decoding_step(past_key_values, input_ids)

@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 
-from runtime.data import encode_beginnings, load_tokenizer, open_chunks_for
+from runtime.data import INPUT_IDS, LOSS_MASK, encode_beginnings, load_tokenizer, open_chunks_for
 
 import torch
 from tqdm import tqdm
@@ -94,8 +94,9 @@ def recall_generation(seq_len: int, num_words: int, tokenizer):
     )
 
 
-def heldout_chunks(options: Options, lm) -> torch.Tensor:
-    """Held-out token ids [N, T] of --data. Raises ValueError if there are none, or if they were
+def heldout_chunks(options: Options, lm) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Held-out token ids [N, T] of --data and, where only part of the text is learned, which tokens
+    are, [N, T] bool. Raises ValueError if there are none, or if they were
     made with another tokenizer than the checkpoint's."""
     tokenizer = load_tokenizer(lm.tokenizer.name_or_path)
     vocab_size = vocabulary_size(lm.model.config)
@@ -104,12 +105,16 @@ def heldout_chunks(options: Options, lm) -> torch.Tensor:
     if chunks.heldout is None:
         raise ValueError(f"{key}: {options.data} has no held-out part; preprocess with --holdout")
     count = min(len(chunks.heldout), MAX_HELDOUT_CHUNKS)
-    return torch.as_tensor(chunks.heldout[:count]["input_ids"], dtype=torch.long)
+    rows = chunks.heldout[:count]
+    mask = torch.as_tensor(rows[LOSS_MASK]) if LOSS_MASK in rows else None
+    return torch.as_tensor(rows[INPUT_IDS], dtype=torch.long), mask
 
 
-def heldout_values(unit: Unit, options: Options, lm, ids: torch.Tensor, teacher) -> list[float]:
+def heldout_values(
+    unit: Unit, options: Options, lm, ids: torch.Tensor, weights: torch.Tensor | None, teacher
+) -> list[float]:
     """Of each of the chunks ids [N, T] the mean over its positions, in nats: cross-entropy of the
-    next token, or KL(teacher || model). Raises ValueError if the vocabularies differ."""
+    next token, or KL(teacher || model). weights: [N, T], see `position_weights`. Raises ValueError if the vocabularies differ."""
     from heldout import has_linear_head, heldout_cross_entropy, heldout_kl, read_chunks, read_logits
 
     def reader(model):
@@ -122,14 +127,15 @@ def heldout_values(unit: Unit, options: Options, lm, ids: torch.Tensor, teacher)
     values = []
     for batch in batches(unit, lm, ids, ids.shape[1]):
         output = read_model(lm.model, batch)
+        weight = None if weights is None else weights[len(values) : len(values) + len(batch)]
         if unit.task == PERPLEXITY:
-            values += heldout_cross_entropy(output, batch).tolist()
+            values += heldout_cross_entropy(output, batch, weight).tolist()
             continue
         expected = read_teacher(teacher, batch)
         if output.vocab_size != expected.vocab_size:
             sizes = f"a vocabulary of {output.vocab_size} entries, the teacher {options.teacher} one of"
             raise ValueError(f"CHECKPOINT: it has {sizes} {expected.vocab_size}")
-        values += heldout_kl(output, expected).tolist()
+        values += heldout_kl(output, expected, weight).tolist()
     if not all(math.isfinite(value) for value in values):
         raise ValueError("the logits are not finite")
     return values
@@ -146,14 +152,19 @@ def measure_own(unit: Unit, options: Options, documents, lm, teacher) -> dict | 
     """The result of a unit: the mean, with its standard error, of a figure that a forward pass
     gives for each document.
 
-    documents: of a recall task, or chunks [N, T]; they are sharded across the ranks. The figure is
+    documents: of a recall task, or `heldout_chunks`; they are sharded across the ranks. The figure is
     accuracy (`document_accuracies`), KL, or cross-entropy, whose mean's exp is the perplexity.
     None on ranks other than 0.
     """
-    shard = documents[: options.limit][lm.rank :: lm.world_size]
+    mine = slice(lm.rank, None, lm.world_size)
     if unit.task in HELDOUT:
-        values = heldout_values(unit, options, lm, shard, teacher)
+        from heldout import position_weights
+
+        ids, mask = documents
+        weights = None if mask is None else position_weights(mask[: options.limit])[mine]
+        values = heldout_values(unit, options, lm, ids[: options.limit][mine], weights, teacher)
     else:
+        shard = documents[: options.limit][mine]
         values = []
         for batch in batches(unit, lm, shard, unit.seq_len):
             values += document_accuracies(lm.model, lm.tokenizer, batch)

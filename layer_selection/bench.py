@@ -3,19 +3,19 @@ sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TypeVar
 
 from runtime.config import Config, ConfigError
-from runtime.data import load_tokenizer, open_chunks_for
+from runtime.data import LOSS_MASK, load_tokenizer, open_chunks_for
 
 import torch
 from tqdm import tqdm
 
 from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM
-from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, read_chunks
+from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, position_weights, read_chunks
 from layer_selection.stage2_runs import check_start
 from stages import compute_dtype
 
@@ -31,11 +31,26 @@ def heldout_batches(chunks, sequences: int, batch_size: int, missing: str) -> tu
     return torch.as_tensor(chunks.heldout[rows]["input_ids"], dtype=torch.long).split(batch_size)
 
 
-def sequence_kls(model: StudentForCausalLM, batches, teacher_outputs: list[ModelOutput]) -> list[float]:
-    """KL(teacher || model) of each sequence of the batches, the mean over its tokens."""
+def heldout_weights(chunks, sequences: int, batch_size: int) -> Sequence[torch.Tensor | None]:
+    """The weights of positions of `heldout_batches`, see `position_weights`; None for each batch of
+    data without a mask."""
+    rows = range(min(sequences, len(chunks.heldout)))
+    if LOSS_MASK not in chunks.heldout.column_names:
+        return [None] * -(-len(rows) // batch_size)
+    return position_weights(torch.as_tensor(chunks.heldout[rows][LOSS_MASK])).split(batch_size)
+
+
+def sequence_kls(
+    model: StudentForCausalLM,
+    batches,
+    teacher_outputs: list[ModelOutput],
+    weights: Sequence[torch.Tensor | None],
+) -> list[float]:
+    """KL(teacher || model) of each sequence of the batches, the mean over its tokens. weights: of
+    positions, by batch."""
     kls = []
-    for ids, teacher in zip(batches, teacher_outputs):
-        kls += heldout_kl(read_chunks(model, ids), teacher).tolist()
+    for ids, teacher, weight in zip(batches, teacher_outputs, weights, strict=True):
+        kls += heldout_kl(read_chunks(model, ids), teacher, weight).tolist()
     return kls
 
 
@@ -75,6 +90,7 @@ class Bench:
         tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
         chunks = open_chunks_for(tokenizer, teacher.vocab_size, cfg.data.cache_dir, cfg.train.train_seq_len)
         self.batches = heldout_batches(chunks, sequences, batch_size, f"data.cache_dir: {cfg.data.cache_dir}")
+        self.weights = heldout_weights(chunks, sequences, batch_size)
         self.train = chunks.train
 
     @cached_property
@@ -99,10 +115,10 @@ class Bench:
     def cross_entropies(self, model: StudentForCausalLM) -> list[float]:
         """Mean next-token cross-entropy of each sequence, in nats."""
         losses = []
-        for ids in self.batches:
-            losses += heldout_cross_entropy(read_chunks(model, ids), ids).tolist()
+        for ids, weight in zip(self.batches, self.weights):
+            losses += heldout_cross_entropy(read_chunks(model, ids), ids, weight).tolist()
         return losses
 
     def kls(self, model: StudentForCausalLM) -> list[float]:
         """KL(teacher || model) of each sequence, the mean over its tokens, in nats."""
-        return sequence_kls(model, self.batches, self.teacher_outputs)
+        return sequence_kls(model, self.batches, self.teacher_outputs, self.weights)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from runtime.batch_plan import BatchPlan, batch_plan
 from runtime.config import Config, ConfigError, dump_config, load_config
+from runtime.data import INPUT_IDS, LOSS_MASK
 from runtime.files import atomic_directory, atomic_write_text, locked
 from runtime.guard import REQUEUE, StopSignals
 from runtime.run_folder import difference
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from cuda_graphs import GraphedForward
 from distill_model import DistillationLoss, StudentForCausalLM
+from distill_model.losses import micro_batch_weights
 from layer_selection.bench import Bench
 from layer_selection.ranking import Layer, Ranking, rank_samples
 from layer_selection.stage2_runs import train_hybrid
@@ -49,8 +51,9 @@ TEACHER_CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at
 BYTES_PER_PARAMETER = 16
 CPU = torch.device("cpu")
 
-# Token ids [B, T] and the teacher's hidden states [B, T, H] of each micro-batch.
-MicroBatches = list[tuple[torch.Tensor, torch.Tensor]]
+# Token ids [B, T], the teacher's hidden states [B, T, H] and, if not all tokens are learned, which
+# are, [B, T] bool, of each micro-batch.
+MicroBatches = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 # Layer -> KL(teacher || its candidate) of each held-out sequence.
 SequenceKLs = dict[int, list[float]]
 
@@ -184,7 +187,8 @@ class Candidate:
         weights = DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight)
         device = self.hybrid.device
         losses = []
-        for ids, hidden in micro_batches:
+        weights_of = micro_batch_weights([mask for *_, mask in micro_batches], device)
+        for (ids, hidden, mask), weight in zip(micro_batches, weights_of):
             ids = ids.to(device)
             loss = self.forward(
                 input_ids=ids,
@@ -193,7 +197,9 @@ class Candidate:
                 teacher_head_weight=head_weight,
                 use_cache=False,
                 distillation=weights,
+                loss_mask=None if mask is None else mask.to(device),
             )["loss"]
+            loss = loss * weight
             (loss / len(micro_batches)).backward()
             losses.append(loss.detach())
         self.losses[step] = torch.stack(losses).mean()
@@ -290,10 +296,13 @@ class JointTraining:
         size = self.plan.batch_size
         for step in range(first, last):
             rows = self.order[step * size : (step + 1) * size].tolist()
-            tokens = self.bench.train[rows]["input_ids"]
-            ids = torch.as_tensor(tokens, dtype=torch.long, device=self.bench.device)
+            batch = self.bench.train[rows]
+            ids = torch.as_tensor(batch[INPUT_IDS], dtype=torch.long, device=self.bench.device)
             parts = ids.split(self.plan.micro_batch_size)
-            yield step + 1, [(part, self.teacher_hidden_states(part)) for part in parts]
+            masks = [None] * len(parts)
+            if LOSS_MASK in batch:
+                masks = torch.as_tensor(batch[LOSS_MASK], device=self.bench.device).split(self.plan.micro_batch_size)
+            yield step + 1, [(part, self.teacher_hidden_states(part), mask) for part, mask in zip(parts, masks)]
 
     @torch.no_grad()
     def teacher_hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
@@ -379,7 +388,8 @@ class JointTraining:
         for start in range(first, last, segment):
             cached = []
             for step, micro_batches in self.batches(start, min(last, start + segment)):
-                cached.append((step, [(ids.cpu(), hidden.cpu()) for ids, hidden in micro_batches]))
+                on_cpu = [(ids.cpu(), hidden.cpu(), mask) for ids, hidden, mask in micro_batches]
+                cached.append((step, on_cpu))
             for layer in mine:
                 candidate = self.candidates[layer]
                 candidate.to(self.bench.device)

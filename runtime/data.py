@@ -16,9 +16,14 @@ from unicodedata import normalize
 
 SPLITS = ("train", "heldout")
 METADATA = "metadata.json"
+# Columns: token ids, and, where only part of the text is learned, whether each token is.
+INPUT_IDS = "input_ids"
+LOSS_MASK = "loss_mask"
 LARGEST = "max_token_id"  # in the metadata of chunks: their largest token id
 # The values of options that the metadata of an older folder lacks: it was made before they existed.
 FORMERLY = {"allow_special_tokens": True, "skip_bad_files": False}
+# In the metadata of data with conversations only.
+OF_CONVERSATIONS = ("loss_on", "chat_template")
 
 
 class DataError(ValueError):
@@ -265,7 +270,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
 def data_fingerprint(metadata: dict) -> str:
     """A hash of the metadata that decides a data folder's content: without the paths of corpus and
     tokenizer, and without what follows from the rest."""
-    ignored = ("dataset_name", "tokenizer", LARGEST)
+    ignored = ("dataset_name", "mixture", "tokenizer", LARGEST)
     content = {name: value for name, value in metadata.items() if name not in ignored}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -298,7 +303,8 @@ def is_done(folder: Path, key: dict) -> bool:
     if not folder.exists() or not any(folder.iterdir()):
         return False
     found = FORMERLY | read_metadata(folder)
-    for name, value in key.items():
+    for name in dict.fromkeys((*key, *OF_CONVERSATIONS)):
+        value = key.get(name)
         if found.get(name) != value:
             raise DataError(
                 f"{folder}: was made with {name} {found.get(name)!r}, not {value!r}; "
@@ -310,7 +316,8 @@ def is_done(folder: Path, key: dict) -> bool:
 # ------------------------------------------------------------------------------------------- chunks
 @dataclass(frozen=True)
 class Chunks:
-    """Fixed-length token sequences: datasets with a column `input_ids`, and their metadata."""
+    """Fixed-length token sequences: datasets with a column `input_ids`, perhaps `loss_mask`, and
+    their metadata."""
 
     train: object
     heldout: object | None  # None if nothing was held out
@@ -399,10 +406,12 @@ def open_split(folder: Path, split: str, rows: int | None = None):
 
 
 def collate(rows: list[dict]) -> dict:
-    """A batch {"input_ids": [B, T] int64}. There is no attention mask: with one of all ones, FLA's
-    layers would take their slow path."""
+    """A batch {"input_ids": [B, T] int64}, and "loss_mask" [B, T] bool if the rows have one. There
+    is no attention mask: with one of all ones, FLA's layers would take their slow path."""
     import numpy
     import torch
 
-    ids = numpy.stack([row["input_ids"] for row in rows]).astype("int64")
-    return {"input_ids": torch.from_numpy(ids)}
+    batch = {INPUT_IDS: torch.from_numpy(numpy.stack([row[INPUT_IDS] for row in rows]).astype("int64"))}
+    if LOSS_MASK in rows[0]:
+        batch[LOSS_MASK] = torch.from_numpy(numpy.stack([row[LOSS_MASK] for row in rows]))
+    return batch

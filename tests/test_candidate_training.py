@@ -69,7 +69,8 @@ def test_candidates_that_another_rule_stopped_are_not_trained_again(stage2, tmp_
         select(stage2, tmp_path, *options, top_k=1, window=2, sequences=5)
 
 
-def test_steps_equal_those_of_a_plain_loop(stage2):
+@pytest.mark.parametrize("masked", [False, True])
+def test_steps_equal_those_of_a_plain_loop(stage2, masked):
     cfg = load_config(
         stage2,
         [
@@ -106,11 +107,16 @@ def test_steps_equal_those_of_a_plain_loop(stage2):
         with torch.no_grad():
             target = bench.teacher(input_ids=batch, use_cache=False).logits.log_softmax(-1)
             hidden = bench.teacher.model(batch, use_cache=False).last_hidden_state
-        candidate.train(step, list(zip(batch.split(1), hidden.split(1))), bench.teacher.lm_head.weight)
+        mask = torch.rand(batch.shape) < 0.3 if masked else None
+        parts = [None] * len(batch) if mask is None else mask.split(1)
+        micro_batches = list(zip(batch.split(1), hidden.split(1), parts))
+        candidate.train(step, micro_batches, bench.teacher.lm_head.weight)
         logits = hybrid.train()(input_ids=batch, use_cache=False).logits
         ours = logits.log_softmax(-1)
-        loss = (target.exp() * (target - ours)).sum(-1).mean()
-        loss = loss + 0.5 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        kl = (target.exp() * (target - ours)).sum(-1)
+        labels = batch if mask is None else batch.masked_fill(~mask, -100)
+        loss = kl.mean() if mask is None else kl[:, :-1][mask[:, 1:]].mean()
+        loss = loss + 0.5 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(hybrid.parameters(), cfg.train.max_grad_norm)
         adamw.step()
@@ -179,7 +185,7 @@ def test_a_non_finite_loss_of_any_micro_batch_is_an_error(stage2):
     candidate = Candidate("one", bench.student.restore_full_attention(bench.teacher, [1]), cfg, batch_plan(cfg, 1))
     scales = iter((1.0, 1.0, float("nan"), 1.0))
     candidate.forward = lambda **_: {"loss": next(scales) * candidate.hybrid.lm_head.weight.sum()}
-    batch = [(torch.zeros(1, 32, dtype=torch.long), torch.zeros(1, 32, 32))] * 2
+    batch = [(torch.zeros(1, 32, dtype=torch.long), torch.zeros(1, 32, 32), None)] * 2
     for step in (1, 2):
         candidate.train(step, batch, bench.teacher.lm_head.weight)
     with pytest.raises(ValueError, match="one: its loss is not finite at step 2"):

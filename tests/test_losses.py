@@ -59,6 +59,20 @@ def test_forward_kl(chunk_size, temperature):
     assert teacher_weight.grad is None
 
 
+@pytest.mark.parametrize("chunk_size", [8, 1000])
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_forward_kl_over_some_rows(chunk_size, count):
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
+    h, w, th, tw = double(hidden, weight, teacher_hidden, teacher_weight)
+    rows = torch.randperm(N)[:count]
+    learned = torch.zeros(N, dtype=torch.bool)
+    learned[rows] = True
+    student, teacher = ((a[rows] @ b.T / 2.5).log_softmax(-1) for a, b in ((h, w), (th, tw)))
+    naive = 2.5**2 * (teacher.exp() * (teacher - student)).sum() / max(1, count)
+    loss = forward_kl(hidden, teacher_hidden, weight, teacher_weight, 2.5, chunk_size, learned)
+    compare(loss, naive, [hidden, weight], [h, w])
+
+
 def test_gradients_accumulate_over_micro_batches():
     """Two half batches with half the weight give the gradient of the whole batch."""
     hidden, weight, teacher_hidden, teacher_weight = leaves((N - 1, H), (V, H), (N - 1, H_TEACHER), (V, H_TEACHER))
@@ -74,7 +88,7 @@ def test_only_two_chunks_of_logits_are_in_memory(monkeypatch):
     """The teacher's and the student's, which its gradient overwrites."""
     held = []
 
-    def fused_kl(logits, teacher, temperature):
+    def fused_kl(logits, teacher, temperature, learned=None):
         held.extend(StorageWeakRef(x.untyped_storage()) for x in (logits, teacher))
         assert sum(not reference.expired() for reference in held) == 2
         return logits.sum(-1)
@@ -180,6 +194,7 @@ if __name__ == "__main__":
     for size in (7, N):
         test_linear_cross_entropy(size, 5)
         test_forward_kl(size, 2.5)
+    test_forward_kl_over_some_rows(8, 20)
     test_fused_ops.test_rotate(1)
     test_fused_ops.test_rotate(2)
     test_fused_ops.test_scaled()
