@@ -576,31 +576,29 @@ class FrozenTeacher:
 
 
 class KDTrainer(StageTrainer):
-    """Stage 2: forward KL to the teacher's logits, computed inside the student's forward()."""
+    """Stage 2: the divergence from the teacher's distribution, computed inside the student's
+    forward(). teacher: None where the rows of the data hold its outputs."""
 
-    def __init__(
-        self,
-        *args,
-        teacher: FrozenTeacher,
-        kl_temperature: float = 1.0,
-        kl_weight: float = 1.0,
-        ce_weight: float = 0.0,
-        **kwargs,
-    ):
+    def __init__(self, *args, distillation: DistillationLoss, teacher: FrozenTeacher | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.teacher = teacher
-        self.distillation = DistillationLoss(kl_temperature, kl_weight, ce_weight)
+        self.distillation = distillation
 
     def forward_loss(self, model, inputs):
+        options = {
+            "labels": inputs[INPUT_IDS] if self.distillation.ce_weight else None,
+            "distillation": self.distillation,
+            "use_cache": False,
+        }
+        if self.teacher is None:
+            return model(**inputs, **options)["loss"]
         hidden_states = self.teacher.hidden_states(inputs[INPUT_IDS])
         with self.teacher.gathered_head():
             return model(
                 **inputs,
-                labels=inputs[INPUT_IDS] if self.distillation.ce_weight else None,
+                **options,
                 teacher_hidden_states=hidden_states,
                 teacher_head_weight=self.teacher.head_weight,
-                distillation=self.distillation,
-                use_cache=False,
             )["loss"]
 
 

@@ -6,22 +6,34 @@ It reads configs and data, no weights, and writes nothing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 from runtime.batch_plan import BatchPlan
-from runtime.config import Config, ConfigError, check_kept_layers, keys_of_other_stages
+from runtime.config import Config, ConfigError, check_kept_layers, keys_of_other_stages, trained_parts
 from runtime.context import RunContext
-from runtime.data import LOSS_MASK, Chunks, DataError, load_tokenizer, open_chunks_for, read_metadata
+from runtime.data import (
+    LOSS_MASK,
+    Chunks,
+    DataError,
+    data_fingerprint,
+    encoded_otherwise,
+    load_tokenizer,
+    open_chunks_for,
+    read_metadata,
+)
 from runtime.run_folder import EXPORT, zero_stage_of_run
+from runtime.teacher_outputs import check_outputs
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from convert import load_teacher_config
+from convert.loader import config_fingerprint, weights_fingerprint
 from convert_ckpt import student_config
 from distill_model import StudentConfig, StudentForCausalLM, check_calibration, check_student, same_options
-from optim import STATE_BYTES, parameter_groups
+from optim import STATE_BYTES, freeze_parts, parameter_groups
 from stages import compute_dtype
 
 MANY_EPOCHS = 4  # more teach much less than new text would (Muennighoff et al., arXiv 2305.16264)
@@ -48,6 +60,8 @@ def check_run(cfg: Config, plan: BatchPlan, log: Callable[[str], None]) -> Chunk
     for line in options_without_effect(cfg):
         log(line)
     chunks = open_data(cfg, plan)
+    if cfg.stage == 2 and cfg.teacher_model.outputs:
+        check_outputs(cfg.teacher_model.outputs, outputs_key(cfg, chunks))
     for line in notes_on_data(cfg, plan, chunks):
         log(line)
     if warning := calibration_warning(cfg):
@@ -64,6 +78,7 @@ def check_models(cfg: Config) -> None:
     check_student(cfg.student_model.name, cfg.student_model.options, teacher)
     if cfg.stage > 1:
         _check_initial_student(cfg, teacher)
+        _check_trained_parts(cfg, teacher.num_hidden_layers)
     elif cfg.train.calibrate_init:
         check_calibration(cfg.student_model.name)
 
@@ -94,6 +109,55 @@ def _check_initial_student(cfg: Config, teacher: StudentConfig) -> None:
             f"student_model.keep_full_attention_layers: {sorted(wanted)} must be those of "
             f"{cfg.train.student_init_ckpt}, {sorted(kept)}"
         )
+
+
+def _check_trained_parts(cfg: Config, num_layers: int) -> None:
+    """Raises ConfigError if the parts that are to train are not in the model."""
+    kept = len(cfg.student_model.keep_full_attention_layers)
+    missing = {"linear_attention": kept == num_layers, "kept_attention": kept == 0}
+    parts = trained_parts(cfg.train)
+    if all(missing.get(part) for part in parts):
+        raise ConfigError(
+            f"train.train_only: {', '.join(parts)}: {kept} of {num_layers} layers keep full attention, so this trains "
+            "nothing; train other parts"
+        )
+
+
+def check_other_teacher(cfg: Config, tokenizer, vocab_size: int) -> None:
+    """Raises ValueError unless teacher_model.distill_from has the tokenizer of teacher_model.name
+    and an embedding for each of the student's `vocab_size` ids."""
+    name = cfg.teacher_model.distill_from
+    key = f"teacher_model.distill_from: {name!r}"
+    size = load_teacher_config(name).vocab_size
+    other = load_tokenizer(name, "teacher_model.distill_from")
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    differing = sorted(ours.items() ^ theirs.items(), key=lambda item: item[::-1])
+    text = differing[0][0] if differing else encoded_otherwise(other, copy.deepcopy(tokenizer.backend_tokenizer))
+    if text is not None:
+        raise ConfigError(
+            f"{key} has another tokenizer than {cfg.teacher_model.name!r} (they differ at {text!r}); "
+            "name a teacher with the same one"
+        )
+    if size < vocab_size:
+        raise ConfigError(
+            f"{key} has a vocabulary of {size}, fewer than the student's {vocab_size}; name a teacher with as many"
+        )
+
+
+def outputs_key(cfg: Config, chunks: Chunks) -> dict:
+    """What stored outputs of the teacher must have been made with: the teacher's config and weights
+    (left out where they are not on this machine), tokenizer, data and options."""
+    teacher = cfg.teacher_model.distill_from or cfg.teacher_model.name
+    key = {
+        "teacher_config": config_fingerprint(teacher),
+        "teacher_weights": weights_fingerprint(teacher),
+        "tokenizer_fingerprint": chunks.metadata["tokenizer_fingerprint"],
+        "data": data_fingerprint(chunks.metadata),
+        "context_length": chunks.metadata["context_length"],
+        "top_k": cfg.train.kl_top_k,
+        "temperature": cfg.train.kl_temperature,
+    }
+    return {name: value for name, value in key.items() if value is not None}
 
 
 def _read_student_config(cfg: Config, key: str) -> StudentConfig:
@@ -154,6 +218,8 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     folder = cfg.data.cache_dir
     tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
     vocab_size = load_teacher_config(cfg.teacher_model.name).vocab_size
+    if cfg.stage == 2 and cfg.teacher_model.distill_from:
+        check_other_teacher(cfg, tokenizer, vocab_size)
     chunks = open_chunks_for(tokenizer, vocab_size, folder, cfg.train.train_seq_len)
     usable = len(chunks.train) - len(chunks.train) % plan.batch_size
     if not usable:
@@ -218,16 +284,20 @@ def print_plan(ctx: RunContext) -> None:
     teacher_config = load_teacher_config(cfg.teacher_model.name)
     with torch.device("meta"):
         student = StudentForCausalLM(student_config(cfg, teacher_config))
-        teacher = StudentForCausalLM(teacher_config)
+        distilled = cfg.teacher_model.distill_from if cfg.stage == 2 else None
+        teacher = StudentForCausalLM(load_teacher_config(distilled) if distilled else teacher_config)
     if cfg.stage == 1:
         student.requires_grad_(False)
         for i in student.config.linear_layers:
             student.model.layers[i].attn.requires_grad_(True)
+    frozen_parts = freeze_parts(student, cfg) if cfg.stage > 1 else {}
     groups = parameter_groups(student, cfg)
     trained = sum(group.numel for group in groups)
-    frozen = teacher.num_parameters() if cfg.stage < 3 else 0
+    no_teacher = cfg.stage == 3 or (cfg.stage == 2 and cfg.teacher_model.outputs)
+    frozen = 0 if no_teacher else teacher.num_parameters()
     zero_stage = zero_stage_of_run(cfg, plan.world_size)
-    memory = _memory_per_gpu(cfg, trained, frozen, zero_stage, plan.world_size)
+    weights = trained if cfg.stage == 1 else student.num_parameters()
+    memory = _memory_per_gpu(cfg, weights, trained, frozen, zero_stage, plan.world_size)
     ctx.log(
         f"stage {cfg.stage}: {plan.steps:,} steps x {plan.batch_size} sequences x {plan.seq_len} = "
         f"{plan.tokens:,} tokens"
@@ -239,18 +309,23 @@ def print_plan(ctx: RunContext) -> None:
     ctx.log(f"parameters: {student.num_parameters():,} in the student, {trained:,} trained")
     for group in groups:
         ctx.log(f"  {group.numel:>14,}  {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
+    for part, size in frozen_parts.items():
+        ctx.log(f"  {size:>14,}  {part}: frozen")
     shares = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
     ctx.log(f"memory per GPU: {sum(memory.values()) / GIB:.2f} GiB + activations ({shares})")
 
 
-def _memory_per_gpu(cfg: Config, trained: int, frozen: int, zero_stage: int, world_size: int) -> dict[str, float]:
-    """Bytes per device of all but activations. trained, frozen: numbers of parameters."""
+def _memory_per_gpu(
+    cfg: Config, weights: int, trained: int, frozen: int, zero_stage: int, world_size: int
+) -> dict[str, float]:
+    """Bytes per device of all but activations. weights: parameters of the student, of which `trained`
+    train; frozen: of the teacher."""
     width = compute_dtype(cfg, "cuda" if torch.cuda.is_available() else "cpu").itemsize
     weight_shards = world_size if zero_stage == 3 else 1
     gradient_shards = world_size if zero_stage > 1 else 1
     teacher_shards = world_size if cfg.train.kd_teacher_shard == "always" else 1
     return {
-        "weights": trained * width / weight_shards,
+        "weights": weights * width / weight_shards,
         "teacher": frozen * width / teacher_shards,
         "gradients": trained * width / gradient_shards,
         "optimiser": trained * STATE_BYTES[cfg.train.optimizer] / world_size,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,15 +18,16 @@ from runtime.context import RunContext
 from runtime.data import Chunks
 from runtime.environment import WANDB_PROJECT
 from runtime.run_folder import METRICS
+from runtime.teacher_outputs import RowsWithOutputs
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from convert import load_teacher
-from distill_model import StudentForCausalLM
+from distill_model import DistillationLoss, StudentForCausalLM
 from mfu import alignment_flops_per_token, device_peak_flops, training_flops_per_token
-from optim import STATE_BYTES, get_optimizer, get_scheduler, parameter_groups
+from optim import STATE_BYTES, freeze_parts, get_optimizer, get_scheduler, parameter_groups
 from wrapper import AttentionAlignmentModel, calibrate
 
 # hf_trainer and transformers' Trainer are imported where they are used: layer selection needs
@@ -66,7 +67,20 @@ def build_stage(ctx: RunContext) -> Stage:
         return _build_alignment_stage(ctx, dtype)
     teacher = load_teacher(ctx.cfg.teacher_model.name, dtype) if ctx.cfg.stage == 2 else None
     model = build_student_for_stage2_and_3(ctx.cfg, dtype, ctx.log, teacher)
-    return logit_stage(ctx.cfg, model, teacher)
+    if ctx.cfg.stage == 2 and ctx.cfg.teacher_model.outputs:
+        teacher = None
+    elif ctx.cfg.stage == 2 and ctx.cfg.teacher_model.distill_from:
+        teacher = load_kd_teacher(ctx.cfg, dtype, model.config.vocab_size)
+    return logit_stage(ctx.cfg, model, teacher, ctx.log)
+
+
+def load_kd_teacher(cfg: Config, dtype: torch.dtype, vocab_size: int) -> StudentForCausalLM:
+    """The teacher whose logits stage 2 distils, with the student's vocabulary: rows of another
+    teacher's embeddings beyond that are padding, which no token uses."""
+    teacher = load_teacher(cfg.teacher_model.distill_from or cfg.teacher_model.name, dtype)
+    if teacher.config.vocab_size > vocab_size:
+        teacher.resize_token_embeddings(vocab_size, mean_resizing=False)
+    return teacher
 
 
 def _build_alignment_stage(ctx: RunContext, dtype: torch.dtype) -> Stage:
@@ -95,21 +109,24 @@ def alignment_stage(cfg: Config, model: AttentionAlignmentModel, init_report: di
     return Stage(model, DistillTrainer, flops, init_report=init_report)
 
 
-def logit_stage(cfg: Config, model: StudentForCausalLM, teacher: StudentForCausalLM | None) -> Stage:
-    """Stage 2 of the given models, or stage 3, which has no teacher."""
+def logit_stage(cfg: Config, model: StudentForCausalLM, teacher: StudentForCausalLM | None, log: Log = print) -> Stage:
+    """Stage 2 of the given models, without a teacher if its outputs are stored; or stage 3."""
     from hf_trainer import FinetuneTrainer, KDTrainer
 
     train = cfg.train
+    for part, size in freeze_parts(model, cfg).items():
+        log(f"frozen: {size:,} parameters of {part}")
     model.set_activation_checkpointing(train.gradient_checkpointing)
     flops = training_flops_per_token(model, train.train_seq_len, teacher)
-    if teacher is None:
+    if cfg.stage == 3:
         return Stage(model, FinetuneTrainer, flops)
-    loss_options = {
-        "kl_temperature": train.kl_temperature,
-        "kl_weight": train.kl_weight,
-        "ce_weight": train.ce_weight,
-    }
-    return Stage(model, KDTrainer, flops, teacher, loss_options)
+    return Stage(model, KDTrainer, flops, teacher, {"distillation": distillation_loss(cfg)})
+
+
+def distillation_loss(cfg: Config) -> DistillationLoss:
+    """The loss of stage 2."""
+    train = cfg.train
+    return DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight, train.kl, train.kl_top_k)
 
 
 # ------------------------------------------------------------------------ models
@@ -257,7 +274,7 @@ def use_cuda_graphs(
     return reason is None
 
 
-def _shard_teacher(cfg: Config, size: int, device: str, world_size: int) -> tuple[bool, str]:
+def _shard_teacher(cfg: Config, size: int, student: nn.Module, device: str, world_size: int) -> tuple[bool, str]:
     """Whether to shard a teacher of `size` bytes, and why. All ranks call it together and decide
     alike."""
     mode = cfg.train.kd_teacher_shard
@@ -272,23 +289,30 @@ def _shard_teacher(cfg: Config, size: int, device: str, world_size: int) -> tupl
     least = torch.tensor(torch.cuda.mem_get_info()[0], device="cuda")
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
     free = least.item()
-    # A student of the teacher's size takes weights and gradients in the same dtype, and its shard
-    # of the optimiser's states.
-    need = 3 * size + size // 2 * STATE_BYTES[cfg.train.optimizer] // world_size
+    # The student takes its weights, the gradients of those that train, and its shard of the
+    # optimiser's states.
+    trained = [p for p in student.parameters() if p.requires_grad]
+    states = sum(p.numel() for p in trained) * STATE_BYTES[cfg.train.optimizer] // world_size
+    need = size + _bytes(student.parameters()) + _bytes(trained) + states
     return need > 0.7 * free, f"student and teacher take {need / GIB:.1f} of {free / GIB:.1f} GiB free"
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def teacher_engine_config(
     cfg: Config,
     teacher: StudentForCausalLM,
+    student: nn.Module,
     device: str,
     world_size: int,
     log: Log,
 ) -> dict | None:
     """DeepSpeed's config of a teacher that is sharded with ZeRO-3, or None where every device holds
     a replica."""
-    size = sum(p.numel() * p.element_size() for p in teacher.parameters())
-    shard, why = _shard_teacher(cfg, size, device, world_size)
+    size = _bytes(teacher.parameters())
+    shard, why = _shard_teacher(cfg, size, student, device, world_size)
     log(f"teacher: {'sharded with ZeRO-3' if shard else 'replicated'} ({size / GIB:.2f} GiB; {why})")
     if not shard:
         return None
@@ -344,6 +368,15 @@ def training_arguments(ctx: RunContext):
     )
 
 
+def training_rows(cfg: Config, rows, split: str = "train"):
+    """The rows of a split of chunks as `collate` takes them, with the teacher's outputs if those are
+    stored."""
+    rows = rows.with_format("numpy")
+    if cfg.stage != 2 or not cfg.teacher_model.outputs:
+        return rows
+    return RowsWithOutputs(rows, Path(cfg.teacher_model.outputs), split)
+
+
 def build_trainer(ctx: RunContext, stage: Stage):
     """The Trainer of a stage. All ranks call it together."""
     from hf_trainer import FrozenTeacher, Throughput, Wandb
@@ -360,7 +393,7 @@ def build_trainer(ctx: RunContext, stage: Stage):
     args = training_arguments(ctx)
     teacher_config = None
     if stage.teacher is not None:
-        teacher_config = teacher_engine_config(cfg, stage.teacher, ctx.device, ctx.world_size, ctx.log)
+        teacher_config = teacher_engine_config(cfg, stage.teacher, stage.model, ctx.device, ctx.world_size, ctx.log)
     sharded = teacher_config is not None
     graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded, ctx.world_size)
     options = dict(stage.loss_options)
@@ -374,8 +407,8 @@ def build_trainer(ctx: RunContext, stage: Stage):
     return stage.trainer_class(
         model=stage.model,
         args=args,
-        train_dataset=chunks.train.with_format("numpy"),
-        eval_dataset=chunks.heldout and chunks.heldout.with_format("numpy"),
+        train_dataset=training_rows(cfg, chunks.train),
+        eval_dataset=chunks.heldout and training_rows(cfg, chunks.heldout, "heldout"),
         make_optimizer=lambda model: get_optimizer(model, cfg),
         make_scheduler=lambda optimizer: get_scheduler(optimizer, cfg, plan),
         callbacks=[Wandb()] if ctx.report_to_wandb else None,

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from runtime.config import Config, ConfigError
 from runtime.data import LOSS_MASK, load_tokenizer, open_chunks_for
+from runtime.teacher_outputs import check_outputs
 
 import torch
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM
 from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, position_weights, read_chunks
 from layer_selection.stage2_runs import check_start
+from preflight import outputs_key
 from stages import compute_dtype
 
 Figure = TypeVar("Figure")
@@ -83,6 +85,8 @@ class Bench:
 
     def __init__(self, cfg: Config, sequences: int, batch_size: int):
         self.cfg = cfg
+        if cfg.teacher_model.distill_from:
+            print("teacher_model.distill_from: layers are selected by their KL to teacher_model.name, not to it")
         teacher = load_teacher_config(cfg.teacher_model.name)
         self.layers = range(teacher.num_hidden_layers)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,6 +94,13 @@ class Bench:
         tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
         chunks = open_chunks_for(tokenizer, teacher.vocab_size, cfg.data.cache_dir, cfg.train.train_seq_len)
         self.batches = heldout_batches(chunks, sequences, batch_size, f"data.cache_dir: {cfg.data.cache_dir}")
+        if cfg.teacher_model.outputs:
+            if cfg.teacher_model.distill_from:
+                raise ConfigError(
+                    "teacher_model.outputs: of teacher_model.distill_from, but layers are selected by their KL to "
+                    "teacher_model.name; remove both for the selection"
+                )
+            check_outputs(cfg.teacher_model.outputs, outputs_key(cfg, chunks))
         self.weights = heldout_weights(chunks, sequences, batch_size)
         self.train = chunks.train
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from runtime.batch_plan import BatchPlan, batch_plan
 from runtime.config import Config, ConfigError, dump_config, load_config
-from runtime.data import INPUT_IDS, LOSS_MASK
+from runtime.data import INPUT_IDS, LOSS_MASK, collate
 from runtime.files import atomic_directory, atomic_write_text, locked
 from runtime.guard import REQUEUE, StopSignals
 from runtime.run_folder import difference
@@ -32,14 +32,14 @@ from torch import nn
 from tqdm import tqdm
 
 from cuda_graphs import GraphedForward
-from distill_model import DistillationLoss, StudentForCausalLM
+from distill_model import StudentForCausalLM
 from distill_model.losses import micro_batch_weights
 from layer_selection.bench import Bench
 from layer_selection.ranking import Layer, Ranking, rank_samples
 from layer_selection.stage2_runs import train_hybrid
 from layer_selection.stopping_rule import StoppingRule
-from optim import get_scheduler, parameter_groups
-from stages import use_cuda_graphs
+from optim import freeze_parts, get_scheduler, parameter_groups
+from stages import distillation_loss, training_rows, use_cuda_graphs
 
 FOLDER = "side_by_side"  # in --output_dir; its name is part of the stored format
 HISTORY = "rounds.json"
@@ -50,10 +50,11 @@ TEACHER_CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at
 # no copy, as many.
 BYTES_PER_PARAMETER = 16
 CPU = torch.device("cpu")
+HIDDEN = "teacher_hidden_states"
 
-# Token ids [B, T], the teacher's hidden states [B, T, H] and, if not all tokens are learned, which
-# are, [B, T] bool, of each micro-batch.
-MicroBatches = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+# The inputs of each micro-batch by name: token ids [B, T]; the teacher's hidden states [B, T, H] or
+# its stored outputs; and, if not all tokens are learned, which are, [B, T] bool.
+MicroBatches = list[dict[str, torch.Tensor]]
 # Layer -> KL(teacher || its candidate) of each held-out sequence.
 SequenceKLs = dict[int, list[float]]
 
@@ -161,9 +162,10 @@ class Candidate:
         self.name = name
         self.cfg = cfg
         self.hybrid = hybrid.train()
-        self.forward = GraphedForward(hybrid) if cuda_graphs else hybrid
         self.losses: dict[int, torch.Tensor] = {}  # step -> loss, since they were last checked
         hybrid.set_activation_checkpointing(cfg.train.gradient_checkpointing)
+        freeze_parts(hybrid, cfg)
+        self.forward = GraphedForward(hybrid) if cuda_graphs else hybrid
         groups = [
             {"params": group.params, "lr": group.lr, "weight_decay": group.weight_decay}
             for group in parameter_groups(hybrid, cfg)
@@ -184,20 +186,19 @@ class Candidate:
         """One optimiser step. head_weight: the teacher's, [V, H]. Whether the loss was finite is
         left to `check_losses`: to check it here would be a host-device sync in every step."""
         train = self.cfg.train
-        weights = DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight)
+        weights = distillation_loss(self.cfg)
         device = self.hybrid.device
         losses = []
-        weights_of = micro_batch_weights([mask for *_, mask in micro_batches], device)
-        for (ids, hidden, mask), weight in zip(micro_batches, weights_of):
-            ids = ids.to(device)
+        masks = [inputs.get(LOSS_MASK) for inputs in micro_batches]
+        for inputs, weight in zip(micro_batches, micro_batch_weights(masks, device)):
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            if HIDDEN in inputs:
+                inputs["teacher_head_weight"] = head_weight
             loss = self.forward(
-                input_ids=ids,
-                labels=ids if train.ce_weight else None,
-                teacher_hidden_states=hidden.to(device),
-                teacher_head_weight=head_weight,
+                **inputs,
+                labels=inputs[INPUT_IDS] if train.ce_weight else None,
                 use_cache=False,
                 distillation=weights,
-                loss_mask=None if mask is None else mask.to(device),
             )["loss"]
             loss = loss * weight
             (loss / len(micro_batches)).backward()
@@ -259,6 +260,7 @@ class JointTraining:
         self.ended = False  # whether training was over for the process that wrote the history
         self.candidates: dict[int, Candidate] = {}
         self.order = self.draw_order(len(bench.train))
+        self.rows = training_rows(bench.cfg, bench.train)
 
     def draw_order(self, rows: int) -> torch.Tensor:
         """The row of the training data that each sequence is, epoch after epoch."""
@@ -296,13 +298,15 @@ class JointTraining:
         size = self.plan.batch_size
         for step in range(first, last):
             rows = self.order[step * size : (step + 1) * size].tolist()
-            batch = self.bench.train[rows]
-            ids = torch.as_tensor(batch[INPUT_IDS], dtype=torch.long, device=self.bench.device)
-            parts = ids.split(self.plan.micro_batch_size)
-            masks = [None] * len(parts)
-            if LOSS_MASK in batch:
-                masks = torch.as_tensor(batch[LOSS_MASK], device=self.bench.device).split(self.plan.micro_batch_size)
-            yield step + 1, [(part, self.teacher_hidden_states(part), mask) for part, mask in zip(parts, masks)]
+            batch = collate([self.rows[row] for row in rows])
+            parts = []
+            for start in range(0, size, self.plan.micro_batch_size):
+                part = {name: values[start : start + self.plan.micro_batch_size] for name, values in batch.items()}
+                part = {name: values.to(self.bench.device) for name, values in part.items()}
+                if not self.cfg.teacher_model.outputs:
+                    part[HIDDEN] = self.teacher_hidden_states(part[INPUT_IDS])
+                parts.append(part)
+            yield step + 1, parts
 
     @torch.no_grad()
     def teacher_hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
@@ -388,7 +392,7 @@ class JointTraining:
         for start in range(first, last, segment):
             cached = []
             for step, micro_batches in self.batches(start, min(last, start + segment)):
-                on_cpu = [(ids.cpu(), hidden.cpu(), mask) for ids, hidden, mask in micro_batches]
+                on_cpu = [{name: tensor.cpu() for name, tensor in part.items()} for part in micro_batches]
                 cached.append((step, on_cpu))
             for layer in mine:
                 candidate = self.candidates[layer]

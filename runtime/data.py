@@ -19,6 +19,8 @@ METADATA = "metadata.json"
 # Columns: token ids, and, where only part of the text is learned, whether each token is.
 INPUT_IDS = "input_ids"
 LOSS_MASK = "loss_mask"
+# Of a teacher's stored outputs, and their dtypes in a batch.
+TEACHER_COLUMNS = {"teacher_values": "float16", "teacher_ids": "int32", "teacher_log_rest": "float16"}
 LARGEST = "max_token_id"  # in the metadata of chunks: their largest token id
 # The values of options that the metadata of an older folder lacks: it was made before they existed.
 FORMERLY = {"allow_special_tokens": True, "skip_bad_files": False}
@@ -406,12 +408,16 @@ def open_split(folder: Path, split: str, rows: int | None = None):
 
 
 def collate(rows: list[dict]) -> dict:
-    """A batch {"input_ids": [B, T] int64}, and "loss_mask" [B, T] bool if the rows have one. There
-    is no attention mask: with one of all ones, FLA's layers would take their slow path."""
+    """A batch {"input_ids": [B, T] int64}, and what else the rows have: "loss_mask" [B, T] bool, the
+    teacher's outputs (see teacher_outputs.py). There is no attention mask: with one of all ones,
+    FLA's layers would take their slow path."""
     import numpy
     import torch
 
     batch = {INPUT_IDS: torch.from_numpy(numpy.stack([row[INPUT_IDS] for row in rows]).astype("int64"))}
     if LOSS_MASK in rows[0]:
         batch[LOSS_MASK] = torch.from_numpy(numpy.stack([row[LOSS_MASK] for row in rows]))
+    for column, kind in TEACHER_COLUMNS.items():
+        if column in rows[0]:
+            batch[column] = torch.from_numpy(numpy.stack([row[column] for row in rows]).astype(kind))
     return batch

@@ -108,8 +108,11 @@ def test_steps_equal_those_of_a_plain_loop(stage2, masked):
             target = bench.teacher(input_ids=batch, use_cache=False).logits.log_softmax(-1)
             hidden = bench.teacher.model(batch, use_cache=False).last_hidden_state
         mask = torch.rand(batch.shape) < 0.3 if masked else None
-        parts = [None] * len(batch) if mask is None else mask.split(1)
-        micro_batches = list(zip(batch.split(1), hidden.split(1), parts))
+        micro_batches = [
+            {"input_ids": batch[i : i + 1], "teacher_hidden_states": hidden[i : i + 1]} for i in range(len(batch))
+        ]
+        if masked:
+            micro_batches = [part | {"loss_mask": mask[i : i + 1]} for i, part in enumerate(micro_batches)]
         candidate.train(step, micro_batches, bench.teacher.lm_head.weight)
         logits = hybrid.train()(input_ids=batch, use_cache=False).logits
         ours = logits.log_softmax(-1)
@@ -185,7 +188,7 @@ def test_a_non_finite_loss_of_any_micro_batch_is_an_error(stage2):
     candidate = Candidate("one", bench.student.restore_full_attention(bench.teacher, [1]), cfg, batch_plan(cfg, 1))
     scales = iter((1.0, 1.0, float("nan"), 1.0))
     candidate.forward = lambda **_: {"loss": next(scales) * candidate.hybrid.lm_head.weight.sum()}
-    batch = [(torch.zeros(1, 32, dtype=torch.long), torch.zeros(1, 32, 32), None)] * 2
+    batch = [{"input_ids": torch.zeros(1, 32, dtype=torch.long)}] * 2
     for step in (1, 2):
         candidate.train(step, batch, bench.teacher.lm_head.weight)
     with pytest.raises(ValueError, match="one: its loss is not finite at step 2"):

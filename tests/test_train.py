@@ -841,7 +841,7 @@ import hf_trainer, stages
 from convert import load_teacher
 from runtime.config import load_config
 cfg, plain, sharded = load_config({str(file)!r}), *(load_teacher({teacher_dir!r}) for _ in range(2))
-sharded = hf_trainer.FrozenTeacher(sharded, "cpu", stages.teacher_engine_config(cfg, sharded, "cpu", 1, print))
+sharded = hf_trainer.FrozenTeacher(sharded, "cpu", stages.teacher_engine_config(cfg, sharded, sharded, "cpu", 1, print))
 assert sharded.model.model.layers[0].mlp.up_proj.weight.numel() == 0  # sharded
 assert all(map(z3_leaf_module, sharded.model.model.layers)) and not z3_leaf_module(sharded.model.lm_head)
 ids = torch.randint(0, 80, (2, 19))
@@ -891,7 +891,9 @@ def test_where_a_teachers_weights_are(tmp_path, teacher_dir, data_dir, shard, of
     cfg = load_config(
         write_config(tmp_path, 2, teacher_dir, data_dir, kd_teacher_shard=shard, kd_teacher_offload=offload)
     )
-    engine = stage_builders.teacher_engine_config(cfg, load_teacher(teacher_dir), "cpu", 1, print)
+    engine = stage_builders.teacher_engine_config(
+        cfg, load_teacher(teacher_dir), torch.nn.Linear(1, 1), "cpu", 1, print
+    )
     assert (engine and engine["zero_optimization"].get("offload_param", {"device": "none"})["device"]) == expected
 
 
