@@ -3,6 +3,7 @@ one."""
 
 import itertools
 import json
+import random
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
@@ -12,6 +13,7 @@ from runtime.data import DataError, data_fingerprint, load_tokenizer, open_split
 import pytest
 from conftest import options, save_tokenizer
 from datasets import Dataset
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 import preprocess_download_tokenize as tokenize_script
 from recall_tasks import copying, documents
@@ -168,6 +170,88 @@ def test_the_state_of_another_command_is_not_resumed(tmp_path, corpora, tokenize
     other = tokenize("owner/name", tokenizer_dir, tmp_path / "other", max_length=5)
     assert "resuming" not in capsys.readouterr().out
     assert max(map(len, rows_of(other)["train"])) == 6
+
+
+ALPHABET = [
+    "a",
+    "B",
+    "z",
+    "7",
+    "42",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    ".",
+    ",",
+    "'s",
+    "'",
+    "(",
+    "-",
+    "_",
+    "é",
+    "e\u0301",
+    "中",
+]
+ALPHABET += ["\u00a0", "\u3000", "\x1c", "😀", "ﬁ", "½", "٣", "<tool>", "[x]", "\u200b", "\u0301", "don't", "x1"]
+
+
+def byte_level(kind, texts):
+    """A byte-level BPE tokenizer, trained on these texts, with the pre-tokens of `kind`."""
+    tokenizer = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt2", "smollm"))
+    before = {"gpt2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}
+    for name, pattern in zip(("llama3", "qwen"), encoding.PATTERNS):
+        before[name] = [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before[kind], level])
+    tokenizer.normalizer = normalizers.NFC() if kind == "qwen" else None
+    initial = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=initial, special_tokens=["<eos>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(["<tool>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "smollm", "llama3", "qwen"])
+def test_words_one_by_one_are_the_text(kind, monkeypatch):
+    """Against the library on whole texts, of characters on which patterns differ; also when the cache
+    is full."""
+    rng = random.Random(kind)
+    texts = ["".join(rng.choices(ALPHABET, k=rng.randrange(60))) for _ in range(3000)] + ["", " ", "\n", "x" * 100]
+    tokenizer = byte_level(kind, texts[:500])
+    encoder = encoding.TextEncoder(tokenizer)
+    assert encoder.by_words
+    monkeypatch.setattr(encoding, "CACHED_WORDS", 300)
+    for start in range(0, len(texts), 100):
+        part = texts[start : start + 100]
+        expected = [found.ids for found in tokenizer.encode_batch(part, add_special_tokens=False)]
+        assert [ids.tolist() for ids in encoder(part)] == expected
+    assert max(map(len, encoder._ids)) <= encoding.LONGEST_WORD
+
+
+def test_tokenizers_whose_words_depend_on_each_other_are_not_split(tokenizer_dir):
+    plain = byte_level("gpt2", ["a b c"])
+    assert encoding.TextEncoder(plain).by_words
+    changes = {
+        "added token with a space": lambda t: t.add_tokens(["two words"]),
+        "added token that strips": lambda t: t.add_tokens([AddedToken("<x>", lstrip=True)]),
+        "prefix space": lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        "no pattern": lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(False, use_regex=False)),
+        "metaspace": lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Metaspace()),
+        "none": lambda t: setattr(t, "pre_tokenizer", None),
+        "lower case": lambda t: setattr(t, "normalizer", normalizers.Lowercase()),
+        "dropout": lambda t: setattr(t.model, "dropout", 0.1),
+    }
+    for name, change in changes.items():
+        tokenizer = Tokenizer.from_str(plain.to_str())
+        change(tokenizer)
+        encoder = encoding.TextEncoder(tokenizer)
+        assert not encoder.by_words, name
+        if name != "dropout":
+            assert encoder(["a b  c\nd"])[0].tolist() == tokenizer.encode("a b  c\nd", add_special_tokens=False).ids
 
 
 def test_several_processes_give_the_data_of_one(tmp_path, corpora, tokenizer_dir, monkeypatch):
