@@ -18,6 +18,7 @@ import triton.language as tl
 # Of the kernels, as those of losses.py.
 BLOCK = 2048
 WARPS = 4
+ROWS = 512  # of logits in fp32 at a time, of which top tokens are taken
 
 
 class TopTokens(NamedTuple):
@@ -35,11 +36,14 @@ class TopTokens(NamedTuple):
 def top_tokens(logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopTokens:
     """The k most likely tokens of each row of logits [N, V], of all of them if k >= V, in fp32."""
     k = min(k, logits.shape[-1])
-    logits = logits.float() / temperature
-    values, ids = logits.topk(k, dim=-1)
-    normaliser = logits.logsumexp(-1)
-    log_rest = logits.scatter(-1, ids, -float("inf")).logsumexp(-1) - normaliser
-    return TopTokens(values - normaliser[:, None], ids, log_rest)
+    parts = []
+    for rows in logits.split(ROWS):
+        rows = rows.float() / temperature
+        values, ids = rows.topk(k, dim=-1)
+        normaliser = rows.logsumexp(-1)
+        log_rest = rows.scatter_(-1, ids, -float("inf")).logsumexp(-1) - normaliser
+        parts.append((values - normaliser[:, None], ids, log_rest))
+    return TopTokens(*(torch.cat(part) for part in zip(*parts)))
 
 
 # ------------------------------------------------------------------------ PyTorch
