@@ -29,8 +29,9 @@ CACHED_WORDS = 1 << 19  # whose ids a process remembers
 LONGEST_WORD = 64  # in characters, of those
 
 # Places in a text at which every tokenizer that `splits_at_words` accepts separates pre-tokens: a
-# space between ASCII characters that are no spaces, and a line break after an ASCII letter or digit.
-WORDS = re.compile(r"(?<=[!-~])(?= [!-~])|(?<=[0-9A-Za-z])(?=\n)")
+# space between ASCII characters that are no spaces, and what follows an ASCII letter or digit if it is
+# a line break or ASCII punctuation.
+WORDS = re.compile(r"(?<=[!-~])(?= [!-~])|(?<=[0-9A-Za-z])(?=[\n!-/:-@\[-`{-~])")
 # The pre-tokens of Llama 3, with up to three digits in one, and of Qwen.
 PATTERNS = tuple(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -85,14 +86,16 @@ def text_encoder(tokenizer, allow_special_tokens: bool):
     return encoder
 
 
-def splits_at_words(state: dict) -> bool:
-    """Whether a tokenizer (its tokenizer.json) encodes a text as its `WORDS` one by one: byte-level
+def splits_at_words(encoder) -> bool:
+    """Whether a tokenizers.Tokenizer encodes a text as its `WORDS` one by one: byte-level
     BPE whose pre-tokens are those of GPT-2, Llama 3 or Qwen, perhaps with digits apart.
 
-    In their patterns a space can only begin a pre-token or be one of several spaces, a line break
-    cannot follow a letter or digit, and only white space looks ahead, which WORDS never ends with.
-    NFC does not compose ASCII characters.
+    In their patterns a space can only begin a pre-token or be one of several spaces, neither line
+    break nor punctuation follows a letter or digit in a pre-token, and only white space looks ahead,
+    which WORDS never ends with. NFC does not compose ASCII characters. No added token may hold such a
+    place, unless it is encoded as text.
     """
+    state = json.loads(encoder.to_str())
     normaliser = state["normalizer"] or {"type": "NFC"}
     before = state["pre_tokenizer"] or {}
     steps = before.get("pretokenizers", [before])
@@ -105,9 +108,12 @@ def splits_at_words(state: dict) -> bool:
     by_level = {"type": "ByteLevel", "add_prefix_space": False}
     gpt2 = [step for step in steps[:-1] if step != digits] == [] and last == by_level | {"use_regex": True}
     newer = len(steps) == 2 and steps[0] in splits and last == by_level | {"use_regex": False}
+    found = [token for token in state["added_tokens"] if not (token["special"] and encoder.encode_special_tokens)]
     plain = all(
-        not (token["lstrip"] or token["rstrip"] or token["single_word"] or re.search(r"\s", token["content"]))
-        for token in state["added_tokens"]
+        not (token["lstrip"] or token["rstrip"] or token["single_word"])
+        and not re.search(r"\s", token["content"])
+        and not WORDS.search(token["content"])
+        for token in found
     )
     model = state["model"]
     bpe = model["type"] == "BPE" and not model.get("dropout")
@@ -123,7 +129,7 @@ class TextEncoder:
 
     def __init__(self, encoder):
         self.encoder = encoder
-        self.by_words = splits_at_words(json.loads(encoder.to_str()))
+        self.by_words = splits_at_words(encoder)
         self._ids: dict[str, list[int]] = {}
 
     def __getstate__(self) -> tuple[str, bool]:
@@ -135,8 +141,9 @@ class TextEncoder:
         from tokenizers import Tokenizer
 
         text, as_text = state
-        self.__init__(Tokenizer.from_str(text))
-        self.encoder.encode_special_tokens = as_text
+        encoder = Tokenizer.from_str(text)
+        encoder.encode_special_tokens = as_text
+        self.__init__(encoder)
 
     def __call__(self, texts: list[str]) -> list[numpy.ndarray]:
         """The ids of each text, int32."""

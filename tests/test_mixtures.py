@@ -194,7 +194,26 @@ ALPHABET = [
     "e\u0301",
     "中",
 ]
-ALPHABET += ["\u00a0", "\u3000", "\x1c", "😀", "ﬁ", "½", "٣", "<tool>", "[x]", "\u200b", "\u0301", "don't", "x1"]
+ALPHABET += [
+    "\u00a0",
+    "\u3000",
+    "\x1c",
+    "😀",
+    "ﬁ",
+    "½",
+    "٣",
+    "<tool>",
+    "<|",
+    "zz",
+    "[x]",
+    "$",
+    "~",
+    "`",
+    "\u200b",
+    "\u0301",
+    "don't",
+    "x1",
+]
 
 
 def byte_level(kind, texts):
@@ -211,7 +230,9 @@ def byte_level(kind, texts):
         vocab_size=900, initial_alphabet=initial, special_tokens=["<eos>"], show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens(["<tool>"])
+    tokenizer.add_tokens(["<|", "zz"])
+    tokenizer.add_special_tokens(["<tool>"])
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -236,6 +257,8 @@ def test_tokenizers_whose_words_depend_on_each_other_are_not_split(tokenizer_dir
     plain = byte_level("gpt2", ["a b c"])
     assert encoding.TextEncoder(plain).by_words
     changes = {
+        "added token with a boundary": lambda t: t.add_tokens(["a.b"]),
+        "special tokens that are found": lambda t: setattr(t, "encode_special_tokens", False),
         "added token with a space": lambda t: t.add_tokens(["two words"]),
         "added token that strips": lambda t: t.add_tokens([AddedToken("<x>", lstrip=True)]),
         "prefix space": lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
@@ -247,6 +270,7 @@ def test_tokenizers_whose_words_depend_on_each_other_are_not_split(tokenizer_dir
     }
     for name, change in changes.items():
         tokenizer = Tokenizer.from_str(plain.to_str())
+        tokenizer.encode_special_tokens = True
         change(tokenizer)
         encoder = encoding.TextEncoder(tokenizer)
         assert not encoder.by_words, name
