@@ -108,6 +108,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="encode a control token's name in a text as that token, for text that a chat template has written",
     )
     args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises DataError for options that no run can have."""
     for name in ("max_length", "num_proc", "batch_size", "max_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -120,7 +126,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         shares = parse_mix(args.mix)
         if args.max_tokens is None and all(name.startswith(SYNTHETIC) for name in shares):
             raise DataError("--mix: synthetic text has no end; give --max_tokens")
-    return args
 
 
 def whole_number(text: str) -> int:

@@ -151,7 +151,7 @@ def _divergence_rows(student, teacher, loss, vocabulary, inverse_temperature, JS
     total_s = tl.sum(sum_s, 0)
     lse_s = max_s + tl.log(total_s)
     lse_t = max_t + tl.log(tl.sum(sum_t, 0))
-    divergence = tl.sum(cross, 0) / total_s - lse_s + lse_t
+    mean = tl.sum(cross, 0) / total_s - lse_s + lse_t
     if JSD:
         of_student = tl.zeros([BLOCK], tl.float32)
         of_teacher = tl.zeros([BLOCK], tl.float32)
@@ -167,8 +167,7 @@ def _divergence_rows(student, teacher, loss, vocabulary, inverse_temperature, JS
         mean = tl.sum(of_student, 0)
         tl.store(loss + row, (mean + tl.sum(of_teacher, 0)) / 2)
     else:
-        mean = divergence
-        tl.store(loss + row, divergence)
+        tl.store(loss + row, mean)
     for start in range(0, vocabulary, BLOCK):
         inside = start + columns < vocabulary
         s = tl.load(student + start + columns, mask=inside, other=0.0).to(tl.float32) * inverse_temperature
