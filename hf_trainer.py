@@ -575,6 +575,32 @@ class FrozenTeacher:
         return self.model.lm_head.weight
 
 
+def distillation_loss(
+    model, inputs: dict, teacher: FrozenTeacher | None, distillation: DistillationLoss
+) -> torch.Tensor:
+    """Stage 2's loss of a micro-batch, a scalar. teacher: None where `inputs` hold its outputs."""
+    options = {
+        "labels": inputs[INPUT_IDS] if distillation.ce_weight else None,
+        "distillation": distillation,
+        "use_cache": False,
+    }
+    if teacher is None:
+        return model(**inputs, **options)["loss"]
+    hidden_states = teacher.hidden_states(inputs[INPUT_IDS])
+    with teacher.gathered_head():
+        return model(
+            **inputs,
+            **options,
+            teacher_hidden_states=hidden_states,
+            teacher_head_weight=teacher.head_weight,
+        )["loss"]
+
+
+def next_token_loss(model, inputs: dict) -> torch.Tensor:
+    """Stage 3's loss of a micro-batch, a scalar."""
+    return model(**inputs, labels=inputs["input_ids"], use_cache=False)["loss"]
+
+
 class KDTrainer(StageTrainer):
     """Stage 2: the divergence from the teacher's distribution, computed inside the student's
     forward(). teacher: None where the rows of the data hold its outputs."""
@@ -585,25 +611,11 @@ class KDTrainer(StageTrainer):
         self.distillation = distillation
 
     def forward_loss(self, model, inputs):
-        options = {
-            "labels": inputs[INPUT_IDS] if self.distillation.ce_weight else None,
-            "distillation": self.distillation,
-            "use_cache": False,
-        }
-        if self.teacher is None:
-            return model(**inputs, **options)["loss"]
-        hidden_states = self.teacher.hidden_states(inputs[INPUT_IDS])
-        with self.teacher.gathered_head():
-            return model(
-                **inputs,
-                **options,
-                teacher_hidden_states=hidden_states,
-                teacher_head_weight=self.teacher.head_weight,
-            )["loss"]
+        return distillation_loss(model, inputs, self.teacher, self.distillation)
 
 
 class FinetuneTrainer(StageTrainer):
     """Stage 3: next-token cross-entropy on long sequences."""
 
     def forward_loss(self, model, inputs):
-        return model(**inputs, labels=inputs[INPUT_IDS], use_cache=False)["loss"]
+        return next_token_loss(model, inputs)

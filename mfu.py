@@ -17,6 +17,7 @@ from torch import nn
 
 from distill_model import is_student_attention
 from distill_model.attention import SoftmaxAttention
+from distill_model.fp8 import Fp8Linear
 
 # Peak FLOP/s of dense bf16 GEMMs (no sparsity), from NVIDIA's data sheets. The first entry whose
 # words are all in torch.cuda.get_device_name() counts.
@@ -57,7 +58,7 @@ def device_peak_flops(device: str, dtype: torch.dtype) -> float | None:
 
 def _gemm_weights(module: nn.Module) -> int:
     """The elements of all weights that a token is multiplied by."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, Fp8Linear)))
 
 
 def _attention_flops(module: nn.Module, seq_len: int) -> int:

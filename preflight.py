@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.batch_plan import BatchPlan
@@ -28,13 +29,15 @@ from runtime.teacher_outputs import check_outputs
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
 from convert import load_teacher_config
 from convert.loader import config_fingerprint, weights_fingerprint
 from convert_ckpt import student_config
 from distill_model import StudentConfig, StudentForCausalLM, check_calibration, check_student, same_options
 from optim import STATE_BYTES, freeze_parts, parameter_groups
-from stages import compute_dtype
+from stages import compute_dtype, use_cuda_graphs
+from wrapper import AttentionAlignmentModel
 
 MANY_EPOCHS = 4  # more teach much less than new text would (Muennighoff et al., arXiv 2305.16264)
 GIB = 2**30
@@ -64,7 +67,7 @@ def check_run(cfg: Config, plan: BatchPlan, log: Callable[[str], None]) -> Chunk
         check_outputs(cfg.teacher_model.outputs, outputs_key(cfg, chunks))
     for line in notes_on_data(cfg, plan, chunks):
         log(line)
-    if warning := calibration_warning(cfg):
+    if cfg.train.micro_batch_size != "auto" and (warning := calibration_warning(cfg, plan)):
         log(warning)
     return chunks
 
@@ -175,7 +178,7 @@ def _read_student_config(cfg: Config, key: str) -> StudentConfig:
         raise ConfigError(f"{key} has a config.json that cannot be read: {reason}") from None
 
 
-def calibration_warning(cfg: Config) -> str | None:
+def calibration_warning(cfg: Config, plan: BatchPlan) -> str | None:
     """A warning if calibration has fewer tokens than inputs to fit, or None.
 
     The inputs are num_heads x head_dim, of the output projection, or hidden_size, of a gate.
@@ -184,7 +187,7 @@ def calibration_warning(cfg: Config) -> str | None:
         return None
     teacher = load_teacher_config(cfg.teacher_model.name)
     inputs = max(teacher.num_attention_heads * teacher.head_dim, teacher.hidden_size)
-    batch = cfg.train.micro_batch_size * cfg.train.train_seq_len
+    batch = plan.micro_batch_size * plan.seq_len
     tokens = cfg.train.calibrate_init * batch
     if tokens >= inputs:
         return None
@@ -213,7 +216,7 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
 
     The training split is cut to whole batches, so that every step of every epoch has
     train.batch_size sequences; the held-out split is cut to train.eval_batches micro-batches per
-    device. Raises DataError.
+    device, unless their size is not chosen yet. Raises DataError.
     """
     folder = cfg.data.cache_dir
     tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
@@ -232,24 +235,27 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
             f"train.calibrate_init: {cfg.train.calibrate_init} batches of {plan.micro_batch_size} are "
             f"more than the {usable} chunks of {folder}; lower it"
         )
-    heldout = None if chunks.heldout is None else _whole_eval_batches(chunks.heldout, cfg, plan)
-    train = chunks.train.select(range(usable))
-    if cfg.stage == 1 and LOSS_MASK in train.column_names:  # aligns attention at every token
-        train = train.remove_columns(LOSS_MASK)
-        heldout = heldout and heldout.remove_columns(LOSS_MASK)
-    return Chunks(train, heldout, chunks.metadata)
+    chunks = replace(chunks, train=chunks.train.select(range(usable)))
+    if cfg.stage == 1 and LOSS_MASK in chunks.train.column_names:  # aligns attention at every token
+        heldout = chunks.heldout and chunks.heldout.remove_columns(LOSS_MASK)
+        chunks = replace(chunks, train=chunks.train.remove_columns(LOSS_MASK), heldout=heldout)
+    to_evaluate = with_whole_eval_batches(chunks, cfg, plan)
+    return chunks if cfg.train.micro_batch_size == "auto" else to_evaluate
 
 
-def _whole_eval_batches(heldout, cfg: Config, plan: BatchPlan):
-    """The first held-out chunks, as many as an evaluation reads."""
+def with_whole_eval_batches(chunks: Chunks, cfg: Config, plan: BatchPlan) -> Chunks:
+    """The chunks with as many held-out ones as an evaluation reads, the first. Raises DataError if
+    there are fewer than one batch."""
+    if chunks.heldout is None:
+        return chunks
     per_pass = plan.micro_batch_size * plan.world_size
-    batches = min(cfg.train.eval_batches, len(heldout) // per_pass)
+    batches = min(cfg.train.eval_batches, len(chunks.heldout) // per_pass)
     if not batches:
         raise DataError(
-            f"data.cache_dir: {cfg.data.cache_dir} has {len(heldout)} held-out chunks, fewer than "
+            f"data.cache_dir: {cfg.data.cache_dir} has {len(chunks.heldout)} held-out chunks, fewer than "
             f"one evaluation batch ({per_pass}); preprocess with a larger --holdout"
         )
-    return heldout.select(range(batches * per_pass))
+    return replace(chunks, heldout=chunks.heldout.select(range(batches * per_pass)))
 
 
 def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
@@ -278,35 +284,32 @@ def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
 
 # ------------------------------------------------------------------------ --dry-run
 def print_plan(ctx: RunContext) -> None:
-    """Logs steps, tokens, parameters, and an estimate of the memory per GPU for weights, gradients
-    and optimiser."""
+    """Logs steps, tokens, parameters, and an estimate of the memory per GPU for weights, gradients,
+    optimiser and CUDA graphs."""
     cfg, plan = ctx.cfg, ctx.plan
     teacher_config = load_teacher_config(cfg.teacher_model.name)
     with torch.device("meta"):
         student = StudentForCausalLM(student_config(cfg, teacher_config))
         distilled = cfg.teacher_model.distill_from if cfg.stage == 2 else None
         teacher = StudentForCausalLM(load_teacher_config(distilled) if distilled else teacher_config)
-    if cfg.stage == 1:
-        student.requires_grad_(False)
-        for i in student.config.linear_layers:
-            student.model.layers[i].attn.requires_grad_(True)
-    frozen_parts = freeze_parts(student, cfg) if cfg.stage > 1 else {}
-    groups = parameter_groups(student, cfg)
-    trained = sum(group.numel for group in groups)
+    in_student = student.num_parameters()
     no_teacher = cfg.stage == 3 or (cfg.stage == 2 and cfg.teacher_model.outputs)
     frozen = 0 if no_teacher else teacher.num_parameters()
+    frozen_parts = freeze_parts(student, cfg) if cfg.stage > 1 else {}
+    model = AttentionAlignmentModel(teacher, student) if cfg.stage == 1 else student
+    groups = parameter_groups(model, cfg)
+    trained = sum(group.numel for group in groups)
     zero_stage = zero_stage_of_run(cfg, plan.world_size)
-    weights = trained if cfg.stage == 1 else student.num_parameters()
-    memory = _memory_per_gpu(cfg, weights, trained, frozen, zero_stage, plan.world_size)
+    memory = _memory_per_gpu(ctx, model, frozen, zero_stage)
     ctx.log(
         f"stage {cfg.stage}: {plan.steps:,} steps x {plan.batch_size} sequences x {plan.seq_len} = "
         f"{plan.tokens:,} tokens"
     )
-    ctx.log(
-        f"devices: {plan.world_size}, each {plan.grad_accum} x {plan.micro_batch_size} sequences "
-        f"per step; ZeRO-{zero_stage}"
-    )
-    ctx.log(f"parameters: {student.num_parameters():,} in the student, {trained:,} trained")
+    per_step = f"{plan.grad_accum} x {plan.micro_batch_size} sequences per step"
+    if cfg.train.micro_batch_size == "auto":
+        per_step = f"{plan.grad_accum} sequences per step, in micro-batches measured before the first step"
+    ctx.log(f"devices: {plan.world_size}, each {per_step}; ZeRO-{zero_stage}")
+    ctx.log(f"parameters: {in_student:,} in the student, {trained:,} trained")
     for group in groups:
         ctx.log(f"  {group.numel:>14,}  {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
     for part, size in frozen_parts.items():
@@ -315,18 +318,21 @@ def print_plan(ctx: RunContext) -> None:
     ctx.log(f"memory per GPU: {sum(memory.values()) / GIB:.2f} GiB + activations ({shares})")
 
 
-def _memory_per_gpu(
-    cfg: Config, weights: int, trained: int, frozen: int, zero_stage: int, world_size: int
-) -> dict[str, float]:
-    """Bytes per device of all but activations. weights: parameters of the student, of which `trained`
-    train; frozen: of the teacher."""
-    width = compute_dtype(cfg, "cuda" if torch.cuda.is_available() else "cpu").itemsize
-    weight_shards = world_size if zero_stage == 3 else 1
-    gradient_shards = world_size if zero_stage > 1 else 1
-    teacher_shards = world_size if cfg.train.kd_teacher_shard == "always" else 1
-    return {
-        "weights": weights * width / weight_shards,
-        "teacher": frozen * width / teacher_shards,
-        "gradients": trained * width / gradient_shards,
-        "optimiser": trained * STATE_BYTES[cfg.train.optimizer] / world_size,
+def _memory_per_gpu(ctx: RunContext, model: nn.Module, frozen: int, zero_stage: int) -> dict[str, float]:
+    """Bytes per device of all but activations. model: what trains. frozen: the teacher's number of
+    parameters."""
+    train, world_size = ctx.cfg.train, ctx.world_size
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    width = compute_dtype(ctx.cfg, device).itemsize
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = trained if ctx.cfg.stage == 1 else sum(p.numel() for p in model.parameters())
+    shard_teacher = ctx.cfg.stage == 2 and train.kd_teacher_shard == "always"
+    memory = {
+        "weights": weights * width / (world_size if zero_stage == 3 else 1),
+        "teacher": frozen * width / (world_size if shard_teacher else 1),
+        "gradients": trained * width / (world_size if zero_stage > 1 else 1),
+        "optimiser": trained * STATE_BYTES[train.optimizer] / world_size,
     }
+    if use_cuda_graphs(ctx.cfg, device, zero_stage, model, ctx.log, shard_teacher):
+        memory["CUDA graphs"] = trained * width  # the gradients that the graphs write
+    return memory

@@ -23,6 +23,7 @@ _SYLLABLES = [consonant + vowel for consonant in "bdfgjklmnprstvz" for vowel in 
 WORDS = ["".join(pair) for pair in itertools.permutations(_SYLLABLES, 2)]
 random.Random(0).shuffle(WORDS)
 NUM_WORDS = 256  # default size of the vocabulary that a document draws from
+FILLERS = WORDS[-64:]  # words between pairs and questions, which no task asks for
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,26 @@ def _document(head: str, questions: Iterable[tuple[str, str]]) -> Document:
     return Document(text + "\n", answers)
 
 
+def _fillers(rng: random.Random, count: int) -> str:
+    """`count` words that lengthen the way from the pairs to the questions."""
+    return "".join(f" {rng.choice(FILLERS)}" for _ in range(count))
+
+
 def associative_recall(
-    rng: random.Random, num_pairs: int = 48, num_queries: int = 16, num_words: int = NUM_WORDS
+    rng: random.Random,
+    num_pairs: int = 48,
+    num_queries: int = 16,
+    num_words: int = NUM_WORDS,
+    num_fillers: int = 0,
 ) -> Document:
-    """Key-value pairs of words, then keys whose values are asked for (multi-query associative
-    recall, arXiv 2312.04927)."""
+    """Key-value pairs of words, then `num_fillers` other words, then keys whose values are asked for
+    (multi-query associative recall, arXiv 2312.04927)."""
     keys = rng.sample(WORDS[:num_words], num_pairs)
     values = [rng.choice(WORDS[:num_words]) for _ in keys]
     pairs = [f" {key} {value}" for key, value in zip(keys, values)]
     asked = rng.sample(range(num_pairs), min(num_queries, num_pairs))
     questions = [(f" {keys[i]}", f" {values[i]}") for i in asked]
-    return _document(f"recall:{','.join(pairs)} ?", questions)
+    return _document(f"recall:{','.join(pairs)}{_fillers(rng, num_fillers)} ?", questions)
 
 
 def multi_hop_recall(
@@ -74,16 +84,17 @@ def multi_hop_recall(
     num_hops: int = 2,
     num_queries: int = 8,
     num_words: int = NUM_WORDS,
+    num_fillers: int = 0,
 ) -> Document:
-    """Shuffled pairs that form chains of `num_hops` links; a chain's first word asks for all words
-    after it."""
+    """Shuffled pairs that form chains of `num_hops` links, then `num_fillers` other words; a chain's
+    first word asks for all words after it."""
     words = rng.sample(WORDS[:num_words], num_chains * (num_hops + 1))
     chains = [words[i::num_chains] for i in range(num_chains)]
     pairs = [f" {key} {value}" for chain in chains for key, value in itertools.pairwise(chain)]
     rng.shuffle(pairs)
     asked = rng.sample(chains, min(num_queries, num_chains))
     questions = [(f" {chain[0]}", f" {' '.join(chain[1:])}") for chain in asked]
-    return _document(f"hops {num_hops}:{','.join(pairs)} ?", questions)
+    return _document(f"hops {num_hops}:{','.join(pairs)}{_fillers(rng, num_fillers)} ?", questions)
 
 
 def copying(rng: random.Random, length: int = 64, num_words: int = NUM_WORDS) -> Document:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from runtime.checkpoints import UNIVERSAL
-from runtime.config import Config
+from runtime.config import FOR_A_REPLICA, Config
 from runtime.context import RunContext
 from runtime.data import Chunks
 from runtime.environment import WANDB_PROJECT
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from convert import load_teacher
 from distill_model import DistillationLoss, StudentForCausalLM
+from distill_model.fp8 import FP8_KEY, check_fp8_device, kl_of, quantize_mlps
 from mfu import alignment_flops_per_token, device_peak_flops, training_flops_per_token
 from optim import STATE_BYTES, freeze_parts, get_optimizer, get_scheduler, parameter_groups
 from wrapper import AttentionAlignmentModel, calibrate
@@ -36,6 +38,10 @@ from wrapper import AttentionAlignmentModel, calibrate
 ROOT = Path(__file__).resolve().parent
 GIB = 2**30
 LARGE_MODEL = 10**9  # parameters from which on CUDA graphs gain little (docs/performance.md)
+# The largest KL(exact teacher || FP8 teacher) accepted, in nats per token: a seventh of the KL that
+# the best student of docs/students.md has after stage 2.
+FP8_MAX_KL = 0.01
+FP8_TOKENS = 2**15  # on which it is measured
 Log = Callable[[str], None]
 
 
@@ -46,6 +52,7 @@ class Stage:
     model: what is trained. trainer_class: a subclass of `hf_trainer.StageTrainer`. flops_per_token:
     of a training step, see mfu.py. teacher: of stage 2, frozen. loss_options: keyword arguments of
     trainer_class. init_report: stage 1's, where each tensor of the students came from, by layer.
+    teacher_precision: what `set_teacher_precision` returned.
     """
 
     model: nn.Module
@@ -54,15 +61,17 @@ class Stage:
     teacher: StudentForCausalLM | None = None
     loss_options: dict = field(default_factory=dict)
     init_report: dict[int, dict] | None = None
+    teacher_precision: dict = field(default_factory=dict)
 
 
 def build_stage(ctx: RunContext) -> Stage:
-    """The stage of the config: models with their weights loaded, calibrated where that is asked
-    for."""
+    """The stage of the config: models with their weights loaded."""
     from transformers import set_seed
 
     set_seed(ctx.cfg.train.seed)
     dtype = compute_dtype(ctx.cfg, ctx.device)
+    if ctx.cfg.teacher_model.precision == "fp8":
+        check_fp8_device(ctx.device)
     if ctx.cfg.stage == 1:
         return _build_alignment_stage(ctx, dtype)
     teacher = load_teacher(ctx.cfg.teacher_model.name, dtype) if ctx.cfg.stage == 2 else None
@@ -71,7 +80,8 @@ def build_stage(ctx: RunContext) -> Stage:
         teacher = None
     elif ctx.cfg.stage == 2 and ctx.cfg.teacher_model.distill_from:
         teacher = load_kd_teacher(ctx.cfg, dtype, model.config.vocab_size)
-    return logit_stage(ctx.cfg, model, teacher, ctx.log)
+    precision = {} if teacher is None else set_teacher_precision(ctx, teacher)
+    return replace(logit_stage(ctx.cfg, model, teacher, ctx.log), teacher_precision=precision)
 
 
 def load_kd_teacher(cfg: Config, dtype: torch.dtype, vocab_size: int) -> StudentForCausalLM:
@@ -84,21 +94,31 @@ def load_kd_teacher(cfg: Config, dtype: torch.dtype, vocab_size: int) -> Student
 
 
 def _build_alignment_stage(ctx: RunContext, dtype: torch.dtype) -> Stage:
-    train = ctx.cfg.train
-    recompute = ctx.zero_stage == 3
-    model, init_report = build_student_for_stage1(ctx.cfg, dtype, ctx.log, recompute=recompute)
-    if train.calibrate_init and ctx.resume is None:
-        model.to(ctx.device)
-        fitted = calibrate_students(
-            model,
-            ctx.chunks,
-            train.calibrate_init,
-            train.micro_batch_size,
-            ctx.log,
-            show_progress=ctx.rank == 0,
-        )
-        init_report = with_calibrated(init_report, fitted)
-    return alignment_stage(ctx.cfg, model, init_report)
+    precision = {}
+    model, init_report = build_student_for_stage1(
+        ctx.cfg,
+        dtype,
+        ctx.log,
+        recompute=ctx.zero_stage == 3,
+        convert_teacher=lambda teacher: precision.update(set_teacher_precision(ctx, teacher)),
+    )
+    return replace(alignment_stage(ctx.cfg, model, init_report), teacher_precision=precision)
+
+
+def calibrate_stage(ctx: RunContext, stage: Stage) -> None:
+    """Calibrates the students of a run that starts, where train.calibrate_init asks for it."""
+    batches = ctx.cfg.train.calibrate_init
+    if not batches or ctx.resume is not None:
+        return
+    fitted = calibrate_students(
+        stage.model.to(ctx.device),
+        ctx.chunks,
+        batches,
+        ctx.plan.micro_batch_size,
+        ctx.log,
+        show_progress=ctx.rank == 0,
+    )
+    stage.init_report = with_calibrated(stage.init_report, fitted)
 
 
 def alignment_stage(cfg: Config, model: AttentionAlignmentModel, init_report: dict[int, dict] | None = None) -> Stage:
@@ -141,12 +161,14 @@ def build_student_for_stage1(
     dtype: torch.dtype,
     log: Log = print,
     recompute: bool = False,
+    convert_teacher: Callable[[StudentForCausalLM], None] | None = None,
 ) -> tuple[AttentionAlignmentModel, dict[int, dict]]:
     """The teacher with a linear attention beside each of its attentions; only the linear ones
     train.
 
-    recompute: see `AttentionAlignmentModel`. Returns the model and, by layer, the fields of the
-    layer's `InitReport`.
+    recompute: see `AttentionAlignmentModel`. convert_teacher: called with the teacher once the
+    linear attentions have been made from its exact weights. Returns the model and, by layer, the
+    fields of the layer's `InitReport`.
     """
     teacher = load_teacher(cfg.teacher_model.name, dtype)
     student, reports = StudentForCausalLM.from_teacher(
@@ -155,6 +177,8 @@ def build_student_for_stage1(
     init_report = {layer: asdict(report) for layer, report in reports.items()}
     origins = "; ".join(f"{origin}: {' '.join(names)}" for origin, names in init_report[0].items() if names)
     log(f"students: {len(init_report)} x {cfg.student_model.name}; {origins}")
+    if convert_teacher is not None:
+        convert_teacher(teacher)
     model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, recompute)
     return model, init_report
 
@@ -175,6 +199,32 @@ def build_student_for_stage2_and_3(
     return student
 
 
+def first_rows(split, count: int, device: str | torch.device) -> torch.Tensor:
+    """The token ids [rows, T] of the first chunks of a split, at most `count`."""
+    rows = split[: min(count, len(split))]["input_ids"]
+    return torch.as_tensor(rows, device=device, dtype=torch.long)
+
+
+def set_teacher_precision(ctx: RunContext, teacher: StudentForCausalLM) -> dict:
+    """Converts the teacher to teacher_model.precision and moves it to the device, for fp8; logs and
+    returns what that changes. {} for exact.
+
+    Measured on held-out chunks, or on training chunks where there are none, the same ones on every
+    rank. Raises ValueError if the change is larger than FP8_MAX_KL, or FP8 is not supported.
+    """
+    if ctx.cfg.teacher_model.precision == "exact":
+        return {}
+    heldout, train = ctx.chunks.heldout, ctx.cfg.train
+    split, name = (ctx.chunks.train, "training") if heldout is None else (heldout, "held-out")
+    ids = first_rows(split, max(1, FP8_TOKENS // train.train_seq_len), ctx.device)
+    kl = kl_of(quantize_mlps, teacher.to(ctx.device).eval(), ids.split(ctx.plan.micro_batch_size))
+    measured = f"KL(exact || fp8) is {kl:.3g} nats per token on {ids.numel():,} {name} tokens"
+    if not kl <= FP8_MAX_KL:
+        raise ValueError(f"{FP8_KEY}: {measured}, more than {FP8_MAX_KL}; set exact")
+    ctx.log(f"{FP8_KEY}: {measured}; up to {FP8_MAX_KL} is accepted")
+    return {"precision": "fp8", "kl": kl, "largest_kl": FP8_MAX_KL, "tokens": ids.numel(), "split": name}
+
+
 def calibrate_students(
     model: AttentionAlignmentModel,
     chunks: Chunks,
@@ -190,21 +240,17 @@ def calibrate_students(
     """
     device = next(model.parameters()).device
 
-    def first_rows(split, count: int) -> torch.Tensor:
-        rows = split[: min(count, len(split))]["input_ids"]
-        return torch.as_tensor(rows, device=device, dtype=torch.long)
-
     def alignment_loss(ids: torch.Tensor, when: str) -> float:
         parts = ids.split(batch_size)
         bar = tqdm(parts, desc=f"alignment loss {when}", unit="batch", disable=not show_progress)
         return sum(model(part)["loss"].item() * len(part) for part in bar) / len(ids)
 
-    ids = first_rows(chunks.train, batches * batch_size)
+    ids = first_rows(chunks.train, batches * batch_size, device)
     if chunks.heldout is None:
         test = ids
         where = "the same tokens, because there are no held-out chunks"
     else:
-        test = first_rows(chunks.heldout, len(ids))
+        test = first_rows(chunks.heldout, len(ids), device)
         where = f"{test.numel():,} held-out tokens"
     with torch.no_grad():
         before = alignment_loss(test, "before")
@@ -253,14 +299,14 @@ def use_cuda_graphs(
     model: nn.Module,
     log: Log = print,
     sharded_teacher: bool = False,
-    world_size: int = 1,
 ) -> bool:
     """Whether the passes of a training step run as CUDA graphs. Logs the reason where
     train.cuda_graphs is true and they cannot be used on this GPU."""
     mode = cfg.train.cuda_graphs
     if not mode or device != "cuda":
         return False
-    if mode == "auto" and (world_size > 1 or sum(p.numel() for p in model.parameters()) >= LARGE_MODEL):
+    size = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))  # FP8 weights are buffers
+    if mode == "auto" and size >= LARGE_MODEL:
         return False
     reason = None
     if zero_stage == 3:
@@ -274,7 +320,12 @@ def use_cuda_graphs(
     return reason is None
 
 
-def _shard_teacher(cfg: Config, size: int, student: nn.Module, device: str, world_size: int) -> tuple[bool, str]:
+def bytes_of(model: nn.Module) -> int:
+    """Of parameters and buffers; FP8 weights are buffers."""
+    return sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+
+
+def shard_teacher(cfg: Config, size: int, device: str, world_size: int) -> tuple[bool, str]:
     """Whether to shard a teacher of `size` bytes, and why. All ranks call it together and decide
     alike."""
     mode = cfg.train.kd_teacher_shard
@@ -289,33 +340,28 @@ def _shard_teacher(cfg: Config, size: int, student: nn.Module, device: str, worl
     least = torch.tensor(torch.cuda.mem_get_info()[0], device="cuda")
     torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
     free = least.item()
-    # The student takes its weights, the gradients of those that train, and its shard of the
-    # optimiser's states.
-    trained = [p for p in student.parameters() if p.requires_grad]
-    states = sum(p.numel() for p in trained) * STATE_BYTES[cfg.train.optimizer] // world_size
-    need = size + _bytes(student.parameters()) + _bytes(trained) + states
+    # A student of the teacher's size takes weights and gradients in the same dtype, and its shard
+    # of the optimiser's states.
+    need = 3 * size + size // 2 * STATE_BYTES[cfg.train.optimizer] // world_size
     return need > 0.7 * free, f"student and teacher take {need / GIB:.1f} of {free / GIB:.1f} GiB free"
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def teacher_engine_config(
     cfg: Config,
     teacher: StudentForCausalLM,
-    student: nn.Module,
     device: str,
     world_size: int,
     log: Log,
 ) -> dict | None:
     """DeepSpeed's config of a teacher that is sharded with ZeRO-3, or None where every device holds
     a replica."""
-    size = _bytes(teacher.parameters())
-    shard, why = _shard_teacher(cfg, size, student, device, world_size)
+    size = bytes_of(teacher)
+    shard, why = shard_teacher(cfg, size, device, world_size)
     log(f"teacher: {'sharded with ZeRO-3' if shard else 'replicated'} ({size / GIB:.2f} GiB; {why})")
     if not shard:
         return None
+    if cfg.teacher_model.precision == "fp8":
+        raise ValueError(f"{FP8_KEY} needs a replica of the teacher on every GPU; {FOR_A_REPLICA}")
     config = deepspeed_config("stage_2_teacher")
     config["train_micro_batch_size_per_gpu"] = cfg.train.micro_batch_size
     config["bf16"]["enabled"] = teacher.dtype == torch.bfloat16
@@ -393,9 +439,9 @@ def build_trainer(ctx: RunContext, stage: Stage):
     args = training_arguments(ctx)
     teacher_config = None
     if stage.teacher is not None:
-        teacher_config = teacher_engine_config(cfg, stage.teacher, stage.model, ctx.device, ctx.world_size, ctx.log)
+        teacher_config = teacher_engine_config(cfg, stage.teacher, ctx.device, ctx.world_size, ctx.log)
     sharded = teacher_config is not None
-    graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded, ctx.world_size)
+    graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded)
     options = dict(stage.loss_options)
     if stage.teacher is not None:
         options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs)

@@ -14,9 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.batch_plan import batch_plan
 from runtime.checkpoints import checkpoints, step_of
@@ -36,14 +39,19 @@ from runtime.guard import REQUEUE, StopSignals, Watchdog, failures_in_one_line, 
 from runtime.run_folder import (
     EXPORT,
     INIT_REPORT,
+    TEACHER_PRECISION,
     check_run_folder,
     is_finished,
     loadable_checkpoint,
     record_run,
     resume_point,
     run_lock,
+    with_micro_batch_size_of_run,
     zero_stage_of_run,
 )
+
+if TYPE_CHECKING:
+    from stages import Stage
 
 # Modules that import torch or DeepSpeed are imported in functions, after set_up_process() and
 # set_up_device().
@@ -82,7 +90,7 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> Run
     can correct.
     """
     log = partial(print, flush=True) if rank == 0 else lambda *_: None
-    cfg = load_config(args.cfg, args.overrides)
+    cfg = with_micro_batch_size_of_run(load_config(args.cfg, args.overrides), world_size)
     plan = batch_plan(cfg, world_size)
     check_run_folder(cfg)
     report_to_wandb = wandb_wanted(cfg.train.report_to)
@@ -111,7 +119,7 @@ def run(ctx: RunContext) -> None:
         zero_stage = zero_stage_of_run(cfg, ctx.world_size)
         ctx = replace(ctx, device=device, resume=checkpoint, zero_stage=zero_stage)
         if checkpoint is None or step_of(checkpoint) < ctx.plan.steps:
-            train_stage(ctx)
+            ctx = train_stage(ctx)
         if ctx.rank == 0:
             export(ctx)
     import torch
@@ -119,29 +127,29 @@ def run(ctx: RunContext) -> None:
     torch.distributed.destroy_process_group()
 
 
-def train_stage(ctx: RunContext) -> None:
+def train_stage(ctx: RunContext) -> RunContext:
     """Trains from ctx.resume, or from the start. After a signal it exits with REQUEUE, its
-    checkpoint saved."""
+    checkpoint saved. Returns the context with the config and plan of the training."""
     from cuda_graphs import graphs_in_use
-    from stages import build_stage, build_trainer
+    from micro_batch import with_measured_micro_batch
+    from stages import build_stage, build_trainer, calibrate_stage
 
-    cfg, checkpoint = ctx.cfg, ctx.resume
-    ctx = replace(ctx, resume=loadable_checkpoint(ctx), watchdog=Watchdog(60 * cfg.train.hang_minutes))
-    with ctx.watchdog, memory_advice(ctx, graphs_in_use):
-        try:
+    checkpoint = ctx.resume
+    ctx = replace(ctx, resume=loadable_checkpoint(ctx), watchdog=Watchdog(60 * ctx.cfg.train.hang_minutes))
+    with ctx.watchdog:
+        with memory_advice(ctx, graphs_in_use), as_config_errors():
             stage = build_stage(ctx)
-            trainer = build_trainer(ctx, stage)
-        except ValueError as error:
-            raise ConfigError(one_line(error)) from error
-        if ctx.rank == 0:
-            step = step_of(checkpoint) if checkpoint else 0
-            root = Path(__file__).resolve().parent
-            record_run(cfg, root, step, world_size=ctx.world_size, device=ctx.device, tokens=ctx.plan.tokens)
-            if stage.init_report and not checkpoint:  # a resumed run has not calibrated again
-                atomic_write_text(ctx.output_dir / INIT_REPORT, json.dumps(stage.init_report, indent=1))
-        if checkpoint:
-            ctx.log(f"resuming from {checkpoint}")
-        trainer.train(resume_from_checkpoint=str(ctx.resume) if ctx.resume else None)
+            if ctx.cfg.train.micro_batch_size == "auto":
+                ctx = with_measured_micro_batch(ctx, stage)
+        with memory_advice(ctx, graphs_in_use):
+            with as_config_errors():
+                calibrate_stage(ctx, stage)
+                trainer = build_trainer(ctx, stage)
+            if ctx.rank == 0:
+                record(ctx, step_of(checkpoint) if checkpoint else 0, stage)
+            if checkpoint:
+                ctx.log(f"resuming from {checkpoint}")
+            trainer.train(resume_from_checkpoint=str(ctx.resume) if ctx.resume else None)
     if reason := trainer.guard.stopped:
         step = trainer.state.global_step
         ctx.log(
@@ -149,8 +157,28 @@ def train_stage(ctx: RunContext) -> None:
             "rerun the command to resume"
         )
         sys.exit(REQUEUE)
-    if cfg.stage == 1 and trainer.layer_errors:
+    if ctx.cfg.stage == 1 and trainer.layer_errors:
         ctx.log(trainer.worst_layers())
+    return ctx
+
+
+@contextmanager
+def as_config_errors() -> Iterator[None]:
+    """Turns the ValueErrors of building models into errors of one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def record(ctx: RunContext, step: int, stage: Stage) -> None:
+    """Writes what the run folder says about the run, which resumes from `step`."""
+    root = Path(__file__).resolve().parent
+    record_run(ctx.cfg, root, step, world_size=ctx.world_size, device=ctx.device, tokens=ctx.plan.tokens)
+    if stage.init_report and not step:  # a resumed run has not calibrated again
+        atomic_write_text(ctx.output_dir / INIT_REPORT, json.dumps(stage.init_report, indent=1))
+    if stage.teacher_precision:
+        atomic_write_text(ctx.output_dir / TEACHER_PRECISION, json.dumps(stage.teacher_precision, indent=1))
 
 
 def export(ctx: RunContext) -> None:

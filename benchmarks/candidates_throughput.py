@@ -101,7 +101,7 @@ def main() -> None:
         student=student,
         device=teacher.device,
         train=RandomChunks(cfg.train.batch_size * 4, cfg.train.train_seq_len),
-        kls=lambda hybrid: [0.0],
+        losses=lambda hybrid: [0.0],
     )
     candidates = list(range(args.candidates))
     kept = {layer: [layer] for layer in candidates}

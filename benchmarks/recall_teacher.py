@@ -3,23 +3,26 @@
     python benchmarks/recall_teacher.py --output_dir recall_out [--text FOLDER]         # a GPU, less than 10 minutes
     python benchmarks/recall_teacher.py --output_dir recall_out --size tiny             # a CPU, some minutes
     python benchmarks/recall_teacher.py --output_dir recall_out --size quickstart --seed 1   # made quickstart/teacher
+    python benchmarks/recall_teacher.py --output_dir recall_out --size hard             # for selection_regret.py
 
-A Qwen3-type model of 40M parameters (quickstart: 0.7M, tiny: 0.6M) learns from the standard
+A Qwen3-type model of 40M parameters (hard: 7M, quickstart: 0.7M, tiny: 0.6M) learns from the standard
 library's source text, the files of --text, and the recall tasks of recall_tasks.py. Of the tasks
 only the answers count at first: next to the random words around them, which cannot be predicted,
-recall is learnt ten times later. Training continues at a constant learning rate until 95 % of
+recall is learnt ten times later. `hard` has more pairs and words, fillers between pairs and
+questions, and heads of 32: few layers of linear attention hold so many pairs. Training continues at a constant learning rate until 95 % of
 every task's held-out questions are answered (or for four fifths of --max_steps), then the learning
 rate decays while all words count. The exit code is 1 if held-out recall ends below 90 %.
 
 OUTPUT_DIR gets tokenizer/, data/chunked_context<N> for the stages, teacher/ (a plain Hugging Face
 checkpoint), teacher.json and teacher.png with the training curves. Run again, the command does
-only what is missing, with the exit code of the first time. A folder belongs to one size, text and
-seed (settings.json).
+only what is missing, with the exit code of the first time. A folder belongs to one size, text, seed
+and difficulty (settings.json).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -60,6 +63,12 @@ COOLDOWN = 0.2  # share of the steps at the end, in which the learning rate deca
 FLOOR = 0.05  # of the learning rate, at the last step
 WEIGHT_DECAY = 0.1
 QUESTIONS = 32  # held-out documents of each task
+DIFFICULTY = {
+    "num_pairs": "pairs of the hardest documents of associative recall",
+    "num_chains": "chains of the hardest documents of two-hop recall",
+    "num_fillers": "most words between pairs and questions",
+    "num_words": "words that documents draw from",
+}
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,35 @@ QUICKSTART = Scale(
     learning_rate=3e-3,
     max_steps=4000,
 )
+# Small enough to train all sets of kept layers; its tasks tell the sets apart.
+HARD = Scale(
+    shape=dict(
+        hidden_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=768,
+        initializer_range=0.04,
+    ),
+    tasks=TaskMix(
+        ranges={
+            "associative_recall": {"num_pairs": (8, 96), "num_queries": (16, 24), "num_fillers": (0, 32)},
+            "multi_hop_recall": {"num_chains": (4, 40), "num_queries": (8, 12), "num_fillers": (0, 64)},
+            "copying": {"length": (8, 128)},
+        },
+        num_words=512,
+    ),
+    task_documents=30_000,
+    text_files=200,
+    vocab_size=2048,
+    context_length=512,
+    text_rows=16,
+    task_rows=48,
+    text_weight=0.5,
+    learning_rate=2e-3,
+    max_steps=4000,
+)
 TINY = Scale(
     shape=dict(
         hidden_size=96,
@@ -164,8 +202,24 @@ TINY = Scale(
 )
 
 
-def scale_of(size: str) -> Scale:
-    return {"full": FULL, "quickstart": QUICKSTART, "tiny": TINY}[size]
+def scale_of(size: str, hardest: dict[str, int] | None = None) -> Scale:
+    """The scale of a size. hardest: option of the tasks -> its value in the hardest documents, in
+    place of the size's; num_words for all documents. Raises ValueError for a value that is easier
+    than the easiest."""
+    scale = {"full": FULL, "hard": HARD, "quickstart": QUICKSTART, "tiny": TINY}[size]
+    hardest = hardest or {}
+    ranges = {}
+    for task, options in scale.tasks.ranges.items():
+        if task != "copying" and "num_fillers" in hardest:
+            options = {"num_fillers": (0, 0), **options}
+        ranges[task] = {}
+        for name, (easiest, highest) in options.items():
+            value = hardest.get(name, highest)
+            if value < easiest:
+                raise ValueError(f"--{name}: {value} must be at least {easiest}, the easiest of --size {size}")
+            ranges[task][name] = (easiest, value)
+    tasks = TaskMix(ranges, hardest.get("num_words", scale.tasks.num_words))
+    return dataclasses.replace(scale, tasks=tasks)
 
 
 # ---------------------------------------------------------------------------------- data
@@ -248,7 +302,10 @@ class TaskRows(IterableDataset):
         while True:
             batch = list(itertools.islice(documents, 64))
             for ids, spans in encode(batch, self.tokenizer):
-                assert len(ids) < length, "a document must fit into a row"
+                if len(ids) >= length:
+                    raise ValueError(
+                        f"--num_pairs, --num_chains, --num_fillers: a document takes {len(ids)} tokens, a row has {length}"
+                    )
                 if len(tokens) + len(ids) >= length:
                     yield self.row(tokens, answers)
                     tokens = []
@@ -465,7 +522,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--size",
-        choices=("full", "quickstart", "tiny"),
+        choices=("full", "hard", "quickstart", "tiny"),
         default="full",
         help="model, data and questions",
     )
@@ -482,12 +539,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="the most steps to take; default: as the size needs",
     )
     parser.add_argument("--seed", type=int, default=0)
+    for name, what in DIFFICULTY.items():
+        parser.add_argument(f"--{name}", type=int, help=f"{what}; default: of the size")
     args = parser.parse_args(argv)
     if args.text and not args.text.is_dir():
         raise ValueError(f"--text: {args.text} is no folder; give one of text files")
+    scale_of(args.size, difficulty(args))
     if args.max_steps is not None and args.max_steps < 1:
         raise ValueError(f"--max_steps: {args.max_steps} must be at least 1")
     return args
+
+
+def difficulty(args: argparse.Namespace) -> dict[str, int]:
+    """The options of DIFFICULTY that were set."""
+    values = {name: getattr(args, name) for name in DIFFICULTY}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def claim_folder(args: argparse.Namespace) -> None:
@@ -497,6 +563,7 @@ def claim_folder(args: argparse.Namespace) -> None:
         "size": args.size,
         "text": args.text and str(args.text.resolve()),
         "seed": args.seed,
+        **{name: getattr(args, name) for name in DIFFICULTY},
     }
     file = args.output_dir / "settings.json"
     if file.is_file():
@@ -521,7 +588,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     disable_progress_bar()  # transformers' own, a line for every file written
     start = time.monotonic()
-    scale = scale_of(args.size)
+    scale = scale_of(args.size, difficulty(args))
     prepare(out, scale, args.text, args.seed)
     print(f"Data ready after {time.monotonic() - start:.0f} s")
     result = train_teacher(out, scale, args.max_steps or scale.max_steps, args.seed)

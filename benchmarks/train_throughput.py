@@ -15,15 +15,15 @@ permitted there is no profile, and the rest is printed.
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+from runtime.autotuning import save_kernel_configs
 from runtime.batch_plan import BatchPlan, batch_plan
 from runtime.command import run_main
 from runtime.config import Config, load_config
@@ -43,8 +43,10 @@ from benchmarks.kl_head import median_ms
 from convert import load_teacher_config
 from cuda_graphs import EAGER_CALLS, GraphedForward
 from distill_model import StudentConfig, StudentForCausalLM
+from distill_model.fp8 import quantize_mlps
 from layer_selection.ranking import budget, evenly_spaced
 from mfu import device_peak_flops
+from micro_batch import with_measured_micro_batch
 from stages import Stage, alignment_stage, build_trainer, compute_dtype, logit_stage
 from wrapper import AttentionAlignmentModel
 
@@ -74,6 +76,7 @@ KINDS = {
         "kda_",
         "causal_conv",
         "gate_",
+        "tilelang_",
     ),
     "losses": ("_kl_rows", "_cross_entropy_rows", "_squared_difference"),
     "optimiser": ("multi_tensor", "adam"),
@@ -196,6 +199,8 @@ def random_stage(ctx: RunContext, config: StudentConfig) -> Stage:
     with torch.device(ctx.device):
         kept = cfg.student_model.keep_full_attention_layers
         student, _ = StudentForCausalLM.from_teacher(teacher, cfg.student_model.name, kept)
+    if cfg.teacher_model.precision == "fp8":
+        quantize_mlps(teacher)
     if cfg.stage == 1:
         recompute = ctx.zero_stage == 3
         model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, recompute)
@@ -352,32 +357,6 @@ def _table(what: str, rows: list[tuple[str, float]]) -> str:
     return "\n".join(lines) + "\n\n"
 
 
-def save_kernel_configs(folder: Path) -> None:
-    """Adds the configurations that this process's kernels run with to the files that FLA reads."""
-    import triton
-    from fla.ops.utils.cache import AutotuneKey, CachedAutotuner
-
-    folder.mkdir(parents=True, exist_ok=True)
-    # By type(): isinstance raises for a weak reference whose object is gone.
-    tuners = [x for x in gc.get_objects() if issubclass(type(x), CachedAutotuner) and x.cache]
-    for tuner in tuners:
-        file = folder / f"{tuner.kernel_name}.json"
-        entries = json.loads(file.read_text())["autotune_entries"] if file.is_file() else {}
-        for key, config in tuner.cache.items():
-            names = ("kwargs", "num_warps", "num_stages", "num_ctas", "maxnreg")
-            entry = {
-                "autotune_key": AutotuneKey.normalize_autotune_key(key),
-                "config": {name: getattr(config, name) for name in names},
-            }
-            entries.setdefault(AutotuneKey.key_hash(key), entry)
-        content = {
-            "kernel_name": tuner.kernel_name,
-            "triton_version": triton.__version__,
-            "autotune_entries": entries,
-        }
-        file.write_text(json.dumps(content, indent=1) + "\n")
-
-
 class Clock(TrainerCallback):
     """Times the steps of a trainer, `steps` of them after `warm` others, and profiles those that
     follow."""
@@ -448,6 +427,9 @@ def main() -> None:
         ctx.output_dir.mkdir()
         rate = gemm_rate(device)
         stage = random_stage(ctx, config)
+        if cfg.train.micro_batch_size == "auto":
+            ctx = with_measured_micro_batch(replace(ctx, log=print if rank == 0 else ctx.log), stage)
+            plan = ctx.plan
         trainer = build_trainer(ctx, stage)
         trainer.args.save_strategy = "no"
         clock = Clock(trainer, args.stage, WARM_STEPS, args.steps)

@@ -14,11 +14,10 @@ from .config_distilled_student import StudentConfig
 from .fused_ops import rotate
 
 
-class RotaryEmbedding(LlamaRotaryEmbedding):
-    """RoPE of every type that transformers supports, with frequencies that stay in fp32.
+class KeepsDtypes(nn.Module):
+    """A module whose buffers keep their dtypes when the module is cast.
 
-    `model.to(torch.bfloat16)`, and with it DeepSpeed's bf16 engine, rounds buffers too; frequencies
-    of 8 significant bits move a token at position 10000 by up to 20 positions.
+    `model.to(torch.bfloat16)`, and with it DeepSpeed's bf16 engine, casts buffers too.
     """
 
     def _apply(self, fn, recurse=True):
@@ -29,6 +28,11 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
             if cast.dtype != buffer.dtype:
                 setattr(self, name, buffer.to(cast.device))
         return self
+
+
+class RotaryEmbedding(KeepsDtypes, LlamaRotaryEmbedding):
+    """RoPE of every type that transformers supports, with frequencies that stay in fp32: those of 8
+    significant bits move a token at position 10000 by up to 20 positions."""
 
 
 def sdpa_mask(

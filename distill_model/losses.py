@@ -8,6 +8,7 @@ Triton kernel, which reads the logits twice and overwrites them with their gradi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,9 +24,13 @@ DIVERGENCES = ("forward", "reverse", "jsd", "topk")
 # Rows of logits in memory at a time: on a GPU enough for GEMMs at full speed.
 CHUNK_SIZE = 1024
 CHUNK_SIZE_GPU = 4096
-# Of the kernels; measured on an H200 at a vocabulary of 151936.
+# Of the kernels of the cross-entropy and of the KL; measured on an H200 at a vocabulary of 151936.
 BLOCK = 2048
 WARPS = 4
+KL_BLOCK = 4096
+KL_WARPS = 8
+LN_2 = tl.constexpr(math.log(2))
+LEAST = tl.constexpr(-1e38)  # below all logits; unlike -inf its difference from itself is 0
 
 
 def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse") -> torch.Tensor:
@@ -43,51 +48,50 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "ms
 
 
 @triton.jit
-def _kl_rows(
-    student, teacher, learned, loss, vocabulary, inverse_temperature, MASKED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """KL(teacher || student) of a row of logits; its gradient overwrites the student's logits. Both
-    are 0 where MASKED and `learned` is 0.
+def _kl_rows(student, teacher, loss, vocabulary, scale, BLOCK: tl.constexpr):
+    """KL(teacher || student) of a row of logits; its gradient overwrites the student's logits.
 
-    One pass computes both normalisers and E_teacher[t - s]: KL = E[t - s] - lse(t) + lse(s).
+    scale: log2(e) / temperature, for softmaxes in base 2. One pass computes both normalisers and
+    E_teacher[t - s]: KL = E[t - s] - lse(t) + lse(s). Each group of 8 neighbouring columns of the
+    blocks keeps maxima and sums of its own, within a thread; they are joined once, after the pass.
+    The second pass takes the blocks backwards, as the last ones are still in the cache.
     """
     row = tl.program_id(0).to(tl.int64)
     student += row * vocabulary
     teacher += row * vocabulary
-    columns = tl.arange(0, BLOCK)
-    max_s = -float("inf")
-    max_t = -float("inf")
-    sum_s = tl.zeros([BLOCK], tl.float32)
-    sum_t = tl.zeros([BLOCK], tl.float32)
-    cross = tl.zeros([BLOCK], tl.float32)
+    GROUPS: tl.constexpr = BLOCK // 8
+    columns = tl.arange(0, GROUPS)[:, None] * 8 + tl.arange(0, 8)[None]
+    max_s = tl.full([GROUPS], LEAST, tl.float32)
+    max_t = tl.full([GROUPS], LEAST, tl.float32)
+    sum_s = tl.zeros([GROUPS], tl.float32)
+    sum_t = tl.zeros([GROUPS], tl.float32)
+    cross = tl.zeros([GROUPS], tl.float32)
     for start in range(0, vocabulary, BLOCK):
         inside = start + columns < vocabulary
-        s = tl.load(student + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * inverse_temperature
-        t = tl.load(teacher + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * inverse_temperature
-        new_s = tl.maximum(max_s, tl.max(s, 0))
-        new_t = tl.maximum(max_t, tl.max(t, 0))
-        old_t = tl.exp(max_t - new_t)
-        weight = tl.exp(t - new_t)
-        sum_s = sum_s * tl.exp(max_s - new_s) + tl.exp(s - new_s)
-        sum_t = sum_t * old_t + weight
-        cross = cross * old_t + tl.where(inside, weight * (t - s), 0.0)
+        s = tl.load(student + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * scale
+        t = tl.load(teacher + start + columns, mask=inside, other=-float("inf")).to(tl.float32) * scale
+        new_s = tl.maximum(max_s, tl.max(s, 1))
+        new_t = tl.maximum(max_t, tl.max(t, 1))
+        old_t = tl.exp2(max_t - new_t)
+        weight = tl.exp2(t - new_t[:, None])
+        sum_s = sum_s * tl.exp2(max_s - new_s) + tl.sum(tl.exp2(s - new_s[:, None]), 1)
+        sum_t = sum_t * old_t + tl.sum(weight, 1)
+        cross = cross * old_t + tl.sum(tl.where(inside, weight * (t - s), 0.0), 1)
         max_s, max_t = new_s, new_t
-    total_t = tl.sum(sum_t, 0)
-    lse_s = max_s + tl.log(tl.sum(sum_s, 0))
-    lse_t = max_t + tl.log(total_t)
-    divergence = tl.sum(cross, 0) / total_t - lse_t + lse_s
-    if MASKED:
-        weight_of_row = tl.load(learned + row).to(tl.float32)
-        divergence *= weight_of_row
-    tl.store(loss + row, divergence)
-    for start in range(0, vocabulary, BLOCK):
+    top_s = tl.max(max_s, 0)
+    top_t = tl.max(max_t, 0)
+    share_t = tl.exp2(max_t - top_t)
+    total_t = tl.sum(sum_t * share_t, 0)
+    lse_s = top_s + tl.log2(tl.sum(sum_s * tl.exp2(max_s - top_s), 0))
+    lse_t = top_t + tl.log2(total_t)
+    tl.store(loss + row, (tl.sum(cross * share_t, 0) / total_t - lse_t + lse_s) * LN_2)
+    blocks = tl.cdiv(vocabulary, BLOCK)
+    for i in range(0, blocks):
+        start = (blocks - 1 - i) * BLOCK
         inside = start + columns < vocabulary
-        s = tl.load(student + start + columns, mask=inside).to(tl.float32) * inverse_temperature
-        t = tl.load(teacher + start + columns, mask=inside).to(tl.float32) * inverse_temperature
-        gradient = tl.exp(s - lse_s) - tl.exp(t - lse_t)
-        if MASKED:
-            gradient *= weight_of_row
-        tl.store(student + start + columns, gradient, mask=inside)
+        s = tl.load(student + start + columns, mask=inside).to(tl.float32) * scale
+        t = tl.load(teacher + start + columns, mask=inside).to(tl.float32) * scale
+        tl.store(student + start + columns, tl.exp2(s - lse_s) - tl.exp2(t - lse_t), mask=inside)
 
 
 @triton.jit
@@ -211,24 +215,11 @@ def check_vocabularies(student_weight: torch.Tensor, teacher_weight: torch.Tenso
         raise ValueError(f"student and teacher vocabularies differ: {len(student_weight)} and {len(teacher_weight)}")
 
 
-def _fused_kl(
-    logits: torch.Tensor, teacher: torch.Tensor, temperature: float, learned: torch.Tensor | None = None
-) -> torch.Tensor:
-    """KL(teacher || student) of each row of logits, which their gradient overwrites; both 0 where
-    not `learned` (bool [N])."""
+def _fused_kl(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(teacher || student) of each row of logits, which their gradient overwrites."""
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    masked = learned is not None
-    _kl_rows[(len(logits),)](
-        logits,
-        teacher,
-        learned.to(torch.int8) if masked else loss,  # not read without a mask
-        loss,
-        logits.shape[1],
-        1 / temperature,
-        MASKED=masked,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+    scale = math.log2(math.e) / temperature
+    _kl_rows[(len(logits),)](logits, teacher, loss, logits.shape[1], scale, BLOCK=KL_BLOCK, num_warps=KL_WARPS)
     return loss
 
 
@@ -247,44 +238,47 @@ def forward_kl(
     teacher_weight: torch.Tensor,
     temperature: float = 1.0,
     chunk_size: int | None = None,
-    learned: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32 (Hinton et al.,
-    arXiv 1503.02531). learned: bool [N], the rows to take the mean of (0 if there are none); None:
-    all.
+    arXiv 1503.02531).
 
     student_hidden [N, H_s], teacher_hidden [N, H_t], student_weight [V, H_s], teacher_weight [V,
-    H_t]. The gradient flows to the student's two tensors only. Raises ValueError if the
-    vocabularies differ.
+    H_t]. row_weights [N] in fp32: the sum of weight x KL instead of the mean. The gradient flows to
+    the student's two tensors only. Raises ValueError if the vocabularies differ.
     """
     check_vocabularies(student_weight, teacher_weight)
     teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
+
+    def weighted(start: int, stop: int, losses: torch.Tensor, gradient: torch.Tensor):
+        """The chunk's loss, and its gradient in place."""
+        if row_weights is not None:
+            weights = row_weights[start:stop]
+            losses = losses * weights
+            gradient.mul_(weights[:, None])
+        return losses.sum() * temperature, gradient
 
     def rows(start, stop, logits):
         student = F.log_softmax(logits.float() / temperature, -1)
         teacher = teacher_hidden[start:stop] @ teacher_weight.mT
         teacher = F.log_softmax(teacher.float() / temperature, -1)
         target = teacher.exp()
-        divergences = target * (teacher - student)
-        gradient = student.exp_().sub_(target)
-        if learned is not None:
-            divergences *= learned[start:stop, None]
-            gradient *= learned[start:stop, None]
-        return divergences.sum() * temperature, gradient
+        losses = (target * (teacher - student)).sum(-1)
+        return weighted(start, stop, losses, student.exp_().sub_(target))
 
     def fused_rows(start, stop, logits):
-        teacher = teacher_hidden[start:stop] @ teacher_weight.mT
-        loss = _fused_kl(logits, teacher, temperature, None if learned is None else learned[start:stop])
-        return loss.sum() * temperature, logits
+        losses = _fused_kl(logits, teacher_hidden[start:stop] @ teacher_weight.mT, temperature)
+        return weighted(start, stop, losses, logits)
 
-    scale = mean_scale(student_hidden, learned, temperature)
+    divisor = len(student_hidden) if row_weights is None else 1
+    scale = student_hidden.new_full((), temperature / divisor, dtype=torch.float32)
     return linear_loss(student_hidden, student_weight, rows, fused_rows, scale, chunk_size)
 
 
 def _row_loss(student_hidden, student_weight, pair, temperature, chunk_size, learned):
     """temperature^2 * mean over rows of a divergence, a scalar in fp32. pair(start, stop, logits,
     fused) returns a chunk's divergences and its gradient, for which it may overwrite `logits`.
-    learned: as in `forward_kl`."""
+    learned: as in `divergence`."""
 
     def rows(start, stop, logits, fused=False):
         divergences, gradient = pair(start, stop, logits, fused)
@@ -313,12 +307,14 @@ def divergence(
 
     kind: forward, KL(teacher || student); reverse, KL(student || teacher) (Gu et al., arXiv
     2306.08543); jsd, the Jensen-Shannon divergence; topk, the forward KL over the teacher's top_k
-    tokens and, as one event, all others. Raises ValueError for another kind, and if the vocabularies
+    tokens and, as one event, all others. learned: bool [N], the rows to take the mean of (0 if there
+    are none); None: all. Raises ValueError for another kind, and if the vocabularies
     differ.
     """
     if kind == "forward":
         args = (student_hidden, teacher_hidden, student_weight, teacher_weight)
-        return forward_kl(*args, temperature, chunk_size, learned)
+        weights = None if learned is None else learned * mean_scale(student_hidden, learned, 1.0)
+        return forward_kl(*args, temperature, chunk_size, weights)
     if kind not in DIVERGENCES:
         raise ValueError(f"train.kl: {kind!r} is unknown; choose {', '.join(DIVERGENCES)}")
     check_vocabularies(student_weight, teacher_weight)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 
 import torch
+from fla.backends import register
 from fla.layers import DeltaNet, GatedDeltaNet, KimiDeltaAttention, RWKV7Attention, gated_deltanet
 from fla.layers.utils import (
     get_layer_cache,
@@ -13,6 +14,11 @@ from fla.layers.utils import (
     unpad_hidden_states,
     update_layer_cache,
 )
+from fla.modules.norm.l2norm import l2norm
+from fla.ops.common.gate import fused_beta_sigmoid
+from fla.ops.gated_delta_rule.backends import FlashQLABackend
+from fla.ops.gated_delta_rule.gate import fused_gdn_gate
+from fla.utils import IS_NVIDIA_HOPPER, has_usable_nvcc
 from torch import nn
 from transformers import initialization as init
 
@@ -33,6 +39,53 @@ from .student_base import (
 # The initial logit of a SiLU gate: near 0 SiLU is nearly linear and learns faster than at 1, or at
 # its minimum, where it is flattest.
 OPEN_SILU = 0.3
+
+
+@register("gated_delta_rule")
+class FlashQLAWithGates(FlashQLABackend):
+    """FLA's backend of `chunk_gated_delta_rule` on FlashQLA's kernels, extended to the calls of
+    Gated DeltaNet's layers: FLA's own rejects them, for they leave the gates to the kernel. They
+    are computed before it here.
+
+    FLA calls it on a GPU of the Hopper generation where flash-qla is installed, for heads of 128
+    channels in bf16 or fp16; `FLA_FLASH_QLA=0` switches it off. Packed sequences stay with Triton's
+    kernels: FlashQLA would copy the lengths of every batch to the host.
+    """
+
+    @classmethod
+    def is_available(cls) -> bool:
+        return IS_NVIDIA_HOPPER and super().is_available() and has_usable_nvcc()
+
+    def chunk_gated_delta_rule_verifier(self, q, k, v, g, beta, cu_seqlens=None, **options) -> tuple[bool, str | None]:
+        if cu_seqlens is not None:
+            return False, "cu_seqlens would be copied to the host"
+        for name in ("use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "allow_neg_eigval"):
+            options.pop(name, None)
+        return super().chunk_gated_delta_rule_verifier(q, k, v, g, beta, **options)
+
+    def chunk_gated_delta_rule(
+        self,
+        q,
+        k,
+        v,
+        g,
+        beta,
+        A_log=None,
+        dt_bias=None,
+        use_gate_in_kernel=False,
+        use_beta_sigmoid_in_kernel=False,
+        use_qk_l2norm_in_kernel=False,
+        allow_neg_eigval=False,
+        **options,
+    ):
+        """As FLA's function; a gate is g = -exp(A_log) softplus(g + dt_bias), in fp32."""
+        if use_qk_l2norm_in_kernel:  # FlashQLA's own is compiled by Inductor
+            q, k = l2norm(q), l2norm(k)
+        if use_gate_in_kernel:
+            g = fused_gdn_gate(g, A_log, dt_bias)
+        if use_beta_sigmoid_in_kernel:
+            beta = fused_beta_sigmoid(beta, 2.0 if allow_neg_eigval else 1.0)
+        return super().chunk_gated_delta_rule(q, k, v, g, beta, **options)
 
 
 class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):

@@ -1,4 +1,5 @@
-"""Writes the generated parts of docs/: the config reference, the table of students, the plots.
+"""Writes the generated parts of docs/: the config reference, the tables of students and of
+selectors, the plots.
 
     python docs/build.py
 
@@ -9,13 +10,16 @@ decode.json, which benchmarks/decode.py measured.
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from runtime.command import run_main
 from runtime.config import reference
 
 from benchmarks import compare_students, decode
+from layer_selection.selection import DEFAULT, DOCUMENTED
 
 DOCS = Path(__file__).parent
 STUDENTS = json.loads((DOCS / "students.json").read_text())
@@ -27,7 +31,24 @@ def students_table() -> str:
     return compare_students.table(STUDENTS["runs"], STUDENTS["settings"]["stage1_steps"])
 
 
-GENERATED = {"config.md": reference, "students.md": students_table}
+def methods_table() -> str:
+    """The methods of select_layers.py: the first paragraph of each docstring, methods that share one
+    in one row."""
+    training = {"gates": "of the gates", "rounds": "some hybrids per round", "avg_s2": "those of both"}
+    training |= dict.fromkeys(("ga_s2", "gr_s2"), "one hybrid per layer")
+    names: dict[Callable, list[str]] = {}
+    for name, function in DOCUMENTED.items():
+        names.setdefault(function, []).append(name)
+    lines = ["| `--method` | importance of a layer | training |", "|---|---|---|"]
+    for function, its_names in names.items():
+        paragraph = " ".join(inspect.getdoc(function).partition("\n\n")[0].split()).replace("||", "\\|\\|")
+        default = " (default)" if DEFAULT in its_names else ""
+        trains = training.get(its_names[0], "none")
+        lines.append(f"| {', '.join(f'`{name}`' for name in its_names)}{default} | {paragraph} | {trains} |")
+    return "\n".join(lines)
+
+
+GENERATED = {"config.md": reference, "layer_selection.md": methods_table, "students.md": students_table}
 
 
 def with_generated(page: str) -> str:

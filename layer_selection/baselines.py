@@ -49,12 +49,12 @@ def random_order(bench: Bench, seed: int) -> Ranking:
 # ------------------------------------------------------------------------ without training
 def scan(bench: Bench) -> Ranking:
     """-KL(teacher || the all-linear student with this layer restored), as GA-S2 but without training."""
-    return rank_scan(measure_layer_swaps(bench.kls, bench.student, bench.teacher))
+    return rank_scan(measure_layer_swaps(bench.losses, bench.student, bench.teacher), bench.unit)
 
 
-def rank_scan(kls: dict[int, list[float]]) -> Ranking:
-    """kls: layer -> the KL with this layer restored, on each sequence."""
-    return rank_samples("scan", "-KL", negated(kls))
+def rank_scan(losses: dict[int, list[float]], unit: str = "KL") -> Ranking:
+    """losses: layer -> the objective, called `unit`, with this layer restored, on each sequence."""
+    return rank_samples("scan", f"-{unit}", negated(losses))
 
 
 def perplexity(bench: Bench) -> Ranking:
@@ -92,10 +92,10 @@ def ga_s1(bench: Bench) -> Ranking:
 
 
 def task_ablation(bench: Bench, method: str, options: QuestionOptions, batch_size: int, seed: int) -> Ranking:
-    """accuracy(teacher) - accuracy(teacher with the layer's attention output zeroed) on the task of
-    `method`.
+    """Accuracy of the teacher on a synthetic task - its accuracy with this layer's attention output
+    zeroed.
 
-    Raises ValueError if the teacher answers nothing: there is no accuracy to lose.
+    method: names the task. Raises ValueError if the teacher answers nothing: there is no accuracy to lose.
     """
     task = TASK_METHODS[method]
     questions = draw_questions(task, options, seed)
@@ -111,10 +111,11 @@ def task_ablation(bench: Bench, method: str, options: QuestionOptions, batch_siz
 
 # ------------------------------------------------------------------------ SMART
 def smart(bench: Bench, top_k: int) -> Ranking:
-    """Sensitivity, KL(all-linear) - KL(with this layer restored), and placement (arXiv 2505.17272):
-    see `place`.
+    """Sensitivity, KL(all-linear) - KL(with this layer restored), and placement: the most sensitive
+    layer among the first and among the last L / K, the others nearly evenly between, at the largest
+    sum (arXiv 2505.17272).
 
-    The layers that it places come first; those and the others are not compared, so that there are
+    The layers that `place` places come first; those and the others are not compared, so that there are
     no ties.
     """
     all_linear = bench.kls(bench.student)
@@ -168,7 +169,7 @@ def gr_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
     if trained is None:
         return None
     kls, facts = trained
-    return rank_hybrids("gr_s2", "KL", kls, facts)
+    return rank_hybrids("gr_s2", bench.unit, kls, facts)
 
 
 def avg_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:

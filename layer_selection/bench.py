@@ -17,6 +17,7 @@ from tqdm import tqdm
 from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM
 from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, position_weights, read_chunks
+from layer_selection.objective import Objective, RecallOptions
 from layer_selection.stage2_runs import check_start
 from preflight import outputs_key
 from stages import compute_dtype
@@ -79,20 +80,30 @@ class Bench:
     """Teacher, all-linear student and held-out sequences of a stage-2 config; the models load when
     first used.
 
-    sequences: how many of the held-out ones. batch_size: of a forward pass. Raises ValueError for
-    data that does not fit the teacher or has no held-out split.
+    sequences: how many of the held-out ones. batch_size: of a forward pass. objective: a name of
+    `OBJECTIVES`, with its documents of recall. Raises ValueError for data that does not fit the
+    teacher or has no held-out split.
     """
 
-    def __init__(self, cfg: Config, sequences: int, batch_size: int):
+    def __init__(
+        self,
+        cfg: Config,
+        sequences: int,
+        batch_size: int,
+        objective: str = "kl",
+        recall: RecallOptions | None = None,
+    ):
         self.cfg = cfg
         if cfg.teacher_model.distill_from:
             print("teacher_model.distill_from: layers are selected by their KL to teacher_model.name, not to it")
+        self.objective_name = objective
+        self.recall = recall or RecallOptions()
         teacher = load_teacher_config(cfg.teacher_model.name)
         self.layers = range(teacher.num_hidden_layers)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_dtype(cfg, self.device.type)
-        tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
-        chunks = open_chunks_for(tokenizer, teacher.vocab_size, cfg.data.cache_dir, cfg.train.train_seq_len)
+        self.tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
+        chunks = open_chunks_for(self.tokenizer, teacher.vocab_size, cfg.data.cache_dir, cfg.train.train_seq_len)
         self.batches = heldout_batches(chunks, sequences, batch_size, f"data.cache_dir: {cfg.data.cache_dir}")
         if cfg.teacher_model.outputs:
             if cfg.teacher_model.distill_from:
@@ -116,12 +127,40 @@ class Bench:
         return student.to(self.device).eval()
 
     @property
+    def unit(self) -> str:
+        """What the objective is called in tables."""
+        return "KL" if self.objective_name == "kl" else self.objective_name
+
+    @property
     def num_sequences(self) -> int:
         return sum(map(len, self.batches))
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the held-out sequences."""
+        return sum(batch.numel() for batch in self.batches)
 
     @cached_property
     def teacher_outputs(self) -> list[ModelOutput]:
         return [read_chunks(self.teacher, ids) for ids in self.batches]
+
+    @cached_property
+    def objective(self) -> Objective:
+        return Objective(
+            self.objective_name,
+            self.teacher,
+            self.student,
+            self.tokenizer,
+            self.batches,
+            self.recall,
+            self.cfg.train.seed,
+        )
+
+    def losses(self, model: StudentForCausalLM) -> list[float]:
+        """The objective on each held-out sequence."""
+        if self.objective_name == "kl":
+            return self.kls(model)
+        return self.objective.losses(model)
 
     def cross_entropies(self, model: StudentForCausalLM) -> list[float]:
         """Mean next-token cross-entropy of each sequence, in nats."""

@@ -55,7 +55,7 @@ HIDDEN = "teacher_hidden_states"
 # The inputs of each micro-batch by name: token ids [B, T]; the teacher's hidden states [B, T, H] or
 # its stored outputs; and, if not all tokens are learned, which are, [B, T] bool.
 MicroBatches = list[dict[str, torch.Tensor]]
-# Layer -> KL(teacher || its candidate) of each held-out sequence.
+# Layer -> its candidate's objective, by default KL(teacher || candidate), on each held-out sequence.
 SequenceKLs = dict[int, list[float]]
 
 
@@ -65,7 +65,8 @@ def master_of(param: nn.Parameter) -> torch.Tensor:
 
 
 class MasterAdamW:
-    """AdamW on fp32 master copies of parameters that are not fp32, as in DeepSpeed.
+    """AdamW on fp32 master copies of parameters that are not fp32, as in DeepSpeed; of parameters on
+    a GPU in fused kernels.
 
     groups: torch's, of params, lr and weight_decay. make_scheduler(optimiser) returns the schedule.
     """
@@ -85,7 +86,8 @@ class MasterAdamW:
             masters = [master_of(param) for param in group["params"]]
             master_groups.append(group | {"params": masters})
             self.masters += masters
-        self.adamw = torch.optim.AdamW(master_groups, betas=betas)
+        self.fused = all(master.is_cuda for master in self.masters)
+        self.adamw = torch.optim.AdamW(master_groups, betas=betas, fused=self.fused or None)
         self.scheduler = make_scheduler(self.adamw)
 
         self.copied = []  # parameters that have a master copy
@@ -127,7 +129,8 @@ class MasterAdamW:
         for i, (param, master) in enumerate(zip(self.params, self.masters)):
             master.copy_(tensors[f"{i}.master"])
             self.adamw.state[master] = {
-                "step": torch.tensor(float(steps)),
+                # The fused kernels read it on the GPU, the others on the CPU.
+                "step": torch.tensor(float(steps), device=master.device if self.fused else CPU),
                 "exp_avg": tensors[f"{i}.exp_avg"].to(master.device),
                 "exp_avg_sq": tensors[f"{i}.exp_avg_sq"].to(master.device),
             }
@@ -143,7 +146,7 @@ class MasterAdamW:
                 master.data = master.data.to(device)
             state = self.adamw.state.get(master, {})
             for name, value in state.items():
-                if name != "step":
+                if name != "step" or self.fused:
                     state[name] = value.to(device)
 
 
@@ -217,8 +220,13 @@ class Candidate:
         self.losses.clear()
 
 
-def check_optimizer(cfg: Config) -> None:
-    """Raises ConfigError unless candidates can train jointly with the config's optimiser."""
+def check_joint_training(cfg: Config) -> None:
+    """Raises ConfigError unless candidates can train jointly with the config's settings."""
+    if cfg.train.micro_batch_size == "auto":
+        raise ConfigError(
+            "train.micro_batch_size: auto: train.py measures it for one model; set a number for candidates that "
+            "train jointly, or take --full_runs"
+        )
     if cfg.train.optimizer != "adamw":
         raise ConfigError(
             f"train.optimizer: {cfg.train.optimizer}: candidates train jointly with adamw only; "
@@ -247,7 +255,7 @@ class JointTraining:
     """
 
     def __init__(self, bench: Bench, rule: StoppingRule, kept: dict[int, list[int]], sign: int, folder: Path):
-        check_optimizer(bench.cfg)
+        check_joint_training(bench.cfg)
         self.bench = bench
         self.rule = rule
         self.kept = kept
@@ -258,6 +266,7 @@ class JointTraining:
         self.num_rounds = min(rule.rounds, self.plan.steps)
         self.history: list[Round] = []
         self.ended = False  # whether training was over for the process that wrote the history
+        self.received: str | None = None  # the signal that told the training to stop
         self.candidates: dict[int, Candidate] = {}
         self.order = self.draw_order(len(bench.train))
         self.rows = training_rows(bench.cfg, bench.train)
@@ -313,6 +322,10 @@ class JointTraining:
         return self.teacher_forward(input_ids=ids, use_cache=False)["last_hidden_state"]
 
     # ---- candidates
+    def make_hybrid(self, layer: int) -> StudentForCausalLM:
+        """What the layer's candidate starts from."""
+        return self.bench.student.restore_full_attention(self.bench.teacher, self.kept[layer])
+
     def build(self, mine: list[int], done: int) -> None:
         """Builds the candidates of these layers as they were after round `done`. Raises ConfigError
         if they need more memory than there is."""
@@ -321,14 +334,14 @@ class JointTraining:
         self.resident = self.check_memory(len(mine))
         graphs = self.resident and use_cuda_graphs(self.cfg, self.bench.device.type, 1, student)
         self.teacher_forward = GraphedForward(teacher.model) if graphs else teacher.model
+        home = self.bench.device if self.resident else CPU
         for layer in mine:
             torch.manual_seed(self.cfg.train.seed)
-            hybrid = student.restore_full_attention(teacher, self.kept[layer])
+            hybrid = self.make_hybrid(layer).to(home)  # before its optimiser, which is fused on a GPU
             candidate = Candidate(f"layer {layer}", hybrid, self.cfg, self.plan, graphs)
             if done:
                 state = load_file(self.saved(done) / f"{layer}.safetensors")
                 candidate.optimizer.load(state, self.last_step(done))
-            candidate.to(self.bench.device if self.resident else CPU)
             self.candidates[layer] = candidate
 
     def check_memory(self, count: int) -> bool:
@@ -403,10 +416,11 @@ class JointTraining:
                 candidate.to(CPU)
 
     def measure(self, candidate: Candidate) -> list[float]:
-        """Its held-out KLs. Raises ConfigError if a loss of its training was not finite."""
+        """The objective on each held-out sequence. Raises ConfigError if a loss of its training was not
+        finite."""
         candidate.check_losses()
         candidate.to(self.bench.device)
-        kls = self.bench.kls(candidate.hybrid.eval())
+        kls = self.bench.losses(candidate.hybrid.eval())
         candidate.hybrid.train()
         candidate.to(self.bench.device if self.resident else CPU)
         return kls
@@ -428,6 +442,8 @@ class JointTraining:
             "of_steps": self.plan.steps,
             "stopped": {layer: entry.step for layer, entry in last.items() if entry.step < end},
             "share_of_full_runs": self.compute_share(),
+            "flops": self.spent_flops(),
+            "tokens": self.trained_tokens(),
             "seconds": round(sum(entry.seconds for entry in self.history), 1),
         }
         return {layer: entry.kl[layer] for layer, entry in last.items()}, facts
@@ -464,6 +480,12 @@ class JointTraining:
             raise ConfigError(
                 f"--output_dir: {self.folder} has other candidates or --rounds {known['rounds']}; name another"
             )
+        objective = known.get("objective", "kl")
+        if objective != self.bench.objective_name:
+            raise ConfigError(
+                f"--objective: {self.folder} was measured by {objective}, not {self.bench.objective_name}; "
+                "set that, or name another --output_dir"
+            )
         measured = len(next(iter(known["history"][0]["kl"].values())))
         if measured != self.bench.num_sequences:
             raise ConfigError(
@@ -476,6 +498,7 @@ class JointTraining:
             "rounds": self.num_rounds,
             "kept": self.kept,
             "over": self.over(),
+            "objective": self.bench.objective_name,
             "history": [vars(entry) for entry in self.history],
         }
         atomic_write_text(self.folder / HISTORY, json.dumps(known))
@@ -517,6 +540,7 @@ class JointTraining:
                 if stop.received or save_is_due:
                     self.save()
                     saved_at = time.monotonic()
+                self.received = stop.received
                 if stop.received and not self.over():
                     after = f"stopped after round {len(self.history)}"
                     print(f"{stop.received}: {after}; rerun the command to resume", flush=True)
@@ -538,14 +562,26 @@ class JointTraining:
         bar.set_postfix({"best": ",".join(map(str, sorted(best))), "training": len(alive)})
 
     def compute_share(self) -> float:
-        """FLOPs of the GEMMs over those of a full run for every candidate, evaluations included.
+        """FLOPs over those of a full run for every candidate, evaluations included."""
+        teacher = linear_weights(self.bench.teacher)
+        student = linear_weights(self.bench.student)
+        return self.spent_flops() / (self.plan.tokens * (2 * teacher + 6 * student) * len(self.kept))
+
+    def trained_tokens(self) -> int:
+        """Of all candidates together."""
+        starts = [0, *(entry.step for entry in self.history)]
+        steps = [(entry.step - start) * len(entry.kl) for start, entry in zip(starts, self.history)]
+        return sum(steps) * self.plan.tokens_per_step
+
+    def spent_flops(self) -> int:
+        """FLOPs of the GEMMs, evaluations included.
 
         Per token and weight: 2 in a forward pass of teacher or student, 6 in a training step.
         """
         teacher = linear_weights(self.bench.teacher)
         student = linear_weights(self.bench.student)
         head = linear_weights(self.bench.teacher.lm_head)
-        heldout_tokens = sum(batch.numel() for batch in self.bench.batches)
+        heldout_tokens = self.bench.num_tokens
         spent = 0
         before = 0
         for entry in self.history:
@@ -553,7 +589,7 @@ class JointTraining:
             spent += tokens * (2 * teacher + 6 * student * len(entry.kl))
             spent += heldout_tokens * 2 * (student + head) * len(entry.kl)
             before = entry.step
-        return spent / (self.plan.tokens * (2 * teacher + 6 * student) * len(self.kept))
+        return spent
 
 
 def linear_weights(model: nn.Module) -> int:
@@ -620,9 +656,11 @@ def negated(kls: SequenceKLs) -> SequenceKLs:
 
 def ga_s2(bench: Bench, options: TrainingOptions) -> Ranking | None:
     """Greedy addition at stage 2 (arXiv 2512.20569): -KL(teacher || student) after stage 2 in which
-    only this layer is full attention. None where `options.candidate` was trained alone."""
+    only this layer is full attention.
+
+    None where `options.candidate` was trained alone."""
     trained = trained_hybrids(bench, options, {layer: [layer] for layer in bench.layers}, sign=-1)
     if trained is None:
         return None
     kls, facts = trained
-    return rank_hybrids("ga_s2", "-KL", negated(kls), facts)
+    return rank_hybrids("ga_s2", f"-{bench.unit}", negated(kls), facts)

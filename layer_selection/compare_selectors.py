@@ -4,7 +4,8 @@ with several seeds.
     python layer_selection/compare_selectors.py --cfg STAGE2.yaml --ratio 0.25 --seeds 3 \
         --methods ga_s2 smart scan mse uniform random --output_dir outputs/selectors
 
-Runs each method of select_layers.py in <output_dir>/<method>/, then stage 2 of STAGE2.yaml for each
+METHOD is one of select_layers.py, also with its objective (gates:mixture), and rounds:remove; --sets
+adds layers of your own (middle=11,12,13,14). Runs each method in <output_dir>/<method>/, then stage 2 of STAGE2.yaml for each
 set of layers (once for methods that chose the same) and for each seed, which orders the data.
 Prints and writes selectors.md, selectors.json and selectors.png: held-out KL to the teacher,
 perplexity, and the share of associative-recall questions (recall_tasks.py) that are answered, as
@@ -39,10 +40,12 @@ from layer_selection.candidate_training import (
     JointTraining,
     SequenceKLs,
     TrainingOptions,
-    check_optimizer,
+    check_joint_training,
 )
+from layer_selection.objective import OBJECTIVES, RecallOptions
 from layer_selection.ranking import budget
-from layer_selection.selection import METHODS, SelectionOptions, select
+from layer_selection.rounds import RoundOptions
+from layer_selection.selection import METHODS, OBJECTIVE_METHODS, SelectionOptions, select
 from layer_selection.stage2_runs import check_start, deepspeed_launcher, load_stage_2
 from layer_selection.stopping_rule import CORRELATION, ROUNDS, WINDOW, StoppingRule
 from recall_tasks import Document, answer_accuracy, associative_recall
@@ -121,27 +124,71 @@ def claim(cfg: Config, args: argparse.Namespace) -> None:
     atomic_write_text(settings, json.dumps(ours) + "\n")
 
 
+def split_method(text: str) -> tuple[str, str, str]:
+    """(Method, objective, direction) of METHOD, METHOD:OBJECTIVE or METHOD:remove. Raises ConfigError
+    for what there is not."""
+    method, *rest = text.split(":")
+    objective = "kl"
+    direction = "add"
+    for word in rest:
+        if word in OBJECTIVES and method in OBJECTIVE_METHODS:
+            objective = word
+        elif word == "remove" and method == "rounds":
+            direction = word
+        else:
+            raise ConfigError(f"--methods: {text}: {method} has no {word!r}; see select_layers.py")
+    if method not in METHODS:
+        raise ConfigError(f"--methods: {method} is unknown; choose of {', '.join(METHODS)}")
+    return method, objective, direction
+
+
+def selection_options(
+    text: str, top_k: int, folder: Path, sequences: int, batch_size: int, recall: RecallOptions, rounds: int = ROUNDS
+) -> SelectionOptions:
+    """The options of what `split_method` reads, with select_layers.py's defaults. recall: of an
+    objective, and of a task's questions."""
+    method, objective, direction = split_method(text)
+    questions = None
+    if method in TASK_METHODS:
+        questions = QuestionOptions(num_pairs=recall.num_pairs, vocab_size=recall.num_words)
+    rule = StoppingRule(rounds, WINDOW, CORRELATION, top_k=top_k)
+    return SelectionOptions(
+        method=method,
+        top_k=top_k,
+        training=TrainingOptions(folder, rule, launcher=deepspeed_launcher(os.environ.get("MASTER_PORT"))),
+        sequences=sequences,
+        batch_size=batch_size,
+        questions=questions,
+        objective=objective,
+        recall=recall,
+        rounds=RoundOptions(direction),
+    )
+
+
 def chosen_layers(cfg: Config, method: str, top_k: int, args: argparse.Namespace) -> list[int]:
     """The layers that a method keeps; selects them unless <output_dir>/<method>/ has its
     ranking."""
-    folder = args.output_dir / method
+    folder = args.output_dir / method.replace(":", "-")
     if not (folder / "ranking.json").is_file():
-        rule = StoppingRule(args.rounds, WINDOW, CORRELATION, top_k=top_k)
-        launcher = deepspeed_launcher(os.environ.get("MASTER_PORT"))
-        questions = None
-        if method in TASK_METHODS:
-            questions = QuestionOptions(num_pairs=args.num_pairs, vocab_size=args.num_words)
-        options = SelectionOptions(
-            method=method,
-            top_k=top_k,
-            training=TrainingOptions(folder, rule, launcher=launcher),
-            ratio=args.ratio,
-            sequences=args.sequences,
-            batch_size=args.batch_size,
-            questions=questions,
-        )
-        print(select(cfg, options).summary())
+        recall = RecallOptions(args.num_pairs, args.num_words)
+        options = selection_options(method, top_k, folder, args.sequences, args.batch_size, recall, args.rounds)
+        print(select(cfg, dataclasses.replace(options, ratio=args.ratio)).summary())
     return json.loads((folder / "ranking.json").read_text())["keep"]
+
+
+def own_sets(words: list[str], num_layers: int) -> dict[str, list[int]]:
+    """Name -> layers of NAME=LAYERS. Raises ConfigError for other words and for layers that the
+    teacher does not have."""
+    sets = {}
+    for word in words:
+        name, _, layers = word.partition("=")
+        try:
+            sets[name] = sorted({int(layer) for layer in layers.split(",")})
+        except ValueError:
+            raise ConfigError(f"--sets: {word} must look like middle=3,4") from None
+        if not set(sets[name]) <= set(range(num_layers)) or name in METHODS:
+            raise ConfigError(f"--sets: {word} must have a name of its own and layers in 0..{num_layers - 1}")
+    return sets
 
 
 def train_sets(cfg: Config, sets: list[list[int]], seed: int, args: argparse.Namespace) -> list[dict]:
@@ -225,12 +272,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--methods",
         nargs="+",
-        choices=METHODS,
         required=True,
         metavar="METHOD",
         help="see select_layers.py",
     )
+    add("--sets", nargs="+", default=[], metavar="NAME=LAYERS", help="sets of layers to compare with")
     add("--seeds", type=int, default=3)
+    add(
+        "--only_seed",
+        type=int,
+        metavar="N",
+        help="train the hybrids of seed N alone, for one process per GPU; the command without it writes the table",
+    )
     add("--output_dir", type=Path, required=True)
     add("--sequences", type=int, default=64, help="held-out sequences to measure on")
     add("--batch_size", type=int, default=8)
@@ -246,6 +299,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="applied after the file",
     )
     args = parser.parse_args(argv)
+    for method in args.methods:
+        split_method(method)
+    if args.only_seed is not None and args.only_seed not in range(args.seeds):
+        raise ConfigError(f"--only_seed: {args.only_seed} must be one of 0 to {args.seeds - 1}")
     if args.seeds < 1:
         raise ConfigError(f"--seeds: {args.seeds} must be at least 1")
     return args
@@ -255,11 +312,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     disable_progress_bar()  # transformers' own, a line for every file read
     cfg = load_stage_2(args.cfg, args.overrides)
-    check_optimizer(cfg)
-    top_k = budget(args.ratio, load_teacher_config(cfg.teacher_model.name).num_hidden_layers)
+    check_joint_training(cfg)
+    num_layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
+    top_k = budget(args.ratio, num_layers)
+    sets = own_sets(args.sets, num_layers)
     claim(cfg, args)
-    sets = {method: chosen_layers(cfg, method, top_k, args) for method in args.methods}
+    sets |= {method: chosen_layers(cfg, method, top_k, args) for method in args.methods}
     unique = [list(kept) for kept in dict.fromkeys(map(tuple, sets.values()))]
+    if args.only_seed is not None:
+        train_sets(cfg, unique, args.only_seed, args)
+        return
     by_seed = []  # of each seed: set of layers -> figures
     for seed in range(args.seeds):
         by_seed.append(dict(zip(map(tuple, unique), train_sets(cfg, unique, seed, args))))

@@ -103,6 +103,19 @@ def rank_scores(method: str, unit: str, scores: dict[int, float], **facts) -> Ra
     return Ranking(method, unit, layers, facts)
 
 
+def ties_of(own: list[float], others: dict[tuple[int, int], list[float]]) -> list[tuple[int, int]]:
+    """The keys of `others` whose values differ from `own` by a mean of which the 95 % interval, by
+    bootstrap over the same sequences, contains 0."""
+    drawn = numpy.random.default_rng(0).integers(len(own), size=(RESAMPLES, len(own)))
+    tied = []
+    for key, values in others.items():
+        differences = numpy.array(values) - numpy.array(own)
+        lowest, highest = numpy.quantile(differences[drawn].mean(1), INTERVAL)
+        if lowest <= 0 <= highest:
+            tied.append(key)
+    return tied
+
+
 def rank_samples(method: str, unit: str, samples: dict[int, list[float]], seed: int = 0, **facts) -> Ranking:
     """A ranking by means over the same sequences, with intervals by bootstrap over sequences.
 

@@ -11,6 +11,10 @@ ranks a layer:
 
     ga_s2    -KL(teacher || student) on held-out text after stage 2 with only this layer restored
              (arXiv 2512.20569)
+    gates    what the objective rises by exchanging this layer, in the set found by gates of all
+             layers that train together (gates.py; arXiv 2605.20936, arXiv 2606.30562)
+    rounds   the same, in the set found by rounds that add (or remove) layers around the best hybrid
+             so far (rounds.py)
   baselines:
     gr_s2    +KL after stage 2 with all but this layer restored (arXiv 2512.20569)
     avg_s2   the mean of both (arXiv 2512.20569)
@@ -35,7 +39,7 @@ Written to --output_dir: ranking.json, ranking.png, ranking.md, and
 {teacher}_{size}_{student}_hybrid_{ratio}_{method}/stage2.yaml with the K best layers, which trains
 in a folder of its own. ga_s2 and gr_s2 train all candidates jointly on one teacher until their
 ranking has converged, or with --full_runs and --candidate each to the end with train.py in
-<output_dir>/layer_<N>/. Rerun the command to resume: it does only what is missing. avg_s2 uses the
+<output_dir>/layer_<N>/. gates and rounds train on one device. Rerun the command to resume: it does only what is missing. avg_s2 uses the
 default folders of both.
 """
 
@@ -57,9 +61,18 @@ from convert import load_teacher_config
 from layer_selection.ablation_questions import add_options, question_options
 from layer_selection.baselines import TASK_METHODS
 from layer_selection.candidate_training import TrainingOptions
+from layer_selection.objective import OBJECTIVES, RecallOptions
 from layer_selection.ranking import budget
-from layer_selection.selection import METHODS, TRAINED_METHODS, SelectionOptions, select
-from layer_selection.stage2_runs import HELDOUT_KL, check_start, deepspeed_launcher, load_stage_2
+from layer_selection.rounds import CANDIDATES, RoundOptions
+from layer_selection.selection import (
+    DEFAULT,
+    METHODS,
+    OBJECTIVE_METHODS,
+    TRAINED_METHODS,
+    SelectionOptions,
+    select,
+)
+from layer_selection.stage2_runs import check_start, deepspeed_launcher, heldout_file, load_stage_2
 from layer_selection.stopping_rule import add_rule_options, read_rule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,10 +90,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--cfg", required=True, help="YAML of stage 2")
-    add("--method", choices=METHODS, default="ga_s2", help="see above (%(default)s)")
+    add("--method", choices=METHODS, default=DEFAULT, help="see above (%(default)s)")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--top-k", type=int, help="how many layers to keep")
     size.add_argument("--ratio", type=float, help="share of the layers to keep: floor(ratio x layers + 0.5)")
+    size.add_argument(
+        "--interval",
+        type=int,
+        metavar="N",
+        help="keep every N-th layer, of the best phase; with scan or ga_s2",
+    )
     add("--output_dir", type=Path, help="default: <train.output_dir>_<method>")
     add_training_options(parser)
     add("--sequences", type=int, default=64, help="held-out sequences to measure on (%(default)s)")
@@ -95,6 +114,27 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         help="of the method random, and of a task's questions (%(default)s)",
+    )
+    add(
+        "--objective",
+        choices=OBJECTIVES,
+        default="kl",
+        help=f"what {', '.join(OBJECTIVE_METHODS)} minimise, see objective.py; recall and mixture take documents of "
+        "--num_pairs and --vocab_size (%(default)s)",
+    )
+    add(
+        "--search_tokens",
+        type=int,
+        help="tokens that gates trains on (default: half of the config's, at most 12M); of all candidates of rounds "
+        "together (default: a tenth of the config's for every layer)",
+    )
+    add("--direction", default="add", help="rounds: add layers, or remove them (%(default)s)")
+    add("--layers_per_round", type=int, help="rounds: layers that a round adds or removes; default: a quarter of all")
+    add(
+        "--candidates_per_round",
+        type=int,
+        default=CANDIDATES,
+        help="rounds: hybrids that a round trains, chosen by their figures without training (%(default)s)",
     )
     add_options(parser)
     add("overrides", nargs="*", metavar="key.path=value", help="applied after the file")
@@ -128,7 +168,17 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> SelectionOptions:
     """The typed options of a teacher of so many layers. Raises ConfigError, naming the option, for
     those that make no sense."""
-    top_k = budget(args.ratio, layers) if args.ratio is not None else args.top_k
+    top_k = args.top_k
+    if args.ratio is not None:
+        top_k = budget(args.ratio, layers)
+    if args.interval is not None:
+        if not 1 <= args.interval <= layers:
+            raise ConfigError(f"--interval: {args.interval} must be between 1 and the teacher's {layers} layers")
+        if args.candidate is not None or args.slurm or args.full_runs:
+            raise ConfigError(
+                "--interval: its candidates train jointly; leave --candidate, --slurm and --full_runs out"
+            )
+        top_k = 1  # of the phases
     if not 1 <= top_k <= layers:
         raise ConfigError(f"--top-k: {top_k} must be between 1 and the teacher's {layers} layers")
     can_train = args.method in TRAINED_METHODS and args.candidate in range(layers)
@@ -150,6 +200,11 @@ def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> Selectio
         batch_size=args.batch_size,
         seed=args.seed,
         questions=question_options(args) if args.method in TASK_METHODS else None,
+        objective=args.objective,
+        interval=args.interval,
+        recall=RecallOptions(args.num_pairs, args.vocab_size),
+        search_tokens=args.search_tokens,
+        rounds=RoundOptions(args.direction, args.layers_per_round, args.candidates_per_round, args.search_tokens),
     )
 
 
@@ -181,7 +236,7 @@ def submit(options: SelectionOptions, cfg: Config, cfg_file: str, arguments: lis
         raise ConfigError(f"--slurm: jobs run in {ROOT}; run this command there")
     check_start(cfg)
     folders = [training.output_dir / f"layer_{layer}" for layer in range(layers)]
-    missing = [layer for layer in range(layers) if not (folders[layer] / HELDOUT_KL).is_file()]
+    missing = [layer for layer in range(layers) if not (folders[layer] / heldout_file(options.objective)).is_file()]
     array = f"--array={','.join(map(str, missing))}%{os.environ.get('PARALLEL', 8)}"
     user_options = os.environ.get("SBATCH_ARGS", "").split()
     command = ["launch_selection.sh", "--cfg", cfg_file, "--full_runs", *arguments]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.config import Config, ConfigError
@@ -27,7 +27,12 @@ from layer_selection.baselines import (
 )
 from layer_selection.bench import Bench
 from layer_selection.candidate_training import TrainingOptions, ga_s2
+from layer_selection.gates import gates
+from layer_selection.intervals import METHODS as INTERVAL_METHODS
+from layer_selection.intervals import best_phase, interval_of
+from layer_selection.objective import OBJECTIVES, RecallOptions
 from layer_selection.ranking import Ranking, table, write
+from layer_selection.rounds import RoundOptions, rounds
 from layer_selection.stage2_runs import write_chosen
 
 
@@ -37,7 +42,10 @@ class SelectionOptions:
 
     ratio: what top_k was computed from, or None. sequences: held-out ones to measure on.
     batch_size: of sequences, or of a task's questions. seed: of the method `random`, and of a
-    task's questions. questions: of a task's ablation, None for other methods.
+    task's questions. questions: of a task's ablation, None for other methods. objective, recall:
+    what the methods of OBJECTIVE_METHODS minimise. search_tokens: that `gates` trains on, None for
+    its default. rounds: of the method `rounds`. interval: keep every interval-th layer, of the best
+    phase, instead of top_k layers.
 
     Raises ConfigError, naming the command-line option, for numbers that make no sense.
     """
@@ -50,12 +58,28 @@ class SelectionOptions:
     batch_size: int = 8
     seed: int = 0
     questions: QuestionOptions | None = None
+    objective: str = "kl"
+    recall: RecallOptions = field(default_factory=RecallOptions)
+    search_tokens: int | None = None
+    rounds: RoundOptions = field(default_factory=RoundOptions)
+    interval: int | None = None
 
     def __post_init__(self):
-        for name, least in (("sequences", 2), ("batch_size", 1)):
+        for name, least in (("sequences", 2), ("batch_size", 1), ("search_tokens", 1)):
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise ConfigError(f"--{name}: {value} must be at least {least}")
+        if self.interval is not None and self.method not in INTERVAL_METHODS:
+            raise ConfigError(
+                f"--interval: {self.interval} is for --method {' and '.join(INTERVAL_METHODS)}, which measure sets of "
+                f"layers; {self.method} does not"
+            )
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"--objective: {self.objective} is unknown; choose of {', '.join(OBJECTIVES)}")
+        if self.objective != "kl" and self.method not in OBJECTIVE_METHODS:
+            raise ConfigError(
+                f"--objective: {self.objective} is for --method {', '.join(OBJECTIVE_METHODS)}; {self.method} has its own"
+            )
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise ConfigError(f"--output_dir: {self.output_dir} is a file; name a folder")
 
@@ -71,7 +95,17 @@ def ablate_task(bench: Bench, options: SelectionOptions) -> Ranking:
     return task_ablation(bench, options.method, options.questions, options.batch_size, options.seed)
 
 
+def learn_gates(bench: Bench, options: SelectionOptions) -> Ranking:
+    return gates(bench, options.top_k, options.search_tokens, options.output_dir)
+
+
+def go_in_rounds(bench: Bench, options: SelectionOptions) -> Ranking:
+    return rounds(bench, options.top_k, options.rounds, options.output_dir)
+
+
 METHODS: dict[str, Method] = {
+    "rounds": go_in_rounds,
+    "gates": learn_gates,
     "ga_s2": lambda bench, options: ga_s2(bench, options.training),
     "gr_s2": lambda bench, options: gr_s2(bench, options.training),
     "avg_s2": lambda bench, options: avg_s2(bench, options.training),
@@ -84,7 +118,25 @@ METHODS: dict[str, Method] = {
     "random": lambda bench, options: random_order(bench, options.seed),
     **dict.fromkeys(TASK_METHODS, ablate_task),
 }
+# Where each method's formula and source are documented.
+DOCUMENTED: dict[str, Callable] = {
+    "gates": gates,
+    "rounds": rounds,
+    "ga_s2": ga_s2,
+    "gr_s2": gr_s2,
+    "avg_s2": avg_s2,
+    "scan": scan,
+    "smart": smart,
+    "mse": alignment_error,
+    "ga_s1": ga_s1,
+    "ppl": perplexity,
+    **dict.fromkeys(TASK_METHODS, task_ablation),
+    "uniform": uniform,
+    "random": random_order,
+}
+DEFAULT = "ga_s2"
 TRAINED_METHODS = ("ga_s2", "gr_s2", "avg_s2")  # with a training run for every layer
+OBJECTIVE_METHODS = ("gates", "rounds", "scan", "ga_s2", "gr_s2")  # those that minimise --objective
 
 
 @dataclass(frozen=True)
@@ -105,10 +157,21 @@ class Selection:
                 f"{facts['share_of_full_runs']:.1%} of the FLOPs of {len(self.ranking.layers)} full runs, "
                 f"{facts['seconds']:.0f} s"
             )
-        kept = f"Kept: {self.ranking.keep(self.top_k)}"
+        elif "flops" in facts:
+            lines.append(
+                f"Trained on {facts['tokens'] / 1e6:.1f}M tokens: {facts['flops']:.2g} FLOPs with all measurements, "
+                f"{facts['seconds']:.0f} s"
+            )
+        layers = self.ranking.keep(self.top_k)
+        kept = f"Kept: {layers}"
         if undecided := self.ranking.undecided(self.top_k):
             kept += f"; statistically tied at the cut: {undecided}"
         lines.append(f"{kept}; next: deepspeed train.py --cfg {self.chosen}")
+        if interval_of(layers, len(self.ranking.layers)) is None:
+            lines.append(
+                "Warning: runtimes that derive the layer kinds from full_attention_interval (llama.cpp, MLX) cannot run "
+                "this set; --interval chooses among evenly spaced ones (docs/layer_selection.md)"
+            )
         return "\n".join(lines)
 
 
@@ -119,14 +182,17 @@ def select(cfg: Config, options: SelectionOptions) -> Selection | None:
     Raises ValueError for what the user can correct. Told to stop by a signal, it exits with
     REQUEUE.
     """
-    # Training handles signals itself; the other methods take minutes, keep nothing, and start again
-    # when requeued.
+    # Joint training handles signals itself; the others have nothing to save where a signal comes
+    # here.
     signals = nullcontext() if options.method in TRAINED_METHODS else StopSignals(to_the_end=False)
     with signals:
-        bench = Bench(cfg, options.sequences, options.batch_size)
-        ranking = METHODS[options.method](bench, options)
+        bench = Bench(cfg, options.sequences, options.batch_size, options.objective, options.recall)
+        if options.interval is None:
+            ranking, count = METHODS[options.method](bench, options), options.top_k
+        else:
+            ranking, count = best_phase(bench, options.method, options.interval, options.training)
     if ranking is None:
         return None
-    write(ranking, options.top_k, options.output_dir)
-    chosen = write_chosen(cfg, ranking, options.top_k, options.ratio, options.output_dir)
-    return Selection(ranking, options.top_k, chosen)
+    write(ranking, count, options.output_dir)
+    chosen = write_chosen(cfg, ranking, count, options.ratio, options.output_dir)
+    return Selection(ranking, count, chosen)

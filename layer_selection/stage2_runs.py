@@ -25,9 +25,16 @@ from layer_selection.ranking import Ranking, hybrid_folder, ratio_of
 from preflight import check_models
 
 ROOT = Path(__file__).resolve().parents[1]
-HELDOUT_KL = "heldout_kl.json"
 STAGE_2 = "stage2.yaml"
 SIZE_IN_NAME = re.compile(r"(.+?)[-_](\d+(?:\.\d+)?[bm])(?![a-z0-9])")
+
+
+def heldout_file(objective: str) -> str:
+    """The file in a candidate's folder with its objective on each held-out sequence."""
+    return f"heldout_{objective}.json"
+
+
+HELDOUT_KL = heldout_file("kl")
 
 
 def load_stage_2(file: str, overrides: list[str] | None = None) -> Config:
@@ -148,8 +155,8 @@ def train_with_script(cfg: Config, launcher: str, folder: Path) -> None:
 
 
 def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[float]:
-    """KL(teacher || student) of each held-out sequence after stage 2 with `kept` restored; trains
-    and measures in `folder` what is missing there.
+    """The objective on each held-out sequence after stage 2 with `kept` restored; trains and measures
+    in `folder` what is missing there.
 
     bench: a `Bench`. Raises ConfigError if the run fails or the folder has that of another config.
     Told to stop, it exits with REQUEUE.
@@ -158,7 +165,7 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
     written = folder / STAGE_2
     if written.is_file() and (other := difference(load_config(written), cfg)):
         raise ConfigError(f"{folder} has a run of another config ({other}); name another --output_dir or remove it")
-    measured = folder / HELDOUT_KL
+    measured = folder / heldout_file(bench.objective_name)
     kls = json.loads(measured.read_text()) if measured.is_file() else []
     if len(kls) == bench.num_sequences:
         return kls
@@ -166,6 +173,6 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
     check_start(bench.cfg)
     train_with_script(cfg, launcher, folder)
     model = StudentForCausalLM.from_pretrained(folder / "run" / EXPORT, dtype=bench.dtype)
-    kls = bench.kls(model.to(bench.device).eval())
+    kls = bench.losses(model.to(bench.device).eval())
     atomic_write_text(measured, json.dumps(kls) + "\n")
     return kls

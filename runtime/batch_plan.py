@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .config import Config, ConfigError
 
@@ -42,21 +42,37 @@ class BatchPlan:
         return self.steps * self.batch_size / num_chunks
 
 
+def micro_batch_sizes(cfg: Config, world_size: int) -> list[int]:
+    """The sizes of which a whole number of micro-batches per device makes train.batch_size, in ascending
+    order; none where the number of devices does not divide it."""
+    share, remainder = divmod(cfg.train.batch_size, world_size)
+    return [] if remainder else [size for size in range(1, share + 1) if share % size == 0]
+
+
+def with_micro_batch_size(cfg: Config, size: int) -> Config:
+    return replace(cfg, train=replace(cfg.train, micro_batch_size=size))
+
+
 def batch_plan(cfg: Config, world_size: int) -> BatchPlan:
-    """The plan of a run. Raises ConfigError unless the global batch is exactly train.batch_size."""
+    """The plan of a run. Raises ConfigError unless the global batch is exactly train.batch_size.
+
+    With train.micro_batch_size auto, before a size is chosen, it is the plan of micro-batches of one
+    sequence.
+    """
     train = cfg.train
-    per_pass = train.micro_batch_size * world_size
+    micro_batch_size = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
+    per_pass = micro_batch_size * world_size
     if train.batch_size % per_pass:
         nearest = max(1, round(train.batch_size / per_pass)) * per_pass
         raise ConfigError(
             f"train.batch_size: {train.batch_size} must be a multiple of micro_batch_size x devices "
-            f"({train.micro_batch_size} x {world_size} = {per_pass}); try {nearest} or a smaller micro_batch_size"
+            f"({micro_batch_size} x {world_size} = {per_pass}); try {nearest} or a smaller micro_batch_size"
         )
     tokens_per_step = train.batch_size * train.train_seq_len
     return BatchPlan(
         steps=train.max_steps or max(1, train.target_tokens // tokens_per_step),
         batch_size=train.batch_size,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         grad_accum=train.batch_size // per_pass,
         world_size=world_size,
         seq_len=train.train_seq_len,

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .autotuning import use_kernel_configs
 from .checkpoints import CheckpointError
-from .environment import use_kernel_configs
 from .files import one_line
 
 

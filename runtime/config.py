@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 FOR_OLD_FILES = "Allowed so that files of fla-org/hybrid-distillation load"
+FOR_A_REPLICA = "set train.kd_teacher_shard=never and train.kd_teacher_offload=none, or precision: exact"
 SCHEDULERS = ("constant", "linear", "cosine")
 # Parts of a student model, for train.train_only and train.freeze.
 PARTS = ("linear_attention", "kept_attention", "norms", "mlp", "embeddings")
@@ -45,7 +46,10 @@ def key(
     stages: tuple = (1, 2, 3),
 ) -> Any:
     """A config field: what it means (for docs/config.md), what values it takes, and the stages that
-    read it."""
+    read it.
+
+    choices: the values; with `minimum`, the values besides numbers from that on.
+    """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "stages": stages}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -75,6 +79,15 @@ class TeacherConfig:
             "needs no teacher in memory, see docs/training.md#stored-teacher-outputs"
         ),
         stages=(2,),
+    )
+    precision: str = key(
+        "exact",
+        help=(
+            "exact: train.dtype. fp8: the frozen teacher's MLPs in FP8, refused if that changes its "
+            "predictions, see docs/training.md#teacher-in-fp8"
+        ),
+        choices=("exact", "fp8"),
+        stages=(1, 2),
     )
 
 
@@ -106,9 +119,13 @@ class TrainConfig:
         help="peak learning rate of all trained weights but those that lr_attn is for",
         minimum=0,
     )
-    micro_batch_size: int = key(
+    micro_batch_size: int | str = key(
         1,
-        help="sequences per device and forward pass",
+        help=(
+            "sequences per device and forward pass. auto: measured on the GPU before a run's first step, "
+            "see docs/training.md#micro-batch-size"
+        ),
+        choices=("auto",),
         minimum=1,
     )
     target_tokens: int | None = key(
@@ -288,8 +305,8 @@ class TrainConfig:
         help=(
             "on a GPU: replay the forward and backward passes of a step as CUDA graphs, which "
             "avoids the overhead of kernel launches: several times as fast for a small model, at "
-            "the cost of extra memory, see docs/performance.md#cuda-graphs. auto: on one GPU, for models "
-            "of less than a billion parameters. Not used with ZeRO-3 or a sharded teacher"
+            "the cost of extra memory, see docs/performance.md#cuda-graphs. auto: for models of less "
+            "than a billion parameters. Not used with ZeRO-3 or a sharded teacher"
         ),
         choices=("auto", True, False),
     )
@@ -354,7 +371,7 @@ def convert_value(path: str, value: Any, kind: Any) -> Any:
     if value is None and type(None) in options:
         return None
     allowed = [typing.get_origin(option) or option for option in options]
-    if isinstance(value, str) and str not in allowed and bool not in allowed:
+    if isinstance(value, str) and (int in allowed or str not in allowed) and bool not in allowed:
         value = _number_from_text(value)
     value = _as_wanted_number(value, allowed)
     if type(value) not in allowed:
@@ -422,10 +439,14 @@ def _check_names(values: dict, known: dict, prefix: str) -> None:
 def _check_value(path: str, value: Any, spec: Field) -> None:
     choices = spec.metadata["choices"]
     minimum = spec.metadata["minimum"]
-    if choices and value not in choices:
-        raise ConfigError(f"{path}: {value!r} must be one of {', '.join(map(str, choices))}")
-    if minimum is not None and value is not None and value < minimum:
-        raise ConfigError(f"{path}: {value} must be at least {minimum}")
+    if value in choices or value is None and not choices:
+        return
+    if minimum is not None and not isinstance(value, str):
+        if value < minimum:
+            raise ConfigError(f"{path}: {value} must be at least {minimum}")
+    elif choices:
+        numbers = "" if minimum is None else f"a number of at least {minimum} or "
+        raise ConfigError(f"{path}: {value!r} must be {numbers}one of {', '.join(map(str, choices))}")
 
 
 # ------------------------------------------------------------------------ combinations
@@ -435,6 +456,8 @@ def _check(cfg: Config) -> None:
     _check_parts(cfg.train)
     _check_layers(cfg)
     _check_start(cfg)
+    if cfg.teacher_model.precision == "fp8":
+        _check_fp8(cfg)
     if cfg.stage == 2:
         _check_distillation(cfg.train)
         if cfg.teacher_model.outputs and cfg.train.kl != "topk":
@@ -496,6 +519,16 @@ def _check_start(cfg: Config) -> None:
             f"train.calibrate_init: {train.calibrate_init} is for stage 1, whose students start from the teacher; "
             "remove it"
         )
+
+
+def _check_fp8(cfg: Config) -> None:
+    key = "teacher_model.precision: fp8"
+    if cfg.stage == 3:
+        raise ConfigError(f"{key} is for stages 1 and 2, stage 3 has no teacher; remove it")
+    if cfg.train.dtype == "fp32":
+        raise ConfigError(f"{key} needs train.dtype bf16, not fp32; set one of them to another value")
+    if cfg.stage == 2 and (cfg.train.kd_teacher_shard == "always" or cfg.train.kd_teacher_offload == "cpu"):
+        raise ConfigError(f"{key} needs a replica of the teacher on every GPU; {FOR_A_REPLICA}")
 
 
 def _check_distillation(train: TrainConfig) -> None:
@@ -606,11 +639,13 @@ def _all_keys() -> list[tuple[str, Field, Any]]:
 
 def _shown_values(spec: Field, kind: Any) -> str:
     """The values that a key takes: its choices, or its types and minimum."""
-    if choices := spec.metadata["choices"]:
-        return ", ".join(_as_yaml(choice) for choice in choices)
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    shown = ", ".join(SHOWN_TYPES[typing.get_origin(option) or option] for option in options)
+    choices = [_as_yaml(choice) for choice in spec.metadata["choices"]]
     minimum = spec.metadata["minimum"]
+    if choices and minimum is None:
+        return ", ".join(choices)
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    options = [option for option in options if not (choices and option is str)]
+    shown = ", ".join([*(SHOWN_TYPES[typing.get_origin(option) or option] for option in options), *choices])
     return shown if minimum is None else shown.replace("number", f"number >= {minimum:g}")
 
 

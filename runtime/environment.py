@@ -5,15 +5,11 @@ from __future__ import annotations
 import faulthandler
 import importlib.util
 import os
-import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 from .config import ConfigError
 
-KERNEL_CONFIGS = Path(__file__).with_name("kernel_configs")
 WANDB_PROJECT = "hybrid-distillation"  # default of the environment variable of that name
 
 
@@ -40,36 +36,6 @@ def set_up_process() -> tuple[int, int]:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     return rank, world_size
-
-
-def use_kernel_configs() -> None:
-    """Makes FLA's autotuner read the configurations of its kernels from `kernel_configs/` instead
-    of measuring them for a minute or two.
-
-    Does nothing unless the folder has configurations for the compute capability of this machine's
-    GPUs, all of the same, or if the user has set FLA_CACHE_MODE or FLA_CONFIG_DIR.
-    benchmarks/train_throughput.py --save_kernel_configs writes the files.
-    """
-    if not shutil.which("nvidia-smi") or {"FLA_CACHE_MODE", "FLA_CONFIG_DIR"} & set(os.environ):
-        return
-    try:
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except subprocess.SubprocessError:  # no driver, or a GPU that hangs
-        return
-    capabilities = {line.strip().replace(".", "") for line in done.stdout.splitlines()}
-    if len(capabilities) != 1:
-        return
-    folder = KERNEL_CONFIGS / f"sm_{capabilities.pop()}"
-    if not folder.is_dir():
-        return
-    # fuzzy: a configuration measured at one number of heads is used for others; dtypes and flags
-    # must match.
-    os.environ["FLA_CACHE_MODE"] = "fuzzy"
-    os.environ["FLA_CONFIG_DIR"] = str(folder)
-    cache = sys.modules.get("fla.ops.utils.cache")
-    if cache is not None:  # FLA reads the mode at import, the folder at each lookup
-        cache.FLA_CACHE_MODE = cache.FlaCacheMode.FUZZY
 
 
 def set_up_device() -> str:

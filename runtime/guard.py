@@ -20,6 +20,7 @@ from .checkpoints import CheckpointError, checkpoints
 from .config import ConfigError
 from .data import DataError
 from .files import FolderLockedError, one_line
+from .run_folder import CONFIG
 
 if TYPE_CHECKING:
     from .context import RunContext
@@ -244,14 +245,17 @@ def memory_advice(ctx: RunContext, uses_graphs: Callable[[], bool]) -> Iterator[
 def settings_that_save_memory(ctx: RunContext, uses_graphs: bool) -> list[str]:
     """The settings that would lower the run's memory per GPU, those that cost least first.
 
-    A resumed run keeps its optimiser and its ZeRO stage.
+    A resumed run keeps its optimiser and its ZeRO stage, and a folder that holds a run takes no
+    other: before the first checkpoint these two are for a new folder.
     """
     train = ctx.cfg.train
+    size = ctx.plan.micro_batch_size
     fresh = not checkpoints(ctx.output_dir)
+    folder = " with a new train.output_dir" if (ctx.output_dir / CONFIG).is_file() else ""
     options = {
-        f"train.micro_batch_size below {train.micro_batch_size}, which changes no result": train.micro_batch_size > 1,
+        f"train.micro_batch_size below {size}, which changes no result": size > 1,
         "train.cuda_graphs=false, which changes no result": uses_graphs,
-        "train.optimizer=adamw_8bit": train.optimizer == "adamw" and fresh,
+        f"train.optimizer=adamw_8bit{folder}": train.optimizer == "adamw" and fresh,
     }
     if ctx.cfg.stage > 1:
         checkpointing = train.gradient_checkpointing
@@ -261,7 +265,7 @@ def settings_that_save_memory(ctx: RunContext, uses_graphs: bool) -> list[str]:
         options["train.kd_teacher_shard=always"] = train.kd_teacher_shard != "always" and ctx.world_size > 1
         options["train.kd_teacher_offload=cpu"] = train.kd_teacher_offload == "none"
     if ctx.cfg.stage > 1:
-        options["train.zero_stage=3"] = ctx.zero_stage < 3 and ctx.world_size > 1 and fresh
+        options[f"train.zero_stage=3{folder}"] = ctx.zero_stage < 3 and ctx.world_size > 1 and fresh
     return [setting for setting, helps in options.items() if helps] + ["more GPUs"]
 
 

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .batch_plan import micro_batch_sizes, with_micro_batch_size
 from .checkpoints import (
     PARTIAL,
     UNIVERSAL,
@@ -40,6 +41,7 @@ METRICS = "metrics.jsonl"
 EXPORT = "converted-hf"
 HISTORY = "training.json"  # in an export: the stages that it went through
 INIT_REPORT = "init_report.json"  # stage 1: where each tensor of the students came from
+TEACHER_PRECISION = "teacher_precision.json"  # teacher_model.precision fp8: what it changes
 # A resumed run may change these: how often something is written, and how the work is distributed.
 FREE_KEYS = {
     "logging_steps",
@@ -65,6 +67,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "flash-linear-attention",
+    "flash-qla",
     "deepspeed",
     "triton",
     "accelerate",
@@ -194,6 +197,23 @@ def zero_stage_of_run(cfg: Config, world_size: int) -> int:
     if cfg.train.zero_stage is not None:
         return cfg.train.zero_stage
     return 1 if world_size == 1 else cfg.stage
+
+
+def with_micro_batch_size_of_run(cfg: Config, world_size: int) -> Config:
+    """The config with the number that its run has chosen for train.micro_batch_size auto; the same
+    config where the folder holds no run.
+
+    With another number of processes it is the largest number up to the chosen one that divides a
+    process's share of the batch.
+    """
+    file = Path(cfg.train.output_dir) / CONFIG
+    if cfg.train.micro_batch_size != "auto" or not file.is_file():
+        return cfg
+    chosen = load_config(file).train.micro_batch_size
+    sizes = micro_batch_sizes(cfg, world_size)
+    if chosen == "auto" or not sizes:  # a file that train.py did not write; an error of batch_plan
+        return cfg
+    return with_micro_batch_size(cfg, max(size for size in sizes if size <= chosen))
 
 
 def loadable_checkpoint(ctx: RunContext) -> Path | None:

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from runtime.environment import use_kernel_configs
+from runtime.autotuning import use_kernel_configs
 
 import pytest
 import torch

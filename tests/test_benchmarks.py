@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from itertools import count
@@ -15,7 +16,7 @@ import torch
 from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM
 
-from benchmarks import compare_students, decode, recall_teacher, student_init, train_throughput
+from benchmarks import compare_students, decode, recall_teacher, selection_regret, student_init, train_throughput
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
 from hf_trainer import FrozenTeacher
 from wrapper import AttentionAlignmentModel
@@ -61,6 +62,22 @@ def test_recall_teacher_is_a_plain_checkpoint_with_its_history(recall_dir, capsy
 def test_a_folder_belongs_to_one_recall_teacher(recall_dir, options, message):
     with pytest.raises(ValueError, match=f"--output_dir: .* {message}"):
         recall_teacher.main(["--output_dir", str(recall_dir), *options])
+
+
+def test_difficulty_is_a_choice(recall_dir):
+    """What is not chosen stays, to the document."""
+    for size in ("full", "quickstart"):
+        mix = {"full": recall_teacher.FULL, "quickstart": recall_teacher.QUICKSTART}[size].tasks
+        assert recall_teacher.scale_of(size).tasks.interleaved(0, 5) == mix.interleaved(0, 5)
+    harder = recall_teacher.scale_of("hard", {"num_pairs": 100, "num_words": 600, "num_fillers": 9}).tasks
+    (document,) = harder.documents(0, 1, hardest=True)["associative_recall"]
+    pairs = document.text.partition(" ?")[0].removeprefix("recall:").split(",")
+    assert len(pairs) == 100 and len(pairs[-1].split()) == 2 + 9 and harder.num_words == 600
+    assert harder.ranges["multi_hop_recall"]["num_fillers"] == (0, 9)
+    with pytest.raises(ValueError, match="--num_pairs: 3 must be at least 8, the easiest of --size hard"):
+        recall_teacher.main(["--output_dir", "unused", "--size", "hard", "--num_pairs", "3"])
+    with pytest.raises(ValueError, match="was begun with num_pairs None, not 9; name another"):
+        recall_teacher.main(["--output_dir", str(recall_dir), "--tiny", "--num_pairs", "9"])
 
 
 def test_task_rows_are_fresh_and_mark_answers_alone(recall_dir):
@@ -439,3 +456,95 @@ def test_decode(tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             decode.main(options)
+
+
+def regret(out, *options):
+    """On the teacher in `out`."""
+    words = ["--output_dir", str(out), "--size", "tiny", "--teachers", "1", "--students", "gdn_v7", "--top_k", "1"]
+    words += ["--stage1_steps", "2", "--stage2_steps", "2", "--batch_size", "2", "--sequences", "4"]
+    selection_regret.main([*words, "--questions", "2", "--sets_at_once", "3", *options])
+    return json.loads((out / "regret.json").read_text())
+
+
+def test_regret_of_selectors_over_all_sets(recall_dir, tmp_path, capsys, monkeypatch):
+    """Every set is trained once; a choice is compared with the best of them; nothing is repeated."""
+    shutil.copytree(recall_dir, tmp_path / "teacher_0")
+    methods = ["uniform", "scan", "gates:recall", "ga_s2"]
+    results = regret(tmp_path, "--methods", *methods, "ar")  # the teacher answers no question
+    methods.append("ar")
+    assert results["errors"] == [
+        "`ar`, teacher0-gdn_v7, K = 1: --method: the teacher answers none of 100 questions of associative_recall, so "
+        "they cannot rank its layers; make the task easier (--num_pairs ...) or take another method"
+    ]
+    (case,) = results["cases"]
+    assert sorted(case["sets"]) == ["[0]", "[1]", "[2]", "[3]"] and case["top_k"] == 1
+    kls = {kept: figures["kl"] for kept, figures in case["sets"].items()}
+    assert case["best"] == min(kls, key=kls.get) and len(set(kls.values())) == 4
+    assert [choice["method"] for choice in results["choices"]] == methods[:-1]
+    for choice in results["choices"]:
+        assert choice["regret"] == kls[str(choice["keep"])] / min(kls.values()) >= 1 and choice["seconds"] > 0
+    by_method = {choice["method"]: choice for choice in results["choices"]}
+    assert by_method["ga_s2"]["flops"] > 0 and by_method["uniform"]["tokens"] is None
+    shown = capsys.readouterr().out
+    assert (tmp_path / "regret.md").read_text() in shown and "missing" not in shown
+    assert "| teacher0-gdn_v7 | 1 |" in shown and "less than 90%, train it longer" in shown
+    assert (tmp_path / "regret.png").stat().st_size > 10_000
+    for name in ("train_sets", "choose", "align", "train_teacher"):
+        monkeypatch.setattr(selection_regret.Regret, name, lambda *_: pytest.fail("repeated"))
+    assert regret(tmp_path, "--methods", *methods) == results
+    some = regret(tmp_path, "--methods", *methods, "random", "--minutes", "0")
+    assert some["choices"] == results["choices"] and "1 of 10 jobs are missing" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--output_dir: .* has figures with stage2_steps 2, not 3; name another"):
+        regret(tmp_path, "--stage2_steps", "3")
+    with pytest.raises(ValueError, match="--top_k: 4 must be between 1 and 3"):
+        regret(tmp_path, "--top_k", "4")
+
+
+def test_a_teacher_of_the_benchmark_is_that_of_its_command(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(
+        selection_regret.subprocess,
+        "run",
+        lambda command: commands.append(command[1:]) or SimpleNamespace(returncode=3),
+    )
+    with pytest.raises(ValueError, match="teacher_0: the teacher's training ended with exit code 3"):
+        regret(tmp_path, "--teacher_steps", "7", "--num_pairs", "9")
+    script = str(ROOT / "benchmarks" / "recall_teacher.py")
+    settings = [
+        "--output_dir",
+        str(tmp_path / "teacher_0"),
+        "--size",
+        "tiny",
+        "--seed=0",
+        "--num_pairs=9",
+        "--max_steps=7",
+    ]
+    assert commands == [[script, *settings]]
+
+
+def test_a_job_is_done_by_one_process(tmp_path):
+    """Not while another one holds it, not before its needs are there, and only until time is up."""
+    done = []
+    first = selection_regret.Job(tmp_path / "a", (), lambda: (done.append("a"), (tmp_path / "a").touch()))
+    second = selection_regret.Job(
+        tmp_path / "b", (tmp_path / "a",), lambda: (done.append("b"), (tmp_path / "b").touch())
+    )
+    selection_regret.work([second, first], None)
+    assert done == ["a", "b"]
+    (tmp_path / "a").unlink()
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, 2); print(1, flush=True); time.sleep(60)",
+            str(tmp_path / ".a.job"),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        holder.stdout.readline()
+        assert not selection_regret.try_job(first) and done == ["a", "b"]
+    finally:
+        holder.kill()
+        holder.wait()
+    assert selection_regret.try_job(first) and done == ["a", "b", "a"]

@@ -18,7 +18,7 @@ import cuda_graphs
 from benchmarks import selection_cost
 from layer_selection import bench, candidate_training, compare_selectors
 from layer_selection.bench import Bench
-from layer_selection.candidate_training import Candidate, JointTraining
+from layer_selection.candidate_training import Candidate, JointTraining, MasterAdamW
 from layer_selection.stopping_rule import StoppingRule, order_after, rank_correlation
 
 STEPS = ["train.max_steps=8", "train.lr=1e-3", "train.lr_attn=3e-3", "train.save_minutes=0"]
@@ -129,6 +129,63 @@ def test_steps_equal_those_of_a_plain_loop(stage2, masked):
         assert (a - b).norm() < 0.02 * (b - start[name]).norm(), (
             name
         )  # AdamW turns rounding of tiny gradients into steps
+
+
+def adamw_in_float64(start, gradients, rates, decays):
+    """Decoupled weight decay and AdamW's formulas, with gradients clipped to a norm of 1 and rates that
+    fall as 1 / step."""
+    values = [p.double() for p in start]
+    first = [torch.zeros_like(p) for p in values]
+    second = [torch.zeros_like(p) for p in values]
+    for step, given in enumerate(gradients, 1):
+        given = [g.double() for g in given]
+        norm = sum(g.square().sum() for g in given).sqrt()
+        assert norm > 1
+        for i, g in enumerate(given):
+            first[i] = 0.9 * first[i] + 0.1 * g / norm
+            second[i] = 0.95 * second[i] + 0.05 * (g / norm).square()
+            move = first[i] / (1 - 0.9**step) / ((second[i] / (1 - 0.95**step)).sqrt() + 1e-8)
+            values[i] = values[i] - rates[i] / step * (decays[i] * values[i] + move)
+    return values
+
+
+def check_master_adamw(device, dtype):
+    """Five steps, with storing, loading and offloading between them, against AdamW in float64."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape).to(dtype) for shape in ((7, 5), (3,), (4, 1, 2))]
+    gradients = [[torch.randn_like(p) for p in start] for _ in range(5)]
+    rates, decays = (1e-2, 1e-2, 3e-2), (0.1, 0.1, 0.0)
+
+    def restart():
+        model = torch.nn.ParameterList(p.clone().to(device) for p in start)
+        groups = [
+            {"params": [*model][:2], "lr": rates[0], "weight_decay": decays[0]},
+            {"params": [*model][2:], "lr": rates[2], "weight_decay": decays[2]},
+        ]
+        schedule = torch.optim.lr_scheduler.LambdaLR
+        return model, MasterAdamW(groups, (0.9, 0.95), 1.0, lambda adamw: schedule(adamw, lambda step: 1 / (1 + step)))
+
+    model, optimizer = restart()
+    for step, given in enumerate(gradients):
+        if step == 2:
+            stored = {name: tensor.detach().cpu().clone() for name, tensor in optimizer.tensors().items()}
+            model, optimizer = restart()
+            optimizer.load(stored, step)
+        if step in (0, 2, 3):
+            for place in ("cpu", device):
+                model.to(place)
+                optimizer.to(torch.device(place))
+        for param, gradient in zip(model, given):
+            param.grad = gradient.clone().to(device)  # clipping changes it
+        optimizer.step()
+    for param, master, expected in zip(model, optimizer.masters, adamw_in_float64(start, gradients, rates, decays)):
+        torch.testing.assert_close(master.detach().cpu().double(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(param, master.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_on_master_copies(dtype):
+    check_master_adamw("cpu", dtype)
 
 
 def test_a_stopped_selection_resumes_to_the_same_result(stage2, tmp_path, monkeypatch):

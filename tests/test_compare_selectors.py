@@ -52,6 +52,35 @@ def test_selectors_are_compared(stage2, tmp_path, monkeypatch, capsys):
     assert compare(stage2, tmp_path, "--methods", "scan", "random") == results
 
 
+def test_seeds_can_train_in_processes_of_their_own(stage2, tmp_path, monkeypatch):
+    options = ["--methods", "uniform", "--sequences", "2"]
+    with pytest.raises(FileNotFoundError):  # it writes no table
+        compare(stage2, tmp_path, *options, "--only_seed", "1")
+    assert sorted(file.name for file in tmp_path.glob("seed_*.json")) == ["seed_1.json"]
+    assert len(compare(stage2, tmp_path, *options)["uniform"]["kl"]) == 2
+    with pytest.raises(ValueError, match="--only_seed: 2 must be one of 0 to 1"):
+        compare(stage2, tmp_path, *options, "--only_seed", "2")
+
+
+def test_objectives_and_sets_of_ones_own(stage2, tmp_path):
+    results = compare(
+        stage2, tmp_path, *flags(num_pairs=1, num_words=8), "--methods", "scan:recall", "--sets", "mine=0,3"
+    )
+    assert results["mine"]["keep"] == [0, 3] and len(results["mine"]["kl"]) == 2
+    ranking = json.loads((tmp_path / "scan-recall" / "ranking.json").read_text())
+    assert ranking["unit"] == "-recall" and ranking["keep"] == results["scan:recall"]["keep"]
+    for options, message in (
+        (["--methods", "mse:recall"], "--methods: mse:recall: mse has no 'recall'"),
+        (["--methods", "scan:remove"], "--methods: scan:remove: scan has no 'remove'"),
+        (["--methods", "best"], "--methods: best is unknown; choose of"),
+        (["--methods", "scan", "--sets", "mine=0,4"], "--sets: mine=0,4 must have .* layers in 0..3"),
+        (["--methods", "scan", "--sets", "0,1"], "--sets: 0,1 must look like middle=3,4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(stage2, tmp_path / "other", *options)
+    assert compare_selectors.split_method("rounds:mixture:remove") == ("rounds", "mixture", "remove")
+
+
 def test_a_failed_start_does_not_claim_the_folder(stage2, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(stage2.read_text().replace("cache_dir: ", "cache_dir: /nowhere"))

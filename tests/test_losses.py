@@ -70,7 +70,8 @@ def test_forward_kl_over_some_rows(chunk_size, count):
     learned[rows] = True
     student, teacher = ((a[rows] @ b.T / 2.5).log_softmax(-1) for a, b in ((h, w), (th, tw)))
     naive = 2.5**2 * (teacher.exp() * (teacher - student)).sum() / max(1, count)
-    loss = forward_kl(hidden, teacher_hidden, weight, teacher_weight, 2.5, chunk_size, learned)
+    args = (hidden, teacher_hidden, weight, teacher_weight, 2.5, chunk_size)
+    loss = divergence("forward", *args, learned=learned)
     compare(loss, naive, [hidden, weight], [h, w])
 
 
@@ -138,6 +139,18 @@ def test_an_unknown_divergence_is_refused():
     args = leaves((N, H), (N, H), (V, H), (V, H))
     with pytest.raises(ValueError, match="train.kl: 'forwards' is unknown; choose forward, reverse, jsd, topk"):
         divergence("forwards", *args)
+
+
+@pytest.mark.parametrize("chunk_size", [8, 1000])
+def test_forward_kl_of_weighted_rows(chunk_size):
+    """The sum of weight x KL, also where rows have no weight."""
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
+    row_weights = torch.rand(N) * (torch.arange(N) % 3 > 0)
+    h, w, th, tw = double(hidden, weight, teacher_hidden, teacher_weight)
+    student, teacher = ((a @ b.T / 2.5).log_softmax(-1) for a, b in ((h, w), (th, tw)))
+    naive = 2.5**2 * ((teacher.exp() * (teacher - student)).sum(-1) * row_weights.double()).sum()
+    loss = forward_kl(hidden, teacher_hidden, weight, teacher_weight, 2.5, chunk_size, row_weights)
+    compare(loss, naive, [hidden, weight], [h, w])
 
 
 def test_gradients_accumulate_over_micro_batches():
@@ -245,14 +258,35 @@ def test_triton_kernels_in_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def check_fused_kl(rows, vocabulary, temperature=1.0, spread=3.0, padding=0):
+    """The kernel's KL of each row and its gradient, alone, against float64. padding: the last columns,
+    where the teacher's probability is 0 and the logits of every second row are equal and low too."""
+    student, teacher = spread * torch.randn(2, rows, vocabulary)
+    if padding:
+        teacher[:, -padding:] = -1e4
+        student[::2, -padding:] = -1e4
+    ours, theirs = ((x.double() / temperature).log_softmax(-1) for x in (student, teacher))
+    loss = losses._fused_kl(student, teacher, temperature)
+    expected = (theirs.exp() * (theirs - ours)).sum(-1)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(student.double(), ours.exp() - theirs.exp(), rtol=1e-4, atol=1e-6)
+
+
 if __name__ == "__main__":
     import test_decode_step
+    import test_fp8
     import test_fused_ops
 
-    from distill_model import decode_kernels, fused_ops
+    from distill_model import decode_kernels, fp8, fused_ops
 
-    losses.use_triton = fused_ops.use_triton = decode_kernels.use_triton = lambda tensor: True
-    losses.BLOCK = divergences.BLOCK = fused_ops.BLOCK = 16  # 53 entries are three blocks and a part
+    for module in (losses, fused_ops, decode_kernels, fp8):
+        module.use_triton = lambda tensor: True
+    check_fused_kl(3, 9001)  # blocks of the real size
+    losses.BLOCK = losses.KL_BLOCK = divergences.BLOCK = fused_ops.BLOCK = 16  # 53 entries are three blocks and a part
+    for vocabulary in (1, 7, 8, 16, 17, 131):
+        check_fused_kl(5, vocabulary, temperature=0.7)
+    check_fused_kl(1, 53, temperature=4.0, spread=60.0)
+    check_fused_kl(4, 64, padding=21)
     for shape in test_fused_ops.SHAPES:
         test_fused_ops.test_swiglu(shape)
         test_fused_ops.test_mean_squared_error(shape)
@@ -278,6 +312,7 @@ if __name__ == "__main__":
     test_fused_ops.test_rms_norm_of_the_rounded_sum()
     for length in (1, 300):
         test_fused_ops.test_decode_attention(length)
+    test_fp8.test_representable_values_are_kept()
     for dtype in test_decode_step.LIMITS:
         for case in test_decode_step.GDN:
             test_decode_step.test_gated_delta_token(*case, dtype)

@@ -3,10 +3,12 @@ teacher outputs."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from runtime.batch_plan import batch_plan
 from runtime.config import PARTS, load_config
@@ -130,9 +132,17 @@ def test_frozen_parts_are_shown_and_cost_no_memory(tmp_path, teacher_dir, data_d
     part = capsys.readouterr().out
     for name in ("mlp", "embeddings"):
         assert f"{name}: frozen" in part and f"{name}: frozen" not in whole
-    cfg = load_config(file, ["train.train_only=[norms]"])
-    memory = preflight._memory_per_gpu(cfg, 100, 10, 0, 1, 1)
-    assert memory["weights"] == 400 and memory["gradients"] == 40 and memory["optimiser"] == 120
+    shares = [
+        re.search(r"weights (\S+), .*gradients (\S+), optimiser (\S+?)[,)]", out).groups() for out in (whole, part)
+    ]
+    assert shares[0][0] == shares[1][0] and all(float(a) >= float(b) for a, b in zip(*shares))
+    model = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", KEPT)[0]
+    cfg = load_config(file, ["train.freeze=[mlp, embeddings]"])
+    frozen = sum(optim.freeze_parts(model, cfg).values())
+    ctx = SimpleNamespace(cfg=cfg, world_size=1, log=print)
+    memory = preflight._memory_per_gpu(ctx, model, 0, 1)
+    assert memory["weights"] == 4 * model.num_parameters()
+    assert memory["gradients"] == 4 * (model.num_parameters() - frozen) == memory["optimiser"] / 3
 
 
 def test_parts_that_the_model_lacks_are_refused(tmp_path, teacher_dir, data_dir, start_dir, monkeypatch):

@@ -19,7 +19,7 @@ from conftest import LENGTH
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from layer_selection import baselines, bench, select_layers
+from layer_selection import baselines, bench, intervals, select_layers
 from layer_selection.stage2_runs import HELDOUT_KL, teacher_name
 from layer_selection.write_configs import PUBLISHED
 
@@ -139,6 +139,9 @@ def test_ga_s2_trains_what_is_missing(stage2, tmp_path):
             ["--top-k", "1", "--method", "mse", "--candidate", "1"],
             "--candidate: 1 needs --method ga_s2",
         ),
+        (["--interval", "5", "--method", "scan"], "--interval: 5 must be between 1 and the teacher's 4 layers"),
+        (["--interval", "2", "--method", "mse"], "--interval: 2 is for --method scan and ga_s2"),
+        (["--interval", "2", "--full_runs"], "--interval: its candidates train jointly; leave"),
         (["--top-k", "1", "--rounds", "0"], "--rounds: 0 must be at least 1"),
         (["--top-k", "1", "--sequences", "1"], "--sequences: 1 must be at least 2"),
         (["--top-k", "1", "--batch_size", "0"], "--batch_size: 0 must be at least 1"),
@@ -259,3 +262,34 @@ def test_an_output_dir_that_is_a_file_is_refused(stage2, tmp_path):
     with pytest.raises(ValueError, match="--output_dir: .*out is a file; name a folder"):
         select(stage2, tmp_path / "out", method="uniform", top_k=1)
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("method", ["scan", "ga_s2"])
+def test_an_interval_keeps_the_best_phase(stage2, tmp_path, method, capsys):
+    """Layer 2, with the large error, is in the first phase of two and the third of three; the last
+    layers of each n can be expressed as an interval."""
+    ranking = select(stage2, tmp_path / "2", method=method, interval=2)
+    assert ranking["keep"] == [0, 2] and ranking["facts"]["phase"] == 0 and ranking["facts"]["interval"] == 2
+    scores = {layer["layer"]: layer["importance"] for layer in ranking["layers"]}
+    assert scores[0] == scores[2] > scores[1] == scores[3]
+    assert "Warning: runtimes that derive the layer kinds from full_attention_interval" in capsys.readouterr().out
+    assert select(stage2, tmp_path / "3", method=method, interval=3)["keep"] == [2]
+    assert "Warning" not in capsys.readouterr().out
+    (chosen,) = (tmp_path / "2").glob(f"*_hybrid_0_5_{method}_interval_2/stage2.yaml")
+    assert load_config(chosen).student_model.keep_full_attention_layers == [0, 2]
+
+
+def test_the_scan_of_an_interval_measures_whole_sets(stage2, tmp_path):
+    ranking = select(stage2, tmp_path, method="scan", interval=3)
+    held_out = bench.Bench(load_config(stage2), 6, 4)
+    for layer in ranking["layers"]:
+        kept = [i for i in range(4) if i % 3 == layer["layer"] % 3]
+        kls = held_out.kls(held_out.student.restore_full_attention(held_out.teacher, kept).eval())
+        assert layer["importance"] == pytest.approx(-sum(kls) / len(kls), rel=1e-4)
+
+
+def test_sets_that_an_interval_expresses():
+    expressed = {n: [i for i in range(8) if (i + 1) % n == 0] for n in range(1, 9)}
+    assert all(intervals.interval_of(kept, 8) == n for n, kept in expressed.items() if len(kept) != 1)
+    assert intervals.interval_of([7], 8) == 8 and intervals.interval_of([4], 8) == 5
+    assert intervals.interval_of([0, 4], 8) is None and intervals.interval_of([3], 8) is None

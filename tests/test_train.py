@@ -700,7 +700,7 @@ def test_a_failed_export_leaves_the_old_one(stages, tmp_path):
 # ------------------------------------------------------------------------ the environment
 def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
     """By the GPU's compute capability; the user's own variables take precedence."""
-    from runtime import environment
+    from runtime import autotuning
 
     (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$GPU"\n')
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -709,21 +709,21 @@ def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for gpu in ("1.0", ""):
         monkeypatch.setenv("GPU", gpu)
-        environment.use_kernel_configs()
+        autotuning.use_kernel_configs()
         assert "FLA_CONFIG_DIR" not in os.environ
     with monkeypatch.context() as patch:  # GPUs that differ, with configurations for either
         for name in ("sm_80", "sm_90"):
             (tmp_path / name).mkdir()
-        patch.setattr(environment, "KERNEL_CONFIGS", tmp_path)
+        patch.setattr(autotuning, "KERNEL_CONFIGS", tmp_path)
         patch.setenv("GPU", "9.0\n8.0")
-        environment.use_kernel_configs()
+        autotuning.use_kernel_configs()
         assert "FLA_CONFIG_DIR" not in os.environ
     monkeypatch.setenv("GPU", "9.0")
     monkeypatch.setenv("FLA_CACHE_MODE", "disabled")
-    environment.use_kernel_configs()
+    autotuning.use_kernel_configs()
     assert "FLA_CONFIG_DIR" not in os.environ
     monkeypatch.delenv("FLA_CACHE_MODE")
-    environment.use_kernel_configs()
+    autotuning.use_kernel_configs()
     folder = Path(os.environ.pop("FLA_CONFIG_DIR"))
     assert os.environ.pop("FLA_CACHE_MODE") == "fuzzy"
     assert folder == ROOT / "runtime" / "kernel_configs" / "sm_90"
@@ -736,7 +736,7 @@ def test_kernel_configs_are_not_given_to_others_of_their_name(monkeypatch):
     """FLA looks up a kernel by its name and by the number of its tensors and sizes. DeltaNet's
     kernels have the names of Gated DeltaNet's, and one of them is miscompiled for Hopper with the 4
     warps that suit the other."""
-    from runtime.environment import KERNEL_CONFIGS
+    from runtime.autotuning import KERNEL_CONFIGS
 
     from fla.ops.delta_rule import wy_fast as delta
     from fla.ops.gated_delta_rule import wy_fast as gated_delta
@@ -763,6 +763,51 @@ def test_kernel_configs_are_not_given_to_others_of_their_name(monkeypatch):
         assert cache.load_cached_config(name, cache.AutotuneKey(tuple(theirs))) is None
 
 
+def test_every_kernel_of_fla_uses_its_config(tmp_path, monkeypatch):
+    """Those too that FLA decorates with Triton's autotuner, by their module and name. What was
+    saved is read again."""
+    from runtime.autotuning import _cache_every_kernel_of_fla, save_kernel_configs
+
+    from fla.ops.utils import cache
+    from triton import Config
+    from triton.runtime.autotuner import Autotuner
+
+    class Kernel:
+        def __init__(self, module):
+            self.fn = lambda x, N: None
+            self.fn.__module__, self.fn.__name__ = module, "kernel"
+            self.launched = []
+
+        def run(self, *args, **options):
+            self.launched.append(options["num_warps"])
+
+    def tuner(module, do_bench):
+        configs = [Config({}, num_warps=warps) for warps in (1, 2, 4)]
+        return Autotuner(Kernel(module), ["x", "N"], configs, ["N"], None, None, do_bench=do_bench)
+
+    def measure(call, quantiles):
+        call()
+        return [float(measured.fn.launched[-1] != 2)] * 3  # 2 warps are the fastest
+
+    def refuse(call, quantiles):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Autotuner, "run", Autotuner.run)  # restored after the test
+    _cache_every_kernel_of_fla()
+    monkeypatch.setenv("FLA_CONFIG_DIR", str(tmp_path / "kernel_configs"))
+    monkeypatch.setattr(cache, "FLA_CACHE_MODE", cache.FlaCacheMode.FUZZY)
+    measured = tuner("fla.ops.one", measure)
+    measured.run(torch.ones(1), 64)
+    save_kernel_configs(tmp_path / "kernel_configs")
+    assert [file.name for file in (tmp_path / "kernel_configs").iterdir()] == ["fla.ops.one.kernel.json"]
+    read = tuner("fla.ops.one", refuse)
+    read.run(torch.ones(1), 32)  # of another size
+    assert read.fn.launched == [2]
+    for other in (tuner("fla.ops.two", refuse), tuner("ours", refuse)):
+        with pytest.raises(AssertionError, match="measured again"):
+            other.run(torch.ones(1), 64)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
@@ -782,7 +827,7 @@ def test_every_script_that_runs_kernels_uses_their_configs(module, tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FLA_")} | {
         "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     }
-    code = f"import {module}; from runtime.environment import use_kernel_configs; use_kernel_configs(); from fla.ops.utils import cache; print(cache.FLA_CACHE_MODE.value, cache.get_fla_config_dir().name)"
+    code = f"import {module}; from runtime.autotuning import use_kernel_configs; use_kernel_configs(); from fla.ops.utils import cache; print(cache.FLA_CACHE_MODE.value, cache.get_fla_config_dir().name)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.split()[-2:] == ["fuzzy", "sm_90"], done.stderr
 
@@ -841,7 +886,7 @@ import hf_trainer, stages
 from convert import load_teacher
 from runtime.config import load_config
 cfg, plain, sharded = load_config({str(file)!r}), *(load_teacher({teacher_dir!r}) for _ in range(2))
-sharded = hf_trainer.FrozenTeacher(sharded, "cpu", stages.teacher_engine_config(cfg, sharded, sharded, "cpu", 1, print))
+sharded = hf_trainer.FrozenTeacher(sharded, "cpu", stages.teacher_engine_config(cfg, sharded, "cpu", 1, print))
 assert sharded.model.model.layers[0].mlp.up_proj.weight.numel() == 0  # sharded
 assert all(map(z3_leaf_module, sharded.model.model.layers)) and not z3_leaf_module(sharded.model.lm_head)
 ids = torch.randint(0, 80, (2, 19))
@@ -891,9 +936,7 @@ def test_where_a_teachers_weights_are(tmp_path, teacher_dir, data_dir, shard, of
     cfg = load_config(
         write_config(tmp_path, 2, teacher_dir, data_dir, kd_teacher_shard=shard, kd_teacher_offload=offload)
     )
-    engine = stage_builders.teacher_engine_config(
-        cfg, load_teacher(teacher_dir), torch.nn.Linear(1, 1), "cpu", 1, print
-    )
+    engine = stage_builders.teacher_engine_config(cfg, load_teacher(teacher_dir), "cpu", 1, print)
     assert (engine and engine["zero_optimization"].get("offload_param", {"device": "none"})["device"]) == expected
 
 

@@ -2,6 +2,7 @@
 kernel."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_students_gpu import OPTIONS, one_config  # noqa: F401
 
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
 from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM
+from layer_selection.gates import GatedModel
 from wrapper import AttentionAlignmentModel
 
 pytestmark = [
@@ -94,6 +96,37 @@ def test_graphs_equal_launches_with_activation_checkpointing(checkpointing):
     graphed_losses, graphed_weights = train("gdn_v4", 3, True, checkpointing)
     assert torch.equal(losses, graphed_losses)
     assert all(map(torch.equal, weights, graphed_weights))
+
+
+def gate_logits(graphed):
+    """The logits of gates over both attentions of every layer, after some steps."""
+    torch.manual_seed(0)
+    teacher = StudentForCausalLM(CONFIG).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    student = StudentForCausalLM.from_teacher(teacher, "gdn_v4")[0].to("cuda", torch.bfloat16)
+    cfg = SimpleNamespace(train=SimpleNamespace(gradient_checkpointing=False))
+    model = GatedModel(SimpleNamespace(cfg=cfg, teacher=teacher, student=student, device=student.device), 1).train()
+    forward, read = (GraphedForward(model), GraphedForward(teacher.model)) if graphed else (model, teacher.model)
+    adam = torch.optim.Adam([model.logits], 0.1)
+    generator = torch.Generator().manual_seed(1)
+    seen = []
+    for call in range(CALLS):
+        ids = torch.randint(CONFIG.vocab_size, (BATCH, LENGTH), generator=generator).cuda()
+        weights = torch.rand(BATCH, LENGTH, generator=generator).cuda() / ids.numel()
+        model.temperature.fill_(0.8**call)
+        with torch.no_grad():
+            hidden = read(input_ids=ids, use_cache=False)["last_hidden_state"]
+        forward(input_ids=ids, token_weights=weights, teacher_hidden_states=hidden)["loss"].backward()
+        adam.step()
+        adam.zero_grad()
+        seen.append(model.logits.detach().clone())
+    assert not graphed or forward.forward_graph is not None
+    return torch.stack(seen)
+
+
+def test_gates_learn_the_same_with_graphs():
+    launched = gate_logits(graphed=False)
+    assert launched.isfinite().all() and launched.unique(dim=0).shape[0] == CALLS
+    assert torch.equal(launched, gate_logits(graphed=True))
 
 
 def graph_of_stage_3():

@@ -10,12 +10,14 @@ import time
 from functools import cache
 from pathlib import Path
 
+from runtime.config import load_config
 from runtime.guard import REQUEUE
 
 import psutil
 import pytest
 import torch
 from conftest import write_config
+from test_candidate_training import check_master_adamw
 
 from distill_model import StudentForCausalLM
 
@@ -25,6 +27,11 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 STEPS = 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_adamw_on_master_copies(dtype):
+    check_master_adamw("cuda", dtype)
 
 
 def start(file, *options, gpu=True, rank=0, world_size=1):
@@ -145,25 +152,47 @@ def test_killed_and_resumed(both, tmp_path, teacher_dir, data_dir, stage, end, c
         for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
         if "loss" in line
     }
-    torch.testing.assert_close(
-        torch.tensor([lines[step] for step in sorted(lines)]),
-        losses(both / "gpu" / f"stage{stage}"),
-        rtol=0.02,
-        atol=1e-3,
-    )
+    resumed = torch.tensor([lines[step] for step in sorted(lines)])
+    torch.testing.assert_close(resumed, losses(both / "gpu" / f"stage{stage}"), rtol=0, atol=0)
 
 
-# ZeRO stage of the student, and train.kd_teacher_shard.
+def test_measured_micro_batches(both, tmp_path, teacher_dir, data_dir):
+    """train.micro_batch_size auto takes more than one sequence, keeps the number when the run is
+    killed and resumed, and has the losses of one sequence at a time, within the rounding of bf16."""
+    changes = {"micro_batch_size": "auto", **start_of(both, 2)}
+    file = configs(tmp_path / "run", teacher_dir, data_dir, 2, **changes)
+    output = tmp_path / "run" / "stage2"
+    process, limit = start(file), time.monotonic() + 300
+    while not list(output.glob("checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < limit, file.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.01)
+    chosen = load_config(output / "config.yaml").train.micro_batch_size
+    assert chosen in (2, 4)
+    process.kill()
+    process.wait(60)
+    finish(start(file), file)
+    log = file.with_suffix(".log").read_text()
+    (line,) = (line for line in log.splitlines() if "train.micro_batch_size: auto" in line)
+    print(line)
+    assert f"auto: {chosen} (" in line and "resuming from" in log
+    assert load_config(output / "config.yaml").train.micro_batch_size == chosen
+    torch.testing.assert_close(losses(output), losses(both / "gpu" / "stage2"), rtol=0.1, atol=1e-3)
+
+
+# The train settings of stage 2 by how its models are sharded.
 SHARDING = {
-    "ZeRO-1": (1, "never"),
-    "ZeRO-2": (2, "never"),
-    "ZeRO-2, teacher ZeRO-3": (2, "always"),
-    "ZeRO-3": (3, "never"),
+    "ZeRO-1": {"zero_stage": 1, "kd_teacher_shard": "never", "cuda_graphs": False},
+    "ZeRO-1, CUDA graphs": {"zero_stage": 1, "kd_teacher_shard": "never"},
+    "ZeRO-2": {"zero_stage": 2, "kd_teacher_shard": "never", "cuda_graphs": False},
+    "ZeRO-2, CUDA graphs": {"zero_stage": 2, "kd_teacher_shard": "never"},
+    "ZeRO-2, teacher ZeRO-3": {"zero_stage": 2, "kd_teacher_shard": "always"},
+    "ZeRO-3": {"zero_stage": 3, "kd_teacher_shard": "never"},
 }
-LIMITS = {"fp32": 1e-3, "bf16": 2e-2}  # relative, of a loss
+# Relative, of a loss. In bf16 ZeRO-2 adds up the gradients of micro-batches in bf16: 2.0e-2 on two H200s.
+LIMITS = {"fp32": 1e-3, "bf16": 3e-2}
 
 
-def distil(folder, teacher_dir, data_dir, stage1, dtype, world_size, zero_stage, shard):
+def distil(folder, teacher_dir, data_dir, stage1, dtype, world_size, sharding):
     """The losses of 20 steps of stage 2 on a global batch of 4 sequences.
 
     Adam's first steps amplify rounding: on a CPU two processes are within 5e-7 of one in fp32 at
@@ -180,10 +209,9 @@ def distil(folder, teacher_dir, data_dir, stage1, dtype, world_size, zero_stage,
         save_steps=20,
         eval_steps=20,
         dtype=dtype,
-        zero_stage=zero_stage,
-        kd_teacher_shard=shard,
         student_init_ckpt=str(stage1),
         **rates,
+        **sharding,
     )
     ranks = [start(file, rank=rank, world_size=world_size) for rank in range(world_size)]
     try:
@@ -207,7 +235,7 @@ def alone(tmp_path_factory, teacher_dir, data_dir):
         yield cache(
             lambda dtype: (
                 stage1,
-                distil(folder / dtype, teacher_dir, data_dir, stage1, dtype, 1, 1, "never"),
+                distil(folder / dtype, teacher_dir, data_dir, stage1, dtype, 1, {"cuda_graphs": False}),
             )
         )
 
@@ -219,7 +247,7 @@ def test_several_gpus_have_the_losses_of_one(alone, tmp_path, teacher_dir, data_
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")
     stage1, expected = alone(dtype)
-    got = distil(tmp_path / "run", teacher_dir, data_dir, stage1, dtype, world_size, *SHARDING[sharding])
+    got = distil(tmp_path / "run", teacher_dir, data_dir, stage1, dtype, world_size, SHARDING[sharding])
     assert len(got) == len(expected) == 20
     spread = ((got - expected).abs() / expected).max().item()
     print(f"{world_size} GPUs, {sharding}, {dtype}: losses within {spread:.1e} of one GPU's")

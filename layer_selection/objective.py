@@ -1,0 +1,230 @@
+"""What a selection minimises: the KL divergence from the teacher, over all tokens or over those
+that need recall.
+
+Every objective is a weighted mean of KL(teacher || student) over tokens:
+
+    kl       all tokens of the text
+    far_kl   tokens of the text for which the teacher needs far context: its cross-entropy is at
+             least FAR_MARGIN nats higher where it sees only the last 1/8 to 1/4 of the sequence
+    recall   the answers in documents of associative recall (recall_tasks.py)
+    mixture  half kl, half recall, each divided by that of the all-linear student, so that they
+             weigh the same
+
+The average over all tokens hardly sees recall, which conversion loses first: few tokens need it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from distill_model import StudentForCausalLM
+from distill_model.losses import token_kl
+from heldout import ModelOutput, read_chunks
+from recall_tasks import associative_recall, encode
+
+OBJECTIVES = ("kl", "far_kl", "recall", "mixture")
+FAR_MARGIN = 1.0  # nats
+SHORT_CONTEXT = 8  # the short context's length is the sequence's divided by this
+MAX_QUERIES = 16  # questions of a document
+
+
+# ------------------------------------------------------------------------ tokens that need far context
+def token_losses(output: ModelOutput, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each label, [B, T] in fp32. output: of B x T positions. labels: [B, T]."""
+    losses = []
+    rows = labels.flatten()
+    start = 0
+    for logits in output.logits():
+        losses.append(cross_entropy(logits, rows[start : start + len(logits)], reduction="none"))
+        start += len(logits)
+    return torch.cat(losses).view(labels.shape)
+
+
+@torch.no_grad()
+def needs_far_context(teacher: StudentForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Whether predicting the token after each position needs far context, [B, T] of bool; false at
+    the last position, whose next token is unknown.
+
+    ids: [B, T] on the teacher's device. The short context: every position is also read in a piece
+    of 2 w tokens, w = T // SHORT_CONTEXT, where it stands in the second half.
+    """
+    length = ids.shape[1]
+    window = max(1, length // SHORT_CONTEXT)
+    far = torch.zeros_like(ids, dtype=torch.bool)
+    count = (length - 1) // window - 1  # pieces whose labels are all known
+    if count < 1:
+        return far
+    labels = ids[:, window + 1 : window + 1 + count * window]
+    full = read_chunks(teacher, ids)
+    seen = slice(window, window + labels.shape[1])
+    with_all = token_losses(ModelOutput(full.hidden[:, seen], full.head), labels)
+    pieces = ids[:, : (count + 1) * window].unfold(1, 2 * window, window)  # [B, count, 2 w]
+    hidden = read_chunks(teacher, pieces.flatten(0, 1)).hidden[:, window:]
+    with_few = token_losses(ModelOutput(hidden.reshape(*labels.shape, -1), full.head), labels)
+    far[:, seen] = with_few - with_all >= FAR_MARGIN
+    return far
+
+
+# ------------------------------------------------------------------------ documents of recall
+@dataclass(frozen=True)
+class RecallOptions:
+    """Documents of associative recall: pairs of key and value, and the words that they draw from."""
+
+    num_pairs: int = 16
+    num_words: int = 256
+
+
+def recall_rows(tokenizer, options: RecallOptions, length: int, seed: str) -> Iterator[tuple[list[int], list[bool]]]:
+    """Endless rows of documents: (token ids [length], whether the next token belongs to an answer
+    [length]). No document is cut; the rest of a row is EOS.
+
+    Raises ValueError if a document is longer than a row.
+    """
+    rng = random.Random(seed)
+    queries = min(options.num_pairs, MAX_QUERIES)
+    row: list[int] = []
+    answers: list[int] = []
+    while True:
+        documents = [associative_recall(rng, options.num_pairs, queries, options.num_words) for _ in range(16)]
+        for ids, spans in encode(documents, tokenizer):
+            if len(ids) + 1 > length:
+                raise ValueError(
+                    f"--num_pairs: {options.num_pairs} pairs take {len(ids)} tokens, and train.train_seq_len is "
+                    f"{length}; lower it"
+                )
+            if len(row) + len(ids) + 1 > length:
+                padding = [tokenizer.eos_token_id] * (length - len(row))
+                predicts = [False] * length
+                for index in answers:
+                    predicts[index - 1] = True
+                yield row + padding, predicts
+                row = []
+                answers = []
+            answers += [len(row) + index for span in spans for index in span]
+            row += [*ids, tokenizer.eos_token_id]
+
+
+def take_rows(rows: Iterator, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Token ids [count, T], whether the next token belongs to an answer [count, T])."""
+    drawn = [next(rows) for _ in range(count)]
+    ids, predicts = zip(*drawn)
+    return torch.tensor(ids, device=device), torch.tensor(predicts, device=device)
+
+
+def normalised(selected: torch.Tensor) -> torch.Tensor:
+    """Weights [B, T] in fp32 of the selected positions, with the sum 1, or all 0 if there are none."""
+    return selected.float() / selected.sum().clamp(min=1)
+
+
+# ------------------------------------------------------------------------ measurement
+@dataclass(frozen=True)
+class HeldoutPart:
+    """Sequences, the weights of their tokens, and what the teacher says to them.
+
+    batches: token ids [B, T]. weights: [B, T] on the teacher's device; their sum over all batches
+    is the number of sequences.
+    """
+
+    batches: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    teacher_outputs: list[ModelOutput]
+
+    def losses(self, model: StudentForCausalLM) -> list[float]:
+        """Weighted sum of KL(teacher || model) of each sequence; their mean is the weighted mean over
+        all tokens."""
+        losses = []
+        for ids, weights, teacher in zip(self.batches, self.weights, self.teacher_outputs):
+            output = read_chunks(model, ids)
+            hidden, theirs = (x.hidden.flatten(0, 1) for x in (output, teacher))
+            kls = token_kl(hidden, theirs, output.head, teacher.head).view(weights.shape)
+            losses += (kls * weights).sum(1).tolist()
+        return losses
+
+
+def heldout_part(
+    teacher: StudentForCausalLM, batches: list[torch.Tensor], selected: list[torch.Tensor], missing: str
+) -> HeldoutPart:
+    """The part of the selected tokens. selected: [B, T] of bool for each batch. Raises ValueError,
+    with the text `missing`, if there are none."""
+    total = sum(int(part.sum()) for part in selected)
+    if not total:
+        raise ValueError(missing)
+    sequences = sum(map(len, batches))
+    weights = [part.float() * sequences / total for part in selected]
+    return HeldoutPart(batches, weights, [read_chunks(teacher, ids) for ids in batches])
+
+
+class Objective:
+    """What a selection minimises, on held-out sequences and in training.
+
+    teacher: on its device. batches: held-out token ids [B, T]. student: the all-linear one, which
+    sets the scale of a mixture. Raises ValueError if no held-out token needs far context, or a
+    document of recall is longer than a sequence.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        teacher: StudentForCausalLM,
+        student: StudentForCausalLM,
+        tokenizer,
+        batches: tuple[torch.Tensor, ...],
+        recall: RecallOptions,
+        seed: int = 0,
+    ):
+        self.name = name
+        self.teacher = teacher
+        device = teacher.device
+        on_device = [ids.to(device) for ids in batches]
+        length = on_device[0].shape[1]
+        self.documents = lambda use: recall_rows(tokenizer, recall, length, f"{use} {seed}")
+        self.parts: list[HeldoutPart] = []
+        if name in ("kl", "mixture"):
+            everything = [torch.ones_like(ids, dtype=torch.bool) for ids in on_device]
+            self.parts.append(heldout_part(teacher, on_device, everything, "there are no held-out tokens"))
+        if name == "far_kl":
+            far = [needs_far_context(teacher, ids) for ids in on_device]
+            missing = "--objective: far_kl: no held-out token needs far context; take another one, or longer sequences"
+            self.parts.append(heldout_part(teacher, on_device, far, missing))
+        if name in ("recall", "mixture"):
+            heldout = self.documents("held out")
+            drawn = [take_rows(heldout, len(ids), device) for ids in on_device]
+            ids, answers = zip(*drawn)
+            self.parts.append(heldout_part(teacher, list(ids), list(answers), "a document has no answer"))
+        self.scales = [1.0] * len(self.parts)
+        if name == "mixture":
+            for i, part in enumerate(self.parts):
+                values = part.losses(student)
+                self.scales[i] = len(self.parts) * sum(values) / len(values)
+
+    def losses(self, model: StudentForCausalLM) -> list[float]:
+        """Of each held-out sequence, in nats (mixture: without a unit); their mean is the objective."""
+        by_part = [part.losses(model) for part in self.parts]
+        scaled = [[value / scale for value in values] for values, scale in zip(by_part, self.scales)]
+        return [sum(values) for values in zip(*scaled)]
+
+    def training_rows(self, ids: torch.Tensor, draw: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sequences to train on in place of the text ids [B, T], and the weights of their tokens: both
+        [B, T]. The objective is the sum of weight x KL. draw: what the documents are drawn by, such
+        as the step.
+
+        recall: B rows of documents. mixture: as many rows of text as of documents, half of B each,
+        rounded up.
+        """
+        if self.name == "kl":
+            return ids, normalised(torch.ones_like(ids, dtype=torch.bool))
+        if self.name == "far_kl":
+            return ids, normalised(needs_far_context(self.teacher, ids))
+        count = len(ids) if self.name == "recall" else -(-len(ids) // 2)
+        documents, answers = take_rows(self.documents(f"training {draw}"), count, ids.device)
+        if self.name == "recall":
+            return documents, normalised(answers)
+        text = ids[:count]
+        weights = [normalised(torch.ones_like(text, dtype=torch.bool)), normalised(answers)]
+        weights = [weight / scale for weight, scale in zip(weights, self.scales)]
+        return torch.cat([text, documents]), torch.cat(weights)

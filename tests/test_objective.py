@@ -1,0 +1,128 @@
+"""What a selection minimises: which tokens count, and their mean KL against the naive one."""
+
+import random
+
+from runtime.config import load_config
+from runtime.data import load_tokenizer
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_select_layers import flags, select
+
+from convert import load_teacher
+from layer_selection import objective
+from layer_selection.bench import Bench
+from layer_selection.objective import OBJECTIVES, RecallOptions, needs_far_context, recall_rows, take_rows
+from recall_tasks import associative_recall
+
+RECALL = RecallOptions(num_pairs=2, num_words=8)
+
+
+def naive_kls(teacher, model, ids):
+    """KL(teacher || model) of each position, [B, T] in float64, from whole logits."""
+    with torch.no_grad():
+        theirs, ours = (m(input_ids=ids, use_cache=False).logits.double().log_softmax(-1) for m in (teacher, model))
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+def test_far_context_is_found_against_a_loop_over_positions(teacher_dir, monkeypatch):
+    """Every position with exactly the context that its piece leaves it."""
+    monkeypatch.setattr(objective, "FAR_MARGIN", 0.2)
+    teacher = load_teacher(teacher_dir).eval()
+    torch.manual_seed(0)
+    length = 37
+    window = length // objective.SHORT_CONTEXT
+    ids = torch.randint(0, 90, (2, length))
+    expected = torch.zeros(2, length, dtype=torch.bool)
+    with torch.no_grad():
+        logits = teacher(input_ids=ids, use_cache=False).logits
+        for position in range(window, length - 1):
+            start = position // window * window - window
+            if start + 2 * window > length - 1:
+                continue  # a piece whose labels are not all known
+            piece = teacher(input_ids=ids[:, start : position + 1], use_cache=False).logits[:, -1]
+            label = ids[:, position + 1]
+            losses = [F.cross_entropy(x, label, reduction="none") for x in (piece, logits[:, position])]
+            expected[:, position] = losses[0] - losses[1] >= 0.2
+    far = needs_far_context(teacher, ids)
+    assert torch.equal(far, expected) and 0 < far.float().mean() < 1
+    assert not needs_far_context(teacher, ids[:, :2]).any()
+
+
+def test_rows_of_recall_predict_the_answers_alone(teacher_dir):
+    tokenizer = load_tokenizer(teacher_dir)
+    ids, predicts = take_rows(recall_rows(tokenizer, RECALL, 96, "0"), 3, torch.device("cpu"))
+    again, _ = take_rows(recall_rows(tokenizer, RECALL, 96, "0"), 3, torch.device("cpu"))
+    other, _ = take_rows(recall_rows(tokenizer, RECALL, 96, "1"), 3, torch.device("cpu"))
+    assert torch.equal(ids, again) and not torch.equal(ids, other) and not predicts[:, -1].any()
+    document = associative_recall(random.Random("0"), 2, 2, 8)
+    answers = [document.text[slice(*span)] for span in document.answers]
+    marked = [i + 1 for i in predicts[0].nonzero().flatten().tolist() if i + 1 < len(document.text)]
+    assert tokenizer.decode(ids[0, marked]) == "".join(answers)
+    with pytest.raises(ValueError, match="--num_pairs: 20 pairs take .* train.train_seq_len is 96; lower it"):
+        next(recall_rows(tokenizer, RecallOptions(20, 64), 96, "0"))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_losses_are_the_naive_mean_over_their_tokens(stage2, name, monkeypatch):
+    monkeypatch.setattr(objective, "FAR_MARGIN", 0.1)
+    recall = RecallOptions(num_pairs=1, num_words=8)
+    bench = Bench(load_config(stage2), 5, 3, name, recall)
+    hybrid = bench.student.restore_full_attention(bench.teacher, [2]).eval()
+    measured = bench.losses(hybrid)
+    assert len(measured) == 5 and bench.losses(bench.teacher) == pytest.approx([0.0] * 5, abs=1e-5)
+    ids = torch.cat(bench.batches)
+    rows = recall_rows(bench.tokenizer, recall, ids.shape[1], f"held out {bench.cfg.train.seed}")
+    documents, answers = take_rows(rows, 5, bench.device)
+    far = needs_far_context(bench.teacher, ids)
+
+    def mean(model, ids, selected):
+        return naive_kls(bench.teacher, model, ids)[selected].mean().item()
+
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    expected = {"kl": mean(hybrid, ids, everything), "far_kl": mean(hybrid, ids, far)}
+    expected["recall"] = mean(hybrid, documents, answers)
+    shares = [expected["kl"] / mean(bench.student, ids, everything)]
+    shares.append(expected["recall"] / mean(bench.student, documents, answers))
+    expected["mixture"] = sum(shares) / 2
+    assert sum(measured) / 5 == pytest.approx(expected[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_training_weights_make_the_same_mean(stage2, name, monkeypatch):
+    monkeypatch.setattr(objective, "FAR_MARGIN", 0.1)
+    bench = Bench(load_config(stage2), 4, 2, name, RecallOptions(1, 8))
+    text = torch.cat(bench.batches)
+    ids, weights = bench.objective.training_rows(text, "0")
+    assert ids.shape == weights.shape and len(ids) == 4
+    total = sum(1 / scale for scale in bench.objective.scales)
+    assert weights.sum().item() == pytest.approx(total)
+    assert (torch.equal(ids, text), torch.equal(ids[:2], text[:2])) == {
+        "kl": (True, True),
+        "far_kl": (True, True),
+        "recall": (False, False),
+        "mixture": (False, True),
+    }[name]
+
+
+def test_text_without_far_context_is_refused(stage2, monkeypatch):
+    monkeypatch.setattr(objective, "FAR_MARGIN", 1e9)
+    with pytest.raises(ValueError, match="--objective: far_kl: no held-out token needs far context"):
+        Bench(load_config(stage2), 4, 2, "far_kl").objective  # noqa: B018 (it is built when first used)
+
+
+def test_scan_and_ga_s2_rank_by_the_objective(stage2, tmp_path):
+    """As the bench measures it; another one does not take over what is there."""
+    options = flags(objective="recall", num_pairs=1, vocab_size=8, top_k=1)
+    ranking = select(stage2, tmp_path / "scan", *options, method="scan")
+    bench = Bench(load_config(stage2), 6, 4, "recall", RecallOptions(1, 8))
+    for layer in ranking["layers"]:
+        losses = bench.losses(bench.student.restore_full_attention(bench.teacher, [layer["layer"]]).eval())
+        assert layer["importance"] == pytest.approx(-sum(losses) / len(losses), rel=1e-4)
+    assert ranking["unit"] == "-recall"
+    assert select(stage2, tmp_path / "ga", *options, method="ga_s2")["facts"]["tokens"] == 4 * 2 * 2 * 32
+    with pytest.raises(ValueError, match="--objective: .* was measured by recall, not kl; set that"):
+        select(stage2, tmp_path / "ga", method="ga_s2", top_k=1)
+    with pytest.raises(ValueError, match="--objective: recall is for --method gates, .*; mse has its own"):
+        select(stage2, tmp_path / "mse", *options, method="mse")
