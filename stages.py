@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 from runtime.checkpoints import UNIVERSAL
-from runtime.config import FOR_A_REPLICA, Config
+from runtime.config import FOR_A_REPLICA, PARTS, Config, trained_parts
 from runtime.context import RunContext
 from runtime.data import Chunks
 from runtime.environment import WANDB_PROJECT
@@ -283,9 +283,10 @@ def deepspeed_config(name: str) -> dict:
 def student_engine_config(ctx: RunContext) -> dict:
     """DeepSpeed's config of the model that trains."""
     config = deepspeed_config(f"stage_{ctx.zero_stage}")
-    if ctx.cfg.stage == 1:
+    if ctx.cfg.stage == 1 or len(trained_parts(ctx.cfg.train)) < len(PARTS):
         # Stage 1 calls the modules of a block one by one: ZeRO-3 cannot gather a block when it is
-        # called.
+        # called. And below frozen embeddings the first block's input has no gradient, which would
+        # tell ZeRO-3 that the block's backward pass is over.
         config["zero_optimization"].pop("leaf_module", None)
     if ctx.resume and ctx.resume.parent.name == UNIVERSAL:
         config["checkpoint"] = {"load_universal": True}
