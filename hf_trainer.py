@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from runtime.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
-from runtime.data import INPUT_IDS, LOSS_MASK, collate
+from runtime.data import DOCUMENT_IDS, DOCUMENT_LENGTHS, INPUT_IDS, LOSS_MASK, collate
 from runtime.files import one_line
 from runtime.guard import NonFiniteError, StopSignals, Watchdog, first_not_finite
 
@@ -28,7 +28,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cuda_graphs import GraphedForward, switch_off_all
 from distill_model import DistillationLoss, StudentForCausalLM
-from distill_model.losses import micro_batch_weights, predicting_learned
+from distill_model.documents import learned_tokens, predicting_learned
+from distill_model.losses import micro_batch_weights
 
 LOSS_WEIGHT = "loss_weight"  # of a micro-batch, beside its inputs
 
@@ -303,6 +304,10 @@ class StageTrainer(Trainer):
         """The loss of a micro-batch, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} must say how its loss is computed")
 
+    def learned(self, inputs: dict) -> torch.Tensor | None:
+        """The tokens [B, T] that the loss of a micro-batch is the mean over; None: all."""
+        return learned_tokens(inputs.get(LOSS_MASK), inputs.get(DOCUMENT_IDS))
+
     def beat(self, doing: str) -> None:
         """Tells the watchdog about progress."""
         if self.watchdog is not None:
@@ -319,11 +324,11 @@ class StageTrainer(Trainer):
         return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of a step, with their weights if there is a mask: see
+        """The micro-batches of a step, with their weights if not all tokens are learned: see
         `micro_batch_weights`."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and LOSS_MASK in batches[0]:
-            masks = [batch[LOSS_MASK] for batch in batches]
+        masks = [self.learned(batch) for batch in batches]
+        if masks and masks[0] is not None:
             for batch, weight in zip(batches, micro_batch_weights(masks, device, self.args.world_size)):
                 batch[LOSS_WEIGHT] = weight
         return batches, items
@@ -388,16 +393,20 @@ class StageTrainer(Trainer):
         self.beat("evaluation")
         with torch.no_grad():
             loss = self.forward_loss(model, self._prepare_inputs(inputs)).detach()
-        if LOSS_MASK in inputs:  # the Trainer takes the mean over batches of equal size
-            loss = loss * predicting_learned(inputs[LOSS_MASK]).sum().to(loss.device) / self.learned_per_batch
+        learned = self.learned(inputs)
+        if learned is not None:  # the Trainer takes the mean over batches of equal size
+            loss = loss * predicting_learned(learned).sum().to(loss.device) / self.learned_per_batch
         return loss, None, None
 
     @cached_property
     def learned_per_batch(self) -> float:
         """Learned tokens per held-out batch, on average."""
-        mask = torch.as_tensor(self.eval_dataset[:][LOSS_MASK])
-        batches = len(mask) / self.args.per_device_eval_batch_size
-        return max(1, predicting_learned(mask).sum().item()) / batches
+        columns = self.eval_dataset[:]
+        names = [name for name in (INPUT_IDS, LOSS_MASK, DOCUMENT_LENGTHS) if name in columns]
+        rows = [dict(zip(names, row)) for row in zip(*(columns[name] for name in names))]
+        learned = self.learned(collate(rows))
+        batches = len(rows) / self.args.per_device_eval_batch_size
+        return max(1, predicting_learned(learned).sum().item()) / batches
 
     # -------------------------------------------------------------------- checkpoints
     def save_model(self, output_dir=None, _internal_call=False):
@@ -480,6 +489,9 @@ class DistillTrainer(StageTrainer):
         self._layers = {True: [], False: []}
         self.layer_errors: list[float] = []
 
+    def learned(self, inputs):
+        return None  # attention is aligned at every token
+
     def forward_loss(self, model, inputs):
         outputs = model(**inputs)
         total, count = self._layers[model.training] or (0, 0)
@@ -558,9 +570,11 @@ class FrozenTeacher:
         self.forward = GraphedForward(self.model.model) if cuda_graphs and not self.sharded else self.model.model
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids [B, T] -> the hidden states after the final norm, [B, T, hidden_size]."""
-        return self.forward(input_ids=input_ids, use_cache=False)["last_hidden_state"]
+    def hidden_states(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """input_ids [B, T] -> the hidden states after the final norm, [B, T, hidden_size].
+        document_ids: see `StudentModel.forward`."""
+        documents = {} if document_ids is None else {DOCUMENT_IDS: document_ids}
+        return self.forward(input_ids=input_ids, use_cache=False, **documents)["last_hidden_state"]
 
     def gathered_head(self):
         """A context in which `head_weight` is not sharded."""
@@ -586,7 +600,7 @@ def distillation_loss(
     }
     if teacher is None:
         return model(**inputs, **options)["loss"]
-    hidden_states = teacher.hidden_states(inputs[INPUT_IDS])
+    hidden_states = teacher.hidden_states(inputs[INPUT_IDS], inputs.get(DOCUMENT_IDS))
     with teacher.gathered_head():
         return model(
             **inputs,

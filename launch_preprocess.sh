@@ -14,7 +14,8 @@
 #
 # DATASET: hub name, file or folder (robbiegwaldd/dclm-10B). TOKENIZER: of the teacher (Qwen/Qwen2.5-1.5B-Instruct).
 # Arguments go to preprocess_download_tokenize.py: sbatch launch_preprocess.sh --skip_bad_files
-# DATA_DIR (data/qwen2.5_1.5b), CONTEXT_LENGTHS (512 4096 16384), MAX_TOKENS (900000000), HOLDOUT (0.01), NUM_PROC (the job's cores).
+# DATA_DIR (data/qwen2.5_1.5b), CONTEXT_LENGTHS (512 4096 16384), MAX_TOKENS (900000000), HOLDOUT (0.01), NUM_PROC (the job's cores),
+# PACKING (cut).
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 [[ -f $here/launch_common.sh ]] || here=${SLURM_SUBMIT_DIR:?submit from the folder of the project} # sbatch runs a copy
@@ -24,5 +25,6 @@ python preprocess_download_tokenize.py --dataset_name "${DATASET:-robbiegwaldd/d
     --max_tokens "${MAX_TOKENS:-900000000}" --holdout "${HOLDOUT:-0.01}" --num_proc "${NUM_PROC:-${SLURM_CPUS_PER_TASK:-$(nproc)}}" \
     --output_dir "$DATA_DIR/tokenized" "$@"
 for length in ${CONTEXT_LENGTHS:-512 4096 16384}; do
-    python preprocess_chunk.py --tokenized_dataset_path "$DATA_DIR/tokenized" --context_length "$length" --output_dir "$DATA_DIR"
+    python preprocess_chunk.py --tokenized_dataset_path "$DATA_DIR/tokenized" --context_length "$length" --packing "${PACKING:-cut}" \
+        --output_dir "$DATA_DIR"
 done

@@ -18,7 +18,6 @@ from functools import partial
 from runtime.batch_plan import batch_plan, micro_batch_sizes, with_micro_batch_size
 from runtime.config import ConfigError
 from runtime.context import RunContext
-from runtime.data import collate
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from optim import STATE_BYTES
 from preflight import calibration_warning, with_whole_eval_batches
-from stages import GIB, Stage, bytes_of, shard_teacher, training_rows, use_cuda_graphs
+from stages import GIB, Stage, bytes_of, first_rows, shard_teacher, training_rows, use_cuda_graphs
 
 MARGIN = 0.08  # of the GPU's memory, for fragmentation and for buffers of DeepSpeed and NCCL
 GAIN = 0.03  # of the throughput: what a larger size must add to be worth its memory
@@ -170,7 +169,7 @@ def _trials(ctx: RunContext, stage: Stage, memory: GpuMemory, added: int) -> lis
         for size in tqdm(sizes, desc="measuring micro-batches", unit="size", disable=ctx.rank > 0):
             if ctx.watchdog is not None:
                 ctx.watchdog.beat(f"measuring micro-batches of {size}")
-            inputs = _first_rows(ctx, size)
+            inputs = first_rows(training_rows(ctx.cfg, ctx.chunks.train), size, ctx.device)
             peak, seconds = memory.measure(lambda inputs=inputs: loss_of(inputs).backward())
             fits = peak + added <= memory.room
             trials.append(Trial(size, peak + added, fits, size * ctx.plan.seq_len / seconds))
@@ -195,12 +194,6 @@ def _left_as_it_was(stage: Stage) -> Iterator[None]:
             module.training = training
         for model, device in zip(models, devices):
             model.to(device)
-
-
-def _first_rows(ctx: RunContext, size: int) -> dict[str, torch.Tensor]:
-    """A micro-batch of the first training chunks."""
-    rows = training_rows(ctx.cfg, ctx.chunks.train)
-    return {name: value.to(ctx.device) for name, value in collate([rows[i] for i in range(size)]).items()}
 
 
 def _loss_function(ctx: RunContext, stage: Stage) -> Callable[[dict], torch.Tensor]:
@@ -241,6 +234,7 @@ def _engine_bytes(ctx: RunContext, stage: Stage, sharded_teacher: bool) -> int:
         stage.model,
         log=lambda _: None,  # build_trainer logs the reason
         sharded_teacher=sharded_teacher,
+        has_documents=ctx.chunks.has_documents,
     )
     if graphs:
         # A copy of the gradients; and the activations stay allocated during an optimiser step.

@@ -12,7 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from runtime.batch_plan import BatchPlan
-from runtime.config import Config, ConfigError, check_kept_layers, keys_of_other_stages, trained_parts
+from runtime.config import (
+    Config,
+    ConfigError,
+    check_cuda_graphs,
+    check_kept_layers,
+    keys_of_other_stages,
+    trained_parts,
+)
 from runtime.context import RunContext
 from runtime.data import (
     LOSS_MASK,
@@ -157,6 +164,7 @@ def outputs_key(cfg: Config, chunks: Chunks) -> dict:
         "tokenizer_fingerprint": chunks.metadata["tokenizer_fingerprint"],
         "data": data_fingerprint(chunks.metadata),
         "context_length": chunks.metadata["context_length"],
+        "document_mask": chunks.has_documents,
         "top_k": cfg.train.kl_top_k,
         "temperature": cfg.train.kl_temperature,
     }
@@ -223,7 +231,10 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     vocab_size = load_teacher_config(cfg.teacher_model.name).vocab_size
     if cfg.stage == 2 and cfg.teacher_model.distill_from:
         check_other_teacher(cfg, tokenizer, vocab_size)
-    chunks = open_chunks_for(tokenizer, vocab_size, folder, cfg.train.train_seq_len)
+    chunks = open_chunks_for(
+        tokenizer, vocab_size, folder, cfg.train.train_seq_len, document_mask=cfg.data.document_mask
+    )
+    check_cuda_graphs(cfg, chunks.has_documents)
     usable = len(chunks.train) - len(chunks.train) % plan.batch_size
     if not usable:
         raise DataError(
@@ -273,6 +284,9 @@ def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
         )
     elif epochs > 1:
         notes.append(line)
+    if chunks.has_documents:
+        mean = chunks.metadata["documents_in_chunks"]["train"] / chunks.metadata["num_chunks"]
+        notes.append(f"data: documents are read one by one, {mean:.1f} per chunk on average (data.document_mask)")
     adopted_without_eos = chunks.metadata.get("eos_tokens") == 0
     if cfg.train.add_eos_token is False and not adopted_without_eos:
         notes.append(
@@ -333,6 +347,6 @@ def _memory_per_gpu(ctx: RunContext, model: nn.Module, frozen: int, zero_stage: 
         "gradients": trained * width / (world_size if zero_stage > 1 else 1),
         "optimiser": trained * STATE_BYTES[train.optimizer] / world_size,
     }
-    if use_cuda_graphs(ctx.cfg, device, zero_stage, model, ctx.log, shard_teacher):
+    if use_cuda_graphs(ctx.cfg, device, zero_stage, model, ctx.log, shard_teacher, ctx.chunks.has_documents):
         memory["CUDA graphs"] = trained * width  # the gradients that the graphs write
     return memory

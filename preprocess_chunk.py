@@ -2,8 +2,10 @@
 
     python preprocess_chunk.py --tokenized_dataset_path data/tokenized --context_length 512 --output_dir data
 
-writes data/chunked_context512/. Documents are joined end to end (EOS stands between them); the
-held-out part stays apart; the last, incomplete chunk of each part is dropped.
+writes data/chunked_context512/. Documents are joined end to end (EOS stands between them) and cut;
+with --packing fit they stay whole where they fit a chunk, and at most 1 % of a chunk is padding. The
+chunks record where documents begin. The held-out part stays apart; the last, incomplete chunk of
+each part is dropped.
 
     python preprocess_chunk.py --adopt data_cache/chunked_context512 --tokenizer TEACHER --output_dir data
 
@@ -17,11 +19,13 @@ import argparse
 import json
 import sys
 import time
+from itertools import compress
 from pathlib import Path
 
 from runtime.adopt import AGAIN, HELDOUT_SPLITS, Saved, check_rows, check_tokenizer, open_saved, source_key
 from runtime.command import run_main
 from runtime.data import (
+    DOCUMENT_LENGTHS,
     INPUT_IDS,
     LARGEST,
     LOSS_MASK,
@@ -37,51 +41,71 @@ from runtime.data import (
 )
 from runtime.files import atomic_directory
 from runtime.old_flags import refuse_old_flags
+from runtime.packing import PACKING, CutPacker, FitPacker, packer_of
 
 DTYPES = ("uint16", "uint32", "int32", "int64")
 HOLDOUT = 0.01  # default fraction of the chunks of --adopt
 
 
-def chunk(dataset, length: int, dtype: str, path: Path, description: str) -> tuple[int, int]:
-    """Writes the chunks of `dataset` to the arrow file `path`; returns their number and their
-    largest token id. Chunks of which nothing is learned are left out.
+class ChunkWriter:
+    """The Arrow file of a split's chunks; chunks of which nothing is learned are left out.
 
-    Raises DataError if `dtype` cannot hold an id.
+    count: chunks so far. largest: their largest token id. documents: how many documents, or parts
+    of one, are in them; padding: how many tokens are not of any.
     """
+
+    def __init__(self, path: Path, length: int, dtype: str, has_documents: bool, has_mask: bool):
+        from datasets import Features, Sequence, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        columns = {INPUT_IDS: Sequence(Value(dtype), length=length)}
+        if has_mask:
+            columns[LOSS_MASK] = Sequence(Value("bool"), length=length)
+        if has_documents:
+            columns[DOCUMENT_LENGTHS] = Sequence(Value("int32"))
+        self.writer = ArrowWriter(features=Features(columns), path=str(path))
+        self.dtype = dtype
+        self.count = self.largest = self.documents = self.padding = 0
+
+    def write(self, rows: dict[str, list]) -> None:
+        if LOSS_MASK in rows:
+            learned = [mask[1:].any() for mask in rows[LOSS_MASK]]  # a chunk's first token is never predicted
+            rows = {name: list(compress(values, learned)) for name, values in rows.items()}
+        if not rows.get(INPUT_IDS):
+            return
+        rows[INPUT_IDS] = [ids.astype(self.dtype) for ids in rows[INPUT_IDS]]
+        self.writer.write_batch(rows)
+        self.count += len(rows[INPUT_IDS])
+        self.largest = max(self.largest, *(int(ids.max()) for ids in rows[INPUT_IDS]))
+        for ids, lengths in zip(rows[INPUT_IDS], rows.get(DOCUMENT_LENGTHS, ())):
+            self.documents += len(lengths)
+            self.padding += len(ids) - int(lengths.sum())
+
+
+def chunk(dataset, packer: CutPacker | FitPacker, dtype: str, path: Path, description: str) -> ChunkWriter:
+    """Writes the chunks of `dataset` to the arrow file `path`. Raises DataError if `dtype` cannot
+    hold an id."""
     import numpy
-    from datasets import Features, Sequence, Value
-    from datasets.arrow_writer import ArrowWriter
+    import pyarrow.compute
     from tqdm import tqdm
 
-    dtypes = {INPUT_IDS: dtype}
-    if LOSS_MASK in dataset.column_names:
-        dtypes[LOSS_MASK] = "bool"
-    features = Features({name: Sequence(Value(kind), length=length) for name, kind in dtypes.items()})
-    writer = ArrowWriter(features=features, path=str(path))
-    rest = {name: numpy.empty(0, kind) for name, kind in dtypes.items()}  # tokens that do not yet fill a chunk
-    count = 0
-    largest = 0
+    has_mask = LOSS_MASK in dataset.column_names
+    writer = ChunkWriter(path, packer.length, dtype, has_documents=packer.eos is not None, has_mask=has_mask)
     with tqdm(total=len(dataset), desc=description, unit=" documents", unit_scale=True) as progress:
         for batch in dataset.with_format("arrow").iter(batch_size=256):
-            rows = {}
-            for name, kind in dtypes.items():
-                values = batch[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-                if name == INPUT_IDS and len(values) and values.max() > numpy.iinfo(dtype).max:
-                    raise DataError(f"--dtype: {dtype} cannot hold the token id {values.max()}; take int32")
-                values = numpy.concatenate((rest[name], values.astype(kind)))
-                full = len(values) // length
-                whole, rest[name] = numpy.split(values, [full * length])
-                rows[name] = whole.reshape(full, length)
-            if LOSS_MASK in rows:
-                learned = rows[LOSS_MASK][:, 1:].any(1)  # a chunk's first token is never predicted
-                rows = {name: values[learned] for name, values in rows.items()}
-            if full := len(rows[INPUT_IDS]):
-                largest = max(largest, int(rows[INPUT_IDS].max()))
-                writer.write_batch({name: list(values) for name, values in rows.items()})
-            count += full
+            column = batch[INPUT_IDS].combine_chunks()
+            ids = column.flatten().to_numpy(zero_copy_only=False)
+            if len(ids) and ids.max() > numpy.iinfo(dtype).max:
+                raise DataError(f"--dtype: {dtype} cannot hold the token id {ids.max()}; take int32")
+            lengths = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
+            learned = None
+            if has_mask:
+                learned = batch[LOSS_MASK].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            writer.write(packer.add(ids, lengths, learned))
             progress.update(len(batch))
-    writer.finalize()
-    return count, largest
+    writer.write(packer.finish())
+    writer.writer.finalize()
+    return writer
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -106,6 +130,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=DTYPES,
         help="integer type on disk; default: one large enough for the vocabulary",
     )
+    parser.add_argument(
+        "--packing",
+        choices=PACKING,
+        help="cut (default): documents are joined end to end and cut; fit: documents stay whole where they fit a "
+        "chunk, and at most 1 %% of a chunk is padding",
+    )
     parser.add_argument("--tokenizer", help="--adopt: hub name or folder of the tokenizer that made the chunks")
     parser.add_argument(
         "--holdout",
@@ -120,6 +150,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise DataError("--context_length: missing; give the tokens per chunk, train.train_seq_len")
     if args.tokenized_dataset_path and (args.tokenizer or args.holdout is not None):
         raise DataError("--tokenizer, --holdout: are for --adopt; give them to preprocess_download_tokenize.py")
+    if args.adopt and args.packing:
+        raise DataError("--packing: is for documents, of --tokenized_dataset_path; --adopt keeps chunks as they are")
     if args.context_length is not None and args.context_length < 2:
         raise DataError(f"--context_length: {args.context_length} must be at least 2")
     if args.holdout is not None and not 0 <= args.holdout < 1:
@@ -140,18 +172,21 @@ def storage_dtype(wanted: str | None, vocab_size: int) -> str:
 def write_chunks(output: Path, key: dict, datasets: dict) -> None:
     """Writes the chunk folder `output`, atomically.
 
-    key: its metadata without the counts. datasets: {split: dataset, or None if the split is empty}.
+    key: its metadata without the counts. datasets: {split: dataset, or None if the split is empty},
+    of documents if the key has a packing.
     """
     start = time.perf_counter()
     length = key["context_length"]
+    packing = key.get("packing")
+    eos = key["eos_token_id"] if packing else None
+    written = {}
     with atomic_directory(output) as folder:
-        counts = dict.fromkeys(SPLITS, 0)
-        largest = dict.fromkeys(SPLITS, 0)
         for split in SPLITS:
-            if datasets[split] is None:
-                continue
-            file = folder / f"{split}.arrow"
-            counts[split], largest[split] = chunk(datasets[split], length, key["dtype"], file, f"chunking {split}")
+            if datasets[split] is not None:
+                packer = packer_of(packing, length, eos)
+                file = folder / f"{split}.arrow"
+                written[split] = chunk(datasets[split], packer, key["dtype"], file, f"chunking {split}")
+        counts = {split: written[split].count if split in written else 0 for split in SPLITS}
         if not counts["train"]:
             if key["train"]["tokens"] >= length:
                 raise DataError(f"--context_length: no chunk of {length} tokens holds a token to be learned")
@@ -159,14 +194,18 @@ def write_chunks(output: Path, key: dict, datasets: dict) -> None:
         found = {
             "num_chunks": counts["train"],
             "heldout_chunks": counts["heldout"],
-            LARGEST: max(largest.values()),
+            LARGEST: max(part.largest for part in written.values()),
         }
+        if packing:
+            found["documents_in_chunks"] = {split: part.documents for split, part in written.items()}
+            found["padding"] = {split: part.padding for split, part in written.items()}
         metadata = key | found
         (folder / METADATA).write_text(json.dumps(metadata, indent=2))
     seconds = time.perf_counter() - start
     tokens = sum(counts.values()) * length
+    padding = f", {sum(found['padding'].values()) / tokens:.2%} padding" if packing == "fit" else ""
     print(
-        f"{output}: {counts['train']:,} chunks of {length} tokens ({counts['heldout']:,} held out) "
+        f"{output}: {counts['train']:,} chunks of {length} tokens ({counts['heldout']:,} held out{padding}) "
         f"in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s"
     )
 
@@ -182,10 +221,13 @@ def cut(args: argparse.Namespace) -> None:
         cure = f"; it has no EOS between documents: {AGAIN}" if is_saved_dataset(folder) else ""
         raise DataError(f"--tokenized_dataset_path: {folder} was not made by preprocess_download_tokenize.py{cure}")
     dtype = storage_dtype(args.dtype, source["vocab_size"])
-    key = {**source, "kind": "chunks", "context_length": args.context_length, "dtype": dtype}
+    packing = args.packing or PACKING[0]
+    key = {**source, "kind": "chunks", "context_length": args.context_length, "dtype": dtype, "packing": packing}
     output = args.output_dir / f"chunked_context{args.context_length}"
     if is_done(output, key):
         print(f"{output}: already exists, made from the same tokens")
+        if DOCUMENT_LENGTHS not in open_split(output, "train").column_names:
+            print(f"{output} does not record where documents begin; for data.document_mask, remove it and run again")
         return
     datasets = dict.fromkeys(SPLITS)
     for split in SPLITS:

@@ -16,7 +16,7 @@ from pathlib import Path
 from runtime.checkpoints import UNIVERSAL
 from runtime.config import FOR_A_REPLICA, PARTS, Config, trained_parts
 from runtime.context import RunContext
-from runtime.data import Chunks
+from runtime.data import Chunks, model_inputs, read_batch, split_batch
 from runtime.environment import WANDB_PROJECT
 from runtime.run_folder import METRICS
 from runtime.teacher_outputs import RowsWithOutputs
@@ -199,10 +199,10 @@ def build_student_for_stage2_and_3(
     return student
 
 
-def first_rows(split, count: int, device: str | torch.device) -> torch.Tensor:
-    """The token ids [rows, T] of the first chunks of a split, at most `count`."""
-    rows = split[: min(count, len(split))]["input_ids"]
-    return torch.as_tensor(rows, device=device, dtype=torch.long)
+def first_rows(split, count: int, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """A batch of the first chunks of a split, at most `count`."""
+    batch = read_batch(split, range(min(count, len(split))))
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def set_teacher_precision(ctx: RunContext, teacher: StudentForCausalLM) -> dict:
@@ -216,13 +216,14 @@ def set_teacher_precision(ctx: RunContext, teacher: StudentForCausalLM) -> dict:
         return {}
     heldout, train = ctx.chunks.heldout, ctx.cfg.train
     split, name = (ctx.chunks.train, "training") if heldout is None else (heldout, "held-out")
-    ids = first_rows(split, max(1, FP8_TOKENS // train.train_seq_len), ctx.device)
-    kl = kl_of(quantize_mlps, teacher.to(ctx.device).eval(), ids.split(ctx.plan.micro_batch_size))
-    measured = f"KL(exact || fp8) is {kl:.3g} nats per token on {ids.numel():,} {name} tokens"
+    batch = model_inputs(first_rows(split, max(1, FP8_TOKENS // train.train_seq_len), ctx.device))
+    tokens = batch["input_ids"].numel()
+    kl = kl_of(quantize_mlps, teacher.to(ctx.device).eval(), split_batch(batch, ctx.plan.micro_batch_size))
+    measured = f"KL(exact || fp8) is {kl:.3g} nats per token on {tokens:,} {name} tokens"
     if not kl <= FP8_MAX_KL:
         raise ValueError(f"{FP8_KEY}: {measured}, more than {FP8_MAX_KL}; set exact")
     ctx.log(f"{FP8_KEY}: {measured}; up to {FP8_MAX_KL} is accepted")
-    return {"precision": "fp8", "kl": kl, "largest_kl": FP8_MAX_KL, "tokens": ids.numel(), "split": name}
+    return {"precision": "fp8", "kl": kl, "largest_kl": FP8_MAX_KL, "tokens": tokens, "split": name}
 
 
 def calibrate_students(
@@ -240,23 +241,29 @@ def calibrate_students(
     """
     device = next(model.parameters()).device
 
-    def alignment_loss(ids: torch.Tensor, when: str) -> float:
-        parts = ids.split(batch_size)
+    def alignment_loss(parts: list[dict], when: str) -> float:
         bar = tqdm(parts, desc=f"alignment loss {when}", unit="batch", disable=not show_progress)
-        return sum(model(part)["loss"].item() * len(part) for part in bar) / len(ids)
+        return sum(model(**part)["loss"].item() * len(part["input_ids"]) for part in bar) / rows_in(parts)
 
-    ids = first_rows(chunks.train, batches * batch_size, device)
+    def rows_in(parts: list[dict]) -> int:
+        return sum(len(part["input_ids"]) for part in parts)
+
+    def first_parts(split, count: int) -> list[dict]:
+        return split_batch(first_rows(split, count, device), batch_size)
+
+    parts = first_parts(chunks.train, batches * batch_size)
+    length = parts[0]["input_ids"].shape[1]
     if chunks.heldout is None:
-        test = ids
+        test = parts
         where = "the same tokens, because there are no held-out chunks"
     else:
-        test = first_rows(chunks.heldout, len(ids), device)
-        where = f"{test.numel():,} held-out tokens"
+        test = first_parts(chunks.heldout, rows_in(parts))
+        where = f"{rows_in(test) * length:,} held-out tokens"
     with torch.no_grad():
         before = alignment_loss(test, "before")
-        fitted = set(calibrate(model, ids.split(batch_size), show=show_progress))
+        fitted = set(calibrate(model, parts, show=show_progress))
         after = alignment_loss(test, "after")
-    log(f"calibrated on {ids.numel():,} tokens: alignment loss {before:.4g} -> {after:.4g} on {where}")
+    log(f"calibrated on {rows_in(parts) * length:,} tokens: alignment loss {before:.4g} -> {after:.4g} on {where}")
     names = {}
     for layer, block in enumerate(model.model.layers):
         parameters = block.attn.student_attn.named_parameters()
@@ -300,11 +307,14 @@ def use_cuda_graphs(
     model: nn.Module,
     log: Log = print,
     sharded_teacher: bool = False,
+    has_documents: bool = False,
 ) -> bool:
     """Whether the passes of a training step run as CUDA graphs. Logs the reason where
-    train.cuda_graphs is true and they cannot be used on this GPU."""
+    train.cuda_graphs is true and they cannot be used on this GPU. has_documents: whether documents
+    are read one by one; the grids of FLA's kernels then depend on their lengths, which the host
+    reads in each pass."""
     mode = cfg.train.cuda_graphs
-    if not mode or device != "cuda":
+    if not mode or device != "cuda" or has_documents:
         return False
     size = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))  # FP8 weights are buffers
     if mode == "auto" and size >= LARGE_MODEL:
@@ -442,7 +452,8 @@ def build_trainer(ctx: RunContext, stage: Stage):
     if stage.teacher is not None:
         teacher_config = teacher_engine_config(cfg, stage.teacher, ctx.device, ctx.world_size, ctx.log)
     sharded = teacher_config is not None
-    graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded)
+    documents = chunks.has_documents
+    graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded, documents)
     options = dict(stage.loss_options)
     if stage.teacher is not None:
         options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs)

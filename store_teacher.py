@@ -19,7 +19,16 @@ from pathlib import Path
 from runtime.batch_plan import batch_plan
 from runtime.command import run_main
 from runtime.config import Config, ConfigError, load_config
-from runtime.data import INPUT_IDS, METADATA, Chunks, is_done, load_tokenizer, open_chunks_for, read_metadata
+from runtime.data import (
+    INPUT_IDS,
+    METADATA,
+    Chunks,
+    is_done,
+    load_tokenizer,
+    open_chunks_for,
+    read_batch,
+    read_metadata,
+)
 from runtime.files import atomic_directory, atomic_write_text
 from runtime.mixtures import SAVE_SECONDS, STATE, resumable_state
 from runtime.teacher_outputs import IDS, KIND, LOG_REST, VALUES, open_arrays
@@ -30,6 +39,7 @@ from tqdm import tqdm
 from convert import load_teacher_config
 from distill_model import StudentForCausalLM
 from distill_model.divergences import top_tokens
+from heldout import read_chunks
 from preflight import check_models, check_other_teacher, outputs_key
 from stages import compute_dtype, load_kd_teacher
 
@@ -63,13 +73,15 @@ def open_data(cfg: Config) -> Chunks:
         check_other_teacher(cfg, tokenizer, vocab_size)
     if cfg.train.kl_top_k > vocab_size:
         raise ConfigError(f"train.kl_top_k: {cfg.train.kl_top_k} is more than the vocabulary of {vocab_size}; lower it")
-    return open_chunks_for(tokenizer, vocab_size, cfg.data.cache_dir, cfg.train.train_seq_len)
+    length = cfg.train.train_seq_len
+    return open_chunks_for(tokenizer, vocab_size, cfg.data.cache_dir, length, document_mask=cfg.data.document_mask)
 
 
 @torch.no_grad()
-def outputs(teacher: StudentForCausalLM, ids: torch.Tensor, k: int, temperature: float) -> dict:
-    """Column -> array of what is stored of ids [B, T]."""
-    hidden = teacher.model(input_ids=ids.to(teacher.device), use_cache=False).last_hidden_state
+def outputs(teacher: StudentForCausalLM, batch: dict, k: int, temperature: float) -> dict:
+    """Column -> array of what is stored of a batch of chunks, see `collate`."""
+    ids = batch[INPUT_IDS]
+    hidden = read_chunks(teacher, batch).hidden
     parts = []
     for rows in hidden.flatten(0, 1).split(ROWS):
         parts.append(top_tokens(rows @ teacher.lm_head.weight.mT, k, temperature))
@@ -96,8 +108,8 @@ def store(args: argparse.Namespace, cfg: Config, chunks: Chunks, metadata: dict,
         bar = tqdm(total=len(rows), initial=done[split], desc=f"teacher on {split}", unit=" chunks")
         while done[split] < len(rows):
             stop = min(done[split] + args.batch_size, len(rows))
-            ids = torch.as_tensor(rows[done[split] : stop][INPUT_IDS], dtype=torch.long)
-            for column, found in outputs(teacher, ids, cfg.train.kl_top_k, cfg.train.kl_temperature).items():
+            batch = read_batch(rows, range(done[split], stop))
+            for column, found in outputs(teacher, batch, cfg.train.kl_top_k, cfg.train.kl_temperature).items():
                 arrays[column][done[split] : stop] = found
             bar.update(stop - done[split])
             done[split] = stop

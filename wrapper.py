@@ -9,8 +9,11 @@ from tqdm import tqdm
 
 from distill_model import StudentForCausalLM, check_calibration
 from distill_model.attention import SoftmaxAttention
+from distill_model.documents import Documents, real_rows, run_attention
 from distill_model.fused_ops import scaled
 from distill_model.losses import alignment_loss
+
+Batch = dict[str, torch.Tensor]  # inputs of the model: input_ids [B, T], and where it has documents document_ids
 
 
 class _LossAndGradients(torch.autograd.Function):
@@ -55,16 +58,19 @@ class AttentionDistillationWrapper(nn.Module):
         self.kind = kind
         self.recompute = recompute
 
-    def forward(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings, documents: Documents | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden_states [B, T, hidden_size] -> (the teacher's output, of the same shape and
-        detached; the loss, a scalar)."""
+        detached; the loss, a scalar, of all tokens but padding)."""
         hidden_states = hidden_states.detach()
+        inputs = (hidden_states, documents)
         with torch.no_grad():
-            target = self.teacher_attn(hidden_states, position_embeddings=position_embeddings)[0]
+            target = run_attention(self.teacher_attn, *inputs, position_embeddings=position_embeddings)
 
         def loss():
-            output = self.student_attn(hidden_states, position_embeddings=position_embeddings)[0]
-            return alignment_loss(output, target, self.kind)
+            output = run_attention(self.student_attn, *inputs, position_embeddings=position_embeddings)
+            return alignment_loss(real_rows(output, documents), real_rows(target, documents), self.kind)
 
         if not torch.is_grad_enabled():
             return target, loss()
@@ -98,9 +104,10 @@ class AttentionAlignmentModel(nn.Module):
         last = self.model.layers[-1]
         del last.mlp, last.mlp_norm
 
-    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """input_ids [B, T] -> loss, the mean over the layers, and layer_losses and layer_variances,
-        each [num_hidden_layers] in fp32.
+        each [num_hidden_layers] in fp32. document_ids [B, T]: each document is read as if it stood
+        alone, and padding is not counted, see distill_model/documents.py.
 
         A layer's variance is that of its teacher's attention output y [B T, hidden_size]: the mean
         over tokens and features of (y - the feature's mean over the tokens)^2. See
@@ -108,16 +115,18 @@ class AttentionAlignmentModel(nn.Module):
         """
         with torch.no_grad():
             hidden_states = self.model.embeddings(input_ids)
-            position_embeddings = self.model.position_embeddings(hidden_states)
+            documents = None if document_ids is None else Documents.of(document_ids)
+            positions = None if documents is None else documents.positions
+            position_embeddings = self.model.position_embeddings(hidden_states, positions)
         losses = []
         variances = []
         for block in self.model.layers:
             with torch.no_grad():
                 normed = block.attn_norm(hidden_states)
-            output, loss = block.attn(normed, position_embeddings)
+            output, loss = block.attn(normed, position_embeddings, documents=documents)
             losses.append(loss)
             # One reduction per layer here; the means over the features of all layers come below.
-            variances.append(output.flatten(0, 1).var(0, correction=0))
+            variances.append(real_rows(output, documents).var(0, correction=0))
             if block is not self.model.layers[-1]:
                 with torch.no_grad():
                     normed, hidden_states = block.mlp_norm(hidden_states, output)
@@ -140,33 +149,39 @@ class AttentionAlignmentModel(nn.Module):
 
 
 @torch.no_grad()
-def mean_distances(attn: SoftmaxAttention, hidden_states: torch.Tensor, position_embeddings) -> torch.Tensor:
+def mean_distances(
+    attn: SoftmaxAttention, hidden_states: torch.Tensor, position_embeddings, documents: Documents | None = None
+) -> torch.Tensor:
     """How many tokens back each head attends: the mean over its attention weights and the queries
-    of the second half. Returns [num_heads]."""
+    of the second half of each sequence or document. Returns [num_heads]."""
+    batch, length, _ = hidden_states.shape
+    lengths = [length] * batch
+    if documents is not None:
+        hidden_states = hidden_states.flatten(0, 1)[None]
+        lengths = documents.lengths
     q, k, _ = attn.project(hidden_states, position_embeddings)
-    length = hidden_states.shape[1]
-    half = length // 2
     k = k.repeat_interleave(attn.num_heads // attn.num_kv_heads, 2)
-    queries = torch.arange(half, length, device=q.device)
-    keys = torch.arange(length, device=q.device)
-    distance = queries[:, None] - keys
     total = q.new_zeros(attn.num_heads, dtype=torch.float32)
-    for q_row, k_row in zip(q[:, half:], k):  # one sequence at a time: the scores are T x T per head
-        scores = torch.einsum("thd,shd->hts", q_row, k_row).float() * attn.head_dim**-0.5
+    # One sequence at a time: the scores are T x T per head.
+    for q_row, k_row in zip(q.flatten(0, 1).split(lengths), k.flatten(0, 1).split(lengths)):
+        keys = torch.arange(len(k_row), device=q.device)
+        half = len(q_row) // 2
+        distance = keys[half:, None] - keys
+        scores = torch.einsum("thd,shd->hts", q_row[half:], k_row).float() * attn.head_dim**-0.5
         weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
-        total += (weights * distance.clamp(min=0)).sum(-1).mean(-1)
-    return total / len(q)
+        total += (weights * distance.clamp(min=0)).sum((-1, -2))
+    return total / sum(length - length // 2 for length in lengths)
 
 
 @torch.no_grad()
 def calibrate(
     model: AttentionAlignmentModel,
-    batches: list[torch.Tensor],
+    batches: list[Batch],
     ridge: float = 2.0,
     show: bool = False,
 ) -> list[nn.Parameter]:
-    """Closed-form calibration of the students before the first step, on batches of token ids [B,
-    T].
+    """Closed-form calibration of the students before the first step, on the model's inputs
+    `batches`.
 
     Decay, where the student has one per head: an exponential kernel whose mean distance d is that
     of the teacher's attention weights decays by log(1 + 1 / d) per token.
@@ -202,7 +217,7 @@ def calibrate(
     ]
 
 
-def _run(model: AttentionAlignmentModel, batches: list[torch.Tensor], hooks: list, progress: tqdm) -> None:
+def _run(model: AttentionAlignmentModel, batches: list[Batch], hooks: list, progress: tqdm) -> None:
     """Runs the model on all batches, and removes the hooks."""
 
     def count(layer, args, output):
@@ -210,15 +225,15 @@ def _run(model: AttentionAlignmentModel, batches: list[torch.Tensor], hooks: lis
 
     for block in model.model.layers:
         hooks.append(block.attn.register_forward_hook(count))
-    for ids in batches:
-        model(ids)
+    for batch in batches:
+        model(**batch)
     for hook in hooks:
         hook.remove()
 
 
 def _fit_decay_and_gates(
     model: AttentionAlignmentModel,
-    batches: list[torch.Tensor],
+    batches: list[Batch],
     with_decay: list[AttentionDistillationWrapper],
     with_gate: list[AttentionDistillationWrapper],
     progress: tqdm,
@@ -227,18 +242,18 @@ def _fit_decay_and_gates(
     distances = dict.fromkeys(with_decay, 0)
     moments = dict.fromkeys(with_gate, (0, 0))  # X'X and the sum of X over the tokens
 
-    def add_distances(layer, args):
-        mean = mean_distances(layer.teacher_attn, *args)
+    def add_distances(layer, args, kwargs):
+        mean = mean_distances(layer.teacher_attn, *args, **kwargs)
         distances[layer] = distances[layer] + mean / len(batches)
 
-    def add_moments(layer, args):
-        x = args[0].flatten(0, -2).double()
+    def add_moments(layer, args, kwargs):
+        x = real_rows(args[0], kwargs["documents"]).double()
         xx, total = moments[layer]
         xx = xx + x.mT @ x
         moments[layer] = (xx, total + x.sum(0))
 
-    hooks = [layer.register_forward_pre_hook(add_distances) for layer in with_decay]
-    hooks += [layer.register_forward_pre_hook(add_moments) for layer in with_gate]
+    hooks = [layer.register_forward_pre_hook(add_distances, with_kwargs=True) for layer in with_decay]
+    hooks += [layer.register_forward_pre_hook(add_moments, with_kwargs=True) for layer in with_gate]
     _run(model, batches, hooks, progress)
     for layer, distance in distances.items():
         layer.student_attn.set_decay(torch.log1p(1 / distance.clamp(min=0.5)))
@@ -249,7 +264,7 @@ def _fit_decay_and_gates(
 
 def _output_moments(
     model: AttentionAlignmentModel,
-    batches: list[torch.Tensor],
+    batches: list[Batch],
     progress: tqdm,
 ) -> dict[AttentionDistillationWrapper, tuple[torch.Tensor, torch.Tensor]]:
     """One pass over the batches: X'X and X'Y of every layer's o_proj in float64, see
@@ -261,10 +276,11 @@ def _output_moments(
     def keep_input(o_proj, args):
         inputs[o_proj] = args[0]
 
-    def add_moments(layer, args, output):
+    def add_moments(layer, args, kwargs, output):
+        documents = kwargs["documents"]
         o_proj = layer.student_attn.o_proj
-        x = inputs.pop(o_proj).flatten(0, -2).double()
-        y = output[0].flatten(0, -2).double()
+        x = real_rows(inputs.pop(o_proj), documents).double()
+        y = real_rows(output[0], documents).double()
         if o_proj.bias is not None:
             y = y - o_proj.bias
         xx, xy = moments[layer]
@@ -272,7 +288,7 @@ def _output_moments(
         xy = xy + x.mT @ y
         moments[layer] = (xx, xy)
 
-    hooks = [layer.register_forward_hook(add_moments) for layer in layers]
+    hooks = [layer.register_forward_hook(add_moments, with_kwargs=True) for layer in layers]
     hooks += [layer.student_attn.o_proj.register_forward_pre_hook(keep_input) for layer in layers]
     _run(model, batches, hooks, progress)
     return moments

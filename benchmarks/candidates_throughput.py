@@ -101,6 +101,7 @@ def main() -> None:
         student=student,
         device=teacher.device,
         train=RandomChunks(cfg.train.batch_size * 4, cfg.train.train_seq_len),
+        has_documents=False,
         losses=lambda hybrid: [0.0],
     )
     candidates = list(range(args.candidates))

@@ -20,7 +20,7 @@ import sys
 import tempfile
 
 from runtime.command import run_main
-from runtime.data import open_chunks
+from runtime.data import open_chunks, split_batch
 
 import torch
 from tqdm import tqdm
@@ -71,7 +71,7 @@ def without_attention(teacher: StudentForCausalLM, ids: torch.Tensor) -> float:
         return torch.zeros_like(outputs[0]), *outputs[1:]
 
     hooks = [layer.attn.register_forward_hook(zero_output) for layer in teacher.model.layers]
-    loss = mean_loss(teacher, ids)
+    loss = mean_loss(teacher, split_batch({"input_ids": ids}, BATCH_SIZE))
     for hook in hooks:
         hook.remove()
     return loss
@@ -137,8 +137,9 @@ def main() -> None:
     def perplexity(loss: float) -> str:
         return "" if args.random else f"{math.exp(loss):.1f}"
 
+    measured = split_batch({"input_ids": heldout}, BATCH_SIZE)
     bound = math.inf if args.random else without_attention(teacher, heldout)
-    print(f"teacher: perplexity {perplexity(mean_loss(teacher, heldout))}; without attention {perplexity(bound)}")
+    print(f"teacher: perplexity {perplexity(mean_loss(teacher, measured))}; without attention {perplexity(bound)}")
     print("| student | steps | error | perplexity | one layer: error | one layer: perplexity |")
     print("|:--|--:|--:|--:|--:|--:|")
     exploded = []
@@ -151,12 +152,12 @@ def main() -> None:
         for step in training:
             student.eval()
             errors = alignment(student, teacher, heldout[:8])
-            loss = mean_loss(student, heldout)
+            loss = mean_loss(student, measured)
             with_one_linear = student.restore_full_attention(teacher, other_layers).to(device).eval()
             error = sum(errors) / len(errors)
             tqdm.write(
                 f"| {name} | {step} | {error:.3f} | {perplexity(loss)} | "
-                f"{errors[args.layer]:.3f} | {perplexity(mean_loss(with_one_linear, heldout))} |",
+                f"{errors[args.layer]:.3f} | {perplexity(mean_loss(with_one_linear, measured))} |",
                 file=sys.stdout,
             )
             if step == 0 and not loss <= bound:

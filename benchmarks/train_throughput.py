@@ -2,6 +2,7 @@
 random tokens.
 
     python benchmarks/train_throughput.py --shape qwen2.5-1.5b --stage 1
+    python benchmarks/train_throughput.py --shape qwen2.5-1.5b --stage 2 --document_tokens 800
     deepspeed --num_gpus 4 benchmarks/train_throughput.py --shape qwen2.5-7b --stage 2 train.kd_teacher_shard=always
 
 Overrides after the options replace the benchmark's settings, as in train.py. It prints tokens/s per
@@ -28,7 +29,7 @@ from runtime.batch_plan import BatchPlan, batch_plan
 from runtime.command import run_main
 from runtime.config import Config, load_config
 from runtime.context import RunContext
-from runtime.data import Chunks
+from runtime.data import DOCUMENT_LENGTHS, Chunks
 from runtime.environment import init_distributed, set_up_device, set_up_process
 from runtime.run_folder import zero_stage_of_run
 
@@ -105,6 +106,12 @@ def arguments() -> argparse.Namespace:
         help="share of the layers that stay full in stages 2 and 3",
     )
     parser.add_argument("--steps", type=int, default=6, help="timed steps, after the warm-up")
+    parser.add_argument(
+        "--document_tokens",
+        type=int,
+        metavar="N",
+        help="chunks of documents that are read one by one, of N tokens on average; default: chunks are read whole",
+    )
     parser.add_argument(
         "--save_kernel_configs",
         type=Path,
@@ -208,10 +215,21 @@ def random_stage(ctx: RunContext, config: StudentConfig) -> Stage:
     return logit_stage(cfg, student, teacher if cfg.stage == 2 else None)
 
 
-def random_chunks(vocab_size: int, plan: BatchPlan, seed: int) -> Chunks:
-    shape = (plan.batch_size * plan.steps, plan.seq_len)
-    ids = np.random.default_rng(seed).integers(0, vocab_size, shape, dtype=np.int32)
-    return Chunks(Dataset.from_dict({"input_ids": ids}), None, {})
+def random_chunks(vocab_size: int, plan: BatchPlan, seed: int, document_tokens: int | None = None) -> Chunks:
+    """document_tokens: the mean length of documents, whose lengths are distributed geometrically and
+    which chunks cut; None: the chunks record none."""
+    rng = np.random.default_rng(seed)
+    rows = plan.batch_size * plan.steps
+    columns = {"input_ids": rng.integers(0, vocab_size, (rows, plan.seq_len), dtype=np.int32)}
+    if document_tokens:
+        columns[DOCUMENT_LENGTHS] = [random_lengths(rng, plan.seq_len, document_tokens) for _ in range(rows)]
+    return Chunks(Dataset.from_dict(columns), None, {})
+
+
+def random_lengths(rng: np.random.Generator, total: int, mean: int) -> np.ndarray:
+    """Geometric lengths with this mean, the last one cut so that they sum to `total`."""
+    ends = np.minimum(rng.geometric(1 / mean, total).cumsum(), total)
+    return np.diff(np.unique(ends), prepend=0)
 
 
 def gemm_rate(device: str) -> float:
@@ -418,7 +436,7 @@ def main() -> None:
         ctx = RunContext(
             cfg,
             plan,
-            random_chunks(config.vocab_size, plan, rank),
+            random_chunks(config.vocab_size, plan, rank, args.document_tokens),
             rank,
             log=lambda *_: None,
             device=device,
@@ -437,10 +455,12 @@ def main() -> None:
         setup = time.perf_counter() - begin
         trainer.train()
     if rank == 0:
+        mean = args.document_tokens
         print(
             f"\n{torch.cuda.get_device_name()} x {world_size}, torch {torch.__version__}; {args.shape}, {layers} layers, "
             f"stage {args.stage}, {args.student}, {len(kept)} kept; "
-            f"{plan.grad_accum} x {plan.micro_batch_size} x {plan.seq_len} tokens per step and GPU"
+            f"{plan.grad_accum} x {plan.micro_batch_size} x {plan.seq_len} tokens per step and GPU, "
+            + (f"documents of {mean} tokens on average" if mean else "chunks read whole")
         )
         print_table(ctx, stage, clock, rate, setup)
         print(where_time_goes(clock.totals, clock.profile, PROFILED_STEPS * plan.grad_accum, args.kernels))

@@ -47,7 +47,7 @@ def stage_1(
     """
     model = AttentionAlignmentModel(copy.deepcopy(teacher), student)
     if calibration:
-        calibrate(model, calibration)
+        calibrate(model, [{"input_ids": ids} for ids in calibration])
     trained = [p for p in model.parameters() if p.requires_grad]
     adamw = optimizer([(trained, learning_rate)], steps)
     if 0 in measure_after:

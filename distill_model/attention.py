@@ -11,6 +11,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .config_distilled_student import StudentConfig
+from .documents import Documents, packed_attention
 from .fused_ops import rotate
 
 
@@ -196,13 +197,17 @@ class SoftmaxAttention(nn.Module):
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attend: Callable[..., torch.Tensor] | None = None,
+        documents: Documents | None = None,
         **_,
     ):
         """hidden_states [B, T, hidden_size]; attention_mask [B, past + T] of 0 and 1;
         position_embeddings (cos, sin), each [B or 1, T, head_dim]; attend(layer_idx, q, k, v)
-        replaces `softmax_attention` in a decoding step: see `decode_step.GraphedDecoder`."""
+        replaces `softmax_attention` in a decoding step: see `decode_step.GraphedDecoder`.
+        documents: those of a packed row, B = 1, each of which is read alone."""
         q, k, v = self.project(hidden_states, position_embeddings)
-        if attend is None:
+        if documents is not None:
+            out = packed_attention(q, k, v, documents, self.window_size)
+        elif attend is None:
             out = self.softmax_attention(q, k, v, attention_mask, past_key_values)
         else:
             out = attend(self.layer_idx, q, k, v)

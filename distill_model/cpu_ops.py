@@ -12,8 +12,10 @@ Shapes: B sequences of T tokens, H query/key heads of K channels, HV >= H value 
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import warnings
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,42 @@ def unpack(cu_seqlens, *xs):
             x = pad_sequence(x[0].split(lengths.tolist()), batch_first=True)
         padded.append(x)
     return mask, *padded
+
+
+def grouped_by_length(*packed):
+    """Makes an op that pads packed sequences to one length read those of similar lengths together:
+    padding then less than doubles its work, though one sequence be long and many short.
+
+    packed: the op's parameters of shape [1, sum(T), ...]. It returns such a tensor and a state;
+    calls with states are not grouped.
+    """
+
+    def decorate(op):
+        signature = inspect.signature(op)
+
+        @wraps(op)
+        def run(*args, **kwargs):
+            options = signature.bind(*args, **kwargs).arguments
+            options |= options.pop("_", {})
+            cu_seqlens = options.get("cu_seqlens")
+            has_state = options.get("initial_state") is not None
+            if cu_seqlens is None or has_state or options.get("output_final_state") or options.get("use_cache"):
+                return op(**options)
+            lengths = cu_seqlens.diff()
+            sizes = torch.tensor([length.bit_length() for length in (lengths - 1).tolist()], device=lengths.device)
+            tokens, outputs = [], []
+            for size in sizes.unique():
+                members = sizes == size
+                chosen = members.repeat_interleave(lengths).nonzero().flatten()
+                group = {name: options[name][:, chosen] for name in packed if options.get(name) is not None}
+                group["cu_seqlens"] = F.pad(lengths[members].cumsum(0), (1, 0))
+                outputs.append(op(**options | group)[0])
+                tokens.append(chosen)
+            return torch.cat(outputs, 1)[:, torch.cat(tokens).argsort()], None
+
+        return run
+
+    return decorate
 
 
 def _future(C, x):
@@ -116,6 +154,7 @@ def _scan(q, k, v, g, beta, S):
     return out, S
 
 
+@grouped_by_length("q", "k", "v", "g", "beta")
 def linear_attention(
     q,
     k,
@@ -292,6 +331,7 @@ def _scan_dplr(q, k, v, a, b, g, S):
     return out, S
 
 
+@grouped_by_length("q", "k", "v", "a", "b", "gk")
 def dplr(
     q,
     k,
@@ -331,6 +371,7 @@ def fused_mul_recurrent_rwkv7(r, w, k, v, kk, a, scale=1.0, **kw):
 
 
 # ---------------------------------------------------------------------------------- PaTH attention
+@grouped_by_length("q", "k", "v", "w", "beta", "g")
 def path_attn(q, k, v, w, beta, g=None, scale=None, cu_seqlens=None, use_cache=False):
     """parallel_path_attn: softmax attention whose logits see k_j through H_i ... H_{j+1}, H = I -
     beta w w^T."""
@@ -340,7 +381,8 @@ def path_attn(q, k, v, w, beta, g=None, scale=None, cu_seqlens=None, use_cache=F
     T = q.shape[1]
     if g is None:
         g = q.new_zeros(q.shape[:3])
-    o, keys = _path_chunks(*_upcast(q, k, v, w, beta, g), scale or q.shape[-1] ** -0.5)
+    (q,) = _upcast(q)
+    o, keys = _path_chunks(q, *(x.to(q) for x in (k, v, w, beta, g)), scale or q.shape[-1] ** -0.5)
     o = o.flatten(1, 2)[:, :, :T].transpose(1, 2).to(dtype)
     k_cache = keys[:, :, 0, :T].transpose(1, 2).to(dtype) if use_cache else None
     if cu_seqlens is not None:
@@ -415,6 +457,7 @@ def attn_decoding(q, k, v, g=None, scale=None, cu_seqlens=None, do_gate_scale=Fa
     return out[:, :, 0][None].to(dtype)
 
 
+@grouped_by_length("x", "residual")
 def causal_conv1d(
     x,
     weight=None,
@@ -582,14 +625,15 @@ def rotary_embedding(x, cos, sin, interleaved=False, inplace=False, seqlen_offse
 
 def token_shift(x, cu_seqlens=None, cache=None, output_cache=False, **_):
     """delta_t = x_{t-1} - x_t; the cache is the last token, [N, D]."""
-    y = x
-    if cu_seqlens is not None:
-        mask, y = unpack(cu_seqlens, x)
-    first = torch.zeros_like(y[:, :1]) if cache is None else cache.view(y.shape[0], 1, -1)
-    delta = torch.cat((first, y[:, :-1]), 1) - y
-    last = y[:, -1] if cu_seqlens is None else x[0, (cu_seqlens[1:] - 1).long()]
-    if cu_seqlens is not None:
-        delta = delta[mask][None]
+    if cu_seqlens is None:
+        first = torch.zeros_like(x[:, :1]) if cache is None else cache.view(x.shape[0], 1, -1)
+        last = x[:, -1]
+        delta = torch.cat((first, x[:, :-1]), 1) - x
+    else:
+        starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        first = x.new_zeros(1, len(starts), x.shape[-1]) if cache is None else cache.view(1, len(starts), -1).to(x)
+        last = x[0, ends - 1]
+        delta = x.roll(1, 1).index_copy(1, starts, first) - x
     return (delta, last) if output_cache else delta
 
 

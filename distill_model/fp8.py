@@ -157,13 +157,13 @@ def quantize_mlps(model: StudentForCausalLM) -> None:
 
 @torch.no_grad()
 def kl_of(
-    change: Callable[[StudentForCausalLM], None], model: StudentForCausalLM, batches: list[torch.Tensor]
+    change: Callable[[StudentForCausalLM], None], model: StudentForCausalLM, batches: list[dict[str, torch.Tensor]]
 ) -> float:
     """KL(model before || model after change(model)), the mean over the tokens of `batches`, each
-    [B, T] token ids, in nats."""
+    the inputs input_ids [B, T] and perhaps document_ids, in nats."""
 
     def hidden_states() -> list[torch.Tensor]:
-        return [model.model(ids, use_cache=False).last_hidden_state.flatten(0, 1) for ids in batches]
+        return [model.model(**batch, use_cache=False).last_hidden_state.flatten(0, 1) for batch in batches]
 
     before = hidden_states()
     change(model)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .divergences import TopTokens, divergence_rows, fused_divergence, top_token_rows, top_tokens
+from .documents import predicting_learned
 from .fused_ops import device_guard, mean_squared_error, scaled, use_triton
 
 DIVERGENCES = ("forward", "reverse", "jsd", "topk")
@@ -240,8 +241,8 @@ def forward_kl(
     chunk_size: int | None = None,
     row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32 (Hinton et al.,
-    arXiv 1503.02531).
+    """temperature^2 * mean over rows of KL(teacher || student), a scalar in fp32, 0 without rows
+    (Hinton et al., arXiv 1503.02531).
 
     student_hidden [N, H_s], teacher_hidden [N, H_t], student_weight [V, H_s], teacher_weight [V,
     H_t]. row_weights [N] in fp32: the sum of weight x KL instead of the mean. The gradient flows to
@@ -270,7 +271,7 @@ def forward_kl(
         losses = _fused_kl(logits, teacher_hidden[start:stop] @ teacher_weight.mT, temperature)
         return weighted(start, stop, losses, logits)
 
-    divisor = len(student_hidden) if row_weights is None else 1
+    divisor = max(1, len(student_hidden)) if row_weights is None else 1
     scale = student_hidden.new_full((), temperature / divisor, dtype=torch.float32)
     return linear_loss(student_hidden, student_weight, rows, fused_rows, scale, chunk_size)
 
@@ -356,14 +357,6 @@ def next_token_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Te
     """Mean cross-entropy of the next tokens, a scalar in fp32. hidden [B, T, H]; weight [V, H];
     labels [B, T], aligned with hidden, -100 ignored."""
     return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
-
-
-def predicting_learned(loss_mask: torch.Tensor) -> torch.Tensor:
-    """The positions [B, T] whose next token is learned, of loss_mask [B, T] bool: True for the tokens
-    that are. Never a sequence's last position, whose next token is not in it."""
-    positions = torch.zeros_like(loss_mask)
-    positions[:, :-1] = loss_mask[:, 1:]
-    return positions
 
 
 def micro_batch_weights(

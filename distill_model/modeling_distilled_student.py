@@ -36,6 +36,7 @@ from .config_distilled_student import StudentConfig
 from .decode_loop import can_sample, sample
 from .decode_step import GraphedDecoder, is_decoding_step
 from .divergences import TopTokens
+from .documents import Documents, learned_tokens, run_attention
 from .fused_ops import project_swiglu, rms_norm, swiglu
 from .losses import DistillationLoss, forward_kl, next_token_loss
 from .student_base import InitReport, copy_rows, restore_rows
@@ -123,7 +124,7 @@ class StudentBlock(GradientCheckpointingLayer):
         self.mlp = SwiGLU(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attention_output = self.attn(self.attn_norm(hidden_states), **kwargs)[0]
+        attention_output = run_attention(self.attn, self.attn_norm(hidden_states), **kwargs)
         normed, hidden_states = self.mlp_norm(hidden_states, attention_output)
         return hidden_states + self.mlp(normed)
 
@@ -166,6 +167,16 @@ def expected_mask(attention_mask: torch.Tensor | None, shape: tuple[int, int]) -
             "each token in the cache and in the input"
         )
     return None if attention_mask.all() else attention_mask
+
+
+def check_documents(document_ids: torch.Tensor, shape: tuple[int, int], **others) -> None:
+    """Raises ValueError for document_ids of another shape than `shape`, or beside inputs of a
+    forward pass that go on with a text: others, by name."""
+    if document_ids.shape != shape:
+        raise ValueError(f"document_ids: its shape {tuple(document_ids.shape)} must be {tuple(shape)}, of the input")
+    for name, value in others.items():
+        if value is not None and value is not False:
+            raise ValueError(f"document_ids: whole documents are read, without {name}; leave one of them out")
 
 
 def count_positions(attention_mask: torch.Tensor | None, past: int, q_len: int, device: torch.device) -> torch.Tensor:
@@ -249,14 +260,23 @@ class StudentModel(StudentPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         attend: Callable[..., torch.Tensor] | None = None,
+        document_ids: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T]; attention_mask [B, past + T], 0 for padding; attend: see
-        `SoftmaxAttention.forward`. Returns last_hidden_state [B, T, hidden_size] after the final
+        `SoftmaxAttention.forward`; document_ids [B, T]: each document is read as if it stood alone,
+        see documents.py. Returns last_hidden_state [B, T, hidden_size] after the final
         norm; with output_hidden_states also hidden_states, the embeddings and each block's output,
         as transformers' models do. Raises ValueError for a cache that has no place for the states
         of linear layers."""
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         batch_size, q_len, _ = hidden_states.shape
+        documents = None
+        if document_ids is not None:
+            ruled_out = dict(attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache)
+            check_documents(document_ids, (batch_size, q_len), position_ids=position_ids, **ruled_out)
+            use_cache = False
+            documents = Documents.of(document_ids)
+            position_ids = documents.positions
         past_key_values = self.cache_of(past_key_values, use_cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         attention_mask = expected_mask(attention_mask, (batch_size, past + q_len))
@@ -278,6 +298,7 @@ class StudentModel(StudentPreTrainedModel):
                 use_cache=past_key_values is not None,
                 position_embeddings=position_embeddings,
                 attend=attend,
+                documents=documents,
             )
         if empty_rows is not None:
             after = self.linear_states(past_key_values)
@@ -446,6 +467,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         teacher_log_rest: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
+        document_ids: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size] (the last `logits_to_keep` of them if that is not 0), or a loss
         without logits.
@@ -455,12 +477,15 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         teacher_head_weight [vocab_size, teacher's hidden_size]: the loss `distillation`, by default
         KL(teacher || student). loss_mask [B, T] bool: the tokens that a loss is the mean over; None:
         all. teacher_values, teacher_ids [B, T, k] and teacher_log_rest [B, T]: the teacher's stored
-        `TopTokens`, in place of its hidden states and head. Raises ValueError if a requested loss
-        lacks its inputs.
+        `TopTokens`, in place of its hidden states and head. document_ids [B, T]: each document is read
+        as if it stood alone, and the losses skip the prediction of a document's first token, see
+        documents.py. Raises ValueError if a requested loss lacks its inputs, and for document_ids
+        beside a cache, a mask or position_ids.
         """
         tokens = None if teacher_values is None else TopTokens(teacher_values, teacher_ids, teacher_log_rest)
+        learned = learned_tokens(loss_mask, document_ids)
         loss_function = requested_loss(
-            labels, teacher_hidden_states, teacher_head_weight, distillation, loss_mask, tokens
+            labels, teacher_hidden_states, teacher_head_weight, distillation, learned, tokens
         )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -476,6 +501,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
             inputs_embeds,
             use_cache,
             output_hidden_states=output_hidden_states,
+            document_ids=document_ids,
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = None

@@ -252,7 +252,7 @@ def any_padding(forward):
         cache = (past_key_values, use_cache)
         length = hidden_states.shape[1]
         if attention_mask is None or length == 1:
-            return forward(self, hidden_states, attention_mask, *cache, position_embeddings)
+            return forward(self, hidden_states, attention_mask, *cache, position_embeddings, **kwargs)
         real = attention_mask[:, -length:].bool()
         (hidden_states,) = right_aligned(real, hidden_states)
         if position_embeddings is not None:

@@ -240,12 +240,13 @@ class GatedDeltaNetPlainStudent(GatedDeltaNetStudent):
         past_key_values=None,
         use_cache=False,
         position_embeddings=None,
+        cu_seqlens=None,
         **kwargs,
     ):
         """FLA's forward with other activations, and with what `keep_attention` keeps."""
         batch_size, q_len, _ = hidden_states.shape
         last_state = get_layer_cache(self, past_key_values)
-        x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, q_len)
+        x, indices, cu_seqlens = unpad_hidden_states(hidden_states, cu_seqlens, attention_mask, q_len)
         qkv = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         qkv, conv_state = self.convolve(qkv, last_state, use_cache, cu_seqlens)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
@@ -379,13 +380,15 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
         # The sum over low_rank_dim features of sigmoid(0) becomes 1.
         init.constant_(self.g_lora.lora[2].weight, 2 / self.g_lora.low_rank_dim)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
+    def forward(
+        self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, cu_seqlens=None, **kwargs
+    ):
         """FLA's forward over the real tokens as a packed batch: given a mask, FLA's token shift and
         decay would include padding."""
         batch, length, _ = hidden_states.shape
         if length == 1:
             attention_mask = None  # every row has a real token, see supports_empty_rows
-        x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, length)
+        x, indices, cu_seqlens = unpad_hidden_states(hidden_states, cu_seqlens, attention_mask, length)
         options = dict(v_first=x.new_zeros(*x.shape[:2], self.value_dim), cu_seqlens=cu_seqlens)
         out = super().forward(x, None, past_key_values, use_cache, **options)[0]
         if past_key_values is not None:

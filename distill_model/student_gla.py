@@ -10,6 +10,7 @@ from fla.layers import GatedLinearAttention, GatedSlotAttention, HGRN2Attention,
 from fla.layers import gla as gated_linear
 from fla.layers.utils import get_layer_cache, update_layer_cache
 from fla.modules import RMSNorm
+from fla.modules.causal_conv1d import ops as convolution
 from torch import nn
 from transformers import initialization as init
 
@@ -168,7 +169,11 @@ class Mamba2Student(StudentAttention, Mamba2):
         return report
 
     @any_padding
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, *args):
+    def forward(
+        self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, *args, cu_seqlens=None, **_
+    ):
+        if cu_seqlens is not None:
+            return self.scan_documents(hidden_states, cu_seqlens), None, None
         state = get_layer_cache(self, past_key_values)
         is_plain_text = state is None and attention_mask is None
         if hidden_states.shape[1] == 1 or is_plain_text:
@@ -184,9 +189,8 @@ class Mamba2Student(StudentAttention, Mamba2):
         its time steps. Padding has time steps of 0: it neither writes to the state nor decays it.
         """
         batch, length, _ = hidden_states.shape
-        width = self.intermediate_size
         before = self.conv_kernel_size - 1
-        gate, xbc, steps = self.in_proj(hidden_states).split([width, self.conv_dim, self.num_heads], -1)
+        gate, xbc, steps = self.project(hidden_states)
         if state is None:
             past = xbc.new_zeros(batch, before, self.conv_dim)
             recurrent_state = None
@@ -194,7 +198,6 @@ class Mamba2Student(StudentAttention, Mamba2):
             past = state["conv_state"][..., 1:].mT
             recurrent_state = state["recurrent_state"].float()
         xbc = torch.cat((past, xbc), 1)
-        steps = F.softplus(steps.float() + self.dt_bias.float()).clamp(*self.dt_limit)[..., None]
         if attention_mask is not None:
             real = attention_mask[:, -length:].bool()
             (xbc,) = right_aligned(F.pad(real, (before, 0), value=True), xbc)
@@ -202,18 +205,39 @@ class Mamba2Student(StudentAttention, Mamba2):
         xbc = xbc.mT
         conv_state = xbc[..., -self.conv_kernel_size :]
         xbc = self.act(F.conv1d(xbc, self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT)
-        x, b, c = (y.unflatten(-1, (self.num_heads, -1)) for y in xbc.split(width, -1))
-        decay = -steps * self.A_log.float().exp()[:, None]
-        y, recurrent_state = gated_linear.chunk_gla(
-            q=c,
-            k=b,
-            v=(x * steps).to(c),
-            g=decay.expand(b.shape),
-            scale=1.0,
-            state_v_first=True,
-            initial_state=recurrent_state,
-            output_final_state=past_key_values is not None,
-        )
+        keep_state = past_key_values is not None
+        y, recurrent_state = self.recur(xbc, steps, initial_state=recurrent_state, output_final_state=keep_state)
         update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=length)
+        return self.out_proj(self.norm(y, gate))
+
+    def scan_documents(self, hidden_states, cu_seqlens) -> torch.Tensor:
+        """As `scan`, of the documents of a packed row [1, tokens, hidden_size]."""
+        gate, xbc, steps = self.project(hidden_states)
+        # Looked up in FLA's module, where `cpu_ops` binds its replacement.
+        xbc, _ = convolution.causal_conv1d(
+            x=xbc.contiguous(),
+            weight=self.conv1d.weight.squeeze(1),
+            bias=self.conv1d.bias,
+            activation=self.activation,
+            cu_seqlens=cu_seqlens,
+        )
+        y, _ = self.recur(xbc, steps, cu_seqlens=cu_seqlens)
+        return self.out_proj(self.norm(y, gate))
+
+    def project(self, hidden_states) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gate, the input of the convolution, and the time steps [B, T, heads, 1]."""
+        gate, xbc, steps = self.in_proj(hidden_states).split(
+            [self.intermediate_size, self.conv_dim, self.num_heads], -1
+        )
+        return gate, xbc, F.softplus(steps.float() + self.dt_bias.float()).clamp(*self.dt_limit)[..., None]
+
+    def recur(self, xbc, steps, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The recurrence over what the convolution returns, [B, T, conv_dim]: its output [B, T,
+        intermediate_size], and its last state."""
+        x, b, c = (y.unflatten(-1, (self.num_heads, -1)) for y in xbc.split(self.intermediate_size, -1))
+        decay = -steps * self.A_log.float().exp()[:, None]
+        y, state = gated_linear.chunk_gla(
+            q=c, k=b, v=(x * steps).to(c), g=decay.expand(b.shape), scale=1.0, state_v_first=True, **options
+        )
         y = y + x * self.D[:, None]
-        return self.out_proj(self.norm(y.flatten(2).to(hidden_states.dtype), gate))
+        return y.flatten(2).to(xbc.dtype), state

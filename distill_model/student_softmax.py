@@ -34,10 +34,12 @@ class _MaskedCacheStudent(StudentAttention):
     has_constant_state = False
     supports_chunked_prefill = False
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, **kwargs):
+    def forward(
+        self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, cu_seqlens=None, **kwargs
+    ):
         batch, length, _ = hidden_states.shape
         if past_key_values is None:
-            x, indices, cu_seqlens = unpad_hidden_states(hidden_states, None, attention_mask, length)
+            x, indices, cu_seqlens = unpad_hidden_states(hidden_states, cu_seqlens, attention_mask, length)
             out = super().forward(x, cu_seqlens=cu_seqlens)[0]
             return repad_hidden_states(out, indices, batch, length), None, None
         past = past_key_values.get_seq_length(self.layer_idx)
@@ -173,12 +175,14 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
     forward = any_padding(SoftmaxAttention.forward)
 
 
-def window_sums(q, k, v, valid, window_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def window_sums(
+    q, k, v, valid, window_size: int, positions: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Unnormalised softmax attention over a sliding window: the weighted sum of the values [B, T,
     H, D], and the sum of the weights [B, T, H, 1]. The largest weight of each query is 1.
 
     q [B, T, H, D], the last T of the S positions of k and v [B, S, H, D]; valid [B, S], False for
-    padding.
+    padding; positions [1, S], of each token in its document, which no query looks out of.
     """
     offset = k.shape[1] - q.shape[1]
     values, weights = [], []
@@ -192,6 +196,8 @@ def window_sums(q, k, v, valid, window_size: int) -> tuple[torch.Tensor, torch.T
         key_position = torch.arange(low, high, device=q.device)
         distance = query_position[:, None] - key_position
         in_window = (distance >= 0) & (distance < window_size)
+        if positions is not None:
+            in_window &= distance <= positions[0, offset + start : high, None]
         seen = in_window[None, :, None] & valid[:, None, None, low:high]
         scores = scores.masked_fill(~seen, -torch.inf)
         largest = scores.amax(-1, keepdim=True).clamp(min=-1e4)  # -inf for a padded query
@@ -260,9 +266,11 @@ class LoLCATsStudent(StudentAttention, SoftmaxAttention):
         past_key_values=None,
         use_cache=False,
         position_embeddings=None,
+        documents=None,
         **kwargs,
     ):
         length = hidden_states.shape[1]
+        positions = None if documents is None else documents.positions
         window = self.window_size
         last_state = get_layer_cache(self, past_key_values)
         state, normalizer = (None, 0) if last_state is None else last_state["recurrent_state"]
@@ -271,12 +279,14 @@ class LoLCATsStudent(StudentAttention, SoftmaxAttention):
         k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 2) for x in (k, v))
         valid = k.new_ones(k.shape[:2]) if attention_mask is None else attention_mask
         valid = valid.bool()
-        near, near_weight = window_sums(q, k, v, valid, window)
+        near, near_weight = window_sums(q, k, v, valid, window, positions)
         # Tokens that have left a query's window join the linear part: the keys and values of
         # `window` positions before.
         features = self.k_map(k) * valid[..., None, None]
         queried = slice(k.shape[1] - length, k.shape[1])
         old_k, old_v = (F.pad(x, (0, 0, 0, 0, window, 0))[:, queried].to(q) for x in (features, v))
+        if positions is not None:
+            old_k = old_k * (positions >= window)[..., None, None]
         old_q = self.q_map(q).to(q)
         no_decay = torch.zeros_like(old_k)
         if length <= 64:
@@ -291,9 +301,11 @@ class LoLCATsStudent(StudentAttention, SoftmaxAttention):
             initial_state=state,
             output_final_state=use_cache,
             state_v_first=True,
+            cu_seqlens=None if documents is None else documents.cu_seqlens,
             **gates,
         )
-        sums = normalizer + old_k.float().cumsum(1)
+        parts = [old_k] if documents is None else old_k.split(documents.lengths, 1)
+        sums = normalizer + torch.cat([part.float().cumsum(1) for part in parts], 1)
         if past_key_values is not None:
             recurrent_state = (state, sums[:, -1:])
             past_key_values.update(recurrent_state=recurrent_state, layer_idx=self.layer_idx, offset=0)

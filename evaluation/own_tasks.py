@@ -6,8 +6,9 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from dataclasses import dataclass
 
-from runtime.data import INPUT_IDS, LOSS_MASK, encode_beginnings, load_tokenizer, open_chunks_for
+from runtime.data import LOSS_MASK, encode_beginnings, load_tokenizer, open_chunks_for, read_batch
 
 import torch
 from tqdm import tqdm
@@ -94,9 +95,21 @@ def recall_generation(seq_len: int, num_words: int, tokenizer):
     )
 
 
-def heldout_chunks(options: Options, lm) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Held-out token ids [N, T] of --data and, where only part of the text is learned, which tokens
-    are, [N, T] bool. Raises ValueError if there are none, or if they were
+@dataclass(frozen=True)
+class HeldoutChunks:
+    """Chunks as a batch of tensors [N, T] by name, see `runtime.data.collate`; sliced by chunk."""
+
+    tensors: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tensors["input_ids"])
+
+    def __getitem__(self, rows: slice) -> HeldoutChunks:
+        return HeldoutChunks({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+
+def heldout_chunks(options: Options, lm) -> HeldoutChunks:
+    """Held-out chunks of --data. Raises ValueError if there are none, or if they were
     made with another tokenizer than the checkpoint's."""
     tokenizer = load_tokenizer(lm.tokenizer.name_or_path)
     vocab_size = vocabulary_size(lm.model.config)
@@ -105,33 +118,33 @@ def heldout_chunks(options: Options, lm) -> tuple[torch.Tensor, torch.Tensor | N
     if chunks.heldout is None:
         raise ValueError(f"{key}: {options.data} has no held-out part; preprocess with --holdout")
     count = min(len(chunks.heldout), MAX_HELDOUT_CHUNKS)
-    rows = chunks.heldout[:count]
-    mask = torch.as_tensor(rows[LOSS_MASK]) if LOSS_MASK in rows else None
-    return torch.as_tensor(rows[INPUT_IDS], dtype=torch.long), mask
+    return HeldoutChunks(read_batch(chunks.heldout, range(count)))
 
 
 def heldout_values(
-    unit: Unit, options: Options, lm, ids: torch.Tensor, weights: torch.Tensor | None, teacher
+    unit: Unit, options: Options, lm, chunks: HeldoutChunks, weights: torch.Tensor | None, teacher
 ) -> list[float]:
-    """Of each of the chunks ids [N, T] the mean over its positions, in nats: cross-entropy of the
-    next token, or KL(teacher || model). weights: [N, T], see `position_weights`. Raises ValueError if the vocabularies differ."""
+    """Of each of the chunks the mean over its positions, in nats: cross-entropy of the next token,
+    or KL(teacher || model). weights: [N, T], see `position_weights`. Raises ValueError if the
+    vocabularies differ."""
     from heldout import has_linear_head, heldout_cross_entropy, heldout_kl, read_chunks, read_logits
 
     def reader(model):
         return read_chunks if has_linear_head(model, ids[:1, :CHECKED_TOKENS]) else read_logits
 
+    ids = chunks.tensors["input_ids"]
     if not len(ids):  # of a rank that got none
         return []
     read_model = reader(lm.model)
     read_teacher = reader(teacher) if unit.task == KL else None
     values = []
-    for batch in batches(unit, lm, ids, ids.shape[1]):
-        output = read_model(lm.model, batch)
+    for batch in batches(unit, lm, chunks, ids.shape[1]):
+        output = read_model(lm.model, batch.tensors)
         weight = None if weights is None else weights[len(values) : len(values) + len(batch)]
         if unit.task == PERPLEXITY:
-            values += heldout_cross_entropy(output, batch, weight).tolist()
+            values += heldout_cross_entropy(output, batch.tensors["input_ids"], weight).tolist()
             continue
-        expected = read_teacher(teacher, batch)
+        expected = read_teacher(teacher, batch.tensors)
         if output.vocab_size != expected.vocab_size:
             sizes = f"a vocabulary of {output.vocab_size} entries, the teacher {options.teacher} one of"
             raise ValueError(f"CHECKPOINT: it has {sizes} {expected.vocab_size}")
@@ -152,7 +165,7 @@ def measure_own(unit: Unit, options: Options, documents, lm, teacher) -> dict | 
     """The result of a unit: the mean, with its standard error, of a figure that a forward pass
     gives for each document.
 
-    documents: of a recall task, or `heldout_chunks`; they are sharded across the ranks. The figure is
+    documents: of a recall task, or `HeldoutChunks`; they are sharded across the ranks. The figure is
     accuracy (`document_accuracies`), KL, or cross-entropy, whose mean's exp is the perplexity.
     None on ranks other than 0.
     """
@@ -160,9 +173,9 @@ def measure_own(unit: Unit, options: Options, documents, lm, teacher) -> dict | 
     if unit.task in HELDOUT:
         from heldout import position_weights
 
-        ids, mask = documents
-        weights = None if mask is None else position_weights(mask[: options.limit])[mine]
-        values = heldout_values(unit, options, lm, ids[: options.limit][mine], weights, teacher)
+        chunks = documents[: options.limit]
+        weights = position_weights(chunks.tensors)[mine] if LOSS_MASK in chunks.tensors else None
+        values = heldout_values(unit, options, lm, chunks[mine], weights, teacher)
     else:
         shard = documents[: options.limit][mine]
         values = []

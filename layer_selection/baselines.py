@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from runtime.data import load_tokenizer
+from runtime.data import load_tokenizer, model_inputs, split_batch
 
 import torch
 
@@ -70,8 +70,9 @@ def alignment_error(bench: Bench) -> Ranking:
     errors = []  # of each sequence, that of every layer
     with torch.no_grad():
         for batch in bench.batches:
-            for ids in batch:
-                errors.append(model(ids.to(bench.device)[None])["layer_losses"].tolist())
+            for sequence in split_batch(batch, 1):
+                inputs = {name: tensor.to(bench.device) for name, tensor in sequence.items()}
+                errors.append(model(**model_inputs(inputs))["layer_losses"].tolist())
     by_layer = {layer: [of_sequence[layer] for of_sequence in errors] for layer in bench.layers}
     return rank_samples("mse", "alignment error", by_layer)
 

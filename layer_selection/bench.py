@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TypeVar
 
-from runtime.config import Config, ConfigError
-from runtime.data import LOSS_MASK, load_tokenizer, open_chunks_for
+from runtime.config import Config, ConfigError, check_cuda_graphs
+from runtime.data import LOSS_MASK, load_tokenizer, open_chunks_for, read_batch, split_batch
 from runtime.teacher_outputs import check_outputs
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM
-from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, position_weights, read_chunks
+from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, ids_of, position_weights, read_chunks
 from layer_selection.objective import Objective, RecallOptions
 from layer_selection.stage2_runs import check_start
 from preflight import outputs_key
@@ -25,13 +25,13 @@ from stages import compute_dtype
 Figure = TypeVar("Figure")
 
 
-def heldout_batches(chunks, sequences: int, batch_size: int, missing: str) -> tuple[torch.Tensor, ...]:
-    """Token ids [B, T] of the first `sequences` held-out chunks. Raises ConfigError, beginning with
-    `missing` (the option and its value), if the data has no held-out split."""
+def heldout_batches(chunks, sequences: int, batch_size: int, missing: str) -> list[dict]:
+    """The first `sequences` held-out chunks. Raises ConfigError, beginning with `missing` (the
+    option and its value), if the data has no held-out split."""
     if chunks.heldout is None:
         raise ConfigError(f"{missing} has no held-out split; preprocess with --holdout")
     rows = range(min(sequences, len(chunks.heldout)))
-    return torch.as_tensor(chunks.heldout[rows]["input_ids"], dtype=torch.long).split(batch_size)
+    return split_batch(read_batch(chunks.heldout, rows), batch_size)
 
 
 def heldout_weights(chunks, sequences: int, batch_size: int) -> Sequence[torch.Tensor | None]:
@@ -40,7 +40,7 @@ def heldout_weights(chunks, sequences: int, batch_size: int) -> Sequence[torch.T
     rows = range(min(sequences, len(chunks.heldout)))
     if LOSS_MASK not in chunks.heldout.column_names:
         return [None] * -(-len(rows) // batch_size)
-    return position_weights(torch.as_tensor(chunks.heldout[rows][LOSS_MASK])).split(batch_size)
+    return position_weights(read_batch(chunks.heldout, rows)).split(batch_size)
 
 
 def sequence_kls(
@@ -52,8 +52,8 @@ def sequence_kls(
     """KL(teacher || model) of each sequence of the batches, the mean over its tokens. weights: of
     positions, by batch."""
     kls = []
-    for ids, teacher, weight in zip(batches, teacher_outputs, weights, strict=True):
-        kls += heldout_kl(read_chunks(model, ids), teacher, weight).tolist()
+    for batch, teacher, weight in zip(batches, teacher_outputs, weights, strict=True):
+        kls += heldout_kl(read_chunks(model, batch), teacher, weight).tolist()
     return kls
 
 
@@ -103,8 +103,12 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_dtype(cfg, self.device.type)
         self.tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
-        chunks = open_chunks_for(self.tokenizer, teacher.vocab_size, cfg.data.cache_dir, cfg.train.train_seq_len)
-        self.batches = heldout_batches(chunks, sequences, batch_size, f"data.cache_dir: {cfg.data.cache_dir}")
+        data = cfg.data
+        length = cfg.train.train_seq_len
+        chunks = open_chunks_for(
+            self.tokenizer, teacher.vocab_size, data.cache_dir, length, document_mask=data.document_mask
+        )
+        self.batches = heldout_batches(chunks, sequences, batch_size, f"data.cache_dir: {data.cache_dir}")
         if cfg.teacher_model.outputs:
             if cfg.teacher_model.distill_from:
                 raise ConfigError(
@@ -114,6 +118,8 @@ class Bench:
             check_outputs(cfg.teacher_model.outputs, outputs_key(cfg, chunks))
         self.weights = heldout_weights(chunks, sequences, batch_size)
         self.train = chunks.train
+        self.has_documents = chunks.has_documents
+        check_cuda_graphs(cfg, self.has_documents)
 
     @cached_property
     def teacher(self) -> StudentForCausalLM:
@@ -133,16 +139,16 @@ class Bench:
 
     @property
     def num_sequences(self) -> int:
-        return sum(map(len, self.batches))
+        return sum(len(ids_of(batch)) for batch in self.batches)
 
     @property
     def num_tokens(self) -> int:
         """Of the held-out sequences."""
-        return sum(batch.numel() for batch in self.batches)
+        return sum(ids_of(batch).numel() for batch in self.batches)
 
     @cached_property
     def teacher_outputs(self) -> list[ModelOutput]:
-        return [read_chunks(self.teacher, ids) for ids in self.batches]
+        return [read_chunks(self.teacher, batch) for batch in self.batches]
 
     @cached_property
     def objective(self) -> Objective:
@@ -165,8 +171,8 @@ class Bench:
     def cross_entropies(self, model: StudentForCausalLM) -> list[float]:
         """Mean next-token cross-entropy of each sequence, in nats."""
         losses = []
-        for ids, weight in zip(self.batches, self.weights):
-            losses += heldout_cross_entropy(read_chunks(model, ids), ids, weight).tolist()
+        for batch, weight in zip(self.batches, self.weights):
+            losses += heldout_cross_entropy(read_chunks(model, batch), ids_of(batch), weight).tolist()
         return losses
 
     def kls(self, model: StudentForCausalLM) -> list[float]:

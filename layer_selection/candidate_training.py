@@ -20,7 +20,7 @@ from pathlib import Path
 
 from runtime.batch_plan import BatchPlan, batch_plan
 from runtime.config import Config, ConfigError, dump_config, load_config
-from runtime.data import INPUT_IDS, LOSS_MASK, collate
+from runtime.data import DOCUMENT_IDS, INPUT_IDS, LOSS_MASK, model_inputs, read_batch, split_batch
 from runtime.files import atomic_directory, atomic_write_text, locked
 from runtime.guard import REQUEUE, StopSignals
 from runtime.run_folder import difference
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from cuda_graphs import GraphedForward
 from distill_model import StudentForCausalLM
+from distill_model.documents import learned_tokens
 from distill_model.losses import micro_batch_weights
 from layer_selection.bench import Bench
 from layer_selection.ranking import Layer, Ranking, rank_samples
@@ -52,11 +53,15 @@ BYTES_PER_PARAMETER = 16
 CPU = torch.device("cpu")
 HIDDEN = "teacher_hidden_states"
 
-# The inputs of each micro-batch by name: token ids [B, T]; the teacher's hidden states [B, T, H] or
-# its stored outputs; and, if not all tokens are learned, which are, [B, T] bool.
+# The inputs of each micro-batch by name: the chunks, see `runtime.data.collate`, and the teacher's
+# hidden states [B, T, H] or its stored outputs.
 MicroBatches = list[dict[str, torch.Tensor]]
 # Layer -> its candidate's objective, by default KL(teacher || candidate), on each held-out sequence.
 SequenceKLs = dict[int, list[float]]
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def master_of(param: nn.Parameter) -> torch.Tensor:
@@ -192,9 +197,9 @@ class Candidate:
         weights = distillation_loss(self.cfg)
         device = self.hybrid.device
         losses = []
-        masks = [inputs.get(LOSS_MASK) for inputs in micro_batches]
+        masks = [learned_tokens(inputs.get(LOSS_MASK), inputs.get(DOCUMENT_IDS)) for inputs in micro_batches]
         for inputs, weight in zip(micro_batches, micro_batch_weights(masks, device)):
-            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            inputs = on_device(inputs, device)
             if HIDDEN in inputs:
                 inputs["teacher_head_weight"] = head_weight
             loss = self.forward(
@@ -307,19 +312,15 @@ class JointTraining:
         size = self.plan.batch_size
         for step in range(first, last):
             rows = self.order[step * size : (step + 1) * size].tolist()
-            batch = collate([self.rows[row] for row in rows])
-            parts = []
-            for start in range(0, size, self.plan.micro_batch_size):
-                part = {name: values[start : start + self.plan.micro_batch_size] for name, values in batch.items()}
-                part = {name: values.to(self.bench.device) for name, values in part.items()}
-                if not self.cfg.teacher_model.outputs:
-                    part[HIDDEN] = self.teacher_hidden_states(part[INPUT_IDS])
-                parts.append(part)
+            batch = on_device(read_batch(self.rows, rows), self.bench.device)
+            parts = split_batch(batch, self.plan.micro_batch_size)
+            if not self.cfg.teacher_model.outputs:
+                parts = [part | {HIDDEN: self.teacher_hidden_states(part)} for part in parts]
             yield step + 1, parts
 
     @torch.no_grad()
-    def teacher_hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.teacher_forward(input_ids=ids, use_cache=False)["last_hidden_state"]
+    def teacher_hidden_states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.teacher_forward(**model_inputs(batch), use_cache=False)["last_hidden_state"]
 
     # ---- candidates
     def make_hybrid(self, layer: int) -> StudentForCausalLM:
@@ -332,7 +333,9 @@ class JointTraining:
         teacher = self.bench.teacher
         student = self.bench.student
         self.resident = self.check_memory(len(mine))
-        graphs = self.resident and use_cuda_graphs(self.cfg, self.bench.device.type, 1, student)
+        has_documents = self.bench.has_documents
+        device = self.bench.device.type
+        graphs = self.resident and use_cuda_graphs(self.cfg, device, 1, student, has_documents=has_documents)
         self.teacher_forward = GraphedForward(teacher.model) if graphs else teacher.model
         home = self.bench.device if self.resident else CPU
         for layer in mine:
@@ -405,8 +408,7 @@ class JointTraining:
         for start in range(first, last, segment):
             cached = []
             for step, micro_batches in self.batches(start, min(last, start + segment)):
-                on_cpu = [{name: tensor.cpu() for name, tensor in part.items()} for part in micro_batches]
-                cached.append((step, on_cpu))
+                cached.append((step, [on_device(inputs, CPU) for inputs in micro_batches]))
             for layer in mine:
                 candidate = self.candidates[layer]
                 candidate.to(self.bench.device)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from runtime.batch_plan import batch_plan
 from runtime.config import ConfigError, dump_config, load_config
+from runtime.data import model_inputs, read_batch, split_batch
 from runtime.files import atomic_write_text, locked
 from runtime.guard import REQUEUE, StopSignals
 from runtime.run_folder import difference
@@ -38,7 +39,7 @@ from tqdm import tqdm
 from cuda_graphs import GraphedForward
 from distill_model.losses import forward_kl
 from layer_selection.bench import Bench
-from layer_selection.candidate_training import linear_weights
+from layer_selection.candidate_training import linear_weights, on_device
 from layer_selection.layer_sets import MeasuredSets, exchange, rank_around
 from layer_selection.ranking import Ranking
 from stages import use_cuda_graphs
@@ -115,15 +116,19 @@ class GatedModel(nn.Module):
         self.register_buffer("temperature", torch.ones((), device=bench.device))
 
     def forward(
-        self, input_ids: torch.Tensor, token_weights: torch.Tensor, teacher_hidden_states: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        token_weights: torch.Tensor,
+        teacher_hidden_states: torch.Tensor,
+        document_ids: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The objective, sum of token_weights x KL, and the gates [L].
 
-        input_ids, token_weights: [B, T]; teacher_hidden_states: [B, T, H], after its final norm.
+        input_ids, token_weights, document_ids: [B, T]; teacher_hidden_states: [B, T, H], after its final norm.
         """
         gates = budget_gates(self.logits, self.temperature, self.top_k)
         self.gates[0] = gates
-        hidden = self.student.model(input_ids, use_cache=False).last_hidden_state
+        hidden = self.student.model(input_ids, use_cache=False, document_ids=document_ids).last_hidden_state
         loss = forward_kl(
             hidden.flatten(0, 1),
             teacher_hidden_states.flatten(0, 1),
@@ -162,6 +167,10 @@ class GateTraining:
             raise ConfigError(
                 "train.micro_batch_size: auto: train.py measures it for one model; set a number for gates"
             )
+        if bench.cfg.teacher_model.outputs:
+            raise ConfigError(
+                "teacher_model.outputs: gates train on the whole distributions of the teacher; remove it for --method gates"
+            )
         self.bench = bench
         self.cfg = bench.cfg
         self.folder = folder
@@ -178,7 +187,8 @@ class GateTraining:
         rows = len(bench.train)
         epochs = -(-self.steps * self.plan.batch_size // rows)
         self.order = torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])
-        graphs = use_cuda_graphs(self.cfg, bench.device.type, 1, bench.student)
+        has_documents = bench.has_documents
+        graphs = use_cuda_graphs(self.cfg, bench.device.type, 1, bench.student, has_documents=has_documents)
         wrap = GraphedForward if graphs else (lambda module: module)
         self.forward = wrap(self.model)
         self.teacher_forward = wrap(bench.teacher.model)
@@ -191,17 +201,18 @@ class GateTraining:
         """The step-th optimiser step, counted from 1."""
         size = self.plan.batch_size
         rows = self.order[(step - 1) * size : step * size].tolist()
-        ids = torch.as_tensor(self.bench.train[rows]["input_ids"], dtype=torch.long, device=self.bench.device)
+        batch = on_device(read_batch(self.bench.train, rows), self.bench.device)
         progress = (step - 1) / self.steps
         self.model.temperature.fill_(FINAL_TEMPERATURE**progress)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * (1 - progress)
-        parts = ids.split(self.plan.micro_batch_size)
+        parts = split_batch(batch, self.plan.micro_batch_size)
         for i, part in enumerate(parts):
             chosen, weights = self.bench.objective.training_rows(part, f"{step} {i}")
+            chosen = model_inputs(chosen)
             with torch.no_grad():
-                hidden = self.teacher_forward(input_ids=chosen, use_cache=False)["last_hidden_state"]
-            loss = self.forward(input_ids=chosen, token_weights=weights, teacher_hidden_states=hidden)["loss"]
+                hidden = self.teacher_forward(**chosen, use_cache=False)["last_hidden_state"]
+            loss = self.forward(**chosen, token_weights=weights, teacher_hidden_states=hidden)["loss"]
             (loss / len(parts)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

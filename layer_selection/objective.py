@@ -19,12 +19,14 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from runtime.data import model_inputs
+
 import torch
 from torch.nn.functional import cross_entropy
 
 from distill_model import StudentForCausalLM
 from distill_model.losses import token_kl
-from heldout import ModelOutput, read_chunks
+from heldout import Batch, ModelOutput, counted_of, ids_of, read_chunks
 from recall_tasks import associative_recall, encode
 
 OBJECTIVES = ("kl", "far_kl", "recall", "mixture")
@@ -46,13 +48,15 @@ def token_losses(output: ModelOutput, labels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def needs_far_context(teacher: StudentForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+def needs_far_context(teacher: StudentForCausalLM, batch: Batch) -> torch.Tensor:
     """Whether predicting the token after each position needs far context, [B, T] of bool; false at
-    the last position, whose next token is unknown.
+    the last position, whose next token is unknown, and of each document, if they are read one by
+    one.
 
-    ids: [B, T] on the teacher's device. The short context: every position is also read in a piece
-    of 2 w tokens, w = T // SHORT_CONTEXT, where it stands in the second half.
+    batch: of sequences of T tokens, on the teacher's device. The short context: every position is
+    also read in a piece of 2 w tokens, w = T // SHORT_CONTEXT, where it stands in the second half.
     """
+    ids = ids_of(batch)
     length = ids.shape[1]
     window = max(1, length // SHORT_CONTEXT)
     far = torch.zeros_like(ids, dtype=torch.bool)
@@ -60,14 +64,18 @@ def needs_far_context(teacher: StudentForCausalLM, ids: torch.Tensor) -> torch.T
     if count < 1:
         return far
     labels = ids[:, window + 1 : window + 1 + count * window]
-    full = read_chunks(teacher, ids)
+    full = read_chunks(teacher, batch)
     seen = slice(window, window + labels.shape[1])
     with_all = token_losses(ModelOutput(full.hidden[:, seen], full.head), labels)
-    pieces = ids[:, : (count + 1) * window].unfold(1, 2 * window, window)  # [B, count, 2 w]
-    hidden = read_chunks(teacher, pieces.flatten(0, 1)).hidden[:, window:]
+    inputs = {"input_ids": ids} if isinstance(batch, torch.Tensor) else batch
+    pieces = {}
+    for name, tensor in inputs.items():
+        windows = tensor[:, : (count + 1) * window].unfold(1, 2 * window, window)  # [B, count, 2 w]
+        pieces[name] = windows.flatten(0, 1)
+    hidden = read_chunks(teacher, pieces).hidden[:, window:]
     with_few = token_losses(ModelOutput(hidden.reshape(*labels.shape, -1), full.head), labels)
     far[:, seen] = with_few - with_all >= FAR_MARGIN
-    return far
+    return far & counted_of(batch)
 
 
 # ------------------------------------------------------------------------ documents of recall
@@ -126,11 +134,10 @@ def normalised(selected: torch.Tensor) -> torch.Tensor:
 class HeldoutPart:
     """Sequences, the weights of their tokens, and what the teacher says to them.
 
-    batches: token ids [B, T]. weights: [B, T] on the teacher's device; their sum over all batches
-    is the number of sequences.
+    weights: [B, T] on the teacher's device; their sum over all batches is the number of sequences.
     """
 
-    batches: list[torch.Tensor]
+    batches: list[Batch]
     weights: list[torch.Tensor]
     teacher_outputs: list[ModelOutput]
 
@@ -138,8 +145,8 @@ class HeldoutPart:
         """Weighted sum of KL(teacher || model) of each sequence; their mean is the weighted mean over
         all tokens."""
         losses = []
-        for ids, weights, teacher in zip(self.batches, self.weights, self.teacher_outputs):
-            output = read_chunks(model, ids)
+        for batch, weights, teacher in zip(self.batches, self.weights, self.teacher_outputs):
+            output = read_chunks(model, batch)
             hidden, theirs = (x.hidden.flatten(0, 1) for x in (output, teacher))
             kls = token_kl(hidden, theirs, output.head, teacher.head).view(weights.shape)
             losses += (kls * weights).sum(1).tolist()
@@ -147,22 +154,22 @@ class HeldoutPart:
 
 
 def heldout_part(
-    teacher: StudentForCausalLM, batches: list[torch.Tensor], selected: list[torch.Tensor], missing: str
+    teacher: StudentForCausalLM, batches: list[Batch], selected: list[torch.Tensor], missing: str
 ) -> HeldoutPart:
     """The part of the selected tokens. selected: [B, T] of bool for each batch. Raises ValueError,
     with the text `missing`, if there are none."""
     total = sum(int(part.sum()) for part in selected)
     if not total:
         raise ValueError(missing)
-    sequences = sum(map(len, batches))
+    sequences = sum(map(len, selected))
     weights = [part.float() * sequences / total for part in selected]
-    return HeldoutPart(batches, weights, [read_chunks(teacher, ids) for ids in batches])
+    return HeldoutPart(batches, weights, [read_chunks(teacher, batch) for batch in batches])
 
 
 class Objective:
     """What a selection minimises, on held-out sequences and in training.
 
-    teacher: on its device. batches: held-out token ids [B, T]. student: the all-linear one, which
+    teacher: on its device. batches: held-out sequences. student: the all-linear one, which
     sets the scale of a mixture. Raises ValueError if no held-out token needs far context, or a
     document of recall is longer than a sequence.
     """
@@ -173,27 +180,27 @@ class Objective:
         teacher: StudentForCausalLM,
         student: StudentForCausalLM,
         tokenizer,
-        batches: tuple[torch.Tensor, ...],
+        batches: list[dict[str, torch.Tensor]],
         recall: RecallOptions,
         seed: int = 0,
     ):
         self.name = name
         self.teacher = teacher
         device = teacher.device
-        on_device = [ids.to(device) for ids in batches]
-        length = on_device[0].shape[1]
+        on_device = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+        length = ids_of(on_device[0]).shape[1]
         self.documents = lambda use: recall_rows(tokenizer, recall, length, f"{use} {seed}")
         self.parts: list[HeldoutPart] = []
         if name in ("kl", "mixture"):
-            everything = [torch.ones_like(ids, dtype=torch.bool) for ids in on_device]
+            everything = [counted_of(batch) for batch in on_device]
             self.parts.append(heldout_part(teacher, on_device, everything, "there are no held-out tokens"))
         if name == "far_kl":
-            far = [needs_far_context(teacher, ids) for ids in on_device]
+            far = [needs_far_context(teacher, batch) for batch in on_device]
             missing = "--objective: far_kl: no held-out token needs far context; take another one, or longer sequences"
             self.parts.append(heldout_part(teacher, on_device, far, missing))
         if name in ("recall", "mixture"):
             heldout = self.documents("held out")
-            drawn = [take_rows(heldout, len(ids), device) for ids in on_device]
+            drawn = [take_rows(heldout, len(ids_of(batch)), device) for batch in on_device]
             ids, answers = zip(*drawn)
             self.parts.append(heldout_part(teacher, list(ids), list(answers), "a document has no answer"))
         self.scales = [1.0] * len(self.parts)
@@ -208,23 +215,26 @@ class Objective:
         scaled = [[value / scale for value in values] for values, scale in zip(by_part, self.scales)]
         return [sum(values) for values in zip(*scaled)]
 
-    def training_rows(self, ids: torch.Tensor, draw: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sequences to train on in place of the text ids [B, T], and the weights of their tokens: both
-        [B, T]. The objective is the sum of weight x KL. draw: what the documents are drawn by, such
+    def training_rows(self, batch: dict[str, torch.Tensor], draw: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """A batch to train on in place of B sequences of text, and the weights of its tokens [B, T].
+        The objective is the sum of weight x KL. draw: what the documents of recall are drawn by, such
         as the step.
 
-        recall: B rows of documents. mixture: as many rows of text as of documents, half of B each,
-        rounded up.
+        recall: B rows of documents, read whole. mixture: as many rows of text as of documents, half
+        of B each, rounded up.
         """
+        ids = ids_of(batch)
         if self.name == "kl":
-            return ids, normalised(torch.ones_like(ids, dtype=torch.bool))
+            return batch, normalised(counted_of(batch))
         if self.name == "far_kl":
-            return ids, normalised(needs_far_context(self.teacher, ids))
+            return batch, normalised(needs_far_context(self.teacher, batch))
         count = len(ids) if self.name == "recall" else -(-len(ids) // 2)
         documents, answers = take_rows(self.documents(f"training {draw}"), count, ids.device)
         if self.name == "recall":
-            return documents, normalised(answers)
-        text = ids[:count]
-        weights = [normalised(torch.ones_like(text, dtype=torch.bool)), normalised(answers)]
+            return {"input_ids": documents}, normalised(answers)
+        text = {name: tensor[:count] for name, tensor in batch.items()}
+        rows = {"input_ids": documents, "document_ids": torch.zeros_like(documents, dtype=torch.int32)}
+        weights = [normalised(counted_of(text)), normalised(answers)]
         weights = [weight / scale for weight, scale in zip(weights, self.scales)]
-        return torch.cat([text, documents]), torch.cat(weights)
+        inputs = {name: torch.cat([tensor, rows[name]]) for name, tensor in model_inputs(text).items()}
+        return inputs, torch.cat(weights)

@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from heldout import read_chunks
+from heldout import ids_of, read_chunks
 from layer_selection.baselines import rank_scan
 from layer_selection.bench import heldout_batches, heldout_weights, measure_layer_swaps, sequence_kls
 
@@ -49,12 +49,12 @@ def load_models(args: argparse.Namespace) -> tuple[StudentForCausalLM, StudentFo
 def scan(
     student: StudentForCausalLM,
     teacher: StudentForCausalLM,
-    batches: Sequence[torch.Tensor],
+    batches: list[dict],
     weights: Sequence[torch.Tensor | None],
 ) -> tuple[list[float], dict[int, list[float]]]:
     """(KL of the all-linear student, layer -> KL with that layer restored), each on every sequence
-    of the batches of token ids [B, T], whose positions have these weights."""
-    teacher_outputs = [read_chunks(teacher, ids) for ids in batches]
+    of the batches, whose positions have these weights."""
+    teacher_outputs = [read_chunks(teacher, batch) for batch in batches]
 
     def kls(model: StudentForCausalLM) -> list[float]:
         return sequence_kls(model, batches, teacher_outputs, weights)
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     atomic_write_text(args.output_dir / "layer_scan.json", json.dumps(result, indent=1) + "\n")
     print(table(result["all_linear_kl"], kls, kept))
-    tokens = sum(ids.numel() for ids in batches)
+    tokens = sum(ids_of(batch).numel() for batch in batches)
     print(f"Kept: {kept}; {tokens} held-out tokens per layer, {time.monotonic() - start:.0f} s")
 
 

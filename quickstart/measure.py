@@ -46,35 +46,42 @@ class Decoding:
 
 @dataclass(frozen=True)
 class HeldoutData:
-    """ids and long_ids: held-out tokens [N, T] at both context lengths. teacher_outputs: for ids
-    in batches. documents: of associative recall, or none."""
+    """chunks and long_chunks: held-out batches at both context lengths. teacher_outputs: for the
+    chunks. documents: of associative recall, or none."""
 
-    ids: torch.Tensor
-    long_ids: torch.Tensor
+    chunks: list[dict[str, torch.Tensor]]
+    long_chunks: list[dict[str, torch.Tensor]]
     teacher_outputs: Sequence[ModelOutput]
     documents: list[Document]
 
+    @property
+    def ids(self) -> torch.Tensor:
+        """The token ids of the chunks, [N, T]."""
+        return torch.cat([batch["input_ids"] for batch in self.chunks])
+
 
 def figures_of(name: str, model: StudentForCausalLM, tokenizer, data: HeldoutData) -> ModelFigures:
-    figures = heldout_figures(model, data.ids.split(BATCH_SIZE), data.teacher_outputs)
+    figures = heldout_figures(model, data.chunks, data.teacher_outputs)
     recall = answer_accuracy(model, tokenizer, data.documents) if data.documents else None
     return ModelFigures(
         name=name,
         heldout_loss=figures.mean_cross_entropy,
         heldout_kl=figures.mean_kl,
         top1_agreement=figures.mean_agreement,
-        long_loss=mean_loss(model, data.long_ids),
+        long_loss=mean_loss(model, data.long_chunks),
         associative_recall=recall,
     )
 
 
 @torch.no_grad()
-def mean_loss(model: StudentForCausalLM, ids: torch.Tensor) -> float:
-    """Mean next-token cross-entropy over ids [N, T]."""
-    total = 0.0
-    for batch in ids.split(BATCH_SIZE // 2):
-        total += model(input_ids=batch, labels=batch, use_cache=False).loss.item() * len(batch)
-    return total / len(ids)
+def mean_loss(model: StudentForCausalLM, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Mean next-token cross-entropy over batches."""
+    total = count = 0
+    for batch in batches:
+        rows = len(batch["input_ids"])
+        total += model(**batch, labels=batch["input_ids"], use_cache=False).loss.item() * rows
+        count += rows
+    return total / count
 
 
 @torch.no_grad()

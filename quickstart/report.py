@@ -19,7 +19,7 @@ from html import escape
 from pathlib import Path
 
 from runtime.command import run_main
-from runtime.data import load_tokenizer, open_chunks_for
+from runtime.data import load_tokenizer, open_chunks_for, read_batch, split_batch
 
 import torch
 from tqdm import tqdm
@@ -95,8 +95,8 @@ class Quickstart:
         self.runs = {stage: read_run(args.out / f"stage{stage}") for stage in (1, 2, 3)}
         self.kept = self.runs[2].config.student_model.keep_full_attention_layers
 
-    def heldout(self, stage: int, count: int) -> torch.Tensor:
-        """At most `count` held-out sequences of a stage's data, [N, T]."""
+    def heldout(self, stage: int, count: int) -> dict[str, torch.Tensor]:
+        """At most `count` held-out sequences of a stage's data."""
         config = self.runs[stage].config
         vocab_size = self.teacher.config.vocab_size
         chunks = open_chunks_for(
@@ -104,17 +104,18 @@ class Quickstart:
             vocab_size,
             config.data.cache_dir,
             config.train.train_seq_len,
+            document_mask=config.data.document_mask,
         ).heldout
-        rows = chunks[: min(count, len(chunks))]["input_ids"]
-        return torch.as_tensor(rows, dtype=torch.long, device=self.device)
+        batch = read_batch(chunks, range(min(count, len(chunks))))
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def data(self) -> HeldoutData:
         args = self.args
-        ids = self.heldout(2, args.chunks)
-        long_ids = self.heldout(3, max(1, args.chunks // 4))
+        chunks = split_batch(self.heldout(2, args.chunks), BATCH_SIZE)
+        long_chunks = split_batch(self.heldout(3, max(1, args.chunks // 4)), BATCH_SIZE // 2)
         documents = self.documents("associative_recall")[: args.chunks] if args.recall else []
-        outputs = [read_chunks(self.teacher, batch) for batch in ids.split(BATCH_SIZE)]
-        return HeldoutData(ids, long_ids, outputs, documents)
+        outputs = [read_chunks(self.teacher, batch) for batch in chunks]
+        return HeldoutData(chunks, long_chunks, outputs, documents)
 
     def documents(self, task: str) -> list[Document]:
         """Those of evaluate.py at the context length of stage 2."""

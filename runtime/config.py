@@ -59,6 +59,14 @@ def key(
 @dataclass(frozen=True)
 class DataConfig:
     cache_dir: str = key(help="folder of chunks that preprocess_chunk.py wrote: `DIR/chunked_context512`")
+    document_mask: bool | str = key(
+        False,
+        help=(
+            "read the documents of a chunk one by one, see docs/data.md#documents; without CUDA graphs. auto: where "
+            "the chunks record where documents begin, as preprocess_chunk.py makes them"
+        ),
+        choices=("auto", True, False),
+    )
 
 
 @dataclass(frozen=True)
@@ -306,7 +314,7 @@ class TrainConfig:
             "on a GPU: replay the forward and backward passes of a step as CUDA graphs, which "
             "avoids the overhead of kernel launches: several times as fast for a small model, at "
             "the cost of extra memory, see docs/performance.md#cuda-graphs. auto: for models of less "
-            "than a billion parameters. Not used with ZeRO-3 or a sharded teacher"
+            "than a billion parameters, without document_mask. Not used with ZeRO-3 or a sharded teacher"
         ),
         choices=("auto", True, False),
     )
@@ -597,6 +605,15 @@ def check_kept_layers(cfg: Config, num_layers: int) -> None:
         raise ConfigError(
             f"student_model.keep_full_attention_layers: {outside} out of range; "
             f"the teacher's layers are 0..{num_layers - 1}"
+        )
+
+
+def check_cuda_graphs(cfg: Config, has_documents: bool) -> None:
+    """Raises ConfigError if CUDA graphs are wanted, and documents are read one by one."""
+    if cfg.train.cuda_graphs is True and has_documents:
+        raise ConfigError(
+            "train.cuda_graphs: true replays passes of one shape, but documents differ in number and length; "
+            "set it to auto, or data.document_mask to false"
         )
 
 

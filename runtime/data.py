@@ -16,14 +16,18 @@ from unicodedata import normalize
 
 SPLITS = ("train", "heldout")
 METADATA = "metadata.json"
-# Columns: token ids, and, where only part of the text is learned, whether each token is.
+# Columns: token ids; where only part of the text is learned, whether each token is; and of chunks the
+# tokens of each document in the chunk, in order: what is left of the chunk is padding.
 INPUT_IDS = "input_ids"
 LOSS_MASK = "loss_mask"
+DOCUMENT_LENGTHS = "document_lengths"
+DOCUMENT_IDS = "document_ids"  # in a batch: which document each token is of, see `collate`
+PADDING = -1
 # Of a teacher's stored outputs, and their dtypes in a batch.
 TEACHER_COLUMNS = {"teacher_values": "float16", "teacher_ids": "int32", "teacher_log_rest": "float16"}
 LARGEST = "max_token_id"  # in the metadata of chunks: their largest token id
 # The values of options that the metadata of an older folder lacks: it was made before they existed.
-FORMERLY = {"allow_special_tokens": True, "skip_bad_files": False}
+FORMERLY = {"allow_special_tokens": True, "skip_bad_files": False, "packing": "cut"}
 # In the metadata of data with conversations only.
 OF_CONVERSATIONS = ("loss_on", "chat_template")
 
@@ -319,11 +323,16 @@ def is_done(folder: Path, key: dict) -> bool:
 @dataclass(frozen=True)
 class Chunks:
     """Fixed-length token sequences: datasets with a column `input_ids`, perhaps `loss_mask`, and
-    their metadata."""
+    `document_lengths` where the documents of a chunk are read one by one; and their metadata."""
 
     train: object
     heldout: object | None  # None if nothing was held out
     metadata: dict
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether the documents of a chunk are read one by one."""
+        return DOCUMENT_LENGTHS in self.train.column_names
 
 
 def open_chunks(
@@ -332,12 +341,14 @@ def open_chunks(
     fingerprint: str | None = None,
     key: str = "data.cache_dir",
     vocab_size: int | None = None,
+    document_mask: bool | str = False,
 ) -> Chunks:
     """The memory-mapped chunks in `cache_dir`, the value of the option `key`.
 
     train_seq_len (tokens per chunk), fingerprint (of the tokenizer) and vocab_size (of the model)
-    are what the chunks must fit; None: not checked. Raises DataError if they are missing or do not
-    fit.
+    are what the chunks must fit; None: not checked. document_mask: whether the documents of a chunk
+    are read one by one; auto: where the chunks record them. Raises DataError if they are missing or
+    do not fit.
     """
     metadata = read_metadata(cache_dir, key)
     if "context_length" not in metadata:
@@ -366,7 +377,45 @@ def open_chunks(
             largest = max(largest_id(part) for part in (train, heldout) if part is not None)
         if largest >= vocab_size:
             raise out_of_vocabulary(f"{key}: {cache_dir} holds the token id", largest, vocab_size)
-    return Chunks(train, heldout, metadata)
+    splits = [
+        _with_documents(part, Path(cache_dir) / f"{split}.arrow", metadata["context_length"], document_mask)
+        for split, part in zip(SPLITS, (train, heldout))
+    ]
+    return Chunks(*splits, metadata)
+
+
+def _with_documents(dataset, file: Path, length: int, document_mask: bool | str):
+    """A split with its documents if they are to be read one by one, else without. Raises DataError
+    if it does not record them, or not as tokens of its chunks."""
+    import numpy
+
+    if dataset is None:
+        return None
+    if DOCUMENT_LENGTHS not in dataset.column_names:
+        if document_mask is True:
+            raise DataError(
+                f"data.document_mask: true, but {file} does not record where documents begin; make the chunks again "
+                "with preprocess_chunk.py --tokenized_dataset_path, or set it to false"
+            )
+        return dataset
+    if not document_mask:
+        return dataset.remove_columns(DOCUMENT_LENGTHS)
+    row = 0
+    for part in dataset.data.column(DOCUMENT_LENGTHS).chunks:
+        lengths = part.flatten().to_numpy(zero_copy_only=False)
+        offsets = part.offsets.to_numpy() - part.offsets[0].as_py()
+        total = numpy.concatenate(([0], lengths.cumsum(dtype="int64")))
+        not_positive = numpy.concatenate(([0], (lengths < 1).cumsum()))
+        bad = (
+            (numpy.diff(total[offsets]) > length) | (numpy.diff(not_positive[offsets]) > 0) | (numpy.diff(offsets) < 1)
+        )
+        if bad.any():
+            raise DataError(
+                f"{file}: row {row + int(bad.argmax())} of {DOCUMENT_LENGTHS} does not fit a chunk of {length} tokens; "
+                f"remove {file.parent} and make the chunks again with preprocess_chunk.py"
+            )
+        row += len(part)
+    return dataset
 
 
 def open_chunks_for(
@@ -376,11 +425,12 @@ def open_chunks_for(
     train_seq_len: int | None = None,
     key: str = "data.cache_dir",
     model_key: str = "teacher_model.name",
+    document_mask: bool | str = False,
 ) -> Chunks:
     """The chunks of `cache_dir`, checked against a tokenizer, and that against the vocabulary of
     the model that the option `model_key` names."""
     check_special_tokens(tokenizer, vocab_size, model_key)
-    return open_chunks(cache_dir, train_seq_len, tokenizer_fingerprint(tokenizer), key, vocab_size)
+    return open_chunks(cache_dir, train_seq_len, tokenizer_fingerprint(tokenizer), key, vocab_size, document_mask)
 
 
 def largest_id(dataset) -> int:
@@ -408,16 +458,41 @@ def open_split(folder: Path, split: str, rows: int | None = None):
 
 
 def collate(rows: list[dict]) -> dict:
-    """A batch {"input_ids": [B, T] int64}, and what else the rows have: "loss_mask" [B, T] bool, the
-    teacher's outputs (see teacher_outputs.py). There is no attention mask: with one of all ones,
-    FLA's layers would take their slow path."""
+    """A batch {"input_ids": [B, T] int64}, and what else the rows have: "loss_mask" [B, T] bool; if
+    they record their documents "document_ids" [B, T] int32, 0, 1, ... for the tokens of a row's
+    documents, PADDING after the last; the teacher's outputs (see teacher_outputs.py). There is no
+    attention mask: with one of all ones, FLA's layers would take their slow path."""
     import numpy
     import torch
 
-    batch = {INPUT_IDS: torch.from_numpy(numpy.stack([row[INPUT_IDS] for row in rows]).astype("int64"))}
+    ids = numpy.stack([row[INPUT_IDS] for row in rows]).astype("int64")
+    batch = {INPUT_IDS: torch.from_numpy(ids)}
     if LOSS_MASK in rows[0]:
         batch[LOSS_MASK] = torch.from_numpy(numpy.stack([row[LOSS_MASK] for row in rows]))
+    if DOCUMENT_LENGTHS in rows[0]:
+        documents = numpy.full(ids.shape, PADDING, "int32")
+        for row, target in zip(rows, documents):
+            lengths = numpy.asarray(row[DOCUMENT_LENGTHS])
+            target[: lengths.sum()] = numpy.arange(len(lengths)).repeat(lengths)
+        batch[DOCUMENT_IDS] = torch.from_numpy(documents)
     for column, kind in TEACHER_COLUMNS.items():
         if column in rows[0]:
             batch[column] = torch.from_numpy(numpy.stack([row[column] for row in rows]).astype(kind))
     return batch
+
+
+def model_inputs(batch: dict) -> dict:
+    """What a model reads of a batch: without what only a loss is of."""
+    return {name: tensor for name, tensor in batch.items() if name in (INPUT_IDS, DOCUMENT_IDS)}
+
+
+def read_batch(dataset, rows) -> dict:
+    """The batch of these row numbers of a split of chunks: see `collate`."""
+    columns = dataset[list(rows)]
+    return collate([dict(zip(columns, values)) for values in zip(*columns.values())])
+
+
+def split_batch(batch: dict, size: int) -> list[dict]:
+    """A batch in parts of `size` rows; the last may be smaller."""
+    parts = zip(*(tensor.split(size) for tensor in batch.values()))
+    return [dict(zip(batch, part)) for part in parts]

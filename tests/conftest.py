@@ -161,10 +161,10 @@ def python_texts(count, lines=9):
 
 
 def write_config(folder, stage, teacher_dir, data_dir, **changes):
-    """A stage's YAML in `folder`; `changes` are keys of its train section."""
+    """A stage's YAML in `folder`; `changes` are keys of its train section, and document_mask."""
     values = {
         "stage": stage,
-        "data": {"cache_dir": data_dir},
+        "data": {"cache_dir": data_dir, "document_mask": changes.pop("document_mask", "auto")},
         "teacher_model": {"name": teacher_dir},
         "student_model": {
             "name": "gdn_v4",
@@ -243,3 +243,22 @@ def stage2(tmp_path_factory, teacher_dir):
     file = folder / "stage2.yaml"
     file.write_text(yaml.safe_dump(values))
     return file
+
+
+def read_alone(chunks, count, *models):
+    """The first `count` chunks, their documents one by one: for each chunk what the models predict, a
+    list of log-probabilities [positions, V], and the tokens that follow in the same document."""
+    found = []
+    for row in chunks.select(range(count)):
+        texts = torch.tensor(row["input_ids"]).split(row["document_lengths"])
+        with torch.no_grad():
+            predicted = [
+                torch.cat([model(text[None]).logits[0, :-1].log_softmax(-1) for text in texts]) for model in models
+            ]
+        found.append((predicted, torch.cat([text[1:] for text in texts])))
+    return found
+
+
+def mean_kl(ours, theirs):
+    """KL(theirs || ours) of log-probabilities [positions, V], the mean over the positions."""
+    return (theirs.exp() * (theirs - ours)).sum(-1).mean().item()

@@ -11,6 +11,8 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
+from runtime.batch_plan import BatchPlan
+
 import pytest
 import torch
 from torch.autograd import DeviceType
@@ -456,6 +458,16 @@ def test_decode(tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             decode.main(options)
+
+
+def test_random_documents_fill_their_chunks():
+    plan = BatchPlan(batch_size=4, micro_batch_size=2, grad_accum=2, seq_len=300, steps=50, world_size=1)
+    chunks = train_throughput.random_chunks(96, plan, 0, document_tokens=20)
+    lengths = chunks.train["document_lengths"]
+    assert chunks.has_documents and len(lengths) == 200
+    assert all(sum(row) == 300 and min(row) > 0 for row in lengths)
+    assert 18 < 200 * 300 / sum(map(len, lengths)) < 22
+    assert not train_throughput.random_chunks(96, plan, 0).has_documents
 
 
 def regret(out, *options):

@@ -26,7 +26,7 @@ def alignment_model(folder, name):
 def batches(model, count=3):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (count, 2, 33), generator=generator)
-    return list(ids)
+    return [{"input_ids": part} for part in ids]
 
 
 def rows(tensor):
@@ -49,9 +49,9 @@ def test_calibration_lowers_the_loss(folder, name):
     fit = batches(model, 4)
     fresh = batches(model, 5)[4]
     with torch.no_grad():
-        before = model(fresh)["loss"].item()
+        before = model(**fresh)["loss"].item()
         calibrate(model, fit)
-        after = model(fresh)["loss"].item()
+        after = model(**fresh)["loss"].item()
     assert after < max(0.95 * before, 1e-6)  # a window wider than the text is exact already
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -79,8 +79,8 @@ def test_output_projection_is_the_ridge_regression(folder):
         o_proj.register_forward_pre_hook(lambda m, args: inputs.append(rows(args[0]))),
         wrapper.register_forward_hook(lambda m, args, out: targets.append(rows(out[0]))),
     ]
-    for ids in batches(model):
-        model(ids)
+    for batch in batches(model):
+        model(**batch)
     for hook in hooks:
         hook.remove()
     x = torch.cat(inputs)
@@ -142,8 +142,8 @@ def test_a_gate_that_starts_closed_is_opened(folder):
     hook = wrapper.register_forward_pre_hook(lambda m, args: seen.append(rows(args[0])))
     closed, *_ = attn(torch.randn(1, 5, model.config.hidden_size))
     assert closed.abs().max() == 0
-    for ids in batches(model):
-        model(ids)
+    for batch in batches(model):
+        model(**batch)
     hook.remove()
     calibrate(model, batches(model))
     x = torch.cat(seen)

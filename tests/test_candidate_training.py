@@ -226,11 +226,17 @@ def test_cuda_graph_replay_trains_the_same_candidates(stage2, tmp_path, monkeypa
     use_stand_ins()
     cfg = load_config(
         stage2,
-        ["train.max_steps=5", "train.micro_batch_size=1", "train.batch_size=1", "train.lr=1e-3"],
+        [
+            "train.max_steps=5",
+            "train.micro_batch_size=1",
+            "train.batch_size=1",
+            "train.lr=1e-3",
+            "data.document_mask=false",
+        ],
     )
     results = []
     for graphs in (True, False):
-        monkeypatch.setattr(candidate_training, "use_cuda_graphs", lambda *_, graphs=graphs: graphs)
+        monkeypatch.setattr(candidate_training, "use_cuda_graphs", lambda *_, graphs=graphs, **__: graphs)
         rounds = JointTraining(Bench(cfg, 2, 2), StoppingRule(), {0: [0], 2: [2]}, -1, tmp_path)
         rounds.build([0, 2], 0)
         results.append(rounds.train_round([0, 2], 0, 5, tqdm(disable=True)))
@@ -245,7 +251,7 @@ def test_a_non_finite_loss_of_any_micro_batch_is_an_error(stage2):
     candidate = Candidate("one", bench.student.restore_full_attention(bench.teacher, [1]), cfg, batch_plan(cfg, 1))
     scales = iter((1.0, 1.0, float("nan"), 1.0))
     candidate.forward = lambda **_: {"loss": next(scales) * candidate.hybrid.lm_head.weight.sum()}
-    batch = [{"input_ids": torch.zeros(1, 32, dtype=torch.long)}] * 2
+    batch = [{"input_ids": torch.zeros(1, 32, dtype=torch.long), "teacher_hidden_states": torch.zeros(1, 32, 32)}] * 2
     for step in (1, 2):
         candidate.train(step, batch, bench.teacher.lm_head.weight)
     with pytest.raises(ValueError, match="one: its loss is not finite at step 2"):

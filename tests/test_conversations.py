@@ -17,7 +17,8 @@ import preprocess_chunk
 import preprocess_download_tokenize as tokenize_script
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from distill_model.losses import DistillationLoss, forward_kl, micro_batch_weights, predicting_learned
+from distill_model.documents import predicting_learned
+from distill_model.losses import DistillationLoss, forward_kl, micro_batch_weights
 from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, position_weights
 
 CHATML = (
@@ -308,7 +309,7 @@ def test_heldout_figures_are_means_over_learned_tokens():
     mask[2] = False
     student = ModelOutput(hidden, weight)
     teacher = ModelOutput(teacher_hidden, teacher_weight)
-    weights = position_weights(mask)
+    weights = position_weights({"input_ids": ids, "loss_mask": mask})
     kl = heldout_kl(student, teacher, weights).mean()
     both = naive(hidden, weight, teacher_hidden, teacher_weight, ids, mask, 1.0, 1.0)
     only_kl = naive(hidden, weight, teacher_hidden, teacher_weight, ids, mask, 1.0, 0.0)

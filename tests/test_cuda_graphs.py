@@ -26,6 +26,7 @@ import train
 from convert import load_teacher
 from cuda_graphs import EAGER_CALLS, GraphedForward, graphs_in_use, switch_off_all
 from distill_model import DistillationLoss, StudentConfig, StudentForCausalLM
+from preflight import open_data
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +67,7 @@ def train_with_stand_ins(arguments: list[str]) -> None:
     """Runs train.py with stand-ins for all graphs; prints how often one was replayed."""
     use_stand_ins()
     wanted = stages.use_cuda_graphs
-    stages.use_cuda_graphs = lambda cfg, device, *rest: wanted(cfg, "cuda", *rest)
+    stages.use_cuda_graphs = lambda cfg, device, *rest, **more: wanted(cfg, "cuda", *rest, **more)
     train.main(arguments)
     print(f"replayed {Recomputed.count} times")
 
@@ -99,7 +100,7 @@ def test_training_through_deepspeed_is_the_same_with_and_without(tmp_path, teach
             folder = tmp_path / f"graphs_{graphs}"
             folder.mkdir(exist_ok=True)
             file = write_config(folder, stage, teacher_dir, data_dir, **changes)
-            overrides = [f"train.cuda_graphs={graphs}"]
+            overrides = [f"train.cuda_graphs={graphs}", "data.document_mask=false"]
             if stage > 1:
                 before = tmp_path / "graphs_true" / f"stage{stage - 1}" / "converted-hf"
                 overrides.append(f"train.student_init_ckpt={before}")
@@ -121,7 +122,7 @@ def test_a_sharded_teacher_trains_without(tmp_path, teacher_dir, data_dir):
     """Its head is gathered into new memory for each pass, which a graph would not read."""
     StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0].save_pretrained(tmp_path / "student")
     file = write_config(tmp_path, 2, teacher_dir, data_dir, max_steps=5, student_init_ckpt=str(tmp_path / "student"))
-    out = run(file, "train.cuda_graphs=true", "train.kd_teacher_shard=always")
+    out = run(file, "train.cuda_graphs=true", "train.kd_teacher_shard=always", "data.document_mask=false")
     assert "train.cuda_graphs: not used, for the head of a sharded teacher" in out
     assert "replayed 0 times" in out
 
@@ -158,6 +159,20 @@ def test_large_models_have_graphs_only_on_request(tmp_path, teacher_dir, data_di
     monkeypatch.setattr(stages, "LARGE_MODEL", model.num_parameters())
     assert not stages.use_cuda_graphs(auto, "cuda", 2, model)
     assert stages.use_cuda_graphs(asked, "cuda", 2, model)
+
+
+def test_documents_one_by_one_rule_graphs_out(tmp_path, teacher_dir, data_dir):
+    """auto does without them; asked for, they are refused before a model is read."""
+    file = write_config(tmp_path, 1, teacher_dir, data_dir)
+    cfg = load_config(file)
+    assert stages.use_cuda_graphs(cfg, "cuda", 1, load_teacher(teacher_dir))
+    assert not stages.use_cuda_graphs(cfg, "cuda", 1, load_teacher(teacher_dir), has_documents=True)
+    assert open_data(cfg, batch_plan(cfg, 1)).has_documents
+    asked = load_config(file, ["train.cuda_graphs=true"])
+    with pytest.raises(ValueError, match="train.cuda_graphs: true .* documents .* data.document_mask to false"):
+        open_data(asked, batch_plan(asked, 1))
+    without = load_config(file, ["train.cuda_graphs=true", "data.document_mask=false"])
+    assert not open_data(without, batch_plan(without, 1)).has_documents
 
 
 def context(cfg) -> RunContext:

@@ -120,7 +120,7 @@ def test_kl_of(teacher_dir):
 
     with torch.no_grad():
         exact = log_probabilities()
-        found = kl_of(quantize_mlps, model, batches)
+        found = kl_of(quantize_mlps, model, [{"input_ids": ids} for ids in batches])
         changed = log_probabilities()
     naive = (exact.exp() * (exact - changed)).sum(-1).mean().item()
     assert naive > 1e-4  # it changes something

@@ -9,6 +9,7 @@ from runtime.config import load_config
 import pytest
 import torch
 from test_cuda_graphs import use_stand_ins
+from test_objective import naive_kls, whole
 from test_select_layers import flags, select
 from torch import nn
 
@@ -49,26 +50,25 @@ def bench(stage2):
     return Bench(load_config(stage2, STEPS), 6, 4)
 
 
-def naive_objective(bench, model, ids, weights):
-    theirs, ours = (m(input_ids=ids, use_cache=False).logits.double().log_softmax(-1) for m in (bench.teacher, model))
-    return ((theirs.exp() * (theirs - ours)).sum(-1) * weights).sum()
+def naive_objective(bench, model, batch, weights):
+    return (naive_kls(bench.teacher, model, batch) * weights).sum()
 
 
 def test_the_loss_is_that_of_the_hybrid_and_its_gradient_that_of_the_gates(bench):
     model = GatedModel(bench, 2).train()
-    ids = torch.cat(bench.batches)[:3]
+    batch = {name: tensor[:3] for name, tensor in whole(bench.batches).items()}
+    ids = batch["input_ids"]
     weights = torch.rand(ids.shape) / ids.numel()
-    inputs = {
-        "input_ids": ids,
+    inputs = batch | {
         "token_weights": weights,
-        "teacher_hidden_states": bench.teacher.model(ids, use_cache=False).last_hidden_state,
+        "teacher_hidden_states": bench.teacher.model(**batch, use_cache=False).last_hidden_state,
     }
     with torch.no_grad():
         model.logits.copy_(torch.tensor([9.0, -9.0, -9.0, 9.0]))
         model.temperature.fill_(0.1)
         hybrid = bench.student.restore_full_attention(bench.teacher, [0, 3]).train()
         assert model(**inputs)["loss"].item() == pytest.approx(
-            naive_objective(bench, hybrid, ids, weights).item(), rel=1e-4
+            naive_objective(bench, hybrid, batch, weights).item(), rel=1e-4
         )
         model.logits.copy_(torch.tensor([0.3, -0.2, 0.1, 0.4]))
         model.temperature.fill_(1.0)
@@ -136,10 +136,10 @@ def test_cuda_graph_replay_learns_the_same_gates(stage2, tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "_record", None)
     monkeypatch.setattr(cuda_graphs, "_free_memory", None)
     use_stand_ins()
-    cfg = load_config(stage2, STEPS)
+    cfg = load_config(stage2, [*STEPS, "data.document_mask=false"])
     found = []
     for graphs in (True, False):
-        monkeypatch.setattr(gates, "use_cuda_graphs", lambda *_, graphs=graphs: graphs)
+        monkeypatch.setattr(gates, "use_cuda_graphs", lambda *_, graphs=graphs, **__: graphs)
         training = GateTraining(Bench(cfg, 2, 2), 1, 320, tmp_path / str(graphs))
         found.append([check.gates for check in training.run()])
         assert (getattr(training.forward, "forward_graph", None) is not None) == graphs

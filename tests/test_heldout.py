@@ -3,9 +3,12 @@
 import math
 from types import SimpleNamespace
 
+from runtime.data import open_chunks, read_batch, split_batch
+
 import pytest
 import torch
-from conftest import random_teacher
+from conftest import mean_kl, random_teacher, read_alone
+from transformers import AutoModelForCausalLM
 
 import heldout
 from convert import load_teacher
@@ -134,3 +137,31 @@ def test_logits_that_are_not_finite_are_refused(models):
     model.forward = lambda *args, **options: SimpleNamespace(logits=forward(*args, **options).logits * math.nan)
     with pytest.raises(ValueError, match="the logits are not finite"):
         has_linear_head(model, ids[:1])
+
+
+def test_documents_are_measured_one_by_one(teacher_dir, data_dir, tmp_path):
+    """Of our models, of transformers' (which read each document in a pass of its own), and where
+    logits are held: against a loop over the documents. A chunk of which nothing counts is 0."""
+    teacher = load_teacher(teacher_dir)
+    hf_teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
+    torch.manual_seed(0)
+    student = StudentForCausalLM.from_teacher(teacher, "gdn_v4", [1])[0].eval()
+    chunks = open_chunks(data_dir, document_mask="auto").heldout
+    batch = read_batch(chunks, range(5))
+    alone = read_alone(chunks, 5, student, teacher)
+    kl = [mean_kl(*predicted) for predicted, _ in alone]
+    loss = [torch.nn.functional.nll_loss(ours, tokens).item() for (ours, _), tokens in alone]
+    agree = [(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item() for (ours, theirs), _ in alone]
+    for read in (read_chunks, read_logits):
+        for model in (teacher, hf_teacher):
+            output, expected = read(student, batch), read(model, batch)
+            assert heldout_kl(output, expected).tolist() == pytest.approx(kl, rel=1e-3, abs=1e-6)
+            assert heldout_cross_entropy(output, batch["input_ids"]).tolist() == pytest.approx(loss, rel=1e-4)
+            assert top1_agreement(output, expected).tolist() == pytest.approx(agree)
+    parts = split_batch(batch, 2)
+    figures = heldout_figures(student, parts, [read_chunks(teacher, part) for part in parts])
+    assert figures.kl == pytest.approx(kl, rel=1e-3, abs=1e-6)
+    batch["document_ids"][0] = torch.arange(32)
+    output = read_chunks(student, batch)
+    assert heldout_kl(output, read_chunks(teacher, batch))[0] == 0
+    assert heldout_cross_entropy(output, batch["input_ids"])[0] == 0

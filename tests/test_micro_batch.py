@@ -236,13 +236,14 @@ def test_what_the_engine_adds(tmp_path, teacher_dir, zero_stage, world_size, opt
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)).bfloat16()
     model[1].requires_grad_(False)
     model.config = SimpleNamespace(rope_parameters={"rope_type": "default"})
-    ctx = context(cfg, world_size, device="cuda", zero_stage=zero_stage)
+    chunks = SimpleNamespace(has_documents=False)
+    ctx = context(cfg, world_size, chunks, device="cuda", zero_stage=zero_stage)
     added = micro_batch._engine_bytes(ctx, SimpleNamespace(model=model), sharded_teacher=False)
     assert added == expected * 72
 
 
 def test_sizes_leave_enough_chunks(tmp_path, teacher_dir, data_dir):
-    chunks = open_chunks(data_dir, LENGTH)
+    chunks = open_chunks(data_dir, LENGTH, document_mask="auto")
     chunks = dataclasses.replace(chunks, heldout=chunks.heldout.select(range(7)))
     file = write_config(tmp_path, 1, teacher_dir, data_dir, micro_batch_size="auto", batch_size=12)
     ctx = context(load_config(file), chunks=chunks)
@@ -334,8 +335,9 @@ def test_a_dry_run_counts_the_gradients_of_cuda_graphs(tmp_path, teacher_dir, da
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     file = write_config(tmp_path, 1, teacher_dir, data_dir)
     shares = {}
+    whole = ["data.document_mask=false"]
     for graphs in ("true", "false"):
-        train.prepare(train.parse_args(["--cfg", str(file), "--dry-run", f"train.cuda_graphs={graphs}"]))
+        train.prepare(train.parse_args(["--cfg", str(file), "--dry-run", f"train.cuda_graphs={graphs}", *whole]))
         out = capsys.readouterr().out
         shares[graphs] = re.search(r"activations \((.*)\)", out)[1]
     assert "CUDA graphs" not in shares["false"]

@@ -19,11 +19,32 @@ from recall_tasks import associative_recall
 RECALL = RecallOptions(num_pairs=2, num_words=8)
 
 
-def naive_kls(teacher, model, ids):
-    """KL(teacher || model) of each position, [B, T] in float64, from whole logits."""
-    with torch.no_grad():
-        theirs, ours = (m(input_ids=ids, use_cache=False).logits.double().log_softmax(-1) for m in (teacher, model))
-    return (theirs.exp() * (theirs - ours)).sum(-1)
+def naive_kls(teacher, model, batch):
+    """KL(teacher || model) of each position, [B, T] in float64, from whole logits; each document is
+    read alone."""
+    rows = []
+    for i, row in enumerate(batch["input_ids"]):
+        lengths = [len(row)]
+        if "document_ids" in batch:
+            lengths = batch["document_ids"][i].unique_consecutive(return_counts=True)[1].tolist()
+        for text in row.split(lengths):
+            with torch.no_grad():
+                theirs, ours = (
+                    m(text[None], use_cache=False).logits.double().log_softmax(-1) for m in (teacher, model)
+                )
+            rows.append((theirs.exp() * (theirs - ours)).sum(-1)[0])
+    return torch.cat(rows).view(batch["input_ids"].shape)
+
+
+def whole(batches):
+    """The batches as one."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def counted(batch):
+    """Positions that are followed by a token of their document."""
+    documents = batch["document_ids"]
+    return F.pad(documents[:, 1:] == documents[:, :-1], (0, 1))
 
 
 def test_far_context_is_found_against_a_loop_over_positions(teacher_dir, monkeypatch):
@@ -72,18 +93,21 @@ def test_losses_are_the_naive_mean_over_their_tokens(stage2, name, monkeypatch):
     hybrid = bench.student.restore_full_attention(bench.teacher, [2]).eval()
     measured = bench.losses(hybrid)
     assert len(measured) == 5 and bench.losses(bench.teacher) == pytest.approx([0.0] * 5, abs=1e-5)
-    ids = torch.cat(bench.batches)
-    rows = recall_rows(bench.tokenizer, recall, ids.shape[1], f"held out {bench.cfg.train.seed}")
+    text = whole(bench.batches)
+    rows = recall_rows(bench.tokenizer, recall, text["input_ids"].shape[1], f"held out {bench.cfg.train.seed}")
     documents, answers = take_rows(rows, 5, bench.device)
-    far = needs_far_context(bench.teacher, ids)
+    documents = {"input_ids": documents}
+    everything = counted(text)
+    far = needs_far_context(bench.teacher, text)
+    assert not (far & ~everything).any()
 
-    def mean(model, ids, selected):
-        return naive_kls(bench.teacher, model, ids)[selected].mean().item()
+    def mean(model, batch, selected):
+        return naive_kls(bench.teacher, model, batch)[selected].mean().item()
 
-    everything = torch.ones_like(ids, dtype=torch.bool)
-    expected = {"kl": mean(hybrid, ids, everything), "far_kl": mean(hybrid, ids, far)}
+    by_chunk = [kls[chosen].mean() for kls, chosen in zip(naive_kls(bench.teacher, hybrid, text), everything)]
+    expected = {"kl": torch.stack(by_chunk).mean().item(), "far_kl": mean(hybrid, text, far)}
     expected["recall"] = mean(hybrid, documents, answers)
-    shares = [expected["kl"] / mean(bench.student, ids, everything)]
+    shares = [mean(hybrid, text, everything) / mean(bench.student, text, everything)]
     shares.append(expected["recall"] / mean(bench.student, documents, answers))
     expected["mixture"] = sum(shares) / 2
     assert sum(measured) / 5 == pytest.approx(expected[name], rel=1e-3)
@@ -93,9 +117,13 @@ def test_losses_are_the_naive_mean_over_their_tokens(stage2, name, monkeypatch):
 def test_training_weights_make_the_same_mean(stage2, name, monkeypatch):
     monkeypatch.setattr(objective, "FAR_MARGIN", 0.1)
     bench = Bench(load_config(stage2), 4, 2, name, RecallOptions(1, 8))
-    text = torch.cat(bench.batches)
-    ids, weights = bench.objective.training_rows(text, "0")
+    batch = whole(bench.batches)
+    text = batch["input_ids"]
+    chosen, weights = bench.objective.training_rows(batch, "0")
+    ids = chosen["input_ids"]
     assert ids.shape == weights.shape and len(ids) == 4
+    if name != "recall":
+        assert chosen["document_ids"].shape == ids.shape and not weights[:2][~counted(batch)[:2]].any()
     total = sum(1 / scale for scale in bench.objective.scales)
     assert weights.sum().item() == pytest.approx(total)
     assert (torch.equal(ids, text), torch.equal(ids[:2], text[:2])) == {

@@ -101,7 +101,7 @@ def test_chunks_are_the_documents_end_to_end(tmp_path, corpus, tokenizer_dir):
         assert ids_of(folder, split) == flat[: len(dataset) * 32]
     assert chunks.metadata["num_chunks"] == len(chunks.train) and chunks.metadata["dtype"] == "uint16"
     batch = collate([chunks.train.with_format("numpy")[i] for i in (0, 1)])
-    assert set(batch) == {"input_ids"} and batch["input_ids"].shape == (2, 32)
+    assert set(batch) == {"input_ids", "document_ids"} and batch["input_ids"].shape == (2, 32)
     assert numpy.array_equal(batch["input_ids"][1], chunks.train[1]["input_ids"])
 
 

@@ -235,7 +235,8 @@ def test_report_alignment_is_zero_for_the_teacher_itself(teacher_dir):
     assert alignment(copy.deepcopy(teacher), teacher, ids) == [0.0] * teacher.config.num_hidden_layers
     with torch.no_grad():
         reference = teacher(ids, labels=ids, use_cache=False).loss.item()
-    figures = figures_of("teacher", teacher, None, HeldoutData(ids, ids, [read_chunks(teacher, ids)], []))
+    chunks = [{"input_ids": ids}]
+    figures = figures_of("teacher", teacher, None, HeldoutData(chunks, chunks, [read_chunks(teacher, ids)], []))
     assert figures.heldout_loss == pytest.approx(reference, rel=1e-5) == figures.long_loss
     assert abs(figures.heldout_kl) < 1e-6 and figures.top1_agreement == 1 and figures.associative_recall is None
 

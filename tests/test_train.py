@@ -16,14 +16,14 @@ from types import SimpleNamespace
 from runtime.batch_plan import batch_plan
 from runtime.checkpoints import checkpoints, fingerprint
 from runtime.config import load_config
-from runtime.data import collate, open_chunks
+from runtime.data import open_chunks, read_batch
 from runtime.environment import mark_done, set_up_process, wandb_wanted
 from runtime.model_card import stage_record, write_card, write_native_card
 from runtime.run_folder import check_run_folder, record_run
 
 import pytest
 import torch
-from conftest import KEPT, LENGTH, SHAPE, random_teacher, save_tokenizer, write_config
+from conftest import KEPT, LENGTH, SHAPE, mean_kl, random_teacher, read_alone, save_tokenizer, write_config
 from httpx import HTTPError
 from huggingface_hub import ModelCard
 from processes import free_port
@@ -95,8 +95,7 @@ def stages(tmp_path_factory, teacher_dir, data_dir):
 
 
 def heldout(data_dir, rows=2):
-    chunks = open_chunks(data_dir, LENGTH).heldout.with_format("numpy")
-    return collate([chunks[i] for i in range(rows)])["input_ids"]
+    return read_batch(open_chunks(data_dir, LENGTH, document_mask="auto").heldout, range(rows))
 
 
 # ------------------------------------------------------------------------ the runs
@@ -149,7 +148,7 @@ def test_stage_1_logs_every_layer_and_the_export_has_that_loss(stages, teacher_d
     assert student.config.keep_full_attention_layers == []
     model = AttentionAlignmentModel(load_teacher(teacher_dir), student)
     with torch.no_grad():
-        assert model(heldout(data_dir))["layer_losses"].tolist() == pytest.approx(layers, rel=1e-4)
+        assert model(**heldout(data_dir))["layer_losses"].tolist() == pytest.approx(layers, rel=1e-4)
 
 
 def test_stage_1_logs_and_names_relative_errors(stages, teacher_dir, data_dir):
@@ -160,7 +159,9 @@ def test_stage_1_logs_and_names_relative_errors(stages, teacher_dir, data_dir):
     for layer in theirs.model.layers:
         layer.self_attn.register_forward_hook(lambda module, args, output: outputs.append(output[0].double()))
     with torch.no_grad():
-        theirs(heldout(data_dir))
+        batch = heldout(data_dir)
+        assert not batch["document_ids"].any()  # one document each: transformers' model need not be told of others
+        theirs(batch["input_ids"])
     variances = [((y - y.mean(1, keepdim=True)) ** 2).mean().item() for y in outputs]  # about each sequence's own means
     for prefix in ("", "eval_"):
         line = [line for line in metrics(stages / "stage1") if f"{prefix}layer_loss/00" in line][-1]
@@ -198,16 +199,14 @@ def test_stage_1_trains_attention_alone(stages, teacher_dir):
 
 
 def test_stage_2_starts_from_stage_1_with_the_teachers_layers(stages, teacher_dir, data_dir):
-    teacher, ids = load_teacher(teacher_dir), heldout(data_dir)
+    teacher = load_teacher(teacher_dir)
     linear = StudentForCausalLM.from_pretrained(stages / "stage1" / "converted-hf")
     hybrid = linear.restore_full_attention(teacher, KEPT)
-    with torch.no_grad():
-        loss = hybrid(
-            ids,
-            teacher_hidden_states=teacher.model(ids).last_hidden_state,
-            teacher_head_weight=teacher.lm_head.weight,
-        ).loss.item()
-    assert logged(stages / "stage2", "eval_loss")[0] == pytest.approx(loss, rel=1e-4)
+    kls = [
+        mean_kl(*predicted)
+        for predicted, _ in read_alone(open_chunks(data_dir, document_mask="auto").heldout, 2, hybrid, teacher)
+    ]
+    assert logged(stages / "stage2", "eval_loss")[0] == pytest.approx(sum(kls) / 2, rel=1e-4)
 
 
 def test_stage_3_changes_nothing_at_load(stages, teacher_dir, data_dir):
@@ -219,9 +218,9 @@ def test_stage_3_changes_nothing_at_load(stages, teacher_dir, data_dir):
         assert torch.equal(a, b), name
     attention = export.model.layers[KEPT[0]].attn.q_proj.weight
     assert not torch.equal(attention, load_teacher(teacher_dir).model.layers[KEPT[0]].attn.q_proj.weight)
-    ids = heldout(data_dir)
-    with torch.no_grad():
-        assert logged(stages / "stage3", "eval_loss")[0] == pytest.approx(export(ids, labels=ids).loss.item(), rel=1e-4)
+    alone = read_alone(open_chunks(data_dir, document_mask="auto").heldout, 2, export.eval())
+    losses = [torch.nn.functional.nll_loss(predicted, tokens).item() for (predicted,), tokens in alone]
+    assert logged(stages / "stage3", "eval_loss")[0] == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
 def test_one_process_gives_the_losses_of_two_and_resumes_to_the_bit(stages, teacher_dir, data_dir, tmp_path):
@@ -624,7 +623,7 @@ def test_every_student_goes_through_both_stages(tmp_path, teacher_dir, data_dir,
     assert list(report) == [str(i) for i in range(SHAPE["num_hidden_layers"])]
     assert report["0"]["copied"]
     model = StudentForCausalLM.from_pretrained(tmp_path / "stage2" / "converted-hf")
-    ids = heldout(data_dir)[:, :9]
+    ids = heldout(data_dir)["input_ids"][:, :9]
     tokens = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(
         tokens,
@@ -639,7 +638,7 @@ def test_the_report_has_what_calibration_changed(tmp_path, teacher_dir, data_dir
     model, init_report = stage_builders.build_student_for_stage1(cfg, torch.float32)
     students = [block.attn.student_attn for block in model.model.layers]
     before = [{n: p.detach().clone() for n, p in student.named_parameters()} for student in students]
-    fitted = stage_builders.calibrate_students(model, open_chunks(data_dir, LENGTH), 2, 2)
+    fitted = stage_builders.calibrate_students(model, open_chunks(data_dir, LENGTH, document_mask="auto"), 2, 2)
     init_report = stage_builders.with_calibrated(init_report, fitted)
     for layer, student in enumerate(students):
         report = init_report[layer]
@@ -655,22 +654,22 @@ def test_a_calibrated_start_is_better(tmp_path, teacher_dir, data_dir, capfd):
     cfg = load_config(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=4, micro_batch_size=2))
     said = []
     model, _ = stage_builders.build_student_for_stage1(cfg, torch.float32, said.append)
-    chunks = open_chunks(data_dir, LENGTH)
-    test = torch.as_tensor(chunks.heldout[:8]["input_ids"])
-    losses = [model(test)["loss"].item()]
+    chunks = open_chunks(data_dir, LENGTH, document_mask="auto")
+    test = read_batch(chunks.heldout, range(8))
+    losses = [model(**test)["loss"].item()]
     stage_builders.calibrate_students(model, chunks, cfg.train.calibrate_init, cfg.train.micro_batch_size, said.append)
-    losses.append(model(test)["loss"].item())
+    losses.append(model(**test)["loss"].item())
     pattern = r"calibrated on 256 tokens: alignment loss (\S+) -> (\S+) on ([\d,]+) held-out tokens"
     *reported, tokens = re.fullmatch(pattern, said[-1]).groups()
     assert [float(x) for x in reported] == pytest.approx(losses, rel=1e-3)
     assert losses[1] < 0.9 * losses[0]
-    assert int(tokens.replace(",", "")) == test.numel()
+    assert int(tokens.replace(",", "")) == test["input_ids"].numel()
     assert "calibrating: 100%" in capfd.readouterr().err
 
 
 def test_calibration_without_held_out_chunks_is_logged_as_such(tmp_path, teacher_dir, data_dir):
     cfg = load_config(write_config(tmp_path, 1, teacher_dir, data_dir, calibrate_init=2))
-    said, chunks = [], dataclasses.replace(open_chunks(data_dir, LENGTH), heldout=None)
+    said, chunks = [], dataclasses.replace(open_chunks(data_dir, LENGTH, document_mask="auto"), heldout=None)
     model, _ = stage_builders.build_student_for_stage1(cfg, torch.float32, said.append)
     stage_builders.calibrate_students(model, chunks, 2, 1, said.append)
     assert said[-1].endswith("on the same tokens, because there are no held-out chunks")
@@ -1046,7 +1045,7 @@ def test_a_dry_run_warns_about_data_and_options(tmp_path, teacher_dir, data_dir,
     """Too many epochs, an EOS that the config does not want, and options that the stage ignores; no
     warning otherwise."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    chunks = len(open_chunks(data_dir, LENGTH).train)
+    chunks = len(open_chunks(data_dir, LENGTH, document_mask="auto").train)
     chunks -= chunks % 4  # whole batches
     config = write_config(tmp_path, 1, teacher_dir, data_dir)
     few, many = chunks, chunks + 1  # steps of 4 sequences
@@ -1070,7 +1069,7 @@ def test_a_dry_run_warns_about_data_and_options(tmp_path, teacher_dir, data_dir,
     assert f"warning: train.add_eos_token: false has no effect; documents end with EOS in {data_dir}" in out
     assert "train.gradient_checkpointing: has no effect in stage 1" in out
     cfg = load_config(str(config), ["train.add_eos_token=false"])
-    chunks = open_chunks(data_dir, LENGTH)
+    chunks = open_chunks(data_dir, LENGTH, document_mask=False)
     adopted = dataclasses.replace(chunks, metadata=chunks.metadata | {"eos_tokens": 0})
     assert not preflight.notes_on_data(cfg, batch_plan(cfg, 1), adopted)  # there is no EOS in them
 

@@ -66,7 +66,7 @@ def test_mlp_against_float64(rows):
 def test_kl_and_cuda_graph():
     model = teacher()
     batches = torch.randint(0, 512, (EAGER_CALLS + 3, 2, 193), device="cuda")
-    kl = kl_of(quantize_mlps, model, list(batches))
+    kl = kl_of(quantize_mlps, model, [{"input_ids": ids} for ids in batches])
     assert 0 < kl < stages.FP8_MAX_KL
     expected = [model.model(ids, use_cache=False).last_hidden_state for ids in batches]
     graphed = GraphedForward(model.model)

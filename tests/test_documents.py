@@ -1,0 +1,285 @@
+"""Chunks of several documents: each is read as if it stood alone, by every student, and the losses
+count its own predictions only."""
+
+import copy
+from types import SimpleNamespace
+
+from runtime.data import collate
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM, cpu_ops
+from distill_model.documents import PADDING, Documents, learned_tokens
+from hf_trainer import FinetuneTrainer, FrozenTeacher, KDTrainer
+from wrapper import AttentionAlignmentModel, mean_distances
+
+OPTIONS = {"swa_v1": {"window_size": 5}, "lolcats_v1": {"window_size": 5}}  # shorter than most documents
+# Parts of these compute in fp32.
+ROUNDING = dict.fromkeys(("mamba2_v1", "lolcats_v1", "path_v1", "path_fox_v1"), 1e-4)
+LENGTH = 101
+# Documents of each row: one token, odd lengths, across the kernels' chunks of 64; one that spans
+# the row; many.
+ROWS = ([1, 70, 2, 1, 27], [LENGTH], [3] * 20 + [41])
+
+
+def document_ids(rows=ROWS):
+    return torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
+
+
+def split(tensor, rows=ROWS):
+    """The documents [1, length, ...] of a batch [B, T, ...]."""
+    return [part[None] for row, lengths in zip(tensor, rows) for part in row.split(lengths)]
+
+
+def shape(**more):
+    return dict(
+        vocab_size=64,
+        hidden_size=40,
+        intermediate_size=48,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        attention_bias=True,
+        qk_norm=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        **more,
+    )
+
+
+def hybrid(name, seed=0):
+    """A layer of the student and a kept one, in float64, near its initialisation: no gate is neutral,
+    and no gradient 0."""
+    torch.manual_seed(seed)
+    options = OPTIONS.get(name, {})
+    kept = [1]
+    config = StudentConfig(
+        **shape(num_hidden_layers=2), student_name=name, student_options=options, keep_full_attention_layers=kept
+    )
+    model = StudentForCausalLM(config).double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def random_ids(rows=ROWS):
+    return torch.randint(0, 64, (len(rows), sum(rows[0])))
+
+
+def gradients(model):
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("name", STUDENT_ATTENTION_MAP)
+def test_packed_documents_equal_each_alone(name):
+    model = hybrid(name)
+    ids = random_ids()
+    packed = model.model(ids, document_ids=document_ids()).last_hidden_state
+    weights = torch.randn_like(packed)
+    (packed * weights).sum().backward()
+    ours = gradients(model)
+    alone = [model.model(part, use_cache=False).last_hidden_state for part in split(ids)]
+    error = ROUNDING.get(name, 1e-8)
+    for output, expected in zip(split(packed), alone, strict=True):
+        torch.testing.assert_close(output, expected, rtol=error, atol=error)
+    sum((output * w).sum() for output, w in zip(alone, split(weights))).backward()
+    theirs = gradients(model)
+    assert ours.keys() == theirs.keys()
+    for key, gradient in theirs.items():
+        torch.testing.assert_close(ours[key], gradient, rtol=error, atol=error * gradient.abs().max().item(), msg=key)
+
+
+@pytest.mark.parametrize("name", STUDENT_ATTENTION_MAP)
+def test_a_changed_document_changes_no_other(name):
+    model = hybrid(name)
+    ids = random_ids()
+    groups = document_ids()
+    other = ids.clone()
+    changed = torch.zeros_like(ids, dtype=torch.bool)
+    for row, document in ((0, 1), (0, 3), (2, 20)):
+        changed[row] |= groups[row] == document
+    other[changed] = (ids[changed] + 7) % 64
+    weights = torch.randn(*ids.shape, 40).double()
+    found = []
+    for x in (ids, other):
+        embedded = model.model.embeddings(x).detach().requires_grad_()
+        output = model.model(inputs_embeds=embedded, document_ids=groups).last_hidden_state
+        (output * weights).sum().backward()
+        found.append((output.detach(), embedded.grad))
+    (output, gradient), (other_output, other_gradient) = found
+    assert torch.equal(output[~changed], other_output[~changed])
+    assert torch.equal(gradient[~changed], other_gradient[~changed])
+    assert (output[changed] - other_output[changed]).abs().amax(-1).min() > 1e-3
+
+
+def padded_document_ids(rows=ROWS):
+    """`document_ids`, with the last document of the first row as padding."""
+    ids = document_ids(rows)
+    ids[0, -rows[0][-1] :] = PADDING
+    return ids
+
+
+def predictions(model, ids, groups):
+    """Log-probabilities [tokens, V] at the positions that count, and the next tokens, by a loop over
+    the tokens; each document is read alone."""
+    found = []
+    for row, row_groups in zip(ids, groups):
+        for document in row_groups.unique():
+            text = row[row_groups == document][None]
+            if document == PADDING or text.shape[1] == 1:
+                continue
+            logits = model(input_ids=text, use_cache=False).logits[0, :-1]
+            found.append((logits.log_softmax(-1), text[0, 1:]))
+    log_probs, targets = zip(*found)
+    return torch.cat(log_probs), torch.cat(targets)
+
+
+def test_losses_count_each_document_alone():
+    """Cross-entropy, and KL with it, and their gradients: against log-probabilities of each document
+    read alone. What begins a document is predicted by nobody, and padding does not count."""
+    model, teacher = hybrid("gdn_v7"), hybrid("gdn_v4", seed=1).eval()
+    ids, groups = random_ids(), padded_document_ids()
+    ours, targets = predictions(model, ids, groups)
+    with torch.no_grad():
+        theirs, _ = predictions(teacher, ids, groups)
+        hidden = teacher.model(ids, document_ids=groups).last_hidden_state
+    cross_entropy = -ours.gather(1, targets[:, None]).mean()
+    kl = (theirs.exp() * (theirs - ours)).sum(1).mean()
+    assert int(learned_tokens(None, groups).sum()) == len(targets)
+    for loss, expected in (
+        (model(input_ids=ids, labels=ids, document_ids=groups).loss, cross_entropy),
+        (
+            model(
+                input_ids=ids,
+                labels=ids,
+                document_ids=groups,
+                teacher_hidden_states=hidden,
+                teacher_head_weight=teacher.lm_head.weight,
+                distillation=DistillationLoss(kl_weight=0.5, ce_weight=2.0),
+            ).loss,
+            0.5 * kl + 2 * cross_entropy,
+        ),
+    ):
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+        loss.backward()
+        got = gradients(model)
+        expected.backward(retain_graph=True)
+        for key, gradient in gradients(model).items():
+            torch.testing.assert_close(got[key], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item(), msg=key)
+
+
+def test_documents_of_one_token_have_no_loss():
+    model = hybrid("gdn_v4")
+    ids = random_ids()[:, :5]
+    alone = torch.arange(5).expand_as(ids)
+    options = dict(teacher_hidden_states=torch.randn(3, 5, 40).double(), teacher_head_weight=model.lm_head.weight)
+    for more in ({}, options):
+        loss = model(input_ids=ids, labels=ids, document_ids=alone, **more).loss
+        loss.backward()
+        assert loss == 0
+        assert not any(gradient.any() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("kind", ["mse", "l2"])
+def test_stage_1_aligns_each_document_alone(kind):
+    """Losses, gradients and variances of packed documents are those of the documents read alone,
+    weighted by their tokens."""
+    torch.manual_seed(0)
+    teacher = StudentForCausalLM(StudentConfig(**shape(num_hidden_layers=2))).double()
+    student, _ = StudentForCausalLM.from_teacher(teacher, "gdn_v7")
+    student.double()
+    model = AttentionAlignmentModel(copy.deepcopy(teacher), student, kind)
+    ids, groups = random_ids(), padded_document_ids()
+    packed = model(ids, groups)
+    packed["loss"].backward()
+    ours = gradients(model)
+    loss = tokens = 0
+    for row, row_groups in zip(ids, groups):
+        for document in row_groups.unique():
+            if document != PADDING:
+                text = row[row_groups == document][None]
+                loss = loss + model(text)["loss"] * text.shape[1]
+                tokens += text.shape[1]
+    (loss / tokens).backward()
+    theirs = gradients(model)
+    torch.testing.assert_close(packed["loss"].double(), (loss / tokens).double(), rtol=1e-5, atol=0)
+    for key, gradient in theirs.items():
+        torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=key)
+    changed = ids.clone()
+    changed[groups == PADDING] = 3
+    for key, value in model(changed, groups).items():
+        torch.testing.assert_close(value, packed[key], rtol=0, atol=0)
+
+
+def test_mean_distances_end_at_a_document():
+    model = StudentForCausalLM(StudentConfig(**shape(num_hidden_layers=1))).double()
+    attn = model.model.layers[0].attn
+    hidden = torch.randn(3, LENGTH, 40).double()
+    documents = Documents.of(document_ids())
+    packed = mean_distances(attn, hidden, model.model.position_embeddings(hidden, documents.positions), documents)
+    total = 0
+    for part in split(hidden):
+        queries = part.shape[1] - part.shape[1] // 2
+        total = total + queries * mean_distances(attn, part, model.model.position_embeddings(part))
+    expected = total / sum(part.shape[1] - part.shape[1] // 2 for part in split(hidden))
+    torch.testing.assert_close(packed, expected)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "named"),
+    [
+        (dict(use_cache=True), "use_cache"),
+        (dict(attention_mask=torch.ones(3, LENGTH)), "attention_mask"),
+        (dict(position_ids=torch.arange(LENGTH)[None]), "position_ids"),
+        (dict(document_ids=document_ids()[:, 1:]), r"\(3, 100\) must be \(3, 101\)"),
+    ],
+)
+def test_what_does_not_go_with_documents_is_refused(inputs, named):
+    model = StudentForCausalLM(StudentConfig(**shape(num_hidden_layers=1)))
+    with pytest.raises(ValueError, match=f"document_ids: .*{named}"):
+        model(input_ids=random_ids(), **{"document_ids": document_ids()} | inputs)
+
+
+def test_long_and_short_documents_are_not_padded_to_one_length():
+    """The stand-ins' work grows with the tokens: 200 documents of one token beside one of 300 are
+    not 200 x 300 tokens."""
+    seen = []
+
+    def padded(cu_seqlens, *tensors):
+        mask, *out = unpack(cu_seqlens, *tensors)
+        seen.append(mask.numel())
+        return mask, *out
+
+    lengths = torch.tensor([300] + [1] * 200)
+    bounds = F.pad(lengths.cumsum(0), (1, 0))
+    q, k, v = torch.randn(3, 1, 500, 2, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        unpack = cpu_ops.unpack
+        patch.setattr(cpu_ops, "unpack", padded)
+        out, _ = cpu_ops.delta_rule(q, k, v, torch.randn(1, 500, 2).neg().exp().neg(), cu_seqlens=bounds)
+    assert sum(seen) == 500
+    torch.testing.assert_close(out[:, 300:], (k[:, 300:] * q[:, 300:]).sum(-1, keepdim=True) * v[:, 300:] * 8**-0.5)
+
+
+def test_the_trainers_hand_documents_to_teacher_and_student():
+    """The losses of stages 2 and 3 on a batch, as the data loader makes it, against log-probabilities
+    of each document alone."""
+    model, teacher = hybrid("gdn_v4").float(), hybrid("gla_v1", seed=1).float()
+    frozen = FrozenTeacher(teacher, torch.device("cpu"))
+    rows = [
+        {"input_ids": ids.numpy(), "document_lengths": numpy.array(lengths)}
+        for ids, lengths in zip(random_ids(), ([1, 70, 2, 1], *ROWS[1:]))  # the first row ends with padding
+    ]
+    batch = collate(rows)
+    ours, targets = predictions(model, batch["input_ids"], batch["document_ids"])
+    theirs, _ = predictions(teacher, batch["input_ids"], batch["document_ids"])
+    stage_2 = SimpleNamespace(teacher=frozen, distillation=DistillationLoss())
+    loss = KDTrainer.forward_loss(stage_2, model, batch)
+    torch.testing.assert_close(loss, (theirs.exp() * (theirs - ours)).sum(1).mean(), rtol=1e-4, atol=1e-6)
+    loss = FinetuneTrainer.forward_loss(None, model, batch)
+    torch.testing.assert_close(loss, -ours.gather(1, targets[:, None]).mean(), rtol=1e-4, atol=1e-6)
