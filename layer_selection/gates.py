@@ -169,7 +169,7 @@ class GateTraining:
             )
         if bench.cfg.teacher_model.outputs:
             raise ConfigError(
-                "teacher_model.outputs: gates train on the whole distributions of the teacher; remove it for --method gates"
+                "teacher_model.outputs: gates train on the teacher's whole distributions; remove it for --method gates"
             )
         self.bench = bench
         self.cfg = bench.cfg

@@ -69,8 +69,8 @@ def test_candidates_that_another_rule_stopped_are_not_trained_again(stage2, tmp_
         select(stage2, tmp_path, *options, top_k=1, window=2, sequences=5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_steps_equal_those_of_a_plain_loop(stage2, masked):
+@pytest.mark.parametrize("masked, documents", [(False, False), (True, False), (True, True)])
+def test_steps_equal_those_of_a_plain_loop(stage2, masked, documents):
     cfg = load_config(
         stage2,
         [
@@ -103,18 +103,26 @@ def test_steps_equal_those_of_a_plain_loop(stage2, masked):
         for matrix in (True, False)
     ]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    groups = {}
+    if documents:  # two in the first sequence, three in the second
+        groups = {"document_ids": torch.arange(32).expand(2, -1) // torch.tensor([[16], [12]])}
     for step, batch in enumerate(ids):
         with torch.no_grad():
-            target = bench.teacher(input_ids=batch, use_cache=False).logits.log_softmax(-1)
-            hidden = bench.teacher.model(batch, use_cache=False).last_hidden_state
+            target = bench.teacher(input_ids=batch, use_cache=False, **groups).logits.log_softmax(-1)
+            hidden = bench.teacher.model(batch, use_cache=False, **groups).last_hidden_state
         mask = torch.rand(batch.shape) < 0.3 if masked else None
         micro_batches = [
             {"input_ids": batch[i : i + 1], "teacher_hidden_states": hidden[i : i + 1]} for i in range(len(batch))
         ]
         if masked:
             micro_batches = [part | {"loss_mask": mask[i : i + 1]} for i, part in enumerate(micro_batches)]
+        if documents:
+            all_groups = groups["document_ids"]
+            micro_batches = [part | {"document_ids": all_groups[i : i + 1]} for i, part in enumerate(micro_batches)]
+            mask = mask.clone()
+            mask[0, 16] = mask[1, 12] = mask[1, 24] = False  # each begins a document
         candidate.train(step, micro_batches, bench.teacher.lm_head.weight)
-        logits = hybrid.train()(input_ids=batch, use_cache=False).logits
+        logits = hybrid.train()(input_ids=batch, use_cache=False, **groups).logits
         ours = logits.log_softmax(-1)
         kl = (target.exp() * (target - ours)).sum(-1)
         labels = batch if mask is None else batch.masked_fill(~mask, -100)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from runtime.batch_plan import batch_plan
 from runtime.config import PARTS, load_config
-from runtime.data import collate, open_chunks
+from runtime.data import collate, model_inputs, open_chunks, read_batch
 from runtime.teacher_outputs import RowsWithOutputs, open_arrays
 
 import pytest
@@ -28,6 +28,7 @@ from convert import load_teacher
 from distill_model import StudentForCausalLM, is_student_attention
 from layer_selection.bench import Bench
 from layer_selection.candidate_training import Candidate, JointTraining, MasterAdamW
+from layer_selection.gates import GateTraining
 from layer_selection.stopping_rule import StoppingRule
 from stages import distillation_loss, load_kd_teacher
 
@@ -60,7 +61,9 @@ def prepare(file, *options):
 
 
 def config(tmp_path, teacher_dir, data_dir, start_dir, stage=2, **changes):
-    return write_config(tmp_path, stage, teacher_dir, data_dir, student_init_ckpt=start_dir, **changes)
+    """Chunks are read whole, if not told otherwise."""
+    changes = {"document_mask": False, "student_init_ckpt": start_dir} | changes
+    return write_config(tmp_path, stage, teacher_dir, data_dir, **changes)
 
 
 def metrics(folder, name):
@@ -139,7 +142,7 @@ def test_frozen_parts_are_shown_and_cost_no_memory(tmp_path, teacher_dir, data_d
     model = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4", KEPT)[0]
     cfg = load_config(file, ["train.freeze=[mlp, embeddings]"])
     frozen = sum(optim.freeze_parts(model, cfg).values())
-    ctx = SimpleNamespace(cfg=cfg, world_size=1, log=print)
+    ctx = SimpleNamespace(cfg=cfg, world_size=1, log=print, chunks=SimpleNamespace(has_documents=False))
     memory = preflight._memory_per_gpu(ctx, model, 0, 1)
     assert memory["weights"] == 4 * model.num_parameters()
     assert memory["gradients"] == 4 * (model.num_parameters() - frozen) == memory["optimiser"] / 3
@@ -295,6 +298,33 @@ def test_stored_outputs_give_the_loss_of_the_live_teacher(stored, teacher_dir, d
     assert (gradients[1] - gradients[0]).norm() < 0.01 * gradients[0].norm()
 
 
+def test_outputs_are_stored_of_documents_read_alone(tmp_path, teacher_dir, data_dir, start_dir, monkeypatch):
+    """Stored and live teacher give the same loss of tokens that are learned, and a run that reads
+    chunks whole refuses them."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    values = {"kl": "topk", "kl_top_k": TOP, "document_mask": True}
+    file = config(tmp_path, teacher_dir, data_dir, start_dir, **values)
+    folder = tmp_path / "outputs"
+    store_teacher.main(["--cfg", str(file), "--output_dir", str(folder)])
+    chunks = open_chunks(data_dir, LENGTH, document_mask=True)
+    stored = read_batch(RowsWithOutputs(chunks.train.with_format("numpy"), folder, "train"), range(4))
+    torch.manual_seed(0)
+    batch = model_inputs(stored)
+    mask = torch.rand(batch["input_ids"].shape) < 0.3
+    teacher = load_teacher(teacher_dir).eval()
+    student = StudentForCausalLM.from_pretrained(start_dir)
+    with torch.no_grad():
+        hidden = teacher.model(**batch, use_cache=False).last_hidden_state
+        live = batch | {"teacher_hidden_states": hidden, "teacher_head_weight": teacher.lm_head.weight}
+        losses = [
+            student(**inputs, loss_mask=mask, distillation=distillation_loss(load_config(file)), use_cache=False).loss
+            for inputs in (stored, live)
+        ]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-3)
+    with pytest.raises(ValueError, match="holds outputs with document_mask True, this run has False"):
+        prepare(file, f"teacher_model.outputs={folder}", "data.document_mask=false")
+
+
 def test_storing_resumes_and_does_nothing_again(stored, tmp_path, monkeypatch, capsys):
     folder, file = stored
     before = (folder / "train.values.npy").stat().st_mtime_ns
@@ -384,6 +414,8 @@ def test_a_selection_trains_candidates_on_stored_outputs(stored, start_dir):
     candidate = Candidate("one", bench.student.restore_full_attention(bench.teacher, [0]), cfg, batch_plan(cfg, 1))
     candidate.train(1, parts, bench.teacher.lm_head.weight)
     candidate.check_losses()
+    with pytest.raises(ValueError, match="teacher_model.outputs: gates train on the teacher's whole distributions"):
+        GateTraining(bench, 1, None, folder.parent / "gates")
 
 
 @pytest.mark.slow
