@@ -94,8 +94,8 @@ def bytes_a_token(model: StudentForCausalLM, cache: HybridCache) -> int:
     the recurrent states, written too."""
     weights = {p for p in model.parameters() if p is not model.model.embeddings.weight}
     weights.add(model.lm_head.weight)  # which may be tied to the embeddings
-    linear_layers = [layer for layer in cache.layers if layer.state.get("attn_state") is None]
-    states = sum(x.nbytes for layer in linear_layers for x in state_tensors(layer.state))
+    batch = len(next(state_tensors(cache.layers[0].state)))
+    states = batch * cache.sequence_bytes(model.config, 0, model.dtype)
     return sum(p.nbytes for p in weights) + cache.nbytes + states
 
 

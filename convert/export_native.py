@@ -87,6 +87,9 @@ def native_export_refusals(config: StudentConfig) -> list[str]:
     reasons = {
         f"the full attention has no q/k norms, and no norm does nothing; {qwen3}": not config.qk_norm,
         f"the q/k norms have eps {qk_norm_eps:g}, the others {eps:g}; {qwen3}": other_eps,
+        f"the attention has biases, which vLLM's class has no place for; {qwen3} without": (
+            config.attention_bias or config.attention_output_bias
+        ),
         f"the MLP has biases; {qwen3}": config.mlp_bias,
         f"the MLP's activation is {config.hidden_act}, not SiLU; {qwen3}": config.hidden_act not in ACTIVATIONS,
         f"{config.student_name} has {', '.join(lacks)}; train {' or '.join(NATIVE_STUDENTS)} with none of that": lacks,
@@ -114,7 +117,7 @@ def native_config(config: StudentConfig) -> Qwen3_5TextConfig:
         "head_dim": config.head_dim,
         "rope_parameters": {**(config.rope_parameters or {}), "partial_rotary_factor": 1.0},
         "partial_rotary_factor": 1.0,  # older transformers read it here; the default is 1/4
-        "attention_bias": config.attention_bias or config.attention_output_bias,
+        "mamba_ssm_dtype": "float32",  # of recurrent states in vLLM, which would take the model's dtype
         "layer_types": layer_types,
         "linear_conv_kernel_dim": conv_size,
         "linear_key_head_dim": config.head_dim,
@@ -127,15 +130,10 @@ def native_config(config: StudentConfig) -> Qwen3_5TextConfig:
 
 def full_attention(attn: dict[str, torch.Tensor], native: Qwen3_5TextConfig) -> dict[str, torch.Tensor]:
     """Softmax attention. Theirs has an output gate, which is half of each head's rows of q_proj:
-    they become 0, whose sigmoid is 1/2, and o_proj is doubled. Its norms multiply by 1 + weight,
-    and it has all biases or none."""
+    they become 0, whose sigmoid is 1/2, and o_proj is doubled. Its norms multiply by 1 + weight."""
     attn = dict(attn)
-    if native.attention_bias:
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            attn.setdefault(f"{name}.bias", torch.zeros(len(attn[f"{name}.weight"])))
-    for name in attn.keys() & {"q_proj.weight", "q_proj.bias"}:
-        heads = attn[name].unflatten(0, (native.num_attention_heads, -1))
-        attn[name] = torch.cat((heads, torch.zeros_like(heads)), 1).flatten(0, 1)
+    heads = attn["q_proj.weight"].unflatten(0, (native.num_attention_heads, -1))
+    attn["q_proj.weight"] = torch.cat((heads, torch.zeros_like(heads)), 1).flatten(0, 1)
     attn["o_proj.weight"] = 2 * attn["o_proj.weight"]
     for name in ("q_norm.weight", "k_norm.weight"):
         attn[name] = attn[name] - 1

@@ -3,6 +3,7 @@ size for fast decoding."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +12,13 @@ import torch
 from fla.models.utils import Cache, FLALayer
 
 from .config_distilled_student import StudentConfig
+from .student_base import State
 from .student_layers import get_student_attention_class
 
 
-def state_tensors(state) -> Iterator[torch.Tensor]:
-    """The tensors of a layer's state, in order."""
-    if isinstance(state, torch.Tensor):
+def state_tensors(state) -> Iterator[torch.Tensor | State]:
+    """The tensors of a layer's state, or of its declaration, in order."""
+    if isinstance(state, (torch.Tensor, State)):
         yield state
     elif state is not None:
         for part in state.values() if isinstance(state, dict) else state:
@@ -38,6 +40,18 @@ class HybridCache(Cache):
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for layer in self.layers for x in state_tensors(layer.state))
+
+    @staticmethod
+    def sequence_bytes(config: StudentConfig, tokens: int, dtype: torch.dtype) -> int:
+        """What a model of this dtype keeps of a sequence of `tokens` tokens. Raises NotImplementedError for
+        a student without constant state."""
+        kept = config.num_hidden_layers - len(config.linear_layers)
+        size = 2 * kept * tokens * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        if not config.linear_layers:
+            return size
+        declared = get_student_attention_class(config.student_name).states(config)
+        states = [math.prod(state.shape) * (state.dtype or dtype).itemsize for state in state_tensors(declared)]
+        return size + len(config.linear_layers) * sum(states)
 
     @staticmethod
     def cannot_crop(config: StudentConfig) -> list[int]:

@@ -26,12 +26,16 @@ class StudentConfig(PreTrainedConfig):
     defaults. keep_full_attention_layers: 0-based indices of the layers that keep softmax attention;
     all of them = the teacher.
 
+    The config file also carries what vLLM and transformers read of a hybrid: `layer_types`, and the dtype
+    of recurrent states. Both follow from the rest and are never read back.
+
     Raises ValueError if a kept layer is out of range or listed twice, or if a linear layer has no
     `student_name`.
     """
 
     model_type = "distilled_student"
     keys_to_ignore_at_inference = ["past_key_values"]
+    mamba_ssm_dtype = "float32"  # of recurrent states
 
     vocab_size: int = 151936
     hidden_size: int = 1536
@@ -73,7 +77,12 @@ class StudentConfig(PreTrainedConfig):
         if self.student_name is None and len(kept) < self.num_hidden_layers:
             linear = self.num_hidden_layers - len(kept)
             raise ValueError(f"student_name: needed, for {linear} layers are linear")
+        for derived in ("layer_types", "mamba_ssm_dtype"):
+            kwargs.pop(derived, None)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        return super().to_dict() | {"layer_types": self.layer_types, "mamba_ssm_dtype": self.mamba_ssm_dtype}
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -90,6 +99,12 @@ class StudentConfig(PreTrainedConfig):
         """Whether all angles change when the text exceeds the context, which invalidates cached
         keys."""
         return self.rope_parameters["rope_type"] == "dynamic"
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of each layer, by transformers' names."""
+        kept = set(self.keep_full_attention_layers)
+        return ["full_attention" if i in kept else "linear_attention" for i in range(self.num_hidden_layers)]
 
     @property
     def linear_layers(self) -> list[int]:

@@ -162,13 +162,14 @@ def _place_token_triton(q, k, v, q_norm, k_norm, cos, sin, keys, values, last) -
 
 # ---------------------------------------------------------------------------------- Gated DeltaNet
 @triton.jit
-def _convolved(x, past, weight, bias, at, inside, W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr):
-    """The channels `at` of a projection after a convolution over W tokens (0: none) and SiLU."""
+def _convolved(x, past, weight, bias, at, inside, held, W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr):
+    """The channels `at` of a projection after a convolution over W tokens (0: none) and SiLU. held:
+    whether there are earlier tokens; here and below."""
     value = load_fp32(x + at, inside)
     if W > 0:
         value *= load_fp32(weight + at * W + W - 1, inside)
         for token in tl.static_range(W - 1):
-            old = load_fp32(past + at * W + token + 1, inside)
+            old = load_fp32(past + at * W + token + 1, inside & held)
             value += old * load_fp32(weight + at * W + token, inside)
         if BIAS:
             value += load_fp32(bias + at, inside)
@@ -178,14 +179,14 @@ def _convolved(x, past, weight, bias, at, inside, W: tl.constexpr, BIAS: tl.cons
 
 
 @triton.jit
-def _new_windows(x, past, at, inside, W: tl.constexpr, W_BLOCK: tl.constexpr):
+def _new_windows(x, past, at, inside, held, W: tl.constexpr, W_BLOCK: tl.constexpr):
     """The last W inputs of a convolution, its next state. Loaded separately from `_convolved`, so
     that the compiler can give each its own layout."""
     at = at[:, None]
     token = tl.arange(0, W_BLOCK)[None]
     is_old = inside[:, None] & (token < W - 1)
     is_new = inside[:, None] & (token == W - 1)
-    old = tl.load(past + at * W + token + 1, mask=is_old, other=0)
+    old = tl.load(past + at * W + token + 1, mask=is_old & held, other=0)
     new = tl.load(x + at + token - (W - 1), mask=is_new, other=0)
     return tl.where(token == W - 1, new, old)
 
@@ -197,13 +198,13 @@ def _store_windows(past, at, inside, windows, W: tl.constexpr, W_BLOCK: tl.const
 
 
 @triton.jit
-def _load_state(state, index, SIZE: tl.constexpr, BLOCK: tl.constexpr, V_BLOCK: tl.constexpr):
+def _load_state(state, index, held, SIZE: tl.constexpr, BLOCK: tl.constexpr, V_BLOCK: tl.constexpr):
     """Block `index` of V_BLOCK rows of a head's state: pointers, mask, and values."""
     value = index * V_BLOCK + tl.arange(0, V_BLOCK)
     channel = tl.arange(0, BLOCK)
     both = (value < SIZE)[:, None] & (channel < SIZE)[None]
     place = state + value[:, None] * SIZE + channel[None]
-    return place, both, load_fp32(place, both)
+    return place, both, load_fp32(place, both & held)
 
 
 @triton.jit
@@ -234,10 +235,15 @@ def _gated_delta_token(
     A_log,
     dt_bias,
     state,
+    rows,
+    has_state,
+    state_row,
+    past_row,
     norm,
     out,
     scale,
     eps,
+    PAGED: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     W: tl.constexpr,
@@ -252,25 +258,31 @@ def _gated_delta_token(
     V_BLOCK: tl.constexpr,
     W_BLOCK: tl.constexpr,
 ):
-    """One head of one sequence. ROTATED: how many frequencies RoPE rotates, 0 for none."""
+    """One head of one sequence. PAGED: rows says where its state is, has_state whether it has one.
+    ROTATED: how many frequencies RoPE rotates, 0 for none."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
+    slot = row
+    held = True
+    if PAGED:
+        slot = tl.load(rows + row)
+        held = tl.load(has_state + row)
     q += row * q_row
     k += row * k_row
     v += row * v_row
-    state += (row * HEADS + head) * SIZE * SIZE
-    place, both, h = _load_state(state, 0, SIZE, BLOCK, V_BLOCK)  # the slowest load is issued first
+    state += slot * state_row + head * SIZE * SIZE
+    place, both, h = _load_state(state, 0, held, SIZE, BLOCK, V_BLOCK)  # the slowest load is issued first
     channel = tl.arange(0, BLOCK)
     inside = channel < SIZE
     at = head * SIZE + channel
     if W > 0:
-        q_past += row * HEADS * SIZE * W
-        k_past += row * HEADS * SIZE * W
-        v_past += row * HEADS * SIZE * W
-        q_windows = _new_windows(q, q_past, at, inside, W, W_BLOCK)
-        k_windows = _new_windows(k, k_past, at, inside, W, W_BLOCK)
-    queries = _convolved(q, q_past, q_weight, q_bias, at, inside, W, BIAS, QK_SILU)
-    keys = _convolved(k, k_past, k_weight, k_bias, at, inside, W, BIAS, QK_SILU)
+        q_past += slot * past_row
+        k_past += slot * past_row
+        v_past += slot * past_row
+        q_windows = _new_windows(q, q_past, at, inside, held, W, W_BLOCK)
+        k_windows = _new_windows(k, k_past, at, inside, held, W, W_BLOCK)
+    queries = _convolved(q, q_past, q_weight, q_bias, at, inside, held, W, BIAS, QK_SILU)
+    keys = _convolved(k, k_past, k_weight, k_bias, at, inside, held, W, BIAS, QK_SILU)
     if ROTATED > 0:
         HALF: tl.constexpr = SIZE // 2
         rotated = inside & (channel % HALF < ROTATED)
@@ -278,8 +290,8 @@ def _gated_delta_token(
         c = tl.where(rotated, load_fp32(cos + row * SIZE + channel, rotated), 1.0)
         s = load_fp32(sin + row * SIZE + channel, rotated)
         s = tl.where(channel < HALF, -s, s)
-        queries = queries * c + _convolved(q, q_past, q_weight, q_bias, other, inside, W, BIAS, QK_SILU) * s
-        keys = keys * c + _convolved(k, k_past, k_weight, k_bias, other, inside, W, BIAS, QK_SILU) * s
+        queries = queries * c + _convolved(q, q_past, q_weight, q_bias, other, inside, held, W, BIAS, QK_SILU) * s
+        keys = keys * c + _convolved(k, k_past, k_weight, k_bias, other, inside, held, W, BIAS, QK_SILU) * s
     queries *= scale / tl.sqrt(tl.sum(queries * queries, 0) + 1e-6)
     keys *= 1 / tl.sqrt(tl.sum(keys * keys, 0) + 1e-6)
     if W > 0:
@@ -299,9 +311,9 @@ def _gated_delta_token(
         value_channel = index * V_BLOCK + tl.arange(0, V_BLOCK)
         real = value_channel < SIZE
         at_v = head * SIZE + value_channel
-        values = _convolved(v, v_past, v_weight, v_bias, at_v, real, W, BIAS, V_SILU)
+        values = _convolved(v, v_past, v_weight, v_bias, at_v, real, held, W, BIAS, V_SILU)
         if W > 0:
-            v_windows = _new_windows(v, v_past, at_v, real, W, W_BLOCK)
+            v_windows = _new_windows(v, v_past, at_v, real, held, W, W_BLOCK)
         tl.debug_barrier()
         h *= decay
         values = beta * (values - tl.sum(h * keys[None], 1))
@@ -310,7 +322,7 @@ def _gated_delta_token(
         if W > 0:
             _store_windows(v_past, at_v, real, v_windows, W, W_BLOCK)
         outs = tl.where(part == index, tl.sum(h * queries[None], 1)[None], outs)
-        place, both, h = _load_state(state, index + 1, SIZE, BLOCK, V_BLOCK)
+        place, both, h = _load_state(state, index + 1, held, SIZE, BLOCK, V_BLOCK)
     at_out = part * V_BLOCK + tl.arange(0, V_BLOCK)[None]
     real_out = at_out < SIZE
     if NORM:
@@ -325,7 +337,7 @@ def _gated_delta_token(
 
 
 @device_guard
-def gated_delta_token(q, k, v, gate, a, b, attn, state, past, cos, sin) -> torch.Tensor:
+def gated_delta_token(q, k, v, gate, a, b, attn, state, past, cos, sin, pages=None) -> torch.Tensor:
     """The output of a Gated DeltaNet layer `attn` (Yang et al., arXiv 2412.06464) for one token,
     before its output projection, [B, heads x D].
 
@@ -333,9 +345,13 @@ def gated_delta_token(q, k, v, gate, a, b, attn, state, past, cos, sin) -> torch
     gate is None without an output gate. state [B, heads, D of v, D of k] and past, the last W
     inputs [B, heads x D, W] of the convolutions of q, k and v, or None, are updated in place.
     cos, sin [B, D].
+
+    pages: None, or rows [B], the places in dimension 0 of state and past, whose rows need not be
+    contiguous, that belong to the sequences, and has_state [B]: where it is False, state and past
+    are zeros, whatever is there.
     """
     run = _gated_delta_triton if use_triton(q) else _gated_delta_reference
-    return run(q, k, v, gate, a, b, attn, state, past, cos, sin)
+    return run(q, k, v, gate, a, b, attn, state, past, cos, sin, pages)
 
 
 def _silu_flags(attn) -> tuple[bool, bool]:
@@ -349,7 +365,7 @@ def _convolutions(attn, past) -> list[nn.Conv1d]:
     return [] if past is None else [attn.q_conv1d, attn.k_conv1d, attn.v_conv1d]
 
 
-def _gated_delta_triton(q, k, v, gate, a, b, attn, state, past, cos, sin) -> torch.Tensor:
+def _gated_delta_triton(q, k, v, gate, a, b, attn, state, past, cos, sin, pages) -> torch.Tensor:
     heads, size = state.shape[1:3]
     qk_silu, v_silu = _silu_flags(attn)
     convolutions = _convolutions(attn, past)
@@ -380,10 +396,14 @@ def _gated_delta_triton(q, k, v, gate, a, b, attn, state, past, cos, sin) -> tor
         attn.A_log,
         attn.dt_bias,
         state,
+        *(pages or nothing[:2]),
+        state.stride(0),
+        0 if past is None else past[0].stride(0),
         attn.o_norm.weight if normed else None,
         out,
         size**-0.5,
         attn.o_norm.eps if normed else 0.0,
+        PAGED=pages is not None,
         HEADS=heads,
         SIZE=size,
         W=width,
@@ -411,7 +431,15 @@ def _convolve_token(x: torch.Tensor, past: torch.Tensor, convolution: nn.Conv1d)
     return out if convolution.bias is None else out + convolution.bias
 
 
-def _gated_delta_reference(q, k, v, gate, a, b, attn, state, past, cos, sin) -> torch.Tensor:
+def _gated_delta_reference(q, k, v, gate, a, b, attn, state, past, cos, sin, pages) -> torch.Tensor:
+    if pages is not None:
+        rows, has_state = pages
+        pools = [state, *(past or ())]
+        own = [pool[rows] * has_state.view(-1, *[1] * (pool.ndim - 1)) for pool in pools]
+        out = _gated_delta_reference(q, k, v, gate, a, b, attn, own[0], past and tuple(own[1:]), cos, sin, None)
+        for pool, new in zip(pools, own):
+            pool[rows] = new
+        return out
     heads, size = state.shape[1:3]
     dtype = q.dtype
     qk_silu, v_silu = _silu_flags(attn)

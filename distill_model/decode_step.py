@@ -193,12 +193,22 @@ def add_attention(
         q = place_token(q, k, v, attn.q_norm, attn.k_norm, cos, sin, keys, values, last)
         out = decode_attention(q, keys, values, first, last).flatten(1)
     else:
-        if attn.factored:
-            k, v = attn.k_proj[1](k), attn.v_proj[1](v)
-        gate, a, b = gates if attn.use_gate else (None, *gates)
-        states = state["recurrent_state"], state["conv_state"]
-        out = gated_delta_token(q, k, v, gate, a, b, attn, *states, cos, sin)
+        out = decode_gated_delta(attn, (q, k, v, *gates), state, cos, sin)
     add_linear_(hidden, out, attn.o_proj)
+
+
+def decode_gated_delta(
+    attn: nn.Module, projected: tuple[torch.Tensor, ...], state: dict, cos, sin, pages=None
+) -> torch.Tensor:
+    """The output of a Gated DeltaNet for one token of each sequence, before its output projection, from what its
+    `input_projections` give. state: what a cache layer holds, updated in place. cos, sin, pages: see
+    `gated_delta_token`."""
+    q, k, v, *gates = projected
+    if attn.factored:
+        k, v = attn.k_proj[1](k), attn.v_proj[1](v)
+    gate, a, b = gates if attn.use_gate else (None, *gates)
+    states = state["recurrent_state"], state["conv_state"]
+    return gated_delta_token(q, k, v, gate, a, b, attn, *states, cos, sin, pages)
 
 
 def add_mlp(mlp: nn.Module, x: torch.Tensor, hidden: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 from fla.models.utils import FLALayer
+from fla.modules import ShortConvolution
 from torch import nn
 from transformers import initialization as init
 
@@ -121,6 +122,14 @@ class Option:
         return self.kind is not int or self.minimum <= value <= self.maximum
 
 
+@dataclass(frozen=True)
+class State:
+    """A tensor that a layer keeps of each sequence: its shape, and its dtype, None for the model's."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
 BIASES = {name: name for name in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")}
 NORMS = {name: name for name in ("q_norm.weight", "k_norm.weight")}
 SWITCH = Option(bool)
@@ -146,6 +155,8 @@ class StudentAttention:
     supports_crop: whether its cache holds tokens one by one, so that the last ones can be removed.
     has_constant_state: whether its state keeps its shape from the first token on.
     supports_chunked_prefill: whether it reads several tokens at once with a filled cache.
+    heads_are_independent: whether neither a norm nor a parameter spans heads, so that heads can be
+        distributed to devices.
     supports_empty_rows: whether a batch may have a row that is all padding.
     weights_read_by_kernel: the projections whose weight is passed to a kernel of FLA directly.
     """
@@ -156,11 +167,34 @@ class StudentAttention:
     supports_crop = False
     has_constant_state = True
     supports_chunked_prefill = True
+    heads_are_independent = True
     supports_empty_rows = False
     weights_read_by_kernel: tuple[str, ...] = ()
     rope_share = 0.0
     fits_decay = False
     fits_gate = False
+
+    def recurrent_state(self) -> State | tuple[State, ...]:
+        """What sums up a whole text, in fp32. Only with `has_constant_state`."""
+        raise NotImplementedError(f"{type(self).__name__} keeps keys and values")
+
+    def conv_state(self) -> State | tuple[State, ...] | None:
+        """The last inputs of the short convolutions; None where there are none."""
+        convolutions = [module for module in self.children() if isinstance(module, ShortConvolution)]
+        return tuple(State((c.hidden_size, *c.kernel_size)) for c in convolutions) or None
+
+    def states(self) -> dict[str, State | tuple[State, ...] | None]:
+        """What a cache holds of each sequence, under the names and in the nesting of FLA's caches.
+        Only with `has_constant_state`."""
+        return {"recurrent_state": self.recurrent_state(), "conv_state": self.conv_state()}
+
+    def share_of_heads(self, name: str, whole: torch.Tensor, rank: int, devices: int) -> torch.Tensor:
+        """What this layer, which has one of `devices` equal shares of the heads, holds of a whole
+        layer's parameter `name`. Only with `heads_are_independent`."""
+        for dim, (size, own_size) in enumerate(zip(whole.shape, self.get_parameter(name).shape)):
+            if size != own_size:
+                whole = whole.chunk(devices, dim)[rank]
+        return whole
 
     def exempt_from_quantization(self) -> None:
         """Keeps the dtype of projections that quantisation would harm: those to or from few

@@ -29,6 +29,7 @@ from .student_base import (
     CONVOLUTION,
     SWITCH,
     Option,
+    State,
     StudentAttention,
     expand_kv_heads,
     expanded_sizes,
@@ -136,6 +137,9 @@ class GatedDeltaNetStudent(StudentAttention, GatedDeltaNet):
             hidden = config.hidden_size
             self.k_proj = nn.Sequential(linear(hidden, kv_dim), linear(kv_dim, self.key_dim))
             self.v_proj = nn.Sequential(linear(hidden, kv_dim), linear(kv_dim, self.key_dim))
+
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_v_dim, self.head_k_dim), torch.float32)
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -291,6 +295,9 @@ class KimiDeltaStudent(StudentAttention, KimiDeltaAttention):
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**sizes(config, layer_idx), head_dim=config.head_dim, expand_v=1, **options)
 
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_v_dim, self.head_k_dim), torch.float32)
+
     @torch.no_grad()
     def init_fresh(self) -> None:
         super().init_fresh()
@@ -307,6 +314,9 @@ class DeltaNetStudent(StudentAttention, DeltaNet):
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**expanded_sizes(config, layer_idx), **options)
+
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_k_dim, self.head_v_dim), torch.float32)
 
     def forward(self, hidden_states, *args, **kwargs):
         # FLA's chunked kernel refuses fp32; the recurrent one supports it, but is slow on long text.
@@ -359,6 +369,13 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
             lora.lora[0] = linear(hidden, lora.low_rank_dim)
         self.v_lora = ClosedGate(wide)
 
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_dim, self.head_v_dim), torch.float32)
+
+    def conv_state(self) -> State:
+        """The last token, for the token shift."""
+        return State((self.k_proj.in_features,))
+
     @torch.no_grad()
     def init_fresh(self) -> None:
         super().init_fresh()
@@ -391,7 +408,7 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
         x, indices, cu_seqlens = unpad_hidden_states(hidden_states, cu_seqlens, attention_mask, length)
         options = dict(v_first=x.new_zeros(*x.shape[:2], self.value_dim), cu_seqlens=cu_seqlens)
         out = super().forward(x, None, past_key_values, use_cache, **options)[0]
-        if past_key_values is not None:
+        if past_key_values is not None and x.shape[1] != length:
             # FLA has counted the tokens of all rows; the cache counts columns, padding included.
             past_key_values.layers[self.layer_idx]._seen_tokens += length - x.shape[1]
         return repad_hidden_states(out, indices, batch, length), None, past_key_values

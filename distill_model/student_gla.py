@@ -22,6 +22,7 @@ from .student_base import (
     SWITCH,
     InitReport,
     Option,
+    State,
     StudentAttention,
     any_padding,
     expand_kv_heads,
@@ -50,6 +51,9 @@ class GatedLinearStudent(StudentAttention, GatedLinearAttention):
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**expanded_sizes(config, layer_idx), gate_fn="sigmoid", **options)
 
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_v_dim, self.head_k_dim), torch.float32)
+
     @torch.no_grad()
     def init_fresh(self) -> None:
         super().init_fresh()
@@ -62,6 +66,7 @@ class GatedSlotStudent(StudentAttention, GatedSlotAttention):
     """Gated slot attention (Zhang et al., arXiv 2409.07146): softmax over a fixed number
     of slots."""
 
+    heads_are_independent = False  # for the norm
     weights_read_by_kernel = ("o_proj",)
     OPTIONS = {
         "num_slots": Option(minimum=LEAST_BLOCK),
@@ -73,6 +78,12 @@ class GatedSlotStudent(StudentAttention, GatedSlotAttention):
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
         super().__init__(**expanded_sizes(config, layer_idx), **options)
         self.g_norm = RMSNorm(self.value_dim, eps=config.rms_norm_eps, dtype=torch.float32)
+
+    def recurrent_state(self) -> tuple[State, State]:
+        """The keys and the values of the slots."""
+        keys = (self.num_heads, self.head_k_dim, self.num_slots)
+        values = (self.num_heads, self.num_slots, self.head_v_dim)
+        return State(keys, torch.float32), State(values, torch.float32)
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -88,6 +99,7 @@ class HGRN2Student(StudentAttention, HGRN2Attention):
     are dropped.
     """
 
+    heads_are_independent = False  # for the norm
     weights_read_by_kernel = ("o_proj",)
     SOURCES = {
         "q_proj.weight": "q_proj.weight",
@@ -106,6 +118,9 @@ class HGRN2Student(StudentAttention, HGRN2Attention):
             setattr(self, name, linear(config.hidden_size, self.forget_dim))
         self.o_proj = linear(self.input_dim, config.hidden_size)
 
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_i_dim, self.head_f_dim), torch.float32)
+
     @torch.no_grad()
     def init_fresh(self) -> None:
         super().init_fresh()
@@ -116,8 +131,9 @@ class Mamba2Student(StudentAttention, Mamba2):
     """Mamba-2 (Dao and Gu, arXiv 2405.21060) with one group per head: C, B and x start as the
     teacher's q, k and v.
 
-    The teacher's q/k/v biases are kept. Without the package mamba_ssm FLA runs this layer in plain
-    PyTorch, whose memory grows with `chunk_size`.
+    The teacher's q/k/v biases are kept. Several tokens are read by the kernels of gated linear
+    attention: without the package mamba_ssm FLA's layer would read them in plain PyTorch. The option
+    `chunk_size` has no effect since; older configs have it.
     """
 
     OPTIONS = {"conv_kernel": Option(), "chunk_size": Option()}
@@ -138,9 +154,23 @@ class Mamba2Student(StudentAttention, Mamba2):
             **options,
         )
 
+    def recurrent_state(self) -> State:
+        return State((self.num_heads, self.head_dim, self.ssm_state_size), torch.float32)
+
+    def conv_state(self) -> State:
+        return State((self.conv_dim, self.conv_kernel_size))
+
     @property
     def o_proj(self) -> nn.Linear:
         return self.out_proj
+
+    def share_of_heads(self, name: str, whole: torch.Tensor, rank: int, devices: int) -> torch.Tensor:
+        """As for other students; in_proj stacks gate, x, B, C and time steps, conv1d x, B and C."""
+        if name.split(".")[0] not in ("in_proj", "conv1d"):
+            return super().share_of_heads(name, whole, rank, devices)
+        width = self.intermediate_size * devices
+        blocks = whole.split(width)  # the time steps, fewer rows, are the last
+        return torch.cat([block.chunk(devices)[rank] for block in blocks])
 
     @torch.no_grad()
     def init_fresh(self) -> None:
@@ -172,21 +202,17 @@ class Mamba2Student(StudentAttention, Mamba2):
     def forward(
         self, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, *args, cu_seqlens=None, **_
     ):
-        if cu_seqlens is not None:
-            return self.scan_documents(hidden_states, cu_seqlens), None, None
-        state = get_layer_cache(self, past_key_values)
-        is_plain_text = state is None and attention_mask is None
-        if hidden_states.shape[1] == 1 or is_plain_text:
+        if hidden_states.shape[1] == 1 and cu_seqlens is None:
             return super().forward(hidden_states, None, past_key_values, use_cache)
-        return self.scan(hidden_states, attention_mask, state, past_key_values), None, past_key_values
+        state = get_layer_cache(self, past_key_values)
+        if attention_mask is None:
+            return self.scan(hidden_states, cu_seqlens, state, past_key_values), None, past_key_values
+        return self.scan_padded(hidden_states, attention_mask, state, past_key_values), None, past_key_values
 
-    def scan(self, hidden_states, attention_mask, state, past_key_values) -> torch.Tensor:
+    def scan_padded(self, hidden_states, attention_mask, state, past_key_values) -> torch.Tensor:
         """The outputs [B, T, hidden_size] of T left-padded tokens. state: what the cache holds, or
-        None. FLA's layer reads only one token at a time with a filled cache, and lets padding decay
-        its state.
-
-        With one group per head the scan is gated linear attention with q = C, k = B and v = x times
-        its time steps. Padding has time steps of 0: it neither writes to the state nor decays it.
+        None. FLA's layer lets padding decay its state; here it has time steps of 0, so that it
+        neither writes to the state nor decays it.
         """
         batch, length, _ = hidden_states.shape
         before = self.conv_kernel_size - 1
@@ -197,11 +223,9 @@ class Mamba2Student(StudentAttention, Mamba2):
         else:
             past = state["conv_state"][..., 1:].mT
             recurrent_state = state["recurrent_state"].float()
-        xbc = torch.cat((past, xbc), 1)
-        if attention_mask is not None:
-            real = attention_mask[:, -length:].bool()
-            (xbc,) = right_aligned(F.pad(real, (before, 0), value=True), xbc)
-            steps = steps * real[..., None, None]
+        real = attention_mask[:, -length:].bool()
+        (xbc,) = right_aligned(F.pad(real, (before, 0), value=True), torch.cat((past, xbc), 1))
+        steps = steps * real[..., None, None]
         xbc = xbc.mT
         conv_state = xbc[..., -self.conv_kernel_size :]
         xbc = self.act(F.conv1d(xbc, self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT)
@@ -210,18 +234,27 @@ class Mamba2Student(StudentAttention, Mamba2):
         update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=length)
         return self.out_proj(self.norm(y, gate))
 
-    def scan_documents(self, hidden_states, cu_seqlens) -> torch.Tensor:
-        """As `scan`, of the documents of a packed row [1, tokens, hidden_size]."""
+    def scan(self, hidden_states, cu_seqlens, state, past_key_values) -> torch.Tensor:
+        """The outputs [B, T, hidden_size] of T tokens, or with cu_seqlens of packed sequences [1,
+        tokens, hidden_size]. state: what the cache holds, or None; FLA's layer reads only one token
+        at a time with a filled cache."""
         gate, xbc, steps = self.project(hidden_states)
+        keep_state = past_key_values is not None
         # Looked up in FLA's module, where `cpu_ops` binds its replacement.
-        xbc, _ = convolution.causal_conv1d(
+        xbc, conv_state = convolution.causal_conv1d(
             x=xbc.contiguous(),
             weight=self.conv1d.weight.squeeze(1),
             bias=self.conv1d.bias,
+            initial_state=None if state is None else state["conv_state"],
+            output_final_state=keep_state,
             activation=self.activation,
             cu_seqlens=cu_seqlens,
         )
-        y, _ = self.recur(xbc, steps, cu_seqlens=cu_seqlens)
+        before = None if state is None else state["recurrent_state"].float()
+        options = dict(initial_state=before, output_final_state=keep_state, cu_seqlens=cu_seqlens)
+        y, recurrent_state = self.recur(xbc, steps, **options)
+        length = hidden_states.shape[1]
+        update_layer_cache(self, past_key_values, recurrent_state=recurrent_state, conv_state=conv_state, offset=length)
         return self.out_proj(self.norm(y, gate))
 
     def project(self, hidden_states) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -233,7 +266,8 @@ class Mamba2Student(StudentAttention, Mamba2):
 
     def recur(self, xbc, steps, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The recurrence over what the convolution returns, [B, T, conv_dim]: its output [B, T,
-        intermediate_size], and its last state."""
+        intermediate_size], and its last state. With one group per head it is gated linear attention
+        with q = C, k = B and v = x times its time steps."""
         x, b, c = (y.unflatten(-1, (self.num_heads, -1)) for y in xbc.split(self.intermediate_size, -1))
         decay = -steps * self.A_log.float().exp()[:, None]
         y, state = gated_linear.chunk_gla(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config_distilled_student import StudentConfig
@@ -53,6 +54,12 @@ class StudentSpec:
         if name in self.settings:
             return self.settings[name]
         return default_of(self.layer, name)
+
+    def states(self, config: StudentConfig) -> dict:
+        """What a layer of this student in a model of `config` keeps of each sequence: see
+        `StudentAttention.states`. Allocates nothing."""
+        with torch.device("meta"):
+            return self(config, config.linear_layers[0], **config.student_options).states()
 
     @property
     def supports_crop(self) -> bool:

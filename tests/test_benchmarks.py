@@ -16,9 +16,9 @@ from runtime.batch_plan import BatchPlan
 import pytest
 import torch
 from torch.autograd import DeviceType
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import compare_students, decode, recall_teacher, selection_regret, student_init, train_throughput
+from benchmarks import compare_students, decode, recall_teacher, selection_regret, serve, student_init, train_throughput
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
 from hf_trainer import FrozenTeacher
 from wrapper import AttentionAlignmentModel
@@ -458,6 +458,34 @@ def test_decode(tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             decode.main(options)
+
+
+@pytest.mark.parametrize("shape", serve.SHAPES)
+def test_served_models_have_the_same_sizes(shape):
+    """The config files that vLLM gets, built by transformers and by this project's class."""
+    config = serve.student_config(serve.parse_arguments(["--shape", shape, "--kept", "6", "--layers", "12"]))
+    assert config.keep_full_attention_layers == [1, 3, 5, 7, 9, 11]
+    sizes = set()
+    for name in (serve.TEACHER, serve.HYBRID, serve.VLLM_GDN):
+        values = serve.config_values(name, config)
+        theirs = AutoConfig.for_model(**values)
+        assert theirs.architectures == values["architectures"]
+        heads = theirs.num_attention_heads, theirs.num_key_value_heads, theirs.head_dim
+        sizes.add((theirs.vocab_size, theirs.hidden_size, theirs.intermediate_size, theirs.num_hidden_layers, *heads))
+    assert len(sizes) == 1
+
+
+def test_serving_results_are_compared_and_drawn(tmp_path):
+    def row(model, context, speed, seconds):
+        return {"model": model, "context": context, "tokens_per_second": speed, "first_token_seconds": seconds}
+
+    rows = [row(serve.TEACHER, 1024, 100, 2.0), row(serve.TEACHER, 2048, 50, 4.0)]
+    rows += [row(serve.HYBRID, 1024, 150, 1.0), row(serve.HYBRID, 2048, 200, 1.6)]
+    points = serve.compared(rows)
+    assert [(p["context"], p["decoding"], p["first_token"]) for p in points] == [(1024, 1.5, 2.0), (2048, 4.0, 2.5)]
+    (tmp_path / "serve.json").write_text(json.dumps({"compared": points}))
+    serve.main(["--plot", str(tmp_path / "serve.json")])
+    assert (tmp_path / "serve.png").stat().st_size > 10_000
 
 
 def test_random_documents_fill_their_chunks():

@@ -153,6 +153,30 @@ def test_gated_delta_token(name, size, options, dtype, device="cpu"):
     near(state, new_state, 2e-5)
     for ours, theirs in zip(past or (), new_past or ()):
         assert torch.equal(ours.double(), theirs)
+    in_pages(inputs, state, past, cos_sin, dtype)
+
+
+def in_pages(inputs, state, past, cos_sin, dtype):
+    """Another token, whose states lie in rows of larger tensors; the second sequence is a new one, on used pages."""
+    device = state.device
+    rows = torch.tensor([4, 1], device=device)
+    has_state = torch.tensor([True, False], device=device)
+    pools = []
+    for x in (state, *(past or ())):
+        page = torch.randn(6, 3 + x[0].numel(), device=device).to(x.dtype)
+        pool = page[:, 1:-2].view(6, *x.shape[1:])
+        pool[rows] = x
+        pools.append(pool)
+    before = [pool.clone() for pool in pools]
+    blank = [x * has_state.view(-1, *[1] * (x.ndim - 1)) for x in (state, *(past or ()))]
+    past = past and tuple(blank[1:])
+    expected = gated_delta_token(*inputs, blank[0], past, *cos_sin)
+    out = gated_delta_token(*inputs, pools[0], past and tuple(pools[1:]), *cos_sin, (rows, has_state))
+    near(out, expected.double(), LIMITS[dtype])
+    for pool, old, new in zip(pools, before, blank):
+        near(pool[rows], new.double(), 2e-5)
+        others = [0, 2, 3, 5]
+        assert torch.equal(pool[others], old[others])
 
 
 @torch.no_grad()

