@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runtime.checkpoints import CheckpointError, checkpoints, damage
 from runtime.command import run_main
-from runtime.config import Config, ConfigError, load_config
+from runtime.config import PARTS, Config, ConfigError, load_config, trained_parts
 from runtime.data import fix_tokenizer_class
 from runtime.files import atomic_directory, one_line
 from runtime.model_card import write_card
@@ -47,6 +47,19 @@ def student_config(cfg: Config, teacher: StudentConfig) -> StudentConfig:
     return StudentConfig(**values)
 
 
+def frozen_state(cfg: Config) -> dict[str, torch.Tensor]:
+    """The weights that train.train_only and train.freeze leave as they were at the start, for not
+    every checkpoint of DeepSpeed holds them."""
+    from optim import freeze_parts
+
+    start = StudentForCausalLM.from_pretrained(cfg.train.student_init_ckpt, dtype=torch.float32)
+    if cfg.stage == 2:
+        teacher = load_teacher(cfg.teacher_model.name)
+        start = start.restore_full_attention(teacher, cfg.student_model.keep_full_attention_layers)
+    freeze_parts(start, cfg)
+    return {name: p.detach() for name, p in start.named_parameters() if not p.requires_grad}
+
+
 def trained_state(cfg: Config, checkpoint: Path, config: StudentConfig) -> dict[str, torch.Tensor]:
     """All weights of the trained model in fp32, by parameter name, from DeepSpeed's shards (ZeRO 1,
     2 or 3)."""
@@ -57,6 +70,8 @@ def trained_state(cfg: Config, checkpoint: Path, config: StudentConfig) -> dict[
         teacher = load_teacher(cfg.teacher_model.name).state_dict()
         outside_attention = {name: tensor for name, tensor in teacher.items() if ".attn." not in name}
         state = outside_attention | student_attention_state(state)
+    elif len(trained_parts(cfg.train)) < len(PARTS):
+        state |= frozen_state(cfg)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embeddings.weight"]
     return state

@@ -12,7 +12,7 @@ values are float32; losses are in nats.
 
 A batch is token ids [B, T], or a mapping {"input_ids": [B, T]}, perhaps with "document_ids" [B, T]:
 each document is then read as if it stood alone, and the figures are means over the positions whose
-next token is of the same document.
+next token is of the same document; or with "loss_mask" [B, T]: over those whose next token is learned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 
-from distill_model.documents import counted_positions
+from distill_model.documents import learned_tokens, predicting_learned
 from distill_model.losses import CHUNK_SIZE, linear_cross_entropy, token_kl
 
 Batch = torch.Tensor | Mapping[str, torch.Tensor]
@@ -73,9 +73,12 @@ def ids_of(batch: Batch) -> torch.Tensor:
 
 def counted_of(batch: Batch) -> torch.Tensor:
     """The positions of a batch that figures are means over, [B, T] of bool."""
-    if isinstance(batch, Mapping) and "document_ids" in batch:
-        return counted_positions(batch["document_ids"])
-    return torch.ones_like(ids_of(batch), dtype=torch.bool)
+    learned = None
+    if isinstance(batch, Mapping):
+        learned = learned_tokens(batch.get("loss_mask"), batch.get("document_ids"))
+    if learned is None:
+        return torch.ones_like(ids_of(batch), dtype=torch.bool)
+    return predicting_learned(learned)
 
 
 def _read(module, batch: Batch, device: torch.device, field: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -85,10 +88,12 @@ def _read(module, batch: Batch, device: torch.device, field: str) -> tuple[torch
     """
     ids = ids_of(batch).to(device)
     document_ids = batch.get("document_ids") if isinstance(batch, Mapping) else None
+    counted = None
+    if isinstance(batch, Mapping) and batch.keys() & {"document_ids", "loss_mask"}:
+        counted = counted_of(batch).to(device)
     if document_ids is None:
-        return getattr(module(input_ids=ids, use_cache=False), field), None
+        return getattr(module(input_ids=ids, use_cache=False), field), counted
     document_ids = document_ids.to(device)
-    counted = counted_positions(document_ids)
     if "document_ids" in inspect.signature(module.forward).parameters:
         output = module(input_ids=ids, document_ids=document_ids, use_cache=False)
         return getattr(output, field), counted
@@ -133,30 +138,43 @@ def has_linear_head(model, ids: torch.Tensor) -> bool:
     return bool(difference.abs().max() <= tolerance)
 
 
+def position_weights(batch: Batch) -> torch.Tensor:
+    """The weights of positions, [N, T], that the functions below take, of all held-out chunks.
+
+    A chunk's figure is then its sum over the positions that count (`counted_of`), divided by the mean
+    number of them per chunk, so that the mean over the chunks is the mean over all that count.
+    """
+    positions = counted_of(batch).float()
+    return positions / (positions.sum() / len(positions)).clamp(min=1)
+
+
 @torch.no_grad()
-def heldout_cross_entropy(output: ModelOutput, ids: torch.Tensor) -> torch.Tensor:
+def heldout_cross_entropy(output: ModelOutput, ids: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Mean next-token cross-entropy of each chunk, [B], over the T - 1 predicted tokens of ids [B,
-    T], or those at counted positions."""
+    T], or those at counted positions. weights: [B, T], see `position_weights`."""
     ids = ids.to(output.hidden.device)
     losses = []
     for i, (hidden, chunk) in enumerate(zip(output.hidden, ids)):
         hidden, labels = hidden[:-1], chunk[1:]
-        if output.counted is not None:
-            counted = output.counted[i, :-1]
-            hidden, labels = hidden[counted], labels[counted]
+        counted = output.counted if weights is None else weights.to(ids.device) > 0
+        if counted is not None:
+            hidden, labels = hidden[counted[i, :-1]], labels[counted[i, :-1]]
         if not len(labels):
-            losses.append(hidden.new_zeros((), dtype=torch.float32))
+            loss = hidden.new_zeros((), dtype=torch.float32)
         elif output.head is None:
-            losses.append(cross_entropy(hidden.float(), labels))
+            loss = cross_entropy(hidden.float(), labels)
         else:
-            losses.append(linear_cross_entropy(hidden, output.head, labels))
+            loss = linear_cross_entropy(hidden, output.head, labels)
+        if weights is not None:
+            loss = loss * weights[i].sum().to(loss.device)  # all weights that are not 0 are equal
+        losses.append(loss)
     return torch.stack(losses)
 
 
 @torch.no_grad()
-def heldout_kl(student: ModelOutput, teacher: ModelOutput) -> torch.Tensor:
-    """KL(teacher || student) of each chunk, [B], the mean over its counted positions. Raises
-    ValueError if the vocabularies differ."""
+def heldout_kl(student: ModelOutput, teacher: ModelOutput, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """KL(teacher || student) of each chunk, [B], the mean over its counted positions. weights: [B, T],
+    see `position_weights`. Raises ValueError if the vocabularies differ."""
     teacher = teacher.to(student.hidden.device)
     if student.head is None or teacher.head is None:
         rows = zip(student.logits(), teacher.logits())
@@ -164,7 +182,9 @@ def heldout_kl(student: ModelOutput, teacher: ModelOutput) -> torch.Tensor:
         kl = torch.cat(parts)
     else:
         kl = token_kl(student.hidden.flatten(0, 1), teacher.hidden.flatten(0, 1), student.head, teacher.head)
-    return student.means(kl)
+    if weights is None:
+        return student.means(kl)
+    return (kl.view(weights.shape) * weights.to(kl.device)).sum(1)
 
 
 def _row_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,11 @@ import socket
 import statistics
 import time
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from runtime.checkpoints import PARTIAL, UNIVERSAL, save_checkpoint
-from runtime.data import DOCUMENT_IDS, INPUT_IDS, collate
+from runtime.data import DOCUMENT_IDS, DOCUMENT_LENGTHS, INPUT_IDS, LOSS_MASK, collate
 from runtime.files import one_line
 from runtime.guard import NonFiniteError, StopSignals, Watchdog, first_not_finite
 
@@ -28,6 +28,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cuda_graphs import GraphedForward, switch_off_all
 from distill_model import DistillationLoss, StudentForCausalLM
+from distill_model.documents import learned_tokens, predicting_learned
+from distill_model.losses import micro_batch_weights
+
+LOSS_WEIGHT = "loss_weight"  # of a micro-batch, beside its inputs
 
 # What the progress bar shows, and how.
 BAR_FORMATS = {
@@ -265,8 +269,8 @@ class StageTrainer(Trainer):
         self.facts = facts
         self.watchdog = watchdog
         self._micro_batches: list[tuple[dict, torch.Tensor]] = []  # inputs and loss, of this step
-        # Every micro-batch has the same number of tokens and its loss is a mean: the Trainer has to
-        # divide by their number.
+        # The loss of a micro-batch is a mean over its tokens, weighted where a mask makes their
+        # number vary: the Trainer has to divide by the number of micro-batches.
         self.model_accepts_loss_kwargs = False
         self.guard = Guard(self, stop, save_minutes)
         self.remove_callback(ProgressCallback)
@@ -300,6 +304,10 @@ class StageTrainer(Trainer):
         """The loss of a micro-batch, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} must say how its loss is computed")
 
+    def learned(self, inputs: dict) -> torch.Tensor | None:
+        """The tokens [B, T] that the loss of a micro-batch is the mean over; None: all."""
+        return learned_tokens(inputs.get(LOSS_MASK), inputs.get(DOCUMENT_IDS))
+
     def beat(self, doing: str) -> None:
         """Tells the watchdog about progress."""
         if self.watchdog is not None:
@@ -307,10 +315,23 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.beat(f"forward of micro-batch {len(self._micro_batches)}")
+        weight = inputs.pop(LOSS_WEIGHT, None)
         loss = self.forward_loss(model, inputs)
+        if weight is not None:
+            loss = loss * weight
         self._micro_batches.append((inputs, loss.detach()))
         self.beat(f"backward of micro-batch {len(self._micro_batches) - 1}")
         return loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, with their weights if not all tokens are learned: see
+        `micro_batch_weights`."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        masks = [self.learned(batch) for batch in batches]
+        if masks and masks[0] is not None:
+            for batch, weight in zip(batches, micro_batch_weights(masks, device, self.args.world_size)):
+                batch[LOSS_WEIGHT] = weight
+        return batches, items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -371,7 +392,21 @@ class StageTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self.beat("evaluation")
         with torch.no_grad():
-            return self.forward_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            loss = self.forward_loss(model, self._prepare_inputs(inputs)).detach()
+        learned = self.learned(inputs)
+        if learned is not None:  # the Trainer takes the mean over batches of equal size
+            loss = loss * predicting_learned(learned).sum().to(loss.device) / self.learned_per_batch
+        return loss, None, None
+
+    @cached_property
+    def learned_per_batch(self) -> float:
+        """Learned tokens per held-out batch, on average."""
+        columns = self.eval_dataset[:]
+        names = [name for name in (INPUT_IDS, LOSS_MASK, DOCUMENT_LENGTHS) if name in columns]
+        rows = [dict(zip(names, row)) for row in zip(*(columns[name] for name in names))]
+        learned = self.learned(collate(rows))
+        batches = len(rows) / self.args.per_device_eval_batch_size
+        return max(1, predicting_learned(learned).sum().item()) / batches
 
     # -------------------------------------------------------------------- checkpoints
     def save_model(self, output_dir=None, _internal_call=False):
@@ -453,6 +488,9 @@ class DistillTrainer(StageTrainer):
         # (losses, variances) [2, layers], count].
         self._layers = {True: [], False: []}
         self.layer_errors: list[float] = []
+
+    def learned(self, inputs):
+        return None  # attention is aligned at every token
 
     def forward_loss(self, model, inputs):
         outputs = model(**inputs)
@@ -551,17 +589,24 @@ class FrozenTeacher:
         return self.model.lm_head.weight
 
 
-def distillation_loss(model, inputs: dict, teacher: FrozenTeacher, distillation: DistillationLoss) -> torch.Tensor:
-    """Stage 2's loss of a micro-batch, a scalar."""
+def distillation_loss(
+    model, inputs: dict, teacher: FrozenTeacher | None, distillation: DistillationLoss
+) -> torch.Tensor:
+    """Stage 2's loss of a micro-batch, a scalar. teacher: None where `inputs` hold its outputs."""
+    options = {
+        "labels": inputs[INPUT_IDS] if distillation.ce_weight else None,
+        "distillation": distillation,
+        "use_cache": False,
+    }
+    if teacher is None:
+        return model(**inputs, **options)["loss"]
     hidden_states = teacher.hidden_states(inputs[INPUT_IDS], inputs.get(DOCUMENT_IDS))
     with teacher.gathered_head():
         return model(
             **inputs,
-            labels=inputs["input_ids"] if distillation.ce_weight else None,
+            **options,
             teacher_hidden_states=hidden_states,
             teacher_head_weight=teacher.head_weight,
-            distillation=distillation,
-            use_cache=False,
         )["loss"]
 
 
@@ -571,20 +616,13 @@ def next_token_loss(model, inputs: dict) -> torch.Tensor:
 
 
 class KDTrainer(StageTrainer):
-    """Stage 2: forward KL to the teacher's logits, computed inside the student's forward()."""
+    """Stage 2: the divergence from the teacher's distribution, computed inside the student's
+    forward(). teacher: None where the rows of the data hold its outputs."""
 
-    def __init__(
-        self,
-        *args,
-        teacher: FrozenTeacher,
-        kl_temperature: float = 1.0,
-        kl_weight: float = 1.0,
-        ce_weight: float = 0.0,
-        **kwargs,
-    ):
+    def __init__(self, *args, distillation: DistillationLoss, teacher: FrozenTeacher | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.teacher = teacher
-        self.distillation = DistillationLoss(kl_temperature, kl_weight, ce_weight)
+        self.distillation = distillation
 
     def forward_loss(self, model, inputs):
         return distillation_loss(model, inputs, self.teacher, self.distillation)

@@ -92,9 +92,10 @@ def alignment_flops_per_token(model: nn.Module, seq_len: int) -> int:
 
 def training_flops_per_token(model: nn.Module, seq_len: int, teacher: nn.Module | None = None) -> int:
     """FLOPs per token of a training step of stages 2 and 3: the student's forward and backward
-    passes (three times the forward), and the forward pass of the frozen teacher, if there is
-    one."""
-    flops = 3 * _forward_flops(model, seq_len)
+    passes (three times the forward, less the gradients of frozen weights), and the forward pass of
+    the frozen teacher, if there is one."""
+    frozen = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    flops = 3 * _forward_flops(model, seq_len) - 2 * sum(weight.numel() for weight in frozen)
     if teacher is not None:
         flops += _forward_flops(teacher, seq_len)
     return flops

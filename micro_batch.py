@@ -23,10 +23,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from distill_model import DistillationLoss
 from optim import STATE_BYTES
 from preflight import calibration_warning, with_whole_eval_batches
-from stages import GIB, Stage, bytes_of, first_rows, shard_teacher, use_cuda_graphs
+from stages import GIB, Stage, bytes_of, first_rows, shard_teacher, training_rows, use_cuda_graphs
 
 MARGIN = 0.08  # of the GPU's memory, for fragmentation and for buffers of DeepSpeed and NCCL
 GAIN = 0.03  # of the throughput: what a larger size must add to be worth its memory
@@ -170,7 +169,7 @@ def _trials(ctx: RunContext, stage: Stage, memory: GpuMemory, added: int) -> lis
         for size in tqdm(sizes, desc="measuring micro-batches", unit="size", disable=ctx.rank > 0):
             if ctx.watchdog is not None:
                 ctx.watchdog.beat(f"measuring micro-batches of {size}")
-            inputs = first_rows(ctx.chunks.train, size, ctx.device)
+            inputs = first_rows(training_rows(ctx.cfg, ctx.chunks.train), size, ctx.device)
             peak, seconds = memory.measure(lambda inputs=inputs: loss_of(inputs).backward())
             fits = peak + added <= memory.room
             trials.append(Trial(size, peak + added, fits, size * ctx.plan.seq_len / seconds))
@@ -204,10 +203,10 @@ def _loss_function(ctx: RunContext, stage: Stage) -> Callable[[dict], torch.Tens
     model = stage.model.to(ctx.device).train()
     if ctx.cfg.stage == 1:
         return lambda inputs: model(**inputs)["loss"]
-    if stage.teacher is None:
+    if ctx.cfg.stage == 3:
         return partial(next_token_loss, model)
-    teacher = FrozenTeacher(stage.teacher, torch.device(ctx.device))
-    return partial(distillation_loss, model, teacher=teacher, distillation=DistillationLoss(**stage.loss_options))
+    teacher = stage.teacher and FrozenTeacher(stage.teacher, torch.device(ctx.device))
+    return partial(distillation_loss, model, teacher=teacher, **stage.loss_options)
 
 
 def _shards_teacher(ctx: RunContext, stage: Stage) -> bool:

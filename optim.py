@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.batch_plan import BatchPlan
-from runtime.config import Config
+from runtime.config import PARTS, Config, trained_parts
 
 import torch
 from torch import nn
@@ -62,6 +62,42 @@ def _attention_ids(model: nn.Module, scope: str) -> set[int]:
         if is_student_attention(module) or (scope == "all" and isinstance(module, SoftmaxAttention)):
             found.update(id(p) for p in module.parameters())
     return found
+
+
+def parts_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters of a student model by part, of `PARTS`; every one in one part."""
+    parts: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
+    seen = set()
+
+    def add(part: str, module: nn.Module) -> None:
+        for p in module.parameters():
+            if id(p) not in seen:
+                seen.add(id(p))
+                parts[part].append(p)
+
+    for block in model.model.layers:
+        add("linear_attention" if is_student_attention(block.attn) else "kept_attention", block.attn)
+        add("mlp", block.mlp)
+    add("norms", model.model.norm)
+    for block in model.model.layers:
+        add("norms", block)  # what is left of it
+    add("embeddings", model)
+    return parts
+
+
+def freeze_parts(model: nn.Module, cfg: Config) -> dict[str, int]:
+    """Freezes what train.train_only and train.freeze say; returns the number of frozen parameters by
+    part. Raises ValueError if nothing is left to train."""
+    trained = trained_parts(cfg.train)
+    frozen = {}
+    for part, params in parts_of(model).items():
+        for p in params:
+            p.requires_grad_(part in trained)
+        if params and part not in trained:
+            frozen[part] = sum(p.numel() for p in params)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"train.train_only: {trained}: the model has no such parts; train others")
+    return frozen
 
 
 def parameter_groups(model: nn.Module, cfg: Config) -> list[ParameterGroup]:

@@ -6,24 +6,43 @@ It reads configs and data, no weights, and writes nothing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from runtime.batch_plan import BatchPlan
-from runtime.config import Config, ConfigError, check_cuda_graphs, check_kept_layers, keys_of_other_stages
+from runtime.config import (
+    Config,
+    ConfigError,
+    check_cuda_graphs,
+    check_kept_layers,
+    keys_of_other_stages,
+    trained_parts,
+)
 from runtime.context import RunContext
-from runtime.data import Chunks, DataError, load_tokenizer, open_chunks_for, read_metadata
+from runtime.data import (
+    LOSS_MASK,
+    Chunks,
+    DataError,
+    data_fingerprint,
+    encoded_otherwise,
+    load_tokenizer,
+    open_chunks_for,
+    read_metadata,
+)
 from runtime.run_folder import EXPORT, zero_stage_of_run
+from runtime.teacher_outputs import check_outputs
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from convert import load_teacher_config
+from convert.loader import config_fingerprint, weights_fingerprint
 from convert_ckpt import student_config
 from distill_model import StudentConfig, StudentForCausalLM, check_calibration, check_student, same_options
-from optim import STATE_BYTES, parameter_groups
+from optim import STATE_BYTES, freeze_parts, parameter_groups
 from stages import compute_dtype, use_cuda_graphs
 from wrapper import AttentionAlignmentModel
 
@@ -51,6 +70,8 @@ def check_run(cfg: Config, plan: BatchPlan, log: Callable[[str], None]) -> Chunk
     for line in options_without_effect(cfg):
         log(line)
     chunks = open_data(cfg, plan)
+    if cfg.stage == 2 and cfg.teacher_model.outputs:
+        check_outputs(cfg.teacher_model.outputs, outputs_key(cfg, chunks))
     for line in notes_on_data(cfg, plan, chunks):
         log(line)
     if cfg.train.micro_batch_size != "auto" and (warning := calibration_warning(cfg, plan)):
@@ -67,6 +88,7 @@ def check_models(cfg: Config) -> None:
     check_student(cfg.student_model.name, cfg.student_model.options, teacher)
     if cfg.stage > 1:
         _check_initial_student(cfg, teacher)
+        _check_trained_parts(cfg, teacher.num_hidden_layers)
     elif cfg.train.calibrate_init:
         check_calibration(cfg.student_model.name)
 
@@ -97,6 +119,56 @@ def _check_initial_student(cfg: Config, teacher: StudentConfig) -> None:
             f"student_model.keep_full_attention_layers: {sorted(wanted)} must be those of "
             f"{cfg.train.student_init_ckpt}, {sorted(kept)}"
         )
+
+
+def _check_trained_parts(cfg: Config, num_layers: int) -> None:
+    """Raises ConfigError if the parts that are to train are not in the model."""
+    kept = len(cfg.student_model.keep_full_attention_layers)
+    missing = {"linear_attention": kept == num_layers, "kept_attention": kept == 0}
+    parts = trained_parts(cfg.train)
+    if all(missing.get(part) for part in parts):
+        raise ConfigError(
+            f"train.train_only: {', '.join(parts)}: {kept} of {num_layers} layers keep full attention, so this trains "
+            "nothing; train other parts"
+        )
+
+
+def check_other_teacher(cfg: Config, tokenizer, vocab_size: int) -> None:
+    """Raises ValueError unless teacher_model.distill_from has the tokenizer of teacher_model.name
+    and an embedding for each of the student's `vocab_size` ids."""
+    name = cfg.teacher_model.distill_from
+    key = f"teacher_model.distill_from: {name!r}"
+    size = load_teacher_config(name).vocab_size
+    other = load_tokenizer(name, "teacher_model.distill_from")
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    differing = sorted(ours.items() ^ theirs.items(), key=lambda item: item[::-1])
+    text = differing[0][0] if differing else encoded_otherwise(other, copy.deepcopy(tokenizer.backend_tokenizer))
+    if text is not None:
+        raise ConfigError(
+            f"{key} has another tokenizer than {cfg.teacher_model.name!r} (they differ at {text!r}); "
+            "name a teacher with the same one"
+        )
+    if size < vocab_size:
+        raise ConfigError(
+            f"{key} has a vocabulary of {size}, fewer than the student's {vocab_size}; name a teacher with as many"
+        )
+
+
+def outputs_key(cfg: Config, chunks: Chunks) -> dict:
+    """What stored outputs of the teacher must have been made with: the teacher's config and weights
+    (left out where they are not on this machine), tokenizer, data and options."""
+    teacher = cfg.teacher_model.distill_from or cfg.teacher_model.name
+    key = {
+        "teacher_config": config_fingerprint(teacher),
+        "teacher_weights": weights_fingerprint(teacher),
+        "tokenizer_fingerprint": chunks.metadata["tokenizer_fingerprint"],
+        "data": data_fingerprint(chunks.metadata),
+        "context_length": chunks.metadata["context_length"],
+        "document_mask": chunks.has_documents,
+        "top_k": cfg.train.kl_top_k,
+        "temperature": cfg.train.kl_temperature,
+    }
+    return {name: value for name, value in key.items() if value is not None}
 
 
 def _read_student_config(cfg: Config, key: str) -> StudentConfig:
@@ -157,6 +229,8 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     folder = cfg.data.cache_dir
     tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
     vocab_size = load_teacher_config(cfg.teacher_model.name).vocab_size
+    if cfg.stage == 2 and cfg.teacher_model.distill_from:
+        check_other_teacher(cfg, tokenizer, vocab_size)
     chunks = open_chunks_for(
         tokenizer, vocab_size, folder, cfg.train.train_seq_len, document_mask=cfg.data.document_mask
     )
@@ -173,6 +247,9 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
             f"more than the {usable} chunks of {folder}; lower it"
         )
     chunks = replace(chunks, train=chunks.train.select(range(usable)))
+    if cfg.stage == 1 and LOSS_MASK in chunks.train.column_names:  # aligns attention at every token
+        heldout = chunks.heldout and chunks.heldout.remove_columns(LOSS_MASK)
+        chunks = replace(chunks, train=chunks.train.remove_columns(LOSS_MASK), heldout=heldout)
     to_evaluate = with_whole_eval_batches(chunks, cfg, plan)
     return chunks if cfg.train.micro_batch_size == "auto" else to_evaluate
 
@@ -227,9 +304,12 @@ def print_plan(ctx: RunContext) -> None:
     teacher_config = load_teacher_config(cfg.teacher_model.name)
     with torch.device("meta"):
         student = StudentForCausalLM(student_config(cfg, teacher_config))
-        teacher = StudentForCausalLM(teacher_config)
+        distilled = cfg.teacher_model.distill_from if cfg.stage == 2 else None
+        teacher = StudentForCausalLM(load_teacher_config(distilled) if distilled else teacher_config)
     in_student = student.num_parameters()
-    frozen = teacher.num_parameters() if cfg.stage < 3 else 0
+    no_teacher = cfg.stage == 3 or (cfg.stage == 2 and cfg.teacher_model.outputs)
+    frozen = 0 if no_teacher else teacher.num_parameters()
+    frozen_parts = freeze_parts(student, cfg) if cfg.stage > 1 else {}
     model = AttentionAlignmentModel(teacher, student) if cfg.stage == 1 else student
     groups = parameter_groups(model, cfg)
     trained = sum(group.numel for group in groups)
@@ -246,6 +326,8 @@ def print_plan(ctx: RunContext) -> None:
     ctx.log(f"parameters: {in_student:,} in the student, {trained:,} trained")
     for group in groups:
         ctx.log(f"  {group.numel:>14,}  {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
+    for part, size in frozen_parts.items():
+        ctx.log(f"  {size:>14,}  {part}: frozen")
     shares = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
     ctx.log(f"memory per GPU: {sum(memory.values()) / GIB:.2f} GiB + activations ({shares})")
 
@@ -257,9 +339,10 @@ def _memory_per_gpu(ctx: RunContext, model: nn.Module, frozen: int, zero_stage: 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     width = compute_dtype(ctx.cfg, device).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = trained if ctx.cfg.stage == 1 else sum(p.numel() for p in model.parameters())
     shard_teacher = ctx.cfg.stage == 2 and train.kd_teacher_shard == "always"
     memory = {
-        "weights": trained * width / (world_size if zero_stage == 3 else 1),
+        "weights": weights * width / (world_size if zero_stage == 3 else 1),
         "teacher": frozen * width / (world_size if shard_teacher else 1),
         "gradients": trained * width / (world_size if zero_stage > 1 else 1),
         "optimiser": trained * STATE_BYTES[train.optimizer] / world_size,

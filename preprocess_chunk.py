@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 import time
+from itertools import compress
 from pathlib import Path
 
 from runtime.adopt import AGAIN, HELDOUT_SPLITS, Saved, check_rows, check_tokenizer, open_saved, source_key
@@ -27,6 +28,7 @@ from runtime.data import (
     DOCUMENT_LENGTHS,
     INPUT_IDS,
     LARGEST,
+    LOSS_MASK,
     METADATA,
     SPLITS,
     DataError,
@@ -46,17 +48,19 @@ HOLDOUT = 0.01  # default fraction of the chunks of --adopt
 
 
 class ChunkWriter:
-    """The Arrow file of a split's chunks.
+    """The Arrow file of a split's chunks; chunks of which nothing is learned are left out.
 
     count: chunks so far. largest: their largest token id. documents: how many documents, or parts
     of one, are in them; padding: how many tokens are not of any.
     """
 
-    def __init__(self, path: Path, length: int, dtype: str, has_documents: bool):
+    def __init__(self, path: Path, length: int, dtype: str, has_documents: bool, has_mask: bool):
         from datasets import Features, Sequence, Value
         from datasets.arrow_writer import ArrowWriter
 
         columns = {INPUT_IDS: Sequence(Value(dtype), length=length)}
+        if has_mask:
+            columns[LOSS_MASK] = Sequence(Value("bool"), length=length)
         if has_documents:
             columns[DOCUMENT_LENGTHS] = Sequence(Value("int32"))
         self.writer = ArrowWriter(features=Features(columns), path=str(path))
@@ -64,6 +68,9 @@ class ChunkWriter:
         self.count = self.largest = self.documents = self.padding = 0
 
     def write(self, rows: dict[str, list]) -> None:
+        if LOSS_MASK in rows:
+            learned = [mask[1:].any() for mask in rows[LOSS_MASK]]  # a chunk's first token is never predicted
+            rows = {name: list(compress(values, learned)) for name, values in rows.items()}
         if not rows.get(INPUT_IDS):
             return
         rows[INPUT_IDS] = [ids.astype(self.dtype) for ids in rows[INPUT_IDS]]
@@ -82,7 +89,8 @@ def chunk(dataset, packer: CutPacker | FitPacker, dtype: str, path: Path, descri
     import pyarrow.compute
     from tqdm import tqdm
 
-    writer = ChunkWriter(path, packer.length, dtype, has_documents=packer.eos is not None)
+    has_mask = LOSS_MASK in dataset.column_names
+    writer = ChunkWriter(path, packer.length, dtype, has_documents=packer.eos is not None, has_mask=has_mask)
     with tqdm(total=len(dataset), desc=description, unit=" documents", unit_scale=True) as progress:
         for batch in dataset.with_format("arrow").iter(batch_size=256):
             column = batch[INPUT_IDS].combine_chunks()
@@ -90,7 +98,10 @@ def chunk(dataset, packer: CutPacker | FitPacker, dtype: str, path: Path, descri
             if len(ids) and ids.max() > numpy.iinfo(dtype).max:
                 raise DataError(f"--dtype: {dtype} cannot hold the token id {ids.max()}; take int32")
             lengths = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
-            writer.write(packer.add(ids, lengths))
+            learned = None
+            if has_mask:
+                learned = batch[LOSS_MASK].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            writer.write(packer.add(ids, lengths, learned))
             progress.update(len(batch))
     writer.write(packer.finish())
     writer.writer.finalize()
@@ -177,6 +188,8 @@ def write_chunks(output: Path, key: dict, datasets: dict) -> None:
                 written[split] = chunk(datasets[split], packer, key["dtype"], file, f"chunking {split}")
         counts = {split: written[split].count if split in written else 0 for split in SPLITS}
         if not counts["train"]:
+            if key["train"]["tokens"] >= length:
+                raise DataError(f"--context_length: no chunk of {length} tokens holds a token to be learned")
             raise DataError(f"--context_length: {length} is more than the {key['train']['tokens']} training tokens")
         found = {
             "num_chunks": counts["train"],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from runtime.data import beginning
@@ -112,6 +112,12 @@ RECALL_TASKS: dict[str, Callable[..., Document]] = {
     "multi_hop_recall": multi_hop_recall,
     "copying": copying,
 }
+
+
+def documents(generate: Callable[..., Document]) -> Iterator[Document]:
+    """Endless documents of a task with its default options, the same ones at every call."""
+    for number in itertools.count():
+        yield generate(random.Random(number))
 
 
 def answer_tokens(

@@ -14,21 +14,22 @@ from itertools import chain
 from pathlib import Path
 
 from runtime.checkpoints import UNIVERSAL
-from runtime.config import FOR_A_REPLICA, Config
+from runtime.config import FOR_A_REPLICA, PARTS, Config, trained_parts
 from runtime.context import RunContext
-from runtime.data import Chunks, read_batch, split_batch
+from runtime.data import Chunks, model_inputs, read_batch, split_batch
 from runtime.environment import WANDB_PROJECT
 from runtime.run_folder import METRICS
+from runtime.teacher_outputs import RowsWithOutputs
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from convert import load_teacher
-from distill_model import StudentForCausalLM
+from distill_model import DistillationLoss, StudentForCausalLM
 from distill_model.fp8 import FP8_KEY, check_fp8_device, kl_of, quantize_mlps
 from mfu import alignment_flops_per_token, device_peak_flops, training_flops_per_token
-from optim import STATE_BYTES, get_optimizer, get_scheduler, parameter_groups
+from optim import STATE_BYTES, freeze_parts, get_optimizer, get_scheduler, parameter_groups
 from wrapper import AttentionAlignmentModel, calibrate
 
 # hf_trainer and transformers' Trainer are imported where they are used: layer selection needs
@@ -75,8 +76,21 @@ def build_stage(ctx: RunContext) -> Stage:
         return _build_alignment_stage(ctx, dtype)
     teacher = load_teacher(ctx.cfg.teacher_model.name, dtype) if ctx.cfg.stage == 2 else None
     model = build_student_for_stage2_and_3(ctx.cfg, dtype, ctx.log, teacher)
+    if ctx.cfg.stage == 2 and ctx.cfg.teacher_model.outputs:
+        teacher = None
+    elif ctx.cfg.stage == 2 and ctx.cfg.teacher_model.distill_from:
+        teacher = load_kd_teacher(ctx.cfg, dtype, model.config.vocab_size)
     precision = {} if teacher is None else set_teacher_precision(ctx, teacher)
-    return replace(logit_stage(ctx.cfg, model, teacher), teacher_precision=precision)
+    return replace(logit_stage(ctx.cfg, model, teacher, ctx.log), teacher_precision=precision)
+
+
+def load_kd_teacher(cfg: Config, dtype: torch.dtype, vocab_size: int) -> StudentForCausalLM:
+    """The teacher whose logits stage 2 distils, with the student's vocabulary: rows of another
+    teacher's embeddings beyond that are padding, which no token uses."""
+    teacher = load_teacher(cfg.teacher_model.distill_from or cfg.teacher_model.name, dtype)
+    if teacher.config.vocab_size > vocab_size:
+        teacher.resize_token_embeddings(vocab_size, mean_resizing=False)
+    return teacher
 
 
 def _build_alignment_stage(ctx: RunContext, dtype: torch.dtype) -> Stage:
@@ -115,21 +129,24 @@ def alignment_stage(cfg: Config, model: AttentionAlignmentModel, init_report: di
     return Stage(model, DistillTrainer, flops, init_report=init_report)
 
 
-def logit_stage(cfg: Config, model: StudentForCausalLM, teacher: StudentForCausalLM | None) -> Stage:
-    """Stage 2 of the given models, or stage 3, which has no teacher."""
+def logit_stage(cfg: Config, model: StudentForCausalLM, teacher: StudentForCausalLM | None, log: Log = print) -> Stage:
+    """Stage 2 of the given models, without a teacher if its outputs are stored; or stage 3."""
     from hf_trainer import FinetuneTrainer, KDTrainer
 
     train = cfg.train
+    for part, size in freeze_parts(model, cfg).items():
+        log(f"frozen: {size:,} parameters of {part}")
     model.set_activation_checkpointing(train.gradient_checkpointing)
     flops = training_flops_per_token(model, train.train_seq_len, teacher)
-    if teacher is None:
+    if cfg.stage == 3:
         return Stage(model, FinetuneTrainer, flops)
-    loss_options = {
-        "kl_temperature": train.kl_temperature,
-        "kl_weight": train.kl_weight,
-        "ce_weight": train.ce_weight,
-    }
-    return Stage(model, KDTrainer, flops, teacher, loss_options)
+    return Stage(model, KDTrainer, flops, teacher, {"distillation": distillation_loss(cfg)})
+
+
+def distillation_loss(cfg: Config) -> DistillationLoss:
+    """The loss of stage 2."""
+    train = cfg.train
+    return DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight, train.kl, train.kl_top_k)
 
 
 # ------------------------------------------------------------------------ models
@@ -199,7 +216,7 @@ def set_teacher_precision(ctx: RunContext, teacher: StudentForCausalLM) -> dict:
         return {}
     heldout, train = ctx.chunks.heldout, ctx.cfg.train
     split, name = (ctx.chunks.train, "training") if heldout is None else (heldout, "held-out")
-    batch = first_rows(split, max(1, FP8_TOKENS // train.train_seq_len), ctx.device)
+    batch = model_inputs(first_rows(split, max(1, FP8_TOKENS // train.train_seq_len), ctx.device))
     tokens = batch["input_ids"].numel()
     kl = kl_of(quantize_mlps, teacher.to(ctx.device).eval(), split_batch(batch, ctx.plan.micro_batch_size))
     measured = f"KL(exact || fp8) is {kl:.3g} nats per token on {tokens:,} {name} tokens"
@@ -273,9 +290,10 @@ def deepspeed_config(name: str) -> dict:
 def student_engine_config(ctx: RunContext) -> dict:
     """DeepSpeed's config of the model that trains."""
     config = deepspeed_config(f"stage_{ctx.zero_stage}")
-    if ctx.cfg.stage == 1:
+    if ctx.cfg.stage == 1 or len(trained_parts(ctx.cfg.train)) < len(PARTS):
         # Stage 1 calls the modules of a block one by one: ZeRO-3 cannot gather a block when it is
-        # called.
+        # called. And below frozen embeddings the first block's input has no gradient, which would
+        # tell ZeRO-3 that the block's backward pass is over.
         config["zero_optimization"].pop("leaf_module", None)
     if ctx.resume and ctx.resume.parent.name == UNIVERSAL:
         config["checkpoint"] = {"load_universal": True}
@@ -407,6 +425,15 @@ def training_arguments(ctx: RunContext):
     )
 
 
+def training_rows(cfg: Config, rows, split: str = "train"):
+    """The rows of a split of chunks as `collate` takes them, with the teacher's outputs if those are
+    stored."""
+    rows = rows.with_format("numpy")
+    if cfg.stage != 2 or not cfg.teacher_model.outputs:
+        return rows
+    return RowsWithOutputs(rows, Path(cfg.teacher_model.outputs), split)
+
+
 def build_trainer(ctx: RunContext, stage: Stage):
     """The Trainer of a stage. All ranks call it together."""
     from hf_trainer import FrozenTeacher, Throughput, Wandb
@@ -438,8 +465,8 @@ def build_trainer(ctx: RunContext, stage: Stage):
     return stage.trainer_class(
         model=stage.model,
         args=args,
-        train_dataset=chunks.train.with_format("numpy"),
-        eval_dataset=chunks.heldout and chunks.heldout.with_format("numpy"),
+        train_dataset=training_rows(cfg, chunks.train),
+        eval_dataset=chunks.heldout and training_rows(cfg, chunks.heldout, "heldout"),
         make_optimizer=lambda model: get_optimizer(model, cfg),
         make_scheduler=lambda optimizer: get_scheduler(optimizer, cfg, plan),
         callbacks=[Wandb()] if ctx.report_to_wandb else None,

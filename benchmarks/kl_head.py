@@ -6,7 +6,8 @@ head needs.
 Forward and backward pass on random hidden states in bf16, on a GPU. Times are medians within one
 process, also given as ratios to the GEMMs: the student's logits, the teacher's, and the two
 gradients. Memory is the peak above the inputs. The error is that of the gradient of the hidden
-states against float64, on the first rows, relative to its norm.
+states against float64, on the first rows, relative to its norm. The other divergences of train.kl
+follow, and topk on stored outputs, which needs no teacher's logits.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import argparse
 import importlib.util
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 from runtime.command import run_main
 
 import torch
 
-from distill_model import forward_kl
+from distill_model.divergences import TopTokens, top_tokens
+from distill_model.losses import DIVERGENCES, divergence, forward_kl, top_token_kl
 
 REFERENCE_ROWS = 128
+TOP_K = 64
 
 
 def median_ms(function, repeats: int = 7) -> float:
@@ -50,15 +54,20 @@ def peak_gib(function) -> float:
 
 
 def heads() -> dict:
-    """Name -> function of (student_hidden, teacher_hidden, student_weight, teacher_weight) ->
-    loss."""
+    """Name -> (kind of the divergence, function of (student_hidden, teacher_hidden, student_weight,
+    teacher_weight) -> loss)."""
     from fla.modules.fused_kl_div import fused_kl_div_loss
 
-    found = {"ours": forward_kl, "FLA": lambda s, t, w, tw: fused_kl_div_loss(s, t, w, tw)}
+    found = {
+        "ours": ("forward", forward_kl),
+        "FLA": ("forward", lambda s, t, w, tw: fused_kl_div_loss(s, t, w, tw)),
+    }
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-        found["Liger"] = lambda s, t, w, tw: LigerFusedLinearJSD(jsd_beta=0.0)(s, w, t, tw, None)
+        found["Liger"] = ("forward", lambda s, t, w, tw: LigerFusedLinearJSD(jsd_beta=0.0)(s, w, t, tw, None))
+    for kind in DIVERGENCES[1:]:
+        found[kind] = (kind, partial(divergence, kind, top_k=TOP_K))
     return found
 
 
@@ -85,12 +94,34 @@ def random_inputs(tokens: int, hidden: int, vocab: int) -> Inputs:
     return Inputs(student.requires_grad_(), teacher, weight.requires_grad_(), teacher_weight)
 
 
-def reference_gradient(inputs: Inputs, rows: int) -> torch.Tensor:
-    """Of the mean KL over all tokens with respect to the first `rows` hidden states, in float64."""
-    weight = inputs.weight.detach().double()
-    logits = inputs.student.detach()[:rows].double() @ weight.mT
-    teacher_logits = inputs.teacher[:rows].double() @ inputs.teacher_weight.double().mT
-    return (logits.softmax(-1) - teacher_logits.softmax(-1)) @ weight / len(inputs.student)
+def reference_gradient(inputs: Inputs, rows: int, kind: str) -> torch.Tensor:
+    """Of the mean divergence over all tokens with respect to the first `rows` hidden states, in
+    float64, by autograd."""
+    hidden = inputs.student.detach()[:rows].double().requires_grad_()
+    s = (hidden @ inputs.weight.detach().double().mT).log_softmax(-1)
+    t = (inputs.teacher[:rows].double() @ inputs.teacher_weight.double().mT).log_softmax(-1)
+    if kind == "topk":
+        ids = t.topk(TOP_K, -1).indices
+        s, t = ([x.gather(-1, ids), x.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)] for x in (s, t))
+        s, t = torch.cat(s, -1), torch.cat(t, -1)
+    if kind == "reverse":
+        s, t = t, s
+    if kind == "jsd":
+        m = (s.exp() / 2 + t.exp() / 2).log()
+        total = ((t.exp() * (t - m)).sum() + (s.exp() * (s - m)).sum()) / 2
+    else:
+        total = (t.exp() * (t - s)).sum()
+    return torch.autograd.grad(total / len(inputs.student), hidden)[0]
+
+
+def stored_head(inputs: Inputs):
+    """The head on stored outputs, with the arguments of the others."""
+    parts = []
+    for rows in inputs.teacher.split(4096):
+        parts.append(top_tokens(rows @ inputs.teacher_weight.mT, TOP_K))
+    values, ids, log_rest = (torch.cat(part) for part in zip(*parts))
+    stored = TopTokens(values.half(), ids.int(), log_rest.half())
+    return lambda s, t, w, tw: top_token_kl(s, w, stored)
 
 
 def gemms_ms(inputs: Inputs) -> float:
@@ -128,8 +159,9 @@ def main() -> None:
     print(f"the four GEMMs: {floor:.1f} ms, {flops / floor / 1e9:.0f} TFLOP/s\n")
     print("| head | ms | over the GEMMs | peak memory GiB | loss | gradient error |")
     print("|:--|--:|--:|--:|--:|--:|")
-    reference = reference_gradient(inputs, REFERENCE_ROWS)
-    for name, head in heads().items():
+    found = heads() | {"topk, stored": ("topk", stored_head(inputs))}
+    for name, (kind, head) in found.items():
+        reference = reference_gradient(inputs, REFERENCE_ROWS, kind)
 
         def step(head=head):
             inputs.student.grad = inputs.weight.grad = None

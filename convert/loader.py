@@ -6,6 +6,7 @@ against the config before the first tensor is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -40,6 +41,9 @@ EMBEDDINGS = "model.embeddings.weight"
 HEAD = "lm_head.weight"
 # safetensors' names of the dtypes that a weight may have.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of a weight file's fingerprint.
+SAMPLES = 64
+SAMPLE_BYTES = 4096
 COMPARED_ROWS = 8192  # of embeddings and head, in memory at a time
 # Files of a model folder beside config and weights: tokenizer, chat template, generation config,
 # card and licence.
@@ -308,6 +312,31 @@ def copy_sidecars(name_or_path: str, folder: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file() and file.suffix != ".py":
                 shutil.copy(file, folder)
+
+
+def config_fingerprint(name_or_path: str) -> str:
+    """A hash of what load_teacher_config reads."""
+    values = load_teacher_config(name_or_path).to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "architectures"):
+        values.pop(volatile, None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(name_or_path: str) -> str | None:
+    """A hash of samples of a model's weight files, spread evenly over them, and of their sizes; None
+    if they are not on this machine."""
+    folder = local_folder(name_or_path)
+    if folder is None or not all(file.is_file() for file in weight_files(folder)):
+        return None
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for i in range(SAMPLES):
+                stream.seek(i * size // SAMPLES)
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 class ModelFolder:

@@ -49,17 +49,22 @@ class Documents:
         return cls(bounds.int(), lengths.tolist(), positions[None], real)
 
 
-def counted_positions(document_ids: torch.Tensor) -> torch.Tensor:
-    """The mask [B, T] of the positions whose next token is of the same document of document_ids
-    [B, T]: those that a loss of predictions counts."""
-    counted = torch.zeros_like(document_ids, dtype=torch.bool)
-    counted[:, :-1] = (document_ids[:, :-1] == document_ids[:, 1:]) & (document_ids[:, 1:] != PADDING)
-    return counted
+def learned_tokens(loss_mask: torch.Tensor | None, document_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """The tokens that a loss of predictions is the mean over, [B, T] bool, or None for all: those of
+    loss_mask [B, T]; of document_ids [B, T] neither a document's first token nor padding."""
+    if document_ids is None:
+        return loss_mask
+    continues = torch.zeros_like(document_ids, dtype=torch.bool)
+    continues[:, 1:] = (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] != PADDING)
+    return continues if loss_mask is None else continues & loss_mask
 
 
-def counted_rows(document_ids: torch.Tensor) -> torch.Tensor:
-    """The indices of `counted_positions` among the B T tokens. On a GPU a host-device sync."""
-    return counted_positions(document_ids).flatten().nonzero().flatten()
+def predicting_learned(loss_mask: torch.Tensor) -> torch.Tensor:
+    """The positions [B, T] whose next token is learned, of loss_mask [B, T] bool: True for the tokens
+    that are. Never a sequence's last position, whose next token is not in it."""
+    positions = torch.zeros_like(loss_mask)
+    positions[:, :-1] = loss_mask[:, 1:]
+    return positions
 
 
 def real_rows(x: torch.Tensor, documents: Documents | None) -> torch.Tensor:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .documents import counted_rows
+from .divergences import TopTokens, divergence_rows, fused_divergence, top_token_rows, top_tokens
+from .documents import predicting_learned
 from .fused_ops import device_guard, mean_squared_error, scaled, use_triton
 
+DIVERGENCES = ("forward", "reverse", "jsd", "topk")
 # Rows of logits in memory at a time: on a GPU enough for GEMMs at full speed.
 CHUNK_SIZE = 1024
 CHUNK_SIZE_GPU = 4096
@@ -221,6 +224,14 @@ def _fused_kl(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -
     return loss
 
 
+def mean_scale(hidden: torch.Tensor, learned: torch.Tensor | None, factor: float) -> torch.Tensor:
+    """factor / the number of rows of hidden [N, H] that are `learned` (at least 1; None: all), a
+    scalar in fp32."""
+    if learned is None:
+        return hidden.new_full((), factor / len(hidden), dtype=torch.float32)
+    return factor / learned.sum().clamp(min=1).float()
+
+
 def forward_kl(
     student_hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
@@ -265,49 +276,154 @@ def forward_kl(
     return linear_loss(student_hidden, student_weight, rows, fused_rows, scale, chunk_size)
 
 
-def next_token_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, document_ids: torch.Tensor | None = None
+def _row_loss(student_hidden, student_weight, pair, temperature, chunk_size, learned):
+    """temperature^2 * mean over rows of a divergence, a scalar in fp32. pair(start, stop, logits,
+    fused) returns a chunk's divergences and its gradient, for which it may overwrite `logits`.
+    learned: as in `divergence`."""
+
+    def rows(start, stop, logits, fused=False):
+        divergences, gradient = pair(start, stop, logits, fused)
+        if learned is not None:
+            divergences = divergences * learned[start:stop]
+            gradient = gradient.mul_(learned[start:stop, None])
+        return divergences.sum() * temperature, gradient
+
+    scale = mean_scale(student_hidden, learned, temperature)
+    return linear_loss(student_hidden, student_weight, rows, partial(rows, fused=True), scale, chunk_size)
+
+
+def divergence(
+    kind: str,
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    learned: torch.Tensor | None = None,
+    top_k: int = 64,
 ) -> torch.Tensor:
+    """temperature^2 * mean over rows of a divergence of teacher and student, a scalar in fp32; the
+    tensors are those of `forward_kl`.
+
+    kind: forward, KL(teacher || student); reverse, KL(student || teacher) (Gu et al., arXiv
+    2306.08543); jsd, the Jensen-Shannon divergence; topk, the forward KL over the teacher's top_k
+    tokens and, as one event, all others. learned: bool [N], the rows to take the mean of (0 if there
+    are none); None: all. Raises ValueError for another kind, and if the vocabularies
+    differ.
+    """
+    if kind == "forward":
+        args = (student_hidden, teacher_hidden, student_weight, teacher_weight)
+        weights = None if learned is None else learned * mean_scale(student_hidden, learned, 1.0)
+        return forward_kl(*args, temperature, chunk_size, weights)
+    if kind not in DIVERGENCES:
+        raise ValueError(f"train.kl: {kind!r} is unknown; choose {', '.join(DIVERGENCES)}")
+    check_vocabularies(student_weight, teacher_weight)
+    teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
+
+    def pair(start, stop, logits, fused):
+        teacher = teacher_hidden[start:stop] @ teacher_weight.mT
+        if kind == "topk":
+            return top_token_rows(logits, top_tokens(teacher, top_k, temperature), temperature, fused)
+        if fused:
+            return fused_divergence(kind, logits, teacher, temperature), logits
+        return divergence_rows(kind, logits, teacher, temperature)
+
+    return _row_loss(student_hidden, student_weight, pair, temperature, chunk_size, learned)
+
+
+def top_token_kl(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher: TopTokens,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    learned: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `divergence` of the kind topk, for a teacher's stored top tokens, [N, k] and [N], in fp16:
+    their masses are made to sum to 1 again."""
+    values, log_rest = teacher.values.float(), teacher.log_rest.float()
+    total = torch.logaddexp(values.logsumexp(-1), log_rest)
+    normalised = TopTokens(values - total[:, None], teacher.ids, log_rest - total)
+
+    def pair(start, stop, logits, fused):
+        rows = TopTokens(*(part[start:stop] for part in normalised))
+        return top_token_rows(logits, rows, temperature, fused)
+
+    return _row_loss(student_hidden, student_weight, pair, temperature, chunk_size, learned)
+
+
+def next_token_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the next tokens, a scalar in fp32. hidden [B, T, H]; weight [V, H];
-    labels [B, T], aligned with hidden, -100 ignored; document_ids [B, T]: only of next tokens of
-    the same document."""
-    if document_ids is not None:
-        counted = counted_rows(document_ids)
-        rows = hidden.flatten(0, 1).index_select(0, counted)
-        return linear_cross_entropy(rows, weight, labels.flatten()[counted + 1])
+    labels [B, T], aligned with hidden, -100 ignored."""
     return linear_cross_entropy(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
+
+
+def micro_batch_weights(
+    masks: list[torch.Tensor | None], device: torch.device, world_size: int = 1
+) -> list[torch.Tensor | float]:
+    """What the loss of each micro-batch of a step is multiplied by before their mean is taken, over
+    all ranks, so that it is the mean over all learned tokens of the step: a micro-batch's number of
+    them, relative to the mean number.
+
+    masks: bool [B, T] of this rank's micro-batches, True for tokens that are learned; None without a
+    mask, for which the weights are 1. All ranks call it together.
+    """
+    if masks[0] is None:
+        return [1.0] * len(masks)
+    counts = torch.stack([predicting_learned(mask).sum() for mask in masks]).to(device)
+    total = counts.sum()
+    if world_size > 1:
+        torch.distributed.all_reduce(total)
+    return list(counts * (len(masks) * world_size) / total.clamp(min=1))
 
 
 @dataclass(frozen=True)
 class DistillationLoss:
     """kl_weight * tau^2 KL(teacher || student), tau = kl_temperature (Hinton et al., arXiv
     1503.02531), the mean over all positions; plus, where ce_weight is not 0, ce_weight *
-    cross-entropy of the next tokens."""
+    cross-entropy of the next tokens. With a mask both are means over `predicting_learned`. kl,
+    kl_top_k: another `divergence` instead of the KL."""
 
     kl_temperature: float = 1.0
     kl_weight: float = 1.0
     ce_weight: float = 0.0
+    kl: str = "forward"
+    kl_top_k: int = 64
 
     def __call__(
         self,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        teacher_hidden: torch.Tensor,
-        teacher_weight: torch.Tensor,
+        teacher_hidden: torch.Tensor | None = None,
+        teacher_weight: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        teacher_tokens: TopTokens | None = None,
     ) -> torch.Tensor:
         """A scalar in fp32. hidden [B, T, H_s] and teacher_hidden [B, T, H_t] after the final norm;
-        weight [V, H_s] and teacher_weight [V, H_t] of the heads; labels [B, T], for ce_weight;
-        document_ids [B, T]: only positions whose next token is of the same document count."""
+        weight [V, H_s] and teacher_weight [V, H_t] of the heads; labels [B, T], for ce_weight, -100
+        ignored; loss_mask [B, T] bool, the tokens that are learned, None: all. teacher_tokens [B, T, k]:
+        stored, instead of teacher_hidden and teacher_weight."""
         student_rows = hidden.flatten(0, 1)
-        teacher_rows = teacher_hidden.flatten(0, 1)
-        if document_ids is not None:
-            counted = counted_rows(document_ids)
-            student_rows, teacher_rows = (x.index_select(0, counted) for x in (student_rows, teacher_rows))
-        loss = self.kl_weight * forward_kl(student_rows, teacher_rows, weight, teacher_weight, self.kl_temperature)
+        learned = None if loss_mask is None else predicting_learned(loss_mask).flatten()
+        if teacher_tokens is not None:
+            tokens = TopTokens(*(part.flatten(0, 1) for part in teacher_tokens))
+            kl = top_token_kl(student_rows, weight, tokens, self.kl_temperature, learned=learned)
+        else:
+            kl = divergence(
+                self.kl,
+                student_rows,
+                teacher_hidden.flatten(0, 1),
+                weight,
+                teacher_weight,
+                self.kl_temperature,
+                learned=learned,
+                top_k=self.kl_top_k,
+            )
+        loss = self.kl_weight * kl
         if self.ce_weight:
-            loss = loss + self.ce_weight * next_token_loss(hidden, weight, labels, document_ids)
+            loss = loss + self.ce_weight * next_token_loss(hidden, weight, labels)
         return loss
 
 

@@ -35,7 +35,8 @@ from .cache import HybridCache, StaticCache
 from .config_distilled_student import StudentConfig
 from .decode_loop import can_sample, sample
 from .decode_step import GraphedDecoder, is_decoding_step
-from .documents import Documents, run_attention
+from .divergences import TopTokens
+from .documents import Documents, learned_tokens, run_attention
 from .fused_ops import project_swiglu, rms_norm, swiglu
 from .losses import DistillationLoss, forward_kl, next_token_loss
 from .student_base import InitReport, copy_rows, restore_rows
@@ -312,13 +313,16 @@ def requested_loss(
     teacher_hidden_states: torch.Tensor | None,
     teacher_head_weight: torch.Tensor | None,
     distillation: DistillationLoss | None,
-    document_ids: torch.Tensor | None = None,
+    loss_mask: torch.Tensor | None = None,
+    teacher_tokens: TopTokens | None = None,
 ) -> Callable | None:
     """The loss as a function of (hidden, weight) that these inputs of a forward pass ask for, or
     None. Raises ValueError if it lacks some of its inputs."""
     if (teacher_hidden_states is None) != (teacher_head_weight is None):
         raise ValueError("teacher_hidden_states and teacher_head_weight go together")
-    if teacher_hidden_states is not None:
+    if loss_mask is not None and labels is not None:
+        labels = labels.masked_fill(~loss_mask, -100)
+    if teacher_hidden_states is not None or teacher_tokens is not None:
         distillation = distillation or DistillationLoss()
         if distillation.ce_weight and labels is None:
             raise ValueError(f"ce_weight: {distillation.ce_weight} needs labels")
@@ -327,9 +331,10 @@ def requested_loss(
             teacher_hidden=teacher_hidden_states,
             teacher_weight=teacher_head_weight,
             labels=labels,
-            document_ids=document_ids,
+            loss_mask=loss_mask,
+            teacher_tokens=teacher_tokens,
         )
-    return None if labels is None else partial(next_token_loss, labels=labels, document_ids=document_ids)
+    return None if labels is None else partial(next_token_loss, labels=labels)
 
 
 class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
@@ -456,6 +461,10 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         teacher_hidden_states: torch.Tensor | None = None,
         teacher_head_weight: torch.Tensor | None = None,
         distillation: DistillationLoss | None = None,
+        loss_mask: torch.Tensor | None = None,
+        teacher_values: torch.Tensor | None = None,
+        teacher_ids: torch.Tensor | None = None,
+        teacher_log_rest: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         document_ids: torch.Tensor | None = None,
@@ -466,12 +475,18 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         labels [B, T] alone, aligned with input_ids, -100 ignored: the mean cross-entropy of the
         next tokens. teacher_hidden_states [B, T, teacher's hidden_size], after its final norm, with
         teacher_head_weight [vocab_size, teacher's hidden_size]: the loss `distillation`, by default
-        KL(teacher || student). document_ids [B, T]: each document is read as if it stood alone, and
-        the losses skip the prediction of a document's first token, see documents.py. Raises
-        ValueError if a requested loss lacks its inputs, and for document_ids beside a cache, a mask
-        or position_ids.
+        KL(teacher || student). loss_mask [B, T] bool: the tokens that a loss is the mean over; None:
+        all. teacher_values, teacher_ids [B, T, k] and teacher_log_rest [B, T]: the teacher's stored
+        `TopTokens`, in place of its hidden states and head. document_ids [B, T]: each document is read
+        as if it stood alone, and the losses skip the prediction of a document's first token, see
+        documents.py. Raises ValueError if a requested loss lacks its inputs, and for document_ids
+        beside a cache, a mask or position_ids.
         """
-        loss_function = requested_loss(labels, teacher_hidden_states, teacher_head_weight, distillation, document_ids)
+        tokens = None if teacher_values is None else TopTokens(teacher_values, teacher_ids, teacher_log_rest)
+        learned = learned_tokens(loss_mask, document_ids)
+        loss_function = requested_loss(
+            labels, teacher_hidden_states, teacher_head_weight, distillation, learned, tokens
+        )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         is_step = use_cache is not False and is_decoding_step(past_key_values, input_ids)

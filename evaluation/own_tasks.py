@@ -8,7 +8,7 @@ import random
 import statistics
 from dataclasses import dataclass
 
-from runtime.data import encode_beginnings, load_tokenizer, open_chunks_for, read_batch
+from runtime.data import LOSS_MASK, encode_beginnings, load_tokenizer, open_chunks_for, read_batch
 
 import torch
 from tqdm import tqdm
@@ -121,9 +121,12 @@ def heldout_chunks(options: Options, lm) -> HeldoutChunks:
     return HeldoutChunks(read_batch(chunks.heldout, range(count)))
 
 
-def heldout_values(unit: Unit, options: Options, lm, chunks: HeldoutChunks, teacher) -> list[float]:
+def heldout_values(
+    unit: Unit, options: Options, lm, chunks: HeldoutChunks, weights: torch.Tensor | None, teacher
+) -> list[float]:
     """Of each of the chunks the mean over its positions, in nats: cross-entropy of the next token,
-    or KL(teacher || model). Raises ValueError if the vocabularies differ."""
+    or KL(teacher || model). weights: [N, T], see `position_weights`. Raises ValueError if the
+    vocabularies differ."""
     from heldout import has_linear_head, heldout_cross_entropy, heldout_kl, read_chunks, read_logits
 
     def reader(model):
@@ -137,14 +140,15 @@ def heldout_values(unit: Unit, options: Options, lm, chunks: HeldoutChunks, teac
     values = []
     for batch in batches(unit, lm, chunks, ids.shape[1]):
         output = read_model(lm.model, batch.tensors)
+        weight = None if weights is None else weights[len(values) : len(values) + len(batch)]
         if unit.task == PERPLEXITY:
-            values += heldout_cross_entropy(output, batch.tensors["input_ids"]).tolist()
+            values += heldout_cross_entropy(output, batch.tensors["input_ids"], weight).tolist()
             continue
         expected = read_teacher(teacher, batch.tensors)
         if output.vocab_size != expected.vocab_size:
             sizes = f"a vocabulary of {output.vocab_size} entries, the teacher {options.teacher} one of"
             raise ValueError(f"CHECKPOINT: it has {sizes} {expected.vocab_size}")
-        values += heldout_kl(output, expected).tolist()
+        values += heldout_kl(output, expected, weight).tolist()
     if not all(math.isfinite(value) for value in values):
         raise ValueError("the logits are not finite")
     return values
@@ -165,10 +169,15 @@ def measure_own(unit: Unit, options: Options, documents, lm, teacher) -> dict | 
     accuracy (`document_accuracies`), KL, or cross-entropy, whose mean's exp is the perplexity.
     None on ranks other than 0.
     """
-    shard = documents[: options.limit][lm.rank :: lm.world_size]
+    mine = slice(lm.rank, None, lm.world_size)
     if unit.task in HELDOUT:
-        values = heldout_values(unit, options, lm, shard, teacher)
+        from heldout import position_weights
+
+        chunks = documents[: options.limit]
+        weights = position_weights(chunks.tensors)[mine] if LOSS_MASK in chunks.tensors else None
+        values = heldout_values(unit, options, lm, chunks[mine], weights, teacher)
     else:
+        shard = documents[: options.limit][mine]
         values = []
         for batch in batches(unit, lm, shard, unit.seq_len):
             values += document_accuracies(lm.model, lm.tokenizer, batch)

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from runtime.data import load_tokenizer, split_batch
+from runtime.data import load_tokenizer, model_inputs, split_batch
 
 import torch
 
@@ -72,7 +72,7 @@ def alignment_error(bench: Bench) -> Ranking:
         for batch in bench.batches:
             for sequence in split_batch(batch, 1):
                 inputs = {name: tensor.to(bench.device) for name, tensor in sequence.items()}
-                errors.append(model(**inputs)["layer_losses"].tolist())
+                errors.append(model(**model_inputs(inputs))["layer_losses"].tolist())
     by_layer = {layer: [of_sequence[layer] for of_sequence in errors] for layer in bench.layers}
     return rank_samples("mse", "alignment error", by_layer)
 

@@ -3,21 +3,23 @@ sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TypeVar
 
 from runtime.config import Config, ConfigError, check_cuda_graphs
-from runtime.data import load_tokenizer, open_chunks_for, read_batch, split_batch
+from runtime.data import LOSS_MASK, load_tokenizer, open_chunks_for, read_batch, split_batch
+from runtime.teacher_outputs import check_outputs
 
 import torch
 from tqdm import tqdm
 
 from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM
-from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, ids_of, read_chunks
+from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, ids_of, position_weights, read_chunks
 from layer_selection.objective import Objective, RecallOptions
 from layer_selection.stage2_runs import check_start
+from preflight import outputs_key
 from stages import compute_dtype
 
 Figure = TypeVar("Figure")
@@ -32,11 +34,26 @@ def heldout_batches(chunks, sequences: int, batch_size: int, missing: str) -> li
     return split_batch(read_batch(chunks.heldout, rows), batch_size)
 
 
-def sequence_kls(model: StudentForCausalLM, batches, teacher_outputs: list[ModelOutput]) -> list[float]:
-    """KL(teacher || model) of each sequence of the batches, the mean over its tokens."""
+def heldout_weights(chunks, sequences: int, batch_size: int) -> Sequence[torch.Tensor | None]:
+    """The weights of positions of `heldout_batches`, see `position_weights`; None for each batch of
+    data without a mask."""
+    rows = range(min(sequences, len(chunks.heldout)))
+    if LOSS_MASK not in chunks.heldout.column_names:
+        return [None] * -(-len(rows) // batch_size)
+    return position_weights(read_batch(chunks.heldout, rows)).split(batch_size)
+
+
+def sequence_kls(
+    model: StudentForCausalLM,
+    batches,
+    teacher_outputs: list[ModelOutput],
+    weights: Sequence[torch.Tensor | None],
+) -> list[float]:
+    """KL(teacher || model) of each sequence of the batches, the mean over its tokens. weights: of
+    positions, by batch."""
     kls = []
-    for batch, teacher in zip(batches, teacher_outputs):
-        kls += heldout_kl(read_chunks(model, batch), teacher).tolist()
+    for batch, teacher, weight in zip(batches, teacher_outputs, weights, strict=True):
+        kls += heldout_kl(read_chunks(model, batch), teacher, weight).tolist()
     return kls
 
 
@@ -77,6 +94,8 @@ class Bench:
         recall: RecallOptions | None = None,
     ):
         self.cfg = cfg
+        if cfg.teacher_model.distill_from:
+            print("teacher_model.distill_from: layers are selected by their KL to teacher_model.name, not to it")
         self.objective_name = objective
         self.recall = recall or RecallOptions()
         teacher = load_teacher_config(cfg.teacher_model.name)
@@ -90,6 +109,14 @@ class Bench:
             self.tokenizer, teacher.vocab_size, data.cache_dir, length, document_mask=data.document_mask
         )
         self.batches = heldout_batches(chunks, sequences, batch_size, f"data.cache_dir: {data.cache_dir}")
+        if cfg.teacher_model.outputs:
+            if cfg.teacher_model.distill_from:
+                raise ConfigError(
+                    "teacher_model.outputs: of teacher_model.distill_from, but layers are selected by their KL to "
+                    "teacher_model.name; remove both for the selection"
+                )
+            check_outputs(cfg.teacher_model.outputs, outputs_key(cfg, chunks))
+        self.weights = heldout_weights(chunks, sequences, batch_size)
         self.train = chunks.train
         self.has_documents = chunks.has_documents
         check_cuda_graphs(cfg, self.has_documents)
@@ -144,10 +171,10 @@ class Bench:
     def cross_entropies(self, model: StudentForCausalLM) -> list[float]:
         """Mean next-token cross-entropy of each sequence, in nats."""
         losses = []
-        for batch in self.batches:
-            losses += heldout_cross_entropy(read_chunks(model, batch), ids_of(batch)).tolist()
+        for batch, weight in zip(self.batches, self.weights):
+            losses += heldout_cross_entropy(read_chunks(model, batch), ids_of(batch), weight).tolist()
         return losses
 
     def kls(self, model: StudentForCausalLM) -> list[float]:
         """KL(teacher || model) of each sequence, the mean over its tokens, in nats."""
-        return sequence_kls(model, self.batches, self.teacher_outputs)
+        return sequence_kls(model, self.batches, self.teacher_outputs, self.weights)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from runtime.batch_plan import BatchPlan, batch_plan
 from runtime.config import Config, ConfigError, dump_config, load_config
-from runtime.data import INPUT_IDS, read_batch, split_batch
+from runtime.data import DOCUMENT_IDS, INPUT_IDS, LOSS_MASK, model_inputs, read_batch, split_batch
 from runtime.files import atomic_directory, atomic_write_text, locked
 from runtime.guard import REQUEUE, StopSignals
 from runtime.run_folder import difference
@@ -32,13 +32,15 @@ from torch import nn
 from tqdm import tqdm
 
 from cuda_graphs import GraphedForward
-from distill_model import DistillationLoss, StudentForCausalLM
+from distill_model import StudentForCausalLM
+from distill_model.documents import learned_tokens
+from distill_model.losses import micro_batch_weights
 from layer_selection.bench import Bench
 from layer_selection.ranking import Layer, Ranking, rank_samples
 from layer_selection.stage2_runs import train_hybrid
 from layer_selection.stopping_rule import StoppingRule
-from optim import get_scheduler, parameter_groups
-from stages import use_cuda_graphs
+from optim import freeze_parts, get_scheduler, parameter_groups
+from stages import distillation_loss, training_rows, use_cuda_graphs
 
 FOLDER = "side_by_side"  # in --output_dir; its name is part of the stored format
 HISTORY = "rounds.json"
@@ -49,9 +51,11 @@ TEACHER_CACHE_BYTES = 2 << 30  # of the teacher's hidden states that are held at
 # no copy, as many.
 BYTES_PER_PARAMETER = 16
 CPU = torch.device("cpu")
+HIDDEN = "teacher_hidden_states"
 
-# The chunks, and the teacher's hidden states [B, T, H], of each micro-batch.
-MicroBatches = list[tuple[dict[str, torch.Tensor], torch.Tensor]]
+# The inputs of each micro-batch by name: the chunks, see `runtime.data.collate`, and the teacher's
+# hidden states [B, T, H] or its stored outputs.
+MicroBatches = list[dict[str, torch.Tensor]]
 # Layer -> its candidate's objective, by default KL(teacher || candidate), on each held-out sequence.
 SequenceKLs = dict[int, list[float]]
 
@@ -166,9 +170,10 @@ class Candidate:
         self.name = name
         self.cfg = cfg
         self.hybrid = hybrid.train()
-        self.forward = GraphedForward(hybrid) if cuda_graphs else hybrid
         self.losses: dict[int, torch.Tensor] = {}  # step -> loss, since they were last checked
         hybrid.set_activation_checkpointing(cfg.train.gradient_checkpointing)
+        freeze_parts(hybrid, cfg)
+        self.forward = GraphedForward(hybrid) if cuda_graphs else hybrid
         groups = [
             {"params": group.params, "lr": group.lr, "weight_decay": group.weight_decay}
             for group in parameter_groups(hybrid, cfg)
@@ -189,19 +194,21 @@ class Candidate:
         """One optimiser step. head_weight: the teacher's, [V, H]. Whether the loss was finite is
         left to `check_losses`: to check it here would be a host-device sync in every step."""
         train = self.cfg.train
-        weights = DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight)
+        weights = distillation_loss(self.cfg)
         device = self.hybrid.device
         losses = []
-        for batch, hidden in micro_batches:
-            batch = on_device(batch, device)
+        masks = [learned_tokens(inputs.get(LOSS_MASK), inputs.get(DOCUMENT_IDS)) for inputs in micro_batches]
+        for inputs, weight in zip(micro_batches, micro_batch_weights(masks, device)):
+            inputs = on_device(inputs, device)
+            if HIDDEN in inputs:
+                inputs["teacher_head_weight"] = head_weight
             loss = self.forward(
-                **batch,
-                labels=batch[INPUT_IDS] if train.ce_weight else None,
-                teacher_hidden_states=hidden.to(device),
-                teacher_head_weight=head_weight,
+                **inputs,
+                labels=inputs[INPUT_IDS] if train.ce_weight else None,
                 use_cache=False,
                 distillation=weights,
             )["loss"]
+            loss = loss * weight
             (loss / len(micro_batches)).backward()
             losses.append(loss.detach())
         self.losses[step] = torch.stack(losses).mean()
@@ -267,6 +274,7 @@ class JointTraining:
         self.received: str | None = None  # the signal that told the training to stop
         self.candidates: dict[int, Candidate] = {}
         self.order = self.draw_order(len(bench.train))
+        self.rows = training_rows(bench.cfg, bench.train)
 
     def draw_order(self, rows: int) -> torch.Tensor:
         """The row of the training data that each sequence is, epoch after epoch."""
@@ -304,13 +312,15 @@ class JointTraining:
         size = self.plan.batch_size
         for step in range(first, last):
             rows = self.order[step * size : (step + 1) * size].tolist()
-            batch = on_device(read_batch(self.bench.train, rows), self.bench.device)
+            batch = on_device(read_batch(self.rows, rows), self.bench.device)
             parts = split_batch(batch, self.plan.micro_batch_size)
-            yield step + 1, [(part, self.teacher_hidden_states(part)) for part in parts]
+            if not self.cfg.teacher_model.outputs:
+                parts = [part | {HIDDEN: self.teacher_hidden_states(part)} for part in parts]
+            yield step + 1, parts
 
     @torch.no_grad()
     def teacher_hidden_states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.teacher_forward(**batch, use_cache=False)["last_hidden_state"]
+        return self.teacher_forward(**model_inputs(batch), use_cache=False)["last_hidden_state"]
 
     # ---- candidates
     def make_hybrid(self, layer: int) -> StudentForCausalLM:
@@ -398,7 +408,7 @@ class JointTraining:
         for start in range(first, last, segment):
             cached = []
             for step, micro_batches in self.batches(start, min(last, start + segment)):
-                cached.append((step, [(on_device(batch, CPU), hidden.cpu()) for batch, hidden in micro_batches]))
+                cached.append((step, [on_device(inputs, CPU) for inputs in micro_batches]))
             for layer in mine:
                 candidate = self.candidates[layer]
                 candidate.to(self.bench.device)

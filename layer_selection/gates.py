@@ -27,7 +27,7 @@ from pathlib import Path
 
 from runtime.batch_plan import batch_plan
 from runtime.config import ConfigError, dump_config, load_config
-from runtime.data import read_batch, split_batch
+from runtime.data import model_inputs, read_batch, split_batch
 from runtime.files import atomic_write_text, locked
 from runtime.guard import REQUEUE, StopSignals
 from runtime.run_folder import difference
@@ -167,6 +167,10 @@ class GateTraining:
             raise ConfigError(
                 "train.micro_batch_size: auto: train.py measures it for one model; set a number for gates"
             )
+        if bench.cfg.teacher_model.outputs:
+            raise ConfigError(
+                "teacher_model.outputs: gates train on the teacher's whole distributions; remove it for --method gates"
+            )
         self.bench = bench
         self.cfg = bench.cfg
         self.folder = folder
@@ -205,6 +209,7 @@ class GateTraining:
         parts = split_batch(batch, self.plan.micro_batch_size)
         for i, part in enumerate(parts):
             chosen, weights = self.bench.objective.training_rows(part, f"{step} {i}")
+            chosen = model_inputs(chosen)
             with torch.no_grad():
                 hidden = self.teacher_forward(**chosen, use_cache=False)["last_hidden_state"]
             loss = self.forward(**chosen, token_weights=weights, teacher_hidden_states=hidden)["loss"]

@@ -19,6 +19,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from runtime.data import model_inputs
+
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -234,4 +236,5 @@ class Objective:
         rows = {"input_ids": documents, "document_ids": torch.zeros_like(documents, dtype=torch.int32)}
         weights = [normalised(counted_of(text)), normalised(answers)]
         weights = [weight / scale for weight, scale in zip(weights, self.scales)]
-        return {name: torch.cat([tensor, rows[name]]) for name, tensor in text.items()}, torch.cat(weights)
+        inputs = {name: torch.cat([tensor, rows[name]]) for name, tensor in model_inputs(text).items()}
+        return inputs, torch.cat(weights)

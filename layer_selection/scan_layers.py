@@ -17,6 +17,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.command import run_main
@@ -30,7 +31,7 @@ from convert import load_teacher
 from distill_model import StudentForCausalLM
 from heldout import ids_of, read_chunks
 from layer_selection.baselines import rank_scan
-from layer_selection.bench import heldout_batches, measure_layer_swaps, sequence_kls
+from layer_selection.bench import heldout_batches, heldout_weights, measure_layer_swaps, sequence_kls
 
 
 def load_models(args: argparse.Namespace) -> tuple[StudentForCausalLM, StudentForCausalLM]:
@@ -46,14 +47,17 @@ def load_models(args: argparse.Namespace) -> tuple[StudentForCausalLM, StudentFo
 
 
 def scan(
-    student: StudentForCausalLM, teacher: StudentForCausalLM, batches: list[dict]
+    student: StudentForCausalLM,
+    teacher: StudentForCausalLM,
+    batches: list[dict],
+    weights: Sequence[torch.Tensor | None],
 ) -> tuple[list[float], dict[int, list[float]]]:
     """(KL of the all-linear student, layer -> KL with that layer restored), each on every sequence
-    of the batches."""
+    of the batches, whose positions have these weights."""
     teacher_outputs = [read_chunks(teacher, batch) for batch in batches]
 
     def kls(model: StudentForCausalLM) -> list[float]:
-        return sequence_kls(model, batches, teacher_outputs)
+        return sequence_kls(model, batches, teacher_outputs, weights)
 
     return kls(student), measure_layer_swaps(kls, student, teacher)
 
@@ -91,8 +95,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.teacher, "--teacher")
     chunks = open_chunks_for(tokenizer, teacher.config.vocab_size, args.data, key="--data", model_key="--teacher")
     batches = heldout_batches(chunks, args.chunks, args.batch_size, f"--data: {args.data}")
+    weights = heldout_weights(chunks, args.chunks, args.batch_size)
 
-    all_linear, by_sequence = scan(student, teacher, batches)
+    all_linear, by_sequence = scan(student, teacher, batches, weights)
     kept = rank_scan(by_sequence).keep(keep)
     kls = {layer: statistics.fmean(values) for layer, values in by_sequence.items()}
     result = {

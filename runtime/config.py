@@ -20,6 +20,8 @@ import yaml
 FOR_OLD_FILES = "Allowed so that files of fla-org/hybrid-distillation load"
 FOR_A_REPLICA = "set train.kd_teacher_shard=never and train.kd_teacher_offload=none, or precision: exact"
 SCHEDULERS = ("constant", "linear", "cosine")
+# Parts of a student model, for train.train_only and train.freeze.
+PARTS = ("linear_attention", "kept_attention", "norms", "mlp", "embeddings")
 # The types of values, as docs/config.md names them.
 SHOWN_TYPES = {
     bool: "true, false",
@@ -70,6 +72,22 @@ class DataConfig:
 @dataclass(frozen=True)
 class TeacherConfig:
     name: str = key(help="teacher: a Hugging Face name or a folder, see docs/teachers.md")
+    distill_from: str | None = key(
+        None,
+        help=(
+            "another teacher whose logits are distilled, with the same tokenizer, usually larger; the student "
+            "starts from `name`, see docs/training.md#another-teacher. null: `name`"
+        ),
+        stages=(2,),
+    )
+    outputs: str | None = key(
+        None,
+        help=(
+            "folder of the teacher's top tokens that store_teacher.py wrote for these chunks; with kl topk, stage 2 then "
+            "needs no teacher in memory, see docs/training.md#stored-teacher-outputs"
+        ),
+        stages=(2,),
+    )
     precision: str = key(
         "exact",
         help=(
@@ -137,6 +155,20 @@ class TrainConfig:
         "linear",
         help="linear: lr_attn is for the student layers; all: for the kept layers' attention too",
         choices=("linear", "all"),
+    )
+    train_only: list[str] = key(
+        [],
+        help=(
+            f"parts that train, of {', '.join(PARTS)}; [] trains all. linear_attention: the student layers. norms: those "
+            "outside attention. embeddings: input embeddings and output head. What is frozen needs no gradients or "
+            "optimiser states"
+        ),
+        stages=(2, 3),
+    )
+    freeze: list[str] = key(
+        [],
+        help="parts that do not train, instead of train_only",
+        stages=(2, 3),
     )
     lr_scheduler_type: str = key(
         "cosine",
@@ -216,15 +248,31 @@ class TrainConfig:
         minimum=0,
         stages=(1,),
     )
+    kl: str = key(
+        "forward",
+        help=(
+            "divergence of stage 2: forward, KL(teacher || student); reverse, KL(student || teacher); jsd, "
+            "Jensen-Shannon; topk, the forward KL over the teacher's kl_top_k most likely tokens and, as one event, all "
+            "others"
+        ),
+        choices=("forward", "reverse", "jsd", "topk"),
+        stages=(2,),
+    )
+    kl_top_k: int = key(
+        64,
+        help="tokens of kl topk",
+        minimum=1,
+        stages=(2,),
+    )
     kl_temperature: float = key(
         1.0,
-        help="temperature tau; the loss is tau^2 KL",
+        help="temperature tau of teacher and student; the loss is tau^2 times the divergence",
         minimum=1e-3,
         stages=(2,),
     )
     kl_weight: float = key(
         1.0,
-        help="weight of the KL",
+        help="weight of the divergence",
         minimum=0,
         stages=(2,),
     )
@@ -413,12 +461,17 @@ def _check_value(path: str, value: Any, spec: Field) -> None:
 def _check(cfg: Config) -> None:
     """Raises ConfigError for combinations that no run can have."""
     _check_numbers(cfg.train)
+    _check_parts(cfg.train)
     _check_layers(cfg)
     _check_start(cfg)
     if cfg.teacher_model.precision == "fp8":
         _check_fp8(cfg)
     if cfg.stage == 2:
         _check_distillation(cfg.train)
+        if cfg.teacher_model.outputs and cfg.train.kl != "topk":
+            raise ConfigError(
+                f"train.kl: {cfg.train.kl} needs all logits, of which teacher_model.outputs holds the top ones; set topk"
+            )
 
 
 def _check_numbers(train: TrainConfig) -> None:
@@ -430,6 +483,22 @@ def _check_numbers(train: TrainConfig) -> None:
         )
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise ConfigError(f"train.betas: {train.betas} must be two numbers in [0, 1)")
+
+
+def _check_parts(train: TrainConfig) -> None:
+    for name in ("train_only", "freeze"):
+        for part in getattr(train, name):
+            if part not in PARTS:
+                raise ConfigError(f"train.{name}: {part!r} is no part of a model; choose of {', '.join(PARTS)}")
+    if train.train_only and train.freeze:
+        raise ConfigError(f"train.freeze: {train.freeze} with train.train_only {train.train_only}; give one of them")
+    if not trained_parts(train):
+        raise ConfigError(f"train.freeze: {train.freeze} leaves nothing to train; remove a part")
+
+
+def trained_parts(train: TrainConfig) -> list[str]:
+    """The parts that train.train_only and train.freeze leave to train."""
+    return [part for part in train.train_only or PARTS if part not in train.freeze]
 
 
 def _check_layers(cfg: Config) -> None:
@@ -517,12 +586,15 @@ def load_config(path: str | Path, overrides: typing.Iterable[str] = ()) -> Confi
 
 
 def keys_of_other_stages(cfg: Config) -> list[str]:
-    """The keys of `train` that are set to something and that the config's stage does not read."""
+    """The keys of `teacher_model` and `train` that are set to something and that the config's stage
+    does not read."""
     names = []
-    for spec in fields(TrainConfig):
-        is_set = getattr(cfg.train, spec.name) != spec.default
-        if is_set and cfg.stage not in spec.metadata["stages"]:
-            names.append(f"train.{spec.name}")
+    for section in ("teacher_model", "train"):
+        values = getattr(cfg, section)
+        for spec in fields(values):
+            default = spec.default if spec.default_factory is MISSING else spec.default_factory()
+            if getattr(values, spec.name) != default and cfg.stage not in spec.metadata["stages"]:
+                names.append(f"{section}.{spec.name}")
     return names
 
 

@@ -84,16 +84,22 @@ CONTAINER_SUFFIXES = (
 )
 
 
+class BrokenOff(DataError):
+    """The hub did not give the rest of a dataset; the same command may resume."""
+
+
 class Document(NamedTuple):
     """A document of a corpus, or a part of a large one.
 
     ends: whether the document ends with this part. heldout: whether it is held out; None if the
-    caller decides.
+    caller decides. messages: of a conversation, whose text is ""; place: where it was read.
     """
 
     text: str
     ends: bool = True
     heldout: bool | None = None
+    messages: list | None = None
+    place: str = ""
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -113,12 +119,25 @@ def _open(file: Path):
     return opener(file) if opener else file.open("rb")
 
 
-def _no_column(column: str, columns) -> DataError:
-    names = ", ".join(columns)
-    return DataError(f"has no column {column!r}, only {names}; name the one that holds the text by --text_field")
+# Columns of which a table must have one alternative: the text, or what makes a conversation.
+Columns = tuple[tuple[str, ...], ...]
+CONVERSATION: Columns = (("messages",), ("prompt", "completion"))
 
 
-def _json_rows(file: Path, text_field: str) -> Iterator[dict | None]:
+def _present(alternatives: Columns, columns) -> tuple[str, ...] | None:
+    """The first alternative that is all there, or None."""
+    return next((names for names in alternatives if all(name in columns for name in names)), None)
+
+
+def _no_column(alternatives: Columns, columns) -> DataError:
+    wanted = " or ".join(" and ".join(repr(name) for name in names) for names in alternatives)
+    cure = "name the one that holds the text by --text_field"
+    if alternatives[-1] not in CONVERSATION and len(alternatives) == 1 and _present(CONVERSATION, columns):
+        cure += ", or use --loss_on to read conversations"
+    return DataError(f"has no column {wanted}, only {', '.join(columns)}; {cure}")
+
+
+def _json_rows(file: Path, alternatives: Columns) -> Iterator[dict | None]:
     """The values of JSON Lines, None for a blank line. An array, or an object over several lines,
     is read at once."""
     with _open(file) as lines:
@@ -131,30 +150,30 @@ def _json_rows(file: Path, text_field: str) -> Iterator[dict | None]:
                 yield json.loads(text) if text.strip() else None
 
 
-def _csv_rows(file: Path, text_field: str, delimiter: str) -> Iterator[dict | None]:
+def _csv_rows(file: Path, alternatives: Columns, delimiter: str) -> Iterator[dict | None]:
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, delimiter=delimiter, strict=True)
-        header = next(reader, [text_field])
-        if text_field not in header:
-            raise _no_column(text_field, header)
+        header = next(reader, list(alternatives[0]))
+        if _present(alternatives, header) is None:
+            raise _no_column(alternatives, header)
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise csv.Error(f"has {len(cells)} fields, but the header has {len(header)}")
             yield dict(zip(header, cells)) if cells else None
 
 
-def _parquet_rows(file: Path, text_field: str) -> Iterator[dict]:
+def _parquet_rows(file: Path, alternatives: Columns) -> Iterator[dict]:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(file) as table:
         if not table.metadata.num_rows:
             return
-        if text_field not in table.schema_arrow.names:
-            raise _no_column(text_field, table.schema_arrow.names)
-        for batch in table.iter_batches(batch_size=128, columns=[text_field]):
-            for value in batch.column(0):
-                yield {text_field: value.as_py()}
+        names = _present(alternatives, table.schema_arrow.names)
+        if names is None:
+            raise _no_column(alternatives, table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=128, columns=list(names)):
+            yield from batch.to_pylist()
 
 
 TABLES = {
@@ -195,10 +214,7 @@ def _reason(error: Exception) -> str:
 def _type_and_cure(value) -> tuple[str, str]:
     """What kind of value was found where text is expected, and what to do about it."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        cure = (
-            "write it with the tokenizer's apply_chat_template(..., tokenize=False) "
-            "to a column of strings, and use --allow_special_tokens"
-        )
+        cure = "use --loss_on all, assistant or completion to read conversations"
         return "a conversation (a list of messages)", cure
     cures = {
         list: "join its parts to one string",
@@ -206,6 +222,14 @@ def _type_and_cure(value) -> tuple[str, str]:
         dict: "write the part of it that is the text to a column of strings",
     }
     return f"of type {type(value).__name__}", cures.get(type(value), "name a column of strings")
+
+
+def prompt_and_completion(prompt, completion) -> list[dict]:
+    """The messages of a prompt and its completion, each a text or a list of messages."""
+    messages = []
+    for role, part in (("user", prompt), ("assistant", completion)):
+        messages += [{"role": role, "content": part}] if isinstance(part, str) else part
+    return messages
 
 
 def _well_formed(text: str) -> str:
@@ -352,14 +376,14 @@ def _is_text(file: Path, text_field: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ corpora
-def _is_local(name: str) -> bool:
+def _is_local(name: str, option: str) -> bool:
     path = Path(name).expanduser()
     if path.exists():
         return True
     # Hub names are `name` or `owner/name`; anything else must be meant as a path.
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if is_path or path.suffix.lower() in (".txt", *TABLES, *COMPRESSED):
-        raise DataError(f"--dataset_name: {name} does not exist")
+        raise DataError(f"{option}: {name} does not exist")
     return False
 
 
@@ -375,7 +399,9 @@ class Corpus:
 
     name: a file, a folder or a hub dataset. text_field: the column of a table that holds the text.
     config, split and remove_columns: of a hub dataset. skip_bad_files: leave out and count local
-    files that cannot be read; of a damaged one, the rows before the fault are kept.
+    files that cannot be read; of a damaged one, the rows before the fault are kept. conversations:
+    read conversations too, from `text_field` or the columns CONVERSATION. option: that named the
+    corpus.
 
     `key` identifies the corpus: the hub name, or a hash of the names, sizes and modification times
     of the files that are read. Raises DataError, of one line: here for files that must not be read,
@@ -390,9 +416,18 @@ class Corpus:
         split: str = "train",
         remove_columns: list[str] | None = None,
         skip_bad_files: bool = False,
+        conversations: bool = False,
+        option: str = "--dataset_name",
     ):
         self.name = name
+        self.option = option
         self.text_field = text_field
+        self.conversations = conversations
+        self.alternatives: Columns = ((text_field,),)
+        if conversations:
+            self.alternatives = (
+                (*CONVERSATION, (text_field,)) if text_field == "text" else ((text_field,), *CONVERSATION)
+            )
         self.config = config
         self.split = split
         self.remove_columns = remove_columns
@@ -400,7 +435,7 @@ class Corpus:
         self.files: list[Path] = []
         self._left_out: dict[str, list] = {}  # reason: [count, the first]
         self.key = name
-        if _is_local(name):
+        if _is_local(name, option):
             self.root = Path(name).expanduser()
             self.files = self._select(self._candidates())
             stats = []
@@ -470,7 +505,7 @@ class Corpus:
         for message in bad:
             self._leave_out("bad files", message)
         if not selected:
-            raise DataError(f"--dataset_name: {self.root} holds no files to read{self._list_left_out(': left out ')}")
+            raise DataError(f"{self.option}: {self.root} holds no files to read{self._list_left_out(': left out ')}")
         return selected
 
     def _is_read(self, file: Path) -> bool:
@@ -491,6 +526,13 @@ class Corpus:
         if not self.skip_bad_files:
             raise DataError(f"{source}: {reason}, or leave out the rest of the file with --skip_bad_files")
         self._leave_out("bad files", f"{source}: {reason}")
+
+    def bad_conversation(self, message: str) -> None:
+        """Leaves out a conversation that cannot be learned, or raises DataError without
+        skip_bad_files."""
+        if not self.skip_bad_files:
+            raise DataError(f"{message}, or leave such conversations out with --skip_bad_files")
+        self._leave_out("conversations", message)
 
     def _list_left_out(self, prefix: str) -> str:
         """What was left out since the last call, by reason: the number and the first one; "" if
@@ -518,21 +560,36 @@ class Corpus:
         return self._list_left_out("corpus: left out ")
 
     # -------------------------------------------------------------------------------------- reading
-    def _text(self, row: int, value, columns: dict) -> str | None:
-        """The text of a row, None if it has none. Adds the row's columns to the keys of `columns`.
-        Raises DataError."""
+    def _value(self, row: int, value, columns: dict) -> str | list | None:
+        """The text or the messages of a row, None if it has neither. Adds the row's columns to the
+        keys of `columns`. Raises DataError."""
         if not isinstance(value, dict):
             cure = f"write one with the column {self.text_field!r}"
             raise DataError(f"row {row}: is of type {type(value).__name__}, not an object with columns; {cure}")
-        if self.text_field not in columns:
+        if _present(self.alternatives, columns) is None:
             columns.update(dict.fromkeys(value))
-            if self.text_field not in columns and row >= SPARSE:
-                raise _no_column(self.text_field, columns)
-        text = value.get(self.text_field)
-        if text is None or isinstance(text, str):
-            return text and _well_formed(text)
-        kind, cure = _type_and_cure(text)
-        raise DataError(f"row {row}, column {self.text_field!r}: is {kind}, not text; {cure}")
+            if _present(self.alternatives, columns) is None and row >= SPARSE:
+                raise _no_column(self.alternatives, columns)
+        names = _present(self.alternatives, [name for name, cell in value.items() if cell is not None])
+        if names is None:
+            return None
+        if names == CONVERSATION[1]:
+            return self._pair(row, value)
+        found = value[names[0]]
+        if isinstance(found, str):
+            return _well_formed(found)
+        if self.conversations and isinstance(found, list):
+            return found
+        kind, cure = _type_and_cure(found)
+        raise DataError(f"row {row}, column {names[0]!r}: is {kind}, not text; {cure}")
+
+    def _pair(self, row: int, value: dict) -> list:
+        """The messages of a prompt and its completion."""
+        for name in CONVERSATION[1]:
+            if not isinstance(value[name], (str, list)):
+                kind, cure = _type_and_cure(value[name])
+                raise DataError(f"row {row}, column {name!r}: is {kind}, not text; {cure}")
+        return prompt_and_completion(value["prompt"], value["completion"])
 
     def _table(self, rows: Iterator, source: str | Path) -> Iterator[Document]:
         """The documents in a table's rows, up to the first bad row."""
@@ -541,17 +598,21 @@ class Corpus:
         blank: list[int] = []  # rows without text, until the column is known to exist
         try:
             for row, value in enumerate(rows, 1):
-                text = None if value is None else self._text(row, value, columns)
-                if text:
-                    yield Document(text)
+                found = None if value is None else self._value(row, value, columns)
+                if isinstance(found, list):
+                    yield Document("", messages=found, place=f"{source}: row {row}")
+                elif found:
+                    yield Document(found)
                 elif value is not None:
                     blank.append(row)
-                if blank and self.text_field in columns:
+                if blank and _present(self.alternatives, columns):
                     for number in blank:
                         self._leave_out("rows without text", f"row {number} of {source}")
                     blank = []
-            if columns and self.text_field not in columns:
-                raise _no_column(self.text_field, columns)
+            if columns and _present(self.alternatives, columns) is None:
+                raise _no_column(self.alternatives, columns)
+        except BrokenOff as error:
+            raise BrokenOff(f"{source}: {error}") from None
         except DataError as error:
             self._bad(source, str(error))
         except FAULTS as error:
@@ -570,7 +631,7 @@ class Corpus:
         try:
             yield from table.remove_columns(self.remove_columns) if self.remove_columns else table
         except Exception as error:
-            raise DataError(f"the hub's split {self.split} broke off ({one_line(error)}); start again") from None
+            raise BrokenOff(f"the hub's split {self.split} broke off ({one_line(error)}); start again") from None
 
     def documents(self, holdout: float = 0.0) -> Iterator[Document]:
         """Streams the documents.
@@ -579,14 +640,14 @@ class Corpus:
         end.
         """
         if not self.files:
-            yield from self._table(self._hub_rows(), f"--dataset_name: {self.name}")
+            yield from self._table(self._hub_rows(), f"{self.option}: {self.name}")
             return
         characters = cache(_characters)
         with_text = (file for file in self.files if _reader(file) or characters(file))
         alone = len(list(itertools.islice(with_text, 2))) == 1  # reads at most two files in advance
         for file in self.files:
             if reader := _reader(file):
-                yield from self._table(reader(file, self.text_field), file)
+                yield from self._table(reader(file, self.alternatives), file)
             elif (size := characters(file)) is None:
                 self._leave_out("not text (UTF-8)", file)
             elif size == 0:

@@ -16,15 +16,20 @@ from unicodedata import normalize
 
 SPLITS = ("train", "heldout")
 METADATA = "metadata.json"
-# Columns of chunks: token ids, and the tokens of each document in the chunk, in order; what is left of
-# the chunk is padding.
+# Columns: token ids; where only part of the text is learned, whether each token is; and of chunks the
+# tokens of each document in the chunk, in order: what is left of the chunk is padding.
 INPUT_IDS = "input_ids"
+LOSS_MASK = "loss_mask"
 DOCUMENT_LENGTHS = "document_lengths"
 DOCUMENT_IDS = "document_ids"  # in a batch: which document each token is of, see `collate`
 PADDING = -1
+# Of a teacher's stored outputs, and their dtypes in a batch.
+TEACHER_COLUMNS = {"teacher_values": "float16", "teacher_ids": "int32", "teacher_log_rest": "float16"}
 LARGEST = "max_token_id"  # in the metadata of chunks: their largest token id
 # The values of options that the metadata of an older folder lacks: it was made before they existed.
 FORMERLY = {"allow_special_tokens": True, "skip_bad_files": False, "packing": "cut"}
+# In the metadata of data with conversations only.
+OF_CONVERSATIONS = ("loss_on", "chat_template")
 
 
 class DataError(ValueError):
@@ -271,7 +276,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
 def data_fingerprint(metadata: dict) -> str:
     """A hash of the metadata that decides a data folder's content: without the paths of corpus and
     tokenizer, and without what follows from the rest."""
-    ignored = ("dataset_name", "tokenizer", LARGEST)
+    ignored = ("dataset_name", "mixture", "tokenizer", LARGEST)
     content = {name: value for name, value in metadata.items() if name not in ignored}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -304,7 +309,8 @@ def is_done(folder: Path, key: dict) -> bool:
     if not folder.exists() or not any(folder.iterdir()):
         return False
     found = FORMERLY | read_metadata(folder)
-    for name, value in key.items():
+    for name in dict.fromkeys((*key, *OF_CONVERSATIONS)):
+        value = key.get(name)
         if found.get(name) != value:
             raise DataError(
                 f"{folder}: was made with {name} {found.get(name)!r}, not {value!r}; "
@@ -316,8 +322,8 @@ def is_done(folder: Path, key: dict) -> bool:
 # ------------------------------------------------------------------------------------------- chunks
 @dataclass(frozen=True)
 class Chunks:
-    """Fixed-length token sequences: datasets with a column `input_ids`, and `document_lengths` where
-    the documents of a chunk are read one by one, and their metadata."""
+    """Fixed-length token sequences: datasets with a column `input_ids`, perhaps `loss_mask`, and
+    `document_lengths` where the documents of a chunk are read one by one; and their metadata."""
 
     train: object
     heldout: object | None  # None if nothing was held out
@@ -452,21 +458,32 @@ def open_split(folder: Path, split: str, rows: int | None = None):
 
 
 def collate(rows: list[dict]) -> dict:
-    """A batch {"input_ids": [B, T] int64}, and if the rows record their documents {"document_ids":
-    [B, T] int32}: 0, 1, ... for the tokens of a row's documents, PADDING after the last. There is no
+    """A batch {"input_ids": [B, T] int64}, and what else the rows have: "loss_mask" [B, T] bool; if
+    they record their documents "document_ids" [B, T] int32, 0, 1, ... for the tokens of a row's
+    documents, PADDING after the last; the teacher's outputs (see teacher_outputs.py). There is no
     attention mask: with one of all ones, FLA's layers would take their slow path."""
     import numpy
     import torch
 
     ids = numpy.stack([row[INPUT_IDS] for row in rows]).astype("int64")
     batch = {INPUT_IDS: torch.from_numpy(ids)}
+    if LOSS_MASK in rows[0]:
+        batch[LOSS_MASK] = torch.from_numpy(numpy.stack([row[LOSS_MASK] for row in rows]))
     if DOCUMENT_LENGTHS in rows[0]:
         documents = numpy.full(ids.shape, PADDING, "int32")
         for row, target in zip(rows, documents):
             lengths = numpy.asarray(row[DOCUMENT_LENGTHS])
             target[: lengths.sum()] = numpy.arange(len(lengths)).repeat(lengths)
         batch[DOCUMENT_IDS] = torch.from_numpy(documents)
+    for column, kind in TEACHER_COLUMNS.items():
+        if column in rows[0]:
+            batch[column] = torch.from_numpy(numpy.stack([row[column] for row in rows]).astype(kind))
     return batch
+
+
+def model_inputs(batch: dict) -> dict:
+    """What a model reads of a batch: without what only a loss is of."""
+    return {name: tensor for name, tensor in batch.items() if name in (INPUT_IDS, DOCUMENT_IDS)}
 
 
 def read_batch(dataset, rows) -> dict:

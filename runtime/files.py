@@ -197,12 +197,13 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------ folders
 @contextmanager
-def atomic_directory(folder: Path, replace: bool = False) -> Iterator[Path]:
+def atomic_directory(folder: Path, replace: bool = False, resumable: bool = False) -> Iterator[Path]:
     """A temporary folder that is renamed to `folder` when the block ends, and removed if it raises.
 
     replace: an existing `folder` stays until the block has ended, and is then replaced. Without it,
     an existing folder that is not empty makes the renaming raise OSError. Remains of a killed
-    process are removed. Raises FolderLockedError if another process is writing the same folder.
+    process are removed. resumable: they, and what a block that raises leaves, are kept for the next
+    call. Raises FolderLockedError if another process is writing the same folder.
     """
     temporary = folder.with_name(f".{folder.name}.new")
     old = folder.with_name(f".{folder.name}.old")
@@ -210,9 +211,9 @@ def atomic_directory(folder: Path, replace: bool = False) -> Iterator[Path]:
     with locked(lock, str(folder)):
         if old.exists() and not folder.exists():  # killed between the two renames below
             os.replace(old, folder)
-        for left in (temporary, old):
+        for left in (old,) if resumable else (temporary, old):
             shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir()
+        temporary.mkdir(exist_ok=resumable)
         try:
             yield temporary
             for file in (*temporary.rglob("*"), temporary):
@@ -224,5 +225,6 @@ def atomic_directory(folder: Path, replace: bool = False) -> Iterator[Path]:
         finally:
             if old.exists() and not folder.exists():  # interrupted between the two renames
                 os.replace(old, folder)
-            shutil.rmtree(temporary, ignore_errors=True)
+            if not resumable:
+                shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from .checkpoints import fingerprint, step_of
-from .config import Config
+from .config import PARTS, Config, TrainConfig, trained_parts
 from .run_folder import EXPORT, HISTORY, RUN, metrics_until, read_json
 
 CARD = "README.md"
@@ -31,21 +31,37 @@ def public_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
+DIVERGENCES = {
+    "forward": "KL to",
+    "reverse": "reverse KL to",
+    "jsd": "Jensen-Shannon divergence from",
+    "topk": "KL on the most likely tokens to",
+}
+
+
 def objective(cfg: Config) -> str:
     """A stage's loss in words, with its weights and unit."""
     train = cfg.train
     if cfg.stage == 1:
         return f"distance to the teacher's attention outputs ({train.alignment_loss})"
     if cfg.stage == 3:
-        return "cross-entropy, nats per token"
+        return "cross-entropy, nats per token" + _trained(train)
     terms = []
+    other = cfg.teacher_model.distill_from
+    teacher = f"{public_name(other)}, with the teacher's tokenizer" if other else "the teacher"
     for weight, name in (
-        (train.kl_weight, f"KL to the teacher (temperature {train.kl_temperature:g})"),
+        (train.kl_weight, f"{DIVERGENCES[train.kl]} {teacher} (temperature {train.kl_temperature:g})"),
         (train.ce_weight, "cross-entropy"),
     ):
         if weight:
             terms.append(name if weight == 1 else f"{weight:g} x {name}")
-    return " + ".join(terms) + ", nats per token"
+    return " + ".join(terms) + ", nats per token" + _trained(train)
+
+
+def _trained(train: TrainConfig) -> str:
+    """The parts that were trained, if not all were."""
+    parts = trained_parts(train)
+    return "" if len(parts) == len(PARTS) else f"; trained: {', '.join(parts)}"
 
 
 def stage_record(cfg: Config, checkpoint: Path) -> dict:

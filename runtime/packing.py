@@ -2,7 +2,8 @@
 
 A packer is given the rows of a tokenised split, in order, and returns rows of chunks: `input_ids`,
 and as `document_lengths` the number of tokens of each document, or part of one, in the chunk. What
-is left of the chunk after them is padding.
+is left of the chunk after them is padding. Where only some tokens are learned, whether each is goes
+with it, as `loss_mask`; padding is not learned.
 """
 
 from __future__ import annotations
@@ -12,13 +13,26 @@ from collections import deque
 
 import numpy
 
-from .data import DOCUMENT_LENGTHS, INPUT_IDS
+from .data import DOCUMENT_LENGTHS, INPUT_IDS, LOSS_MASK
 
 PACKING = ("cut", "fit")
 LARGEST_WASTE = 0.01  # of a chunk, as padding
 POOL_TOKENS = 1 << 22  # documents to choose from: many more than chunks, so that most gaps are filled
 
 Rows = dict[str, list]
+
+
+def _tokens(ids: numpy.ndarray, learned: numpy.ndarray | None) -> numpy.ndarray:
+    """[N, 1] of ids [N], or [N, 2] with whether each is learned [N]."""
+    return ids[:, None] if learned is None else numpy.stack((ids, learned), 1)
+
+
+def _rows(chunks: list[numpy.ndarray]) -> Rows:
+    """The columns of chunks of `_tokens`."""
+    rows = {INPUT_IDS: [chunk[:, 0] for chunk in chunks]}
+    if chunks and chunks[0].shape[1] > 1:
+        rows[LOSS_MASK] = [chunk[:, 1].astype(bool) for chunk in chunks]
+    return rows
 
 
 class CutPacker:
@@ -31,19 +45,22 @@ class CutPacker:
     def __init__(self, length: int, eos: int | None):
         self.length = length
         self.eos = eos
-        self.rest = numpy.empty(0, "int64")  # tokens that do not yet fill a chunk
+        self.rest = numpy.empty((0, 1), "int64")  # tokens that do not yet fill a chunk
         self.begins = numpy.zeros(1, "int64")  # where documents begin in them and after them
 
-    def add(self, ids: numpy.ndarray, lengths: numpy.ndarray) -> Rows:
-        """The chunks that are full with the next rows: their ids, joined, and their lengths."""
+    def add(self, ids: numpy.ndarray, lengths: numpy.ndarray, learned: numpy.ndarray | None = None) -> Rows:
+        """The chunks that are full with the next rows: their ids, joined, their lengths, and which
+        tokens are learned."""
         ends = len(self.rest) + lengths.cumsum()
         if self.eos is not None:
             ended = ids[lengths.cumsum()[lengths > 0] - 1] == self.eos
             self.begins = numpy.concatenate((self.begins, ends[lengths > 0][ended]))
-        ids = numpy.concatenate((self.rest, ids))
-        full = len(ids) // self.length
-        whole, self.rest = numpy.split(ids, [full * self.length])
-        rows = {INPUT_IDS: list(whole.reshape(full, self.length))}
+        tokens = _tokens(ids, learned)
+        if len(self.rest):
+            tokens = numpy.concatenate((self.rest, tokens))
+        full = len(tokens) // self.length
+        whole, self.rest = numpy.split(tokens, [full * self.length])
+        rows = _rows(list(whole.reshape(full, self.length, tokens.shape[1])))
         if self.eos is not None:
             rows[DOCUMENT_LENGTHS] = self._document_lengths(full)
         return rows
@@ -79,10 +96,11 @@ class FitPacker:
         self.tokens = 0  # in the pool
         self.added = 0
 
-    def add(self, ids: numpy.ndarray, lengths: numpy.ndarray) -> Rows:
-        for row in numpy.split(ids, lengths.cumsum()[:-1]):
+    def add(self, ids: numpy.ndarray, lengths: numpy.ndarray, learned: numpy.ndarray | None = None) -> Rows:
+        """As `CutPacker.add`."""
+        for row in numpy.split(_tokens(ids, learned), lengths.cumsum()[:-1]):
             self.parts.append(row)
-            if len(row) and row[-1] == self.eos:
+            if len(row) and row[-1, 0] == self.eos:
                 self._end_document()
         return self._pack(POOL_TOKENS)
 
@@ -91,7 +109,7 @@ class FitPacker:
         return self._pack(0)
 
     def _end_document(self) -> None:
-        document = numpy.concatenate(self.parts) if self.parts else numpy.empty(0, "int64")
+        document = numpy.concatenate(self.parts) if self.parts else ()
         self.parts = []
         for start in range(0, len(document), self.length):
             self._put(document[start : start + self.length])
@@ -117,13 +135,15 @@ class FitPacker:
 
     def _pack(self, keep: int) -> Rows:
         """Chunks from the pool until it holds no more than `keep` tokens, or not a whole chunk."""
-        rows = {INPUT_IDS: [], DOCUMENT_LENGTHS: []}
+        chunks = []
+        lengths = []
         while self.tokens > keep and self.tokens >= self.length - self._waste():
             chunk = self._chunk()
-            rows[DOCUMENT_LENGTHS].append(numpy.array([len(document) for document in chunk]))
-            padding = self.length - sum(map(len, chunk))
-            rows[INPUT_IDS].append(numpy.concatenate((*chunk, numpy.full(padding, self.eos))))
-        return rows
+            lengths.append(numpy.array([len(document) for document in chunk]))
+            padding = numpy.zeros((self.length - sum(map(len, chunk)), chunk[0].shape[1]), "int64")
+            padding[:, 0] = self.eos
+            chunks.append(numpy.concatenate((*chunk, padding)))
+        return _rows(chunks) | {DOCUMENT_LENGTHS: lengths}
 
     def _waste(self) -> int:
         return int(LARGEST_WASTE * self.length)

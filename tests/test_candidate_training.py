@@ -69,7 +69,8 @@ def test_candidates_that_another_rule_stopped_are_not_trained_again(stage2, tmp_
         select(stage2, tmp_path, *options, top_k=1, window=2, sequences=5)
 
 
-def test_steps_equal_those_of_a_plain_loop(stage2):
+@pytest.mark.parametrize("masked, documents", [(False, False), (True, False), (True, True)])
+def test_steps_equal_those_of_a_plain_loop(stage2, masked, documents):
     cfg = load_config(
         stage2,
         [
@@ -102,16 +103,31 @@ def test_steps_equal_those_of_a_plain_loop(stage2):
         for matrix in (True, False)
     ]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    groups = {}
+    if documents:  # two in the first sequence, three in the second
+        groups = {"document_ids": torch.arange(32).expand(2, -1) // torch.tensor([[16], [12]])}
     for step, batch in enumerate(ids):
         with torch.no_grad():
-            target = bench.teacher(input_ids=batch, use_cache=False).logits.log_softmax(-1)
-            hidden = bench.teacher.model(batch, use_cache=False).last_hidden_state
-        micro_batches = [({"input_ids": ids}, states) for ids, states in zip(batch.split(1), hidden.split(1))]
+            target = bench.teacher(input_ids=batch, use_cache=False, **groups).logits.log_softmax(-1)
+            hidden = bench.teacher.model(batch, use_cache=False, **groups).last_hidden_state
+        mask = torch.rand(batch.shape) < 0.3 if masked else None
+        micro_batches = [
+            {"input_ids": batch[i : i + 1], "teacher_hidden_states": hidden[i : i + 1]} for i in range(len(batch))
+        ]
+        if masked:
+            micro_batches = [part | {"loss_mask": mask[i : i + 1]} for i, part in enumerate(micro_batches)]
+        if documents:
+            all_groups = groups["document_ids"]
+            micro_batches = [part | {"document_ids": all_groups[i : i + 1]} for i, part in enumerate(micro_batches)]
+            mask = mask.clone()
+            mask[0, 16] = mask[1, 12] = mask[1, 24] = False  # each begins a document
         candidate.train(step, micro_batches, bench.teacher.lm_head.weight)
-        logits = hybrid.train()(input_ids=batch, use_cache=False).logits
+        logits = hybrid.train()(input_ids=batch, use_cache=False, **groups).logits
         ours = logits.log_softmax(-1)
-        loss = (target.exp() * (target - ours)).sum(-1).mean()
-        loss = loss + 0.5 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        kl = (target.exp() * (target - ours)).sum(-1)
+        labels = batch if mask is None else batch.masked_fill(~mask, -100)
+        loss = kl.mean() if mask is None else kl[:, :-1][mask[:, 1:]].mean()
+        loss = loss + 0.5 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(hybrid.parameters(), cfg.train.max_grad_norm)
         adamw.step()
@@ -243,7 +259,7 @@ def test_a_non_finite_loss_of_any_micro_batch_is_an_error(stage2):
     candidate = Candidate("one", bench.student.restore_full_attention(bench.teacher, [1]), cfg, batch_plan(cfg, 1))
     scales = iter((1.0, 1.0, float("nan"), 1.0))
     candidate.forward = lambda **_: {"loss": next(scales) * candidate.hybrid.lm_head.weight.sum()}
-    batch = [({"input_ids": torch.zeros(1, 32, dtype=torch.long)}, torch.zeros(1, 32, 32))] * 2
+    batch = [{"input_ids": torch.zeros(1, 32, dtype=torch.long), "teacher_hidden_states": torch.zeros(1, 32, 32)}] * 2
     for step in (1, 2):
         candidate.train(step, batch, bench.teacher.lm_head.weight)
     with pytest.raises(ValueError, match="one: its loss is not finite at step 2"):

@@ -125,6 +125,9 @@ BAD = {
     "student_model.keep_full_attention_layers=[a]": r"keep_full_attention_layers\[0\]: 'a'",
     "data=5": "data: 5 must be a mapping",
     "data={}": "data.cache_dir: missing",
+    "train.train_only=[attention]": "train.train_only: 'attention' is no part of a model; choose of linear_attention, kept",
+    "train.freeze=mlp": "train.freeze: 'mlp' is of type str; it must be list",
+    "train.freeze=[linear_attention, kept_attention, norms, mlp, embeddings]": "leaves nothing to train; remove a part",
     "trainlr": "override 'trainlr': must look like key.path=value",
     "train.lr=[": "not valid YAML",
 }
@@ -135,6 +138,12 @@ def test_bad_input(tmp_path, override):
     with pytest.raises(ConfigError, match=BAD[override]) as error:
         load(tmp_path, override)
     assert "\n" not in str(error.value)
+
+
+def test_what_trains_is_said_once(tmp_path):
+    message = r"train.freeze: \['mlp'\] with train.train_only \['norms'\]; give one of them"
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, "train.freeze=[mlp]", "train.train_only=[norms]")
 
 
 def test_an_offloaded_teacher_must_be_sharded(tmp_path):

@@ -147,7 +147,7 @@ CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "conten
 NO_TEXT = {
     "conversation": (
         CONVERSATION,
-        r"a conversation \(a list of messages\), not text; .*apply_chat_template.*--allow_special_tokens",
+        r"a conversation \(a list of messages\), not text; use --loss_on all, assistant or completion",
     ),
     "strings": (["a", "b"], "of type list, not text; join its parts"),
     "object": ({"content": "a"}, "of type dict, not text; write the part"),

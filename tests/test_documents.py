@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM, cpu_ops
-from distill_model.documents import PADDING, Documents, counted_positions
+from distill_model.documents import PADDING, Documents, learned_tokens
 from hf_trainer import FinetuneTrainer, FrozenTeacher, KDTrainer
 from wrapper import AttentionAlignmentModel, mean_distances
 
@@ -124,40 +124,46 @@ def padded_document_ids(rows=ROWS):
     return ids
 
 
-def predictions(model, ids, groups):
+def predictions(model, ids, groups, learned=None):
     """Log-probabilities [tokens, V] at the positions that count, and the next tokens, by a loop over
-    the tokens; each document is read alone."""
+    the tokens; each document is read alone. learned: [B, T], if not all next tokens are."""
     found = []
-    for row, row_groups in zip(ids, groups):
+    learned = torch.ones_like(ids, dtype=torch.bool) if learned is None else learned
+    for row, row_groups, row_learned in zip(ids, groups, learned):
         for document in row_groups.unique():
             text = row[row_groups == document][None]
             if document == PADDING or text.shape[1] == 1:
                 continue
             logits = model(input_ids=text, use_cache=False).logits[0, :-1]
-            found.append((logits.log_softmax(-1), text[0, 1:]))
+            chosen = row_learned[row_groups == document][1:]
+            found.append((logits.log_softmax(-1)[chosen], text[0, 1:][chosen]))
     log_probs, targets = zip(*found)
     return torch.cat(log_probs), torch.cat(targets)
 
 
-def test_losses_count_each_document_alone():
+@pytest.mark.parametrize("masked", [False, True])
+def test_losses_count_each_document_alone(masked):
     """Cross-entropy, and KL with it, and their gradients: against log-probabilities of each document
-    read alone. What begins a document is predicted by nobody, and padding does not count."""
+    read alone. What begins a document is predicted by nobody, and padding does not count; nor do
+    tokens that a loss mask leaves out."""
     model, teacher = hybrid("gdn_v7"), hybrid("gdn_v4", seed=1).eval()
     ids, groups = random_ids(), padded_document_ids()
-    ours, targets = predictions(model, ids, groups)
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.4 if masked else None
+    ours, targets = predictions(model, ids, groups, mask)
     with torch.no_grad():
-        theirs, _ = predictions(teacher, ids, groups)
+        theirs, _ = predictions(teacher, ids, groups, mask)
         hidden = teacher.model(ids, document_ids=groups).last_hidden_state
     cross_entropy = -ours.gather(1, targets[:, None]).mean()
     kl = (theirs.exp() * (theirs - ours)).sum(1).mean()
-    assert int(counted_positions(groups).sum()) == len(targets)
+    assert int(learned_tokens(mask, groups).sum()) == len(targets)
     for loss, expected in (
-        (model(input_ids=ids, labels=ids, document_ids=groups).loss, cross_entropy),
+        (model(input_ids=ids, labels=ids, document_ids=groups, loss_mask=mask).loss, cross_entropy),
         (
             model(
                 input_ids=ids,
                 labels=ids,
                 document_ids=groups,
+                loss_mask=mask,
                 teacher_hidden_states=hidden,
                 teacher_head_weight=teacher.lm_head.weight,
                 distillation=DistillationLoss(kl_weight=0.5, ce_weight=2.0),

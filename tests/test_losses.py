@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from distill_model import losses
-from distill_model.losses import alignment_loss, forward_kl, linear_cross_entropy, token_kl
+from distill_model import divergences, losses
+from distill_model.divergences import top_tokens
+from distill_model.losses import alignment_loss, divergence, forward_kl, linear_cross_entropy, token_kl, top_token_kl
 
 N, V, H, H_TEACHER = 37, 53, 12, 20
 
@@ -60,6 +61,87 @@ def test_forward_kl(chunk_size, temperature):
 
 
 @pytest.mark.parametrize("chunk_size", [8, 1000])
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_forward_kl_over_some_rows(chunk_size, count):
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
+    h, w, th, tw = double(hidden, weight, teacher_hidden, teacher_weight)
+    rows = torch.randperm(N)[:count]
+    learned = torch.zeros(N, dtype=torch.bool)
+    learned[rows] = True
+    student, teacher = ((a[rows] @ b.T / 2.5).log_softmax(-1) for a, b in ((h, w), (th, tw)))
+    naive = 2.5**2 * (teacher.exp() * (teacher - student)).sum() / max(1, count)
+    args = (hidden, teacher_hidden, weight, teacher_weight, 2.5, chunk_size)
+    loss = divergence("forward", *args, learned=learned)
+    compare(loss, naive, [hidden, weight], [h, w])
+
+
+def naive_divergence(kind, student, teacher, k):
+    """Of log-probabilities [N, V] in float64, by the definition."""
+    q, p = student.exp(), teacher.exp()
+    if kind == "reverse":
+        return (q * (student - teacher)).sum(-1)
+    if kind == "jsd":
+        log_m = ((p + q) / 2).log()
+        return ((p * (teacher - log_m)).sum(-1) + (q * (student - log_m)).sum(-1)) / 2
+    ids = teacher.topk(k, -1).indices
+    p_k, q_k = p.gather(-1, ids), q.gather(-1, ids)
+    kl = (p_k * (p_k / q_k).log()).sum(-1)
+    if k == V:
+        return kl
+    p_rest, q_rest = 1 - p_k.sum(-1), 1 - q_k.sum(-1)
+    return kl + p_rest * (p_rest / q_rest).log()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 37])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kind, k", [("reverse", 0), ("jsd", 0), ("topk", 1), ("topk", 7), ("topk", V)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_divergences(chunk_size, temperature, kind, k, masked):
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
+    h, w, th, tw = double(hidden, weight, teacher_hidden, teacher_weight)
+    student, teacher = ((a @ b.T / temperature).log_softmax(-1) for a, b in ((h, w), (th, tw)))
+    learned = torch.rand(N) < 0.5 if masked else None
+    naive = naive_divergence(kind, student, teacher, k)
+    naive = temperature**2 * (naive[learned] if masked else naive).mean()
+    args = (hidden, teacher_hidden, weight, teacher_weight, temperature, chunk_size)
+    loss = divergence(kind, *args, learned=learned, top_k=k)
+    compare(loss, naive, [hidden, weight], [h, w])
+    assert teacher_hidden.grad is None and teacher_weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["reverse", "jsd", "topk"])
+def test_divergences_of_extreme_logits_are_finite(kind):
+    """Probabilities that are 0 in fp32, on either side."""
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
+    with torch.no_grad():
+        hidden.mul_(100)
+    loss = divergence(kind, hidden, 100 * teacher_hidden, weight, teacher_weight, chunk_size=8, top_k=3)
+    loss.backward()
+    assert loss.isfinite() and hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+def test_the_whole_vocabulary_as_top_tokens_is_forward_kl():
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
+    args = (hidden, teacher_hidden, weight, teacher_weight, 1.5)
+    torch.testing.assert_close(divergence("topk", *args, top_k=V), forward_kl(*args))
+    fewer = [divergence("topk", *args, top_k=k).item() for k in (1, 4, 16, 48)]
+    assert fewer == sorted(fewer) and fewer[-1] <= forward_kl(*args).item()
+
+
+def test_stored_top_tokens_give_the_live_loss():
+    hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
+    live = divergence("topk", hidden, teacher_hidden, weight, teacher_weight, 2.0, top_k=9)
+    stored = top_tokens((teacher_hidden @ teacher_weight.mT).detach(), 9, 2.0)
+    torch.testing.assert_close(top_token_kl(hidden, weight, stored, 2.0, chunk_size=5), live)
+
+
+def test_an_unknown_divergence_is_refused():
+    args = leaves((N, H), (N, H), (V, H), (V, H))
+    with pytest.raises(ValueError, match="train.kl: 'forwards' is unknown; choose forward, reverse, jsd, topk"):
+        divergence("forwards", *args)
+
+
+@pytest.mark.parametrize("chunk_size", [8, 1000])
 def test_forward_kl_of_weighted_rows(chunk_size):
     """The sum of weight x KL, also where rows have no weight."""
     hidden, weight, teacher_hidden, teacher_weight = leaves((N, H), (V, H), (N, H_TEACHER), (V, H_TEACHER))
@@ -86,7 +168,7 @@ def test_only_two_chunks_of_logits_are_in_memory(monkeypatch):
     """The teacher's and the student's, which its gradient overwrites."""
     held = []
 
-    def fused_kl(logits, teacher, temperature):
+    def fused_kl(logits, teacher, temperature, learned=None):
         held.extend(StorageWeakRef(x.untyped_storage()) for x in (logits, teacher))
         assert sum(not reference.expired() for reference in held) == 2
         return logits.sum(-1)
@@ -200,7 +282,7 @@ if __name__ == "__main__":
     for module in (losses, fused_ops, decode_kernels, fp8):
         module.use_triton = lambda tensor: True
     check_fused_kl(3, 9001)  # blocks of the real size
-    losses.BLOCK = losses.KL_BLOCK = fused_ops.BLOCK = 16  # 53 entries are three blocks and a part
+    losses.BLOCK = losses.KL_BLOCK = divergences.BLOCK = fused_ops.BLOCK = 16  # 53 entries are three blocks and a part
     for vocabulary in (1, 7, 8, 16, 17, 131):
         check_fused_kl(5, vocabulary, temperature=0.7)
     check_fused_kl(1, 53, temperature=4.0, spread=60.0)
@@ -213,6 +295,11 @@ if __name__ == "__main__":
     for size in (7, N):
         test_linear_cross_entropy(size, 5)
         test_forward_kl(size, 2.5)
+    test_forward_kl_over_some_rows(8, 20)
+    for kind, k in (("reverse", 0), ("jsd", 0), ("topk", 7), ("topk", V)):
+        test_divergences(8, 2.5, kind, k, masked=True)
+    for kind in ("reverse", "jsd", "topk"):
+        test_divergences_of_extreme_logits_are_finite(kind)
     test_fused_ops.test_rotate(1)
     test_fused_ops.test_rotate(2)
     test_fused_ops.test_scaled()

@@ -134,6 +134,24 @@ def test_training_weights_make_the_same_mean(stage2, name, monkeypatch):
     }[name]
 
 
+@pytest.mark.parametrize("name", ["kl", "far_kl", "mixture"])
+def test_only_learned_tokens_of_text_count(stage2, name, monkeypatch):
+    monkeypatch.setattr(objective, "FAR_MARGIN", 0.1)
+    bench = Bench(load_config(stage2), 4, 2, name, RecallOptions(1, 8))
+    torch.manual_seed(0)
+    bench.batches = [batch | {"loss_mask": torch.rand(batch["input_ids"].shape) < 0.5} for batch in bench.batches]
+    text = whole(bench.batches)
+    expected = counted(text) & F.pad(text["loss_mask"][:, 1:], (0, 1))
+    if name == "far_kl":
+        expected &= needs_far_context(bench.teacher, text)
+    assert torch.equal(torch.cat(bench.objective.parts[0].weights) > 0, expected)
+    chosen, weights = bench.objective.training_rows(text, "0")
+    rows = 2 if name == "mixture" else 4
+    assert torch.equal(weights[:rows] > 0, expected[:rows])
+    if name == "mixture":
+        assert set(chosen) == {"input_ids", "document_ids"}
+
+
 def test_text_without_far_context_is_refused(stage2, monkeypatch):
     monkeypatch.setattr(objective, "FAR_MARGIN", 1e9)
     with pytest.raises(ValueError, match="--objective: far_kl: no held-out token needs far context"):

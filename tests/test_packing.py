@@ -97,6 +97,28 @@ def test_fit_fills_gaps_that_no_document_fits():
     assert len(chunks) == 6
 
 
+@pytest.mark.parametrize("packing", ["cut", "fit"])
+def test_the_loss_mask_goes_with_its_tokens(packing):
+    """Learned are multiples of 3, EOS among them; padding is not."""
+    rows = documents(numpy.random.default_rng(0).integers(1, 150, 90))
+    packer = packer_of(packing, 100, EOS)
+    parts = []
+    for start in range(0, len(rows), 7):
+        ids = numpy.concatenate(rows[start : start + 7])
+        parts.append(packer.add(ids, numpy.array([len(row) for row in rows[start : start + 7]]), ids % 3 == 0))
+    parts.append(packer.finish())
+    count = padding = 0
+    for part in parts:
+        columns = (part.get(name, ()) for name in ("input_ids", "loss_mask", "document_lengths"))
+        for ids, learned, lengths in zip(*columns, strict=True):
+            text = lengths.sum()
+            assert learned.dtype == bool and numpy.array_equal(learned[:text], ids[:text] % 3 == 0)
+            assert not learned[text:].any()
+            count += 1
+            padding += len(ids) - text
+    assert count > 50 and (padding > 0) == (packing == "fit")
+
+
 @pytest.fixture
 def tokenized(tmp_path):
     """A folder as preprocess_download_tokenize.py writes it, of documents of many sizes."""

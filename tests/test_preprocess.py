@@ -94,7 +94,8 @@ def test_every_document_once_with_eos(tmp_path, corpus, tokenizer_dir, kind):
 def test_chunks_are_the_documents_end_to_end(tmp_path, corpus, tokenizer_dir):
     out = tokenize(corpus, tokenizer_dir, tmp_path / "tokenized", holdout=0.1)
     folder = chunk(out, 32, tmp_path / "data")
-    chunks = open_chunks(str(folder), 32, tokenizer_fingerprint(load_tokenizer(tokenizer_dir)))
+    fingerprint = tokenizer_fingerprint(load_tokenizer(tokenizer_dir))
+    chunks = open_chunks(str(folder), 32, fingerprint, document_mask="auto")
     for split, dataset in (("train", chunks.train), ("heldout", chunks.heldout)):
         flat = ids_of(out, split)
         assert len(dataset) == len(flat) // 32

@@ -21,7 +21,7 @@ def test_scan_restores_one_layer_and_leaves_the_student_as_it_was(teacher_dir):
     student = StudentForCausalLM.from_teacher(teacher, "gdn_v4")[0].eval()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     ids = torch.randint(0, teacher.config.vocab_size, (4, 24))
-    all_linear, kls = scan_layers.scan(student, teacher, [ids[:2], ids[2:]])
+    all_linear, kls = scan_layers.scan(student, teacher, [ids[:2], ids[2:]], [None, None])
     after = student.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
