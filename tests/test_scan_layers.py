@@ -54,7 +54,8 @@ def scan(stage2, out, *options, **changes):
 def test_the_script_measures_what_the_method_measures(stage2, tmp_path, capsys):
     found = scan(stage2, tmp_path, "--keep", "2", "--chunks", "6", "--batch_size", "4")
     shown = capsys.readouterr().out
-    ranking = select(stage2, tmp_path / "select", "--method", "scan", "--top-k", "2")
+    whole = "data.document_mask=false"  # the script reads chunks whole
+    ranking = select(stage2, tmp_path / "select", "--method", "scan", "--top-k", "2", whole)
     assert found["keep"] == ranking["keep"] and 2 in found["keep"]
     importance = {layer["layer"]: -layer["importance"] for layer in ranking["layers"]}
     kls = {entry["layer"]: entry["kl"] for entry in found["layers"]}
