@@ -226,7 +226,7 @@ def stage2(tmp_path_factory, teacher_dir):
     student.save_pretrained(folder / "student")
     values = {
         "stage": 2,
-        "data": {"cache_dir": chunks},
+        "data": {"cache_dir": chunks, "document_mask": "auto"},
         "teacher_model": {"name": teacher_dir},
         "student_model": {"name": "gdn_v4", "keep_full_attention_layers": [0]},
         "train": {
