@@ -17,7 +17,6 @@ from layer_selection.objective import OBJECTIVES, RecallOptions, needs_far_conte
 from recall_tasks import associative_recall
 
 RECALL = RecallOptions(num_pairs=2, num_words=8)
-DOCUMENTS = ["data.document_mask=auto"]
 
 
 def naive_kls(teacher, model, batch):
@@ -90,7 +89,7 @@ def test_rows_of_recall_predict_the_answers_alone(teacher_dir):
 def test_losses_are_the_naive_mean_over_their_tokens(stage2, name, monkeypatch):
     monkeypatch.setattr(objective, "FAR_MARGIN", 0.1)
     recall = RecallOptions(num_pairs=1, num_words=8)
-    bench = Bench(load_config(stage2, DOCUMENTS), 5, 3, name, recall)
+    bench = Bench(load_config(stage2), 5, 3, name, recall)
     hybrid = bench.student.restore_full_attention(bench.teacher, [2]).eval()
     measured = bench.losses(hybrid)
     assert len(measured) == 5 and bench.losses(bench.teacher) == pytest.approx([0.0] * 5, abs=1e-5)
@@ -117,7 +116,7 @@ def test_losses_are_the_naive_mean_over_their_tokens(stage2, name, monkeypatch):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_training_weights_make_the_same_mean(stage2, name, monkeypatch):
     monkeypatch.setattr(objective, "FAR_MARGIN", 0.1)
-    bench = Bench(load_config(stage2, DOCUMENTS), 4, 2, name, RecallOptions(1, 8))
+    bench = Bench(load_config(stage2), 4, 2, name, RecallOptions(1, 8))
     batch = whole(bench.batches)
     text = batch["input_ids"]
     chosen, weights = bench.objective.training_rows(batch, "0")
@@ -138,7 +137,7 @@ def test_training_weights_make_the_same_mean(stage2, name, monkeypatch):
 @pytest.mark.parametrize("name", ["kl", "far_kl", "mixture"])
 def test_only_learned_tokens_of_text_count(stage2, name, monkeypatch):
     monkeypatch.setattr(objective, "FAR_MARGIN", 0.1)
-    bench = Bench(load_config(stage2, DOCUMENTS), 4, 2, name, RecallOptions(1, 8))
+    bench = Bench(load_config(stage2), 4, 2, name, RecallOptions(1, 8))
     torch.manual_seed(0)
     bench.batches = [batch | {"loss_mask": torch.rand(batch["input_ids"].shape) < 0.5} for batch in bench.batches]
     text = whole(bench.batches)
@@ -156,14 +155,14 @@ def test_only_learned_tokens_of_text_count(stage2, name, monkeypatch):
 def test_text_without_far_context_is_refused(stage2, monkeypatch):
     monkeypatch.setattr(objective, "FAR_MARGIN", 1e9)
     with pytest.raises(ValueError, match="--objective: far_kl: no held-out token needs far context"):
-        Bench(load_config(stage2, DOCUMENTS), 4, 2, "far_kl").objective  # noqa: B018 (it is built when first used)
+        Bench(load_config(stage2), 4, 2, "far_kl").objective  # noqa: B018 (it is built when first used)
 
 
 def test_scan_and_ga_s2_rank_by_the_objective(stage2, tmp_path):
     """As the bench measures it; another one does not take over what is there."""
     options = flags(objective="recall", num_pairs=1, vocab_size=8, top_k=1)
     ranking = select(stage2, tmp_path / "scan", *options, method="scan")
-    bench = Bench(load_config(stage2, DOCUMENTS), 6, 4, "recall", RecallOptions(1, 8))
+    bench = Bench(load_config(stage2), 6, 4, "recall", RecallOptions(1, 8))
     for layer in ranking["layers"]:
         losses = bench.losses(bench.student.restore_full_attention(bench.teacher, [layer["layer"]]).eval())
         assert layer["importance"] == pytest.approx(-sum(losses) / len(losses), rel=1e-4)
