@@ -4,6 +4,7 @@ take their means over that alone."""
 import json
 import math
 
+from runtime.config import load_config
 from runtime.conversations import Conversations
 from runtime.data import LOSS_MASK, DataError, collate, load_tokenizer, open_chunks, open_split
 
@@ -20,6 +21,8 @@ from distill_model import StudentForCausalLM
 from distill_model.documents import predicting_learned
 from distill_model.losses import DistillationLoss, forward_kl, micro_batch_weights
 from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, position_weights
+from layer_selection.bench import Bench
+from layer_selection.gates import GateTraining
 
 CHATML = (
     "{% for m in messages %}{{ '[start]' + m.role + '\n' }}"
@@ -383,3 +386,20 @@ def test_a_run_takes_its_loss_over_learned_tokens(tmp_path, teacher_dir, student
     assert found == pytest.approx([expected] * 4, rel=1e-4)
     found = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert found == pytest.approx([mean_over_learned(student, teacher, heldout).item()] * len(found), rel=1e-4)
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_a_selection_measures_learned_tokens(tmp_path, teacher_dir, chats, document_mask):
+    """On the held-out sequences by the mean over all of their learned tokens; gates train too."""
+    torch.manual_seed(1)
+    student = StudentForCausalLM.from_teacher(load_teacher(teacher_dir), "gdn_v4")[0].eval()
+    student.save_pretrained(tmp_path / "student")
+    changes = {"student_init_ckpt": str(tmp_path / "student"), "document_mask": document_mask}
+    bench = Bench(load_config(write_config(tmp_path, 2, teacher_dir, chats, **changes)), 8, 2)
+    rows = open_chunks(chats, 32, document_mask=document_mask).heldout.with_format("numpy")
+    expected = mean_over_learned(student, bench.teacher, rows.select(range(bench.num_sequences))).item()
+    found = bench.losses(bench.student)
+    assert sum(found) / len(found) == pytest.approx(expected, rel=1e-4)
+    training = GateTraining(bench, 1, 256, tmp_path / "gates")
+    training.train_step(1)
+    assert training.model.logits.isfinite().all() and training.model.logits.any()
