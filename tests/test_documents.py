@@ -4,6 +4,7 @@ count its own predictions only."""
 import copy
 from types import SimpleNamespace
 
+import runtime.data
 from runtime.data import collate
 
 import numpy
@@ -124,6 +125,11 @@ def padded_document_ids(rows=ROWS):
     return ids
 
 
+def test_data_and_model_mean_the_same_padding():
+    """Neither imports the other's constant."""
+    assert PADDING == runtime.data.PADDING
+
+
 def predictions(model, ids, groups, learned=None):
     """Log-probabilities [tokens, V] at the positions that count, and the next tokens, by a loop over
     the tokens; each document is read alone. learned: [B, T], if not all next tokens are."""
@@ -222,18 +228,22 @@ def test_stage_1_aligns_each_document_alone(kind):
         torch.testing.assert_close(value, packed[key], rtol=0, atol=0)
 
 
-def test_mean_distances_end_at_a_document():
+@pytest.mark.parametrize("groups", [document_ids(), padded_document_ids()], ids=["full", "padded"])
+def test_mean_distances_end_at_a_document(groups):
     model = StudentForCausalLM(StudentConfig(**shape(num_hidden_layers=1))).double()
     attn = model.model.layers[0].attn
     hidden = torch.randn(3, LENGTH, 40).double()
-    documents = Documents.of(document_ids())
+    documents = Documents.of(groups)
     packed = mean_distances(attn, hidden, model.model.position_embeddings(hidden, documents.positions), documents)
-    total = 0
-    for part in split(hidden):
-        queries = part.shape[1] - part.shape[1] // 2
-        total = total + queries * mean_distances(attn, part, model.model.position_embeddings(part))
-    expected = total / sum(part.shape[1] - part.shape[1] // 2 for part in split(hidden))
-    torch.testing.assert_close(packed, expected)
+    total = queries = 0
+    for row, row_groups in zip(hidden, groups):
+        for document in row_groups.unique():
+            if document != PADDING:
+                part = row[row_groups == document][None]
+                own = part.shape[1] - part.shape[1] // 2
+                total = total + own * mean_distances(attn, part, model.model.position_embeddings(part))
+                queries += own
+    torch.testing.assert_close(packed, total / queries)
 
 
 @pytest.mark.parametrize(
