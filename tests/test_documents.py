@@ -5,7 +5,7 @@ import copy
 from types import SimpleNamespace
 
 import runtime.data
-from runtime.data import collate
+from runtime.data import collate, split_batch
 
 import numpy
 import pytest
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM, cpu_ops
 from distill_model.documents import PADDING, Documents, learned_tokens
-from hf_trainer import FinetuneTrainer, FrozenTeacher, KDTrainer
+from distill_model.losses import micro_batch_weights
+from hf_trainer import DistillTrainer, FinetuneTrainer, FrozenTeacher, KDTrainer
 from wrapper import AttentionAlignmentModel, mean_distances
 
 OPTIONS = {"swa_v1": {"window_size": 5}, "lolcats_v1": {"window_size": 5}}  # shorter than most documents
@@ -299,3 +300,37 @@ def test_the_trainers_hand_documents_to_teacher_and_student():
     torch.testing.assert_close(loss, (theirs.exp() * (theirs - ours)).sum(1).mean(), rtol=1e-4, atol=1e-6)
     loss = FinetuneTrainer.forward_loss(None, model, batch)
     torch.testing.assert_close(loss, -ours.gather(1, targets[:, None]).mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainer_class", [DistillTrainer, KDTrainer, FinetuneTrainer])
+def test_micro_batches_change_neither_loss_nor_gradients(trainer_class):
+    """Rows with different numbers of documents and of padded tokens, in one micro-batch and in
+    three; their losses are weighted as the trainer weights them."""
+    torch.manual_seed(0)
+    trainer = trainer_class.__new__(trainer_class)
+    trainer.distillation = DistillationLoss(ce_weight=0.3)
+    model, teacher = hybrid("gdn_v4"), hybrid("gla_v1", seed=1)
+    trainer.teacher = FrozenTeacher(teacher, torch.device("cpu"))
+    if trainer_class is DistillTrainer:
+        model = AttentionAlignmentModel(hybrid("gla_v1", seed=1), model)
+    rows = ([1, 40, 2, 1], [LENGTH], [3] * 20)
+    batch = collate(
+        [
+            {"input_ids": ids.numpy(), "document_lengths": numpy.array(lengths)}
+            for ids, lengths in zip(random_ids(), rows)
+        ]
+    )
+    found = []
+    for size in (3, 1):
+        trainer._layers = {True: [], False: []}
+        micro_batches = split_batch(batch, size)
+        weights = micro_batch_weights([trainer.counted(part) for part in micro_batches], torch.device("cpu"))
+        losses = [trainer.forward_loss(model, part) * w for part, w in zip(micro_batches, weights, strict=True)]
+        loss = sum(losses) / len(losses)
+        loss.backward()
+        figures = [loss.detach(), *gradients(model).values()]
+        if trainer_class is DistillTrainer:
+            total, count = trainer._layers[True]
+            figures.append(total[0] / count)
+        found.append(figures)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
