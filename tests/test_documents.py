@@ -2,6 +2,8 @@
 count its own predictions only."""
 
 import copy
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import runtime.data
@@ -11,6 +13,9 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_config
+from datasets import Dataset
+from datasets.arrow_writer import ArrowWriter
 
 from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM, cpu_ops
 from distill_model.documents import PADDING, Documents, learned_tokens
@@ -334,3 +339,30 @@ def test_micro_batches_change_neither_loss_nor_gradients(trainer_class):
             figures.append(total[0] / count)
         found.append(figures)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_stage_1_counts_every_token_the_same(tmp_path, teacher_dir, data_dir):
+    """Losses of training and evaluation, in total and by layer, on chunks with padding of all
+    lengths; in one micro-batch, in four, and on two ranks."""
+    from test_train import launch, metrics
+
+    data = tmp_path / "padded"
+    shutil.copytree(data_dir, data)
+    for split in ("train", "heldout"):
+        dataset = Dataset.from_file(str(Path(data_dir) / f"{split}.arrow"))
+        writer = ArrowWriter(features=dataset.features, path=str(data / f"{split}.arrow"))
+        for i, row in enumerate(dataset):
+            writer.write(row | {"document_lengths": [1 + 7 * i % 31]})
+        writer.finalize()
+    found = []
+    for processes, size in ((1, 4), (1, 1), (2, 1)):
+        folder = tmp_path / f"{processes} {size}"
+        folder.mkdir()
+        changes = {"micro_batch_size": size, "eval_batches": 4 // size // processes, "document_mask": True}
+        file = write_config(folder, 1, teacher_dir, str(data), **changes, lr=0, lr_attn=0, final_lr=0)
+        launch(file, processes=processes)
+        lines = metrics(folder / "stage1")
+        found.append([v for line in lines for name, v in line.items() if "loss" in name and name != "train_loss"])
+    assert len(found[0]) > 20 and found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
