@@ -57,8 +57,8 @@ def with_layers(cfg: Config, kept: list[int], output_dir: Path) -> Config:
 
 
 def candidate_config(cfg: Config, kept: list[int], folder: Path) -> Config:
-    """The stage-2 config of a candidate, which trains in `folder`/run: with the exact teacher, which it
-    is measured by, as candidates that train jointly."""
+    """The stage-2 config of a candidate that trains alone, in `folder`/run: with the exact teacher, as
+    those that train jointly."""
     teacher = dataclasses.replace(cfg.teacher_model, precision="exact")
     return with_layers(dataclasses.replace(cfg, teacher_model=teacher), kept, folder / "run")
 

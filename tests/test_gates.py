@@ -130,10 +130,21 @@ def test_a_stopped_training_resumes_to_the_same_gates(stage2, tmp_path, monkeypa
     with pytest.raises(ValueError, match="has gates of sequences 6, not 4; name another"):
         select(stage2, tmp_path / "parts", *options, *STEPS, sequences=4)
     if objective == "mixture":
-        for name, stored in (("num_pairs", "num_pairs 1, not 2"), ("vocab_size", "num_words 8, not 9")):
-            other = {"num_pairs": 2} if name == "num_pairs" else {"vocab_size": 9}
+        for other, stored in (({"num_pairs": 2}, "num_pairs 1, not 2"), ({"vocab_size": 9}, "num_words 8, not 9")):
             with pytest.raises(ValueError, match=f"has gates of {stored}; name another"):
                 select(stage2, tmp_path / "parts", *options, *STEPS, **other)
+
+
+def test_a_resumed_training_knows_all_sets_that_it_has_measured(bench, tmp_path, monkeypatch):
+    """What is tied and what was measured depend on them."""
+    largest = iter([[0, 1], [2, 3], [0, 1], [1, 3], [0, 2]])
+    monkeypatch.setattr(GatedModel, "largest", lambda _: next(largest))
+    training = GateTraining(bench, 2, 320, tmp_path)
+    training.run()
+    again = GateTraining(bench, 2, 320, tmp_path)
+    again.load()
+    assert len(again.sets.known) == 4 and again.sets.known == training.sets.known
+    assert again.flops() == training.flops()
 
 
 def test_gates_of_an_earlier_version_resume_if_they_learnt_text(stage2, tmp_path, monkeypatch):
