@@ -21,6 +21,7 @@
 # LIMIT        evaluate only the first LIMIT documents of a task                                              (all)
 # OUTPUT       folder of results.json, results.md, results.png                                  (outputs/evaluation)
 # DATA         chunks of preprocess_chunk.py, for held-out perplexity and KL                                   (none)
+# DOCUMENT_MASK  true: read the documents of a chunk of DATA one by one                                        (false)
 # TEACHER      the checkpoint that the KL is measured against                                                  (none)
 # NUM_WORDS    different words in the recall tasks                                                              (256)
 #
@@ -33,7 +34,7 @@ source "$here/launch_common.sh"
 [[ $# != 0 ]] || die "CHECKPOINT: none; usage: [TASKS=...] bash eval.sh CHECKPOINT..."
 export EVAL_SH=1 # evaluate.py's messages then name the variables above
 options=()
-for name in TASKS SEQ_LENS BATCH_SIZE NUM_GPUS LIMIT OUTPUT DATA TEACHER NUM_WORDS; do
+for name in TASKS SEQ_LENS BATCH_SIZE NUM_GPUS LIMIT OUTPUT DATA DOCUMENT_MASK TEACHER NUM_WORDS; do
     [[ -z ${!name:-} ]] || options+=("--${name,,}" "${!name}")
 done
 prepare "${TASKS:-ruler}"

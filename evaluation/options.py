@@ -29,6 +29,7 @@ class Options:
     data: str | None  # a folder of chunks
     num_words: int
     teacher: str | None  # the checkpoint that the held-out KL is measured against
+    document_mask: bool  # whether the documents of a chunk are read one by one
 
 
 def option_name(name: str) -> str:
@@ -63,6 +64,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"chunks of preprocess_chunk.py with a held-out part, for {PERPLEXITY} and {KL}",
     )
     parser.add_argument(
+        "--document_mask",
+        choices=("false", "true"),
+        default="false",
+        help="true: read the documents of a chunk of --data one by one, as data.document_mask does (false)",
+    )
+    parser.add_argument(
         "--num_words",
         type=int,
         default=NUM_WORDS,
@@ -84,8 +91,12 @@ def read_options(args: argparse.Namespace) -> Options:
         message = f"{args.seq_lens!r} must be numbers of tokens, separated by commas"
         raise option_error("seq_lens", message) from None
     check_numbers(args, seq_lens)
+    document_mask = args.document_mask == "true"
     if args.data:
-        open_chunks(args.data, key=option_name("data"))
+        chunks = open_chunks(args.data, key=option_name("data"), document_mask="auto")
+        if document_mask and not chunks.has_documents:
+            cure = "make the chunks again with preprocess_chunk.py, or leave it out"
+            raise option_error("document_mask", f"{args.data} does not record where documents begin; {cure}")
     check_checkpoints(args.checkpoints, args.teacher)
     return Options(
         checkpoints=args.checkpoints,
@@ -98,6 +109,7 @@ def read_options(args: argparse.Namespace) -> Options:
         data=args.data,
         num_words=args.num_words,
         teacher=args.teacher,
+        document_mask=document_mask,
     )
 
 

@@ -114,7 +114,9 @@ def heldout_chunks(options: Options, lm) -> HeldoutChunks:
     tokenizer = load_tokenizer(lm.tokenizer.name_or_path)
     vocab_size = vocabulary_size(lm.model.config)
     key = option_name("data")
-    chunks = open_chunks_for(tokenizer, vocab_size, options.data, key=key, model_key="CHECKPOINT")
+    chunks = open_chunks_for(
+        tokenizer, vocab_size, options.data, key=key, model_key="CHECKPOINT", document_mask=options.document_mask
+    )
     if chunks.heldout is None:
         raise ValueError(f"{key}: {options.data} has no held-out part; preprocess with --holdout")
     count = min(len(chunks.heldout), MAX_HELDOUT_CHUNKS)

@@ -72,6 +72,8 @@ class Record:
             settings["num_words"] = self.options.num_words
         if unit.task in HELDOUT:
             settings["data"] = data_fingerprint(read_metadata(self.options.data))
+            if self.options.document_mask:  # older results have no such setting
+                settings["document_mask"] = True
         if unit.task == KL:
             settings["teacher"] = self.fingerprint(self.options.teacher)
         return settings

@@ -18,7 +18,7 @@ from runtime.data import load_tokenizer, open_chunks
 import datasets
 import pytest
 import torch
-from conftest import begin_with_bos, random_teacher, save_tokenizer
+from conftest import begin_with_bos, mean_kl, random_teacher, read_alone, save_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import evaluation.commands
@@ -88,6 +88,23 @@ def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, ca
     assert [json.loads(file.read_text()) for file in files] == before
     assert run(student_dir, **options | {"limit": 5}) == 0, "another limit is another result"
     assert {r["samples"] for r in read(tmp_path)[Path(student_dir).parent.name].values()} == {5}
+
+
+def test_documents_are_read_one_by_one_on_request(teacher_dir, student_dir, data_dir, tmp_path):
+    """Held-out figures with the documents of a chunk alone; they do not replace those of whole
+    chunks."""
+    options = dict(tasks="heldout_kl,heldout_perplexity", data=data_dir, teacher=teacher_dir, limit=6, output=tmp_path)
+    assert run(student_dir, **options) == 0
+    (whole,) = read(tmp_path).values()
+    assert run(student_dir, **options, document_mask="true") == 0
+    (found,) = read(tmp_path).values()
+    model = AutoModelForCausalLM.from_pretrained(student_dir).eval()
+    heldout = open_chunks(data_dir, 32, document_mask="auto").heldout
+    alone = read_alone(heldout, 6, model, load_teacher(teacher_dir))
+    kl = sum(mean_kl(*predicted) for predicted, _ in alone) / 6
+    loss = sum(torch.nn.functional.nll_loss(ours, tokens).item() for (ours, _), tokens in alone) / 6
+    assert found["heldout_kl"]["score"] == pytest.approx(kl, rel=1e-4) != whole["heldout_kl"]["score"]
+    assert found["heldout_perplexity"]["score"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
 def test_results_of_an_older_procedure_are_measured_again(teacher_dir, data_dir, tmp_path, monkeypatch):
