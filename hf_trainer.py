@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cuda_graphs import GraphedForward, switch_off_all
 from distill_model import DistillationLoss, StudentForCausalLM
-from distill_model.documents import learned_tokens, predicting_learned
+from distill_model.documents import PADDING, learned_tokens, predicting_learned
 from distill_model.losses import micro_batch_weights
 
 LOSS_WEIGHT = "loss_weight"  # of a micro-batch, beside its inputs
@@ -304,9 +304,10 @@ class StageTrainer(Trainer):
         """The loss of a micro-batch, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} must say how its loss is computed")
 
-    def learned(self, inputs: dict) -> torch.Tensor | None:
-        """The tokens [B, T] that the loss of a micro-batch is the mean over; None: all."""
-        return learned_tokens(inputs.get(LOSS_MASK), inputs.get(DOCUMENT_IDS))
+    def counted(self, inputs: dict) -> torch.Tensor | None:
+        """The positions [B, T] that the loss of a micro-batch is the mean over, bool; None: all."""
+        learned = learned_tokens(inputs.get(LOSS_MASK), inputs.get(DOCUMENT_IDS))
+        return None if learned is None else predicting_learned(learned)
 
     def beat(self, doing: str) -> None:
         """Tells the watchdog about progress."""
@@ -324,10 +325,10 @@ class StageTrainer(Trainer):
         return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of a step, with their weights if not all tokens are learned: see
+        """The micro-batches of a step, with their weights if not all positions count: see
         `micro_batch_weights`."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        masks = [self.learned(batch) for batch in batches]
+        masks = [self.counted(batch) for batch in batches]
         if masks and masks[0] is not None:
             for batch, weight in zip(batches, micro_batch_weights(masks, device, self.args.world_size)):
                 batch[LOSS_WEIGHT] = weight
@@ -393,20 +394,20 @@ class StageTrainer(Trainer):
         self.beat("evaluation")
         with torch.no_grad():
             loss = self.forward_loss(model, self._prepare_inputs(inputs)).detach()
-        learned = self.learned(inputs)
-        if learned is not None:  # the Trainer takes the mean over batches of equal size
-            loss = loss * predicting_learned(learned).sum().to(loss.device) / self.learned_per_batch
+        counted = self.counted(inputs)
+        if counted is not None:  # the Trainer takes the mean over batches of equal size
+            loss = loss * counted.sum().to(loss.device) / self.counted_per_batch
         return loss, None, None
 
     @cached_property
-    def learned_per_batch(self) -> float:
-        """Learned tokens per held-out batch, on average."""
+    def counted_per_batch(self) -> float:
+        """Positions that count, per held-out batch, on average."""
         columns = self.eval_dataset[:]
         names = [name for name in (INPUT_IDS, LOSS_MASK, DOCUMENT_LENGTHS) if name in columns]
         rows = [dict(zip(names, row)) for row in zip(*(columns[name] for name in names))]
-        learned = self.learned(collate(rows))
+        counted = self.counted(collate(rows))
         batches = len(rows) / self.args.per_device_eval_batch_size
-        return max(1, predicting_learned(learned).sum().item()) / batches
+        return max(1, counted.sum().item()) / batches
 
     # -------------------------------------------------------------------- checkpoints
     def save_model(self, output_dir=None, _internal_call=False):
@@ -485,18 +486,23 @@ class DistillTrainer(StageTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # Of training (True) and of evaluation (False), since they were last logged: [sum of
-        # (losses, variances) [2, layers], count].
+        # (losses, variances) [2, layers], each times the share of its micro-batch that counts; sum
+        # of these shares].
         self._layers = {True: [], False: []}
         self.layer_errors: list[float] = []
 
-    def learned(self, inputs):
-        return None  # attention is aligned at every token
+    def counted(self, inputs):
+        """Attention is aligned at every token, but not at padding."""
+        documents = inputs.get(DOCUMENT_IDS)
+        return None if documents is None else documents != PADDING
 
     def forward_loss(self, model, inputs):
         outputs = model(**inputs)
         total, count = self._layers[model.training] or (0, 0)
         new = torch.stack((outputs["layer_losses"], outputs["layer_variances"]))
-        self._layers[model.training] = [total + new, count + 1]
+        counted = self.counted(inputs)
+        share = 1.0 if counted is None else counted.float().mean()
+        self._layers[model.training] = [total + new * share, count + share]
         return outputs["loss"]
 
     def log(self, logs, *args, **kwargs):
@@ -508,7 +514,8 @@ class DistillTrainer(StageTrainer):
     def _layer_figures(self, training: bool) -> dict[str, float]:
         """The mean losses and relative errors of all layers since the last log; resets the sums."""
         total, count = self._layers[training]
-        losses, variances = self.accelerator.reduce(total / count, reduction="mean")
+        count = torch.as_tensor(count, device=total.device)
+        losses, variances = self.accelerator.reduce(total) / self.accelerator.reduce(count)
         errors = self.model.relative_errors(losses, variances)
         prefix = "" if training else "eval_"
         loss_values, error_values = torch.stack((losses, errors)).tolist()
@@ -533,7 +540,7 @@ class DistillTrainer(StageTrainer):
         layers = []
         if self._layers[True]:
             total, count = self._layers[True]
-            layers = [total.tolist(), count]
+            layers = [total.tolist(), float(count)]
         return super().logging_state() | {"layers": layers}
 
     def load_logging_state(self, states):
@@ -542,7 +549,8 @@ class DistillTrainer(StageTrainer):
         if not layers or not isinstance(layers[0][0], list):  # checkpoints of older versions have no variances
             return
         totals = torch.tensor([state["layers"][0] for state in states], device=self.args.device)
-        self._layers[True] = [totals.mean(0), layers[1]]
+        counts = [state["layers"][1] for state in states]
+        self._layers[True] = [totals.mean(0), sum(counts) / len(counts)]
 
 
 class FrozenTeacher:

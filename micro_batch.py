@@ -114,8 +114,7 @@ def _measured_size(ctx: RunContext, stage: Stage, memory: GpuMemory) -> int:
             )
         raise torch.OutOfMemoryError("micro-batches of one sequence do not fit")
     chosen = _choice(agreed)
-    tried = "; ".join(map(_shown, agreed))
-    ctx.log(f"train.micro_batch_size: auto: {chosen} (GPU memory for training: {room / GIB:.2f} GiB; {tried})")
+    ctx.log(_report(chosen, room, agreed))
     return chosen
 
 
@@ -138,6 +137,14 @@ def _choice(trials: list[Trial]) -> int:
         return trials[0].size
     fastest = max(trial.speed for trial in fitting)
     return next(trial.size for trial in fitting if trial.speed >= (1 - GAIN) * fastest)
+
+
+def _report(chosen: int, room: int, trials: list[Trial]) -> str:
+    tried = "; ".join(map(_shown, trials))
+    line = f"train.micro_batch_size: auto: {chosen} (GPU memory for training: {room / GIB:.2f} GiB; {tried})"
+    if any(trial.fits for trial in trials):
+        return line
+    return f"{line}; none leaves {MARGIN:.0%} of the GPU's memory free, so it may run out"
 
 
 def _shown(trial: Trial) -> str:

@@ -42,6 +42,7 @@ from convert import load_teacher_config
 from convert.loader import config_fingerprint, weights_fingerprint
 from convert_ckpt import student_config
 from distill_model import StudentConfig, StudentForCausalLM, check_calibration, check_student, same_options
+from distill_model.fp8 import FP8_DEVICE, FP8_KEY, check_fp8_device
 from optim import STATE_BYTES, freeze_parts, parameter_groups
 from stages import compute_dtype, use_cuda_graphs
 from wrapper import AttentionAlignmentModel
@@ -299,8 +300,15 @@ def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
 # ------------------------------------------------------------------------ --dry-run
 def print_plan(ctx: RunContext) -> None:
     """Logs steps, tokens, parameters, and an estimate of the memory per GPU for weights, gradients,
-    optimiser and CUDA graphs."""
+    optimiser and CUDA graphs. Raises ValueError if the teacher is to run in FP8 and the GPU here
+    cannot."""
     cfg, plan = ctx.cfg, ctx.plan
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.teacher_model.precision == "fp8":
+        if device == "cuda":
+            check_fp8_device(device)
+        else:
+            ctx.log(f"{FP8_KEY}: the run needs {FP8_DEVICE}")
     teacher_config = load_teacher_config(cfg.teacher_model.name)
     with torch.device("meta"):
         student = StudentForCausalLM(student_config(cfg, teacher_config))
@@ -308,13 +316,13 @@ def print_plan(ctx: RunContext) -> None:
         teacher = StudentForCausalLM(load_teacher_config(distilled) if distilled else teacher_config)
     in_student = student.num_parameters()
     no_teacher = cfg.stage == 3 or (cfg.stage == 2 and cfg.teacher_model.outputs)
-    frozen = 0 if no_teacher else teacher.num_parameters()
+    frozen = 0 if no_teacher else _teacher_bytes(cfg, teacher, device)
     frozen_parts = freeze_parts(student, cfg) if cfg.stage > 1 else {}
     model = AttentionAlignmentModel(teacher, student) if cfg.stage == 1 else student
     groups = parameter_groups(model, cfg)
     trained = sum(group.numel for group in groups)
     zero_stage = zero_stage_of_run(cfg, plan.world_size)
-    memory = _memory_per_gpu(ctx, model, frozen, zero_stage)
+    memory = _memory_per_gpu(ctx, model, frozen, zero_stage, device)
     ctx.log(
         f"stage {cfg.stage}: {plan.steps:,} steps x {plan.batch_size} sequences x {plan.seq_len} = "
         f"{plan.tokens:,} tokens"
@@ -332,18 +340,27 @@ def print_plan(ctx: RunContext) -> None:
     ctx.log(f"memory per GPU: {sum(memory.values()) / GIB:.2f} GiB + activations ({shares})")
 
 
-def _memory_per_gpu(ctx: RunContext, model: nn.Module, frozen: int, zero_stage: int) -> dict[str, float]:
-    """Bytes per device of all but activations. model: what trains. frozen: the teacher's number of
-    parameters."""
+def _teacher_bytes(cfg: Config, teacher: StudentForCausalLM, device: str) -> int:
+    """Of the weights of a whole teacher; in FP8 those of its MLPs take one byte each."""
+    width = compute_dtype(cfg, device).itemsize
+    size = teacher.num_parameters() * width
+    if cfg.teacher_model.precision == "fp8":
+        matrices = [p for block in teacher.model.layers for p in block.mlp.parameters() if p.ndim == 2]
+        size -= (width - 1) * sum(p.numel() for p in matrices)
+    return size
+
+
+def _memory_per_gpu(ctx: RunContext, model: nn.Module, frozen: int, zero_stage: int, device: str) -> dict[str, float]:
+    """Bytes per device, "cuda" or "cpu", of all but activations. model: what trains. frozen: the
+    bytes of a whole teacher."""
     train, world_size = ctx.cfg.train, ctx.world_size
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     width = compute_dtype(ctx.cfg, device).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = trained if ctx.cfg.stage == 1 else sum(p.numel() for p in model.parameters())
     shard_teacher = ctx.cfg.stage == 2 and train.kd_teacher_shard == "always"
     memory = {
         "weights": weights * width / (world_size if zero_stage == 3 else 1),
-        "teacher": frozen * width / (world_size if shard_teacher else 1),
+        "teacher": frozen / (world_size if shard_teacher else 1),
         "gradients": trained * width / (world_size if zero_stage > 1 else 1),
         "optimiser": trained * STATE_BYTES[train.optimizer] / world_size,
     }

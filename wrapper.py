@@ -153,24 +153,30 @@ def mean_distances(
     attn: SoftmaxAttention, hidden_states: torch.Tensor, position_embeddings, documents: Documents | None = None
 ) -> torch.Tensor:
     """How many tokens back each head attends: the mean over its attention weights and the queries
-    of the second half of each sequence or document. Returns [num_heads]."""
+    of the second half of each sequence or document; padding is left out. Returns [num_heads]."""
     batch, length, _ = hidden_states.shape
     lengths = [length] * batch
     if documents is not None:
         hidden_states = hidden_states.flatten(0, 1)[None]
         lengths = documents.lengths
+    counted = [True] * len(lengths)
+    if documents is not None and documents.real is not None:
+        counted = torch.isin(documents.cu_seqlens[:-1], documents.real).tolist()
     q, k, _ = attn.project(hidden_states, position_embeddings)
     k = k.repeat_interleave(attn.num_heads // attn.num_kv_heads, 2)
     total = q.new_zeros(attn.num_heads, dtype=torch.float32)
     # One sequence at a time: the scores are T x T per head.
-    for q_row, k_row in zip(q.flatten(0, 1).split(lengths), k.flatten(0, 1).split(lengths)):
+    rows = zip(counted, q.flatten(0, 1).split(lengths), k.flatten(0, 1).split(lengths))
+    for is_counted, q_row, k_row in rows:
+        if not is_counted:
+            continue
         keys = torch.arange(len(k_row), device=q.device)
         half = len(q_row) // 2
         distance = keys[half:, None] - keys
         scores = torch.einsum("thd,shd->hts", q_row[half:], k_row).float() * attn.head_dim**-0.5
         weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
         total += (weights * distance.clamp(min=0)).sum((-1, -2))
-    return total / sum(length - length // 2 for length in lengths)
+    return total / sum(length - length // 2 for length, is_counted in zip(lengths, counted) if is_counted)
 
 
 @torch.no_grad()

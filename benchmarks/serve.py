@@ -3,9 +3,8 @@
     python benchmarks/serve.py --shape qwen2.5-1.5b --output_dir OUT     # in vLLM's environment: docs/serving.md
     python benchmarks/serve.py --plot OUT/serve.json                     # anywhere: OUT/serve.png
 
-On random weights. The teacher is vLLM's
-own Qwen2 or Llama class, the hybrid the plug-in's; `--vllm_gdn` adds one of vLLM's own Gated DeltaNet layers
-(Qwen3-Next without experts), which bounds what the plug-in could reach.
+On random weights. The teacher is vLLM's own Qwen2 or Llama class, the hybrid the plug-in's; `--vllm_gdn` adds one of
+vLLM's own Gated DeltaNet layers (Qwen3-Next without experts), which bounds what the plug-in could reach.
 
 Decoding: as many sequences of each context as the cache holds, `--max_sequences` at most. The clock starts when all
 of them have their first token, and stops after `--new_tokens` more of each; nothing is prefilled in between. Time to
@@ -110,6 +109,17 @@ def slack(args: argparse.Namespace) -> int:
     return min(prefill_steps, args.max_slack) + args.new_tokens + 16
 
 
+def engine_options(text: str) -> dict:
+    """What --engine says. Raises ValueError unless it is a JSON object."""
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--engine: {text} is no JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise ValueError(f'--engine: {text} must be a JSON object, such as {{"gpu_memory_utilization": 0.8}}')
+    return options
+
+
 def start(name: str, config: StudentConfig, args: argparse.Namespace):
     """A vLLM engine with random weights."""
     from vllm import LLM
@@ -128,7 +138,7 @@ def start(name: str, config: StudentConfig, args: argparse.Namespace):
         enable_prefix_caching=False,
         disable_log_stats=False,
         **cache,
-        **json.loads(args.engine),
+        **engine_options(args.engine),
     )
 
 
@@ -254,6 +264,14 @@ def compared(rows: list[dict]) -> list[dict]:
     return points
 
 
+def read_compared(path: Path) -> list[dict]:
+    """The speed-ups of a serve.json. Raises ValueError if it cannot be read as one."""
+    try:
+        return json.loads(path.read_text())["compared"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"--plot: {path} is no readable serve.json; name one that --output_dir has written") from None
+
+
 def plot(points: list[dict], path: Path) -> None:
     """Speed-ups over the teacher, over the context."""
     from matplotlib import pyplot
@@ -304,11 +322,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.plot:
-        plot(json.loads(args.plot.read_text())["compared"], args.plot.with_suffix(".png"))
+        plot(read_compared(args.plot), args.plot.with_suffix(".png"))
         return
+    config = student_config(args)
+    engine_options(args.engine)
     import vllm
 
-    config = student_config(args)
     torch.manual_seed(0)
     rows = []
     for name in (TEACHER, HYBRID, *([VLLM_GDN] if args.vllm_gdn else [])):
@@ -335,4 +354,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:  # not runtime's run_main, whose packages vLLM's environment need not have
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"serve.py: error: {' '.join(str(error).split())}")

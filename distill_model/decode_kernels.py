@@ -435,7 +435,8 @@ def _gated_delta_reference(q, k, v, gate, a, b, attn, state, past, cos, sin, pag
     if pages is not None:
         rows, has_state = pages
         pools = [state, *(past or ())]
-        own = [pool[rows] * has_state.view(-1, *[1] * (pool.ndim - 1)) for pool in pools]
+        fresh = ~has_state
+        own = [pool[rows].masked_fill(fresh.view(-1, *[1] * (pool.ndim - 1)), 0) for pool in pools]
         out = _gated_delta_reference(q, k, v, gate, a, b, attn, own[0], past and tuple(own[1:]), cos, sin, None)
         for pool, new in zip(pools, own):
             pool[rows] = new

@@ -25,6 +25,7 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 ALIGNMENT = 16  # of the sizes of an FP8 GEMM
 CAPABILITY = (8, 9)  # the first with FP8 tensor cores: Ada
+FP8_DEVICE = "a GPU of the Ada, Hopper or a later generation"
 FP8_KEY = "teacher_model.precision: fp8"
 
 
@@ -143,7 +144,7 @@ def check_fp8_device(device: str) -> None:
     if device == "cuda" and torch.cuda.get_device_capability() >= CAPABILITY:
         return
     found = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
-    raise ValueError(f"{FP8_KEY} needs a GPU of the Ada, Hopper or a later generation, here is {found}; set exact")
+    raise ValueError(f"{FP8_KEY} needs {FP8_DEVICE}, here is {found}; set exact")
 
 
 @torch.no_grad()

@@ -363,15 +363,15 @@ def micro_batch_weights(
     masks: list[torch.Tensor | None], device: torch.device, world_size: int = 1
 ) -> list[torch.Tensor | float]:
     """What the loss of each micro-batch of a step is multiplied by before their mean is taken, over
-    all ranks, so that it is the mean over all learned tokens of the step: a micro-batch's number of
-    them, relative to the mean number.
+    all ranks, so that it is the mean over all counted positions of the step: a micro-batch's number
+    of them, relative to the mean number.
 
-    masks: bool [B, T] of this rank's micro-batches, True for tokens that are learned; None without a
-    mask, for which the weights are 1. All ranks call it together.
+    masks: bool [B, T] of this rank's micro-batches, True for the positions that their losses are the
+    means over; None for all, for which the weights are 1. All ranks call it together.
     """
     if masks[0] is None:
         return [1.0] * len(masks)
-    counts = torch.stack([predicting_learned(mask).sum() for mask in masks]).to(device)
+    counts = torch.stack([mask.sum() for mask in masks]).to(device)
     total = counts.sum()
     if world_size > 1:
         torch.distributed.all_reduce(total)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from cuda_graphs import GraphedForward
 from distill_model import StudentForCausalLM
-from distill_model.documents import learned_tokens
+from distill_model.documents import learned_tokens, predicting_learned
 from distill_model.losses import micro_batch_weights
 from layer_selection.bench import Bench
 from layer_selection.objective import check_settings
@@ -198,7 +198,8 @@ class Candidate:
         weights = distillation_loss(self.cfg)
         device = self.hybrid.device
         losses = []
-        masks = [learned_tokens(inputs.get(LOSS_MASK), inputs.get(DOCUMENT_IDS)) for inputs in micro_batches]
+        learned = [learned_tokens(inputs.get(LOSS_MASK), inputs.get(DOCUMENT_IDS)) for inputs in micro_batches]
+        masks = [None if mask is None else predicting_learned(mask) for mask in learned]
         for inputs, weight in zip(micro_batches, micro_batch_weights(masks, device)):
             inputs = on_device(inputs, device)
             if HIDDEN in inputs:

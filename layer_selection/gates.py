@@ -210,13 +210,11 @@ class GateTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * (1 - progress)
         parts = split_batch(batch, self.plan.micro_batch_size)
-        for i, part in enumerate(parts):
-            chosen, weights = self.bench.objective.training_rows(part, f"{step} {i}")
+        for chosen, weights in self.bench.objective.training_rows(parts, str(step)):
             chosen = model_inputs(chosen)
             with torch.no_grad():
                 hidden = self.teacher_forward(**chosen, use_cache=False)["last_hidden_state"]
-            loss = self.forward(**chosen, token_weights=weights, teacher_hidden_states=hidden)["loss"]
-            (loss / len(parts)).backward()
+            self.forward(**chosen, token_weights=weights, teacher_hidden_states=hidden)["loss"].backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

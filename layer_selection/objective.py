@@ -156,11 +156,6 @@ def take_rows(rows: Iterator, count: int, device: torch.device) -> tuple[torch.T
     return torch.tensor(ids, device=device), torch.tensor(predicts, device=device)
 
 
-def normalised(selected: torch.Tensor) -> torch.Tensor:
-    """Weights [B, T] in fp32 of the selected positions, with the sum 1, or all 0 if there are none."""
-    return selected.float() / selected.sum().clamp(min=1)
-
-
 # ------------------------------------------------------------------------ measurement
 @dataclass(frozen=True)
 class HeldoutPart:
@@ -247,26 +242,35 @@ class Objective:
         scaled = [[value / scale for value in values] for values, scale in zip(by_part, self.scales)]
         return [sum(values) for values in zip(*scaled)]
 
-    def training_rows(self, batch: dict[str, torch.Tensor], draw: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """A batch to train on in place of B sequences of text, and the weights of its tokens [B, T].
-        The objective is the sum of weight x KL. draw: what the documents of recall are drawn by, such
-        as the step.
+    def training_rows(self, parts: list[Batch], draw: str) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """For each micro-batch of a step, of B sequences of text: what to train on in its place, and
+        the weights of its tokens [B, T] in fp32. The objective is the sum of weight x KL over the
+        step, in which all selected tokens weigh the same, whatever the micro-batch. draw: what the
+        documents of recall are drawn by, such as the step.
 
         recall: B rows of documents, read whole. mixture: as many rows of text as of documents, half
         of B each, rounded up.
         """
+        drawn = [self._selected_rows(batch, f"{draw} {i}") for i, batch in enumerate(parts)]
+        totals = sum(selected.sum((1, 2)) for _, selected in drawn)
+        factors = 1 / (totals.clamp(min=1) * torch.tensor(self.scales, device=totals.device))
+        return [(inputs, (selected * factors[:, None, None]).sum(0)) for inputs, selected in drawn]
+
+    def _selected_rows(self, batch: Batch, draw: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What to train on in place of a batch, and by part of the objective the tokens that are
+        selected [parts, B, T], bool."""
         ids = ids_of(batch)
         if self.name == "kl":
-            return batch, normalised(counted_of(batch))
+            return batch, counted_of(batch)[None]
         if self.name == "far_kl":
-            return batch, normalised(needs_far_context(self.teacher, batch))
+            return batch, needs_far_context(self.teacher, batch)[None]
         count = len(ids) if self.name == "recall" else -(-len(ids) // 2)
         documents, answers = take_rows(self.documents(f"training {draw}"), count, ids.device)
         if self.name == "recall":
-            return {"input_ids": documents}, normalised(answers)
+            return {"input_ids": documents}, answers[None]
         text = {name: tensor[:count] for name, tensor in batch.items()}
         rows = {"input_ids": documents, "document_ids": torch.zeros_like(documents, dtype=torch.int32)}
-        weights = [normalised(counted_of(text)), normalised(answers)]
-        weights = [weight / scale for weight, scale in zip(weights, self.scales)]
         inputs = {name: torch.cat([tensor, rows[name]]) for name, tensor in model_inputs(text).items()}
-        return inputs, torch.cat(weights)
+        counted = counted_of(text)
+        nothing = torch.zeros_like(counted)
+        return inputs, torch.stack((torch.cat((counted, nothing)), torch.cat((nothing, answers))))

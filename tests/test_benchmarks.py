@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -507,6 +508,23 @@ def test_serving_results_are_compared_and_drawn(tmp_path):
     (tmp_path / "serve.json").write_text(json.dumps({"compared": points}))
     serve.main(["--plot", str(tmp_path / "serve.json")])
     assert (tmp_path / "serve.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kept", "99"], "--kept: 99 must be between 1 and 27, one less than the layers"),
+        (["--engine", "{a}"], "--engine: {a} is no JSON: .*"),
+        (["--engine", "[1]"], "--engine: [[]1[]] must be a JSON object, .*"),
+        (["--plot", "missing.json"], "--plot: missing.json is no readable serve.json; .*"),
+    ],
+)
+def test_serving_refuses_bad_options_in_one_line(options, message, monkeypatch):
+    """Where vLLM is not installed too."""
+    monkeypatch.setattr("sys.argv", ["serve.py", *options])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(serve.__file__, run_name="__main__")
+    assert re.fullmatch(f"serve.py: error: {message}", error.value.code)
 
 
 def test_random_documents_fill_their_chunks():

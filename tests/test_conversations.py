@@ -296,7 +296,7 @@ def test_every_learned_token_of_a_step_weighs_the_same():
     mask[1] = False
     loss = DistillationLoss()
     whole = loss(hidden, weight, teacher_hidden, teacher_weight, loss_mask=mask)
-    weights = micro_batch_weights(list(mask.split(1)), torch.device("cpu"))
+    weights = micro_batch_weights(list(predicting_learned(mask).split(1)), torch.device("cpu"))
     parts = [
         loss(hidden[i : i + 1], weight, teacher_hidden[i : i + 1], teacher_weight, loss_mask=mask[i : i + 1])
         * weights[i]

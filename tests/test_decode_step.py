@@ -166,6 +166,7 @@ def in_pages(inputs, state, past, cos_sin, dtype):
         page = torch.randn(6, 3 + x[0].numel(), device=device).to(x.dtype)
         pool = page[:, 1:-2].view(6, *x.shape[1:])
         pool[rows] = x
+        pool[1], pool[1, ..., 0] = torch.nan, torch.inf  # whatever another sequence has left
         pools.append(pool)
     before = [pool.clone() for pool in pools]
     blank = [x * has_state.view(-1, *[1] * (x.ndim - 1)) for x in (state, *(past or ()))]

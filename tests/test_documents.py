@@ -2,18 +2,25 @@
 count its own predictions only."""
 
 import copy
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
-from runtime.data import collate
+import runtime.data
+from runtime.data import collate, split_batch
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_config
+from datasets import Dataset
+from datasets.arrow_writer import ArrowWriter
 
 from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM, cpu_ops
 from distill_model.documents import PADDING, Documents, learned_tokens
-from hf_trainer import FinetuneTrainer, FrozenTeacher, KDTrainer
+from distill_model.losses import micro_batch_weights
+from hf_trainer import DistillTrainer, FinetuneTrainer, FrozenTeacher, KDTrainer
 from wrapper import AttentionAlignmentModel, mean_distances
 
 OPTIONS = {"swa_v1": {"window_size": 5}, "lolcats_v1": {"window_size": 5}}  # shorter than most documents
@@ -124,6 +131,11 @@ def padded_document_ids(rows=ROWS):
     return ids
 
 
+def test_data_and_model_mean_the_same_padding():
+    """Neither imports the other's constant."""
+    assert PADDING == runtime.data.PADDING
+
+
 def predictions(model, ids, groups, learned=None):
     """Log-probabilities [tokens, V] at the positions that count, and the next tokens, by a loop over
     the tokens; each document is read alone. learned: [B, T], if not all next tokens are."""
@@ -222,18 +234,22 @@ def test_stage_1_aligns_each_document_alone(kind):
         torch.testing.assert_close(value, packed[key], rtol=0, atol=0)
 
 
-def test_mean_distances_end_at_a_document():
+@pytest.mark.parametrize("groups", [document_ids(), padded_document_ids()], ids=["full", "padded"])
+def test_mean_distances_end_at_a_document(groups):
     model = StudentForCausalLM(StudentConfig(**shape(num_hidden_layers=1))).double()
     attn = model.model.layers[0].attn
     hidden = torch.randn(3, LENGTH, 40).double()
-    documents = Documents.of(document_ids())
+    documents = Documents.of(groups)
     packed = mean_distances(attn, hidden, model.model.position_embeddings(hidden, documents.positions), documents)
-    total = 0
-    for part in split(hidden):
-        queries = part.shape[1] - part.shape[1] // 2
-        total = total + queries * mean_distances(attn, part, model.model.position_embeddings(part))
-    expected = total / sum(part.shape[1] - part.shape[1] // 2 for part in split(hidden))
-    torch.testing.assert_close(packed, expected)
+    total = queries = 0
+    for row, row_groups in zip(hidden, groups):
+        for document in row_groups.unique():
+            if document != PADDING:
+                part = row[row_groups == document][None]
+                own = part.shape[1] - part.shape[1] // 2
+                total = total + own * mean_distances(attn, part, model.model.position_embeddings(part))
+                queries += own
+    torch.testing.assert_close(packed, total / queries)
 
 
 @pytest.mark.parametrize(
@@ -289,3 +305,64 @@ def test_the_trainers_hand_documents_to_teacher_and_student():
     torch.testing.assert_close(loss, (theirs.exp() * (theirs - ours)).sum(1).mean(), rtol=1e-4, atol=1e-6)
     loss = FinetuneTrainer.forward_loss(None, model, batch)
     torch.testing.assert_close(loss, -ours.gather(1, targets[:, None]).mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainer_class", [DistillTrainer, KDTrainer, FinetuneTrainer])
+def test_micro_batches_change_neither_loss_nor_gradients(trainer_class):
+    """Rows with different numbers of documents and of padded tokens, in one micro-batch and in
+    three; their losses are weighted as the trainer weights them."""
+    torch.manual_seed(0)
+    trainer = trainer_class.__new__(trainer_class)
+    trainer.distillation = DistillationLoss(ce_weight=0.3)
+    model, teacher = hybrid("gdn_v4"), hybrid("gla_v1", seed=1)
+    trainer.teacher = FrozenTeacher(teacher, torch.device("cpu"))
+    if trainer_class is DistillTrainer:
+        model = AttentionAlignmentModel(hybrid("gla_v1", seed=1), model)
+    rows = ([1, 40, 2, 1], [LENGTH], [3] * 20)
+    batch = collate(
+        [
+            {"input_ids": ids.numpy(), "document_lengths": numpy.array(lengths)}
+            for ids, lengths in zip(random_ids(), rows)
+        ]
+    )
+    found = []
+    for size in (3, 1):
+        trainer._layers = {True: [], False: []}
+        micro_batches = split_batch(batch, size)
+        weights = micro_batch_weights([trainer.counted(part) for part in micro_batches], torch.device("cpu"))
+        losses = [trainer.forward_loss(model, part) * w for part, w in zip(micro_batches, weights, strict=True)]
+        loss = sum(losses) / len(losses)
+        loss.backward()
+        figures = [loss.detach(), *gradients(model).values()]
+        if trainer_class is DistillTrainer:
+            total, count = trainer._layers[True]
+            figures.append(total[0] / count)
+        found.append(figures)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_stage_1_counts_every_token_the_same(tmp_path, teacher_dir, data_dir):
+    """Losses of training and evaluation, in total and by layer, on chunks with padding of all
+    lengths; in one micro-batch, in four, and on two ranks."""
+    from test_train import launch, metrics
+
+    data = tmp_path / "padded"
+    shutil.copytree(data_dir, data)
+    for split in ("train", "heldout"):
+        dataset = Dataset.from_file(str(Path(data_dir) / f"{split}.arrow"))
+        writer = ArrowWriter(features=dataset.features, path=str(data / f"{split}.arrow"))
+        for i, row in enumerate(dataset):
+            writer.write(row | {"document_lengths": [1 + 7 * i % 31]})
+        writer.finalize()
+    found = []
+    for processes, size in ((1, 4), (1, 1), (2, 1)):
+        folder = tmp_path / f"{processes} {size}"
+        folder.mkdir()
+        changes = {"micro_batch_size": size, "eval_batches": 4 // size // processes, "document_mask": True}
+        file = write_config(folder, 1, teacher_dir, str(data), **changes, lr=0, lr_attn=0, final_lr=0)
+        launch(file, processes=processes)
+        lines = metrics(folder / "stage1")
+        found.append([v for line in lines for name, v in line.items() if "loss" in name and name != "train_loss"])
+    assert len(found[0]) > 20 and found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from conftest import KEPT, LENGTH, write_config
 
+import preflight
 import stages
 import train
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from distill_model.fp8 import Fp8SwiGLU, kl_of, quantize_mlps, quantize_rows, quantize_swiglu
+from distill_model.fp8 import Fp8Linear, Fp8SwiGLU, kl_of, quantize_mlps, quantize_rows, quantize_swiglu
 from mfu import training_flops_per_token
 
 FP8 = "teacher_model.precision=fp8"
@@ -149,6 +150,37 @@ def test_refused_without_a_gpu(tmp_path, teacher_dir, data_dir):
     ctx = train.prepare(train.parse_args(["--cfg", str(file), FP8]))
     with pytest.raises(ValueError, match="fp8 needs a GPU of the Ada.* here is no GPU; set exact"):
         stages.build_stage(ctx)
+
+
+def test_a_dry_run_knows_fp8(tmp_path, teacher_dir, data_dir, capsys, monkeypatch):
+    """A GPU without it is refused; without a GPU the dry run says what the run needs."""
+    arguments = train.parse_args(["--cfg", str(write_config(tmp_path, 1, teacher_dir, data_dir)), "--dry-run", FP8])
+    needed = "fp8: the run needs a GPU of the Ada, Hopper or a later generation\n"
+    train.prepare(arguments)
+    assert needed in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ValueError, match="fp8 needs a GPU of the Ada.*, here is NVIDIA A100; set exact"):
+        train.prepare(arguments)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    train.prepare(arguments)
+    out = capsys.readouterr().out
+    assert "memory per GPU" in out and needed not in out
+
+
+@pytest.mark.parametrize("precision", ["exact", "fp8"])
+def test_a_dry_run_counts_the_bytes_of_the_teacher(tmp_path, teacher_dir, precision):
+    cfg = load_config(
+        write_config(tmp_path, 2, teacher_dir, "data"), [f"teacher_model.precision={precision}", "train.dtype=bf16"]
+    )
+    estimated = preflight._teacher_bytes(cfg, load_teacher(teacher_dir), "cuda")
+    teacher = load_teacher(teacher_dir, torch.bfloat16)
+    if precision == "fp8":
+        quantize_mlps(teacher)
+    tensors = list(teacher.parameters())
+    tensors += [layer.weight for layer in teacher.modules() if isinstance(layer, Fp8Linear)]
+    assert estimated == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_unsupported_mlps_are_refused(teacher_dir):

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from runtime.config import load_config
-from runtime.data import load_tokenizer
+from runtime.data import load_tokenizer, split_batch
 from runtime.run_folder import EXPORT
 
 import pytest
@@ -124,7 +124,7 @@ def test_training_weights_make_the_same_mean(stage2, name, monkeypatch):
     bench = Bench(load_config(stage2), 4, 2, name, RecallOptions(1, 8))
     batch = whole(bench.batches)
     text = batch["input_ids"]
-    chosen, weights = bench.objective.training_rows(batch, "0")
+    ((chosen, weights),) = bench.objective.training_rows([batch], "0")
     ids = chosen["input_ids"]
     assert ids.shape == weights.shape and len(ids) == 4
     if name != "recall":
@@ -139,6 +139,19 @@ def test_training_weights_make_the_same_mean(stage2, name, monkeypatch):
     }[name]
 
 
+@pytest.mark.parametrize("name", ["kl", "far_kl"])
+def test_tokens_of_a_step_weigh_the_same_in_all_micro_batches(stage2, name, monkeypatch):
+    monkeypatch.setattr(objective, "FAR_MARGIN", 0.1)
+    bench = Bench(load_config(stage2), 4, 2, name)
+    torch.manual_seed(0)
+    batch = whole(bench.batches)
+    batch["loss_mask"] = torch.rand(batch["input_ids"].shape) < torch.tensor([[0.9], [0.5], [0.2], [0.0]])
+    ((_, expected),) = bench.objective.training_rows([batch], "0")
+    parts = bench.objective.training_rows(split_batch(batch, 1), "0")
+    assert expected.sum().item() == pytest.approx(1) and not expected[3].any()
+    assert torch.equal(torch.cat([weights for _, weights in parts]), expected)
+
+
 @pytest.mark.parametrize("name", ["kl", "far_kl", "mixture"])
 def test_only_learned_tokens_of_text_count(stage2, name, monkeypatch):
     monkeypatch.setattr(objective, "FAR_MARGIN", 0.1)
@@ -150,7 +163,7 @@ def test_only_learned_tokens_of_text_count(stage2, name, monkeypatch):
     if name == "far_kl":
         expected &= needs_far_context(bench.teacher, text)
     assert torch.equal(torch.cat(bench.objective.parts[0].weights) > 0, expected)
-    chosen, weights = bench.objective.training_rows(text, "0")
+    ((chosen, weights),) = bench.objective.training_rows([text], "0")
     rows = 2 if name == "mixture" else 4
     assert torch.equal(weights[:rows] > 0, expected[:rows])
     if name == "mixture":
