@@ -53,7 +53,7 @@ import preprocess_download_tokenize
 from quickstart.corpus import QUICKSTART_TASKS, TASK_DOCUMENTS, TEXT_FILES, TaskMix, make_corpus
 from quickstart.train_teacher import heldout_loss, token_ids, unigram_entropy, untrained_teacher
 from quickstart.train_tokenizer import limited, train_tokenizer
-from recall_tasks import RECALL_TASKS, Document, answer_accuracy, encode
+from recall_tasks import FILLERS, RECALL_TASKS, WORDS, Document, answer_accuracy, encode
 
 ENOUGH = 0.95  # accuracy that ends training at a constant learning rate
 DEMANDED = 0.90  # recall that the result must have
@@ -205,7 +205,7 @@ TINY = Scale(
 def scale_of(size: str, hardest: dict[str, int] | None = None) -> Scale:
     """The scale of a size. hardest: option of the tasks -> its value in the hardest documents, in
     place of the size's; num_words for all documents. Raises ValueError for a value that is easier
-    than the easiest."""
+    than the easiest, and for a number of words that the documents do not allow."""
     scale = {"full": FULL, "hard": HARD, "quickstart": QUICKSTART, "tiny": TINY}[size]
     hardest = hardest or {}
     ranges = {}
@@ -219,7 +219,23 @@ def scale_of(size: str, hardest: dict[str, int] | None = None) -> Scale:
                 raise ValueError(f"--{name}: {value} must be at least {easiest}, the easiest of --size {size}")
             ranges[task][name] = (easiest, value)
     tasks = TaskMix(ranges, hardest.get("num_words", scale.tasks.num_words))
+    check_words(tasks)
     return dataclasses.replace(scale, tasks=tasks)
+
+
+def check_words(tasks: TaskMix) -> None:
+    """Raises ValueError if documents draw from fewer words than they need, or also from the fillers."""
+    pairs = tasks.ranges["associative_recall"]["num_pairs"][1]
+    chains = tasks.ranges["multi_hop_recall"]["num_chains"][1]
+    needed = max(pairs, 3 * chains)  # all keys, or all words of chains of two links, differ
+    if tasks.num_words < needed:
+        raise ValueError(
+            f"--num_words: {tasks.num_words} are too few for {pairs} pairs and {chains} chains of three words, which "
+            f"need {needed}; set that, or lower --num_pairs and --num_chains"
+        )
+    most = len(WORDS) - len(FILLERS)
+    if tasks.num_words > most:
+        raise ValueError(f"--num_words: {tasks.num_words} must be at most {most}, the words that are no fillers")
 
 
 # ---------------------------------------------------------------------------------- data

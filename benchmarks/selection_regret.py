@@ -42,7 +42,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.recall_teacher import DEMANDED, DIFFICULTY, scale_of
+from benchmarks.recall_teacher import DEMANDED, DIFFICULTY, difficulty, scale_of
 from benchmarks.training import stage_1
 from convert import load_teacher
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate
@@ -518,8 +518,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for options that make no sense, or if the folder has other figures."""
-    layers = scale_of(args.size).shape["num_hidden_layers"]
+    """Raises ValueError for options that make no sense, or if the folder has other figures."""
+    layers = scale_of(args.size, difficulty(args)).shape["num_hidden_layers"]
     for name in args.students:
         if name not in STUDENT_ATTENTION_MAP:
             raise ConfigError(f"--students: {name} is unknown; choose of {', '.join(STUDENT_ATTENTION_MAP)}")
@@ -529,6 +529,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("teachers", "seeds", "stage1_steps", "stage2_steps", "batch_size", "questions", "sets_at_once"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}: {getattr(args, name)} must be at least 1")
+    if args.teacher_steps is not None and args.teacher_steps < 1:
+        raise ConfigError(f"--teacher_steps: {args.teacher_steps} must be at least 1")
+    if args.sequences < 2:
+        raise ConfigError(f"--sequences: {args.sequences} must be at least 2")
     for method in args.methods:
         split_method(method)
     file = args.output_dir / "settings.json"

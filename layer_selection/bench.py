@@ -17,7 +17,7 @@ from tqdm import tqdm
 from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM
 from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, ids_of, position_weights, read_chunks
-from layer_selection.objective import Objective, RecallOptions
+from layer_selection.objective import Objective, RecallOptions, objective_settings
 from layer_selection.stage2_runs import check_start
 from preflight import outputs_key
 from stages import compute_dtype
@@ -140,6 +140,11 @@ class Bench:
     @property
     def num_sequences(self) -> int:
         return sum(len(ids_of(batch)) for batch in self.batches)
+
+    @property
+    def settings(self) -> dict:
+        """What stored losses must agree in, beside the config."""
+        return objective_settings(self.objective_name, self.recall) | {"sequences": self.num_sequences}
 
     @property
     def num_tokens(self) -> int:

@@ -36,6 +36,7 @@ from distill_model import StudentForCausalLM
 from distill_model.documents import learned_tokens, predicting_learned
 from distill_model.losses import micro_batch_weights
 from layer_selection.bench import Bench
+from layer_selection.objective import check_settings
 from layer_selection.ranking import Layer, Ranking, rank_samples
 from layer_selection.stage2_runs import train_hybrid
 from layer_selection.stopping_rule import StoppingRule
@@ -430,8 +431,8 @@ class JointTraining:
 
     def run(self) -> tuple[SequenceKLs, dict]:
         """Trains what is missing. Returns the KLs of every candidate's last round, and facts of the
-        training: steps, which candidates stopped earlier and when, and the share of full runs'
-        compute that it took."""
+        training: steps, how many candidates, which of them stopped earlier and when, and the share of
+        their full runs' compute that it took."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / ".lock", f"--output_dir: {self.folder}"):
             self.open_history()
@@ -443,6 +444,7 @@ class JointTraining:
         facts = {
             "steps": end,
             "of_steps": self.plan.steps,
+            "candidates": len(self.kept),
             "stopped": {layer: entry.step for layer, entry in last.items() if entry.step < end},
             "share_of_full_runs": self.compute_share(),
             "flops": self.spent_flops(),
@@ -495,13 +497,14 @@ class JointTraining:
                 f"--sequences: {self.folder} was measured on {measured} sequences, not "
                 f"{self.bench.num_sequences}; set that number, or name another --output_dir"
             )
+        check_settings(known, self.bench.settings, f"{self.folder} was measured with")
 
     def write_history(self) -> None:
         known = {
             "rounds": self.num_rounds,
             "kept": self.kept,
             "over": self.over(),
-            "objective": self.bench.objective_name,
+            **self.bench.settings,
             "history": [vars(entry) for entry in self.history],
         }
         atomic_write_text(self.folder / HISTORY, json.dumps(known))

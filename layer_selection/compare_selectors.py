@@ -5,8 +5,9 @@ with several seeds.
         --methods ga_s2 smart scan mse uniform random --output_dir outputs/selectors
 
 METHOD is one of select_layers.py, also with its objective (gates:mixture), and rounds:remove; --sets
-adds layers of your own (middle=11,12,13,14). Runs each method in <output_dir>/<method>/, then stage 2 of STAGE2.yaml for each
-set of layers (once for methods that chose the same) and for each seed, which orders the data.
+adds layers of your own (middle=11,12,13,14). Runs each method in <output_dir>/<method>/, then stage
+2 of STAGE2.yaml for each set of layers (once for methods that chose the same) and for each seed,
+which orders the data.
 Prints and writes selectors.md, selectors.json and selectors.png: held-out KL to the teacher,
 perplexity, and the share of associative-recall questions (recall_tasks.py) that are answered, as
 means and half ranges over the seeds. Methods whose range touches the best one's are marked as ties
@@ -26,7 +27,7 @@ from pathlib import Path
 from runtime.command import run_main
 from runtime.config import Config, ConfigError, dump_config, load_config
 from runtime.data import load_tokenizer
-from runtime.files import atomic_write_text
+from runtime.files import atomic_write_text, locked_in_turn
 from runtime.run_folder import difference
 
 from tqdm import tqdm
@@ -177,17 +178,19 @@ def chosen_layers(cfg: Config, method: str, top_k: int, args: argparse.Namespace
 
 
 def own_sets(words: list[str], num_layers: int) -> dict[str, list[int]]:
-    """Name -> layers of NAME=LAYERS. Raises ConfigError for other words and for layers that the
-    teacher does not have."""
+    """Name -> layers of NAME=LAYERS. Raises ConfigError for other words, for a name that is another
+    set's or a method's, and for layers that the teacher does not have."""
     sets = {}
     for word in words:
         name, _, layers = word.partition("=")
         try:
-            sets[name] = sorted({int(layer) for layer in layers.split(",")})
+            kept = sorted({int(layer) for layer in layers.split(",")})
         except ValueError:
             raise ConfigError(f"--sets: {word} must look like middle=3,4") from None
-        if not set(sets[name]) <= set(range(num_layers)) or name in METHODS:
+        of_a_method = name.partition(":")[0] in METHODS
+        if not name or of_a_method or name in sets or not set(kept) <= set(range(num_layers)):
             raise ConfigError(f"--sets: {word} must have a name of its own and layers in 0..{num_layers - 1}")
+        sets[name] = kept
     return sets
 
 
@@ -282,7 +285,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--only_seed",
         type=int,
         metavar="N",
-        help="train the hybrids of seed N alone, for one process per GPU; the command without it writes the table",
+        help="train the hybrids of seed N alone, for one process per GPU: the first of them selects, the others wait "
+        "for that; the command without it writes the table",
     )
     add("--output_dir", type=Path, required=True)
     add("--sequences", type=int, default=64, help="held-out sequences to measure on")
@@ -301,10 +305,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for method in args.methods:
         split_method(method)
-    if args.only_seed is not None and args.only_seed not in range(args.seeds):
-        raise ConfigError(f"--only_seed: {args.only_seed} must be one of 0 to {args.seeds - 1}")
     if args.seeds < 1:
         raise ConfigError(f"--seeds: {args.seeds} must be at least 1")
+    if args.only_seed is not None and args.only_seed not in range(args.seeds):
+        raise ConfigError(f"--only_seed: {args.only_seed} must be one of 0 to {args.seeds - 1}")
+    RecallOptions(args.num_pairs, args.num_words)  # checks them
     return args
 
 
@@ -316,8 +321,9 @@ def main(argv: list[str] | None = None) -> None:
     num_layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
     top_k = budget(args.ratio, num_layers)
     sets = own_sets(args.sets, num_layers)
-    claim(cfg, args)
-    sets |= {method: chosen_layers(cfg, method, top_k, args) for method in args.methods}
+    with locked_in_turn(args.output_dir / ".lock", f"--output_dir: {args.output_dir}"):
+        claim(cfg, args)
+        sets |= {method: chosen_layers(cfg, method, top_k, args) for method in args.methods}
     unique = [list(kept) for kept in dict.fromkeys(map(tuple, sets.values()))]
     if args.only_seed is not None:
         train_sets(cfg, unique, args.only_seed, args)

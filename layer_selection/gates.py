@@ -41,6 +41,7 @@ from distill_model.losses import forward_kl
 from layer_selection.bench import Bench
 from layer_selection.candidate_training import linear_weights, on_device
 from layer_selection.layer_sets import MeasuredSets, exchange, rank_around
+from layer_selection.objective import check_settings
 from layer_selection.ranking import Ranking
 from stages import use_cuda_graphs
 
@@ -146,13 +147,15 @@ class GatedModel(nn.Module):
 
 @dataclass
 class Check:
-    """The gates after a step, and the mean objective of the hybrid with the K largest."""
+    """The gates after a step, and the objective of the hybrid with the K largest: its mean, and on
+    each sequence (None in a check of an earlier version)."""
 
     step: int
     seconds: float
     gates: list[float]
     kept: list[int]
     objective: float
+    losses: list[float] | None = None
 
 
 class GateTraining:
@@ -195,7 +198,7 @@ class GateTraining:
 
     def settings(self) -> dict:
         """What a stored training must agree in."""
-        return {"top_k": self.top_k, "steps": self.steps, "objective": self.bench.objective_name}
+        return {"top_k": self.top_k, "steps": self.steps} | self.bench.settings
 
     def train_step(self, step: int) -> None:
         """The step-th optimiser step, counted from 1."""
@@ -249,7 +252,8 @@ class GateTraining:
             gates = budget_gates(self.model.logits, self.model.temperature, self.top_k)
         kept = self.model.largest()
         found = self.sets.mean(kept)
-        self.history.append(Check(step, round(seconds, 3), [round(g, 4) for g in gates.tolist()], kept, found))
+        rounded = [round(gate, 4) for gate in gates.tolist()]
+        self.history.append(Check(step, round(seconds, 3), rounded, kept, found, self.sets.losses(kept)))
         bar.set_postfix({"kept": ",".join(map(str, kept)), self.bench.objective_name: f"{found:.4f}"})
         self.save()
 
@@ -269,14 +273,12 @@ class GateTraining:
         if not file.is_file():
             return
         known = json.loads(file.read_text())
-        for name, value in self.settings().items():
-            if known[name] != value:
-                raise ConfigError(
-                    f"--output_dir: {self.folder} has gates of {name} {known[name]}, not {value}; name another"
-                )
+        check_settings(known, self.settings(), f"{self.folder} has gates of")
         if other := difference(load_config(self.folder / CONFIG), self.cfg):
             raise ConfigError(f"--output_dir: {self.folder} has gates of another config ({other}); name another")
         self.history = [Check(**check) for check in known["history"]]
+        # The ranking's ties and the cost are those of all sets that were measured.
+        self.sets.known = {frozenset(check.kept): check.losses for check in self.history if check.losses}
         tensors = {name: torch.tensor(values, device=self.bench.device) for name, values in known["state"].items()}
         with torch.no_grad():
             self.model.logits.copy_(tensors.pop("logits"))

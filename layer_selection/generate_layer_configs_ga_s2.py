@@ -26,7 +26,7 @@ from runtime.old_flags import refuse_old_flags
 from runtime.run_folder import difference
 
 from convert import load_teacher_config
-from layer_selection.stage2_runs import load_stage_2, with_layers
+from layer_selection.stage2_runs import candidate_config, load_stage_2
 from layer_selection.wandb_log import STAGE_2, candidate_folder, write_candidates
 
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     made = {}
     for layer in range(layers):
         folder = candidate_folder(args.output_dir, layer)
-        made[folder / STAGE_2] = with_layers(cfg, [layer], folder / "run")
+        made[folder / STAGE_2] = candidate_config(cfg, [layer], folder)
     write_configs(made)
     write_candidates(args.output_dir, cfg.teacher_model.name, layers)
     print(

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from runtime.config import ConfigError
 from runtime.data import model_inputs
 
 import torch
@@ -27,12 +28,14 @@ from torch.nn.functional import cross_entropy
 from distill_model import StudentForCausalLM
 from distill_model.losses import token_kl
 from heldout import Batch, ModelOutput, counted_of, ids_of, read_chunks
-from recall_tasks import associative_recall, encode
+from recall_tasks import WORDS, associative_recall, encode
 
 OBJECTIVES = ("kl", "far_kl", "recall", "mixture")
+RECALL_OBJECTIVES = ("recall", "mixture")  # those with documents of recall
 FAR_MARGIN = 1.0  # nats
 SHORT_CONTEXT = 8  # the short context's length is the sequence's divided by this
 MAX_QUERIES = 16  # questions of a document
+WORDS_OPTION = "--vocab_size (of compare_selectors.py: --num_words)"
 
 
 # ------------------------------------------------------------------------ tokens that need far context
@@ -81,10 +84,39 @@ def needs_far_context(teacher: StudentForCausalLM, batch: Batch) -> torch.Tensor
 # ------------------------------------------------------------------------ documents of recall
 @dataclass(frozen=True)
 class RecallOptions:
-    """Documents of associative recall: pairs of key and value, and the words that they draw from."""
+    """Documents of associative recall: pairs of key and value, and the words that they draw from.
+
+    Raises ConfigError, naming the command-line option, for numbers that no document can have.
+    """
 
     num_pairs: int = 16
     num_words: int = 256
+
+    def __post_init__(self):
+        if self.num_pairs < 1:
+            raise ConfigError(f"--num_pairs: {self.num_pairs} must be at least 1")
+        if self.num_words > len(WORDS):
+            raise ConfigError(f"{WORDS_OPTION}: {self.num_words} must be at most {len(WORDS)}")
+        if self.num_words < self.num_pairs:
+            raise ConfigError(
+                f"--num_pairs: {self.num_pairs} pairs need as many different words, not {self.num_words}; lower it, "
+                f"or set {WORDS_OPTION} to that"
+            )
+
+
+def objective_settings(name: str, recall: RecallOptions) -> dict:
+    """What figures of an objective must agree in, to be compared."""
+    return {"objective": name} | (asdict(recall) if name in RECALL_OBJECTIVES else {})
+
+
+def check_settings(known: dict, ours: dict, where: str) -> None:
+    """Raises ConfigError, with `where` as its subject, if stored settings are not ours. Those of an
+    earlier version may lack the objective kl and the number of sequences, which count as ours."""
+    known = {"objective": "kl", "sequences": ours["sequences"]} | known
+    for name, value in ours.items():
+        there = known.get(name, "unknown")
+        if there != value:
+            raise ConfigError(f"--output_dir: {where} {name} {there}, not {value}; name another")
 
 
 def recall_rows(tokenizer, options: RecallOptions, length: int, seed: str) -> Iterator[tuple[list[int], list[bool]]]:
@@ -193,7 +225,7 @@ class Objective:
             far = [needs_far_context(teacher, batch) for batch in on_device]
             missing = "--objective: far_kl: no held-out token needs far context; take another one, or longer sequences"
             self.parts.append(heldout_part(teacher, on_device, far, missing))
-        if name in ("recall", "mixture"):
+        if name in RECALL_OBJECTIVES:
             heldout = self.documents("held out")
             drawn = [take_rows(heldout, len(ids_of(batch)), device) for batch in on_device]
             ids, answers = zip(*drawn)

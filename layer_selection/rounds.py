@@ -35,6 +35,7 @@ from distill_model import StudentForCausalLM
 from layer_selection.bench import Bench
 from layer_selection.candidate_training import JointTraining, SequenceKLs, check_joint_training, linear_weights
 from layer_selection.layer_sets import MeasuredSets, neighbours, rank_around
+from layer_selection.objective import check_settings
 from layer_selection.ranking import Ranking
 from layer_selection.stopping_rule import StoppingRule
 
@@ -50,8 +51,8 @@ SHARE = 0.1  # of a full stage 2 for every layer, that all rounds take
 
 @dataclass(frozen=True)
 class RoundOptions:
-    """direction: add or remove. layers: how many a round adds or removes; None: a quarter of all of
-    them, at least one. candidates: trained in a round. tokens: of all candidates together; None:
+    """direction: add or remove. layers: how many a round adds or removes; None: a quarter of those
+    to add or remove in all, at least one. candidates: trained in a round. tokens: of all candidates together; None:
     SHARE of a full stage 2 for every layer.
 
     Raises ConfigError, naming the command-line option, for values that make no sense.
@@ -163,13 +164,11 @@ class Rounds:
         """What stored rounds must agree in."""
         return {
             "top_k": self.top_k,
-            "objective": self.bench.objective_name,
             "direction": self.options.direction,
             "layers_per_round": self.per_round,
             "candidates_per_round": self.options.candidates,
             "steps": self.steps,
-            "sequences": self.bench.num_sequences,
-        }
+        } | self.bench.settings
 
     def current(self) -> frozenset[int]:
         """The layers that are kept so far."""
@@ -281,11 +280,7 @@ class Rounds:
         if not file.is_file():
             return
         known = json.loads(file.read_text())
-        for name, value in self.settings().items():
-            if known[name] != value:
-                raise ConfigError(
-                    f"--output_dir: {self.folder} has rounds of {name} {known[name]}, not {value}; name another"
-                )
+        check_settings(known, self.settings(), f"{self.folder} has rounds of")
         if other := difference(load_config(self.folder / CONFIG), self.bench.cfg):
             raise ConfigError(f"--output_dir: {self.folder} has rounds of another config ({other}); name another")
         self.history = [Done(**done) for done in known["history"]]

@@ -39,8 +39,8 @@ Written to --output_dir: ranking.json, ranking.png, ranking.md, and
 {teacher}_{size}_{student}_hybrid_{ratio}_{method}/stage2.yaml with the K best layers, which trains
 in a folder of its own. ga_s2 and gr_s2 train all candidates jointly on one teacher until their
 ranking has converged, or with --full_runs and --candidate each to the end with train.py in
-<output_dir>/layer_<N>/. gates and rounds train on one device. Rerun the command to resume: it does only what is missing. avg_s2 uses the
-default folders of both.
+<output_dir>/layer_<N>/. gates and rounds train on one device. Rerun the command to resume: it does
+only what is missing. avg_s2 uses the default folders of both.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from convert import load_teacher_config
 from layer_selection.ablation_questions import add_options, question_options
 from layer_selection.baselines import TASK_METHODS
 from layer_selection.candidate_training import TrainingOptions
-from layer_selection.objective import OBJECTIVES, RecallOptions
+from layer_selection.objective import OBJECTIVES, RECALL_OBJECTIVES, RecallOptions
 from layer_selection.ranking import budget
 from layer_selection.rounds import CANDIDATES, RoundOptions
 from layer_selection.selection import (
@@ -125,11 +125,11 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--search_tokens",
         type=int,
-        help="tokens that gates trains on (default: half of the config's, at most 12M); of all candidates of rounds "
-        "together (default: a tenth of the config's for every layer)",
+        help="tokens that gates trains on (default: half of the config's, at most 12M); about how many all candidates "
+        "of rounds train on together (default: a tenth of the config's for every layer)",
     )
     add("--direction", default="add", help="rounds: add layers, or remove them (%(default)s)")
-    add("--layers_per_round", type=int, help="rounds: layers that a round adds or removes; default: a quarter of all")
+    add("--layers_per_round", type=int, help="rounds: layers per round; default: a quarter of those to add or remove")
     add(
         "--candidates_per_round",
         type=int,
@@ -191,6 +191,9 @@ def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> Selectio
         candidate=args.candidate,
         launcher=args.launcher,
     )
+    recall = RecallOptions()
+    if args.objective in RECALL_OBJECTIVES:
+        recall = RecallOptions(args.num_pairs, args.vocab_size)
     return SelectionOptions(
         method=args.method,
         top_k=top_k,
@@ -202,7 +205,7 @@ def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> Selectio
         questions=question_options(args) if args.method in TASK_METHODS else None,
         objective=args.objective,
         interval=args.interval,
-        recall=RecallOptions(args.num_pairs, args.vocab_size),
+        recall=recall,
         search_tokens=args.search_tokens,
         rounds=RoundOptions(args.direction, args.layers_per_round, args.candidates_per_round, args.search_tokens),
     )
@@ -236,7 +239,8 @@ def submit(options: SelectionOptions, cfg: Config, cfg_file: str, arguments: lis
         raise ConfigError(f"--slurm: jobs run in {ROOT}; run this command there")
     check_start(cfg)
     folders = [training.output_dir / f"layer_{layer}" for layer in range(layers)]
-    missing = [layer for layer in range(layers) if not (folders[layer] / heldout_file(options.objective)).is_file()]
+    measured = heldout_file(options.objective, options.recall)
+    missing = [layer for layer in range(layers) if not (folders[layer] / measured).is_file()]
     array = f"--array={','.join(map(str, missing))}%{os.environ.get('PARALLEL', 8)}"
     user_options = os.environ.get("SBATCH_ARGS", "").split()
     command = ["launch_selection.sh", "--cfg", cfg_file, "--full_runs", *arguments]

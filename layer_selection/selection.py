@@ -154,7 +154,7 @@ class Selection:
         if "share_of_full_runs" in facts:
             lines.append(
                 f"Trained jointly for {facts['steps']} of {facts['of_steps']} steps: "
-                f"{facts['share_of_full_runs']:.1%} of the FLOPs of {len(self.ranking.layers)} full runs, "
+                f"{facts['share_of_full_runs']:.1%} of the FLOPs of {facts['candidates']} full runs, "
                 f"{facts['seconds']:.0f} s"
             )
         elif "flops" in facts:
@@ -167,10 +167,18 @@ class Selection:
         if undecided := self.ranking.undecided(self.top_k):
             kept += f"; statistically tied at the cut: {undecided}"
         lines.append(f"{kept}; next: deepspeed train.py --cfg {self.chosen}")
-        if interval_of(layers, len(self.ranking.layers)) is None:
+        num_layers = len(self.ranking.layers)
+        if interval_of(layers, num_layers) is None:
+            cure = "--interval chooses among evenly spaced ones (docs/layer_selection.md)"
+            if interval := facts.get("interval"):
+                needed = ",".join(map(str, range(interval - 1, num_layers, interval)))
+                cure = (
+                    f"of interval {interval} they need phase {interval - 1}, not {facts['phase']}: for them, train with "
+                    f"student_model.keep_full_attention_layers=[{needed}]"
+                )
             lines.append(
                 "Warning: runtimes that derive the layer kinds from full_attention_interval (llama.cpp, MLX) cannot run "
-                "this set; --interval chooses among evenly spaced ones (docs/layer_selection.md)"
+                f"this set; {cure}"
             )
         return "\n".join(lines)
 

@@ -21,6 +21,7 @@ import torch
 from convert import load_teacher_config
 from convert.loader import ModelFolder
 from distill_model import StudentForCausalLM
+from layer_selection.objective import RecallOptions, objective_settings
 from layer_selection.ranking import Ranking, hybrid_folder, ratio_of
 from preflight import check_models
 
@@ -29,12 +30,13 @@ STAGE_2 = "stage2.yaml"
 SIZE_IN_NAME = re.compile(r"(.+?)[-_](\d+(?:\.\d+)?[bm])(?![a-z0-9])")
 
 
-def heldout_file(objective: str) -> str:
-    """The file in a candidate's folder with its objective on each held-out sequence."""
-    return f"heldout_{objective}.json"
+def heldout_file(objective: str, recall: RecallOptions) -> str:
+    """The file in a candidate's folder with its objective on each held-out sequence: heldout_kl.json,
+    heldout_recall_<pairs>_<words>.json ..."""
+    return f"heldout_{'_'.join(map(str, objective_settings(objective, recall).values()))}.json"
 
 
-HELDOUT_KL = heldout_file("kl")
+HELDOUT_KL = heldout_file("kl", RecallOptions())
 
 
 def load_stage_2(file: str, overrides: list[str] | None = None) -> Config:
@@ -52,6 +54,13 @@ def with_layers(cfg: Config, kept: list[int], output_dir: Path) -> Config:
         student_model=dataclasses.replace(cfg.student_model, keep_full_attention_layers=kept),
         train=dataclasses.replace(cfg.train, output_dir=str(output_dir)),
     )
+
+
+def candidate_config(cfg: Config, kept: list[int], folder: Path) -> Config:
+    """The stage-2 config of a candidate that trains alone, in `folder`/run: with the exact teacher, as
+    those that train jointly."""
+    teacher = dataclasses.replace(cfg.teacher_model, precision="exact")
+    return with_layers(dataclasses.replace(cfg, teacher_model=teacher), kept, folder / "run")
 
 
 def teacher_name(name: str) -> str:
@@ -161,11 +170,11 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
     bench: a `Bench`. Raises ConfigError if the run fails or the folder has that of another config.
     Told to stop, it exits with REQUEUE.
     """
-    cfg = with_layers(bench.cfg, kept, folder / "run")
+    cfg = candidate_config(bench.cfg, kept, folder)
     written = folder / STAGE_2
     if written.is_file() and (other := difference(load_config(written), cfg)):
         raise ConfigError(f"{folder} has a run of another config ({other}); name another --output_dir or remove it")
-    measured = folder / heldout_file(bench.objective_name)
+    measured = folder / heldout_file(bench.objective_name, bench.recall)
     kls = json.loads(measured.read_text()) if measured.is_file() else []
     if len(kls) == bench.num_sequences:
         return kls

@@ -11,11 +11,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 BEAT = 10.0  # seconds between heartbeats of a lock's holder
 WATCH = 35.0  # seconds without a heartbeat after which a holder on another machine counts as dead
+TURN = 1.0  # seconds between two looks at a lock that another process holds
 SETTLE = 3.0  # seconds to wait for another job that takes the same lock at the same time on another machine
 
 
@@ -193,6 +194,23 @@ def locked(path: Path, what: str) -> Iterator[None]:
         done.set()
         path.unlink(missing_ok=True)
         file.close()
+
+
+@contextmanager
+def locked_in_turn(path: Path, what: str) -> Iterator[None]:
+    """As `locked`, but waits while another process holds the lock, and says once that it does."""
+    with ExitStack() as stack:
+        waiting = False
+        while True:
+            try:
+                stack.enter_context(locked(path, what))
+                break
+            except FolderLockedError as error:
+                if not waiting:
+                    print(f"Waiting: {one_line(error)}", flush=True)
+                waiting = True
+                time.sleep(TURN)
+        yield
 
 
 # ------------------------------------------------------------------------------------------ folders

@@ -83,6 +83,27 @@ def test_difficulty_is_a_choice(recall_dir):
         recall_teacher.main(["--output_dir", str(recall_dir), "--tiny", "--num_pairs", "9"])
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--num_words", "119"],
+            "--num_words: 119 are too few for 96 pairs and 40 chains of three words, which need 120",
+        ),
+        (["--num_pairs", "513"], "--num_words: 512 are too few for 513 pairs and 40 chains .*, which need 513"),
+        (["--num_chains", "171"], "--num_words: 512 are too few for 96 pairs and 171 chains .*, which need 513"),
+        (["--num_words", "5487"], "--num_words: 5487 must be at most 5486, the words that are no fillers"),
+    ],
+)
+def test_documents_that_cannot_be_are_refused(tmp_path, options, message):
+    """By the benchmark of selectors before it claims its folder."""
+    for main in (recall_teacher.main, selection_regret.main):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            main(["--output_dir", str(tmp_path / "out"), "--size", "hard", *options])
+    assert not (tmp_path / "out").exists()
+    assert recall_teacher.scale_of("hard", {"num_words": 120}).tasks.documents(0, 9, hardest=True)
+
+
 def test_task_rows_are_fresh_and_mark_answers_alone(recall_dir):
     tokenizer = recall_teacher.load_tokenizer(str(recall_dir / "tokenizer"))
     rows = recall_teacher.TaskRows(tokenizer, recall_teacher.TINY, seed=3)
@@ -556,6 +577,21 @@ def test_regret_of_selectors_over_all_sets(recall_dir, tmp_path, capsys, monkeyp
         regret(tmp_path, "--stage2_steps", "3")
     with pytest.raises(ValueError, match="--top_k: 4 must be between 1 and 3"):
         regret(tmp_path, "--top_k", "4")
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--sequences", "--sequences: 1 must be at least 2"),
+        ("--num_pairs", "--num_pairs: 1 must be at least 2, the easiest of --size tiny"),
+    ],
+)
+def test_a_refused_comparison_of_selectors_does_not_claim_its_folder(tmp_path, option, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        regret(tmp_path / "out", option, "1")
+    with pytest.raises(ValueError, match="^--teacher_steps: 0 must be at least 1"):
+        regret(tmp_path / "out", "--teacher_steps", "0")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_teacher_of_the_benchmark_is_that_of_its_command(tmp_path, monkeypatch):

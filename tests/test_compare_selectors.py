@@ -2,11 +2,16 @@
 not repeated."""
 
 import json
+import threading
+import time
+from contextlib import nullcontext
+
+from runtime import files
 
 import pytest
 from test_select_layers import flags
 
-from layer_selection import compare_selectors
+from layer_selection import compare_selectors, selection
 from layer_selection.candidate_training import Candidate
 
 
@@ -60,6 +65,40 @@ def test_seeds_can_train_in_processes_of_their_own(stage2, tmp_path, monkeypatch
     assert len(compare(stage2, tmp_path, *options)["uniform"]["kl"]) == 2
     with pytest.raises(ValueError, match="--only_seed: 2 must be one of 0 to 1"):
         compare(stage2, tmp_path, *options, "--only_seed", "2")
+    with pytest.raises(ValueError, match="--seeds: 0 must be at least 1"):
+        compare(stage2, tmp_path, *options, "--seeds", "0", "--only_seed", "0")
+
+
+def test_processes_that_start_together_select_once(stage2, tmp_path, monkeypatch, capsys):
+    """The second one waits for the ranking of the first, and only then trains."""
+    selecting, done = threading.Event(), threading.Event()
+    selected, trained = [], []
+    select = compare_selectors.select
+
+    def slow(cfg, options):
+        selected.append(options.method)
+        selecting.set()
+        assert done.wait(60)
+        return select(cfg, options)
+
+    monkeypatch.setattr(files, "TURN", 0.01)
+    monkeypatch.setattr(compare_selectors, "select", slow)
+    monkeypatch.setattr(selection, "StopSignals", lambda **_: nullcontext())  # threads handle no signals
+    monkeypatch.setattr(compare_selectors, "train_sets", lambda cfg, sets, seed, args: trained.append((seed, sets)))
+    words = flags(cfg=stage2, ratio=0.25, output_dir=tmp_path / "out", methods="scan", seeds=2, sequences=2)
+    processes = []
+    for seed in "01":
+        process = threading.Thread(target=compare_selectors.main, args=([*words, "--only_seed", seed],))
+        process.start()
+        processes.append(process)
+        assert selecting.wait(60)
+    time.sleep(0.1)
+    assert not trained
+    done.set()
+    for process in processes:
+        process.join(60)
+    assert selected == ["scan"] and sorted(trained) == [(0, [[2]]), (1, [[2]])]
+    assert capsys.readouterr().out.count("Waiting: --output_dir: ") == 1
 
 
 def test_objectives_and_sets_of_ones_own(stage2, tmp_path):
@@ -74,6 +113,10 @@ def test_objectives_and_sets_of_ones_own(stage2, tmp_path):
         (["--methods", "scan:remove"], "--methods: scan:remove: scan has no 'remove'"),
         (["--methods", "best"], "--methods: best is unknown; choose of"),
         (["--methods", "scan", "--sets", "mine=0,4"], "--sets: mine=0,4 must have .* layers in 0..3"),
+        (["--methods", "scan", "--sets", "=0,1"], "--sets: =0,1 must have a name of its own"),
+        (["--methods", "scan:kl", "--sets", "scan:kl=1"], "--sets: scan:kl=1 must have a name of its own"),
+        (["--methods", "scan", "--sets", "a=1", "a=2"], "--sets: a=2 must have a name of its own"),
+        (["--methods", "scan", "--num_pairs", "17"], "--num_pairs: 17 pairs need as many different words, not 16"),
         (["--methods", "scan", "--sets", "0,1"], "--sets: 0,1 must look like middle=3,4"),
     ):
         with pytest.raises(ValueError, match=message):

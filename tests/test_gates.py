@@ -109,7 +109,7 @@ def test_gates_find_the_layer_with_a_large_error(stage2, tmp_path, monkeypatch):
 @pytest.mark.parametrize("objective", ["kl", "mixture"])
 def test_a_stopped_training_resumes_to_the_same_gates(stage2, tmp_path, monkeypatch, objective):
     options = flags(method="gates", top_k=2, search_tokens=320, objective=objective, num_pairs=1, vocab_size=8)
-    select(stage2, tmp_path / "whole", *options, *STEPS)
+    whole = select(stage2, tmp_path / "whole", *options, *STEPS)
     step = GateTraining.train_step
 
     def stopped(self, number):
@@ -122,8 +122,46 @@ def test_a_stopped_training_resumes_to_the_same_gates(stage2, tmp_path, monkeypa
         select(stage2, tmp_path / "parts", *options, *STEPS)
     assert len(history(tmp_path / "parts")) == 3
     monkeypatch.setattr(GateTraining, "train_step", step)
-    select(stage2, tmp_path / "parts", *options, *STEPS)
+    parts = select(stage2, tmp_path / "parts", *options, *STEPS)
     assert history(tmp_path / "parts") == history(tmp_path / "whole")
+    for ranking in (whole, parts):
+        del ranking["facts"]["seconds"]
+    assert parts == whole, "the same ties, and the same cost"
+    with pytest.raises(ValueError, match="has gates of sequences 6, not 4; name another"):
+        select(stage2, tmp_path / "parts", *options, *STEPS, sequences=4)
+    if objective == "mixture":
+        for other, stored in (({"num_pairs": 2}, "num_pairs 1, not 2"), ({"vocab_size": 9}, "num_words 8, not 9")):
+            with pytest.raises(ValueError, match=f"has gates of {stored}; name another"):
+                select(stage2, tmp_path / "parts", *options, *STEPS, **other)
+
+
+def test_a_resumed_training_knows_all_sets_that_it_has_measured(bench, tmp_path, monkeypatch):
+    """What is tied and what was measured depend on them."""
+    largest = iter([[0, 1], [2, 3], [0, 1], [1, 3], [0, 2]])
+    monkeypatch.setattr(GatedModel, "largest", lambda _: next(largest))
+    training = GateTraining(bench, 2, 320, tmp_path)
+    training.run()
+    again = GateTraining(bench, 2, 320, tmp_path)
+    again.load()
+    assert len(again.sets.known) == 4 and again.sets.known == training.sets.known
+    assert again.flops() == training.flops()
+
+
+def test_gates_of_an_earlier_version_resume_if_they_learnt_text(stage2, tmp_path, monkeypatch):
+    """Without what was not stored: the number of sequences, the documents, and the losses of checks."""
+    options = [*flags(method="gates", top_k=1, search_tokens=64), *STEPS]
+    ranking = select(stage2, tmp_path, *options)
+    file = tmp_path / "gates" / "gates.json"
+    known = json.loads(file.read_text())
+    del known["sequences"]
+    for check in known["history"]:
+        del check["losses"]
+    file.write_text(json.dumps(known))
+    monkeypatch.setattr(GateTraining, "train_step", lambda *_: pytest.fail("trained again"))
+    assert select(stage2, tmp_path, *options)["keep"] == ranking["keep"]
+    file.write_text(json.dumps(known | {"objective": "recall"}))
+    with pytest.raises(ValueError, match="has gates of num_pairs unknown, not 1; name another"):
+        select(stage2, tmp_path, *options, *flags(objective="recall", num_pairs=1, vocab_size=8))
 
 
 def test_a_micro_batch_size_to_be_measured_is_refused(stage2, tmp_path):

@@ -1,9 +1,12 @@
 """What a selection minimises: which tokens count, and their mean KL against the naive one."""
 
+import json
 import random
+from pathlib import Path
 
 from runtime.config import load_config
 from runtime.data import load_tokenizer, split_batch
+from runtime.run_folder import EXPORT
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ import torch.nn.functional as F
 from test_select_layers import flags, select
 
 from convert import load_teacher
-from layer_selection import objective
+from layer_selection import bench as bench_module
+from layer_selection import objective, stage2_runs
 from layer_selection.bench import Bench
 from layer_selection.objective import OBJECTIVES, RecallOptions, needs_far_context, recall_rows, take_rows
+from layer_selection.stage2_runs import HELDOUT_KL
 from recall_tasks import associative_recall
 
 RECALL = RecallOptions(num_pairs=2, num_words=8)
@@ -183,5 +188,55 @@ def test_scan_and_ga_s2_rank_by_the_objective(stage2, tmp_path):
     assert select(stage2, tmp_path / "ga", *options, method="ga_s2")["facts"]["tokens"] == 4 * 2 * 2 * 32
     with pytest.raises(ValueError, match="--objective: .* was measured by recall, not kl; set that"):
         select(stage2, tmp_path / "ga", method="ga_s2", top_k=1)
+    with pytest.raises(ValueError, match="ga/side_by_side was measured with num_pairs 1, not 2; name another"):
+        select(stage2, tmp_path / "ga", *options, method="ga_s2", num_pairs=2)
+    file = tmp_path / "ga" / "side_by_side" / "rounds.json"
+    known = json.loads(file.read_text())
+    del known["num_words"]  # of an earlier version
+    file.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match="ga/side_by_side was measured with num_words unknown, not 8; name another"):
+        select(stage2, tmp_path / "ga", *options, method="ga_s2")
     with pytest.raises(ValueError, match="--objective: recall is for --method gates, .*; mse has its own"):
         select(stage2, tmp_path / "mse", *options, method="mse")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_pairs": 0}, "--num_pairs: 0 must be at least 1"),
+        (
+            {"num_pairs": 300},
+            "--num_pairs: 300 pairs need as many different words, not 256; lower it, or set --vocab_size",
+        ),
+        ({"vocab_size": 99999}, r"--vocab_size \(of compare_selectors.py: --num_words\): 99999 must be at most 5550"),
+    ],
+)
+def test_documents_that_cannot_be_are_refused_before_a_model_is_read(tmp_path, monkeypatch, stage2, options, message):
+    monkeypatch.setattr(bench_module, "load_teacher", lambda *_: pytest.fail("read the teacher"))
+    for name in ("recall", "mixture"):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            select(stage2, tmp_path / "out", *flags(method="scan", top_k=1, objective=name, **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_objectives_do_not_need_the_documents(stage2, tmp_path):
+    assert select(stage2, tmp_path, *flags(method="uniform", top_k=1, num_pairs=300))["keep"]
+
+
+def test_measured_candidates_are_of_their_documents(stage2, tmp_path, monkeypatch):
+    """What was measured with other documents, or with unknown ones by an earlier version, is measured
+    again."""
+    assert HELDOUT_KL == "heldout_kl.json"
+    bench = Bench(load_config(stage2), 4, 2, "recall", RecallOptions(1, 8))
+    (tmp_path / "heldout_recall.json").write_text("[9, 9, 9, 9]")
+    (tmp_path / "heldout_recall_2_8.json").write_text("[9, 9, 9, 9]")
+    monkeypatch.setattr(
+        stage2_runs,
+        "train_with_script",
+        lambda cfg, *_: bench.student.save_pretrained(Path(cfg.train.output_dir) / EXPORT),
+    )
+    kls = stage2_runs.train_hybrid(bench, "false", [1], tmp_path)
+    assert kls == pytest.approx(bench.losses(bench.student)) and 9 not in kls
+    assert json.loads((tmp_path / "heldout_recall_1_8.json").read_text()) == kls
+    monkeypatch.setattr(stage2_runs, "train_with_script", lambda *_: pytest.fail("trained again"))
+    assert stage2_runs.train_hybrid(bench, "false", [1], tmp_path) == kls

@@ -13,6 +13,7 @@ from test_select_layers import flags, select
 from layer_selection import rounds
 from layer_selection.bench import Bench
 from layer_selection.candidate_training import Candidate
+from layer_selection.objective import RecallOptions
 from layer_selection.rounds import RoundOptions, Rounds, measured_sets, with_kept_layers
 
 STEPS = ["train.max_steps=8", "train.lr=1e-3", "train.lr_attn=3e-3"]
@@ -98,8 +99,20 @@ def test_stopped_rounds_resume_to_the_same_result(stage2, tmp_path, monkeypatch)
     assert select(stage2, tmp_path / "parts", *options)["keep"] == whole["keep"]
     with pytest.raises(ValueError, match="--output_dir: .* has rounds of top_k 2, not 1; name another"):
         select(stage2, tmp_path / "parts", *flags(method="rounds", top_k=1), *STEPS)
+    with pytest.raises(ValueError, match="has rounds of sequences 6, not 4; name another"):
+        select(stage2, tmp_path / "parts", *options, sequences=4)
     with pytest.raises(ValueError, match="has rounds of another config .*train.lr"):
         select(stage2, tmp_path / "parts", *options, "train.lr=1e-2")
+
+
+def test_rounds_agree_in_the_documents_that_they_minimise(stage2, tmp_path):
+    bench = Bench(load_config(stage2), 4, 4, "recall", RecallOptions(1, 8))
+    Rounds(bench, 1, RoundOptions(), tmp_path).save()
+    Rounds(bench, 1, RoundOptions(), tmp_path).load()
+    for recall, stored in ((RecallOptions(2, 8), "num_pairs 1, not 2"), (RecallOptions(1, 9), "num_words 8, not 9")):
+        other = Bench(load_config(stage2), 4, 4, "recall", recall)
+        with pytest.raises(ValueError, match=f"has rounds of {stored}; name another"):
+            Rounds(other, 1, RoundOptions(), tmp_path).load()
 
 
 @pytest.mark.parametrize(

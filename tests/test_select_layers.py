@@ -18,7 +18,7 @@ from conftest import LENGTH, mean_kl, read_alone
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from layer_selection import baselines, bench, intervals, select_layers
+from layer_selection import baselines, bench, intervals, select_layers, stage2_runs
 from layer_selection.stage2_runs import HELDOUT_KL, teacher_name
 from layer_selection.write_configs import PUBLISHED
 
@@ -254,6 +254,25 @@ def test_the_launch_script_passes_a_complete_command_on(tmp_path):
         ), done
 
 
+def test_candidates_alone_train_on_the_exact_teacher(stage2, tmp_path):
+    """As those that train jointly; what was chosen trains as the config says."""
+    cfg = load_config(stage2, ["train.dtype=bf16", "teacher_model.precision=fp8"])
+    candidate = stage2_runs.candidate_config(cfg, [1], tmp_path)
+    assert (cfg.teacher_model.precision, candidate.teacher_model.precision) == ("fp8", "exact")
+    assert candidate.student_model.keep_full_attention_layers == [1]
+    assert candidate.train.output_dir == str(tmp_path / "run")
+    with pytest.raises(ValueError, match="layer 1: its run in .* exit code 1"):
+        select(
+            stage2,
+            tmp_path / "out",
+            *flags(method="ga_s2", top_k=1, candidate=1, launcher="false"),
+            "train.dtype=bf16",
+            "teacher_model.precision=fp8",
+        )
+    assert load_config(tmp_path / "out" / "layer_1" / "stage2.yaml").teacher_model.precision == "exact"
+    assert stage2_runs.with_layers(cfg, [1], tmp_path).teacher_model.precision == "fp8"
+
+
 def test_an_output_dir_that_is_a_file_is_refused(stage2, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="--output_dir: .*out is a file; name a folder"):
@@ -269,7 +288,10 @@ def test_an_interval_keeps_the_best_phase(stage2, tmp_path, method, capsys):
     assert ranking["keep"] == [0, 2] and ranking["facts"]["phase"] == 0 and ranking["facts"]["interval"] == 2
     scores = {layer["layer"]: layer["importance"] for layer in ranking["layers"]}
     assert scores[0] == scores[2] > scores[1] == scores[3]
-    assert "Warning: runtimes that derive the layer kinds from full_attention_interval" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Warning: runtimes that derive the layer kinds from full_attention_interval" in shown
+    assert "they need phase 1, not 0: for them, train with student_model.keep_full_attention_layers=[1,3]" in shown
+    assert ("of the FLOPs of 2 full runs" in shown) == (method == "ga_s2")
     assert select(stage2, tmp_path / "3", method=method, interval=3)["keep"] == [2]
     assert "Warning" not in capsys.readouterr().out
     (chosen,) = (tmp_path / "2").glob(f"*_hybrid_0_5_{method}_interval_2/stage2.yaml")
