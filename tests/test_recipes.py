@@ -143,7 +143,7 @@ def test_frozen_parts_are_shown_and_cost_no_memory(tmp_path, teacher_dir, data_d
     cfg = load_config(file, ["train.freeze=[mlp, embeddings]"])
     frozen = sum(optim.freeze_parts(model, cfg).values())
     ctx = SimpleNamespace(cfg=cfg, world_size=1, log=print, chunks=SimpleNamespace(has_documents=False))
-    memory = preflight._memory_per_gpu(ctx, model, 0, 1)
+    memory = preflight._memory_per_gpu(ctx, model, 0, 1, "cpu")
     assert memory["weights"] == 4 * model.num_parameters()
     assert memory["gradients"] == 4 * (model.num_parameters() - frozen) == memory["optimiser"] / 3
 
