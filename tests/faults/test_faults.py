@@ -330,15 +330,18 @@ def test_killed_between_the_renames_of_a_second_export(make_run):
     run.must_equal_the_whole()
 
 
-@pytest.mark.parametrize("nth, folder", [(2, "tokenized"), (4, f"chunked_context{LENGTH}")], ids=["tokens", "chunks"])
-def test_killed_while_preprocessing(tmp_path, teacher_dir, corpus, small_data, nth, folder):
-    """No folder that looks like data is left; the same commands give the data of uninterrupted
-    ones."""
+@pytest.mark.parametrize("part, folder", [("tokens", "tokenized"), ("chunks", f"chunked_context{LENGTH}")])
+def test_killed_while_preprocessing(tmp_path, teacher_dir, corpus, small_data, part, folder):
+    """At the end of the second split's file: no folder that looks like data is left; the same
+    commands give the data of uninterrupted ones."""
 
     def fault():
-        import datasets.arrow_writer
+        from runtime.mixtures import ArrowFile
 
-        on_call(datasets.arrow_writer.ArrowWriter, "finalize", die, nth=nth)
+        from datasets.arrow_writer import ArrowWriter
+
+        ends = {"tokens": (ArrowFile, "close"), "chunks": (ArrowWriter, "finalize")}
+        on_call(*ends[part], die, nth=2)
 
     preprocess(corpus, teacher_dir, tmp_path, fault, -signal.SIGKILL)
     assert not (tmp_path / folder).exists() and (tmp_path / f".{folder}.new").exists()
