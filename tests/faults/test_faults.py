@@ -774,20 +774,28 @@ def test_full_file_system(make_run, fault):
         run.must_equal_the_whole()
 
 
-def test_full_while_preprocessing(tmp_path, teacher_dir, corpus):
-    (tmp_path / "small").mkdir()
-    with mounted(tmp_path / "small", "size=1m"):
+@pytest.mark.parametrize("part, left", [("tokens", ".tokenized.new"), ("chunks", "tokenized")])
+def test_full_while_preprocessing(tmp_path, teacher_dir, corpus, part, left):
+    """The tokeniser leaves what it resumes from; neither leaves a folder that looks like data."""
+    small = tmp_path / "small"
+    small.mkdir()
+    with mounted(small, "size=1m"):
         import_once()
 
         def fault():
-            import datasets.arrow_writer
+            from runtime.mixtures import ArrowFile
 
-            on_call(datasets.arrow_writer.ArrowWriter, "write_batch", fill(tmp_path / "small"))
+            from datasets.arrow_writer import ArrowWriter
 
-        preprocess(corpus, teacher_dir, tmp_path / "small", fault, 1)
-        assert [path.name for path in (tmp_path / "small").iterdir() if path.name not in ("filler", "log")] == []
-        (tmp_path / "small" / "filler").unlink()
-        preprocess(corpus, teacher_dir, tmp_path / "small")
+            writes = {"tokens": (ArrowFile, "write"), "chunks": (ArrowWriter, "write_batch")}
+            on_call(*writes[part], fill(small))
+
+        assert "No space left on device" in preprocess(corpus, teacher_dir, small, fault, 1)
+        assert [path.name for path in small.iterdir() if path.name not in ("filler", "log")] == [left]
+        (small / "filler").unlink()
+        preprocess(corpus, teacher_dir, small)
+        made = sorted(path.name for path in small.iterdir() if path.name != "log")
+        assert made == [f"chunked_context{LENGTH}", "tokenized"]
 
 
 def test_a_folder_that_may_not_be_written(make_run):
