@@ -46,9 +46,9 @@ HAYSTACK = (
     "The letters were in the drawer.",
     "Snow still lay on the hills.",
 )
-NEEDLE_KEYS = (
-    "Paris London Rome Berlin Madrid Vienna Prague Dublin Athens Oslo Cairo Lima Tokyo Delhi Moscow Boston Chicago Denver"
-).split()
+CITIES = ["Paris", "London", "Rome", "Berlin", "Madrid", "Vienna", "Prague", "Dublin", "Athens"]
+CITIES += ["Oslo", "Cairo", "Lima", "Tokyo", "Delhi", "Moscow", "Boston", "Chicago", "Denver"]
+PEOPLE = ["Anna", "Ben", "Carl", "Dora", "Emma", "Fred", "Gina", "Hugo", "Ivan", "Jane", "Karl", "Lucy", "Mark", "Nora"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def needle_recall(rng: random.Random, num_sentences: int = 140, num_needles: int
     2404.06654)."""
     shuffled = (sentence for _ in itertools.count() for sentence in rng.sample(HAYSTACK, len(HAYSTACK)))
     sentences = list(itertools.islice(shuffled, num_sentences))
-    keys = rng.sample(NEEDLE_KEYS, num_needles)
+    keys = rng.sample(CITIES, num_needles)
     codes = [str(rng.randrange(10_000, 100_000)) for _ in keys]
     # Not among the first twentieth, which a prompt that is cut to a length may lose.
     places = [rng.randrange(num_sentences // 20, num_sentences) for _ in keys]
@@ -146,6 +146,27 @@ def needle_recall(rng: random.Random, num_sentences: int = 140, num_needles: int
         sentences.insert(place, f"The code of {key} is {code}.")
     question = f" The code of {keys[0]} is"
     return _document(" ".join(sentences), [(question, f" {codes[0]}")])
+
+
+def two_hop_facts(rng: random.Random, num_people: int = 4, num_digits: int = 3) -> Document:
+    """Shuffled sentences of who lives where, and of each city's code; a person asks for the city and
+    its code, so that the second sentence follows from the first answer. For teachers that chains of
+    unknown words (`multi_hop_recall`) are too hard for."""
+    people = rng.sample(PEOPLE, num_people)
+    cities = rng.sample(CITIES, num_people)
+    codes = [str(rng.randrange(10 ** (num_digits - 1), 10**num_digits)) for _ in cities]
+    homes = [f" {person} lives in" for person in people]
+    facts = [f" {city}. The code of {city} is {code}" for city, code in zip(cities, codes)]
+    sentences = [f"{home} {city}." for home, city in zip(homes, cities)]
+    sentences += [f" The code of {city} is {code}." for city, code in zip(cities, codes)]
+    rng.shuffle(sentences)
+    text = "".join(sentences).strip() + "\n"
+    answers = []
+    for i in rng.sample(range(num_people), num_people):
+        text += homes[i].strip()
+        answers.append((len(text), len(text) + len(facts[i])))
+        text += f"{facts[i]}.\n"
+    return Document(text, answers)
 
 
 RECALL_TASKS: dict[str, Callable[..., Document]] = {
@@ -156,7 +177,7 @@ RECALL_TASKS: dict[str, Callable[..., Document]] = {
 
 
 # Those that a model is asked, but not trained on: no mixture has them.
-ASKED_TASKS = {**RECALL_TASKS, "needle_recall": needle_recall}
+ASKED_TASKS = {**RECALL_TASKS, "two_hop_facts": two_hop_facts, "needle_recall": needle_recall}
 
 
 def documents(generate: Callable[..., Document]) -> Iterator[Document]:
