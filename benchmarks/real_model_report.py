@@ -14,7 +14,11 @@ from reporting.run_record import read_run
 TASKS = ("associative_recall", "two_hops", "copying")
 LEAST = 0.1  # accuracy of the teacher below which a share of it says nothing
 TEACHER = "teacher"
-COLOURS = "tab10"
+PLOTS = {
+    "results_kept.png": "Perplexity, KL and recall over the number of kept layers",
+    "results_tokens.png": "Perplexity, KL and recall over the tokens of stage 2",
+    "results_alignment.png": "Relative alignment error of each layer after stage 1",
+}
 
 
 # ------------------------------------------------------------------------ rows
@@ -203,14 +207,14 @@ def plot_alignment(results: dict, path: Path) -> None:
 
 
 def plots(results: dict, folder: Path) -> None:
-    """over_kept.png, over_tokens.png and alignment.png, those for which there are figures."""
+    """The files of PLOTS for which there are figures."""
     plot_quality(
-        results, "over_kept", lambda row: len(row["layers"]), "layers kept", folder / "over_kept.png", log=False
+        results, "over_kept", lambda row: len(row["layers"]), "layers kept", folder / "results_kept.png", log=False
     )
     plot_quality(
-        results, "over_tokens", stage2_millions, "million tokens of stage 2", folder / "over_tokens.png", log=True
+        results, "over_tokens", stage2_millions, "million tokens of stage 2", folder / "results_tokens.png", log=True
     )
-    plot_alignment(results, folder / "alignment.png")
+    plot_alignment(results, folder / "results_alignment.png")
 
 
 def stage2_millions(row: dict) -> float:
