@@ -18,6 +18,7 @@ from runtime.config import ConfigError
 from runtime.files import FolderLockedError, atomic_write_text, locked
 
 import torch
+from tqdm import tqdm
 
 WAIT = 1.0  # seconds before a process looks again for a job whose needs are met
 
@@ -91,9 +92,9 @@ def try_job(job: Job) -> bool:
     return True
 
 
-def run_processes(count: int, script: Path, argv: list[str], out: Path) -> None:
+def run_processes(count: int, script: Path, argv: list[str], out: Path, jobs: list[Job]) -> None:
     """`script` with --worker in `count` processes, each with a GPU of its own if there are any; they
-    log to process_N.log in `out`. Raises ConfigError if one fails."""
+    log to process_N.log in `out`. Shows how many of `jobs` are done. Raises ConfigError if one fails."""
     gpus = torch.cuda.device_count()
     processes = []
     for i in range(count):
@@ -105,7 +106,11 @@ def run_processes(count: int, script: Path, argv: list[str], out: Path) -> None:
         command = [sys.executable, str(script), *argv, "--worker"]
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         log.close()
-    codes = [process.wait() for process in processes]
+    with tqdm(total=len(jobs), desc="jobs") as bar:
+        while any(process.poll() is None for process in processes):
+            time.sleep(WAIT)
+            bar.update(sum(job.file.is_file() for job in jobs) - bar.n)
+    codes = [process.returncode for process in processes]
     if any(codes):
         failed = next(i for i, code in enumerate(codes) if code)
         raise ConfigError(f"process {failed} ended with exit code {codes[failed]}: see {out / f'process_{failed}.log'}")

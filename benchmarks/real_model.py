@@ -26,15 +26,16 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 from runtime.command import run_main
 from runtime.config import ConfigError
 from runtime.data import load_tokenizer, open_chunks_for, read_batch
-from runtime.files import atomic_directory, atomic_write_text
+from runtime.files import atomic_directory, atomic_write_text, one_line
 from runtime.guard import REQUEUE
 from runtime.run_folder import EXPORT, METRICS, RUN
 
@@ -53,6 +54,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = Path(__file__).with_suffix(".yaml")
 TEACHER = "teacher"  # the row of the teacher itself
 SAVING = 120  # seconds that a run that was told to stop has for its checkpoint
+MEASURING = 45  # seconds that must be left for a measurement
 LEAST = 30  # seconds that must be left for a script to begin
 SMALL = 4_000_000  # bytes of a file that --collect copies
 
@@ -189,7 +191,7 @@ class Experiment:
             for job in (*self.text_jobs([*row.texts, heldout]), *self.row_jobs(row)):
                 jobs.setdefault(job.file, job)
             # Behind the first row's training, which nothing should wait for.
-            teacher = Job(self.result(TEACHER), (self.mark("text", *heldout),), self.measure_teacher)
+            teacher = self.measurement(TEACHER, [self.mark("text", *heldout)], self.measure_teacher)
             jobs.setdefault(teacher.file, teacher)
         return list(jobs.values())
 
@@ -224,7 +226,24 @@ class Experiment:
             yield self.marked(trained, needs, self.train, row)
             needs = [trained]
         needs.append(self.mark("text", self.plan.heldout["data"], self.plan.heldout["length"]))
-        yield Job(self.result(row.slug), tuple(needs), partial(self.measure, row))
+        yield self.measurement(row.slug, needs, self.measure, row)
+
+    def measurement(self, name: str, needs: list[Path], run: Callable[..., None], *args) -> Job:
+        """In this process. What goes wrong, such as too little memory, costs this row alone."""
+
+        def run_or_fail() -> None:
+            if self.end - time.time() < MEASURING:
+                raise OutOfTime
+            try:
+                run(*args)
+            except (RuntimeError, ValueError, OSError) as error:
+                traceback.print_exc()
+                raise JobFailed(f"{name}: {one_line(error)}") from error
+            finally:
+                gc.collect()
+                torch.cuda.empty_cache()
+
+        return Job(self.result(name), tuple(needs), run_or_fail)
 
     # ---- scripts
     def script(self, log: str, script: str, *words) -> None:
@@ -237,7 +256,7 @@ class Experiment:
         with open(file, "a") as output:
             print(f"$ {' '.join(command)}", file=output, flush=True)
             print(f"{log}: {script}", flush=True)
-            with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
+            with subprocess.Popen(command, stdout=output, stderr=output) as process:
                 code = wait_until(process, self.end)
             seconds = time.time() - begin
             print(f"# {script}: exit code {code} after {seconds:.1f} s", file=output, flush=True)
@@ -273,7 +292,7 @@ class Experiment:
     def write_config(self, row: Row, stage: int, file: Path, kept: list[int], folder: Path) -> None:
         values = dict(row.stage1 if stage == 1 else row.stage2)
         data = values.pop("data")
-        train = {"output_dir": str(folder), "save_minutes": 2, "report_to": "none", **values}
+        train = {"output_dir": str(folder), "save_minutes": 5, "report_to": "none", **values}
         if stage == 2:
             train |= {"student_init_ckpt": str(self.start(row)), "seed": 42 + row.seed}
         config = {
@@ -369,9 +388,6 @@ class Experiment:
         seconds = {"stage1": self.seconds(f"start_{row.start}"), "stage2": self.seconds(f"row_{row.slug}")}
         facts = {"seed": row.seed, "layers": self.layers(row), "settings": settings, "start": row.start}
         self.store(row.slug, model, {"name": row.name, **facts, "train_seconds": seconds})
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
 
     @torch.no_grad()
     def store(self, name: str, model: StudentForCausalLM, facts: dict) -> None:
@@ -487,7 +503,7 @@ def main(argv: list[str] | None = None) -> int:
         if count == 1:
             work(jobs, minutes)
         else:
-            run_processes(count, Path(__file__).resolve(), argv, args.output_dir)
+            run_processes(count, Path(__file__).resolve(), argv, args.output_dir, jobs)
     finally:
         failures = [f"{job.file.stem}: {job.failure.read_text().strip()}" for job in jobs if job.failure.is_file()]
         left = len(pending(jobs))

@@ -505,7 +505,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker or count == 1:
         work(jobs, args.minutes)
     else:
-        run_processes(count, Path(__file__).resolve(), argv, args.output_dir)
+        run_processes(count, Path(__file__).resolve(), argv, args.output_dir, jobs)
     if not args.worker:
         print(report(regret, jobs))
 

@@ -199,10 +199,10 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
         mask[..., -q_len:] |= torch.eye(q_len, dtype=torch.bool, device=k.device)  # padding, which nobody reads
         if past_key_values is not None:
             self.hold(k, v, real, q_len, past_key_values)
+        # With a mask, SDPA's memory-efficient kernel takes no grouped queries.
+        k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 2) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        grouped = self.num_kv_heads < self.num_heads
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=grouped)
-        return out.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
 
     def held_indices(self, before: torch.Tensor, length: int) -> torch.Tensor:
         """Of each of the `length` held keys its index among the real tokens of its row, of which
