@@ -289,6 +289,7 @@ def test_benchmarks_of_gpus_are_skipped_without_one(command):
     assert done.returncode == 1 and f"{command[0]}: skipped: " in done.stderr
 
 
+@pytest.mark.slow
 def test_throughput_of_joint_candidates():
     options = ["--candidates", "2", "--steps", "1", "train.batch_size=2", "train.micro_batch_size=2"]
     done = subprocess.run(
