@@ -19,7 +19,16 @@ import torch
 from torch.autograd import DeviceType
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import compare_students, decode, recall_teacher, selection_regret, serve, student_init, train_throughput
+from benchmarks import (
+    compare_students,
+    decode,
+    jobs,
+    recall_teacher,
+    selection_regret,
+    serve,
+    student_init,
+    train_throughput,
+)
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, StudentForCausalLM
 from hf_trainer import FrozenTeacher
 from wrapper import AttentionAlignmentModel
@@ -631,11 +640,9 @@ def test_a_teacher_of_the_benchmark_is_that_of_its_command(tmp_path, monkeypatch
 def test_a_job_is_done_by_one_process(tmp_path):
     """Not while another one holds it, not before its needs are there, and only until time is up."""
     done = []
-    first = selection_regret.Job(tmp_path / "a", (), lambda: (done.append("a"), (tmp_path / "a").touch()))
-    second = selection_regret.Job(
-        tmp_path / "b", (tmp_path / "a",), lambda: (done.append("b"), (tmp_path / "b").touch())
-    )
-    selection_regret.work([second, first], None)
+    first = jobs.Job(tmp_path / "a", (), lambda: (done.append("a"), (tmp_path / "a").touch()))
+    second = jobs.Job(tmp_path / "b", (tmp_path / "a",), lambda: (done.append("b"), (tmp_path / "b").touch()))
+    jobs.work([second, first], None)
     assert done == ["a", "b"]
     (tmp_path / "a").unlink()
     holder = subprocess.Popen(
@@ -649,8 +656,8 @@ def test_a_job_is_done_by_one_process(tmp_path):
     )
     try:
         holder.stdout.readline()
-        assert not selection_regret.try_job(first) and done == ["a", "b"]
+        assert not jobs.try_job(first) and done == ["a", "b"]
     finally:
         holder.kill()
         holder.wait()
-    assert selection_regret.try_job(first) and done == ["a", "b", "a"]
+    assert jobs.try_job(first) and done == ["a", "b", "a"]
