@@ -1,5 +1,5 @@
-"""Writes the generated parts of docs/: the config reference, the tables of students and of
-selectors, the plots.
+"""Writes the generated parts of docs/: the config reference, the tables of students, of
+selectors and of learning rates, the plots.
 
     python docs/build.py
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from runtime.command import run_main
 from runtime.config import reference
+from runtime.recipes import recipes_table
 
 from benchmarks import compare_students, decode
 from layer_selection.selection import DEFAULT, DOCUMENTED
@@ -48,7 +49,12 @@ def methods_table() -> str:
     return "\n".join(lines)
 
 
-GENERATED = {"config.md": reference, "layer_selection.md": methods_table, "students.md": students_table}
+GENERATED = {
+    "config.md": reference,
+    "layer_selection.md": methods_table,
+    "students.md": students_table,
+    "training.md": recipes_table,
+}
 
 
 def with_generated(page: str) -> str:
