@@ -94,7 +94,7 @@ class Regret:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.out = args.output_dir
-        self.cases = [Case(seed, student) for seed in range(args.teachers) for student in args.students]
+        self.cases = [Case(seed, student) for student in args.students for seed in range(args.teachers)]
 
     # ---- where things are
     def teacher(self, seed: int) -> Path:
@@ -144,7 +144,7 @@ class Regret:
         script = ROOT / "benchmarks" / "recall_teacher.py"
         command = [sys.executable, str(script), "--output_dir", str(folder), "--size", self.args.size, f"--seed={seed}"]
         code = subprocess.run([*command, *words]).returncode
-        if not (folder / "teacher").is_dir():
+        if not (folder / "teacher.json").is_file():
             raise ValueError(f"--output_dir: {folder}: the teacher's training ended with exit code {code}, see above")
 
     def chunks(self, seed: int) -> Path:
@@ -227,6 +227,7 @@ class Regret:
         cfg = self.with_seed(case, seed)
         self.warm_up(cfg)
         folder = file.with_suffix("")
+        shutil.rmtree(folder, ignore_errors=True)  # its cost is that of a whole selection
         tasks = scale_of(args.size, self.hardest()).tasks
         recall = RecallOptions(tasks.ranges["associative_recall"]["num_pairs"][1], tasks.num_words)
         options = selection_options(method, top_k, folder, args.sequences, args.batch_size, recall)
@@ -256,14 +257,14 @@ class Regret:
 
 
 # ------------------------------------------------------------------------ the table
-def read_sets(regret: Regret, case: Case, top_k: int) -> dict[str, dict[str, float]] | None:
-    """Set -> its mean figures over the seeds; None if some are missing."""
+def read_sets(regret: Regret, case: Case, top_k: int) -> dict[str, dict[str, float]]:
+    """Set -> its mean figures over the seeds that have trained all sets; empty if none has."""
     by_set: dict[str, list[dict]] = {}
     for seed in range(regret.args.seeds):
-        for part in range(len(regret.parts(top_k))):
-            file = regret.truth(case, top_k, seed, part)
-            if not file.is_file():
-                return None
+        files = [regret.truth(case, top_k, seed, part) for part in range(len(regret.parts(top_k)))]
+        if not all(file.is_file() for file in files):
+            continue
+        for file in files:
             for kept, figures in json.loads(file.read_text()).items():
                 by_set.setdefault(kept, []).append(figures)
     return {
@@ -280,7 +281,7 @@ def collect(regret: Regret) -> dict:
     errors = []
     for case, top_k in itertools.product(regret.cases, regret.args.top_k):
         sets = read_sets(regret, case, top_k)
-        if sets is None:
+        if not sets:
             continue
         best = min(sets, key=lambda kept: sets[kept]["kl"])
         cases.append({"case": case.name, "top_k": top_k, "best": best, "sets": sets})

@@ -1,5 +1,5 @@
-"""Writes the generated parts of docs/: the config reference, the tables of students and of
-selectors, the plots.
+"""Writes the generated parts of docs/: the config reference, the tables of students, of
+selectors and of learning rates, the plots.
 
     python docs/build.py
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from runtime.command import run_main
 from runtime.config import reference
+from runtime.recipes import recipes_table
 
 from benchmarks import compare_students, decode, real_model_report
 from layer_selection.selection import DEFAULT, DOCUMENTED
@@ -63,6 +64,7 @@ GENERATED = {
     "layer_selection.md": methods_table,
     "students.md": students_table,
     "results.md": results_tables,
+    "training.md": recipes_table,
 }
 
 

@@ -298,6 +298,18 @@ def test_benchmarks_of_gpus_are_skipped_without_one(command):
     assert done.returncode == 1 and f"{command[0]}: skipped: " in done.stderr
 
 
+@pytest.mark.slow
+def test_throughput_of_joint_candidates():
+    options = ["--candidates", "2", "--steps", "1", "train.batch_size=2", "train.micro_batch_size=2"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "candidates_throughput.py", *options, "train.train_seq_len=64"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 x gdn_v7, 2 x 64 tokens per step" in done.stdout
+
+
 def test_the_time_of_kernels_and_between_them():
     def event(name, start, end, device=DeviceType.CUDA):
         span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
