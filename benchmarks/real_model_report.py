@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 from runtime.files import atomic_write_text
-from runtime.run_folder import METRICS
+from runtime.run_folder import METRICS, RUN
 
 from reporting.run_record import read_run
 
@@ -23,17 +23,23 @@ PLOTS = {
 
 # ------------------------------------------------------------------------ rows
 def read_rows(out: Path) -> dict:
-    """{"teacher": its figures or None, "rows": one per seed, "alignment": errors of starts by layer}."""
+    """{"teacher": its figures or None, "rows": one per seed, "alignment": errors of starts by layer,
+    "code": commits and versions that trained them}."""
     rows = [json.loads(file.read_text()) for file in sorted((out / "rows").glob("*.json"))]
     teacher = next((row for row in rows if "name" not in row), None)
     alignment = {}
+    code = set()
+    for run in out.glob(f"*/*/{RUN}"):
+        facts = json.loads(run.read_text())
+        code.add(f"commit {facts['git']}, torch {facts['versions']['torch']}")
     for start in sorted({row["start"] for row in rows if "start" in row}):
         folder = out / "starts" / start
         if (folder / METRICS).is_file():
             steps, errors = read_run(folder).layer_errors()
             if steps:
                 alignment[start] = errors[-1]
-    return {"teacher": teacher, "rows": [row for row in rows if "name" in row], "alignment": alignment}
+    rows = [row for row in rows if "name" in row]
+    return {"teacher": teacher, "rows": rows, "alignment": alignment, "code": sorted(code)}
 
 
 def by_name(rows: list[dict], order: list[str] | None = None) -> dict[str, list[dict]]:
@@ -104,7 +110,8 @@ def table(results: dict) -> str:
     for name, rows in names.items():
         first = rows[0]
         layers = first["layers"]
-        cells = [name, str(len(layers)), f"`{first['settings']['student']}`", millions(first)]
+        student = "" if first["settings"]["kept"] == "all" else f"`{first['settings']['student']}`"
+        cells = [name, str(len(layers)), student, millions(first)]
         cells += [spread([ratio(row, teacher) for row in rows], 3)]
         cells += [spread([row["figures"]["kl"] for row in rows], 3)]
         cells += [spread([row["figures"]["agreement"] for row in rows], 1, percent=True)]
@@ -121,6 +128,8 @@ def sets_table(results: dict) -> str:
         seconds = [spread([row["train_seconds"][stage] for row in rows], 0) for stage in ("stage1", "stage2")]
         seconds.append(spread([row["figures"]["seconds"] for row in rows], 0))
         lines.append(f"| {name} | {layers} | {' | '.join(seconds)} | {rows[0]['gpu']} |")
+    if results.get("code"):
+        lines += ["", f"Trained by {'; '.join(results['code'])}."]
     return "\n".join(lines)
 
 
@@ -167,23 +176,28 @@ def plot_quality(results: dict, key: str, x, label: str, path: Path, log: bool) 
     if teacher is None or not lines:
         return
     panels = {
-        "perplexity over the teacher's": lambda row: ratio(row, teacher),
-        "KL to the teacher, nats": lambda row: row["figures"]["kl"],
-        "recall, % of the teacher's": lambda row: 100 * (recall(row, teacher) or 0),
+        "perplexity over the teacher's": (lambda row: ratio(row, teacher), 1),
+        "KL to the teacher, nats": (lambda row: row["figures"]["kl"], 0),
+        "recall, mean % of the teacher's": (lambda row: 100 * (recall(row, teacher) or 0), 100),
     }
     plot = pyplot()
     figure, axes = plot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for axis, (title, value) in zip(axes, panels.items()):
+    for axis, (title, (value, of_teacher)) in zip(axes, panels.items()):
+        axis.axhline(of_teacher, color="grey", linewidth=1, linestyle=":", label="teacher")
         for name, points in lines.items():
             means = [statistics.fmean(map(value, rows)) for rows in points.values()]
-            (line,) = axis.plot(list(points), means, "-", label=name)
+            (line,) = axis.plot(list(points), means, "o-", markersize=4, label=name)
             dots = [(place, value(row)) for place, rows in points.items() for row in rows]
             axis.plot(*zip(*dots), "o", color=line.get_color(), markersize=4)
         axis.set(xlabel=label, title=title)
         axis.grid(alpha=0.3)
         if log:
             axis.set_xscale("log")
+            axis.set_xticks(sorted({place for points in lines.values() for place in points}))
             axis.xaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+        else:
+            axis.xaxis.get_major_locator().set_params(integer=True)
     axes[2].set_ylim(bottom=0)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)

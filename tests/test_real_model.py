@@ -63,7 +63,7 @@ def command(tmp_path, llama):
 @pytest.mark.slow
 def test_from_a_corpus_to_the_table(command, tmp_path, capsys):
     """All rows, by scripts of the project; then nothing is repeated."""
-    assert real_model.main(command) == 0
+    assert real_model.main([*command, "--processes", "2"]) == 0
     shown = capsys.readouterr().out
     out = tmp_path / "out"
     results = json.loads((out / "results.json").read_text())
@@ -75,7 +75,7 @@ def test_from_a_corpus_to_the_table(command, tmp_path, capsys):
     assert rows["window", 0]["figures"]["kl"] > 0 and rows["window", 0]["train_seconds"]["stage2"] == 0
     assert list(results["alignment"]) == [rows["two kept", 0]["start"]] and len(*results["alignment"].values()) == 4
     text = (out / "results.md").read_text()
-    assert text in shown and "missing" not in text and text.count("| two kept |") == 2
+    assert text in shown and "missing" not in text and text.count("| two kept |") == 2 and "Trained by commit" in text
     for name in real_model_report.PLOTS:
         assert (tmp_path / "collected" / name).stat().st_size > 10_000
     assert (tmp_path / "collected" / "samples.md").read_text().count("\n## Text") == 4 - 1
@@ -170,7 +170,12 @@ def figures(kl, recall, perplexity=12.0):
 
 
 def test_the_table_has_means_spreads_and_shares():
-    settings = {"student": "gdn_v7", "stage1": {"target_tokens": 20e6}, "stage2": {"target_tokens": 5e6}}
+    settings = {
+        "student": "gdn_v7",
+        "kept": [0, 8],
+        "stage1": {"target_tokens": 20e6},
+        "stage2": {"target_tokens": 5e6},
+    }
     row = {"name": "8 kept", "layers": [0, 8], "settings": settings, "gpu": "H100", "train_seconds": {}}
     rows = [row | {"seed": seed, "figures": figures(kl, recall)} for seed, kl, recall in ((0, 0.1, 0.3), (1, 0.2, 0.6))]
     teacher = {"figures": figures(0.0, 0.6, 10.0) | {"two_hops": 0.08}}
