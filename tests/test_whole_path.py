@@ -61,8 +61,13 @@ def overrides(teacher, data, output, **train):
 def in_a_process(log, function, *arguments):
     """Runs function(*arguments) in a forked process, as the command that it is, and asserts that it
     ends well."""
-    child = Child(lambda: sys.exit(function(*arguments)), log, ENVIRONMENT)
+    child = Child(lambda: sys.exit(function(*arguments) or 0), log, ENVIRONMENT)
     assert child.wait() == 0, child.output()[-3000:]
+
+
+def prepare(folder, teacher, texts):
+    """Both commands that make chunks."""
+    make_chunks(folder, teacher, texts)
 
 
 def losses(folder, name="eval_loss"):
@@ -84,7 +89,7 @@ def path(tmp_path_factory):
     random_teacher(teacher, "llama", **SMOLLM2).to(torch.bfloat16).save_pretrained(teacher)
     save_tokenizer(teacher)
     (teacher / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
-    in_a_process(log, lambda: make_chunks(folder, str(teacher), python_texts(40)) and None)
+    in_a_process(log, prepare, folder, str(teacher), python_texts(40))
     data = folder / f"chunked_context{LENGTH}"
     words = overrides(teacher, data, folder / "stage1", calibrate_init=5)
     in_a_process(log, train.main, ["--cfg", str(STAGE1), *words])
@@ -215,7 +220,7 @@ def real_stage1(tmp_path_factory):
     import_once()
     folder = tmp_path_factory.mktemp("real")
     pages = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
-    in_a_process(folder / "log", lambda: make_chunks(folder, REAL, pages) and None)
+    in_a_process(folder / "log", prepare, folder, REAL, pages)
     words = overrides(REAL, folder / f"chunked_context{LENGTH}", folder / "stage1", calibrate_init=8)
     in_a_process(folder / "log", train.main, ["--cfg", str(STAGE1), *words])
     return folder / "stage1"
