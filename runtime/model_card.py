@@ -154,22 +154,31 @@ def _harness_results(record: dict) -> list[dict]:
 
 
 def _teachers_results(folder: Path, export_fingerprint: Callable[[], str]) -> dict[tuple, dict]:
-    """(task, seq_len, metric, score) of the export -> what eval_compare.py found of its teacher: name,
-    score, stderr, and share, the export's part of that score. Of the files compare.json in `folder`."""
-    found = {}
+    """(task, seq_len, metric, score) of the export -> what eval_compare.py found of its teacher, in
+    files compare.json of `folder`: name, score, stderr, and share, the export's part of that
+    score."""
+    entries = []
     for file in sorted(folder.glob("**/compare.json"), key=lambda path: path.stat().st_mtime):
         try:
             record = read_json(file)
         except ValueError:
             continue  # being written
-        entries = [entry for student in record.get("students", {}).values() for entry in student["tasks"]]
-        for entry in entries:
-            ours, theirs = entry["student"] or {}, entry["teacher"] or {}
-            measured_on = ours.get("settings", {}).get("checkpoint")
-            if "score" in theirs and measured_on is not None and measured_on == export_fingerprint():
-                key = tuple(ours.get(name) for name in ("task", "seq_len", "metric", "score"))
-                scores = {"score": theirs["score"], "stderr": theirs.get("stderr")}
-                found[key] = {"name": record["teacher"], **scores, "share": entry["share"]}
+        for student in record.get("students", {}).values():
+            entries += [entry | {"name": record["teacher"]} for entry in student["tasks"]]
+    found = {}
+    for entry in entries:
+        ours = entry["student"] or {}
+        theirs = entry["teacher"] or {}
+        measured_on = ours.get("settings", {}).get("checkpoint")
+        if "score" not in theirs or measured_on is None or measured_on != export_fingerprint():
+            continue
+        key = tuple(ours.get(name) for name in ("task", "seq_len", "metric", "score"))
+        found[key] = {
+            "name": entry["name"],
+            "score": theirs["score"],
+            "stderr": theirs.get("stderr"),
+            "share": entry["share"],
+        }
     return found
 
 
@@ -197,7 +206,8 @@ def evaluation(folder: Path, export: Path) -> list[dict]:
             found[row["task"], row["seq_len"] or 0, row["metric"]] = row
     teachers = _teachers_results(folder, export_fingerprint) if found else {}
     for row in found.values():
-        row["teacher"] = teachers.get((row["task"], row["seq_len"], row["metric"], row["score"]))
+        key = (row["task"], row["seq_len"], row["metric"], row["score"])
+        row["teacher"] = teachers.get(key)
     return [found[key] for key in sorted(found)]
 
 
@@ -371,9 +381,10 @@ def _evaluation(results: list[dict], teacher: dict) -> list[str]:
             share = compared["share"]
             cells = (_score(compared), "" if share is None else f"{share:.1%}")
         rows.append((result["task"], result["seq_len"] or "", result["metric"], score, *cells))
-    header = ("task", "length", "metric", "score ± standard error", "teacher", "share of the teacher's")
+    header = ("task", "length", "metric", "score ± standard error", "teacher", "share of its score")
     if not any(row[4] for row in rows):
-        header, rows = header[:4], [row[:4] for row in rows]
+        header = header[:4]
+        rows = [row[:4] for row in rows]
     return ["## Evaluation", _table(header, rows)]
 
 
