@@ -57,6 +57,7 @@ class LinearMetadataBuilder(AttentionMetadataBuilder[LinearMetadata]):
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold = 1  # sequences of one token come first
+    last_ends = (None, None)  # of all builders: the last batch's `LinearMetadata.ends`, as a list and on the device
 
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -90,8 +91,18 @@ class LinearMetadataBuilder(AttentionMetadataBuilder[LinearMetadata]):
             has_state=self.has_state[:padded],
             decodes=padded if decodes == total else decodes,
             tokens=int(batch.query_start_loc_cpu[total] - batch.query_start_loc_cpu[decodes]),
-            ends=batch.query_start_loc[decodes : total + 1] - batch.query_start_loc[decodes],
+            ends=self.ends(batch, decodes, total),
         )
+
+    @classmethod
+    def ends(cls, batch: CommonAttentionMetadata, decodes: int, total: int) -> torch.Tensor:
+        """Where the sequences after the first `decodes` begin and end; one tensor for the layers of all builders: FLA
+        copies it to the host, and keeps what it derives from the last few tensors that it got."""
+        own = slice(decodes, total + 1)
+        places = batch.query_start_loc_cpu[own].tolist()
+        if cls.last_ends[0] != places:
+            cls.last_ends = places, batch.query_start_loc[own] - batch.query_start_loc[decodes]
+        return cls.last_ends[1]
 
 
 class LinearBackend(AttentionBackend):
