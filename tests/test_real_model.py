@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import runtime.data
-from runtime.config import ConfigError
+from runtime.config import ConfigError, load_config
 
 import pytest
 import torch
@@ -125,10 +125,19 @@ def test_rows_that_cannot_be(tmp_path, old, new, message):
 
 
 def test_the_rows_of_the_file_can_be_planned(tmp_path):
-    """Each job stands behind what it needs, and rows share texts and stage 1."""
+    """Each job stands behind what it needs, rows share texts and stage 1, and their configs load."""
     plan = real_model.read_plan(real_model.ROWS)
     args = SimpleNamespace(output_dir=tmp_path, until=None, teacher="T", corpus="C")
-    todo = real_model.Experiment(args, plan).jobs()
+    experiment = real_model.Experiment(args, plan)
+    for row in plan.rows:
+        for stage, values in ((1, row.stage1), (2, row.stage2)):
+            if values:
+                experiment.write_config(
+                    row, stage, tmp_path / "stage.yaml", [] if stage == 1 else [0], tmp_path / "run"
+                )
+                cfg = load_config(tmp_path / "stage.yaml")
+                assert cfg.train.lr == values["lr"] and cfg.student_model.name == row.student
+    todo = experiment.jobs()
     done = set()
     for job in todo:
         assert set(job.needs) <= done
