@@ -104,6 +104,32 @@ def test_out_of_time_and_failures(command, tmp_path, monkeypatch, capsys):
         assert "text_text: train.py ended with exit code 1: no space" in capsys.readouterr().out
 
 
+def test_changed_rows_are_new_ones_and_changed_text_is_refused(command, tmp_path, capsys):
+    """A result counts for the settings that it was measured with alone."""
+    assert real_model.main([*command, "--minutes", "0"]) == 75
+    file = tmp_path / "rows.yaml"
+    before = real_model.read_plan(file).rows
+    file.write_text(ROWS.replace("lr_attn: 1.0e-3", "lr_attn: 2.0e-3").replace("over_tokens: two", "over_tokens: 2"))
+    after = real_model.read_plan(file).rows
+    trained = [row.stage2 is not None for row in before]
+    assert [a.slug != b.slug for a, b in zip(after, before)] == trained and [
+        a.start == b.start for a, b in zip(after, before)
+    ]
+    known = {"figures": figures(0.1, 0.3), "layers": [0], "start": "none", "gpu": "CPU", "samples": []}
+    known |= {"train_seconds": {"stage1": 1.0, "stage2": 2.0}}
+    out = tmp_path / "out"
+    for name, kl in (("teacher", 0.0), (before[0].slug, 0.1), (after[0].slug, 0.2)):
+        (out / "rows" / f"{name}.json").write_text(json.dumps(known | {"figures": figures(kl, 0.5)}))
+    real_model.main([*command, "--minutes", "0"])
+    (line,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| two kept |") and "gdn" in line
+    ]
+    assert "| 0.200 |" in line and line.endswith("| 1 |")
+    file.write_text(ROWS.replace("0.9,", "0.8,").replace('recall": 0.1', 'recall": 0.2'))
+    with pytest.raises(ConfigError, match="data: recall is other text in .*out; name it otherwise"):
+        real_model.main([*command, "--minutes", "0"])
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [
