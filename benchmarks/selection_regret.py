@@ -21,14 +21,13 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import random
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +35,13 @@ from pathlib import Path
 from runtime.command import run_main
 from runtime.config import Config, ConfigError, dump_config, load_config
 from runtime.data import load_tokenizer, open_chunks_for
-from runtime.files import FolderLockedError, atomic_directory, atomic_write_text, locked, one_line
+from runtime.files import atomic_directory, atomic_write_text, one_line
 
 import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.jobs import Job, run_processes, work
 from benchmarks.recall_teacher import DEMANDED, DIFFICULTY, difficulty, scale_of
 from benchmarks.training import stage_1
 from convert import load_teacher
@@ -73,7 +73,6 @@ METHODS = (
 )
 CALIBRATION_BATCHES = 8
 MEASUREMENTS = 4  # of a set in its stage 2: they tell after how many steps sets can be told apart
-WAIT = 1.0  # seconds before a process looks again for a job whose needs are met
 COLOURS = "tab10"
 
 
@@ -96,15 +95,6 @@ class Case:
     @property
     def name(self) -> str:
         return f"teacher{self.teacher}-{self.student}"
-
-
-@dataclass(frozen=True)
-class Job:
-    """Work that leaves `file`, once all of `needs` are there."""
-
-    file: Path
-    needs: tuple[Path, ...]
-    run: Callable[[], None]
 
 
 class Regret:
@@ -273,53 +263,6 @@ class Regret:
         training = JointTraining(bench, StoppingRule(), {0: [0]}, -1, self.out)
         training.build([0], 0)
         training.train_round([0], 0, 1, tqdm(disable=True))
-
-
-# ------------------------------------------------------------------------ processes
-def work(jobs: list[Job], minutes: float | None) -> None:
-    """Does jobs that no other process does, until all are done or the time is up."""
-    end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-    while time.monotonic() < end:
-        missing = [job for job in jobs if not job.file.is_file()]
-        if not missing:
-            return
-        for job in missing:
-            if all(path.is_file() for path in job.needs) and try_job(job):
-                break
-        else:
-            time.sleep(WAIT)
-
-
-def try_job(job: Job) -> bool:
-    """Does a job, unless it is done or another process is at it; whether it was done here."""
-    try:
-        with locked(job.file.with_name(f".{job.file.name}.job"), str(job.file)):
-            if job.file.is_file():
-                return False
-            job.run()
-    except FolderLockedError:
-        return False
-    return True
-
-
-def run_processes(count: int, argv: list[str], out: Path) -> None:
-    """This command in `count` processes, each with a GPU of its own if there are any. Raises
-    ConfigError if one fails."""
-    gpus = torch.cuda.device_count()
-    processes = []
-    for i in range(count):
-        environment = dict(os.environ)
-        if gpus:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[i % gpus] if len(visible) == gpus else str(i % gpus)
-        log = open(out / f"process_{i}.log", "a")  # noqa: SIM115 (the child writes to it)
-        command = [sys.executable, str(Path(__file__).resolve()), *argv, "--worker"]
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        log.close()
-    codes = [process.wait() for process in processes]
-    if any(codes):
-        failed = next(i for i, code in enumerate(codes) if code)
-        raise ConfigError(f"process {failed} ended with exit code {codes[failed]}: see {out / f'process_{failed}.log'}")
 
 
 # ------------------------------------------------------------------------ the table
@@ -572,7 +515,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker or count == 1:
         work(jobs, args.minutes)
     else:
-        run_processes(count, argv, args.output_dir)
+        run_processes(count, Path(__file__).resolve(), argv, args.output_dir, jobs)
     if not args.worker:
         print(report(regret, jobs))
 
