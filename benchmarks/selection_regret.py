@@ -292,8 +292,8 @@ def try_job(job: Job) -> bool:
     return True
 
 
-def run_processes(count: int, argv: list[str], out: Path) -> None:
-    """This command in `count` processes, each with a GPU of its own if there are any. Raises
+def run_processes(script: Path, count: int, argv: list[str], out: Path) -> None:
+    """A script in `count` processes, each with a GPU of its own if there are any. Raises
     ConfigError if one fails."""
     gpus = torch.cuda.device_count()
     processes = []
@@ -303,7 +303,7 @@ def run_processes(count: int, argv: list[str], out: Path) -> None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[i % gpus] if len(visible) == gpus else str(i % gpus)
         log = open(out / f"process_{i}.log", "a")  # noqa: SIM115 (the child writes to it)
-        command = [sys.executable, str(Path(__file__).resolve()), *argv, "--worker"]
+        command = [sys.executable, str(script.resolve()), *argv, "--worker"]
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         log.close()
     codes = [process.wait() for process in processes]
@@ -562,7 +562,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker or count == 1:
         work(jobs, args.minutes)
     else:
-        run_processes(count, argv, args.output_dir)
+        run_processes(Path(__file__), count, argv, args.output_dir)
     if not args.worker:
         print(report(regret, jobs))
 

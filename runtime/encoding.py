@@ -99,29 +99,42 @@ def splits_at_words(encoder) -> bool:
     place, unless it is encoded as text.
     """
     state = json.loads(encoder.to_str())
-    normaliser = state["normalizer"] or {}
-    normalisers = normaliser.get("normalizers", [normaliser] if normaliser else [])
-    before = state["pre_tokenizer"] or {}
-    steps = before.get("pretokenizers", [before])
-    digits = {"type": "Digits", "individual_digits": True}
+    found = [token for token in state["added_tokens"] if not (token["special"] and encoder.encode_special_tokens)]
+    model = state["model"]
+    return (
+        model["type"] == "BPE"
+        and not model.get("dropout")
+        and _steps(state["normalizer"], "normalizers") in ([], [{"type": "NFC"}])
+        and _has_known_words(_steps(state["pre_tokenizer"], "pretokenizers"))
+        and all(map(_lies_in_a_word, found))
+    )
+
+
+def _steps(state: dict | None, name: str) -> list[dict]:
+    """The steps of a normaliser or pre-tokeniser, which may be a sequence of them."""
+    return [] if state is None else state.get(name, [state])
+
+
+def _has_known_words(steps: list[dict]) -> bool:
+    """Whether these pre-tokenisers are those of GPT-2, perhaps with digits apart, of Llama 3 or Qwen."""
+    if not steps:
+        return False
+    last = {name: value for name, value in steps[-1].items() if name != "trim_offsets"}
+    by_level = {"type": "ByteLevel", "add_prefix_space": False}
+    if last == by_level | {"use_regex": True}:
+        digits = {"type": "Digits", "individual_digits": True}
+        return all(step == digits for step in steps[:-1])
     splits = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in PATTERNS
     ]
-    last = {name: value for name, value in steps[-1].items() if name != "trim_offsets"}
-    by_level = {"type": "ByteLevel", "add_prefix_space": False}
-    gpt2 = [step for step in steps[:-1] if step != digits] == [] and last == by_level | {"use_regex": True}
-    newer = len(steps) == 2 and steps[0] in splits and last == by_level | {"use_regex": False}
-    found = [token for token in state["added_tokens"] if not (token["special"] and encoder.encode_special_tokens)]
-    plain = all(
-        not (token["lstrip"] or token["rstrip"] or token["single_word"])
-        and not re.search(r"\s", token["content"])
-        and not WORDS.search(token["content"])
-        for token in found
-    )
-    model = state["model"]
-    bpe = model["type"] == "BPE" and not model.get("dropout")
-    return bpe and plain and normalisers in ([], [{"type": "NFC"}]) and (gpt2 or newer)
+    return last == by_level | {"use_regex": False} and len(steps) == 2 and steps[0] in splits
+
+
+def _lies_in_a_word(token: dict) -> bool:
+    """Whether an added token is found in a word of `WORDS` as it is in the text."""
+    strips = token["lstrip"] or token["rstrip"] or token["single_word"]
+    return not strips and not re.search(r"\s", token["content"]) and not WORDS.search(token["content"])
 
 
 class TextEncoder:
