@@ -32,6 +32,7 @@ from runtime.data import (
     open_chunks_for,
     read_metadata,
 )
+from runtime.recipes import rates_warning
 from runtime.run_folder import EXPORT, zero_stage_of_run
 from runtime.teacher_outputs import check_outputs
 
@@ -338,6 +339,9 @@ def print_plan(ctx: RunContext) -> None:
         ctx.log(f"  {group.numel:>14,}  {group.name}: lr {group.lr:g}, weight decay {group.weight_decay:g}")
     for part, size in frozen_parts.items():
         ctx.log(f"  {size:>14,}  {part}: frozen")
+    warning = rates_warning(cfg.stage, in_student, {group.name.partition(",")[0]: group.lr for group in groups})
+    if warning:
+        ctx.log(warning)
     shares = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
     ctx.log(f"memory per GPU: {sum(memory.values()) / GIB:.2f} GiB + activations ({shares})")
 

@@ -1,4 +1,5 @@
-"""Synthetic recall tasks as text: recall of pairs, recall over several hops, copying.
+"""Synthetic recall tasks as text: recall of pairs, recall over several hops, copying, a number in
+a long text.
 
 A generator takes a `random.Random` and returns a `Document`: a text, and the spans of it that
 follow from the text before them (the answers). The same documents train a teacher, are scored in
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +26,29 @@ WORDS = ["".join(pair) for pair in itertools.permutations(_SYLLABLES, 2)]
 random.Random(0).shuffle(WORDS)
 NUM_WORDS = 256  # default size of the vocabulary that a document draws from
 FILLERS = WORDS[-64:]  # words between pairs and questions, which no task asks for
+
+# What surrounds a needle, and what its number belongs to: plain words, so that every model reads them.
+HAYSTACK = (
+    "The road ran along the river.",
+    "A light rain fell in the night.",
+    "She read the paper at breakfast.",
+    "The bells rang on the hour.",
+    "Two dogs slept by the fire.",
+    "He walked home through the park.",
+    "The boats came in with the tide.",
+    "Some leaves lay on the steps.",
+    "The shop closed early that day.",
+    "They spoke about the weather.",
+    "The train was a little late.",
+    "Bread and tea stood on the table.",
+    "The garden was quiet again.",
+    "A cat watched from the window.",
+    "The letters were in the drawer.",
+    "Snow still lay on the hills.",
+)
+CITIES = ["Paris", "London", "Rome", "Berlin", "Madrid", "Vienna", "Prague", "Dublin", "Athens"]
+CITIES += ["Oslo", "Cairo", "Lima", "Tokyo", "Delhi", "Moscow", "Boston", "Chicago", "Denver"]
+PEOPLE = ["Anna", "Ben", "Carl", "Dora", "Emma", "Fred", "Gina", "Hugo", "Ivan", "Jane", "Karl", "Lucy", "Mark", "Nora"]
 
 
 @dataclass(frozen=True)
@@ -107,11 +132,52 @@ def copying(rng: random.Random, length: int = 64, num_words: int = NUM_WORDS) ->
     return Document(f"{head}{original}\n", answers)
 
 
+def needle_recall(rng: random.Random, num_sentences: int = 140, num_needles: int = 1) -> Document:
+    """Sentences, the same ones in an order that changes, with num_needles others between them that
+    give a city a code of five digits; one code is asked for (the needle in a haystack of RULER, arXiv
+    2404.06654)."""
+    shuffled = (sentence for _ in itertools.count() for sentence in rng.sample(HAYSTACK, len(HAYSTACK)))
+    sentences = list(itertools.islice(shuffled, num_sentences))
+    keys = rng.sample(CITIES, num_needles)
+    codes = [str(rng.randrange(10_000, 100_000)) for _ in keys]
+    # Not among the first twentieth, which a prompt that is cut to a length may lose.
+    places = [rng.randrange(num_sentences // 20, num_sentences) for _ in keys]
+    for place, key, code in sorted(zip(places, keys, codes), reverse=True):
+        sentences.insert(place, f"The code of {key} is {code}.")
+    question = f" The code of {keys[0]} is"
+    return _document(" ".join(sentences), [(question, f" {codes[0]}")])
+
+
+def two_hop_facts(rng: random.Random, num_people: int = 4, num_digits: int = 3) -> Document:
+    """Shuffled sentences of who lives where, and of each city's code; a person asks for the city and
+    its code, so that the second sentence follows from the first answer. For teachers that chains of
+    unknown words (`multi_hop_recall`) are too hard for."""
+    people = rng.sample(PEOPLE, num_people)
+    cities = rng.sample(CITIES, num_people)
+    codes = [str(rng.randrange(10 ** (num_digits - 1), 10**num_digits)) for _ in cities]
+    homes = [f" {person} lives in" for person in people]
+    facts = [f" {city}. The code of {city} is {code}" for city, code in zip(cities, codes)]
+    sentences = [f"{home} {city}." for home, city in zip(homes, cities)]
+    sentences += [f" The code of {city} is {code}." for city, code in zip(cities, codes)]
+    rng.shuffle(sentences)
+    text = "".join(sentences).strip() + "\n"
+    answers = []
+    for i in rng.sample(range(num_people), num_people):
+        text += homes[i].strip()
+        answers.append((len(text), len(text) + len(facts[i])))
+        text += f"{facts[i]}.\n"
+    return Document(text, answers)
+
+
 RECALL_TASKS: dict[str, Callable[..., Document]] = {
     "associative_recall": associative_recall,
     "multi_hop_recall": multi_hop_recall,
     "copying": copying,
 }
+
+
+# Those that a model is asked, but not trained on: no mixture has them.
+ASKED_TASKS = {**RECALL_TASKS, "two_hop_facts": two_hop_facts, "needle_recall": needle_recall}
 
 
 def documents(generate: Callable[..., Document]) -> Iterator[Document]:
@@ -185,3 +251,25 @@ def document_accuracies(model, tokenizer, documents: list[Document], batch_size:
 def answer_accuracy(model, tokenizer, documents: list[Document], batch_size: int = 16) -> float:
     """The mean of `document_accuracies`."""
     return statistics.fmean(document_accuracies(model, tokenizer, documents, batch_size))
+
+
+@torch.no_grad()
+def generated_answers(model, tokenizer, documents: list[Document], batch_size: int = 16) -> list[str]:
+    """What greedy decoding, with a cache, writes in place of the last answer of each document: as many
+    tokens as the longest answer has and one more, up to a full stop, comma or new line.
+
+    Prompts lose their first tokens beyond the length of the shortest, so that no batch is padded.
+    """
+    prefix = beginning(tokenizer)
+    prompts = tokenizer([document.prompt for document in documents], add_special_tokens=False, verbose=False)
+    answers = tokenizer([f" {document.answer}" for document in documents], add_special_tokens=False)
+    length = min(map(len, prompts["input_ids"]))
+    longest = max(map(len, answers["input_ids"]))
+    rows = torch.tensor([prefix + ids[len(ids) - length :] for ids in prompts["input_ids"]])
+    texts = []
+    for batch in rows.split(batch_size):
+        generated = model.generate(
+            batch.to(model.device), do_sample=False, max_new_tokens=longest + 1, pad_token_id=tokenizer.eos_token_id
+        )
+        texts += tokenizer.batch_decode(generated[:, batch.shape[1] :], skip_special_tokens=True)
+    return [re.split(r"[.,\n]", text, maxsplit=1)[0].strip() for text in texts]

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# One published choice of layers: data, stages 1 and 2, RULER at 4096 and the export, on all GPUs of this machine.
+# One choice of layers: data, stages 1 and 2, evaluation beside the teacher, model card and reports, on all GPUs of this machine.
 #
 #   bash reproduce.sh qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2      # a folder of configs/ with a stage2.yaml
 #   DRY_RUN=1 bash reproduce.sh ...                              # prints the commands and runs none
 #
 # What is finished is not done again: folders of one teacher share their data, those of one student layer its stage 1.
-# DATASET (robbiegwaldd/dclm-10B), MAX_TOKENS (900000000): of the corpus.
+# TEACHER      where the teacher's weights are, if not at its hub name: a folder                (hub name)
+# DATASET      corpus: a hub name, a file or a folder                       (robbiegwaldd/dclm-10B)
+# MAX_TOKENS   of the corpus                                    (one and a half times those of stage 2)
+# SEQ_LENS     lengths of RULER in tokens                                                        (4096)
+# RECALL_LENS  lengths of the recall tasks in tokens                                              (512)
+# LIMIT and other settings of eval.sh reach it through the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 die() { printf '%s\n' "$*" >&2; exit 1; }
@@ -22,15 +27,30 @@ run() {
     [[ -n ${DRY_RUN:-} ]] || "$@"
 }
 
-TEACHER=$(value "$STAGE2" name | head -n 1) DATA=$(dirname "$(value "$STAGE2" cache_dir)")
-RESULT=$(value "$STAGE2" output_dir)/converted-hf
-[[ -n ${DRY_RUN:-} ]] || source setup.sh
+WEIGHTS=()
+[[ -z ${TEACHER:-} ]] || WEIGHTS=("teacher_model.name=$TEACHER")
+TEACHER=${TEACHER:-$(value "$STAGE2" name | head -n 1)} CHUNKS=$(value "$STAGE2" cache_dir)
+DATA=$(dirname "$CHUNKS") RUN1=$(value "$STAGE1" output_dir) RUN2=$(value "$STAGE2" output_dir)
+TOKENS=$(value "$STAGE2" target_tokens)
+if [[ -z ${DRY_RUN:-} ]]; then
+    if [[ -n ${VENV:-} ]]; then source "$VENV/bin/activate"; else source setup.sh; fi
+fi
 run python preprocess_download_tokenize.py --dataset_name "${DATASET:-robbiegwaldd/dclm-10B}" --tokenizer "$TEACHER" \
-    --max_tokens "${MAX_TOKENS:-900000000}" --output_dir "$DATA/tokenized"
+    --max_tokens "${MAX_TOKENS:-$((${TOKENS//_/} * 3 / 2))}" --output_dir "$DATA/tokenized"
 for config in "$STAGE1" "$STAGE2"; do
     run python preprocess_chunk.py --tokenized_dataset_path "$DATA/tokenized" --context_length "$(value "$config" train_seq_len)" \
         --output_dir "$DATA"
-    run deepspeed train.py --cfg "$config"
+    run deepspeed train.py --cfg "$config" ${WEIGHTS[@]+"${WEIGHTS[@]}"}
 done
-run env TASKS=ruler SEQ_LENS=4096 OUTPUT="${RESULT%/*}/evaluation" bash eval.sh "$RESULT"
-run python convert_ckpt.py --cfg "$STAGE2" # once more, for a model card with these results
+results=()
+for checkpoint in "$TEACHER" "$RUN2/converted-hf"; do
+    output=$RUN2/evaluation name=${checkpoint%/converted-hf}
+    name=${name#/}
+    [[ $checkpoint != "$TEACHER" ]] || output=$DATA/evaluation # of all folders of this teacher
+    run env TASKS=ruler SEQ_LENS="${SEQ_LENS:-4096}" OUTPUT="$output" bash eval.sh "$checkpoint"
+    run env TASKS=local SEQ_LENS="${RECALL_LENS:-512}" DATA="$CHUNKS" TEACHER="$TEACHER" OUTPUT="$output" bash eval.sh "$checkpoint"
+    results+=("$output/${name//\//__}/results.json")
+done
+run python eval_compare.py "${results[@]}" --output "$RUN2/evaluation"
+run python convert_ckpt.py --cfg "$STAGE2" ${WEIGHTS[@]+"${WEIGHTS[@]}"} # once more, for a model card with these results
+run python report.py "$RUN1" "$RUN2" --samples 3

@@ -50,8 +50,8 @@ import preprocess_chunk
 import preprocess_download_tokenize
 import store_teacher
 from benchmarks.compare_students import check_same_settings
+from benchmarks.jobs import Job, run_processes, work
 from benchmarks.recall_teacher import scale_of
-from benchmarks.selection_regret import Job, run_processes, work
 from benchmarks.training import stage_1
 from convert import load_teacher
 from distill_model import StudentForCausalLM
@@ -489,7 +489,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker or count == 1:
         work(jobs, args.minutes)
     else:
-        run_processes(Path(__file__), count, argv, args.output_dir)
+        run_processes(count, Path(__file__).resolve(), argv, args.output_dir, jobs)
     if not args.worker:
         print(report(ablations))
 

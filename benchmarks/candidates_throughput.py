@@ -2,6 +2,9 @@
 
     python benchmarks/candidates_throughput.py
     python benchmarks/candidates_throughput.py train.cuda_graphs=false
+    # on a CPU:
+    python benchmarks/candidates_throughput.py --candidates 2 --steps 1 \\
+        train.batch_size=2 train.micro_batch_size=2 train.train_seq_len=64
 
 Random weights of the recall teacher's shape (benchmarks/recall_teacher.py) and random tokens. It prints the tokens/s of all
 candidates together; the teacher's forward pass, which they share, is included.
@@ -10,7 +13,6 @@ candidates together; the teacher's forward pass, which they share, is included.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from runtime.config import Config, load_config
 from runtime.environment import set_up_process
 
 import torch
+from datasets import Dataset
 from tqdm import tqdm
 
 from benchmarks.recall_teacher import FULL
@@ -29,19 +32,12 @@ from layer_selection.candidate_training import JointTraining
 from layer_selection.stopping_rule import StoppingRule
 
 NUM_LAYERS = FULL.shape["num_hidden_layers"]
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
-class RandomChunks:
-    """`count` sequences of random tokens, indexed as a dataset of chunks."""
-
-    def __init__(self, count: int, length: int):
-        self.rows = torch.randint(FULL.vocab_size, (count, length)).tolist()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, indices) -> dict:
-        return {"input_ids": [self.rows[i] for i in indices]}
+def random_chunks(count: int, length: int) -> Dataset:
+    """`count` sequences of random tokens."""
+    return Dataset.from_dict({"input_ids": torch.randint(FULL.vocab_size, (count, length)).tolist()})
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,7 +65,7 @@ def stage_2_config(args: argparse.Namespace) -> Config:
         f"train.train_seq_len={FULL.context_length}",
         f"train.max_steps={2 * args.steps}",
         "train.target_tokens=null",
-        "train.dtype=bf16",
+        f"train.dtype={'bf16' if DEVICE == 'cuda' else 'fp32'}",
     ]
     return load_config(file, [*overrides, *args.overrides])
 
@@ -83,24 +79,27 @@ def random_teacher() -> StudentForCausalLM:
         keep_full_attention_layers=list(range(NUM_LAYERS)),
         **shape,
     )
-    return StudentForCausalLM(config).bfloat16().cuda().eval().requires_grad_(False)
+    return StudentForCausalLM(config).to(DEVICE, DTYPE).eval().requires_grad_(False)
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def main() -> None:
     args = parse_args()
     set_up_process()
-    if not torch.cuda.is_available():
-        sys.exit("candidates_throughput.py: skipped: it measures GPUs, and this machine has none")
     torch.manual_seed(0)
     teacher = random_teacher()
-    student = StudentForCausalLM.from_teacher(teacher, args.student)[0].cuda().eval()
+    student = StudentForCausalLM.from_teacher(teacher, args.student)[0].to(DEVICE).eval()
     cfg = stage_2_config(args)
     bench = SimpleNamespace(
         cfg=cfg,
         teacher=teacher,
         student=student,
         device=teacher.device,
-        train=RandomChunks(cfg.train.batch_size * 4, cfg.train.train_seq_len),
+        train=random_chunks(cfg.train.batch_size * 4, cfg.train.train_seq_len),
         has_documents=False,
         losses=lambda hybrid: [0.0],
     )
@@ -109,18 +108,18 @@ def main() -> None:
     training = JointTraining(bench, StoppingRule(), kept, -1, Path("."))
     training.build(candidates, 0)
     for first in (0, args.steps):  # the first round is the warm-up
-        torch.cuda.synchronize()
+        synchronize()
         begin = time.perf_counter()
         training.train_round(candidates, first, first + args.steps, tqdm(disable=True))
-        torch.cuda.synchronize()
+        synchronize()
         seconds = time.perf_counter() - begin
     rate = args.steps * training.plan.tokens_per_step * len(candidates) / seconds
     graphs = isinstance(training.teacher_forward, GraphedForward)
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {len(candidates)} x {args.student}, "
+        f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}; {len(candidates)} x {args.student}, "
         f"{training.plan.batch_size} x {training.plan.seq_len} tokens per step, "
-        f"CUDA graphs {'on' if graphs else 'off'}: {rate:,.0f} tokens/s; "
-        f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
+        f"CUDA graphs {'on' if graphs else 'off'}: {rate:,.0f} tokens/s"
+        + (f"; {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB" if DEVICE == "cuda" else "")
     )
 
 

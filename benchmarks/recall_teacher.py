@@ -37,7 +37,7 @@ from pathlib import Path
 from runtime.command import run_main
 from runtime.corpora import Corpus
 from runtime.data import load_tokenizer, open_chunks_for
-from runtime.files import atomic_directory
+from runtime.files import atomic_directory, atomic_write_text
 
 import matplotlib
 import torch
@@ -525,10 +525,11 @@ def train_teacher(out: Path, scale: Scale, max_steps: int, seed: int) -> dict:
         "history": history,
     }
     plot(history, out / "teacher.png")
-    (out / "teacher.json").write_text(json.dumps(result, indent=1) + "\n")
-    with atomic_directory(out / "teacher") as folder:
+    with atomic_directory(out / "teacher", replace=True) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    # Last: who waits for a teacher waits for this file.
+    atomic_write_text(out / "teacher.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -607,7 +608,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     claim_folder(args)
     out = args.output_dir
-    if (out / "teacher").is_dir():
+    if (out / "teacher.json").is_file():
         print(f"{out}/teacher: is there already")
         demand(json.loads((out / "teacher.json").read_text())["associative_recall"])
         return

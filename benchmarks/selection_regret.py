@@ -21,14 +21,13 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import random
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +35,13 @@ from pathlib import Path
 from runtime.command import run_main
 from runtime.config import Config, ConfigError, dump_config, load_config
 from runtime.data import load_tokenizer, open_chunks_for
-from runtime.files import FolderLockedError, atomic_directory, atomic_write_text, locked, one_line
+from runtime.files import atomic_directory, atomic_write_text, one_line
 
 import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.jobs import Job, run_processes, work
 from benchmarks.recall_teacher import DEMANDED, DIFFICULTY, difficulty, scale_of
 from benchmarks.training import stage_1
 from convert import load_teacher
@@ -72,7 +72,6 @@ METHODS = (
     "random",
 )
 CALIBRATION_BATCHES = 8
-WAIT = 1.0  # seconds before a process looks again for a job whose needs are met
 COLOURS = "tab10"
 
 
@@ -89,22 +88,13 @@ class Case:
         return f"teacher{self.teacher}-{self.student}"
 
 
-@dataclass(frozen=True)
-class Job:
-    """Work that leaves `file`, once all of `needs` are there."""
-
-    file: Path
-    needs: tuple[Path, ...]
-    run: Callable[[], None]
-
-
 class Regret:
     """All jobs of a command line."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.out = args.output_dir
-        self.cases = [Case(seed, student) for seed in range(args.teachers) for student in args.students]
+        self.cases = [Case(seed, student) for student in args.students for seed in range(args.teachers)]
 
     # ---- where things are
     def teacher(self, seed: int) -> Path:
@@ -154,7 +144,7 @@ class Regret:
         script = ROOT / "benchmarks" / "recall_teacher.py"
         command = [sys.executable, str(script), "--output_dir", str(folder), "--size", self.args.size, f"--seed={seed}"]
         code = subprocess.run([*command, *words]).returncode
-        if not (folder / "teacher").is_dir():
+        if not (folder / "teacher.json").is_file():
             raise ValueError(f"--output_dir: {folder}: the teacher's training ended with exit code {code}, see above")
 
     def chunks(self, seed: int) -> Path:
@@ -237,6 +227,7 @@ class Regret:
         cfg = self.with_seed(case, seed)
         self.warm_up(cfg)
         folder = file.with_suffix("")
+        shutil.rmtree(folder, ignore_errors=True)  # its cost is that of a whole selection
         tasks = scale_of(args.size, self.hardest()).tasks
         recall = RecallOptions(tasks.ranges["associative_recall"]["num_pairs"][1], tasks.num_words)
         options = selection_options(method, top_k, folder, args.sequences, args.batch_size, recall)
@@ -265,62 +256,15 @@ class Regret:
         training.train_round([0], 0, 1, tqdm(disable=True))
 
 
-# ------------------------------------------------------------------------ processes
-def work(jobs: list[Job], minutes: float | None) -> None:
-    """Does jobs that no other process does, until all are done or the time is up."""
-    end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-    while time.monotonic() < end:
-        missing = [job for job in jobs if not job.file.is_file()]
-        if not missing:
-            return
-        for job in missing:
-            if all(path.is_file() for path in job.needs) and try_job(job):
-                break
-        else:
-            time.sleep(WAIT)
-
-
-def try_job(job: Job) -> bool:
-    """Does a job, unless it is done or another process is at it; whether it was done here."""
-    try:
-        with locked(job.file.with_name(f".{job.file.name}.job"), str(job.file)):
-            if job.file.is_file():
-                return False
-            job.run()
-    except FolderLockedError:
-        return False
-    return True
-
-
-def run_processes(script: Path, count: int, argv: list[str], out: Path) -> None:
-    """A script in `count` processes, each with a GPU of its own if there are any. Raises
-    ConfigError if one fails."""
-    gpus = torch.cuda.device_count()
-    processes = []
-    for i in range(count):
-        environment = dict(os.environ)
-        if gpus:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[i % gpus] if len(visible) == gpus else str(i % gpus)
-        log = open(out / f"process_{i}.log", "a")  # noqa: SIM115 (the child writes to it)
-        command = [sys.executable, str(script.resolve()), *argv, "--worker"]
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        log.close()
-    codes = [process.wait() for process in processes]
-    if any(codes):
-        failed = next(i for i, code in enumerate(codes) if code)
-        raise ConfigError(f"process {failed} ended with exit code {codes[failed]}: see {out / f'process_{failed}.log'}")
-
-
 # ------------------------------------------------------------------------ the table
-def read_sets(regret: Regret, case: Case, top_k: int) -> dict[str, dict[str, float]] | None:
-    """Set -> its mean figures over the seeds; None if some are missing."""
+def read_sets(regret: Regret, case: Case, top_k: int) -> dict[str, dict[str, float]]:
+    """Set -> its mean figures over the seeds that have trained all sets; empty if none has."""
     by_set: dict[str, list[dict]] = {}
     for seed in range(regret.args.seeds):
-        for part in range(len(regret.parts(top_k))):
-            file = regret.truth(case, top_k, seed, part)
-            if not file.is_file():
-                return None
+        files = [regret.truth(case, top_k, seed, part) for part in range(len(regret.parts(top_k)))]
+        if not all(file.is_file() for file in files):
+            continue
+        for file in files:
             for kept, figures in json.loads(file.read_text()).items():
                 by_set.setdefault(kept, []).append(figures)
     return {
@@ -337,7 +281,7 @@ def collect(regret: Regret) -> dict:
     errors = []
     for case, top_k in itertools.product(regret.cases, regret.args.top_k):
         sets = read_sets(regret, case, top_k)
-        if sets is None:
+        if not sets:
             continue
         best = min(sets, key=lambda kept: sets[kept]["kl"])
         cases.append({"case": case.name, "top_k": top_k, "best": best, "sets": sets})
@@ -562,7 +506,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker or count == 1:
         work(jobs, args.minutes)
     else:
-        run_processes(Path(__file__), count, argv, args.output_dir)
+        run_processes(count, Path(__file__).resolve(), argv, args.output_dir, jobs)
     if not args.worker:
         print(report(regret, jobs))
 

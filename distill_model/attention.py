@@ -91,13 +91,14 @@ class SoftmaxAttention(nn.Module):
     Called like an FLA layer: returns (output [B, T, hidden_size], None, past_key_values), and keeps
     its keys and values ([B, T, num_key_value_heads, head_dim], after RoPE) in FLA's cache, beside
     the states of linear layers. window_size: how many tokens a query attends to, itself included;
-    None for all.
+    None for all. sink_size: how many of a text's first tokens it attends to besides.
     """
 
-    def __init__(self, config: StudentConfig, layer_idx: int, window_size: int | None = None):
+    def __init__(self, config: StudentConfig, layer_idx: int, window_size: int | None = None, sink_size: int = 0):
         super().__init__()
         self.layer_idx = layer_idx
         self.window_size = window_size
+        self.sink_size = sink_size
         self.hidden_size = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
@@ -206,7 +207,7 @@ class SoftmaxAttention(nn.Module):
         documents: those of a packed row, B = 1, each of which is read alone."""
         q, k, v = self.project(hidden_states, position_embeddings)
         if documents is not None:
-            out = packed_attention(q, k, v, documents, self.window_size)
+            out = packed_attention(q, k, v, documents, self.window_size, self.sink_size)
         elif attend is None:
             out = self.softmax_attention(q, k, v, attention_mask, past_key_values)
         else:

@@ -107,31 +107,33 @@ def packed_attention(
     v: torch.Tensor,
     documents: Documents,
     window_size: int | None = None,
+    sink_size: int = 0,
 ) -> torch.Tensor:
     """Causal softmax attention within each document of a packed row: q [1, tokens, heads, D], k and
     v [1, tokens, kv heads, D]; returns q's shape.
 
-    window_size: how many tokens a query attends to, itself included; None for all.
+    window_size: how many tokens a query attends to, itself included; None for all. sink_size: how
+    many of the document's first tokens it attends to besides.
     """
-    if _supports_varlen(q):
+    if not sink_size and _supports_varlen(q):
         varlen_attn, grouped = _varlen_attention()
         left = -1 if window_size is None else window_size - 1
         longest = max(documents.lengths)
         bounds = (documents.cu_seqlens, documents.cu_seqlens, longest, longest)
         return varlen_attn(q[0], k[0], v[0], *bounds, window_size=(left, 0), **grouped)[None]
     parts = (x.transpose(1, 2).split(documents.lengths, 2) for x in (q, k, v))
-    outputs = [_document_attention(*part, window_size) for part in zip(*parts)]
+    outputs = [_document_attention(*part, window_size, sink_size) for part in zip(*parts)]
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
-def _document_attention(q, k, v, window_size: int | None) -> torch.Tensor:
+def _document_attention(q, k, v, window_size: int | None, sink_size: int) -> torch.Tensor:
     """Causal attention of one document, tensors [1, heads, tokens, D]."""
     length = q.shape[2]
     mask = None
     if window_size is not None and window_size < length:
         position = torch.arange(length, device=q.device)
         distance = position[:, None] - position
-        mask = (distance >= 0) & (distance < window_size)
+        mask = (distance >= 0) & ((distance < window_size) | (position < sink_size))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1]
     )

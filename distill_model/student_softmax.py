@@ -10,7 +10,7 @@ from fla.layers.utils import get_layer_cache, repad_hidden_states, unpad_hidden_
 from torch import nn
 from transformers import initialization as init
 
-from .attention import SoftmaxAttention
+from .attention import SoftmaxAttention, right_aligned
 from .config_distilled_student import StudentConfig
 from .student_base import (
     BIASES,
@@ -160,19 +160,78 @@ class ForgettingStudent(_MaskedCacheStudent, ForgettingAttention):
 
 class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
     """The teacher's own attention, over the last `window_size` tokens, the query's among them
-    (Beltagy et al., arXiv 2004.05150)."""
+    (Beltagy et al., arXiv 2004.05150), and the first `sink_size` ones (Xiao et al., arXiv
+    2309.17453, but at their own positions)."""
 
     has_constant_state = False
     supports_empty_rows = True
-    OPTIONS = {"window_size": Option()}
+    OPTIONS = {"window_size": Option(), "sink_size": Option(minimum=0)}
     HEAD_DIMS = None
     SOURCES = StudentAttention.SOURCES | BIASES | NORMS
     rope_share = 1.0
 
-    def __init__(self, config: StudentConfig, layer_idx: int, *, window_size: int = 512):
-        super().__init__(config, layer_idx, window_size=window_size)
+    def __init__(self, config: StudentConfig, layer_idx: int, *, window_size: int = 512, sink_size: int = 0):
+        super().__init__(config, layer_idx, window_size=window_size, sink_size=sink_size)
 
     forward = any_padding(SoftmaxAttention.forward)
+
+    def softmax_attention(self, q, k, v, attention_mask, past_key_values) -> torch.Tensor:
+        """As `SoftmaxAttention`. With sinks, each key has its index among the real tokens of its row,
+        from which the mask follows; a cache holds the sinks and the last window_size keys."""
+        if not self.sink_size:
+            return super().softmax_attention(q, k, v, attention_mask, past_key_values)
+        q_len = q.shape[1]
+        past_len = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+        if attention_mask is None:
+            attention_mask = k.new_ones(1, past_len + q_len, dtype=torch.bool)
+        past, new = attention_mask.bool().split([past_len, q_len], 1)
+        before = past.sum(1, keepdim=True)  # real tokens of each row
+        query = before + new.cumsum(1) - 1
+        key, real = query, new
+        if past_len:
+            held_k, held_v = past_key_values[self.layer_idx]["attn_state"]
+            held = self.held_indices(before, held_k.shape[1])
+            key, real = torch.cat((held, key), 1), torch.cat((held >= 0, real), 1)
+            k, v = torch.cat((held_k, k), 1), torch.cat((held_v, v), 1)
+        distance = query[:, :, None] - key[:, None]
+        in_reach = (distance < self.window_size) | (key < self.sink_size)[:, None]
+        mask = (distance >= 0) & in_reach & real[:, None]
+        mask[..., -q_len:] |= torch.eye(q_len, dtype=torch.bool, device=k.device)  # padding, which nobody reads
+        if past_key_values is not None:
+            self.hold(k, v, real, q_len, past_key_values)
+        # With a mask, SDPA's memory-efficient kernel takes no grouped queries.
+        k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 2) for x in (k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
+
+    def held_indices(self, before: torch.Tensor, length: int) -> torch.Tensor:
+        """Of each of the `length` held keys its index among the real tokens of its row, of which
+        there have been `before` [B, 1]; negative for padding."""
+        count = before.clamp(max=self.sink_size + self.window_size)
+        order = torch.arange(length, device=before.device) - (length - count)
+        return torch.where(order < self.sink_size, order, order + before - count)
+
+    def hold(self, k, v, real, q_len: int, past_key_values) -> None:
+        """Replaces what the cache holds by the sinks and the last keys of k and v [B, T, ...], whose
+        real ones come last in each row."""
+        size = self.sink_size + self.window_size
+        held = past_key_values.update(
+            attn_state=(k[:, -q_len:], v[:, -q_len:]),
+            layer_idx=self.layer_idx,
+            offset=q_len,
+            cache_kwargs={"window_size": size},
+        )
+        length = k.shape[1]
+        if length > size:
+            k, v = right_aligned(real.expand(len(k), -1), k, v)
+            first = length - real.sum(1, keepdim=True).clamp(min=size)
+            sinks = first + torch.arange(self.sink_size, device=k.device)
+            last = torch.arange(length - self.window_size, length, device=k.device)
+            places = torch.cat((sinks, last.expand(len(sinks), -1)), 1)[..., None, None]
+            k, v = (x.take_along_dim(places, 1) for x in (k, v))
+        elif not real.all():
+            k, v = right_aligned(real, k, v)
+        held["attn_state"] = (k, v)
 
 
 def window_sums(

@@ -23,7 +23,7 @@ from recall_tasks import RECALL_TASKS
 from .options import Options, vocabulary_size
 from .own_tasks import heldout_chunks, measure_own, recall_documents, recall_generation
 from .ruler import ruler_task, seed_generators
-from .tasks import HELDOUT, OWN, RECALL_GENERATION, RULER, Unit
+from .tasks import HELDOUT, NEEDLE, OWN, RECALL_GENERATION, RULER, Unit
 
 PROJECT = Path(__file__).resolve().parents[1]
 # The metric that stands for a task is the first of these that it has.
@@ -115,7 +115,7 @@ def build(unit: Unit, options: Options, manager, lm):
     lm-evaluation-harness."""
     if unit.task in HELDOUT:
         return heldout_chunks(options, lm)
-    if unit.task in RECALL_TASKS:
+    if unit.task in (*RECALL_TASKS, NEEDLE):
         return recall_documents(unit.task, unit.seq_len, options.num_words, lm.tokenizer)
     if unit.task == RECALL_GENERATION:
         return recall_generation(unit.seq_len, options.num_words, lm.tokenizer)

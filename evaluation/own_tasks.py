@@ -13,7 +13,7 @@ from runtime.data import LOSS_MASK, encode_beginnings, load_tokenizer, open_chun
 import torch
 from tqdm import tqdm
 
-from recall_tasks import RECALL_TASKS, WORDS, Document, document_accuracies
+from recall_tasks import ASKED_TASKS, RECALL_TASKS, WORDS, Document, document_accuracies
 
 from .options import Options, option_error, option_name, vocabulary_size
 from .tasks import HELDOUT, KL, PERPLEXITY, RECALL_GENERATION, Unit
@@ -33,6 +33,7 @@ def recall_options(task: str, size: int) -> tuple[dict[str, int], int]:
         "associative_recall": ({"num_pairs": size}, size),
         "copying": ({"length": 2 * size}, 1),
         "multi_hop_recall": ({"num_chains": num_chains}, 9 * size // 8),
+        "needle_recall": ({"num_sentences": 9 * size // 8}, 1),
     }[task]
 
 
@@ -49,9 +50,10 @@ def recall_documents(task: str, seq_len: int, num_words: int, tokenizer, count: 
         if words_needed > len(WORDS):
             need = f"need {words_needed} different words; there are {len(WORDS)}"
             raise option_error("seq_lens", f"{seq_len} tokens of {task} {need}")
-        options["num_words"] = max(num_words, words_needed)
+        if task in RECALL_TASKS:
+            options["num_words"] = max(num_words, words_needed)
         rng = random.Random(f"{task} {seq_len}")
-        documents = [RECALL_TASKS[task](rng, **options) for _ in range(count)]
+        documents = [ASKED_TASKS[task](rng, **options) for _ in range(count)]
         encoded = encode_beginnings(tokenizer, [document.text for document in documents])
         longest = max(len(ids) for ids in encoded)
         if longest <= seq_len:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .options import Options, option_error
 from .ruler import DOWNLOADED, ruler_manager
-from .tasks import DEFAULT_SEQ_LEN, GROUP_SEQ_LENS, GROUPS, HELDOUT, KL, LOCAL, RULER, SIZED, Unit
+from .tasks import DEFAULT_SEQ_LEN, GROUP_SEQ_LENS, GROUPS, HELDOUT, KL, LOCAL, NEEDLE, RULER, SIZED, Unit
 
 FILE_FORMATS = ("json", "csv", "parquet", "text", "")  # a `dataset_path` of data that are local files
 
@@ -16,7 +16,7 @@ def task_manager(asked: list[str]):
     """lm-evaluation-harness's index of tasks, or the part of it that the names of groups and tasks
     need."""
     names = {name for group in asked for name in GROUPS.get(group, (group,))}
-    if names <= {*RULER, *LOCAL}:
+    if names <= {*RULER, *LOCAL, NEEDLE}:
         return ruler_manager()
     from lm_eval.tasks import TaskManager
 
@@ -63,16 +63,16 @@ def members(asked: str, options: Options) -> tuple[str, ...]:
 def tasks_of(name: str, manager) -> list[str]:
     """The task or group of that name, or the tasks with that tag. Raises ValueError if it is
     unknown."""
-    if name in LOCAL:
+    if name in LOCAL or name == NEEDLE:
         return [name]
     if name in manager.task_index:
         entry = manager.task_index[name]
         return sorted(entry.tags) if entry.kind.name == "TAG" else [name]
-    close = difflib.get_close_matches(name, [*GROUPS, *LOCAL, *manager.all_tasks], 3)
+    close = difflib.get_close_matches(name, [*GROUPS, *LOCAL, NEEDLE, *manager.all_tasks], 3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise option_error(
         "tasks",
-        f"{name!r} is unknown; {hint}Groups: {', '.join(GROUPS)}; of our own: {', '.join(LOCAL)}; "
+        f"{name!r} is unknown; {hint}Groups: {', '.join(GROUPS)}; of our own: {', '.join((*LOCAL, NEEDLE))}; "
         "or any of lm-evaluation-harness (lm-eval ls tasks)",
     )
 

@@ -25,9 +25,10 @@ RECALL_GENERATION = "recall_generation"
 PERPLEXITY = "heldout_perplexity"
 KL = "heldout_kl"
 HELDOUT = (PERPLEXITY, KL)  # measured on the held-out chunks of --data
-OWN = (*RECALL_TASKS, *HELDOUT)  # measured by forward passes over whole documents, without the harness
+NEEDLE = "needle_recall"
+OWN = (*RECALL_TASKS, NEEDLE, *HELDOUT)  # measured by forward passes over whole documents, without the harness
 LOCAL = (*RECALL_TASKS, RECALL_GENERATION, *HELDOUT)  # need no network
-SIZED = (*RULER, *RECALL_TASKS, RECALL_GENERATION)  # their documents are made to a given length
+SIZED = (*RULER, *RECALL_TASKS, NEEDLE, RECALL_GENERATION)  # their documents are made to a given length
 GROUPS = {
     "ruler": RULER,
     "needle": ("niah_single_1", "niah_single_2", "niah_single_3"),

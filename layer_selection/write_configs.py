@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.command import run_main
+from runtime.recipes import rate_text, recipe_for, size_in_name, size_text
 
 import yaml
 
@@ -39,53 +40,47 @@ student_model:
 train:
   output_dir: outputs/{folder}/stage{stage}
 """
-STAGES = {
-    1: (
-        512,
-        "Stage 1: 100M tokens at context 512, after RADLADS.",
-        """\
-  target_tokens: 100_000_000
-  batch_size: 96
-  micro_batch_size: 12
-  train_seq_len: 512
-  lr: 1e-3
-  lr_scheduler_type: cosine
-  final_lr: 1e-5
-  max_grad_norm: 1.0
-""",
-    ),
-    2: (
-        4096,
-        "Stage 2: 600M tokens at context 4096; {count} of {total} layers kept, {source}.",
-        """\
-  student_init_ckpt: outputs/{start}/stage1/converted-hf
-  target_tokens: 600_000_000
-  batch_size: 32
-  micro_batch_size: 1
-  train_seq_len: 4096
-  lr: 1e-5
-  lr_attn: 1e-4
-  lr_scheduler_type: cosine
-  final_lr: 1e-5
-  max_grad_norm: 1.0
-  gradient_checkpointing: mlp
-""",
-    ),
-    3: (
-        16384,
-        "Stage 3: 100M tokens at context 16384, cross-entropy, no teacher.",
-        """\
-  student_init_ckpt: outputs/{folder}/stage2/converted-hf
-  target_tokens: 100_000_000
-  batch_size: 96
-  micro_batch_size: 1
-  train_seq_len: 16384
-  lr: 1e-5
-  lr_scheduler_type: constant
-  max_grad_norm: 1.0
-  gradient_checkpointing: true
-""",
-    ),
+COMMENTS = {
+    1: "Stage 1: {tokens} tokens at context {length}, after RADLADS.",
+    2: "Stage 2: {tokens} tokens at context {length}; {count} of {total} layers kept, {source}.",
+    3: "Stage 3: {tokens} tokens at context {length}, cross-entropy, no teacher.",
+}
+# The published settings of the section `train`; a teacher's `stages` replace some. Learning rates: `runtime.recipes`.
+TRAIN = {
+    1: {
+        "target_tokens": 100_000_000,
+        "batch_size": 96,
+        "micro_batch_size": 12,
+        "train_seq_len": 512,
+        "lr": None,
+        "lr_scheduler_type": "cosine",
+        "final_lr": 1e-5,
+        "max_grad_norm": 1.0,
+    },
+    2: {
+        "student_init_ckpt": "outputs/{start}/stage1/converted-hf",
+        "target_tokens": 600_000_000,
+        "batch_size": 32,
+        "micro_batch_size": 1,
+        "train_seq_len": 4096,
+        "lr": None,
+        "lr_attn": None,
+        "lr_scheduler_type": "cosine",
+        "final_lr": 1e-5,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": "mlp",
+    },
+    3: {
+        "student_init_ckpt": "outputs/{folder}/stage2/converted-hf",
+        "target_tokens": 100_000_000,
+        "batch_size": 96,
+        "micro_batch_size": 1,
+        "train_seq_len": 16384,
+        "lr": None,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": True,
+    },
 }
 
 
@@ -133,15 +128,35 @@ def chosen_layers(facts: dict) -> dict[tuple[float, str], list[int]]:
             chosen[ratio_of(len(layers), count, ratios), selector] = layers
     published_ratios = {ratio for ratio, _ in chosen}
     for ratio in ratios:
-        if ratio in published_ratios or not published_ratios:
+        if ratio in published_ratios or "ratios" in facts:
             chosen[ratio, "uniform"] = evenly_spaced(budget(ratio, count), count)
     return chosen
+
+
+def train_settings(facts: dict, stage: int, teacher: str) -> dict:
+    """The section `train` of a teacher's stage, without output_dir. facts: of the teacher, whose name
+    in `configs/` ends in its size."""
+    settings = TRAIN[stage] | facts.get("stages", {}).get(stage, {})
+    student_layers, rest = recipe_for(size_in_name(teacher)).rates(stage)
+    settings["lr"] = rest
+    if "lr_attn" in settings:
+        settings["lr_attn"] = student_layers
+    return settings
+
+
+def yaml_text(value) -> str:
+    """A value as these files spell it: 1e-5, 600_000_000."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value < 1:
+        return rate_text(value)
+    return f"{value:_}" if isinstance(value, int) and value >= 1_000_000 else str(value)
 
 
 def stage_file(published: dict, stage: int, folder: str, row: Row, layers: list[int]) -> str:
     """The content of a stage's YAML in `folder`."""
     facts = published["teachers"][row.teacher]
-    length, comment, train = STAGES[stage]
+    train = train_settings(facts, stage, row.teacher)
     values = {
         "stage": stage,
         "teacher": row.teacher,
@@ -150,12 +165,20 @@ def stage_file(published: dict, stage: int, folder: str, row: Row, layers: list[
         "layers": layers,
         "folder": folder,
         "start": row.start,
-        "length": length,
+        "length": train["train_seq_len"],
+        "tokens": size_text(train["target_tokens"]),
         "count": len(layers),
         "total": facts["layers"],
-        "source": published["sources"][row.selector],
+        "source": sources_of(published, row.teacher)[row.selector],
     }
-    return (HEAD + train).format(comment=comment.format(**values), **values)
+    lines = [f"  {key}: {yaml_text(value)}\n" for key, value in train.items()]
+    comment = COMMENTS[stage].format(**values)
+    return (HEAD + "".join(lines)).format(comment=comment, **values)
+
+
+def sources_of(published: dict, teacher: str) -> dict[str, str]:
+    """Selector -> where its layers come from."""
+    return published["sources"] | published["teachers"][teacher].get("sources", {})
 
 
 def has_stage_3(published: dict, row: Row, hybrids: list[Row]) -> bool:
@@ -188,7 +211,9 @@ README = """\
 
 This page lists what is in each folder: teacher, student layer, ratio, selector and kept layers.
 [docs/layer_selection.md](../docs/layer_selection.md) explains the selectors,
-[docs/config.md](../docs/config.md) the keys. No folder has been trained with the real weights here.
+[docs/config.md](../docs/config.md) the keys, [docs/training.md](../docs/training.md#learning-rates) the
+learning rates. No folder has been trained with the weights of its teacher's hub name here; of
+SmolLM2 there was a first look, with weights dequantised from Q4_1.
 
 - `{teacher}_{student}/stage1.yaml`: the stage 1 that all hybrids of that pair start from.
 - `{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml`: a hybrid. Where the table has a *,
@@ -197,6 +222,7 @@ This page lists what is in each folder: teacher, student layer, ratio, selector 
 
 The student layers are `gdn_v4` and `gla_v1` because these files reproduce published layer choices;
 [docs/students.md](../docs/students.md#which-one) says how to train the recommended one with them.
+SmolLM2 has the recommended one, `gdn_v7`, calibrated.
 
 `python layer_selection/write_configs.py` writes this page and the folders from
 `layer_selection/published.yaml`; do not edit them by hand. `quickstart/` belongs to `quickstart.sh`.
@@ -214,6 +240,7 @@ def readme(published: dict, hybrids: list[Row], made: dict[str, str]) -> str:
         stage1 = [f"[{student}]({teacher}_{student}/stage1.yaml)" for student in facts["students"]]
         parts.append(f"\n## {teacher}\n\n`{facts['name']}`, {facts['layers']} layers. ")
         parts.append(f"Stage 1: {', '.join(stage1)}.\n\n")
+        parts += [f"Here `{name}` is: {source}.\n\n" for name, source in facts.get("sources", {}).items()]
         parts.append("| ratio | selector | kept layers | stage 2 |\n|--:|---|---|---|\n")
         by_choice: dict[tuple, list[Row]] = {}
         for row in (row for row in hybrids if row.teacher == teacher):

@@ -24,6 +24,7 @@ from benchmarks import (
     ablations,
     compare_students,
     decode,
+    jobs,
     recall_teacher,
     selection_regret,
     serve,
@@ -297,6 +298,18 @@ def test_benchmarks_of_gpus_are_skipped_without_one(command):
         text=True,
     )
     assert done.returncode == 1 and f"{command[0]}: skipped: " in done.stderr
+
+
+@pytest.mark.slow
+def test_throughput_of_joint_candidates():
+    options = ["--candidates", "2", "--steps", "1", "train.batch_size=2", "train.micro_batch_size=2"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "candidates_throughput.py", *options, "train.train_seq_len=64"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 x gdn_v7, 2 x 64 tokens per step" in done.stdout
 
 
 def test_the_time_of_kernels_and_between_them():
@@ -629,11 +642,9 @@ def test_a_teacher_of_the_benchmark_is_that_of_its_command(tmp_path, monkeypatch
 def test_a_job_is_done_by_one_process(tmp_path):
     """Not while another one holds it, not before its needs are there, and only until time is up."""
     done = []
-    first = selection_regret.Job(tmp_path / "a", (), lambda: (done.append("a"), (tmp_path / "a").touch()))
-    second = selection_regret.Job(
-        tmp_path / "b", (tmp_path / "a",), lambda: (done.append("b"), (tmp_path / "b").touch())
-    )
-    selection_regret.work([second, first], None)
+    first = jobs.Job(tmp_path / "a", (), lambda: (done.append("a"), (tmp_path / "a").touch()))
+    second = jobs.Job(tmp_path / "b", (tmp_path / "a",), lambda: (done.append("b"), (tmp_path / "b").touch()))
+    jobs.work([second, first], None)
     assert done == ["a", "b"]
     (tmp_path / "a").unlink()
     holder = subprocess.Popen(
@@ -647,11 +658,11 @@ def test_a_job_is_done_by_one_process(tmp_path):
     )
     try:
         holder.stdout.readline()
-        assert not selection_regret.try_job(first) and done == ["a", "b"]
+        assert not jobs.try_job(first) and done == ["a", "b"]
     finally:
         holder.kill()
         holder.wait()
-    assert selection_regret.try_job(first) and done == ["a", "b", "a"]
+    assert jobs.try_job(first) and done == ["a", "b", "a"]
 
 
 # ------------------------------------------------------------------------ ablations

@@ -20,6 +20,7 @@ from distill_model import (
     check_student,
     cpu_ops,
 )
+from distill_model.cache import HybridCache
 from distill_model.student_base import expand_kv_heads
 
 ROOT = Path(__file__).parent.parent
@@ -187,6 +188,60 @@ def test_a_window_as_long_as_the_text_is_the_teacher(teacher, name):
         ours, theirs = student(ids).logits, teacher(ids).logits
     torch.testing.assert_close(ours[:, :21], theirs[:, :21], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(ours[:, 22], theirs[:, 22], atol=1e-4)
+
+
+def naive_window(attn, x, positions, real, window, sinks):
+    """Softmax attention row by row and query by query, over a row's real tokens alone."""
+    out = torch.zeros_like(x)
+    for row in range(len(x)):
+        tokens = real[row].nonzero().flatten()
+        angles = [a.expand(len(x), -1, -1)[row : row + 1, tokens] for a in positions]
+        q, k, v = attn.project(x[row : row + 1, tokens], angles)
+        k, v = (y.repeat_interleave(attn.num_heads // attn.num_kv_heads, 2)[0] for y in (k, v))
+        for i, token in enumerate(tokens.tolist()):
+            seen = [j for j in range(i + 1) if j > i - window or j < sinks]
+            weights = torch.einsum("hd,shd->hs", q[0, i], k[seen] * attn.head_dim**-0.5).softmax(-1)
+            out[row, token] = attn.o_proj(torch.einsum("hs,shd->hd", weights, v[seen]).flatten())
+    return out
+
+
+@pytest.mark.parametrize("window, sinks", [(5, 3), (1, 1), (8, 0), (4, 40)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_window_with_sinks_equals_its_formula(teacher, window, sinks, padded):
+    """Outputs and gradients; then a cache that is filled in parts of odd lengths, padding included."""
+    options = {"window_size": window, "sink_size": sinks}
+    student = StudentForCausalLM.from_teacher(teacher, "swa_v1", [], options)[0]
+    attn = student.model.layers[0].attn.double()
+    length = 31
+    real = torch.ones(3, length, dtype=torch.bool)
+    if padded:
+        real[0, :4] = real[1, :17] = real[2, 20:24] = False
+    ids = (real.cumsum(1) - 1).clamp(min=0)
+    positions = [angle.double() for angle in teacher.model.rotary_emb(torch.zeros(3, length, 1), ids)]
+    mask = real.long() if padded else None
+    results = []
+    for naive in (False, True):
+        x = torch.randn(3, length, 48, generator=torch.Generator().manual_seed(window), dtype=torch.double)
+        x.requires_grad_()
+        attn.zero_grad()
+        if naive:
+            out = naive_window(attn, x, positions, real, window, sinks)
+        else:
+            out = attn(x, mask, position_embeddings=positions)[0]
+        (out * real[..., None]).square().sum().backward()
+        gradients = [parameter.grad.clone() for parameter in attn.parameters()]
+        results.append([out * real[..., None], x.grad * real[..., None], *gradients])
+    torch.testing.assert_close(*results)
+    cache = HybridCache(student.config)
+    parts = []
+    with torch.no_grad():
+        for part in torch.arange(length).split([9, 1, 13, 1, 1, 6]):
+            first, last = part[0], part[-1] + 1
+            angles = [angle[:, first:last] for angle in positions]
+            seen = None if mask is None else mask[:, :last]
+            parts.append(attn(x[:, first:last], seen, cache, use_cache=True, position_embeddings=angles)[0])
+    torch.testing.assert_close(torch.cat(parts, 1) * real[..., None], results[1][0])
+    assert cache[0]["attn_state"][0].shape[1] <= window + sinks
 
 
 def test_lolcats_equals_its_formula(teacher):
@@ -411,12 +466,12 @@ ALL_OPTIONS = [(name, key) for name in STUDENTS for key in STUDENT_ATTENTION_MAP
 
 @pytest.mark.parametrize("name, key", ALL_OPTIONS)
 def test_every_option_works(teacher, tmp_path, name, key):
-    """A value other than the default, for a number the minimum: it makes a difference, trains,
+    """A value other than the default, for a number the minimum or the next: it makes a difference, trains,
     decodes, and survives save and load."""
     student = STUDENT_ATTENTION_MAP[name]
     option = student.options[key]
     default = student.value_of(key, {})
-    value = not default if option.kind is bool else option.minimum
+    value = not default if option.kind is bool else option.minimum + (option.minimum == default)
     assert value != default
     needed = {option.needs: True} if option.needs in student.options else {}
     options = OPTIONS.get(name, {}) | needed

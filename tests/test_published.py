@@ -11,6 +11,7 @@ from runtime.config import load_config
 import pytest
 import yaml
 
+from evaluation.options import path_parts
 from layer_selection.ranking import RATIOS, budget
 from layer_selection.write_configs import PUBLISHED, main, rows
 
@@ -32,7 +33,7 @@ def test_a_folder_name_matches_its_config(row):
     """The folder's name says what the file holds."""
     cfg = load_config(ROOT / "configs" / row.folder / "stage2.yaml")
     teacher, size, kind, version, ratio, selector = re.fullmatch(
-        r"([a-z0-9.]+)_([0-9.]+b)_([a-z]+)_(v\d)_hybrid_(\d_\d+)_(\w+)", row.folder
+        r"([a-z0-9.]+)_([0-9.]+[mb])_([a-z]+)_(v\d)_hybrid_(\d_\d+)_(\w+)", row.folder
     ).groups()
     facts, kept = (
         SETS["teachers"][f"{teacher}_{size}"],
@@ -54,7 +55,7 @@ def test_a_folder_name_matches_its_config(row):
 def test_the_documentation_says_what_a_ratio_keeps():
     page = (ROOT / "docs" / "layer_selection.md").read_text()
     ratios = [float(ratio) for ratio in re.search(r"\| teacher \| layers \| (.*) \|", page)[1].split(" | ")]
-    lines = re.findall(r"^\| [^|]*(?:Qwen|Llama)[^|]* \| (\d+) \| ([\d |]+) \|$", page, re.MULTILINE)
+    lines = re.findall(r"^\| [^|]*(?:Qwen|Llama|SmolLM)[^|]* \| (\d+) \| ([\d |]+) \|$", page, re.MULTILINE)
     assert tuple(ratios) == RATIOS and {int(layers) for layers, _ in lines} == {
         f["layers"] for f in SETS["teachers"].values()
     }
@@ -67,7 +68,7 @@ def test_every_published_set_has_its_rows():
     for teacher, facts in SETS["teachers"].items():
         for student in facts["students"]:
             for selector, ranked in facts.get("ranked", {}).items():
-                for count in (budget(ratio, facts["layers"]) for ratio in RATIOS):
+                for count in (budget(ratio, facts["layers"]) for ratio in facts.get("ratios", RATIOS)):
                     assert count > len(ranked) or (teacher, student, selector, tuple(sorted(ranked[:count]))) in found
             for selector, sets in facts.get("set", {}).items():
                 assert all((teacher, student, selector, tuple(layers)) in found for layers in sets)
@@ -83,7 +84,29 @@ def test_every_published_set_has_its_rows():
         "qwen3_0.6b_gdn_v4": 1,
         "qwen3_1.7b_gdn_v4": 1,
         "qwen3_8b_gdn_v4": 1,
+        "smollm2_135m_gdn_v7": 5,
     }
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_learning_rates_are_those_of_the_teachers_size(file):
+    """Against the size in the teacher's own name."""
+    cfg = load_config(file)
+    size = re.search(r"-([0-9.]+[MB])(-|$)", cfg.teacher_model.name)[1]
+    of_135m = size == "135M"
+    rates = {1: (1e-3, None), 2: (5e-5, 5e-4) if of_135m else (1e-5, 1e-4), 3: (5e-5 if of_135m else 1e-5, None)}
+    assert (cfg.train.lr, cfg.train.lr_attn) == rates[cfg.stage]
+
+
+def test_a_teacher_may_have_its_own_settings():
+    """SmolLM2's positions and size; what it does not name is published."""
+    stages = [load_config(ROOT / "configs" / "smollm2_135m_gdn_v7" / "stage1.yaml").train]
+    folder = ROOT / "configs" / "smollm2_135m_gdn_v7_hybrid_0_25_uniform"
+    stages += [load_config(folder / f"stage{stage}.yaml").train for stage in (2, 3)]
+    assert [train.micro_batch_size for train in stages] == ["auto"] * 3
+    assert [train.train_seq_len for train in stages] == [512, 2048, 8192]
+    assert [train.batch_size for train in stages] == [96, 32, 96]
+    assert [train.calibrate_init for train in stages] == [8, 0, 0]
 
 
 def test_no_two_share_an_output_folder():
@@ -117,9 +140,11 @@ def reproduce(row, **environment):
     )
 
 
-def test_a_row_is_reproduced_from_preprocessing_to_ruler():
-    row = "llama3.2_3b_gla_v1_hybrid_0_25_smart"
-    done = reproduce(row, DRY_RUN="1", MAX_TOKENS="1000")
+@pytest.mark.parametrize("row", ["llama3.2_3b_gla_v1_hybrid_0_25_smart", "smollm2_135m_gdn_v7_hybrid_0_25_ar"])
+@pytest.mark.parametrize("teacher", [None, "/weights/of/teacher"])
+def test_a_row_is_reproduced_from_preprocessing_to_the_reports(row, teacher):
+    weights = {"TEACHER": teacher} if teacher else {}
+    done = reproduce(row, DRY_RUN="1", MAX_TOKENS="1000", **weights)
     commands = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 0 and [command[:2] for command in commands] == [
         ["python", "preprocess_download_tokenize.py"],
@@ -127,18 +152,44 @@ def test_a_row_is_reproduced_from_preprocessing_to_ruler():
         ["deepspeed", "train.py"],
         ["python", "preprocess_chunk.py"],
         ["deepspeed", "train.py"],
-        ["env", "TASKS=ruler"],
+        *[["env", "TASKS=ruler"], ["env", "TASKS=local"]] * 2,
+        ["python", "eval_compare.py"],
         ["python", "convert_ckpt.py"],
+        ["python", "report.py"],
     ]
-    tokenize, short, stage1, long, stage2, evaluate, export = (dict(zip(command, command[1:])) for command in commands)
+    tokenize, short, stage1, long, stage2 = (dict(zip(command, command[1:])) for command in commands[:5])
     first, second = load_config(ROOT / stage1["--cfg"]), load_config(ROOT / stage2["--cfg"])
-    assert tokenize["--tokenizer"] == second.teacher_model.name and tokenize["--max_tokens"] == "1000"
+    name = teacher or second.teacher_model.name
+    assert tokenize["--tokenizer"] == name and tokenize["--max_tokens"] == "1000"
     for chunks, cfg in ((short, first), (long, second)):
         assert chunks["--tokenized_dataset_path"] == tokenize["--output_dir"]
         assert cfg.data.cache_dir == f"{chunks['--output_dir']}/chunked_context{chunks['--context_length']}"
     assert second.train.student_init_ckpt == f"{first.train.output_dir}/converted-hf"
-    assert evaluate["eval.sh"] == f"{second.train.output_dir}/converted-hf" and export["--cfg"] == stage2["--cfg"]
-    assert f"OUTPUT={second.train.output_dir}/evaluation" in evaluate, "where the model card looks for results"
+    for command in (commands[2], commands[4], commands[10]):
+        assert (f"teacher_model.name={teacher}" in command) == bool(teacher)
+    check_evaluation(commands[5:], name, second)
+    assert commands[-1][2:] == [first.train.output_dir, second.train.output_dir, "--samples", "3"]
+
+
+def check_evaluation(commands, teacher, cfg):
+    """Teacher and hybrid have the same tasks; the comparison reads where evaluate.py writes, and the
+    hybrid's results lie where the model card looks for them."""
+    *evaluations, compare, export, _ = commands
+    run = cfg.train.output_dir
+    for (ruler, local), checkpoint in ((evaluations[:2], teacher), (evaluations[2:], f"{run}/converted-hf")):
+        assert ruler[-1] == local[-1] == checkpoint
+        assert ruler[1:3] == ["TASKS=ruler", "SEQ_LENS=4096"] and local[1:3] == ["TASKS=local", "SEQ_LENS=512"]
+        assert {f"DATA={cfg.data.cache_dir}", f"TEACHER={teacher}"} <= set(local)
+    outputs = [dict(word.split("=") for word in line if "=" in word)["OUTPUT"] for line in evaluations]
+    assert outputs[0] == outputs[1] and outputs[2:] == [f"{run}/evaluation"] * 2
+    names = ["__".join(path_parts(checkpoint)) for checkpoint in (teacher, f"{run}/converted-hf")]
+    assert compare[2:4] == [f"{folder}/{name}/results.json" for folder, name in zip(outputs[1:3], names)]
+    assert "--cfg" in export and export[export.index("--cfg") + 1].endswith("stage2.yaml")
+
+
+def test_a_corpus_of_one_and_a_half_times_stage_2_is_the_default():
+    for row, tokens in (("qwen3_8b_gdn_v4_hybrid_0_25_uniform", 900), ("smollm2_135m_gdn_v7_hybrid_0_25_ar", 180)):
+        assert f"--max_tokens {tokens}000000 " in reproduce(row, DRY_RUN="1").stdout
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What recipes of stage 2 choose: which parts train, another teacher, which divergence, and stored
+"""What recipes choose: learning rates by size; in stage 2 which parts train, another teacher, which divergence, and stored
 teacher outputs."""
 
 import json
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from runtime.batch_plan import batch_plan
 from runtime.config import PARTS, load_config
 from runtime.data import collate, model_inputs, open_chunks, read_batch
+from runtime.recipes import rate_text, rates_warning, size_in_name
 from runtime.teacher_outputs import RowsWithOutputs, open_arrays
 
 import pytest
@@ -78,6 +79,52 @@ def metrics(folder, name):
 def heldout_rows(data_dir, count):
     chunks = open_chunks(data_dir, LENGTH).heldout.with_format("numpy")
     return collate([chunks[i] for i in range(count)])["input_ids"]
+
+
+# ------------------------------------------------------------------------ learning rates
+PUBLISHED = {"linear attention": 1e-4, "the rest": 1e-5}
+OF_135M = {"linear attention": 5e-4, "the rest": 5e-5}
+
+
+@pytest.mark.parametrize(
+    "stage, parameters, rates, far",
+    [
+        (2, 1_543_714_304, PUBLISHED, []),
+        (2, 596_049_920, PUBLISHED, []),  # nearer to 1.5B than to 135M
+        (2, 8_000_000_000, OF_135M, ["linear attention 5e-4 instead of 1e-4", "the rest 5e-5 instead of 1e-5"]),
+        (2, 134_515_008, OF_135M, []),
+        (2, 134_515_008, {"attention": 1.5e-3, "the rest": 1.7e-5}, []),  # within three times
+        (2, 134_515_008, PUBLISHED, ["linear attention 1e-4 instead of 5e-4", "the rest 1e-5 instead of 5e-5"]),
+        (2, 134_515_008, PUBLISHED | {"linear attention": 5e-4}, ["the rest 1e-5 instead of 5e-5"]),
+        (1, 134_515_008, {"linear attention": 1e-3}, []),
+        (1, 134_515_008, {"linear attention": 2.5e-4}, ["linear attention 2.5e-4 instead of 1e-3"]),
+        (3, 7e9, {"linear attention": 1e-5, "the rest": 1e-5}, []),
+        (3, 7e9, {"linear attention": 1e-4, "the rest": 1e-5}, ["linear attention 1e-4 instead of 1e-5"]),
+    ],
+)
+def test_learning_rates_far_from_those_of_the_size_are_named(stage, parameters, rates, far):
+    warning = rates_warning(stage, parameters, rates)
+    if far:
+        assert warning.startswith("warning: train.lr: for ") and f": {', '.join(far)}; see docs" in warning
+    else:
+        assert warning is None
+
+
+def test_rates_and_sizes_in_words():
+    assert [rate_text(rate) for rate in (1e-5, 5e-4, 2.5e-4, 1e-3, 0.3)] == ["1e-5", "5e-4", "2.5e-4", "1e-3", "3e-1"]
+    assert [size_in_name(name) for name in ("qwen2.5_1.5b", "smollm2_135m")] == [1.5e9, 135e6]
+
+
+def test_a_dry_run_warns_of_learning_rates(tmp_path, teacher_dir, data_dir, start_dir, capsys, monkeypatch):
+    """One line, of what trains; none where the rates are those of the size."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    file = config(tmp_path, teacher_dir, data_dir, start_dir, lr=1e-4, lr_attn=1e-3)
+    warnings = []
+    for options in ([], ["train.lr=1e-5"], ["train.lr=1e-5", "train.train_only=[linear_attention]"]):
+        prepare(file, "--dry-run", *options)
+        warnings.append([line for line in capsys.readouterr().out.splitlines() if "warning: train.lr" in line])
+    assert [len(lines) for lines in warnings] == [0, 1, 0]
+    assert "the rest 1e-5 instead of 1e-4" in warnings[1][0]
 
 
 # ------------------------------------------------------------------------ parts

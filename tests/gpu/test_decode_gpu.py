@@ -62,7 +62,8 @@ def test_a_graph_decodes_the_same_as_single_kernels(name, dtype):
     ours, theirs = (
         sum(each) / len(each) for each in zip(*errors)
     )  # the mean, because the maximum of rounding errors is random
-    assert ours < {torch.float32: 1e-3, torch.bfloat16: 1.3 * theirs}[dtype], (ours, theirs)
+    # fp32: the kernels of a prompt multiply in TF32.
+    assert ours < max(1.3 * theirs, 1e-3 if dtype == torch.float32 else 0), (ours, theirs)
     assert static.decoding.graph is not None
     for num_beams in (1, 3):
         options = {

@@ -1,0 +1,116 @@
+"""Jobs that leave a file, done by one process per GPU: what the benchmarks of many runs share.
+
+A job that is done is not repeated, and one that another process is at is left to it, so that the same
+command resumes, and processes need no other order than the list's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.config import ConfigError
+from runtime.files import FolderLockedError, atomic_write_text, locked
+
+import torch
+from tqdm import tqdm
+
+WAIT = 1.0  # seconds before a process looks again for a job whose needs are met
+
+
+class JobFailed(Exception):
+    """This job cannot be done; its message is one line. The others go on."""
+
+
+class OutOfTime(Exception):
+    """The job was stopped; the same command resumes it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work that leaves `file`, once all of `needs` are there."""
+
+    file: Path
+    needs: tuple[Path, ...]
+    run: Callable[[], None]
+
+    @property
+    def failure(self) -> Path:
+        """Why it failed, while it counts as failed."""
+        return self.file.with_name(f"{self.file.name}.failed")
+
+
+def pending(jobs: list[Job]) -> list[Job]:
+    """The jobs that are not done, nor failed, nor wait for one that has failed; `jobs` has what a job
+    needs before it, or it does not matter."""
+    dead: set[Path] = set()
+    left = []
+    for job in jobs:
+        if job.file.is_file():
+            continue
+        if job.failure.is_file() or dead.intersection(job.needs):
+            dead.add(job.file)
+        else:
+            left.append(job)
+    return left
+
+
+def work(jobs: list[Job], minutes: float | None) -> None:
+    """Does jobs that no other process does, the first one that can be done each time, until all are done
+    or the time is up."""
+    end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+    while time.monotonic() < end:
+        missing = pending(jobs)
+        if not missing:
+            return
+        try:
+            if not any(all(path.is_file() for path in job.needs) and try_job(job) for job in missing):
+                time.sleep(WAIT)
+        except OutOfTime:
+            return
+
+
+def try_job(job: Job) -> bool:
+    """Does a job, unless it is done or another process is at it; whether it was done here, or
+    failed."""
+    try:
+        with locked(job.file.with_name(f".{job.file.name}.job"), str(job.file)):
+            if job.file.is_file() or job.failure.is_file():
+                return False
+            try:
+                job.run()
+            except JobFailed as error:
+                print(f"{job.file}: failed: {error}", flush=True)
+                atomic_write_text(job.failure, f"{error}\n")
+    except FolderLockedError:
+        return False
+    return True
+
+
+def run_processes(count: int, script: Path, argv: list[str], out: Path, jobs: list[Job]) -> None:
+    """`script` with --worker in `count` processes, each with a GPU of its own if there are any; they
+    log to process_N.log in `out`. Shows how many of `jobs` are done. Raises ConfigError if one fails."""
+    gpus = torch.cuda.device_count()
+    processes = []
+    for i in range(count):
+        environment = dict(os.environ)
+        if gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[i % gpus] if len(visible) == gpus else str(i % gpus)
+        log = open(out / f"process_{i}.log", "a")  # noqa: SIM115 (the child writes to it)
+        command = [sys.executable, str(script), *argv, "--worker"]
+        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        log.close()
+    with tqdm(total=len(jobs), desc="jobs") as bar:
+        while any(process.poll() is None for process in processes):
+            time.sleep(WAIT)
+            bar.update(sum(job.file.is_file() for job in jobs) - bar.n)
+    codes = [process.returncode for process in processes]
+    if any(codes):
+        failed = next(i for i, code in enumerate(codes) if code)
+        raise ConfigError(f"process {failed} ended with exit code {codes[failed]}: see {out / f'process_{failed}.log'}")

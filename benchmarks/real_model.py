@@ -1,0 +1,517 @@
+"""Hybrids of a real teacher, from its name and a corpus to one table: what each choice of layers, student,
+data and length of training keeps of the teacher, with controls and seeds.
+
+    python benchmarks/real_model.py --teacher HuggingFaceTB/SmolLM2-135M-Instruct --corpus text.jsonl --output_dir out
+    python benchmarks/real_model.py ... --minutes 8      # stops after so many; rerun the command for the rest
+
+The rows are those of --rows (real_model.yaml, which explains itself). One process per GPU takes the next
+job that can be done: text, stage 1 (once for all rows that share it), selection, stage 2, measurement,
+each by the project's own scripts. A job that is done is not repeated, one that is stopped goes on.
+
+Written to --output_dir: results.md (the table), samples.md (what the models write), results.json (all
+figures), results_kept.png, results_tokens.png, results_alignment.png; rows/, logs/. --collect DIR copies
+them and what is small of the runs. A row that fails is named in the table with its reason; rerun to try again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from runtime.command import run_main
+from runtime.config import ConfigError
+from runtime.data import load_tokenizer, open_chunks_for, read_batch
+from runtime.files import atomic_directory, atomic_write_text, one_line
+from runtime.guard import REQUEUE
+from runtime.run_folder import EXPORT, METRICS, RUN
+
+import torch
+import yaml
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.jobs import Job, JobFailed, OutOfTime, pending, run_processes, work
+from benchmarks.model_quality import Quality, Sizes
+from benchmarks.real_model_report import write_report
+from convert import load_teacher, load_teacher_config
+from distill_model import StudentForCausalLM, get_student_attention_class
+from layer_selection.selection import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = Path(__file__).with_suffix(".yaml")
+TEACHER = "teacher"  # the row of the teacher itself
+SAVING = 120  # seconds that a run that was told to stop has for its checkpoint
+MEASURING = 45  # seconds that must be left for a measurement
+LEAST = 30  # seconds that must be left for a script to begin
+SMALL = 4_000_000  # bytes of a file that --collect copies
+
+
+# ------------------------------------------------------------------------ rows
+@dataclass(frozen=True)
+class Row:
+    """A line of the table, of one seed: see real_model.yaml. kept: layers, "all", "none", or a
+    selector's options; stage1, stage2: keys of `train:` and `data`, None: left out."""
+
+    name: str
+    kept: list[int] | str | dict
+    student: str
+    options: dict = field(default_factory=dict)
+    stage1: dict | None = None
+    stage2: dict | None = None
+    seed: int = 0
+    over_kept: str | None = None
+    over_tokens: str | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name of its files."""
+        return f"{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}-seed{self.seed}"
+
+    @property
+    def start(self) -> str:
+        """The folder of its stage 1, which other rows share."""
+        settings = json.dumps([self.student, self.options, self.stage1], sort_keys=True)
+        return f"{self.student}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+    @property
+    def texts(self) -> list[tuple[str, int]]:
+        """(data, length) of each stage."""
+        stages = [stage for stage in (self.stage1, self.stage2) if stage]
+        return [(stage["data"], stage["train_seq_len"]) for stage in stages]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The content of --rows."""
+
+    rows: list[Row]
+    data: dict[str, dict]
+    heldout: dict
+
+
+def merged(defaults: dict, row: dict) -> dict:
+    """A row with what it leaves out; of a stage only the keys that it names differ."""
+    result = defaults | row
+    for stage in ("stage1", "stage2"):
+        if isinstance(row.get(stage), dict):
+            result[stage] = {**(defaults.get(stage) or {}), **row[stage]}
+    return result
+
+
+def read_plan(file: Path) -> Plan:
+    """Raises ConfigError, naming file and row, for what cannot be."""
+    content = yaml.safe_load(file.read_text())
+    rows = []
+    for given in content["rows"]:
+        values = merged(content["defaults"], given)
+        seeds = values.pop("seeds", [0])
+        try:
+            rows += [Row(**values, seed=seed) for seed in seeds]
+        except TypeError as error:
+            raise ConfigError(f"--rows: {file}: {given.get('name')}: {error}") from None
+    plan = Plan(rows, content["data"], content["heldout"])
+    check_plan(plan, file)
+    return plan
+
+
+def check_plan(plan: Plan, file: Path) -> None:
+    by_name: dict[str, Row] = {}
+    seen = set()
+    for row in plan.rows:
+        where = f"--rows: {file}: {row.name}"
+        get_student_attention_class(row.student)
+        if row.slug in seen:
+            raise ConfigError(f"{where} is there twice with seed {row.seed}; give each seed once")
+        seen.add(row.slug)
+        first = by_name.setdefault(row.name, row)
+        if replace(row, seed=first.seed) != first:
+            raise ConfigError(f"{where}: its seeds differ in more than the seed; name one of them otherwise")
+        if isinstance(row.kept, dict) and row.kept.get("method") not in METHODS:
+            raise ConfigError(f"{where}: kept: {row.kept} names no method of select_layers.py ({', '.join(METHODS)})")
+        if isinstance(row.kept, str) and row.kept not in ("all", "none"):
+            raise ConfigError(f"{where}: kept: {row.kept!r} must be layers, all, none, or a method")
+        for stage in filter(None, (row.stage1, row.stage2)):
+            if missing := {"data", "target_tokens", "train_seq_len"} - stage.keys():
+                raise ConfigError(
+                    f"{where}: a stage needs {', '.join(sorted(missing))}; give it there or in the defaults"
+                )
+        if unknown := {data for data, _ in row.texts} - plan.data.keys():
+            raise ConfigError(
+                f"{where}: data {', '.join(unknown)} is not under data:; name one of {', '.join(plan.data)}"
+            )
+
+
+# ------------------------------------------------------------------------ the experiment
+class Experiment:
+    """All jobs of a command line. end: when its time is up, by time.time()."""
+
+    def __init__(self, args: argparse.Namespace, plan: Plan):
+        self.args = args
+        self.plan = plan
+        self.out = args.output_dir
+        self.end = args.until or math.inf
+
+    # ---- where things are
+    def chunks(self, data: str, length: int) -> Path:
+        return self.out / "data" / data / f"chunked_context{length}"
+
+    def start(self, row: Row) -> Path:
+        """The all-linear student that stage 2 begins with."""
+        return self.out / "starts" / row.start / EXPORT
+
+    def choice(self, row: Row) -> Path:
+        words = [row.start, *(f"{key}-{value}" for key, value in row.kept.items())]
+        return self.out / "choices" / "_".join(words) / "ranking.json"
+
+    def run_folder(self, row: Row) -> Path:
+        return self.out / "runs" / row.slug
+
+    def result(self, name: str) -> Path:
+        return self.out / "rows" / f"{name}.json"
+
+    # ---- what there is to do
+    def jobs(self) -> list[Job]:
+        """In the order of the rows, each after what it needs."""
+        heldout = (self.plan.heldout["data"], self.plan.heldout["length"])
+        jobs: dict[Path, Job] = {}
+        for row in self.plan.rows:
+            for job in (*self.text_jobs([*row.texts, heldout]), *self.row_jobs(row)):
+                jobs.setdefault(job.file, job)
+            # Behind the first row's training, which nothing should wait for.
+            teacher = self.measurement(TEACHER, [self.mark("text", *heldout)], self.measure_teacher)
+            jobs.setdefault(teacher.file, teacher)
+        return list(jobs.values())
+
+    def mark(self, *words) -> Path:
+        """The file that says that a job is done whose product is a folder."""
+        return self.out / "jobs" / "_".join(map(str, words))
+
+    def marked(self, mark: Path, needs: list[Path], run: Callable[..., None], *args) -> Job:
+        def run_and_mark() -> None:
+            run(*args)
+            atomic_write_text(mark, "done\n")
+
+        return Job(mark, tuple(needs), run_and_mark)
+
+    def text_jobs(self, texts: list[tuple[str, int]]) -> Iterator[Job]:
+        for data, length in texts:
+            tokens = self.mark("text", data)
+            yield self.marked(tokens, [], self.tokenize, data)
+            yield self.marked(self.mark("text", data, length), [tokens], self.cut, data, length)
+
+    def row_jobs(self, row: Row) -> Iterator[Job]:
+        start = self.mark("start", row.start)
+        texts = [self.mark("text", *text) for text in row.texts]
+        yield self.marked(start, texts[:1] if row.stage1 else [], self.begin, row)
+        needs = [start, *texts]
+        if isinstance(row.kept, dict):
+            choice = self.mark("choice", self.choice(row).parent.name)
+            yield self.marked(choice, needs, self.choose, row)
+            needs.append(choice)
+        if row.stage2:
+            trained = self.mark("trained", row.slug)
+            yield self.marked(trained, needs, self.train, row)
+            needs = [trained]
+        needs.append(self.mark("text", self.plan.heldout["data"], self.plan.heldout["length"]))
+        yield self.measurement(row.slug, needs, self.measure, row)
+
+    def measurement(self, name: str, needs: list[Path], run: Callable[..., None], *args) -> Job:
+        """In this process. What goes wrong, such as too little memory, costs this row alone."""
+
+        def run_or_fail() -> None:
+            if self.end - time.time() < MEASURING:
+                raise OutOfTime
+            try:
+                run(*args)
+            except (RuntimeError, ValueError, OSError) as error:
+                traceback.print_exc()
+                raise JobFailed(f"{name}: {one_line(error)}") from error
+            finally:
+                gc.collect()
+                torch.cuda.empty_cache()
+
+        return Job(self.result(name), tuple(needs), run_or_fail)
+
+    # ---- scripts
+    def script(self, log: str, script: str, *words) -> None:
+        """Runs a script of the project until the time is up. Raises OutOfTime or JobFailed."""
+        file = self.out / "logs" / f"{log}.log"
+        if self.end - time.time() < LEAST:
+            raise OutOfTime
+        begin = time.time()
+        command = [sys.executable, str(ROOT / script), *map(str, words)]
+        with open(file, "a") as output:
+            print(f"$ {' '.join(command)}", file=output, flush=True)
+            print(f"{log}: {script}", flush=True)
+            with subprocess.Popen(command, stdout=output, stderr=output) as process:
+                code = wait_until(process, self.end)
+            seconds = time.time() - begin
+            print(f"# {script}: exit code {code} after {seconds:.1f} s", file=output, flush=True)
+        if code == REQUEUE or code and time.time() >= self.end:
+            raise OutOfTime
+        if code:
+            last = [line for line in file.read_text(errors="replace").splitlines() if line.strip()][-2]
+            raise JobFailed(f"{script} ended with exit code {code}: {last.strip()[:300]}; see {file}")
+
+    def seconds(self, log: str) -> float:
+        """What the commands of a log took together."""
+        file = self.out / "logs" / f"{log}.log"
+        text = file.read_text(errors="replace") if file.is_file() else ""
+        return sum(float(found) for found in re.findall(r"^# \S+: exit code -?\d+ after ([\d.]+) s$", text, re.M))
+
+    # ---- the work
+    def tokenize(self, data: str) -> None:
+        spec = self.plan.data[data]
+        mix = {self.args.corpus if name == "corpus" else name: share for name, share in spec["mix"].items()}
+        corpus = ["--mix", *(f"{name}:{share}" for name, share in mix.items())]
+        if len(mix) == 1:
+            corpus = ["--dataset_name", *mix]
+        if tokens := spec.get("max_tokens"):
+            corpus += ["--max_tokens", tokens]
+        words = ["--tokenizer", self.args.teacher, "--output_dir", self.out / "data" / data / "tokenized"]
+        self.script(f"text_{data}", "preprocess_download_tokenize.py", *corpus, *words)
+
+    def cut(self, data: str, length: int) -> None:
+        folder = self.out / "data" / data
+        words = ["--tokenized_dataset_path", folder / "tokenized", "--context_length", length, "--output_dir", folder]
+        self.script(f"text_{data}_{length}", "preprocess_chunk.py", *words)
+
+    def write_config(self, row: Row, stage: int, file: Path, kept: list[int], folder: Path) -> None:
+        values = dict(row.stage1 if stage == 1 else row.stage2)
+        data = values.pop("data")
+        train = {"output_dir": str(folder), "save_minutes": 5, "report_to": "none", **values}
+        if stage == 2:
+            train |= {"student_init_ckpt": str(self.start(row)), "seed": 42 + row.seed}
+        config = {
+            "stage": stage,
+            "data": {"cache_dir": str(self.chunks(data, values["train_seq_len"]))},
+            "teacher_model": {"name": self.args.teacher},
+            "student_model": {"name": row.student, "options": row.options, "keep_full_attention_layers": kept},
+            "train": train,
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(file, yaml.safe_dump(config, sort_keys=False))
+
+    def begin(self, row: Row) -> None:
+        """Stage 1; without it, the student as it starts from the teacher."""
+        folder = self.start(row).parent
+        if row.stage1:
+            file = folder.with_suffix(".yaml")
+            self.write_config(row, 1, file, [], folder)
+            self.script(f"start_{row.start}", "train.py", "--cfg", file)
+            return remove_checkpoints(folder)
+        torch.manual_seed(0)
+        teacher = load_teacher(self.args.teacher, self.dtype)
+        student = StudentForCausalLM.from_teacher(teacher, row.student, [], row.options)[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(self.start(row), replace=True) as temporary:
+            student.save_pretrained(temporary)
+            load_tokenizer(self.args.teacher).save_pretrained(temporary)
+
+    def choose(self, row: Row) -> None:
+        folder = self.choice(row).parent
+        options = {**row.kept}
+        words = ["--method", options.pop("method"), "--top-k", options.pop("top_k"), "--output_dir", folder]
+        for name, value in options.items():
+            words += [f"--{name}", value]
+        file = folder / "stage2.yaml"
+        self.write_config(row, 2, file, [0], folder / "run")
+        self.script(f"choice_{folder.name}", "layer_selection/select_layers.py", "--cfg", file, *words)
+
+    def layers(self, row: Row) -> list[int]:
+        """That the row keeps."""
+        if isinstance(row.kept, list):
+            return row.kept
+        if isinstance(row.kept, dict):
+            return json.loads(self.choice(row).read_text())["keep"]
+        count = load_teacher_config(self.args.teacher).num_hidden_layers
+        return list(range(count)) if row.kept == "all" else []
+
+    def train(self, row: Row) -> None:
+        folder = self.run_folder(row)
+        file = folder.with_suffix(".yaml")
+        self.write_config(row, 2, file, self.layers(row), folder)
+        self.script(f"row_{row.slug}", "train.py", "--cfg", file)
+        remove_checkpoints(folder)
+
+    # ---- measurement
+    @cached_property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @cached_property
+    def teacher(self) -> StudentForCausalLM:
+        return load_teacher(self.args.teacher, self.dtype).to(self.device).eval()
+
+    @cached_property
+    def quality(self) -> Quality:
+        tokenizer = load_tokenizer(self.args.teacher)
+        spec = self.plan.heldout
+        chunks = open_chunks_for(
+            tokenizer, self.teacher.config.vocab_size, str(self.chunks(spec["data"], spec["length"]))
+        ).heldout
+        if chunks is None:
+            raise JobFailed(f"--rows: heldout: {spec['data']} has no held-out part of {spec['length']} tokens")
+        ids = read_batch(chunks, range(min(spec["sequences"], len(chunks))))["input_ids"]
+        sizes = Sizes(
+            documents=self.args.questions, needles=self.args.needles, needle_lengths=tuple(self.args.needle_lengths)
+        )
+        return Quality(self.teacher, tokenizer, ids, sizes)
+
+    def measure_teacher(self) -> None:
+        self.store(TEACHER, self.teacher, {"settings": {"heldout": self.plan.heldout}})
+
+    def measure(self, row: Row) -> None:
+        if row.stage2:
+            model = StudentForCausalLM.from_pretrained(self.run_folder(row) / EXPORT, dtype=self.dtype).to(self.device)
+        else:
+            model = StudentForCausalLM.from_pretrained(self.start(row), dtype=self.dtype).to(self.device)
+            model = model.restore_full_attention(self.teacher, self.layers(row))
+        settings = {name: value for name, value in asdict(row).items() if name not in ("name", "seed")}
+        seconds = {"stage1": self.seconds(f"start_{row.start}"), "stage2": self.seconds(f"row_{row.slug}")}
+        facts = {"seed": row.seed, "layers": self.layers(row), "settings": settings, "start": row.start}
+        self.store(row.slug, model, {"name": row.name, **facts, "train_seconds": seconds})
+
+    @torch.no_grad()
+    def store(self, name: str, model: StudentForCausalLM, facts: dict) -> None:
+        figures = self.quality.figures(model)
+        if not all(math.isfinite(value) for value in figures.values()):
+            raise JobFailed(f"{name}: its figures are not finite")
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        content = {**facts, "gpu": gpu, "figures": figures, "samples": self.quality.samples(model)}
+        atomic_write_text(self.result(name), json.dumps(content, indent=1) + "\n")
+        print(f"{name}: {figures}", flush=True)
+
+
+def wait_until(process: subprocess.Popen, end: float) -> int:
+    """The exit code of a process that is told to stop at `end`."""
+    try:
+        return process.wait(None if end == math.inf else max(0.0, end - time.time()))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(SAVING)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Of a finished run: its export is what is needed."""
+    for folder in run.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+
+
+# ------------------------------------------------------------------------ the command
+def collect(out: Path, target: Path) -> None:
+    """Copies what is small: reports, rows, logs, configs, and the record of every run."""
+    patterns = ["*.md", "*.json", "*.png", "*.yaml", "rows/*", "logs/*", "process_*.log", "choices/*/ranking.*"]
+    for folder in ("starts", "runs"):
+        patterns += [f"{folder}/*.yaml", *(f"{folder}/*/{name}" for name in (METRICS, RUN, "config.yaml", "*.png"))]
+        patterns += [f"{folder}/*/{EXPORT}/README.md"]
+    for pattern in patterns:
+        for file in out.glob(pattern):
+            if file.is_file() and not file.name.startswith(".") and file.stat().st_size < SMALL:
+                copy = target / file.relative_to(out)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--teacher", required=True, help="a Hugging Face name or a folder")
+    add("--corpus", required=True, help="text, as preprocess_download_tokenize.py takes it")
+    add("--output_dir", type=Path, required=True)
+    add("--rows", type=Path, default=ROWS, help="YAML file (%(default)s)")
+    add("--only", nargs="+", metavar="NAME", help="rows with these names alone")
+    add("--minutes", type=float, help="stops after so many; what runs saves a checkpoint then")
+    add("--collect", type=Path, metavar="DIR", help="where copies of the small results go")
+    add("--processes", type=int, help="default: one per GPU, one without")
+    add("--questions", type=int, default=64, help="documents of each recall task (%(default)s)")
+    add("--needles", type=int, default=200, help="prompts of each length (%(default)s)")
+    add("--needle_lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], metavar="TOKENS")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    add("--until", type=float, help=argparse.SUPPRESS)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for numbers that make no sense, or if the folder has figures of another
+    teacher, corpus or measurement."""
+    for name in ("questions", "needles"):
+        if getattr(args, name) < 2:
+            raise ConfigError(f"--{name}: {getattr(args, name)} must be at least 2")
+    file = args.output_dir / "settings.json"
+    ours = {name: getattr(args, name) for name in ("teacher", "corpus", "questions", "needles", "needle_lengths")}
+    if file.is_file():
+        theirs = json.loads(file.read_text())
+        for name, value in ours.items():
+            if theirs[name] != value:
+                raise ConfigError(
+                    f"--output_dir: {args.output_dir} has --{name} {theirs[name]}, not {value}; name another"
+                )
+    for folder in ("jobs", "rows", "logs", "starts", "runs", "choices"):
+        (args.output_dir / folder).mkdir(parents=True, exist_ok=True)
+    atomic_write_text(file, json.dumps(ours) + "\n")
+
+
+def selected(plan: Plan, names: list[str] | None) -> Plan:
+    """Raises ConfigError for a name that no row has."""
+    known = {row.name for row in plan.rows}
+    if unknown := set(names or ()) - known:
+        raise ConfigError(f"--only: {', '.join(sorted(unknown))}: no such row; there are: {'; '.join(sorted(known))}")
+    return plan if names is None else replace(plan, rows=[row for row in plan.rows if row.name in names])
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(argv)
+    disable_progress_bar()
+    plan = selected(read_plan(args.rows), args.only)
+    if args.minutes is not None and args.until is None:
+        args.until = time.time() + 60 * args.minutes
+        argv = [*argv, "--until", str(args.until)]
+    experiment = Experiment(args, plan)
+    jobs = experiment.jobs()
+    minutes = None if args.until is None else (args.until - time.time()) / 60
+    if args.worker:
+        work(jobs, minutes)
+        return 0
+    check(args)
+    for job in jobs:
+        job.failure.unlink(missing_ok=True)
+    count = args.processes or max(1, torch.cuda.device_count())
+    try:
+        if count == 1:
+            work(jobs, minutes)
+        else:
+            run_processes(count, Path(__file__).resolve(), argv, args.output_dir, jobs)
+    finally:
+        failures = [f"{job.file.stem}: {job.failure.read_text().strip()}" for job in jobs if job.failure.is_file()]
+        left = len(pending(jobs))
+        print(write_report(args.output_dir, [row.name for row in read_plan(args.rows).rows], failures, left))
+        if args.collect:
+            collect(args.output_dir, args.collect)
+    return REQUEUE if left else int(bool(failures))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,251 @@
+"""The table and the plots of real_model.py, from the JSON files of its rows."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from runtime.files import atomic_write_text
+from runtime.run_folder import METRICS, RUN
+
+from reporting.run_record import read_run
+
+TASKS = ("associative_recall", "two_hops", "copying")
+LEAST = 0.1  # accuracy of the teacher below which a share of it says nothing
+TEACHER = "teacher"
+PLOTS = {
+    "results_kept.png": "Perplexity, KL and recall over the number of kept layers",
+    "results_tokens.png": "Perplexity, KL and recall over the tokens of stage 2",
+    "results_alignment.png": "Relative alignment error of each layer after stage 1",
+}
+
+
+# ------------------------------------------------------------------------ rows
+def read_rows(out: Path) -> dict:
+    """{"teacher": its figures or None, "rows": one per seed, "alignment": errors of starts by layer,
+    "code": commits and versions that trained them}."""
+    rows = [json.loads(file.read_text()) for file in sorted((out / "rows").glob("*.json"))]
+    teacher = next((row for row in rows if "name" not in row), None)
+    alignment = {}
+    code = set()
+    for run in out.glob(f"*/*/{RUN}"):
+        facts = json.loads(run.read_text())
+        code.add(f"commit {facts['git']}, torch {facts['versions']['torch']}")
+    for start in sorted({row["start"] for row in rows if "start" in row}):
+        folder = out / "starts" / start
+        if (folder / METRICS).is_file():
+            steps, errors = read_run(folder).layer_errors()
+            if steps:
+                alignment[start] = errors[-1]
+    rows = [row for row in rows if "name" in row]
+    return {"teacher": teacher, "rows": rows, "alignment": alignment, "code": sorted(code)}
+
+
+def by_name(rows: list[dict], order: list[str] | None = None) -> dict[str, list[dict]]:
+    """Name -> its seeds; in the order of `order`, or that of the rows."""
+    names = dict.fromkeys(order or [row["name"] for row in rows])
+    found = {name: [row for row in rows if row["name"] == name] for name in names}
+    return {name: seeds for name, seeds in found.items() if seeds}
+
+
+def tasks_of(teacher: dict) -> list[str]:
+    """The teacher's recall tasks and needles, in order of length."""
+    needles = [name for name in teacher["figures"] if name.startswith("needle_") and not name.endswith("_error")]
+    return [*TASKS, *sorted(needles, key=lambda name: int(name.rpartition("_")[2]))]
+
+
+def share(row: dict, teacher: dict, task: str) -> float | None:
+    """Of the teacher's accuracy; None where it answers too few questions itself."""
+    whole = teacher["figures"][task]
+    return row["figures"][task] / whole if whole >= LEAST else None
+
+
+def recall(row: dict, teacher: dict) -> float | None:
+    """The mean share over all tasks."""
+    shares = [value for task in tasks_of(teacher) if (value := share(row, teacher, task)) is not None]
+    return statistics.fmean(shares) if shares else None
+
+
+def ratio(row: dict, teacher: dict) -> float:
+    """Perplexity over the teacher's."""
+    return row["figures"]["perplexity"] / teacher["figures"]["perplexity"]
+
+
+# ------------------------------------------------------------------------ the table
+def spread(values: list[float | None], digits: int, percent: bool = False) -> str:
+    """Mean ± half the range over the seeds."""
+    if None in values:
+        return "–"
+    values = [100 * value for value in values] if percent else values
+    half_range = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{half_range}"
+
+
+def heading(task: str) -> str:
+    return task.replace("_", " ")
+
+
+def millions(row: dict) -> str:
+    """Tokens of both stages."""
+    stages = (row["settings"]["stage1"], row["settings"]["stage2"])
+    return " + ".join(f"{stage['target_tokens'] / 1e6:g}" if stage else "0" for stage in stages)
+
+
+def table(results: dict) -> str:
+    """Markdown: a line per name, the mean over its seeds. Recall is the share of the teacher's."""
+    teacher, names = results["teacher"], by_name(results["rows"], results.get("order"))
+    if teacher is None:
+        return "No figures yet."
+    tasks = tasks_of(teacher)
+    head = ["", "kept", "student", "M tokens", "perplexity ratio", "KL", "same top 1"]
+    lines = [
+        f"| {' | '.join([*head, *map(heading, tasks)])} | seeds |",
+        f"|:--|--:|:--|--:|{'--:|' * (len(tasks) + 4)}",
+    ]
+    figures = teacher["figures"]
+    own = [f"{100 * figures[task]:.1f} ± {196 * figures[f'{task}_error']:.1f}" for task in tasks]
+    perplexity = f"(perplexity {figures['perplexity']:.2f})"
+    lines.append(f"| the teacher itself, % of the questions | all | | | {perplexity} | 0 | 100 | {' | '.join(own)} | |")
+    for name, rows in names.items():
+        first = rows[0]
+        layers = first["layers"]
+        student = "" if first["settings"]["kept"] == "all" else f"`{first['settings']['student']}`"
+        cells = [name, str(len(layers)), student, millions(first)]
+        cells += [spread([ratio(row, teacher) for row in rows], 3)]
+        cells += [spread([row["figures"]["kl"] for row in rows], 3)]
+        cells += [spread([row["figures"]["agreement"] for row in rows], 1, percent=True)]
+        cells += [spread([share(row, teacher, task) for row in rows], 0, percent=True) for task in tasks]
+        lines.append(f"| {' | '.join(cells)} | {len(rows)} |")
+    return "\n".join(lines)
+
+
+def sets_table(results: dict) -> str:
+    """Markdown: the layers of each row, and what it took."""
+    lines = ["| | layers | stage 1, s | stage 2, s | measured in, s | GPU |", "|:--|:--|--:|--:|--:|:--|"]
+    for name, rows in by_name(results["rows"], results.get("order")).items():
+        layers = " ".join(map(str, rows[0]["layers"])) or "none"
+        seconds = [spread([row["train_seconds"][stage] for row in rows], 0) for stage in ("stage1", "stage2")]
+        seconds.append(spread([row["figures"]["seconds"] for row in rows], 0))
+        lines.append(f"| {name} | {layers} | {' | '.join(seconds)} | {rows[0]['gpu']} |")
+    if results.get("code"):
+        lines += ["", f"Trained by {'; '.join(results['code'])}."]
+    return "\n".join(lines)
+
+
+def samples(results: dict) -> str:
+    """Markdown: the beginnings of held-out texts, and how the teacher and the first seed of each row go on."""
+    teacher, names = results["teacher"], by_name(results["rows"], results.get("order"))
+    if teacher is None:
+        return ""
+    parts = []
+    for number, sample in enumerate(teacher["samples"]):
+        parts += [f"## Text {number + 1}", block(sample["prompt"]), "The teacher goes on:", block(sample["text"])]
+        for name, rows in names.items():
+            parts += [f"{name}:", block(rows[0]["samples"][number]["text"])]
+    return "\n\n".join(parts)
+
+
+def block(text: str) -> str:
+    """Quoted, whatever is in it."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+# ------------------------------------------------------------------------ plots
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def series(results: dict, key: str, x) -> dict[str, dict[float, list[dict]]]:
+    """Line -> x -> the rows at that point; of the rows whose settings name a line under `key`."""
+    lines: dict[str, dict[float, list[dict]]] = {}
+    for row in results["rows"]:
+        if label := row["settings"].get(key):
+            lines.setdefault(label, {}).setdefault(x(row), []).append(row)
+    return {label: dict(sorted(points.items())) for label, points in sorted(lines.items())}
+
+
+def plot_quality(results: dict, key: str, x, label: str, path: Path, log: bool) -> None:
+    """Perplexity ratio, KL and mean recall against x: a dot per seed, a line through the means."""
+    teacher, lines = results["teacher"], series(results, key, x)
+    if teacher is None or not lines:
+        return
+    panels = {
+        "perplexity over the teacher's": (lambda row: ratio(row, teacher), 1),
+        "KL to the teacher, nats": (lambda row: row["figures"]["kl"], 0),
+        "recall, mean % of the teacher's": (lambda row: 100 * (recall(row, teacher) or 0), 100),
+    }
+    plot = pyplot()
+    figure, axes = plot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for axis, (title, (value, of_teacher)) in zip(axes, panels.items()):
+        axis.axhline(of_teacher, color="grey", linewidth=1, linestyle=":", label="teacher")
+        for name, points in lines.items():
+            means = [statistics.fmean(map(value, rows)) for rows in points.values()]
+            (line,) = axis.plot(list(points), means, "o-", markersize=4, label=name)
+            dots = [(place, value(row)) for place, rows in points.items() for row in rows]
+            axis.plot(*zip(*dots), "o", color=line.get_color(), markersize=4)
+        axis.set(xlabel=label, title=title)
+        axis.grid(alpha=0.3)
+        if log:
+            axis.set_xscale("log")
+            axis.set_xticks(sorted({place for points in lines.values() for place in points}))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+        else:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[2].set_ylim(bottom=0)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    figure.savefig(path, dpi=130)
+    plot.close(figure)
+
+
+def plot_alignment(results: dict, path: Path) -> None:
+    """The relative error of each layer's attention output at the end of stage 1."""
+    if not results["alignment"]:
+        return
+    plot = pyplot()
+    figure, axis = plot.subplots(figsize=(9, 3.6), layout="constrained")
+    for start, errors in results["alignment"].items():
+        axis.plot(range(len(errors)), errors, "o-", markersize=3, label=start.rpartition("-")[0])
+    axis.set(xlabel="layer", yscale="log", ylabel="error / variance of the teacher's output")
+    axis.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=130)
+    plot.close(figure)
+
+
+def plots(results: dict, folder: Path) -> None:
+    """The files of PLOTS for which there are figures."""
+    plot_quality(
+        results, "over_kept", lambda row: len(row["layers"]), "layers kept", folder / "results_kept.png", log=False
+    )
+    plot_quality(
+        results, "over_tokens", stage2_millions, "million tokens of stage 2", folder / "results_tokens.png", log=True
+    )
+    plot_alignment(results, folder / "results_alignment.png")
+
+
+def stage2_millions(row: dict) -> float:
+    return row["settings"]["stage2"]["target_tokens"] / 1e6
+
+
+# ------------------------------------------------------------------------ all of it
+def write_report(out: Path, order: list[str], failures: list[str], left: int) -> str:
+    """Writes results.md, samples.md, results.json and the plots; returns the text of results.md. order:
+    the names of the rows."""
+    results = {"order": list(dict.fromkeys(order)), **read_rows(out)}
+    parts = [table(results), sets_table(results), *failures]
+    if left:
+        parts.append(f"{left} jobs are missing; rerun the command.")
+    text = "\n\n".join(parts) + "\n"
+    atomic_write_text(out / "results.md", text)
+    atomic_write_text(out / "samples.md", samples(results) + "\n")
+    atomic_write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    plots(results, out)
+    return text

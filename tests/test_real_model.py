@@ -1,0 +1,242 @@
+"""The table of a real model, at a size where nothing is learnt: jobs, resuming, rows, report."""
+
+import json
+import random
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import runtime.data
+from runtime.config import ConfigError
+
+import pytest
+import torch
+from conftest import random_teacher, save_tokenizer
+
+from benchmarks import jobs, model_quality, real_model, real_model_report
+from convert import load_teacher
+from recall_tasks import CITIES, generated_answers, needle_recall, two_hop_facts
+
+ROOT = Path(__file__).parents[1]
+STAGE = "data: text, target_tokens: 128, train_seq_len: 32, batch_size: 2, micro_batch_size: 2, lr: 1.0e-3"
+ROWS = f"""
+data:
+  text: {{mix: {{corpus: 1.0}}}}
+  recall: {{mix: {{corpus: 0.9, "synthetic:recall": 0.1}}, max_tokens: 9000}}
+heldout: {{data: text, length: 32, sequences: 4}}
+defaults:
+  student: gdn_v7
+  stage1: {{{STAGE}}}
+  stage2: {{{STAGE}, lr_attn: 1.0e-3}}
+rows:
+- {{name: two kept, kept: [0, 2], over_kept: chosen, over_tokens: two, stage2: {{data: recall}}}}
+- {{name: one kept, kept: {{method: uniform, top_k: 1}}, over_kept: chosen}}
+- {{name: window, kept: [0, 2], student: swa_v1, options: {{window_size: 8, sink_size: 2}}, stage1: null, stage2: null}}
+- {{name: all kept, kept: all, stage1: null, stage2: {{ce_weight: 1.0, kl_weight: 0.0}}}}
+- {{name: two kept, kept: [0, 2], over_kept: chosen, over_tokens: two, stage2: {{data: recall}}, seeds: [1]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tiny random model of SmolLM2's kind, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    random_teacher(folder, "llama", tie_word_embeddings=True, max_position_embeddings=512)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def command(tmp_path, llama):
+    """The command line for a small corpus, without --rows."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    for page in pages:
+        (texts / f"{page.stem}.txt").write_text(page.read_text()[:2000])
+    (tmp_path / "rows.yaml").write_text(ROWS)
+    words = ["--teacher", llama, "--corpus", texts, "--output_dir", tmp_path / "out", "--rows", tmp_path / "rows.yaml"]
+    words += ["--questions", "2", "--needles", "3", "--needle_lengths", "256", "--collect", tmp_path / "collected"]
+    return list(map(str, words))
+
+
+@pytest.mark.slow
+def test_from_a_corpus_to_the_table(command, tmp_path, capsys):
+    """All rows, by scripts of the project; then nothing is repeated."""
+    assert real_model.main([*command, "--processes", "2"]) == 0
+    shown = capsys.readouterr().out
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["rows"]) == 5 and results["teacher"]["figures"]["kl"] == 0
+    rows = {(row["name"], row["seed"]): row for row in results["rows"]}
+    assert rows["two kept", 0]["start"] == rows["one kept", 0]["start"] == rows["two kept", 1]["start"]
+    assert len(rows["one kept", 0]["layers"]) == 1 and rows["all kept", 0]["layers"] == [0, 1, 2, 3]
+    assert rows["two kept", 0]["figures"]["kl"] != rows["two kept", 1]["figures"]["kl"] > 0
+    assert rows["window", 0]["figures"]["kl"] > 0 and rows["window", 0]["train_seconds"]["stage2"] == 0
+    assert list(results["alignment"]) == [rows["two kept", 0]["start"]] and len(*results["alignment"].values()) == 4
+    text = (out / "results.md").read_text()
+    assert text in shown and "missing" not in text and text.count("| two kept |") == 2 and "Trained by commit" in text
+    for name in real_model_report.PLOTS:
+        assert (tmp_path / "collected" / name).stat().st_size > 10_000
+    assert (tmp_path / "collected" / "samples.md").read_text().count("\n## Text") == 4 - 1
+    assert not list(out.glob("*/*/checkpoint-*"))
+    logs = {file: file.read_text() for file in (out / "logs").iterdir()}
+    assert real_model.main(command) == 0
+    assert {file: file.read_text() for file in (out / "logs").iterdir()} == logs
+
+
+def test_out_of_time_and_failures(command, tmp_path, monkeypatch, capsys):
+    """Time that is up ends the command with the code of an interrupted run; a script that fails costs
+    the rows that need it alone, and is tried again by the next command."""
+    assert real_model.main([*command, "--minutes", "0"]) == 75
+    assert "jobs are missing; rerun the command." in capsys.readouterr().out
+    asked = []
+
+    def script(self, log, script, *words):
+        asked.append(log)
+        raise jobs.JobFailed("train.py ended with exit code 1: no space")
+
+    monkeypatch.setattr(real_model.Experiment, "script", script)
+    for _ in range(2):
+        asked.clear()
+        assert real_model.main([*command, "--only", "window", "one kept"]) == 1
+        assert asked == ["text_text"]
+        assert "text_text: train.py ended with exit code 1: no space" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("kept: all", "kept: most", "all kept: kept: 'most' must be layers, all, none, or a method"),
+        ("method: uniform", "method: evenly", "one kept: kept: .* names no method of select_layers.py"),
+        ("name: window", "name: all kept", "all kept is there twice with seed 0"),
+        ("seeds: [1]", "seeds: [0]", "two kept is there twice with seed 0"),
+        ("data: recall}, seeds", "data: text}, seeds", "two kept: its seeds differ in more than the seed"),
+        ("{data: recall}}", "{data: talk}}", "two kept: data talk is not under data"),
+        ("student: swa_v1", "students: swa_v1", "window: .*unexpected keyword argument 'students'"),
+        ("student: swa_v1", "student: swa_v9", "'swa_v9' is unknown; choose one of"),
+    ],
+)
+def test_rows_that_cannot_be(tmp_path, old, new, message):
+    file = tmp_path / "rows.yaml"
+    file.write_text(ROWS.replace(old, new, 1) if old != "{data: recall}}" else ROWS.replace(old, new))
+    with pytest.raises(ConfigError if "swa_v9" not in message else ValueError, match=message):
+        real_model.read_plan(file)
+
+
+def test_the_rows_of_the_file_can_be_planned(tmp_path):
+    """Each job stands behind what it needs, and rows share texts and stage 1."""
+    plan = real_model.read_plan(real_model.ROWS)
+    args = SimpleNamespace(output_dir=tmp_path, until=None, teacher="T", corpus="C")
+    todo = real_model.Experiment(args, plan).jobs()
+    done = set()
+    for job in todo:
+        assert set(job.needs) <= done
+        done.add(job.file)
+    students = {row.student for row in plan.rows if row.stage1}
+    assert sum(job.file.name.startswith("start_") for job in todo) == len({row.start for row in plan.rows})
+    assert len({row.start for row in plan.rows if row.stage1}) == len(students)
+
+
+def test_a_process_is_told_to_stop_when_the_time_is_up(tmp_path, monkeypatch):
+    """By SIGTERM, after which it may take its time to save."""
+    args = SimpleNamespace(output_dir=tmp_path, until=time.time() + 3600, teacher="T", corpus="C")
+    experiment = real_model.Experiment(args, real_model.read_plan(real_model.ROWS))
+    (tmp_path / "logs").mkdir()
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(75)))\n"
+        "print('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    monkeypatch.setattr(real_model, "LEAST", 1)
+    experiment.end = time.time() + 4
+    with pytest.raises(jobs.OutOfTime):
+        experiment.script("slow", str(script))
+    assert "saved" in (tmp_path / "logs" / "slow.log").read_text()
+    assert experiment.seconds("slow") > 1
+    with pytest.raises(jobs.OutOfTime):  # no more time for anything
+        experiment.script("slow", str(script))
+    experiment.end = float("inf")
+    script.write_text("raise SystemExit('data.cache_dir: is not there')\n")
+    with pytest.raises(jobs.JobFailed, match="ended with exit code 1: data.cache_dir: is not there; see"):
+        experiment.script("slow", str(script))
+
+
+def figures(kl, recall, perplexity=12.0):
+    found = {"perplexity": perplexity, "kl": kl, "agreement": 0.8, "associative_recall": recall, "seconds": 3.0}
+    found |= {"two_hops": 0.05, "copying": 0.9, "needle_1024": 1.0, "needle_512": 0.5}
+    return found | {f"{name}_error": 0.01 for name in found}
+
+
+def test_the_table_has_means_spreads_and_shares():
+    settings = {
+        "student": "gdn_v7",
+        "kept": [0, 8],
+        "stage1": {"target_tokens": 20e6},
+        "stage2": {"target_tokens": 5e6},
+    }
+    row = {"name": "8 kept", "layers": [0, 8], "settings": settings, "gpu": "H100", "train_seconds": {}}
+    rows = [row | {"seed": seed, "figures": figures(kl, recall)} for seed, kl, recall in ((0, 0.1, 0.3), (1, 0.2, 0.6))]
+    teacher = {"figures": figures(0.0, 0.6, 10.0) | {"two_hops": 0.08}}
+    lines = real_model_report.table({"teacher": teacher, "rows": rows}).splitlines()
+    assert lines[0].index("needle 512") < lines[0].index("needle 1024")
+    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    assert cells[:7] == ["8 kept", "2", "`gdn_v7`", "20 + 5", "1.200 ± 0.000", "0.150 ± 0.050", "80.0 ± 0.0"]
+    assert cells[7:9] == ["75 ± 25", "–"] and cells[-1] == "2"  # the teacher answers too few of two hops
+    assert "60.0 ± 2.0" in lines[2]
+
+
+# ------------------------------------------------------------------------ what is measured
+def test_needles_and_facts_follow_from_their_text():
+    for seed in range(20):
+        document = needle_recall(random.Random(seed), num_sentences=40, num_needles=3)
+        city = document.text.split()[-3]
+        assert f"The code of {city} is {document.answer}." in document.prompt and city in CITIES
+        assert document.prompt.count("The code of") == 4 and document.answer.isdecimal() and len(document.answer) == 5
+        facts = two_hop_facts(random.Random(seed))
+        sentences, *asked = facts.text.splitlines()
+        assert len(asked) == len(facts.answers) == 4
+        for line, (start, stop) in zip(asked, facts.answers):
+            home, code = line.split(". ")
+            assert f"{home}." in sentences and code in sentences and facts.text[start:stop] in line
+
+
+def test_generated_answers_are_those_of_greedy_decoding(llama):
+    """The same as a search with full forward passes, of prompts that are cut to one length."""
+    model = load_teacher(llama).eval()
+    tokenizer = runtime.data.load_tokenizer(llama)
+    documents = [needle_recall(random.Random(seed), num_sentences=3) for seed in range(5)]
+    found = generated_answers(model, tokenizer, documents, batch_size=2)
+    encoded = [tokenizer(document.prompt, add_special_tokens=False)["input_ids"] for document in documents]
+    length = min(map(len, encoded))
+    for document, ids, answer in zip(documents, encoded, found):
+        ids = torch.tensor([ids[-length:]])
+        for _ in range(len(tokenizer(f" {document.answer}", add_special_tokens=False)["input_ids"]) + 1):
+            with torch.no_grad():
+                ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), 1)
+        text = tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+        assert answer == text.replace(",", ".").replace("\n", ".").split(".")[0].strip()
+
+
+def test_quality_of_the_teacher_is_exact_and_of_a_changed_model_is_not(llama):
+    teacher = load_teacher(llama).eval()
+    tokenizer = runtime.data.load_tokenizer(llama)
+    ids = torch.randint(0, 96, (5, 40), generator=torch.Generator().manual_seed(0))
+    sizes = model_quality.Sizes(documents=2, needles=3, needle_lengths=(256, 1024), samples=2)
+    quality = model_quality.Quality(teacher, tokenizer, ids, sizes)
+    found = quality.figures(teacher)
+    with torch.no_grad():
+        logits = teacher(ids).logits.double()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert found["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
+    assert found["kl"] == pytest.approx(0, abs=1e-6) and found["agreement"] == 1
+    assert "needle_256" in found and "needle_1024" not in found  # it has 512 positions
+    other = load_teacher(llama).eval()
+    with torch.no_grad():
+        other.model.layers[1].attn.o_proj.weight.mul_(3)
+        theirs = other(ids).logits.double().log_softmax(-1)
+    changed = quality.figures(other)
+    expected = (logits.softmax(-1) * (logits.log_softmax(-1) - theirs)).sum(-1).mean()
+    assert changed["kl"] == pytest.approx(expected.item(), rel=1e-4)
+    assert [sample["prompt"] for sample in quality.samples(other)] == tokenizer.batch_decode(ids[:2, :48])

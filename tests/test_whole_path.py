@@ -1,0 +1,175 @@
+"""From a teacher of SmolLM2's shape to an evaluated hybrid with its report, by the commands and the
+configs that users have: on random weights of few layers, and on real ones where there are some."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from runtime.config import load_config
+
+import pytest
+import torch
+from conftest import LENGTH, make_chunks, python_texts, random_teacher, save_tokenizer
+from huggingface_hub import ModelCard
+from processes import Child, import_once
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import convert_ckpt
+import report
+import train
+from distill_model import StudentForCausalLM, is_student_attention
+from evaluation.commands import evaluate_checkpoints
+from layer_selection import select_layers
+
+ROOT = Path(__file__).parents[1]
+STAGE1 = ROOT / "configs" / "smollm2_135m_gdn_v7" / "stage1.yaml"
+STAGE2 = ROOT / "configs" / "smollm2_135m_gdn_v7_hybrid_0_25_uniform" / "stage2.yaml"
+LAYERS = 3
+# SmolLM2-135M's config, but for the number of layers and the vocabulary.
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.06,
+}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+STEPS = 6
+EVALUATED = 4  # held-out chunks
+
+
+def overrides(teacher, data, output, **train):
+    """What a trial changes in a config: places, size of batch and run, and what it reports."""
+    train |= {"max_steps": STEPS, "target_tokens": "null", "batch_size": 4, "micro_batch_size": 4}
+    train |= {"train_seq_len": LENGTH, "output_dir": output, "eval_batches": EVALUATED // 4}
+    train |= {"save_steps": STEPS, "eval_steps": STEPS, "report_to": "none"}
+    words = [f"train.{name}={value}" for name, value in train.items()]
+    return [f"teacher_model.name={teacher}", f"data.cache_dir={data}", *words]
+
+
+def in_a_process(log, function, *arguments):
+    """Runs function(*arguments) in a forked process, as the command that it is, and asserts that it
+    ends well."""
+    child = Child(lambda: sys.exit(function(*arguments)), log, ENVIRONMENT)
+    assert child.wait() == 0, child.output()[-3000:]
+
+
+def losses(folder, name="eval_loss"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A folder with teacher, data, layer selection, both stages' runs with their reports, and the
+    results of teacher and hybrid.
+
+    Each command has a process: this one, which they are forked from, tokenises nothing before.
+    """
+    import_once()
+    folder = tmp_path_factory.mktemp("path")
+    log = folder / "log"
+    teacher = folder / "SmolLM2-135M-Instruct"
+    random_teacher(teacher, "llama", **SMOLLM2).to(torch.bfloat16).save_pretrained(teacher)
+    save_tokenizer(teacher)
+    (teacher / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
+    in_a_process(log, lambda: make_chunks(folder, str(teacher), python_texts(40)) and None)
+    data = folder / f"chunked_context{LENGTH}"
+    words = overrides(teacher, data, folder / "stage1", calibrate_init=5)
+    in_a_process(log, train.main, ["--cfg", str(STAGE1), *words])
+    rates = {"lr": 1e-5, "lr_attn": 1e-4}  # random weights bear no more
+    begin = folder / "stage1" / "converted-hf"
+    words = overrides(teacher, data, folder / "stage2", student_init_ckpt=begin, **rates)
+    words += ["--method", "scan", "--top-k", "1", "--sequences", "4", "student_model.keep_full_attention_layers=[0]"]
+    in_a_process(log, select_layers.main, ["--cfg", str(STAGE2), *words])
+    (chosen,) = (folder / "stage2_scan").glob("*/stage2.yaml")
+    in_a_process(log, train.main, ["--cfg", str(chosen)])
+    run = chosen.with_name("stage2")
+    words = ["--tasks", "local", "--seq_lens", "96", "--limit", str(EVALUATED), "--num_gpus", "1"]
+    words += ["--data", str(data), "--document_mask", "true", "--teacher", str(teacher)]
+    words += [str(teacher), str(run / "converted-hf"), "--output", str(run / "evaluation")]
+    in_a_process(log, evaluate_checkpoints, words)
+    in_a_process(log, convert_ckpt.main, ["--cfg", str(run / "config.yaml")])
+    in_a_process(log, report.main, [str(folder / "stage1"), str(run), "--samples", "1"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid(path):
+    """The run folder of stage 2."""
+    (chosen,) = (path / "stage2_scan").glob("*/stage2.yaml")
+    return chosen.with_name("stage2")
+
+
+@pytest.fixture(scope="module")
+def results(hybrid):
+    """(of the teacher, of the hybrid): key of a task -> result."""
+    return tuple(json.loads((hybrid / "evaluation" / "results.json").read_text()).values())
+
+
+def test_both_stages_learn_and_the_scan_chooses(path, hybrid):
+    for folder in (path / "stage1", hybrid):
+        before, after = losses(folder)
+        assert after < before
+    ranking = json.loads((path / "stage2_scan" / "ranking.json").read_text())
+    assert ranking["keep"] == [ranking["layers"][0]["layer"]]
+    cfg = load_config(hybrid / "config.yaml")
+    assert cfg.student_model.keep_full_attention_layers == ranking["keep"]
+
+
+def test_the_export_has_the_teachers_shape(path, hybrid):
+    """One matrix for embeddings and head; the kept layer has 9 heads that share 3 of keys and
+    values; dtype and RoPE are the teacher's."""
+    with safe_open(hybrid / "converted-hf" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    model = StudentForCausalLM.from_pretrained(hybrid / "converted-hf", dtype="auto")
+    assert model.lm_head.weight is model.model.embeddings.weight
+    assert model.config.rope_parameters == SMOLLM2["rope_parameters"]
+    kept = [not is_student_attention(block.attn) for block in model.model.layers]
+    assert [i for i, keeps in enumerate(kept) if keeps] == model.config.keep_full_attention_layers
+    attention = model.model.layers[kept.index(True)].attn
+    assert attention.q_proj.weight.shape == (576, 576) and attention.k_proj.weight.shape == (192, 576)
+
+
+def test_the_hybrid_generates_as_it_reads(path, hybrid):
+    """Greedy text with a cache, by the class and the code that the export brings, is that of whole
+    passes without one."""
+    folder = hybrid / "converted-hf"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = tokenizer("def f7(x): return", return_tensors="pt")["input_ids"]
+    found = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    expected = ids
+    for _ in range(8):
+        expected = torch.cat([expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, expected)
+
+
+def test_the_evaluation_has_the_kl_of_training(hybrid, results):
+    """The KL on the same chunks, up to the rounding of the export's weights."""
+    teacher, student = results
+    assert teacher["heldout_kl"]["score"] == pytest.approx(0, abs=1e-5)
+    assert student["heldout_kl"]["score"] == pytest.approx(losses(hybrid)[-1], rel=0.1)
+    assert teacher.keys() == student.keys() and not any("error" in result for result in student.values())
+
+
+def test_card_and_report_have_origins_and_results(path, hybrid, results):
+    body = (hybrid / "converted-hf" / "README.md").read_text()
+    assert ModelCard.load(hybrid / "converted-hf" / "README.md").data.license == "apache-2.0"
+    assert f"A student of `SmolLM2-135M-Instruct`: {LAYERS - 1} of its {LAYERS} layers hold `gdn_v7`" in body
+    assert re.search(rf"\| 1, attention output alignment \| {STEPS * 4 * LENGTH} \| {LENGTH} \|.* texts \|", body)
+    assert re.search(rf"\| 2, logit distillation \| {STEPS * 4 * LENGTH} \| {LENGTH} \|.* texts \|", body)
+    pages = [(path / "stage1" / "report.html").read_text(), (hybrid / "report.html").read_text()]
+    for result in results[1].values():
+        score = f"{result['score']:.4f}"
+        assert f"| {result['task']} | {result['seq_len'] or ''} | {result['metric']} | {score}" in body
+    assert "Samples" in pages[1] and str(path / "SmolLM2-135M-Instruct") in pages[0]
