@@ -60,6 +60,11 @@ SMALL = 4_000_000  # bytes of a file that --collect copies
 
 
 # ------------------------------------------------------------------------ rows
+def digest(*settings) -> str:
+    """A short name of settings that are JSON."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of the table, of one seed: see real_model.yaml. kept: layers, "all", "none", or a
@@ -77,14 +82,14 @@ class Row:
 
     @property
     def slug(self) -> str:
-        """The name of its files."""
-        return f"{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}-seed{self.seed}"
+        """The name of its files, another one for other settings."""
+        words = re.sub("[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return f"{words}-seed{self.seed}-{digest(self.kept, self.student, self.options, self.stage1, self.stage2)}"
 
     @property
     def start(self) -> str:
         """The folder of its stage 1, which other rows share."""
-        settings = json.dumps([self.student, self.options, self.stage1], sort_keys=True)
-        return f"{self.student}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+        return f"{self.student}-{digest(self.student, self.options, self.stage1)}"
 
     @property
     def texts(self) -> list[tuple[str, int]]:
@@ -133,9 +138,9 @@ def check_plan(plan: Plan, file: Path) -> None:
     for row in plan.rows:
         where = f"--rows: {file}: {row.name}"
         get_student_attention_class(row.student)
-        if row.slug in seen:
+        if (row.name, row.seed) in seen:
             raise ConfigError(f"{where} is there twice with seed {row.seed}; give each seed once")
-        seen.add(row.slug)
+        seen.add((row.name, row.seed))
         first = by_name.setdefault(row.name, row)
         if replace(row, seed=first.seed) != first:
             raise ConfigError(f"{where}: its seeds differ in more than the seed; name one of them otherwise")
@@ -376,7 +381,7 @@ class Experiment:
         return Quality(self.teacher, tokenizer, ids, sizes)
 
     def measure_teacher(self) -> None:
-        self.store(TEACHER, self.teacher, {"settings": {"heldout": self.plan.heldout}})
+        self.store(TEACHER, self.teacher, {"heldout": self.plan.heldout})
 
     def measure(self, row: Row) -> None:
         if row.stage2:
@@ -384,10 +389,9 @@ class Experiment:
         else:
             model = StudentForCausalLM.from_pretrained(self.start(row), dtype=self.dtype).to(self.device)
             model = model.restore_full_attention(self.teacher, self.layers(row))
-        settings = {name: value for name, value in asdict(row).items() if name not in ("name", "seed")}
         seconds = {"stage1": self.seconds(f"start_{row.start}"), "stage2": self.seconds(f"row_{row.slug}")}
-        facts = {"seed": row.seed, "layers": self.layers(row), "settings": settings, "start": row.start}
-        self.store(row.slug, model, {"name": row.name, **facts, "train_seconds": seconds})
+        facts = {"layers": self.layers(row), "start": row.start, "train_seconds": seconds}
+        self.store(row.slug, model, facts)
 
     @torch.no_grad()
     def store(self, name: str, model: StudentForCausalLM, facts: dict) -> None:
@@ -398,6 +402,15 @@ class Experiment:
         content = {**facts, "gpu": gpu, "figures": figures, "samples": self.quality.samples(model)}
         atomic_write_text(self.result(name), json.dumps(content, indent=1) + "\n")
         print(f"{name}: {figures}", flush=True)
+
+    def wanted(self) -> dict[Path, dict]:
+        """The file of each row's result -> its name, seed and settings."""
+        rows = {}
+        for row in self.plan.rows:
+            settings = asdict(row)
+            names = {key: settings.pop(key) for key in ("name", "seed")}
+            rows[self.result(row.slug)] = {**names, "settings": settings}
+        return rows
 
 
 def wait_until(process: subprocess.Popen, end: float) -> int:
@@ -453,24 +466,33 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, plan: Plan) -> None:
     """Raises ConfigError for numbers that make no sense, or if the folder has figures of another
-    teacher, corpus or measurement."""
+    teacher, corpus or measurement, or text of another mixture under a name."""
     for name in ("questions", "needles"):
         if getattr(args, name) < 2:
             raise ConfigError(f"--{name}: {getattr(args, name)} must be at least 2")
     file = args.output_dir / "settings.json"
     ours = {name: getattr(args, name) for name in ("teacher", "corpus", "questions", "needles", "needle_lengths")}
+    ours |= {"heldout": plan.heldout}
+    texts = plan.data
     if file.is_file():
         theirs = json.loads(file.read_text())
+        texts = theirs.pop("data")
+        for name in texts.keys() & plan.data.keys():
+            if texts[name] != plan.data[name]:
+                raise ConfigError(
+                    f"--rows: {args.rows}: data: {name} is other text in {args.output_dir}; name it otherwise"
+                )
+        texts |= plan.data
         for name, value in ours.items():
             if theirs[name] != value:
                 raise ConfigError(
-                    f"--output_dir: {args.output_dir} has --{name} {theirs[name]}, not {value}; name another"
+                    f"--output_dir: {args.output_dir} has {name} {theirs[name]}, not {value}; name another"
                 )
     for folder in ("jobs", "rows", "logs", "starts", "runs", "choices"):
         (args.output_dir / folder).mkdir(parents=True, exist_ok=True)
-    atomic_write_text(file, json.dumps(ours) + "\n")
+    atomic_write_text(file, json.dumps({**ours, "data": texts}) + "\n")
 
 
 def selected(plan: Plan, names: list[str] | None) -> Plan:
@@ -495,7 +517,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         work(jobs, minutes)
         return 0
-    check(args)
+    check(args, plan)
     for job in jobs:
         job.failure.unlink(missing_ok=True)
     count = args.processes or max(1, torch.cuda.device_count())
@@ -507,7 +529,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         failures = [f"{job.file.stem}: {job.failure.read_text().strip()}" for job in jobs if job.failure.is_file()]
         left = len(pending(jobs))
-        print(write_report(args.output_dir, [row.name for row in read_plan(args.rows).rows], failures, left))
+        everything = Experiment(args, read_plan(args.rows))
+        print(write_report(args.output_dir, everything.result(TEACHER), everything.wanted(), failures, left))
         if args.collect:
             collect(args.output_dir, args.collect)
     return REQUEUE if left else int(bool(failures))

@@ -13,7 +13,6 @@ from reporting.run_record import read_run
 
 TASKS = ("associative_recall", "two_hops", "copying")
 LEAST = 0.1  # accuracy of the teacher below which a share of it says nothing
-TEACHER = "teacher"
 PLOTS = {
     "results_kept.png": "Perplexity, KL and recall over the number of kept layers",
     "results_tokens.png": "Perplexity, KL and recall over the tokens of stage 2",
@@ -22,31 +21,36 @@ PLOTS = {
 
 
 # ------------------------------------------------------------------------ rows
-def read_rows(out: Path) -> dict:
+def read_rows(out: Path, teacher: Path, wanted: dict[Path, dict]) -> dict:
     """{"teacher": its figures or None, "rows": one per seed, "alignment": errors of starts by layer,
-    "code": commits and versions that trained them}."""
-    rows = [json.loads(file.read_text()) for file in sorted((out / "rows").glob("*.json"))]
-    teacher = next((row for row in rows if "name" not in row), None)
+    "code": commits and versions that trained them}. wanted: file of a row -> name, seed and settings."""
+    rows = [{**json.loads(file.read_text()), **row} for file, row in wanted.items() if file.is_file()]
     alignment = {}
-    code = set()
-    for run in out.glob(f"*/*/{RUN}"):
-        facts = json.loads(run.read_text())
-        code.add(f"commit {facts['git']}, torch {facts['versions']['torch']}")
-    for start in sorted({row["start"] for row in rows if "start" in row}):
+    for start in dict.fromkeys(row["start"] for row in rows):
         folder = out / "starts" / start
         if (folder / METRICS).is_file():
             steps, errors = read_run(folder).layer_errors()
             if steps:
                 alignment[start] = errors[-1]
-    rows = [row for row in rows if "name" in row]
-    return {"teacher": teacher, "rows": rows, "alignment": alignment, "code": sorted(code)}
+    return {
+        "teacher": json.loads(teacher.read_text()) if teacher.is_file() else None,
+        "rows": rows,
+        "alignment": alignment,
+        "code": sorted({code_of(run) for run in out.glob(f"*/*/{RUN}")}),
+    }
 
 
-def by_name(rows: list[dict], order: list[str] | None = None) -> dict[str, list[dict]]:
-    """Name -> its seeds; in the order of `order`, or that of the rows."""
-    names = dict.fromkeys(order or [row["name"] for row in rows])
-    found = {name: [row for row in rows if row["name"] == name] for name in names}
-    return {name: seeds for name, seeds in found.items() if seeds}
+def code_of(run: Path) -> str:
+    facts = json.loads(run.read_text())
+    return f"commit {facts['git']}, torch {facts['versions']['torch']}"
+
+
+def by_name(rows: list[dict]) -> dict[str, list[dict]]:
+    """Name -> its seeds, in the order of the rows."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["name"], []).append(row)
+    return found
 
 
 def tasks_of(teacher: dict) -> list[str]:
@@ -94,7 +98,7 @@ def millions(row: dict) -> str:
 
 def table(results: dict) -> str:
     """Markdown: a line per name, the mean over its seeds. Recall is the share of the teacher's."""
-    teacher, names = results["teacher"], by_name(results["rows"], results.get("order"))
+    teacher, names = results["teacher"], by_name(results["rows"])
     if teacher is None:
         return "No figures yet."
     tasks = tasks_of(teacher)
@@ -123,7 +127,7 @@ def table(results: dict) -> str:
 def sets_table(results: dict) -> str:
     """Markdown: the layers of each row, and what it took."""
     lines = ["| | layers | stage 1, s | stage 2, s | measured in, s | GPU |", "|:--|:--|--:|--:|--:|:--|"]
-    for name, rows in by_name(results["rows"], results.get("order")).items():
+    for name, rows in by_name(results["rows"]).items():
         layers = " ".join(map(str, rows[0]["layers"])) or "none"
         seconds = [spread([row["train_seconds"][stage] for row in rows], 0) for stage in ("stage1", "stage2")]
         seconds.append(spread([row["figures"]["seconds"] for row in rows], 0))
@@ -135,7 +139,7 @@ def sets_table(results: dict) -> str:
 
 def samples(results: dict) -> str:
     """Markdown: the beginnings of held-out texts, and how the teacher and the first seed of each row go on."""
-    teacher, names = results["teacher"], by_name(results["rows"], results.get("order"))
+    teacher, names = results["teacher"], by_name(results["rows"])
     if teacher is None:
         return ""
     parts = []
@@ -236,10 +240,10 @@ def stage2_millions(row: dict) -> float:
 
 
 # ------------------------------------------------------------------------ all of it
-def write_report(out: Path, order: list[str], failures: list[str], left: int) -> str:
-    """Writes results.md, samples.md, results.json and the plots; returns the text of results.md. order:
-    the names of the rows."""
-    results = {"order": list(dict.fromkeys(order)), **read_rows(out)}
+def write_report(out: Path, teacher: Path, wanted: dict[Path, dict], failures: list[str], left: int) -> str:
+    """Writes results.md, samples.md, results.json and the plots; returns the text of results.md.
+    teacher, wanted: see `read_rows`."""
+    results = read_rows(out, teacher, wanted)
     parts = [table(results), sets_table(results), *failures]
     if left:
         parts.append(f"{left} jobs are missing; rerun the command.")

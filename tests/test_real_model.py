@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import runtime.data
-from runtime.config import ConfigError
+from runtime.config import ConfigError, load_config
 
 import pytest
 import torch
@@ -104,6 +104,32 @@ def test_out_of_time_and_failures(command, tmp_path, monkeypatch, capsys):
         assert "text_text: train.py ended with exit code 1: no space" in capsys.readouterr().out
 
 
+def test_changed_rows_are_new_ones_and_changed_text_is_refused(command, tmp_path, capsys):
+    """A result counts for the settings that it was measured with alone."""
+    assert real_model.main([*command, "--minutes", "0"]) == 75
+    file = tmp_path / "rows.yaml"
+    before = real_model.read_plan(file).rows
+    file.write_text(ROWS.replace("lr_attn: 1.0e-3", "lr_attn: 2.0e-3").replace("over_tokens: two", "over_tokens: 2"))
+    after = real_model.read_plan(file).rows
+    trained = [row.stage2 is not None for row in before]
+    assert [a.slug != b.slug for a, b in zip(after, before)] == trained and [
+        a.start == b.start for a, b in zip(after, before)
+    ]
+    known = {"figures": figures(0.1, 0.3), "layers": [0], "start": "none", "gpu": "CPU", "samples": []}
+    known |= {"train_seconds": {"stage1": 1.0, "stage2": 2.0}}
+    out = tmp_path / "out"
+    for name, kl in (("teacher", 0.0), (before[0].slug, 0.1), (after[0].slug, 0.2)):
+        (out / "rows" / f"{name}.json").write_text(json.dumps(known | {"figures": figures(kl, 0.5)}))
+    real_model.main([*command, "--minutes", "0"])
+    (line,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| two kept |") and "gdn" in line
+    ]
+    assert "| 0.200 |" in line and line.endswith("| 1 |")
+    file.write_text(ROWS.replace("0.9,", "0.8,").replace('recall": 0.1', 'recall": 0.2'))
+    with pytest.raises(ConfigError, match="data: recall is other text in .*out; name it otherwise"):
+        real_model.main([*command, "--minutes", "0"])
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [
@@ -125,10 +151,19 @@ def test_rows_that_cannot_be(tmp_path, old, new, message):
 
 
 def test_the_rows_of_the_file_can_be_planned(tmp_path):
-    """Each job stands behind what it needs, and rows share texts and stage 1."""
+    """Each job stands behind what it needs, rows share texts and stage 1, and their configs load."""
     plan = real_model.read_plan(real_model.ROWS)
     args = SimpleNamespace(output_dir=tmp_path, until=None, teacher="T", corpus="C")
-    todo = real_model.Experiment(args, plan).jobs()
+    experiment = real_model.Experiment(args, plan)
+    for row in plan.rows:
+        for stage, values in ((1, row.stage1), (2, row.stage2)):
+            if values:
+                experiment.write_config(
+                    row, stage, tmp_path / "stage.yaml", [] if stage == 1 else [0], tmp_path / "run"
+                )
+                cfg = load_config(tmp_path / "stage.yaml")
+                assert cfg.train.lr == values["lr"] and cfg.student_model.name == row.student
+    todo = experiment.jobs()
     done = set()
     for job in todo:
         assert set(job.needs) <= done
