@@ -10,6 +10,7 @@ import shutil
 import socket
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -553,11 +554,36 @@ class DistillTrainer(StageTrainer):
         self._layers[True] = [totals.mean(0), sum(counts) / len(counts)]
 
 
+class BlockOutputs(torch.nn.Module):
+    """Reads with a `StudentModel`: its hidden states after the final norm, and where there are
+    `layers`, the outputs of these blocks, [layers, B, T, hidden_size]."""
+
+    def __init__(self, model: torch.nn.Module, layers: Sequence[int] = ()):
+        super().__init__()
+        self.model = model
+        self.places = {layer: place for place, layer in enumerate(layers)}
+
+    def forward(self, **inputs) -> dict[str, torch.Tensor]:
+        found = {}
+
+        def keep(layer: int, hidden_states: torch.Tensor) -> None:
+            if layer not in self.places:
+                return
+            if not found:
+                found["teacher_block_outputs"] = hidden_states.new_empty(len(self.places), *hidden_states.shape)
+            found["teacher_block_outputs"][self.places[layer]] = hidden_states
+
+        observe = {"observe": keep} if self.places else {}
+        outputs = self.model(**inputs, **observe)
+        return {"teacher_hidden_states": outputs["last_hidden_state"]} | found
+
+
 class FrozenTeacher:
     """A teacher that gives hidden states: a replica on every device, or sharded with ZeRO-3.
 
     engine_config: a DeepSpeed config with ZeRO stage 3, or None for a replica. cuda_graphs: replay
-    the forward pass of a replica as a CUDA graph.
+    the forward pass of a replica as a CUDA graph. compared_layers: the blocks whose outputs are
+    given too.
     """
 
     def __init__(
@@ -566,6 +592,7 @@ class FrozenTeacher:
         device: torch.device,
         engine_config: dict | None = None,
         cuda_graphs: bool = False,
+        compared_layers: Sequence[int] = (),
     ):
         self.model = model.eval().requires_grad_(False)
         self.sharded = engine_config is not None
@@ -575,14 +602,16 @@ class FrozenTeacher:
             self.engine = deepspeed.initialize(model=self.model, config=engine_config)[0].eval()
         else:
             self.model.to(device)
-        self.forward = GraphedForward(self.model.model) if cuda_graphs and not self.sharded else self.model.model
+        reader = BlockOutputs(self.model.model, compared_layers)
+        self.forward = GraphedForward(reader) if cuda_graphs and not self.sharded else reader
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """input_ids [B, T] -> the hidden states after the final norm, [B, T, hidden_size].
-        document_ids: see `StudentModel.forward`."""
+    def outputs(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """input_ids [B, T] -> what `StudentForCausalLM.forward` takes of a teacher:
+        teacher_hidden_states after the final norm, [B, T, hidden_size], and where layers are compared
+        teacher_block_outputs. document_ids: see `StudentModel.forward`."""
         documents = {} if document_ids is None else {DOCUMENT_IDS: document_ids}
-        return self.forward(input_ids=input_ids, use_cache=False, **documents)["last_hidden_state"]
+        return dict(self.forward(input_ids=input_ids, use_cache=False, **documents))
 
     def gathered_head(self):
         """A context in which `head_weight` is not sharded."""
@@ -608,12 +637,12 @@ def distillation_loss(
     }
     if teacher is None:
         return model(**inputs, **options)["loss"]
-    hidden_states = teacher.hidden_states(inputs[INPUT_IDS], inputs.get(DOCUMENT_IDS))
+    outputs = teacher.outputs(inputs[INPUT_IDS], inputs.get(DOCUMENT_IDS))
     with teacher.gathered_head():
         return model(
             **inputs,
             **options,
-            teacher_hidden_states=hidden_states,
+            **outputs,
             teacher_head_weight=teacher.head_weight,
         )["loss"]
 

@@ -212,7 +212,10 @@ def _loss_function(ctx: RunContext, stage: Stage) -> Callable[[dict], torch.Tens
         return lambda inputs: model(**inputs)["loss"]
     if ctx.cfg.stage == 3:
         return partial(next_token_loss, model)
-    teacher = stage.teacher and FrozenTeacher(stage.teacher, torch.device(ctx.device))
+    teacher = None
+    if stage.teacher is not None:
+        layers = stage.loss_options["distillation"].compared_layers(stage.teacher.config.num_hidden_layers)
+        teacher = FrozenTeacher(stage.teacher, torch.device(ctx.device), compared_layers=layers)
     return partial(distillation_loss, model, teacher=teacher, **stage.loss_options)
 
 

@@ -146,7 +146,15 @@ def logit_stage(cfg: Config, model: StudentForCausalLM, teacher: StudentForCausa
 def distillation_loss(cfg: Config) -> DistillationLoss:
     """The loss of stage 2."""
     train = cfg.train
-    return DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight, train.kl, train.kl_top_k)
+    return DistillationLoss(
+        train.kl_temperature,
+        train.kl_weight,
+        train.ce_weight,
+        train.kl,
+        train.kl_top_k,
+        train.hidden_weight,
+        tuple(train.hidden_layers),
+    )
 
 
 # ------------------------------------------------------------------------ models
@@ -179,7 +187,8 @@ def build_student_for_stage1(
     log(f"students: {len(init_report)} x {cfg.student_model.name}; {origins}")
     if convert_teacher is not None:
         convert_teacher(teacher)
-    model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, recompute)
+    train = cfg.train
+    model = AttentionAlignmentModel(teacher, student, train.alignment_loss, recompute, train.alignment_target)
     return model, init_report
 
 
@@ -456,7 +465,8 @@ def build_trainer(ctx: RunContext, stage: Stage):
     graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded, documents)
     options = dict(stage.loss_options)
     if stage.teacher is not None:
-        options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs)
+        layers = options["distillation"].compared_layers(stage.teacher.config.num_hidden_layers)
+        options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs, layers)
     peak = device_peak_flops(ctx.device, compute_dtype(cfg, ctx.device))
     total_peak = None if peak is None else peak * ctx.world_size
     if peak is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -59,26 +62,37 @@ class AttentionDistillationWrapper(nn.Module):
         self.recompute = recompute
 
     def forward(
-        self, hidden_states: torch.Tensor, position_embeddings, documents: Documents | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings,
+        documents: Documents | None = None,
+        block_output: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden_states [B, T, hidden_size] -> (the teacher's output, of the same shape and
-        detached; the loss, a scalar, of all tokens but padding)."""
+        detached; what the student is aligned with; the loss, a scalar, of all tokens but padding).
+
+        block_output: what makes the block's output from the attention's, if those are aligned; None:
+        the attentions' are.
+        """
         hidden_states = hidden_states.detach()
         inputs = (hidden_states, documents)
         with torch.no_grad():
-            target = run_attention(self.teacher_attn, *inputs, position_embeddings=position_embeddings)
+            attention_output = run_attention(self.teacher_attn, *inputs, position_embeddings=position_embeddings)
+            target = attention_output if block_output is None else block_output(attention_output)
 
         def loss():
             output = run_attention(self.student_attn, *inputs, position_embeddings=position_embeddings)
+            if block_output is not None:
+                output = block_output(output)
             return alignment_loss(real_rows(output, documents), real_rows(target, documents), self.kind)
 
         if not torch.is_grad_enabled():
-            return target, loss()
+            return attention_output, target, loss()
         if self.recompute:
-            return target, checkpoint(loss, use_reentrant=False)
+            return attention_output, target, checkpoint(loss, use_reentrant=False)
         parameters = [p for p in self.student_attn.parameters() if p.requires_grad]
         parameters.sort(key=torch.numel, reverse=True)  # small ones last: the others stay aligned in memory
-        return target, _LossAndGradients.apply(loss, *parameters)
+        return attention_output, target, _LossAndGradients.apply(loss, *parameters)
 
 
 class AttentionAlignmentModel(nn.Module):
@@ -90,28 +104,39 @@ class AttentionAlignmentModel(nn.Module):
     again in the backward pass instead, as ZeRO-3 needs it, which gathers weights around forward and
     backward. Parameters are named as in `StudentForCausalLM`, with `attn.teacher_attn.` and
     `attn.student_attn.` for `attn.`.
+
+    target: "attention"; or "block", with which the outputs of the blocks are compared, x + MLP(norm(x))
+    for x the block's input plus the attention's output: the hidden states that the next layer gets.
     """
 
-    def __init__(self, teacher: StudentForCausalLM, student: StudentForCausalLM, kind="mse", recompute=False):
+    def __init__(
+        self,
+        teacher: StudentForCausalLM,
+        student: StudentForCausalLM,
+        kind: str = "mse",
+        recompute: bool = False,
+        target: str = "attention",
+    ):
         super().__init__()
         self.config = student.config
         self.kind = kind
+        self.target = target
         self.model = teacher.model.requires_grad_(False)
         del self.model.norm
         for block, student_block in zip(self.model.layers, student.model.layers, strict=True):
             student_attn = student_block.attn.requires_grad_(True)
             block.attn = AttentionDistillationWrapper(block.attn, student_attn, kind, recompute)
-        last = self.model.layers[-1]
-        del last.mlp, last.mlp_norm
+        if target == "attention":
+            last = self.model.layers[-1]
+            del last.mlp, last.mlp_norm
 
     def forward(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """input_ids [B, T] -> loss, the mean over the layers, and layer_losses and layer_variances,
         each [num_hidden_layers] in fp32. document_ids [B, T]: each document is read as if it stood
         alone, and padding is not counted, see distill_model/documents.py.
 
-        A layer's variance is that of its teacher's attention output y [B T, hidden_size]: the mean
-        over tokens and features of (y - the feature's mean over the tokens)^2. See
-        `relative_errors`.
+        A layer's variance is that of what is aligned with, y [B T, hidden_size]: the mean over tokens
+        and features of (y - the feature's mean over the tokens)^2. See `relative_errors`.
         """
         with torch.no_grad():
             hidden_states = self.model.embeddings(input_ids)
@@ -123,14 +148,17 @@ class AttentionAlignmentModel(nn.Module):
         for block in self.model.layers:
             with torch.no_grad():
                 normed = block.attn_norm(hidden_states)
-            output, loss = block.attn(normed, position_embeddings, documents=documents)
+            block_output = partial(_block_output, block, hidden_states)
+            compared = {"block_output": block_output} if self.target == "block" else {}
+            output, target, loss = block.attn(normed, position_embeddings, documents=documents, **compared)
             losses.append(loss)
             # One reduction per layer here; the means over the features of all layers come below.
-            variances.append(real_rows(output, documents).var(0, correction=0))
-            if block is not self.model.layers[-1]:
+            variances.append(real_rows(target, documents).var(0, correction=0))
+            if compared:
+                hidden_states = target
+            elif block is not self.model.layers[-1]:
                 with torch.no_grad():
-                    normed, hidden_states = block.mlp_norm(hidden_states, output)
-                    hidden_states = hidden_states + block.mlp(normed)
+                    hidden_states = block_output(output)
         losses = torch.stack(losses)
         return {
             "loss": losses.mean(),
@@ -146,6 +174,12 @@ class AttentionAlignmentModel(nn.Module):
         """
         scale = variances if self.kind == "mse" else variances.sqrt()
         return losses / scale.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _block_output(block: nn.Module, hidden_states: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
+    """The block's output, from its input and its attention's output, all [B, T, hidden_size]."""
+    normed, hidden_states = block.mlp_norm(hidden_states, attention_output)
+    return hidden_states + block.mlp(normed)
 
 
 @torch.no_grad()
@@ -249,7 +283,7 @@ def _fit_decay_and_gates(
     moments = dict.fromkeys(with_gate, (0, 0))  # X'X and the sum of X over the tokens
 
     def add_distances(layer, args, kwargs):
-        mean = mean_distances(layer.teacher_attn, *args, **kwargs)
+        mean = mean_distances(layer.teacher_attn, *args, kwargs["documents"])
         distances[layer] = distances[layer] + mean / len(batches)
 
     def add_moments(layer, args, kwargs):

@@ -4,8 +4,9 @@
     python benchmarks/recall_teacher.py --output_dir recall_out --size tiny             # a CPU, some minutes
     python benchmarks/recall_teacher.py --output_dir recall_out --size quickstart --seed 1   # made quickstart/teacher
     python benchmarks/recall_teacher.py --output_dir recall_out --size hard             # for selection_regret.py
+    python benchmarks/recall_teacher.py --output_dir large_out --size large             # for ablations.py
 
-A Qwen3-type model of 40M parameters (hard: 7M, quickstart: 0.7M, tiny: 0.6M) learns from the standard
+A Qwen3-type model of 40M parameters (large: 120M, on the same data and with the same tokenizer, hard: 7M, quickstart: 0.7M, tiny: 0.6M) learns from the standard
 library's source text, the files of --text, and the recall tasks of recall_tasks.py. Of the tasks
 only the answers count at first: next to the random words around them, which cannot be predicted,
 recall is learnt ten times later. `hard` has more pairs and words, fillers between pairs and
@@ -120,6 +121,14 @@ FULL = Scale(
     learning_rate=1e-3,
     max_steps=4000,
 )
+# A teacher for FULL's students to learn from.
+LARGE = dataclasses.replace(
+    FULL,
+    shape=FULL.shape
+    | dict(
+        hidden_size=896, num_hidden_layers=12, num_attention_heads=14, num_key_value_heads=7, intermediate_size=2688
+    ),
+)
 # Heads of size 16 recall 32 pairs by softmax attention; a linear attention's state of 16 x 16 per
 # head cannot.
 QUICKSTART = Scale(
@@ -206,7 +215,7 @@ def scale_of(size: str, hardest: dict[str, int] | None = None) -> Scale:
     """The scale of a size. hardest: option of the tasks -> its value in the hardest documents, in
     place of the size's; num_words for all documents. Raises ValueError for a value that is easier
     than the easiest, and for a number of words that the documents do not allow."""
-    scale = {"full": FULL, "hard": HARD, "quickstart": QUICKSTART, "tiny": TINY}[size]
+    scale = {"full": FULL, "large": LARGE, "hard": HARD, "quickstart": QUICKSTART, "tiny": TINY}[size]
     hardest = hardest or {}
     ranges = {}
     for task, options in scale.tasks.ranges.items():
@@ -539,7 +548,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--size",
-        choices=("full", "hard", "quickstart", "tiny"),
+        choices=("full", "large", "hard", "quickstart", "tiny"),
         default="full",
         help="model, data and questions",
     )

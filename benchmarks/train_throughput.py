@@ -210,7 +210,8 @@ def random_stage(ctx: RunContext, config: StudentConfig) -> Stage:
         quantize_mlps(teacher)
     if cfg.stage == 1:
         recompute = ctx.zero_stage == 3
-        model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, recompute)
+        train = cfg.train
+        model = AttentionAlignmentModel(teacher, student, train.alignment_loss, recompute, train.alignment_target)
         return alignment_stage(cfg, model)
     return logit_stage(cfg, student, teacher if cfg.stage == 2 else None)
 
@@ -271,7 +272,7 @@ class Parts:
         model = trainer.model
         optimizer.step = self.split(optimizer.step, "optimiser", "student")
         if stage == 2:
-            trainer.teacher.hidden_states = self.split(trainer.teacher.hidden_states, "teacher", "student")
+            trainer.teacher.outputs = self.split(trainer.teacher.outputs, "teacher", "student")
         if isinstance(model.forward, GraphedForward):  # a CUDA graph cannot be marked inside
             return
         if stage == 1:

@@ -158,7 +158,7 @@ class MasterAdamW:
 
 class Candidate:
     """A hybrid in the middle of its stage 2. cuda_graphs: replay its forward and backward passes as
-    CUDA graphs; it must then stay on its GPU."""
+    CUDA graphs; it must then stay on its GPU. optimizer: `MasterAdamW` or a subclass."""
 
     def __init__(
         self,
@@ -167,6 +167,7 @@ class Candidate:
         cfg: Config,
         plan: BatchPlan,
         cuda_graphs: bool = False,
+        optimizer: type[MasterAdamW] = MasterAdamW,
     ):
         self.name = name
         self.cfg = cfg
@@ -179,7 +180,7 @@ class Candidate:
             {"params": group.params, "lr": group.lr, "weight_decay": group.weight_decay}
             for group in parameter_groups(hybrid, cfg)
         ]
-        self.optimizer = MasterAdamW(
+        self.optimizer = optimizer(
             groups,
             tuple(cfg.train.betas),
             cfg.train.max_grad_norm,
@@ -238,6 +239,11 @@ def check_joint_training(cfg: Config) -> None:
         raise ConfigError(
             f"train.optimizer: {cfg.train.optimizer}: candidates train jointly with adamw only; "
             "set that, or take --full_runs"
+        )
+    if cfg.train.hidden_weight:
+        raise ConfigError(
+            f"train.hidden_weight: {cfg.train.hidden_weight:g}: candidates train jointly on logits only; set 0, or take "
+            "--full_runs"
         )
 
 

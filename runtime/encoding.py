@@ -27,6 +27,9 @@ WAITING = 3  # batches per process that are encoded ahead of their use
 
 CACHED_WORDS = 1 << 19  # whose ids a process remembers
 LONGEST_WORD = 64  # in characters, of those
+# Joins words that are encoded in one call. No word holds it, for it holds a place of WORDS; and none
+# of its beginnings is one of its ends, so that it is found only where it was put.
+SEPARATOR = "a b"
 
 # Places in a text at which every tokenizer that `splits_at_words` accepts separates pre-tokens: a
 # space between ASCII characters that are no spaces, and what follows an ASCII letter or digit if it is
@@ -96,54 +99,69 @@ def splits_at_words(encoder) -> bool:
     place, unless it is encoded as text.
     """
     state = json.loads(encoder.to_str())
-    normaliser = state["normalizer"] or {"type": "NFC"}
-    before = state["pre_tokenizer"] or {}
-    steps = before.get("pretokenizers", [before])
-    digits = {"type": "Digits", "individual_digits": True}
+    found = [token for token in state["added_tokens"] if not (token["special"] and encoder.encode_special_tokens)]
+    model = state["model"]
+    return (
+        model["type"] == "BPE"
+        and not model.get("dropout")
+        and _steps(state["normalizer"], "normalizers") in ([], [{"type": "NFC"}])
+        and _has_known_words(_steps(state["pre_tokenizer"], "pretokenizers"))
+        and all(map(_lies_in_a_word, found))
+    )
+
+
+def _steps(state: dict | None, name: str) -> list[dict]:
+    """The steps of a normaliser or pre-tokeniser, which may be a sequence of them."""
+    return [] if state is None else state.get(name, [state])
+
+
+def _has_known_words(steps: list[dict]) -> bool:
+    """Whether these pre-tokenisers are those of GPT-2, perhaps with digits apart, of Llama 3 or Qwen."""
+    if not steps:
+        return False
+    last = {name: value for name, value in steps[-1].items() if name != "trim_offsets"}
+    by_level = {"type": "ByteLevel", "add_prefix_space": False}
+    if last == by_level | {"use_regex": True}:
+        digits = {"type": "Digits", "individual_digits": True}
+        return all(step == digits for step in steps[:-1])
     splits = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in PATTERNS
     ]
-    last = {name: value for name, value in steps[-1].items() if name != "trim_offsets"}
-    by_level = {"type": "ByteLevel", "add_prefix_space": False}
-    gpt2 = [step for step in steps[:-1] if step != digits] == [] and last == by_level | {"use_regex": True}
-    newer = len(steps) == 2 and steps[0] in splits and last == by_level | {"use_regex": False}
-    found = [token for token in state["added_tokens"] if not (token["special"] and encoder.encode_special_tokens)]
-    plain = all(
-        not (token["lstrip"] or token["rstrip"] or token["single_word"])
-        and not re.search(r"\s", token["content"])
-        and not WORDS.search(token["content"])
-        for token in found
-    )
-    model = state["model"]
-    bpe = model["type"] == "BPE" and not model.get("dropout")
-    return bpe and plain and normaliser == {"type": "NFC"} and (gpt2 or newer)
+    return last == by_level | {"use_regex": False} and len(steps) == 2 and steps[0] in splits
+
+
+def _lies_in_a_word(token: dict) -> bool:
+    """Whether an added token is found in a word of `WORDS` as it is in the text."""
+    strips = token["lstrip"] or token["rstrip"] or token["single_word"]
+    return not strips and not re.search(r"\s", token["content"]) and not WORDS.search(token["content"])
 
 
 class TextEncoder:
     """Encodes texts with a tokenizers.Tokenizer, without special tokens.
 
     Where the tokenizer encodes words independently (`splits_at_words`), each word is encoded once
-    and its ids are remembered: looking a word up takes a fraction of the time.
+    and its ids are remembered: looking a word up takes a fraction of the time. words: those that are
+    known from the beginning, with their ids as bytes of int32.
     """
 
-    def __init__(self, encoder):
+    def __init__(self, encoder, words: dict[str, bytes] | None = None):
         self.encoder = encoder
         self.by_words = splits_at_words(encoder)
-        self._ids: dict[str, list[int]] = {}
+        self._ids = words or {}
+        if self.by_words:
+            self._words_encoder = _copy(encoder.to_str(), encoder.encode_special_tokens)
+            self._words_encoder.add_tokens([SEPARATOR])
+            self._separator = self._words_encoder.token_to_id(SEPARATOR)
 
-    def __getstate__(self) -> tuple[str, bool]:
+    def __getstate__(self) -> tuple[str, bool, dict[str, bytes]]:
         """What another process needs: a tokenizers.Tokenizer forgets encode_special_tokens when it is
         pickled."""
-        return self.encoder.to_str(), self.encoder.encode_special_tokens
+        return self.encoder.to_str(), self.encoder.encode_special_tokens, self._ids
 
-    def __setstate__(self, state: tuple[str, bool]) -> None:
-        from tokenizers import Tokenizer
-
-        text, as_text = state
-        encoder = Tokenizer.from_str(text)
-        encoder.encode_special_tokens = as_text
-        self.__init__(encoder)
+    def __setstate__(self, state: tuple[str, bool, dict[str, bytes]]) -> None:
+        text, as_text, words = state
+        self.__init__(_copy(text, as_text), words)
 
     def __call__(self, texts: list[str]) -> list[numpy.ndarray]:
         """The ids of each text, int32."""
@@ -153,17 +171,32 @@ class TextEncoder:
         if len(self._ids) > CACHED_WORDS:
             self._ids.clear()
         words = [WORDS.split(text) for text in texts]
-        new = list(set(itertools.chain.from_iterable(words)) - self._ids.keys())
-        for word, encoding in zip(new, self.encoder.encode_batch_fast(new, add_special_tokens=False)):
-            self._ids[word] = encoding.ids
-        found = []
-        for row in words:
-            ids = itertools.chain.from_iterable(map(self._ids.__getitem__, row))
-            found.append(numpy.fromiter(ids, numpy.int32))
+        different = set(itertools.chain.from_iterable(words))
+        new = [word for word in different if word not in self._ids]
+        self._ids.update(zip(new, self._encode_words(new)))
+        found = [numpy.frombuffer(b"".join(map(self._ids.__getitem__, row)), numpy.int32) for row in words]
         for word in new:
             if len(word) > LONGEST_WORD:
                 del self._ids[word]
         return found
+
+    def _encode_words(self, words: list[str]) -> Iterator[bytes]:
+        """The ids of each word, as bytes of int32. One call with all of them joined takes half the
+        time of a list of words."""
+        (encoding,) = self._words_encoder.encode_batch_fast([SEPARATOR.join(words)], add_special_tokens=False)
+        ids = numpy.array(encoding.ids, numpy.int32)
+        ends = numpy.flatnonzero(ids == self._separator).tolist()
+        for start, stop in zip([0, *(end + 1 for end in ends)], [*ends, len(ids)]):
+            yield ids[start:stop].tobytes()
+
+
+def _copy(text: str, as_text: bool):
+    """The tokenizers.Tokenizer of this JSON. as_text: its encode_special_tokens."""
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_str(text)
+    encoder.encode_special_tokens = as_text
+    return encoder
 
 
 class DocumentEncoder:

@@ -16,10 +16,12 @@ from runtime.batch_plan import BatchPlan
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.autograd import DeviceType
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import (
+    ablations,
     compare_students,
     decode,
     jobs,
@@ -422,7 +424,7 @@ def test_the_time_of_parts(stage, expected, monkeypatch):
     parts = train_throughput.Parts()
     parts.follow(trainer, stage)
     if stage == 2:
-        trainer.teacher.hidden_states(ids)
+        trainer.teacher.outputs(ids)
     model(ids)
     trainer.deepspeed.optimizer.step()
     assert " ".join(f"{part} {event.time}" for part, event in parts.marks) == expected
@@ -666,3 +668,77 @@ def test_a_job_is_done_by_one_process(tmp_path):
         holder.kill()
         holder.wait()
     assert jobs.try_job(first) and done == ["a", "b", "a"]
+
+
+# ------------------------------------------------------------------------ ablations
+def ablate(recall_dir, out, *options, larger=True):
+    words = ["--teacher", str(recall_dir), "--size", "tiny", "--output_dir", str(out), "--steps", "3"]
+    words += ["--stage1_steps", "2", "--batch_size", "2", "--eval_chunks", "2", "--questions", "1"]
+    words += ["--larger", str(recall_dir)] if larger else []
+    ablations.main([*words, *options])
+
+
+def test_ablations_resume_and_compare_with_their_control(recall_dir, tmp_path, monkeypatch, capsys):
+    """Stored outputs and the same teacher under another name change nothing; other recipes do."""
+    names = ["control", "kl: topk", "stored teacher outputs", "distill_from: larger teacher", "hidden_weight: 1"]
+    names += ["loss_on: assistant"]
+    chosen = [variant for variant in ablations.VARIANTS if variant.name in names]
+    monkeypatch.setattr(ablations, "VARIANTS", chosen)
+    ablate(recall_dir, tmp_path, "--seeds", "1")
+    shown = capsys.readouterr().out
+    runs = {run["variant"]: run for run in json.loads((tmp_path / "ablations.json").read_text())["runs"]}
+    assert list(runs) == names
+    kls = {name: run["kl"] for name, run in runs.items()}
+    assert kls["distill_from: larger teacher"] == kls["control"]
+    assert kls["stored teacher outputs"] == pytest.approx(kls["kl: topk"], rel=1e-3)
+    assert len({round(kl, 6) for name, kl in kls.items() if name not in names[2:4]}) == len(names) - 2
+    for name in names:
+        assert f"| `{name}` |" in shown
+    masks = Dataset.from_file(str(tmp_path / "data/assistant/chunked_context128/train.arrow"))["loss_mask"]
+    assert 0 < sum(map(sum, masks)) < 128 * len(masks)
+    monkeypatch.setattr(ablations.Ablations, "train", lambda *_: pytest.fail("repeated"))
+    ablate(recall_dir, tmp_path, "--seeds", "1")
+    again = capsys.readouterr().out
+    assert shown.endswith(again) and again.startswith("| variant |")
+    with pytest.raises(ValueError, match="has runs with steps '3', not '4'; name another"):
+        ablate(recall_dir, tmp_path, "--steps", "4")
+
+
+def test_the_table_of_ablations_has_paired_intervals():
+    """By hand: differences 1 and 3 have the mean 2, the standard deviation sqrt(2) and t(0.975, 1) =
+    12.706, so the half width 12.706; 1.9 and 2.1 have 1.27."""
+    runs = [
+        {"variant": name, "seed": seed, "kl": kl, "perplexity": 2.0, "recall": recall, "tokens_per_second": speed}
+        for name, figures in (
+            ("control", [(10.0, 0.5, 100.0), (20.0, 0.7, 300.0)]),
+            ("kl: reverse", [(11.0, 0.519, 50.0), (23.0, 0.721, 150.0)]),
+        )
+        for seed, (kl, recall, speed) in enumerate(figures)
+    ]
+    lines = {line.split("`")[1]: line for line in ablations.table(runs).splitlines()[2:]}
+    assert list(lines) == [variant.name for variant in ablations.VARIANTS]
+    cells = [cell.strip() for cell in lines["kl: reverse"].split("|")[2:-1]]
+    assert cells[0:3] == ["control", "17.0000 ± 6.0000", "+2.0000 ± 12.7062"]
+    assert cells[5:] == ["62.0 ± 10.1 %", "**+2.0 ± 1.3**", "0.50"]
+    assert set(lines["kl: jsd"].split("|")[3:-1]) == {"  "}
+    assert ablations.interval([0.5]) == (0.5, None)
+
+
+def test_recall_documents_as_conversations_have_the_same_text():
+    for document in recall_teacher.TINY.tasks.interleaved(0, 3):
+        messages = ablations.messages_of(document)
+        text = "".join(message["content"] for message in messages)
+        assert document.text.startswith(text) and document.text[len(text) :].strip() == ""
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert answers == [document.text[slice(*span)] for span in document.answers]
+
+
+def test_ablations_that_cannot_be_are_refused(recall_dir, tmp_path):
+    for options, message in (
+        (["--steps", "1"], "--steps: 1 must be at least 2"),
+        (["--seeds", "0"], "--seeds: 0 must be at least 1"),
+        (["--larger", str(tmp_path)], "--larger: .* has no teacher"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            ablate(recall_dir, tmp_path / "out", *options, larger=False)
+    assert not (tmp_path / "out").exists()

@@ -213,6 +213,7 @@ ALPHABET += [
     "\u0301",
     "don't",
     "x1",
+    encoding.SEPARATOR,
 ]
 
 
@@ -224,7 +225,7 @@ def byte_level(kind, texts):
     for name, pattern in zip(("llama3", "qwen"), encoding.PATTERNS):
         before[name] = [pre_tokenizers.Split(Regex(pattern), "isolated")]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before[kind], level])
-    tokenizer.normalizer = normalizers.NFC() if kind == "qwen" else None
+    tokenizer.normalizer = {"qwen": normalizers.NFC(), "gpt2": normalizers.Sequence([])}.get(kind)
     initial = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=900, initial_alphabet=initial, special_tokens=["<eos>"], show_progress=False

@@ -26,12 +26,16 @@ import preflight
 import store_teacher
 import train
 from convert import load_teacher
-from distill_model import StudentForCausalLM, is_student_attention
+from distill_model import DistillationLoss, StudentForCausalLM, is_student_attention
+from distill_model.documents import PADDING
+from distill_model.losses import relative_error
+from hf_trainer import FrozenTeacher
 from layer_selection.bench import Bench
-from layer_selection.candidate_training import Candidate, JointTraining, MasterAdamW
+from layer_selection.candidate_training import Candidate, JointTraining, MasterAdamW, check_joint_training
 from layer_selection.gates import GateTraining
 from layer_selection.stopping_rule import StoppingRule
 from stages import distillation_loss, load_kd_teacher
+from wrapper import AttentionAlignmentModel, student_attention_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -550,3 +554,174 @@ def test_the_master_weights_of_training_keep_small_updates(zero):
     kind, *values = done.stdout.split("master ")[1].split()
     assert kind == "torch.float32"
     assert [float(value) for value in values] == pytest.approx([1 - SMALL * STEPS] * len(values), abs=5e-5)
+
+
+# ------------------------------------------------------------------------ hidden states
+def block_outputs(model, ids, **options):
+    """The output of each block, by hooks, and the model's outputs."""
+    found = []
+    hooks = [block.register_forward_hook(lambda *args: found.append(args[2])) for block in model.model.layers]
+    outputs = model(input_ids=ids, use_cache=False, **options)
+    for hook in hooks:
+        hook.remove()
+    return found, outputs
+
+
+def gradients_of(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("layers", [(), (2, 0)], ids=["all", "some"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_error_of_hidden_states_is_the_naive_one(teacher_dir, start_dir, layers, masked):
+    """Value and gradients, with a divergence beside it; with documents, a mask and padding that counts
+    for nothing; and the same where activations are recomputed."""
+    torch.manual_seed(3)
+    teacher = load_teacher(teacher_dir).double().eval()
+    student = StudentForCausalLM.from_pretrained(start_dir).restore_full_attention(teacher, KEPT).double().train()
+    ids = torch.randint(0, 80, (2, 37))
+    options = {}
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    if masked:
+        documents = torch.tensor([[0] * 11 + [1] * 20 + [PADDING] * 6, [0] * 37])
+        options = {"document_ids": documents, "loss_mask": torch.rand(ids.shape) < 0.5}
+        counted = torch.zeros_like(counted)
+        for row, position in torch.cartesian_prod(torch.arange(2), torch.arange(36)).tolist():
+            here, after = documents[row, position], documents[row, position + 1]
+            counted[row, position] = here == after != PADDING and options["loss_mask"][row, position + 1]
+    mask = {name: value for name, value in options.items() if name == "document_ids"}
+    with torch.no_grad():
+        theirs, _ = block_outputs(teacher, ids, **mask)
+    read = FrozenTeacher(teacher, torch.device("cpu"), compared_layers=sorted(layers) or range(len(theirs)))
+    outputs = read.outputs(ids, mask.get("document_ids"))
+    kl = DistillationLoss(kl_weight=0.3)
+    both = DistillationLoss(kl_weight=0.3, hidden_weight=0.7, hidden_layers=layers)
+    head = {"teacher_head_weight": teacher.lm_head.weight}
+    hidden = {"teacher_hidden_states": outputs["teacher_hidden_states"]}
+    ours, plain = block_outputs(student, ids, **options, **head, **hidden, distillation=kl)
+    errors = []
+    for layer in layers or range(len(theirs)):
+        difference = (ours[layer] - theirs[layer]).square().sum(-1) / theirs[layer].square().sum(-1)
+        errors.append(difference[counted].mean())
+    expected = plain.loss + 0.7 * sum(errors) / len(errors)
+    exact = gradients_of(student, expected)
+    for mode in (False, True):
+        student.set_activation_checkpointing(mode)
+        loss = student(input_ids=ids, use_cache=False, **options, **head, **outputs, distillation=both).loss
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        found = gradients_of(student, loss)
+        assert found.keys() == exact.keys()
+        for name, gradient in exact.items():
+            torch.testing.assert_close(
+                found[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=name
+            )
+
+
+def test_tokens_that_do_not_count_may_be_anything():
+    student, teacher = torch.randn(2, 2, 5, 8)
+    counted = torch.rand(2, 5) < 0.5
+    counted[0, 0], counted[1, 1] = True, False
+    student.requires_grad_()
+    expected = relative_error(student[counted], teacher[counted])
+    (exact,) = torch.autograd.grad(expected, student)
+    dirty = student.detach().masked_fill(~counted[..., None], torch.nan).requires_grad_()
+    loss = relative_error(dirty, teacher.masked_fill(~counted[..., None], torch.inf), counted)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(dirty.grad, exact)
+    none = relative_error(dirty, teacher, torch.zeros_like(counted))
+    assert none == 0
+
+
+@pytest.mark.parametrize("kind", ["mse", "l2"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_stage_1_on_blocks_compares_the_next_layers_inputs(teacher_dir, kind, recompute):
+    """Losses, variances and gradients against blocks that are called with either attention."""
+    torch.manual_seed(4)
+    teacher = load_teacher(teacher_dir).double()
+    student, _ = StudentForCausalLM.from_teacher(teacher, "gdn_v4")
+    ids = torch.randint(0, 80, (2, 33))
+    with torch.no_grad():
+        theirs, _ = block_outputs(teacher, ids)
+    x = teacher.model.embeddings(ids)
+    positions = teacher.model.position_embeddings(x)
+    losses, variances = [], []
+    for block, student_block, target in zip(teacher.model.layers, student.model.layers, theirs):
+        residual = x + student_block.attn(block.attn_norm(x), position_embeddings=positions)[0]
+        output = residual + block.mlp(block.mlp_norm(residual))
+        difference = (output - target).square()
+        losses.append(
+            difference.mean() if kind == "mse" else difference.sum(-1).sqrt().mean() / target.shape[-1] ** 0.5
+        )
+        variances.append(target.flatten(0, 1).var(0, correction=0).mean())
+        x = target
+    exact = gradients_of(student, sum(losses) / len(losses))
+    student.zero_grad()
+    model = AttentionAlignmentModel(teacher, student, kind, recompute, "block")
+    found = model(ids)
+    torch.testing.assert_close(found["layer_losses"].double(), torch.stack(losses).detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["layer_variances"].double(), torch.stack(variances).detach(), rtol=1e-5, atol=0)
+    gradients = student_attention_state(gradients_of(model, found["loss"]))
+    assert gradients.keys() == {name for name in exact if ".attn." in name} and gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient, exact[name], rtol=1e-4, atol=1e-5 * exact[name].abs().max().item(), msg=name
+        )
+
+
+def test_hidden_states_that_cannot_be_compared_are_refused(
+    tmp_path, teacher_dir, data_dir, start_dir, other_teacher, monkeypatch
+):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    file = config(tmp_path, teacher_dir, data_dir, start_dir)
+    weight = "train.hidden_weight=0.5"
+    cases = [
+        (["train.hidden_layers=[0]"], "train.hidden_layers: .0. needs train.hidden_weight"),
+        ([weight, "train.hidden_layers=[1,1]"], "must be different layers"),
+        ([weight, "train.hidden_layers=[-1]"], "must be different layers"),
+        ([weight, "train.hidden_layers=[99]"], "train.hidden_layers: .99. out of range"),
+        ([weight, f"teacher_model.distill_from={other_teacher}"], "not those of teacher_model.distill_from"),
+        ([weight, "teacher_model.outputs=x", "train.kl=topk"], "which teacher_model.outputs does not hold"),
+    ]
+    for overrides, message in cases:
+        with pytest.raises(ValueError, match=message) as error:
+            prepare(file, *overrides)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="candidates train jointly on logits only"):
+        check_joint_training(load_config(file, [weight]))
+    blocks = write_config(tmp_path, 1, teacher_dir, data_dir, alignment_target="block")
+    with pytest.raises(ValueError, match="no gradients through the MLPs"):
+        load_config(blocks, ["teacher_model.precision=fp8"])
+    student = StudentForCausalLM.from_pretrained(start_dir)
+    with pytest.raises(ValueError, match="teacher_block_outputs: are of 0 layers"):
+        student(
+            input_ids=torch.zeros(1, 4, dtype=torch.long),
+            teacher_hidden_states=torch.zeros(1, 4, SHAPE["hidden_size"]),
+            teacher_head_weight=student.lm_head.weight,
+            distillation=DistillationLoss(hidden_weight=1.0),
+        )
+
+
+@pytest.mark.slow
+def test_runs_on_hidden_states(tmp_path, teacher_dir, data_dir, start_dir):
+    """As graphs on one process: the first held-out loss is that of the models that the run began with."""
+    from test_cuda_graphs import run
+
+    (tmp_path / "first").mkdir()
+    file = write_config(tmp_path / "first", 1, teacher_dir, data_dir, alignment_target="block")
+    run(file, "train.cuda_graphs=true", "data.document_mask=false")
+    file = config(tmp_path, teacher_dir, data_dir, start_dir, hidden_weight=0.5, hidden_layers=[1])
+    run(file, "train.cuda_graphs=true")
+    teacher = load_teacher(teacher_dir).eval()
+    student = StudentForCausalLM.from_pretrained(start_dir).restore_full_attention(teacher, KEPT).eval()
+    ids = heldout_rows(data_dir, 2)
+    with torch.no_grad():
+        theirs, exact = block_outputs(teacher, ids)
+        ours, found = block_outputs(student, ids)
+    kl = (exact.logits.softmax(-1) * (exact.logits.log_softmax(-1) - found.logits.log_softmax(-1))).sum(-1).mean()
+    error = ((ours[1] - theirs[1]).square().sum(-1) / theirs[1].square().sum(-1)).mean()
+    expected = (kl + 0.5 * error).item()
+    first, *_, last = metrics(tmp_path / "stage2", "eval_loss")
+    assert first == pytest.approx(expected, rel=1e-3) and last < first

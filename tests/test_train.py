@@ -899,7 +899,7 @@ sharded = hf_trainer.FrozenTeacher(sharded, "cpu", stages.teacher_engine_config(
 assert sharded.model.model.layers[0].mlp.up_proj.weight.numel() == 0  # sharded
 assert all(map(z3_leaf_module, sharded.model.model.layers)) and not z3_leaf_module(sharded.model.lm_head)
 ids = torch.randint(0, 80, (2, 19))
-assert torch.equal(sharded.hidden_states(ids), hf_trainer.FrozenTeacher(plain, "cpu").hidden_states(ids))
+assert torch.equal(*(t.outputs(ids)["teacher_hidden_states"] for t in (sharded, hf_trainer.FrozenTeacher(plain, "cpu"))))
 """
     run(sys.executable, "-c", code)
 

@@ -1,0 +1,498 @@
+"""What the options of a recipe buy and cost: each against a control, with several seeds.
+
+    python benchmarks/recall_teacher.py --output_dir recall_out
+    python benchmarks/recall_teacher.py --output_dir large_out --size large          # for the larger teacher
+    python benchmarks/ablations.py --teacher recall_out --larger large_out --output_dir ablations_out   # all GPUs
+
+A run is stage 2 of a hybrid with evenly spaced kept layers, from a stage 1 that all runs of a seed
+share. Seeds differ in fresh weights and in the order of the data. Every run is measured on the same
+held-out text, read whole, and on the hardest recall questions that the teacher has learnt. The table
+has means over the seeds and, for the difference to the control, the 95 % interval of Student's t
+over the seeds' paired differences. Tokens/s are of the steps after the first few, which compile.
+
+One process per GPU does what no other does (--processes for more, whose speeds share a GPU); rerun
+the command to resume. Written to --output_dir: ablations.json, ablations.md and process logs
+(docs/recipes.json: that of the documentation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+from runtime.batch_plan import batch_plan
+from runtime.command import run_main
+from runtime.config import Config, ConfigError, load_config
+from runtime.data import (
+    DOCUMENT_IDS,
+    INPUT_IDS,
+    load_tokenizer,
+    open_chunks_for,
+    read_batch,
+    tokenizer_fingerprint,
+)
+from runtime.files import atomic_directory, atomic_write_text
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+import preprocess_chunk
+import preprocess_download_tokenize
+import store_teacher
+from benchmarks.compare_students import check_same_settings
+from benchmarks.jobs import Job, run_processes, work
+from benchmarks.recall_teacher import scale_of
+from benchmarks.training import stage_1
+from convert import load_teacher
+from distill_model import StudentForCausalLM
+from heldout import heldout_figures, read_chunks
+from hf_trainer import FrozenTeacher
+from layer_selection.candidate_training import Candidate, MasterAdamW
+from layer_selection.ranking import budget, evenly_spaced
+from recall_tasks import Document, answer_accuracy
+from stages import distillation_loss, load_kd_teacher
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTROL = "control"
+EAGER_STEPS = 5  # that compile kernels and record graphs; not in the speed
+EVAL_BATCH_SIZE = 8
+# Text that is the messages one after another: the recall documents that the teacher has learnt.
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+MIXED, TEXT, ALL, ANSWERS = "text and recall", "text", "conversations", "conversations, answers"
+LOSS_ON = {ALL: "all", ANSWERS: "assistant"}  # of the tokeniser, by the data that it makes
+CHARACTERS = 4  # of a token of a recall document, at most
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe that differs from the variant `control`. overrides: of the stage-2 config. data: which
+    chunks. stage_1: train.alignment_target. larger: learns from --larger. stored: learns from top
+    tokens that are stored. masters: whether the optimiser has fp32 master weights."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    control: str = CONTROL
+    data: str = MIXED
+    stage_1: str = "attention"
+    larger: bool = False
+    stored: bool = False
+    masters: bool = True
+
+    @property
+    def file(self) -> str:
+        return "".join(letter if letter.isalnum() else "_" for letter in self.name)
+
+
+VARIANTS = (
+    Variant(CONTROL),
+    Variant("kl: reverse", ("train.kl=reverse",)),
+    Variant("kl: jsd", ("train.kl=jsd",)),
+    Variant("kl: topk", ("train.kl=topk",)),
+    Variant("kl_temperature: 2", ("train.kl_temperature=2",)),
+    Variant("stored teacher outputs", ("train.kl=topk",), control="kl: topk", stored=True),
+    Variant("distill_from: larger teacher", larger=True),
+    Variant("train_only: linear attention", ("train.train_only=[linear_attention]",)),
+    Variant("train_only: all attention", ("train.train_only=[linear_attention,kept_attention]",)),
+    Variant("hidden_weight: 0.1", ("train.hidden_weight=0.1",)),
+    Variant("hidden_weight: 1", ("train.hidden_weight=1",)),
+    Variant("alignment_target: block", stage_1="block"),
+    Variant("document_mask", ("data.document_mask=true",)),
+    Variant("text without recall", data=TEXT),
+    Variant("recall conversations alone", data=ALL),
+    Variant("loss_on: assistant", control="recall conversations alone", data=ANSWERS),
+    Variant("no fp32 master weights", masters=False),
+)
+# Figure -> its column, the factor it is shown with, its digits, and its unit.
+FIGURES = {
+    "kl": ("KL", 1, 4, ""),
+    "perplexity": ("perplexity", 1, 2, ""),
+    "recall": ("recall", 100, 1, " %"),
+}
+
+
+class PlainAdamW(MasterAdamW):
+    """AdamW on the parameters themselves, whatever their dtype."""
+
+    def __init__(self, groups, betas, max_grad_norm, make_scheduler):
+        self.params = self.masters = [p for group in groups for p in group["params"]]
+        self.max_grad_norm = max_grad_norm
+        self.copied = self.copies = []
+        self.adamw = torch.optim.AdamW(groups, betas=betas)
+        self.scheduler = make_scheduler(self.adamw)
+
+
+class Ablations:
+    """All jobs of a command line."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.out = args.output_dir
+        self.scale = scale_of(args.size)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.variants = [variant for variant in VARIANTS if self.refusal(variant) is None]
+
+    def refusal(self, variant: Variant) -> str | None:
+        """Why a variant is left out, or None."""
+        if variant.larger and self.args.larger is None:
+            return "needs --larger"
+        if not variant.masters and self.dtype == torch.float32:
+            return "needs a GPU: weights are fp32 on a CPU"
+        return None
+
+    # ---- where things are
+    def student(self, target: str, seed: int) -> Path:
+        return self.out / f"stage1_{target}_seed{seed}"
+
+    def conversations(self, loss_on: str) -> Path:
+        return self.out / "data" / loss_on
+
+    def made(self, loss_on: str) -> Path:
+        """The file that says that these conversations are chunked."""
+        return self.out / "data" / f"{loss_on}.json"
+
+    def chunks(self, data: str) -> Path:
+        name = f"chunked_context{self.scale.context_length}"
+        if data in LOSS_ON:
+            return self.conversations(LOSS_ON[data]) / name
+        folder = self.args.teacher / "data"
+        return (folder / "text" if data == TEXT else folder) / name
+
+    def run_file(self, variant: Variant, seed: int) -> Path:
+        return self.out / "runs" / f"{variant.file}-seed{seed}.json"
+
+    def jobs(self) -> Iterator[Job]:
+        seeds = range(self.args.seeds)
+        for loss_on in LOSS_ON.values():
+            yield Job(self.made(loss_on), (), partial(self.make_conversations, loss_on))
+        targets = list(dict.fromkeys(variant.stage_1 for variant in self.variants))
+        for seed, target in itertools.product(seeds, targets):
+            yield Job(self.student(target, seed) / "config.json", (), partial(self.align, target, seed))
+        for seed, variant in itertools.product(seeds, self.variants):
+            needs = [self.student(variant.stage_1, seed) / "config.json"]
+            if variant.data in LOSS_ON:
+                needs.append(self.made(LOSS_ON[variant.data]))
+            yield Job(self.run_file(variant, seed), tuple(needs), partial(self.run, variant, seed))
+
+    # ---- models and data
+    @cached_property
+    def teacher(self) -> StudentForCausalLM:
+        return load_teacher(str(self.args.teacher / "teacher"), self.dtype).to(self.device).eval()
+
+    @cached_property
+    def tokenizer(self):
+        return load_tokenizer(str(self.args.teacher / "teacher"))
+
+    @cached_property
+    def kept(self) -> list[int]:
+        layers = self.teacher.config.num_hidden_layers
+        return evenly_spaced(budget(self.args.ratio, layers), layers)
+
+    def open(self, data: str, document_mask: bool = False):
+        return open_chunks_for(
+            self.tokenizer, self.teacher.config.vocab_size, str(self.chunks(data)), document_mask=document_mask
+        )
+
+    @cached_property
+    def heldout(self):
+        """Batches of held-out text [B, T], and what the teacher makes of them."""
+        rows = self.open(MIXED).heldout
+        ids = read_batch(rows, range(min(self.args.eval_chunks, len(rows))))[INPUT_IDS]
+        batches = ids.to(self.device).split(EVAL_BATCH_SIZE)
+        return batches, [read_chunks(self.teacher, batch) for batch in batches]
+
+    @cached_property
+    def questions(self) -> dict[str, list[Document]]:
+        return self.scale.tasks.documents("ablations", self.args.questions, hardest=True)
+
+    def make_conversations(self, loss_on: str) -> None:
+        """Chunks of recall documents, whose answers are the assistant's turns."""
+        args, context = self.args, self.scale.context_length
+        folder = self.conversations(loss_on)
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = CHARACTERS * args.steps * args.batch_size * context
+        parts = (self.scale.tasks.interleaved(f"conversations {part}", 64) for part in itertools.count())
+        documents = itertools.chain.from_iterable(parts)
+        with open(folder / "recall.jsonl", "w") as file:
+            while missing > 0:
+                document = next(documents)
+                missing -= len(document.text)
+                file.write(json.dumps({"messages": messages_of(document)}) + "\n")
+        (folder / "template.jinja").write_text(TEMPLATE)
+        tokenized = str(folder / "tokenized")
+        options = {"dataset_name": folder / "recall.jsonl", "chat_template": folder / "template.jinja"}
+        options |= {"tokenizer": args.teacher / "tokenizer", "loss_on": loss_on, "output_dir": tokenized}
+        preprocess_download_tokenize.main([f"--{name}={value}" for name, value in options.items()])
+        options = {"tokenized_dataset_path": tokenized, "output_dir": folder, "context_length": context}
+        preprocess_chunk.main([f"--{name}={value}" for name, value in options.items()])
+        atomic_write_text(self.made(loss_on), "{}\n")
+
+    def batches(self, rows, seed: int, stage: int, steps: int) -> Iterator[dict]:
+        """The same rows in the same order for every variant that reads these chunks."""
+        rng = random.Random(f"{stage} {seed}")
+        for _ in range(steps):
+            yield read_batch(rows, rng.choices(range(len(rows)), k=self.args.batch_size))
+
+    # ---- the work
+    def align(self, target: str, seed: int) -> None:
+        """Stage 1: the all-linear student."""
+        args = self.args
+        torch.manual_seed(seed)
+        student = StudentForCausalLM.from_teacher(self.teacher, args.student)[0].to(self.device)
+        read = self.batches(self.open(MIXED).train, seed, 1, args.stage1_steps)
+        batches = (batch[INPUT_IDS].to(self.device) for batch in read)
+        done = stage_1(self.teacher, student, batches, args.stage1_steps, args.lr_stage1, target=target)
+        for _ in done:
+            pass
+        with atomic_directory(self.student(target, seed), replace=True) as temporary:
+            student.save_pretrained(temporary)
+
+    def config(self, variant: Variant, seed: int) -> Config:
+        args = self.args
+        teacher = args.teacher / "teacher"
+        settings = {
+            "data.cache_dir": self.chunks(variant.data),
+            "teacher_model.name": teacher,
+            "student_model.name": args.student,
+            "student_model.keep_full_attention_layers": self.kept,
+            "train.output_dir": self.out / "unused",
+            "train.student_init_ckpt": self.student(variant.stage_1, seed),
+            "train.max_steps": args.steps,
+            "train.batch_size": args.batch_size,
+            "train.micro_batch_size": args.batch_size,
+            "train.train_seq_len": self.scale.context_length,
+            "train.lr": args.lr,
+            "train.lr_attn": args.lr_attn,
+            "train.seed": seed,
+        }
+        if variant.larger:
+            settings["teacher_model.distill_from"] = args.larger / "teacher"
+        overrides = [f"{name}={value}" for name, value in settings.items()]
+        return load_config(ROOT / "configs" / "quickstart" / "stage2.yaml", [*overrides, *variant.overrides])
+
+    def run(self, variant: Variant, seed: int) -> None:
+        """Stage 2 of a variant; its figures."""
+        cfg = self.config(variant, seed)
+        student = StudentForCausalLM.from_pretrained(self.student(variant.stage_1, seed), dtype=self.dtype)
+        hybrid = student.restore_full_attention(self.teacher, self.kept).to(self.device)
+        tokens_per_second = self.train(variant, cfg, hybrid)
+        hybrid.eval()
+        batches, teacher_outputs = self.heldout
+        found = heldout_figures(hybrid, batches, teacher_outputs)
+        recall = {task: answer_accuracy(hybrid, self.tokenizer, asked) for task, asked in self.questions.items()}
+        figures = {"variant": variant.name, "seed": seed, "kl": found.mean_kl, "perplexity": found.perplexity}
+        figures |= {"recall": statistics.fmean(recall.values()), **recall}
+        figures["tokens_per_second"] = round(tokens_per_second, 1)
+        atomic_write_text(self.run_file(variant, seed), json.dumps(figures) + "\n")
+        del hybrid, student
+        gc.collect()
+
+    def train(self, variant: Variant, cfg: Config, hybrid: StudentForCausalLM) -> float:
+        """Trains the hybrid; tokens/s."""
+        args = self.args
+        chunks = self.open(variant.data, cfg.data.document_mask)
+        graphs = self.device.type == "cuda" and not chunks.has_documents
+        optimizer = MasterAdamW if variant.masters else PlainAdamW
+        candidate = Candidate(variant.name, hybrid, cfg, batch_plan(cfg, 1), graphs, optimizer)
+        teacher = self.teacher
+        if variant.larger:
+            teacher = load_kd_teacher(cfg, self.dtype, hybrid.config.vocab_size)
+        layers = distillation_loss(cfg).compared_layers(len(hybrid.model.layers))
+        frozen = FrozenTeacher(teacher, self.device, None, graphs, layers)
+        batches = self.batches(chunks.train, cfg.train.seed, 2, args.steps)
+        if variant.stored:
+            batches = iter([self.with_top_tokens(batch, cfg) for batch in batches])
+        for step, batch in enumerate(batches, 1):
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            if not variant.stored:
+                batch |= frozen.outputs(batch[INPUT_IDS], batch.get(DOCUMENT_IDS))
+            candidate.train(step, [batch], frozen.head_weight)
+            if step == min(EAGER_STEPS, args.steps - 1):
+                self.synchronize()
+                begin = time.perf_counter()
+        self.synchronize()
+        seconds = time.perf_counter() - begin
+        candidate.check_losses()
+        return (args.steps - min(EAGER_STEPS, args.steps - 1)) * batch[INPUT_IDS].numel() / seconds
+
+    def with_top_tokens(self, batch: dict, cfg: Config) -> dict:
+        """The batch with what store_teacher.py would store of it."""
+        on_device = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        found = store_teacher.outputs(self.teacher, on_device, cfg.train.kl_top_k, cfg.train.kl_temperature)
+        return batch | {name: torch.as_tensor(array) for name, array in found.items()}
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def messages_of(document: Document) -> list[dict]:
+    """A recall document as a conversation: what is between the answers is asked by the user."""
+    messages = []
+    place = 0
+    for start, stop in document.answers:
+        messages.append({"role": "user", "content": document.text[place:start]})
+        messages.append({"role": "assistant", "content": document.text[start:stop]})
+        place = stop
+    return messages
+
+
+# ------------------------------------------------------------------------ the table
+def interval(differences: list[float]) -> tuple[float, float | None]:
+    """The mean of paired differences, and half the width of its 95 % interval by Student's t; None
+    for fewer than two."""
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return mean, None
+    from scipy.stats import t
+
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return mean, float(t.ppf(0.975, len(differences) - 1)) * error
+
+
+def difference_cell(runs: dict[int, dict], control: dict[int, dict], figure: str) -> str:
+    """The difference to the control, of the seeds that both have; in bold if its interval does not
+    hold 0."""
+    _, factor, digits, _ = FIGURES[figure]
+    pairs = [factor * (run[figure] - control[seed][figure]) for seed, run in runs.items() if seed in control]
+    if not pairs:
+        return ""
+    mean, half = interval(pairs)
+    if half is None:
+        return f"{mean:+.{digits}f}"
+    text = f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def row(variant: Variant, runs: dict[int, dict], control: dict[int, dict]) -> list[str]:
+    """A variant's cells: means ± half ranges, differences, and tokens/s over the control's."""
+    cells = [f"`{variant.name}`", "" if variant.name == CONTROL else variant.control]
+    for figure, (_, factor, digits, unit) in FIGURES.items():
+        values = [factor * run[figure] for run in runs.values()]
+        half = (max(values, default=0) - min(values, default=0)) / 2
+        cells.append(f"{statistics.fmean(values):.{digits}f} ± {half:.{digits}f}{unit}" if values else "")
+        cells.append("" if variant.name == CONTROL else difference_cell(runs, control, figure))
+    speeds = [run["tokens_per_second"] for run in runs.values()]
+    base = [run["tokens_per_second"] for run in control.values()]
+    cells.append(f"{statistics.median(speeds) / statistics.median(base):.2f}" if speeds and base else "")
+    return cells
+
+
+def table(runs: list[dict]) -> str:
+    """Markdown: all variants in their order; those without runs have empty cells."""
+    by_variant: dict[str, dict[int, dict]] = {}
+    for run in runs:
+        by_variant.setdefault(run["variant"], {})[run["seed"]] = run
+    columns = ["variant", "against"]
+    for name, *_ in FIGURES.values():
+        columns += [name, "difference"]
+    columns.append("tokens/s over the control's")
+    lines = [f"| {' | '.join(columns)} |", "|:--|:--|" + "--:|" * (len(columns) - 2)]
+    for variant in VARIANTS:
+        cells = row(variant, by_variant.get(variant.name, {}), by_variant.get(variant.control, {}))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def report(ablations: Ablations) -> str:
+    """Writes ablations.json and ablations.md of the runs that are there; the table."""
+    wanted = [
+        ablations.run_file(variant, seed) for variant in ablations.variants for seed in range(ablations.args.seeds)
+    ]
+    runs = [json.loads(file.read_text()) for file in wanted if file.is_file()]
+    text = table(runs)
+    for variant in VARIANTS:
+        if reason := ablations.refusal(variant):
+            text += f"\n\n`{variant.name}` is left out: it {reason}."
+    if len(runs) < len(wanted):
+        text += f"\n\n{len(wanted) - len(runs)} of {len(wanted)} runs are missing; rerun the command."
+    lines = ",\n  ".join(map(json.dumps, runs))
+    results = f'{{"settings": {json.dumps(settings_of(ablations.args))},\n "runs": [\n  {lines}\n]}}\n'
+    atomic_write_text(ablations.out / "ablations.json", results)
+    atomic_write_text(ablations.out / "ablations.md", text + "\n")
+    return text
+
+
+# ------------------------------------------------------------------------ the command
+NOT_SETTINGS = ("output_dir", "seeds", "processes", "minutes", "worker")  # of which no figure depends
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    return {name: str(value) for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--teacher", type=Path, required=True, help="output folder of recall_teacher.py")
+    add("--larger", type=Path, help="that of a larger teacher with the same tokenizer")
+    add("--size", choices=("full", "hard", "tiny"), default="full", help="of the teacher (%(default)s)")
+    add("--output_dir", type=Path, required=True)
+    add("--student", default="gdn_v7")
+    add("--seeds", type=int, default=3)
+    add("--ratio", type=float, default=0.25, help="share of the layers that keep full attention")
+    add("--stage1_steps", type=int, default=200)
+    add("--steps", type=int, default=200, help="of stage 2")
+    add("--batch_size", type=int, default=16, help="sequences per step")
+    add("--lr_stage1", type=float, default=2e-3)
+    add("--lr", type=float, default=1e-4)
+    add("--lr_attn", type=float, default=1e-3)
+    add("--eval_chunks", type=int, default=64, help="of held-out text")
+    add("--questions", type=int, default=32, help="documents of each recall task")
+    add("--processes", type=int, help="default: one per GPU, one without")
+    add("--minutes", type=float, help="no job is begun after so many")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that make no sense, or if the folder has other figures."""
+    for name in ("seeds", "stage1_steps", "batch_size", "eval_chunks", "questions"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name}: {getattr(args, name)} must be at least 1")
+    if args.steps < 2:
+        raise ConfigError(f"--steps: {args.steps} must be at least 2")
+    for option in ("teacher", "larger"):
+        folder = getattr(args, option)
+        if folder is not None and not (folder / "teacher" / "config.json").is_file():
+            raise ConfigError(f"--{option}: {folder} has no teacher; name an output folder of recall_teacher.py")
+    if args.larger is not None:
+        tokenizers = [tokenizer_fingerprint(load_tokenizer(str(f / "teacher"))) for f in (args.teacher, args.larger)]
+        if len(set(tokenizers)) > 1:
+            raise ConfigError(f"--larger: {args.larger} has another tokenizer than {args.teacher}; make both alike")
+    check_same_settings(settings_of(args), args.output_dir / "settings.json", args.output_dir)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(args.output_dir / "settings.json", json.dumps(settings_of(args), indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(argv)
+    disable_progress_bar()  # transformers' own, a line for every file read
+    if not args.worker:
+        check(args)
+    ablations = Ablations(args)
+    jobs = list(ablations.jobs())
+    for job in jobs:
+        job.file.parent.mkdir(parents=True, exist_ok=True)
+    count = args.processes or max(1, torch.cuda.device_count())
+    if args.worker or count == 1:
+        work(jobs, args.minutes)
+    else:
+        run_processes(count, Path(__file__).resolve(), argv, args.output_dir, jobs)
+    if not args.worker:
+        print(report(ablations))
+
+
+if __name__ == "__main__":
+    run_main(main)
