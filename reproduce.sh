@@ -8,7 +8,8 @@
 # TEACHER      where the teacher's weights are, if not at its hub name: a folder                (hub name)
 # DATASET      corpus: a hub name, a file or a folder                       (robbiegwaldd/dclm-10B)
 # MAX_TOKENS   of the corpus                                    (one and a half times those of stage 2)
-# SEQ_LENS     lengths of RULER in tokens                                                        (4096)
+# TASKS        of eval.sh, at SEQ_LENS; ruler needs a network, niah_single_1 and five others do not (ruler)
+# SEQ_LENS     their lengths in tokens                                                           (4096)
 # RECALL_LENS  lengths of the recall tasks in tokens                                              (512)
 # LIMIT and other settings of eval.sh reach it through the environment.
 set -euo pipefail
@@ -28,7 +29,9 @@ run() {
 }
 
 WEIGHTS=()
-[[ -z ${TEACHER:-} ]] || WEIGHTS=("teacher_model.name=$TEACHER")
+TEACHER=${TEACHER:-}
+TEACHER=${TEACHER%/}
+[[ -z $TEACHER ]] || WEIGHTS=("teacher_model.name=$TEACHER")
 TEACHER=${TEACHER:-$(value "$STAGE2" name | head -n 1)} CHUNKS=$(value "$STAGE2" cache_dir)
 DATA=$(dirname "$CHUNKS") RUN1=$(value "$STAGE1" output_dir) RUN2=$(value "$STAGE2" output_dir)
 TOKENS=$(value "$STAGE2" target_tokens)
@@ -47,7 +50,7 @@ for checkpoint in "$TEACHER" "$RUN2/converted-hf"; do
     output=$RUN2/evaluation name=${checkpoint%/converted-hf}
     name=${name#/}
     [[ $checkpoint != "$TEACHER" ]] || output=$DATA/evaluation # of all folders of this teacher
-    run env TASKS=ruler SEQ_LENS="${SEQ_LENS:-4096}" OUTPUT="$output" bash eval.sh "$checkpoint"
+    run env TASKS="${TASKS:-ruler}" SEQ_LENS="${SEQ_LENS:-4096}" OUTPUT="$output" bash eval.sh "$checkpoint"
     run env TASKS=local SEQ_LENS="${RECALL_LENS:-512}" DATA="$CHUNKS" TEACHER="$TEACHER" OUTPUT="$output" bash eval.sh "$checkpoint"
     results+=("$output/${name//\//__}/results.json")
 done

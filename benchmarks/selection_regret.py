@@ -72,7 +72,16 @@ METHODS = (
     "random",
 )
 CALIBRATION_BATCHES = 8
+MEASUREMENTS = 4  # of a set in its stage 2: they tell after how many steps sets can be told apart
 COLOURS = "tab10"
+
+
+class SetTraining(MeasuredTraining):
+    """Also records the held-out KL of each hybrid on the way, by step."""
+
+    def figures(self, i: int, kls: list[float]) -> dict:
+        earlier = {entry.step: entry.means()[i] for entry in self.history}
+        return super().figures(i, kls) | {"kl_by_step": earlier}
 
 
 # ------------------------------------------------------------------------ jobs
@@ -214,11 +223,11 @@ class Regret:
         return [*asked["associative_recall"], *asked["multi_hop_recall"]]
 
     def train_sets(self, case: Case, sets: list[list[int]], seed: int, file: Path) -> None:
-        """Stage 2 of these sets side by side; their held-out KL, perplexity and recall."""
+        """Stage 2 of these sets side by side; their held-out KL, also on the way, perplexity and recall."""
         bench = Bench(self.with_seed(case, seed), self.args.sequences, self.args.batch_size)
         folder = file.with_suffix("")
         known: dict = {}
-        MeasuredTraining(bench, 1, sets, folder, file, known, self.questions()).run()
+        SetTraining(bench, MEASUREMENTS, sets, folder, file, known, self.questions()).run()
         shutil.rmtree(folder)
 
     def choose(self, case: Case, top_k: int, seed: int, method: str, file: Path) -> None:

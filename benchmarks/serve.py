@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -215,22 +216,19 @@ def decoding(llm, name: str, config: StudentConfig, context: int, args: argparse
     }
 
 
-def measure(name: str, config: StudentConfig, args: argparse.Namespace) -> list[dict]:
+def measure(name: str, config: StudentConfig, args: argparse.Namespace) -> Iterator[dict]:
     """A row for each context."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = start(name, config, args)
-    rows = []
     for context in args.contexts:
         seconds = first_token_seconds(llm, config, context)
-        rows.append({"model": name, "context": context, "first_token_seconds": seconds})
-        rows[-1] |= decoding(llm, name, config, context, args)
-        print(row_text(rows[-1]), file=sys.stderr, flush=True)
+        row = {"model": name, "context": context, "first_token_seconds": seconds}
+        yield row | decoding(llm, name, config, context, args)
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
     cleanup_dist_env_and_memory()
-    return rows
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -264,6 +262,24 @@ def compared(rows: list[dict]) -> list[dict]:
     return points
 
 
+def table(setup: str, rows: list[dict]) -> str:
+    """The rows and speed-ups as text."""
+    head = (
+        "| model | context | first token, s | sequences | decoded tokens/s | preemptions |\n|:--|--:|--:|--:|--:|--:|"
+    )
+    lines = [f"{p['model']}, context {p['context']:,}: decoding {p['decoding']:.2f} times as fast as the teacher, "
+             f"first token {p['first_token']:.2f} times" for p in compared(rows)]  # fmt: skip
+    return "\n".join([setup, "", head, *map(row_text, rows), "", *lines])
+
+
+def write(setup: str, rows: list[dict], folder: Path) -> None:
+    """serve.md and serve.json of the rows so far: a run that is cut short leaves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "serve.md").write_text(table(setup, rows) + "\n")
+    results = {"setup": setup, "rows": rows, "compared": compared(rows)}
+    (folder / "serve.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
 def read_compared(path: Path) -> list[dict]:
     """The speed-ups of a serve.json. Raises ValueError if it cannot be read as one."""
     try:
@@ -282,7 +298,7 @@ def plot(points: list[dict], path: Path) -> None:
     titles = {"decoding": "Decoding, full cache", "first_token": "Time to first token"}
     for axis, (key, title) in zip(axes, titles.items()):
         for name, style in STYLES.items():
-            own = [point for point in points if point["model"] == name]
+            own = sorted((p for p in points if p["model"] == name), key=lambda p: p["context"])
             if own:
                 axis.plot([p["context"] for p in own], [p[key] for p in own], marker="o", label=name, **style)
         axis.axhline(1, color="gray", linewidth=1)
@@ -327,30 +343,24 @@ def main(argv: list[str] | None = None) -> None:
     config = student_config(args)
     engine_options(args.engine)
     import vllm
+    from vllm.platforms import current_platform
 
     torch.manual_seed(0)
-    rows = []
-    for name in (TEACHER, HYBRID, *([VLLM_GDN] if args.vllm_gdn else [])):
-        rows += measure(name, config, args)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    # Asked of the driver: a process that has used CUDA cannot fork engines.
+    device = current_platform.get_device_name() if current_platform.is_cuda() else "CPU"
     cache = "all free memory" if args.cache_gib is None else f"{args.cache_gib:g} GiB"
     setup = (
         f"{device}, vLLM {vllm.__version__}, torch {torch.__version__}, {args.dtype}, cache: {cache}; {args.shape}, "
         f"{config.num_hidden_layers} layers, {args.student}, {args.kept} kept"
     )
-    points = compared(rows)
-    lines = [f"{p['model']}, context {p['context']:,}: decoding {p['decoding']:.2f} times as fast as the teacher, "
-             f"first token {p['first_token']:.2f} times" for p in points]  # fmt: skip
-    head = (
-        "| model | context | first token, s | sequences | decoded tokens/s | preemptions |\n|:--|--:|--:|--:|--:|--:|"
-    )
-    text = "\n".join([setup, "", head, *map(row_text, rows), "", *lines])
-    print(text)
-    if args.output_dir:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "serve.md").write_text(text + "\n")
-        results = {"setup": setup, "rows": rows, "compared": points}
-        (args.output_dir / "serve.json").write_text(json.dumps(results, indent=1) + "\n")
+    rows = []
+    for name in (TEACHER, HYBRID, *([VLLM_GDN] if args.vllm_gdn else [])):
+        for row in measure(name, config, args):
+            rows.append(row)
+            print(row_text(row), file=sys.stderr, flush=True)
+            if args.output_dir:
+                write(setup, rows, args.output_dir)
+    print(table(setup, rows))
 
 
 if __name__ == "__main__":

@@ -109,9 +109,9 @@ def check_start(cfg: Config) -> None:
         raise ConfigError(
             f"train.student_init_ckpt: {start} keeps layers {kept}; name stage 1's all-linear converted-hf"
         )
-    ours = embeddings(start)
-    theirs = embeddings(teacher)
-    if not torch.equal(ours.to(theirs.dtype), theirs):
+    both = [embeddings(start), embeddings(teacher)]
+    coarser = min((each.dtype for each in both), key=lambda dtype: dtype.itemsize)
+    if not torch.equal(*(each.to(coarser) for each in both)):
         raise ConfigError(
             f"train.student_init_ckpt: {start} was not made from {teacher} by stage 1, their "
             "embeddings differ; name stage 1's converted-hf of this teacher"

@@ -45,7 +45,8 @@ COMMENTS = {
     2: "Stage 2: {tokens} tokens at context {length}; {count} of {total} layers kept, {source}.",
     3: "Stage 3: {tokens} tokens at context {length}, cross-entropy, no teacher.",
 }
-# The published settings of the section `train`; a teacher's `stages` replace some. Learning rates: `runtime.recipes`.
+# The published settings of the section `train`, in this order; a teacher's `stages` replace some.
+# Learning rates (None) are those of `runtime.recipes`.
 TRAIN = {
     1: {
         "target_tokens": 100_000_000,

@@ -153,10 +153,40 @@ def _harness_results(record: dict) -> list[dict]:
     return rows
 
 
+def _teachers_results(folder: Path, export_fingerprint: Callable[[], str]) -> dict[tuple, dict]:
+    """(task, seq_len, metric, score) of the export -> what eval_compare.py found of its teacher, in
+    files compare.json of `folder`: name, score, stderr, and share, the export's part of that
+    score."""
+    entries = []
+    for file in sorted(folder.glob("**/compare.json"), key=lambda path: path.stat().st_mtime):
+        try:
+            record = read_json(file)
+        except ValueError:
+            continue  # being written
+        for student in record.get("students", {}).values():
+            entries += [entry | {"name": record["teacher"]} for entry in student["tasks"]]
+    found = {}
+    for entry in entries:
+        ours = entry["student"] or {}
+        theirs = entry["teacher"] or {}
+        measured_on = ours.get("settings", {}).get("checkpoint")
+        if "score" not in theirs or measured_on is None or measured_on != export_fingerprint():
+            continue
+        key = tuple(ours.get(name) for name in ("task", "seq_len", "metric", "score"))
+        found[key] = {
+            "name": entry["name"],
+            "score": theirs["score"],
+            "stderr": theirs.get("stderr"),
+            "share": entry["share"],
+        }
+    return found
+
+
 def evaluation(folder: Path, export: Path) -> list[dict]:
     """The evaluation results in the run folder `folder`, sorted by task, seq_len and metric.
 
-    Each has task, seq_len, metric, score, stderr and limit (the number of documents; None: all).
+    Each has task, seq_len, metric, score, stderr and limit (the number of documents; None: all), and
+    teacher, see `_teachers_results`, or None where nothing was compared.
     Files of evaluate.py and lm-evaluation-harness are read; of several results for the same, the
     latest counts. Those of evaluate.py name the weights that they are of; other weights than
     `export` has are left out, since the run may have been resumed in between.
@@ -174,6 +204,10 @@ def evaluation(folder: Path, export: Path) -> list[dict]:
         for result in _own_results(record, export_fingerprint) + _harness_results(record):
             row = {key: result.get(key) for key in ("task", "seq_len", "metric", "score", "stderr", "limit")}
             found[row["task"], row["seq_len"] or 0, row["metric"]] = row
+    teachers = _teachers_results(folder, export_fingerprint) if found else {}
+    for row in found.values():
+        key = (row["task"], row["seq_len"], row["metric"], row["score"])
+        row["teacher"] = teachers.get(key)
     return [found[key] for key in sorted(found)]
 
 
@@ -258,9 +292,10 @@ def _description(teacher: dict, student: dict) -> list[str]:
     linear = f"`{name}` with {options}" if options else f"`{name}`"
     kind = "hybrid" if kept else "all-linear"
     full = f"layers {kept} keep it" if kept else "none keeps it"
+    origin = "" if teacher["on_hub"] else ", a local checkpoint"
     return [
         f"# {teacher['name'].rpartition('/')[2]}, {kind} with {name}",
-        f"A student of {_link(teacher)}: {layers - len(kept)} of its {layers} layers hold {linear} "
+        f"A student of {_link(teacher)}{origin}: {layers - len(kept)} of its {layers} layers hold {linear} "
         f"in place of softmax attention; {full}.",
     ]
 
@@ -298,6 +333,9 @@ def _training(stages: list[dict]) -> list[str]:
     losses = []
     for stage in stages:
         number = stage["stage"]
+        data = stage["dataset"] or "not recorded"
+        if stage["dataset"] and not stage["dataset_on_hub"]:
+            data += " (local files)"
         row = (
             f"{number}, {STAGES[number]}",
             f"{stage['tokens']:,}",
@@ -306,7 +344,7 @@ def _training(stages: list[dict]) -> list[str]:
             _learning_rate(stage["lr_attn"], stage),
             "frozen" if number == 1 else _learning_rate(stage["lr"], stage),
             stage["lr_scheduler_type"],
-            stage["dataset"] or "not recorded",
+            data,
         )
         settings.append(row)
         losses.append((number, stage["objective"], _change(stage["loss"]), _change(stage["heldout_loss"])))
@@ -322,18 +360,32 @@ def _training(stages: list[dict]) -> list[str]:
     ]
 
 
-def _evaluation(results: list[dict]) -> list[str]:
+def _score(result: dict) -> str:
+    score = f"{result['score']:.4f}"
+    return f"{score} ± {result['stderr']:.4f}" if result["stderr"] else score
+
+
+def _evaluation(results: list[dict], teacher: dict) -> list[str]:
+    """The scores, beside those of the card's teacher where the two were compared."""
     if not results:
         return []
+    name = teacher["name"].rpartition("/")[2]
     rows = []
     for result in results:
-        score = f"{result['score']:.4f}"
-        if result["stderr"]:
-            score += f" ± {result['stderr']:.4f}"
+        score = _score(result)
         if result.get("limit"):
             score += f", with a limit of {result['limit']:g} documents"
-        rows.append((result["task"], result["seq_len"] or "", result["metric"], score))
-    return ["## Evaluation", _table(("task", "length", "metric", "score ± standard error"), rows)]
+        compared = result.get("teacher") or {}
+        cells = ("", "")
+        if compared.get("name", "").rpartition("/")[2] == name:
+            share = compared["share"]
+            cells = (_score(compared), "" if share is None else f"{share:.1%}")
+        rows.append((result["task"], result["seq_len"] or "", result["metric"], score, *cells))
+    header = ("task", "length", "metric", "score ± standard error", "teacher", "share of its score")
+    if not any(row[4] for row in rows):
+        header = header[:4]
+        rows = [row[:4] for row in rows]
+    return ["## Evaluation", _table(header, rows)]
 
 
 def _licence(teacher: dict) -> list[str]:
@@ -359,7 +411,7 @@ def card(history: dict, architecture: str | None = None) -> str:
         *_description(teacher, history["student"]),
         *_usage(architecture, stages[-1]["versions"] or {}),
         *_training(stages),
-        *_evaluation(history["evaluation"]),
+        *_evaluation(history["evaluation"], teacher),
         *_licence(teacher),
     ]
     return "\n\n".join(parts) + "\n"

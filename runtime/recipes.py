@@ -49,8 +49,9 @@ RECIPES = (
         1e-4,
         1e-3,
         3e-4,
-        "tried here: the recall teachers of the quickstart (0.7M) and of [students.md](students.md#comparison) (40M); "
-        "the quickstart's stage 1 has 3e-3, stage 3 is the quickstart's alone",
+        "tried here: the recall teachers of the quickstart (0.7M) and of "
+        "[students.md](students.md#comparison) (40M); the quickstart's stage 1 has 3e-3, stage 3 is "
+        "the quickstart's alone",
     ),
     Recipe(
         135e6,
@@ -59,8 +60,8 @@ RECIPES = (
         5e-5,
         5e-4,
         5e-5,
-        "a first look here and no search: SmolLM2-135M, weights dequantised from Q4_1, stopped after 20M tokens of stage 1 and 8M of stage 2; "
-        "stage 3 was not run, its rate is stage 2's, as in the published recipe",
+        "a first look here and no search: SmolLM2-135M, weights dequantised from Q4_1, stopped after 20M "
+        "tokens of stage 1 and 8M of stage 2; stage 3 was not run, its rate is stage 2's, as in the published recipe",
     ),
     Recipe(
         1.5e9,
@@ -110,8 +111,8 @@ def rates_warning(stage: int, parameters: int, rates: dict[str, float]) -> str |
     if not far:
         return None
     return (
-        f"warning: train.lr: for {size_text(parameters)} parameters, far from what stage {stage} had at {recipe.size}: "
-        f"{', '.join(far)}; see docs/training.md#learning-rates"
+        f"warning: train.lr: for {size_text(parameters)} parameters, far from what stage {stage} had "
+        f"at {recipe.size}: {', '.join(far)}; see docs/training.md#learning-rates"
     )
 
 

@@ -520,13 +520,18 @@ def test_served_models_have_the_same_sizes(shape):
 
 def test_serving_results_are_compared_and_drawn(tmp_path):
     def row(model, context, speed, seconds):
-        return {"model": model, "context": context, "tokens_per_second": speed, "first_token_seconds": seconds}
+        measured = {"tokens_per_second": speed, "first_token_seconds": seconds, "sequences": 4, "preemptions": 0}
+        return {"model": model, "context": context} | measured
 
     rows = [row(serve.TEACHER, 1024, 100, 2.0), row(serve.TEACHER, 2048, 50, 4.0)]
     rows += [row(serve.HYBRID, 1024, 150, 1.0), row(serve.HYBRID, 2048, 200, 1.6)]
     points = serve.compared(rows)
     assert [(p["context"], p["decoding"], p["first_token"]) for p in points] == [(1024, 1.5, 2.0), (2048, 4.0, 2.5)]
-    (tmp_path / "serve.json").write_text(json.dumps({"compared": points}))
+    for done in range(1, len(rows) + 1):  # as a run that is cut short leaves them
+        serve.write("setup", rows[:done], tmp_path)
+        assert len(json.loads((tmp_path / "serve.json").read_text())["rows"]) == done
+    assert "| hybrid | 2,048 | 1.600 | 4 | 200 | 0 |" in (tmp_path / "serve.md").read_text()
+    assert json.loads((tmp_path / "serve.json").read_text())["compared"] == points
     serve.main(["--plot", str(tmp_path / "serve.json")])
     assert (tmp_path / "serve.png").stat().st_size > 10_000
 

@@ -424,6 +424,16 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
     for name, record in records.items():
         (folder.parent / name).mkdir(parents=True)
         (folder.parent / name / "results.json").write_text(json.dumps(record))
+    compared = {"student": arc | {"settings": measured}, "teacher": arc | {"score": 0.625}, "share": 0.8}
+    boolq = {**compared, "student": compared["student"] | {"task": "boolq"}}
+    of_others = compared["student"] | {"settings": {"checkpoint": "other weights"}}
+    for name, teacher, tasks in (
+        ("1", "teacher", [compared, {**compared, "student": of_others, "share": 0.1}]),
+        ("2", "another", [boolq]),
+    ):
+        (folder.parent / name).mkdir()
+        comparison = {"teacher": teacher, "students": {"hybrid": {"tasks": tasks}}}
+        (folder.parent / name / "compare.json").write_text(json.dumps(comparison))
     write_card(cfg, folder.parent / "checkpoint-8", folder, config)
     body, data = (folder / "README.md").read_text(), ModelCard.load(folder / "README.md").data
     assert data.base_model == "owner/teacher"
@@ -434,9 +444,9 @@ def test_the_card_of_a_hub_model_with_results(tmp_path, teacher_dir, data_dir):
     for line in (
         "[owner/teacher](https://huggingface.co/owner/teacher)",
         "its licence (llama3.2) holds",
-        "| arc_easy |  | acc | 0.5000 ± 0.0100 |",
-        "| boolq |  | acc | 0.5000 ± 0.0100, with a limit of 5 documents |",
-        "| ruler_vt | 4096 | match | 0.2500 |",
+        "| arc_easy |  | acc | 0.5000 ± 0.0100 | 0.6250 ± 0.0100 | 80.0% |",
+        "| boolq |  | acc | 0.5000 ± 0.0100, with a limit of 5 documents |  |  |",  # beside another teacher
+        "| ruler_vt | 4096 | match | 0.2500 |  |  |",
         "Of stage 1 there is no record",
         "not recorded",
         "0.5 x KL to the teacher (temperature 1) + 0.25 x cross-entropy",

@@ -2,6 +2,7 @@
 configs that users have: on random weights of few layers, and on real ones where there are some."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert_ckpt
 import report
 import train
+from convert import load_teacher
 from distill_model import StudentForCausalLM, is_student_attention
-from evaluation.commands import evaluate_checkpoints
+from evaluation.commands import compare_with_teacher, evaluate_checkpoints
+from evaluation.options import path_parts
 from layer_selection import select_layers
 
 ROOT = Path(__file__).parents[1]
@@ -58,8 +61,13 @@ def overrides(teacher, data, output, **train):
 def in_a_process(log, function, *arguments):
     """Runs function(*arguments) in a forked process, as the command that it is, and asserts that it
     ends well."""
-    child = Child(lambda: sys.exit(function(*arguments)), log, ENVIRONMENT)
+    child = Child(lambda: sys.exit(function(*arguments) or 0), log, ENVIRONMENT)
     assert child.wait() == 0, child.output()[-3000:]
+
+
+def prepare(folder, teacher, texts):
+    """Both commands that make chunks."""
+    make_chunks(folder, teacher, texts)
 
 
 def losses(folder, name="eval_loss"):
@@ -81,7 +89,7 @@ def path(tmp_path_factory):
     random_teacher(teacher, "llama", **SMOLLM2).to(torch.bfloat16).save_pretrained(teacher)
     save_tokenizer(teacher)
     (teacher / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
-    in_a_process(log, lambda: make_chunks(folder, str(teacher), python_texts(40)) and None)
+    in_a_process(log, prepare, folder, str(teacher), python_texts(40))
     data = folder / f"chunked_context{LENGTH}"
     words = overrides(teacher, data, folder / "stage1", calibrate_init=5)
     in_a_process(log, train.main, ["--cfg", str(STAGE1), *words])
@@ -97,6 +105,9 @@ def path(tmp_path_factory):
     words += ["--data", str(data), "--document_mask", "true", "--teacher", str(teacher)]
     words += [str(teacher), str(run / "converted-hf"), "--output", str(run / "evaluation")]
     in_a_process(log, evaluate_checkpoints, words)
+    files = [run / "evaluation" / "__".join(path_parts(str(of))) for of in (teacher, run / "converted-hf")]
+    words = [*(str(file / "results.json") for file in files), "--output", str(run / "evaluation")]
+    in_a_process(log, compare_with_teacher, words)
     in_a_process(log, convert_ckpt.main, ["--cfg", str(run / "config.yaml")])
     in_a_process(log, report.main, [str(folder / "stage1"), str(run), "--samples", "1"])
     return folder
@@ -165,11 +176,87 @@ def test_the_evaluation_has_the_kl_of_training(hybrid, results):
 def test_card_and_report_have_origins_and_results(path, hybrid, results):
     body = (hybrid / "converted-hf" / "README.md").read_text()
     assert ModelCard.load(hybrid / "converted-hf" / "README.md").data.license == "apache-2.0"
-    assert f"A student of `SmolLM2-135M-Instruct`: {LAYERS - 1} of its {LAYERS} layers hold `gdn_v7`" in body
-    assert re.search(rf"\| 1, attention output alignment \| {STEPS * 4 * LENGTH} \| {LENGTH} \|.* texts \|", body)
-    assert re.search(rf"\| 2, logit distillation \| {STEPS * 4 * LENGTH} \| {LENGTH} \|.* texts \|", body)
+    assert (
+        f"A student of `SmolLM2-135M-Instruct`, a local checkpoint: {LAYERS - 1} of its {LAYERS} layers hold `gdn_v7`"
+        in body
+    )
+    assert re.search(
+        rf"\| 1, attention output alignment \| {STEPS * 4 * LENGTH} \| {LENGTH} \|.* texts \(local files\) \|", body
+    )
+    assert re.search(
+        rf"\| 2, logit distillation \| {STEPS * 4 * LENGTH} \| {LENGTH} \|.* texts \(local files\) \|", body
+    )
     pages = [(path / "stage1" / "report.html").read_text(), (hybrid / "report.html").read_text()]
     for result in results[1].values():
         score = f"{result['score']:.4f}"
         assert f"| {result['task']} | {result['seq_len'] or ''} | {result['metric']} | {score}" in body
+    perplexity = [result["heldout_perplexity"] for result in results]
+    scores = [f"{result['score']:.4f} ± {result['stderr']:.4f}" for result in perplexity]
+    share = f"{perplexity[0]['score'] / perplexity[1]['score']:.1%}"
+    of_student = f"| {scores[1]}, with a limit of {EVALUATED} documents | {scores[0]} | {share} |"
+    assert f"| heldout_perplexity |  | perplexity {of_student}" in body
     assert "Samples" in pages[1] and str(path / "SmolLM2-135M-Instruct") in pages[0]
+
+
+# ------------------------------------------------------------------------ real weights
+REAL = os.environ.get("SMOLLM2")  # a folder with SmolLM2-135M-Instruct
+with_real_weights = pytest.mark.skipif(
+    not REAL, reason="SMOLLM2 names no folder with the weights of SmolLM2-135M-Instruct"
+)
+KEPT_BY_RECALL = [0, 1, 8, 16, 17, 18, 19, 20]  # those of configs/smollm2_135m_gdn_v7_hybrid_0_25_ar
+TEXT = "The capital of France is Paris, and the capital of Italy is Rome. The capital of Germany is"
+
+
+@pytest.fixture(scope="module")
+def real():
+    """(the weights in transformers' class, in ours, tokenizer), in fp32."""
+    theirs = AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval()
+    return theirs, load_teacher(REAL, torch.float32).eval(), AutoTokenizer.from_pretrained(REAL)
+
+
+@pytest.fixture(scope="module")
+def real_stage1(tmp_path_factory):
+    """The run folder of six steps of stage 1 on the pages of this project."""
+    import_once()
+    folder = tmp_path_factory.mktemp("real")
+    pages = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
+    in_a_process(folder / "log", prepare, folder, REAL, pages)
+    words = overrides(REAL, folder / f"chunked_context{LENGTH}", folder / "stage1", calibrate_init=8)
+    in_a_process(folder / "log", train.main, ["--cfg", str(STAGE1), *words])
+    return folder / "stage1"
+
+
+@pytest.mark.slow
+@with_real_weights
+def test_real_weights_learn_in_stage_1(real_stage1):
+    before, after = losses(real_stage1)
+    assert after < before
+
+
+@pytest.mark.slow
+@with_real_weights
+def test_a_real_hybrid_that_keeps_all_layers_is_the_teacher(real, real_stage1):
+    """Logits of stage 1's export with all attentions restored, against transformers' own."""
+    theirs, teacher, tokenizer = real
+    student = StudentForCausalLM.from_pretrained(real_stage1 / "converted-hf", dtype=torch.float32)
+    hybrid = student.restore_full_attention(teacher, range(30)).eval()
+    ids = tokenizer((ROOT / "README.md").read_text(), return_tensors="pt")["input_ids"][:, :301]
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (hybrid(ids, use_cache=False).logits - expected).abs().max() < 1e-3 * expected.abs().max()
+        fewer = student.restore_full_attention(teacher, KEPT_BY_RECALL).eval()
+        loss = [torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]) for model in (theirs, fewer)]
+    assert 0.1 < loss[0] < loss[1] < 7  # of text, and not of noise
+
+
+@pytest.mark.slow
+@with_real_weights
+def test_real_greedy_text_is_sane(real):
+    """With a cache, by our class: transformers' text, and the right answer."""
+    theirs, teacher, tokenizer = real
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    texts = []
+    for model in (theirs, teacher):
+        found = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)
+        texts.append(tokenizer.decode(found[0, ids.shape[1] :]))
+    assert texts[0] == texts[1] and texts[1].startswith(" Berlin")

@@ -34,8 +34,9 @@ def refusal(vllm_config: VllmConfig) -> str | None:
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
     state_dtype = cache.mamba_ssm_cache_dtype
+    rope_type = config.rope_parameters["rope_type"]
     reasons = {
-        "RoPE of type dynamic depends on the length of the text": config.rope_depends_on_length,
+        f"RoPE of type {rope_type} depends on the length of the text": rope_type in ("dynamic", "longrope"),
         "speculative decoding needs states that can be rolled back; leave it out": (
             vllm_config.speculative_config is not None
         ),

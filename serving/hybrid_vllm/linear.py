@@ -57,6 +57,7 @@ class LinearMetadataBuilder(AttentionMetadataBuilder[LinearMetadata]):
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold = 1  # sequences of one token come first
+    last_ends = (None, None)  # of all builders: the last batch's `LinearMetadata.ends`, as a list and on the device
 
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -90,8 +91,18 @@ class LinearMetadataBuilder(AttentionMetadataBuilder[LinearMetadata]):
             has_state=self.has_state[:padded],
             decodes=padded if decodes == total else decodes,
             tokens=int(batch.query_start_loc_cpu[total] - batch.query_start_loc_cpu[decodes]),
-            ends=batch.query_start_loc[decodes : total + 1] - batch.query_start_loc[decodes],
+            ends=self.ends(batch, decodes, total),
         )
+
+    @classmethod
+    def ends(cls, batch: CommonAttentionMetadata, decodes: int, total: int) -> torch.Tensor:
+        """Where the sequences after the first `decodes` begin and end; one tensor for the layers of all builders: FLA
+        copies it to the host, and keeps what it derives from the last few tensors that it got."""
+        own = slice(decodes, total + 1)
+        places = batch.query_start_loc_cpu[own].tolist()
+        if cls.last_ends[0] != places:
+            cls.last_ends = places, batch.query_start_loc[own] - batch.query_start_loc[decodes]
+        return cls.last_ends[1]
 
 
 class LinearBackend(AttentionBackend):
@@ -243,16 +254,24 @@ class StudentLinear(nn.Module, MambaBase):
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """x [tokens, hidden_size]; rope: cos and sin [tokens, head_dim], or None for a layer without."""
         metadata = get_forward_context().attn_metadata
-        if metadata is None:  # vLLM measures the memory of a step
-            angles = None if rope is None else tuple(y[None] for y in rope)
-            states = SequenceStates(None, self.layer_idx)
-            out = self.inner(x[None], past_key_values=states, use_cache=True, position_embeddings=angles)[0][0]
-        else:
-            out = self.step(x, rope, metadata[self.prefix])
+        # Without metadata vLLM measures the memory of a step.
+        out = self.rehearse(x, rope) if metadata is None else self.step(x, rope, metadata[self.prefix])
         return tensor_model_parallel_all_reduce(out) if self.devices > 1 else out
+
+    def rehearse(self, x, rope) -> torch.Tensor:
+        """The outputs of one new sequence, by the same kernels as those of prompts, which are compiled and tuned here
+        and not when the first request comes."""
+        before = [torch.zeros(1, *shape, dtype=dtype, device=x.device) for shape, dtype in self.tensors]
+        states = SequenceStates(nested(self.declared, iter(before)), self.layer_idx)
+        ends = torch.tensor([0, len(x)], dtype=torch.int32, device=x.device)
+        angles = None if rope is None else tuple(y[None] for y in rope)
+        options = dict(past_key_values=states, use_cache=True, position_embeddings=angles, cu_seqlens=ends)
+        return self.inner(x[None], **options)[0][0]
 
     def step(self, x, rope, batch: LinearMetadata) -> torch.Tensor:
         n = batch.decodes
+        if n == len(x):
+            return self.decode(x, rope, batch.rows, batch.has_state)
         out = torch.zeros_like(x)
         if n:
             angles = None if rope is None else tuple(y[:n] for y in rope)

@@ -102,6 +102,8 @@ def changed(models, tmp_path, **changes) -> Path:
 
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+FACTORS = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 128}
+LONG = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 10000.0, **FACTORS}
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     [
         ({"student_name": "path_v1"}, {}, "student path_v1: its state grows with the text; served are gdn_v1, "),
         ({"rope_parameters": DYNAMIC}, {}, "RoPE of type dynamic depends on the length"),
+        ({"rope_parameters": LONG}, {}, "RoPE of type longrope depends on the length"),
         ({}, {"mamba_ssm_cache_dtype": "float16"}, "mamba_ssm_cache_dtype: recurrent states are float32, not float16"),
         ({}, {"mamba_cache_mode": "all"}, "mamba_cache_mode"),
         ({}, {"enable_lora": True}, "enable_lora: the layers take no adapters"),

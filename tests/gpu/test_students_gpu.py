@@ -71,7 +71,7 @@ def stand_ins():
             space[key] = old
 
 
-def build(name, dtype, device, seed):
+def build(name, dtype, device, seed=0):
     """A layer near its initialisation, so that no gate is neutral and no gradient 0; its weights
     are exact in bf16. The seed is that of the inputs too."""
     torch.manual_seed(seed)
