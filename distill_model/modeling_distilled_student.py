@@ -600,7 +600,8 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
 
     @torch.no_grad()
     def restore_full_attention(self, teacher: StudentForCausalLM, layers) -> StudentForCausalLM:
-        """A copy of this model in which `layers` hold the teacher's softmax attention again."""
+        """A copy of this model, on its device, in which `layers` hold the teacher's softmax attention
+        again."""
         config = copy.deepcopy(self.config)
         config.keep_full_attention_layers = sorted({*config.keep_full_attention_layers, *layers})
         with no_init_weights():  # all weights are loaded below
@@ -610,7 +611,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         state = {k: v for k, v in self.state_dict().items() if not k.startswith(prefixes)}
         state |= {k: v for k, v in teacher.state_dict().items() if k.startswith(prefixes)}
         hybrid.load_state_dict(state)
-        return hybrid
+        return hybrid.to(self.device)
 
 
 StudentConfig.register_for_auto_class()
