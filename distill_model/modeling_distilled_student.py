@@ -600,8 +600,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
 
     @torch.no_grad()
     def restore_full_attention(self, teacher: StudentForCausalLM, layers) -> StudentForCausalLM:
-        """A copy of this model, on its device, in which `layers` hold the teacher's softmax attention
-        again."""
+        """A copy of this model in which `layers` hold the teacher's softmax attention again."""
         config = copy.deepcopy(self.config)
         config.keep_full_attention_layers = sorted({*config.keep_full_attention_layers, *layers})
         with no_init_weights():  # all weights are loaded below
@@ -611,7 +610,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         state = {k: v for k, v in self.state_dict().items() if not k.startswith(prefixes)}
         state |= {k: v for k, v in teacher.state_dict().items() if k.startswith(prefixes)}
         hybrid.load_state_dict(state)
-        return hybrid.to(self.device)
+        return hybrid
 
 
 StudentConfig.register_for_auto_class()
