@@ -85,7 +85,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--chat_template", help="a Jinja file, or the name of one of the tokenizer's templates")
     parser.add_argument("--max_length", type=int, help="cut documents after this many tokens")
-    parser.add_argument("--num_proc", type=int, default=min(8, os.cpu_count() or 1), help="processes that tokenise (%(default)s)")
+    parser.add_argument(
+        "--num_proc", type=int, default=min(8, os.cpu_count() or 1), help="processes that tokenise (%(default)s)"
+    )
     parser.add_argument("--batch_size", type=int, default=256, help="documents tokenised at a time")
     parser.add_argument("--remove_columns", nargs="*", default=[], help="columns of a hub dataset to skip")
     parser.add_argument(
