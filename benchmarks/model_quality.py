@@ -23,6 +23,7 @@ from evaluation.own_tasks import recall_documents
 from heldout import heldout_figures, read_chunks
 from recall_tasks import RECALL_TASKS, Document, document_accuracies, generated_answers, two_hop_facts
 
+EXAMPLES = 4  # questions of associative recall that show its form and do not count
 PROMPT_TOKENS = 48  # of a sample
 NEW_TOKENS = 64
 
@@ -32,7 +33,7 @@ class Sizes:
     """How much is measured. needle_lengths: tokens of a prompt, those beyond the teacher's positions are
     left out. batch_tokens: of a forward pass without logits."""
 
-    documents: int = 64  # of a recall task, with 16, 4 and 64 questions each
+    documents: int = 64  # of a recall task, with 12, 4 and 64 questions each
     needles: int = 200  # of each length
     needle_lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     samples: int = 6
@@ -46,8 +47,9 @@ def task_documents(count: int) -> dict[str, list[Document]]:
     def drawn(generate, **options) -> list[Document]:
         return [generate(random.Random(f"measured {number}"), **options) for number in range(count)]
 
+    pairs = drawn(RECALL_TASKS["associative_recall"], num_pairs=16, num_words=64)
     return {
-        "associative_recall": drawn(RECALL_TASKS["associative_recall"], num_pairs=16, num_words=64),
+        "associative_recall": [Document(text.text, text.answers[EXAMPLES:]) for text in pairs],
         "two_hops": drawn(two_hop_facts),
         "copying": drawn(RECALL_TASKS["copying"], num_words=64),
     }

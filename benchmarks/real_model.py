@@ -388,7 +388,7 @@ class Experiment:
             model = StudentForCausalLM.from_pretrained(self.run_folder(row) / EXPORT, dtype=self.dtype).to(self.device)
         else:
             model = StudentForCausalLM.from_pretrained(self.start(row), dtype=self.dtype).to(self.device)
-            model = model.restore_full_attention(self.teacher, self.layers(row))
+            model = model.restore_full_attention(self.teacher, self.layers(row)).to(self.device)
         seconds = {"stage1": self.seconds(f"start_{row.start}"), "stage2": self.seconds(f"row_{row.slug}")}
         facts = {"layers": self.layers(row), "start": row.start, "train_seconds": seconds}
         self.store(row.slug, model, facts)

@@ -223,6 +223,13 @@ def test_the_table_has_means_spreads_and_shares():
 
 
 # ------------------------------------------------------------------------ what is measured
+def test_the_first_questions_of_recall_are_examples():
+    for document in model_quality.task_documents(3)["associative_recall"]:
+        questions = document.text.partition("?")[2].split(",")
+        counted = [document.text[start:stop].strip() for start, stop in document.answers]
+        assert len(questions) == 16 and counted == [question.split()[1] for question in questions[4:]]
+
+
 def test_needles_and_facts_follow_from_their_text():
     for seed in range(20):
         document = needle_recall(random.Random(seed), num_sentences=40, num_needles=3)

@@ -31,7 +31,7 @@ def test_several_gpus_score_as_one(teacher_dir, student_dir, data_dir, tmp_path)
         pytest.skip("needs 2 GPUs")
     for name, count, visible in (("cpu", 1, {"CUDA_VISIBLE_DEVICES": ""}), ("one", 1, {}), ("all", gpus, {})):
         command = [sys.executable, "evaluate.py", *options, "--num_gpus", str(count), "--output", str(tmp_path / name)]
-        environment = os.environ | {"TRITON_F32_DEFAULT": "ieee"} | visible
+        environment = os.environ | {"TRITON_F32_DEFAULT": "tf32x3"} | visible
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     cpu, one, several = (read(tmp_path / name) for name in ("cpu", "one", "all"))

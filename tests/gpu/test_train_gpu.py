@@ -225,7 +225,7 @@ def alone(tmp_path_factory, teacher_dir, data_dir):
     """dtype -> a stage 1 to start from, and the losses of stage 2 on one GPU."""
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_F32_DEFAULT", "ieee")  # see test_students_gpu.py
+        patch.setenv("TRITON_F32_DEFAULT", "tf32x3")  # see test_students_gpu.py
         file = write_config(folder, 1, teacher_dir, data_dir)
         finish(start(file, gpu=False), file)
         stage1 = folder / "stage1" / "converted-hf"
