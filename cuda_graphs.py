@@ -12,6 +12,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class GraphedForward:
     A model that trains returns a mapping with a scalar "loss". Its backward pass is a second graph;
     gradients reach the parameters through autograd as usual, so that hooks on them run. Only calls
     with gradients enabled are replayed; the others (evaluation) run eagerly. Every call of a frozen
-    model is replayed.
+    model is replayed. options: further inputs of every call, replayed or not.
 
     The first EAGER_CALLS calls run eagerly. After the capture, a call's tensors are copied to the
     graph's own; parameters that are passed as inputs are read in place; inputs that are not tensors
@@ -43,9 +44,9 @@ class GraphedForward:
 
     passes = 0  # replays of all graphs of the process: tells whether another one has run
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, **options):
         self.model = model
-        self.forward = model.forward
+        self.forward = partial(model.forward, **options)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.enabled = True
         self.calls = 0

@@ -244,7 +244,8 @@ class StageTrainer(Trainer):
     DeepSpeed it drops those that it was given and would train with its own defaults. throughput:
     measures the steps. facts: what a checkpoint's index records of its run. stop, save_minutes: see
     `Guard`. watchdog: told about all progress, if given. cuda_graphs: replay the passes of a
-    training step as CUDA graphs.
+    training step as CUDA graphs; max_documents: the most documents of a micro-batch, which they then
+    need, if it has any.
     """
 
     def __init__(
@@ -259,11 +260,12 @@ class StageTrainer(Trainer):
         save_minutes: float | None = None,
         watchdog: Watchdog | None = None,
         cuda_graphs: bool = False,
+        max_documents: int | None = None,
         **kwargs,
     ):
         super().__init__(*args, data_collator=collate, **kwargs)
         if cuda_graphs:
-            self.model.forward = GraphedForward(self.model)
+            self.model.forward = GraphedForward(self.model, max_documents=max_documents)
         self.make_optimizer = make_optimizer
         self.make_scheduler = make_scheduler
         self.throughput = throughput
@@ -583,7 +585,7 @@ class FrozenTeacher:
 
     engine_config: a DeepSpeed config with ZeRO stage 3, or None for a replica. cuda_graphs: replay
     the forward pass of a replica as a CUDA graph. compared_layers: the blocks whose outputs are
-    given too.
+    given too. max_documents: see `StageTrainer`.
     """
 
     def __init__(
@@ -593,6 +595,7 @@ class FrozenTeacher:
         engine_config: dict | None = None,
         cuda_graphs: bool = False,
         compared_layers: Sequence[int] = (),
+        max_documents: int | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.sharded = engine_config is not None
@@ -603,7 +606,9 @@ class FrozenTeacher:
         else:
             self.model.to(device)
         reader = BlockOutputs(self.model.model, compared_layers)
-        self.forward = GraphedForward(reader) if cuda_graphs and not self.sharded else reader
+        self.forward = reader
+        if cuda_graphs and not self.sharded:
+            self.forward = GraphedForward(reader, max_documents=max_documents)
 
     @torch.no_grad()
     def outputs(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

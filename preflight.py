@@ -45,6 +45,7 @@ from convert.loader import config_fingerprint, weights_fingerprint
 from convert_ckpt import student_config
 from distill_model import StudentConfig, StudentForCausalLM, check_calibration, check_student, same_options
 from distill_model.fp8 import FP8_DEVICE, FP8_KEY, check_fp8_device
+from distill_model.student_layers import reads_documents_on_host
 from optim import STATE_BYTES, freeze_parts, parameter_groups
 from stages import compute_dtype, use_cuda_graphs
 from wrapper import AttentionAlignmentModel
@@ -238,7 +239,8 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     chunks = open_chunks_for(
         tokenizer, vocab_size, folder, cfg.train.train_seq_len, document_mask=cfg.data.document_mask
     )
-    check_cuda_graphs(cfg, chunks.has_documents)
+    student = cfg.student_model
+    check_cuda_graphs(cfg, chunks.has_documents and reads_documents_on_host(student.name, student.options))
     usable = len(chunks.train) - len(chunks.train) % plan.batch_size
     if not usable:
         raise DataError(

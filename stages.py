@@ -16,7 +16,7 @@ from pathlib import Path
 from runtime.checkpoints import UNIVERSAL
 from runtime.config import FOR_A_REPLICA, PARTS, Config, trained_parts
 from runtime.context import RunContext
-from runtime.data import Chunks, model_inputs, read_batch, split_batch
+from runtime.data import Chunks, model_inputs, most_documents, read_batch, split_batch
 from runtime.environment import WANDB_PROJECT
 from runtime.run_folder import METRICS
 from runtime.teacher_outputs import RowsWithOutputs
@@ -26,8 +26,10 @@ from torch import nn
 from tqdm import tqdm
 
 from convert import load_teacher
-from distill_model import DistillationLoss, StudentForCausalLM
+from distill_model import DistillationLoss, StudentConfig, StudentForCausalLM
+from distill_model.documents import supports_varlen
 from distill_model.fp8 import FP8_KEY, check_fp8_device, kl_of, quantize_mlps
+from distill_model.student_layers import reads_documents_on_host
 from mfu import alignment_flops_per_token, device_peak_flops, training_flops_per_token
 from optim import STATE_BYTES, freeze_parts, get_optimizer, get_scheduler, parameter_groups
 from wrapper import AttentionAlignmentModel, calibrate
@@ -320,10 +322,9 @@ def use_cuda_graphs(
 ) -> bool:
     """Whether the passes of a training step run as CUDA graphs. Logs the reason where
     train.cuda_graphs is true and they cannot be used on this GPU. has_documents: whether documents
-    are read one by one; the grids of FLA's kernels then depend on their lengths, which the host
-    reads in each pass."""
+    are read one by one; the passes then need `max_documents`."""
     mode = cfg.train.cuda_graphs
-    if not mode or device != "cuda" or has_documents:
+    if not mode or device != "cuda":
         return False
     size = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))  # FP8 weights are buffers
     if mode == "auto" and cfg.stage != 1 and size >= LARGE_MODEL:
@@ -335,9 +336,20 @@ def use_cuda_graphs(
         reason = "the head of a sharded teacher is gathered into new memory for each pass"
     elif model.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         reason = "RoPE of this type reads lengths on the host"
+    elif has_documents:
+        reason = reason_of_documents(model.config, compute_dtype(cfg, device))
     if reason and mode is True:
         log(f"train.cuda_graphs: not used, for {reason}")
     return reason is None
+
+
+def reason_of_documents(config: StudentConfig, dtype: torch.dtype) -> str | None:
+    """Why a model of this config and dtype cannot read documents in CUDA graphs, or None if it can."""
+    if config.linear_layers and reads_documents_on_host(config.student_name, config.student_options):
+        return f"{config.student_name} reads documents on the host"
+    if not supports_varlen(torch.device("cuda"), dtype, config.head_dim):
+        return "softmax attention reads documents on the host, in this dtype or on this GPU"
+    return None
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -464,9 +476,13 @@ def build_trainer(ctx: RunContext, stage: Stage):
     documents = chunks.has_documents
     graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded, documents)
     options = dict(stage.loss_options)
+    if graphs and documents:
+        splits = [split for split in (chunks.train, chunks.heldout) if split is not None]
+        options["max_documents"] = max(most_documents(split, plan.micro_batch_size) for split in splits)
     if stage.teacher is not None:
         layers = options["distillation"].compared_layers(stage.teacher.config.num_hidden_layers)
-        options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs, layers)
+        most = options.get("max_documents")
+        options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs, layers, most)
     peak = device_peak_flops(ctx.device, compute_dtype(cfg, ctx.device))
     total_peak = None if peak is None else peak * ctx.world_size
     if peak is not None:

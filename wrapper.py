@@ -84,7 +84,7 @@ class AttentionDistillationWrapper(nn.Module):
             output = run_attention(self.student_attn, *inputs, position_embeddings=position_embeddings)
             if block_output is not None:
                 output = block_output(output)
-            return alignment_loss(real_rows(output, documents), real_rows(target, documents), self.kind)
+            return _loss_of_real_tokens(output, target, documents, self.kind)
 
         if not torch.is_grad_enabled():
             return attention_output, target, loss()
@@ -130,17 +130,20 @@ class AttentionAlignmentModel(nn.Module):
             last = self.model.layers[-1]
             del last.mlp, last.mlp_norm
 
-    def forward(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None, max_documents: int | None = None
+    ) -> dict[str, torch.Tensor]:
         """input_ids [B, T] -> loss, the mean over the layers, and layer_losses and layer_variances,
         each [num_hidden_layers] in fp32. document_ids [B, T]: each document is read as if it stood
-        alone, and padding is not counted, see distill_model/documents.py.
+        alone, and padding is not counted, see distill_model/documents.py; max_documents: see
+        `Documents.of`.
 
         A layer's variance is that of what is aligned with, y [B T, hidden_size]: the mean over tokens
         and features of (y - the feature's mean over the tokens)^2. See `relative_errors`.
         """
         with torch.no_grad():
             hidden_states = self.model.embeddings(input_ids)
-            documents = None if document_ids is None else Documents.of(document_ids)
+            documents = None if document_ids is None else Documents.of(document_ids, max_documents)
             positions = None if documents is None else documents.positions
             position_embeddings = self.model.position_embeddings(hidden_states, positions)
         losses = []
@@ -153,7 +156,7 @@ class AttentionAlignmentModel(nn.Module):
             output, target, loss = block.attn(normed, position_embeddings, documents=documents, **compared)
             losses.append(loss)
             # One reduction per layer here; the means over the features of all layers come below.
-            variances.append(real_rows(target, documents).var(0, correction=0))
+            variances.append(_variance_of_real_tokens(target, documents))
             if compared:
                 hidden_states = target
             elif block is not self.model.layers[-1]:
@@ -180,6 +183,27 @@ def _block_output(block: nn.Module, hidden_states: torch.Tensor, attention_outpu
     """The block's output, from its input and its attention's output, all [B, T, hidden_size]."""
     normed, hidden_states = block.mlp_norm(hidden_states, attention_output)
     return hidden_states + block.mlp(normed)
+
+
+def _loss_of_real_tokens(
+    output: torch.Tensor, target: torch.Tensor, documents: Documents | None, kind: str
+) -> torch.Tensor:
+    """`alignment_loss` of output and target [B, T, hidden_size], the mean over all tokens but padding."""
+    if documents is None or not documents.is_static:
+        return alignment_loss(real_rows(output, documents), real_rows(target, documents), kind)
+    is_real = documents.is_real.view(*output.shape[:2], 1)
+    loss = alignment_loss(torch.where(is_real, output, target), target, kind)  # padding is at distance 0
+    return loss * (is_real.numel() / is_real.sum())
+
+
+def _variance_of_real_tokens(x: torch.Tensor, documents: Documents | None) -> torch.Tensor:
+    """The variance over the tokens of x [B, T, hidden_size] but padding, [hidden_size]."""
+    if documents is None or not documents.is_static:
+        return real_rows(x, documents).var(0, correction=0)
+    is_real = documents.is_real[:, None]
+    rows = x.flatten(0, 1).float()
+    mean = torch.where(is_real, rows, 0).sum(0) / is_real.sum()
+    return torch.where(is_real, rows - mean, 0).square().sum(0) / is_real.sum()
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ def grouped_by_length(*packed):
             has_state = options.get("initial_state") is not None
             if cu_seqlens is None or has_state or options.get("output_final_state") or options.get("use_cache"):
                 return op(**options)
-            lengths = cu_seqlens.diff()
+            lengths = cu_seqlens.unique_consecutive().diff()  # without empty sequences
             sizes = torch.tensor([length.bit_length() for length in (lengths - 1).tolist()], device=lengths.device)
             tokens, outputs = [], []
             for size in sizes.unique():
@@ -429,7 +429,8 @@ def forgetting_attn(q, k, v, g, scale=None, cu_seqlens=None, **_):
     """Softmax attention with forget gates: logits + sum of the log-gates g [B, T, HQ] between key
     and query."""
     if cu_seqlens is not None:
-        parts = zip(*(x[0].split(cu_seqlens.diff().tolist()) for x in (q, k, v, g)))
+        lengths = cu_seqlens.unique_consecutive().diff().tolist()  # without empty sequences
+        parts = zip(*(x[0].split(lengths) for x in (q, k, v, g)))
         return torch.cat([forgetting_attn(*(x[None] for x in part), scale=scale) for part in parts], 1)
     dtype = q.dtype
     q, k, v, g = (x.transpose(1, 2) for x in _upcast(q, k, v, g))
@@ -633,7 +634,8 @@ def token_shift(x, cu_seqlens=None, cache=None, output_cache=False, **_):
         starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
         first = x.new_zeros(1, len(starts), x.shape[-1]) if cache is None else cache.view(1, len(starts), -1).to(x)
         last = x[0, ends - 1]
-        delta = x.roll(1, 1).index_copy(1, starts, first) - x
+        has_tokens = ends > starts
+        delta = x.roll(1, 1).index_copy(1, starts[has_tokens], first[:, has_tokens]) - x
     return (delta, last) if output_cache else delta
 
 
@@ -745,6 +747,11 @@ def bind_stand_ins() -> list[tuple[dict, str, object]]:
             if new is not old:
                 bound += _rebind(spaces, old, new)
     return bound
+
+
+def rebind_entry_point(old, new) -> None:
+    """Rebinds every name in FLA's loaded modules that refers to `old`, to `new`."""
+    _rebind(_namespaces(), old, new)
 
 
 def _rebind(spaces: list[dict], old, new) -> list[tuple[dict, str, object]]:

@@ -10,43 +10,121 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cpu_ops import rebind_entry_point
+
 PADDING = -1  # the document id of tokens that fill a chunk up
+# Elements beside one per token of the tensor of bounds: the end, that of an empty document, and one
+# that no document has.
+SPARE = 3
 
 
 @dataclass(frozen=True)
 class Documents:
     """The N documents of a batch, its rows one after another; a row's padding counts as one.
 
-    cu_seqlens: [N + 1] int32, where each begins, and the number of tokens B T. lengths: the same on
-    the host, as N lengths. positions: [1, B T], of each token in its document. real: the indices of
-    the tokens that are no padding, or None if none is.
+    cu_seqlens: [N + 1] int32, where each begins, and the number of tokens B T. positions: [1, B T],
+    of each token in its document. is_real: [B T] bool, the tokens that are no padding. row_length:
+    T. is_static: whether N is fixed; the last documents are then empty, one at least.
     """
 
     cu_seqlens: torch.Tensor
-    lengths: list[int]
     positions: torch.Tensor
-    real: torch.Tensor | None
+    is_real: torch.Tensor
+    row_length: int
+    is_static: bool
 
     @classmethod
-    def of(cls, document_ids: torch.Tensor) -> Documents:
-        """Of document_ids [B, T]. On a GPU a host-device sync."""
+    def of(cls, document_ids: torch.Tensor, max_documents: int | None = None) -> Documents:
+        """Of document_ids [B, T]. max_documents: with it, no shape depends on the documents, and the
+        host reads nothing, as a CUDA graph needs it; the device asserts that they are not more.
+        Without it the host reads how many they are."""
         begins = document_ids.new_ones(document_ids.shape, dtype=torch.bool)
         begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         begins = begins.flatten()
-        starts = begins.nonzero().flatten()
-        bounds = F.pad(starts, (0, 1), value=begins.numel())
-        lengths = bounds.diff()
-        tokens = torch.arange(begins.numel(), device=starts.device)
-        positions = tokens - starts.repeat_interleave(lengths, output_size=begins.numel())
+        tokens = begins.numel()
+        indices = torch.arange(tokens, dtype=torch.int32, device=begins.device)
+        numbers = begins.cumsum(0) - 1  # of each token's document
+        # As many bounds as there may be at most, see `tokens_of`; those not needed stay at the end.
+        bounds = torch.full((tokens + SPARE,), tokens, dtype=torch.int32, device=begins.device)
+        bounds.scatter_(0, torch.where(begins, numbers, tokens + SPARE - 1), indices)
+        positions = indices - bounds[numbers]
+        is_static = max_documents is not None
+        if is_static:
+            use_static_shapes()
+            torch._assert_async(numbers[-1] < max_documents)
+            cu_seqlens = bounds[: min(max_documents, tokens) + 2]
+        else:
+            cu_seqlens = bounds[: int(numbers[-1]) + 2].clone()
         is_real = (document_ids != PADDING).flatten()
-        real = None if is_real.all() else is_real.nonzero().flatten()
-        return cls(bounds.int(), lengths.tolist(), positions[None], real)
+        return cls(cu_seqlens, positions.long()[None], is_real, document_ids.shape[1], is_static)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Of the N documents, on the host; reading them is a host-device sync."""
+        return self.cu_seqlens.diff().tolist()
+
+    @cached_property
+    def real(self) -> torch.Tensor | None:
+        """The indices of the tokens that are no padding, or None if none is; a host-device sync."""
+        return None if self.is_real.all() else self.is_real.nonzero().flatten()
+
+    @property
+    def longest(self) -> int:
+        """A length that no document exceeds."""
+        return self.row_length if self.is_static else max(self.lengths)
+
+
+def tokens_of(cu_seqlens: torch.Tensor) -> int | None:
+    """The number of packed tokens, where cu_seqlens are those of static `Documents`; else None.
+
+    Those are the first of a tensor with SPARE more elements than there are tokens. Its size passes
+    through FLA's autograd functions and activation checkpointing, which an attribute would not.
+    """
+    elements = cu_seqlens.untyped_storage().nbytes() // cu_seqlens.element_size()
+    return None if elements == len(cu_seqlens) else elements - SPARE
+
+
+@cache
+def use_static_shapes() -> None:
+    """Replaces two functions of FLA that read cu_seqlens on the host, for static `Documents`: what its
+    kernels take for their grids, and a bound on the lengths for its token shift."""
+    from fla.modules import token_shift
+    from fla.ops.utils import index
+    from fla.utils import tensor_cache
+
+    chunk_indices, longest = index.prepare_chunk_indices, token_shift.prepare_maxlens
+
+    @tensor_cache
+    def prepare_chunk_indices(cu_seqlens, chunk_size, cu_seqlens_cpu=None):
+        tokens = tokens_of(cu_seqlens)
+        if tokens is None:
+            return chunk_indices(cu_seqlens, chunk_size, cu_seqlens_cpu)
+        return static_chunk_indices(cu_seqlens, chunk_size, tokens)
+
+    def prepare_maxlens(cu_seqlens):
+        return tokens_of(cu_seqlens) or longest(cu_seqlens)
+
+    rebind_entry_point(chunk_indices, prepare_chunk_indices)
+    rebind_entry_point(longest, prepare_maxlens)
+
+
+def static_chunk_indices(cu_seqlens: torch.Tensor, chunk_size: int, tokens: int) -> torch.Tensor:
+    """(document, chunk in it) of each chunk of the packed tokens, [ceil(tokens / chunk_size) + N - 1,
+    2]: as many as N documents, of which the last is empty, can have. Rows that are not needed are
+    (N - 1, 0), in the empty document, where kernels have nothing to do."""
+    ends = (cu_seqlens.diff() + (chunk_size - 1)).div(chunk_size, rounding_mode="floor").cumsum(0)
+    last = len(ends) - 1
+    rows = torch.arange(-(-tokens // chunk_size) + last, device=ends.device)
+    document = torch.searchsorted(ends, rows, right=True).clamp(max=last)
+    first = F.pad(ends, (1, 0))[document]
+    chunk = torch.where(document == last, 0, rows - first)
+    return torch.stack((document, chunk), 1).to(cu_seqlens)
 
 
 def learned_tokens(loss_mask: torch.Tensor | None, document_ids: torch.Tensor | None) -> torch.Tensor | None:
@@ -83,12 +161,11 @@ def run_attention(attn: nn.Module, x: torch.Tensor, documents: Documents | None 
     return out.view(x.shape)
 
 
-def _supports_varlen(q: torch.Tensor) -> bool:
-    """Whether FlashAttention's kernels for packed rows take q [..., head_dim]."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+def supports_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether FlashAttention's kernels for packed rows take queries of this kind."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    head_dim = q.shape[-1]
-    return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
@@ -115,14 +192,14 @@ def packed_attention(
     window_size: how many tokens a query attends to, itself included; None for all. sink_size: how
     many of the document's first tokens it attends to besides.
     """
-    if not sink_size and _supports_varlen(q):
+    if not sink_size and supports_varlen(q.device, q.dtype, q.shape[-1]):
         varlen_attn, grouped = _varlen_attention()
         left = -1 if window_size is None else window_size - 1
-        longest = max(documents.lengths)
+        longest = documents.longest
         bounds = (documents.cu_seqlens, documents.cu_seqlens, longest, longest)
         return varlen_attn(q[0], k[0], v[0], *bounds, window_size=(left, 0), **grouped)[None]
     parts = (x.transpose(1, 2).split(documents.lengths, 2) for x in (q, k, v))
-    outputs = [_document_attention(*part, window_size, sink_size) for part in zip(*parts)]
+    outputs = [_document_attention(*part, window_size, sink_size) for part in zip(*parts) if part[0].shape[2]]
     return torch.cat(outputs, 2).transpose(1, 2)
 
 

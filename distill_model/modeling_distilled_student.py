@@ -262,11 +262,12 @@ class StudentModel(StudentPreTrainedModel):
         attend: Callable[..., torch.Tensor] | None = None,
         document_ids: torch.Tensor | None = None,
         observe: Callable[[int, torch.Tensor], None] | None = None,
+        max_documents: int | None = None,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T]; attention_mask [B, past + T], 0 for padding; attend: see
         `SoftmaxAttention.forward`; document_ids [B, T]: each document is read as if it stood alone,
-        see documents.py; observe: called with the index and the output [B, T, hidden_size] of each
-        block. Returns last_hidden_state [B, T, hidden_size] after the final
+        see documents.py; max_documents: see `Documents.of`; observe: called with the index and the output
+        [B, T, hidden_size] of each block. Returns last_hidden_state [B, T, hidden_size] after the final
         norm; with output_hidden_states also hidden_states, the embeddings and each block's output,
         as transformers' models do. Raises ValueError for a cache that has no place for the states
         of linear layers."""
@@ -277,7 +278,7 @@ class StudentModel(StudentPreTrainedModel):
             ruled_out = dict(attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache)
             check_documents(document_ids, (batch_size, q_len), position_ids=position_ids, **ruled_out)
             use_cache = False
-            documents = Documents.of(document_ids)
+            documents = Documents.of(document_ids, max_documents)
             position_ids = documents.positions
         past_key_values = self.cache_of(past_key_values, use_cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -493,6 +494,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         output_hidden_states: bool | None = None,
         document_ids: torch.Tensor | None = None,
         teacher_block_outputs: torch.Tensor | None = None,
+        max_documents: int | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size] (the last `logits_to_keep` of them if that is not 0), or a loss
         without logits.
@@ -505,8 +507,8 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         `TopTokens`, in place of its hidden states and head. teacher_block_outputs [layers, B, T,
         hidden_size]: of the blocks that `distillation` compares. document_ids [B, T]: each document is read
         as if it stood alone, and the losses skip the prediction of a document's first token, see
-        documents.py. Raises ValueError if a requested loss lacks its inputs, and for document_ids
-        beside a cache, a mask or position_ids.
+        documents.py; max_documents: see `Documents.of`. Raises ValueError if a requested loss lacks its
+        inputs, and for document_ids beside a cache, a mask or position_ids.
         """
         tokens = None if teacher_values is None else TopTokens(teacher_values, teacher_ids, teacher_log_rest)
         learned = learned_tokens(loss_mask, document_ids)
@@ -530,6 +532,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
             output_hidden_states=output_hidden_states,
             document_ids=document_ids,
             observe=errors,
+            max_documents=max_documents,
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = None

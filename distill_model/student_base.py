@@ -159,6 +159,8 @@ class StudentAttention:
         distributed to devices.
     supports_empty_rows: whether a batch may have a row that is all padding.
     weights_read_by_kernel: the projections whose weight is passed to a kernel of FLA directly.
+    reads_documents_on_host: whether FLA's functions, or ours, read on the host how many chunks there
+        are in packed documents, or how long these are: a CUDA graph cannot.
     """
 
     OPTIONS: dict[str, Option] = {}
@@ -170,6 +172,7 @@ class StudentAttention:
     heads_are_independent = True
     supports_empty_rows = False
     weights_read_by_kernel: tuple[str, ...] = ()
+    reads_documents_on_host = False
     rope_share = 0.0
     fits_decay = False
     fits_gate = False

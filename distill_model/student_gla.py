@@ -41,6 +41,7 @@ class GatedLinearStudent(StudentAttention, GatedLinearAttention):
     """Gated linear attention (Yang et al., arXiv 2312.06635). Its gate is a sigmoid, so that it can
     start open."""
 
+    reads_documents_on_host = True
     OPTIONS = {
         "gate_logit_normalizer": Option(),
         "gate_low_rank_dim": Option(),
@@ -68,6 +69,7 @@ class GatedSlotStudent(StudentAttention, GatedSlotAttention):
 
     heads_are_independent = False  # for the norm
     weights_read_by_kernel = ("o_proj",)
+    reads_documents_on_host = True
     OPTIONS = {
         "num_slots": Option(minimum=LEAST_BLOCK),
         "gate_logit_normalizer": Option(),
@@ -101,6 +103,7 @@ class HGRN2Student(StudentAttention, HGRN2Attention):
 
     heads_are_independent = False  # for the norm
     weights_read_by_kernel = ("o_proj",)
+    reads_documents_on_host = True
     SOURCES = {
         "q_proj.weight": "q_proj.weight",
         "i_proj.weight": "v_proj.weight",
@@ -136,6 +139,7 @@ class Mamba2Student(StudentAttention, Mamba2):
     `chunk_size` has no effect since; older configs have it.
     """
 
+    reads_documents_on_host = True
     OPTIONS = {"conv_kernel": Option(), "chunk_size": Option()}
     HEAD_DIMS = None
     SOURCES = {"out_proj.weight": "o_proj.weight", "out_proj.bias": "o_proj.bias"}

@@ -79,6 +79,7 @@ class PaTHStudent(_MaskedCacheStudent, PaTHAttention):
     is a product of Householder-like matrices. These start near the identity, and the forget gate,
     if there is one, starts open."""
 
+    reads_documents_on_host = True
     OPTIONS = {
         "conv_size": Option(needs="use_w_shortconv"),
         "conv_bias": Option(bool, needs="use_w_shortconv"),
@@ -288,6 +289,7 @@ class LoLCATsStudent(StudentAttention, SoftmaxAttention):
 
     has_constant_state = False
     supports_empty_rows = True
+    reads_documents_on_host = True
     OPTIONS = {
         "window_size": Option(),
         "feature_dim": Option(minimum=2),  # softmax over a single feature is 1

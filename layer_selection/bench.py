@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from runtime.config import Config, ConfigError, check_cuda_graphs
-from runtime.data import LOSS_MASK, load_tokenizer, open_chunks_for, read_batch, split_batch
+from runtime.data import LOSS_MASK, load_tokenizer, most_documents, open_chunks_for, read_batch, split_batch
 from runtime.teacher_outputs import check_outputs
 
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM
+from distill_model.student_layers import reads_documents_on_host
 from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, ids_of, position_weights, read_chunks
 from layer_selection.objective import Objective, RecallOptions, objective_settings
 from layer_selection.stage2_runs import check_start
@@ -119,7 +120,8 @@ class Bench:
         self.weights = heldout_weights(chunks, sequences, batch_size)
         self.train = chunks.train
         self.has_documents = chunks.has_documents
-        check_cuda_graphs(cfg, self.has_documents)
+        student = cfg.student_model
+        check_cuda_graphs(cfg, self.has_documents and reads_documents_on_host(student.name, student.options))
 
     @cached_property
     def teacher(self) -> StudentForCausalLM:
@@ -131,6 +133,10 @@ class Bench:
         check_start(self.cfg)
         student = StudentForCausalLM.from_pretrained(self.cfg.train.student_init_ckpt, dtype=self.dtype)
         return student.to(self.device).eval()
+
+    def max_documents(self, rows: int) -> int | None:
+        """The most documents of `rows` training sequences; None if they are not read one by one."""
+        return most_documents(self.train, rows) if self.has_documents else None
 
     @property
     def unit(self) -> str:

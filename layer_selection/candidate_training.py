@@ -158,7 +158,8 @@ class MasterAdamW:
 
 class Candidate:
     """A hybrid in the middle of its stage 2. cuda_graphs: replay its forward and backward passes as
-    CUDA graphs; it must then stay on its GPU. optimizer: `MasterAdamW` or a subclass."""
+    CUDA graphs; it must then stay on its GPU. optimizer: `MasterAdamW` or a subclass. max_documents:
+    the most documents of a micro-batch, for graphs, if it has any."""
 
     def __init__(
         self,
@@ -168,6 +169,7 @@ class Candidate:
         plan: BatchPlan,
         cuda_graphs: bool = False,
         optimizer: type[MasterAdamW] = MasterAdamW,
+        max_documents: int | None = None,
     ):
         self.name = name
         self.cfg = cfg
@@ -175,7 +177,7 @@ class Candidate:
         self.losses: dict[int, torch.Tensor] = {}  # step -> loss, since they were last checked
         hybrid.set_activation_checkpointing(cfg.train.gradient_checkpointing)
         freeze_parts(hybrid, cfg)
-        self.forward = GraphedForward(hybrid) if cuda_graphs else hybrid
+        self.forward = GraphedForward(hybrid, max_documents=max_documents) if cuda_graphs else hybrid
         groups = [
             {"params": group.params, "lr": group.lr, "weight_decay": group.weight_decay}
             for group in parameter_groups(hybrid, cfg)
@@ -344,12 +346,13 @@ class JointTraining:
         has_documents = self.bench.has_documents
         device = self.bench.device.type
         graphs = self.resident and use_cuda_graphs(self.cfg, device, 1, student, has_documents=has_documents)
-        self.teacher_forward = GraphedForward(teacher.model) if graphs else teacher.model
+        most = self.bench.max_documents(self.plan.micro_batch_size)
+        self.teacher_forward = GraphedForward(teacher.model, max_documents=most) if graphs else teacher.model
         home = self.bench.device if self.resident else CPU
         for layer in mine:
             torch.manual_seed(self.cfg.train.seed)
             hybrid = self.make_hybrid(layer).to(home)  # before its optimiser, which is fused on a GPU
-            candidate = Candidate(f"layer {layer}", hybrid, self.cfg, self.plan, graphs)
+            candidate = Candidate(f"layer {layer}", hybrid, self.cfg, self.plan, graphs, max_documents=most)
             if done:
                 state = load_file(self.saved(done) / f"{layer}.safetensors")
                 candidate.optimizer.load(state, self.last_step(done))

@@ -122,14 +122,17 @@ class GatedModel(nn.Module):
         token_weights: torch.Tensor,
         teacher_hidden_states: torch.Tensor,
         document_ids: torch.Tensor | None = None,
+        max_documents: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """The objective, sum of token_weights x KL, and the gates [L].
 
-        input_ids, token_weights, document_ids: [B, T]; teacher_hidden_states: [B, T, H], after its final norm.
+        input_ids, token_weights, document_ids: [B, T]; teacher_hidden_states: [B, T, H], after its final norm;
+        max_documents: see `Documents.of`.
         """
         gates = budget_gates(self.logits, self.temperature, self.top_k)
         self.gates[0] = gates
-        hidden = self.student.model(input_ids, use_cache=False, document_ids=document_ids).last_hidden_state
+        documents = {"document_ids": document_ids, "max_documents": max_documents}
+        hidden = self.student.model(input_ids, use_cache=False, **documents).last_hidden_state
         loss = forward_kl(
             hidden.flatten(0, 1),
             teacher_hidden_states.flatten(0, 1),
@@ -192,9 +195,11 @@ class GateTraining:
         self.order = torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])
         has_documents = bench.has_documents
         graphs = use_cuda_graphs(self.cfg, bench.device.type, 1, bench.student, has_documents=has_documents)
-        wrap = GraphedForward if graphs else (lambda module: module)
-        self.forward = wrap(self.model)
-        self.teacher_forward = wrap(bench.teacher.model)
+        self.forward, self.teacher_forward = self.model, bench.teacher.model
+        if graphs:
+            most = bench.max_documents(self.plan.micro_batch_size + 1)  # mixture: as many rows at most
+            self.forward = GraphedForward(self.model, max_documents=most)
+            self.teacher_forward = GraphedForward(bench.teacher.model, max_documents=most)
 
     def settings(self) -> dict:
         """What a stored training must agree in."""

@@ -62,8 +62,8 @@ class DataConfig:
     document_mask: bool | str = key(
         False,
         help=(
-            "read the documents of a chunk one by one, see docs/data.md#documents; without CUDA graphs. auto: where "
-            "the chunks record where documents begin, as preprocess_chunk.py makes them"
+            "read the documents of a chunk one by one, see docs/data.md#documents. auto: where the chunks record "
+            "where documents begin, as preprocess_chunk.py makes them"
         ),
         choices=("auto", True, False),
     )
@@ -334,8 +334,8 @@ class TrainConfig:
             "on a GPU: replay the forward and backward passes of a step as CUDA graphs, which "
             "avoids the overhead of kernel launches: several times as fast for a small model, at "
             "the cost of extra memory, see docs/performance.md#cuda-graphs. auto: in stage 1, and for "
-            "models of less than a billion parameters, without document_mask. Not used with ZeRO-3 or a "
-            "sharded teacher"
+            "models of less than a billion parameters. Not used with ZeRO-3 or a sharded teacher; nor with "
+            "document_mask in fp32 or for some students, see docs/data.md#documents"
         ),
         choices=("auto", True, False),
     )
@@ -659,12 +659,12 @@ def check_hidden_layers(cfg: Config, num_layers: int) -> None:
         raise ConfigError(f"train.hidden_layers: {outside} out of range; the teacher's layers are 0..{num_layers - 1}")
 
 
-def check_cuda_graphs(cfg: Config, has_documents: bool) -> None:
-    """Raises ConfigError if CUDA graphs are wanted, and documents are read one by one."""
-    if cfg.train.cuda_graphs is True and has_documents:
+def check_cuda_graphs(cfg: Config, reads_documents: bool) -> None:
+    """Raises ConfigError if CUDA graphs are wanted, and the student reads documents on the host."""
+    if cfg.train.cuda_graphs is True and reads_documents:
         raise ConfigError(
-            "train.cuda_graphs: true replays passes of one shape, but documents differ in number and length; "
-            "set it to auto, or data.document_mask to false"
+            f"train.cuda_graphs: true replays passes without the host, but {cfg.student_model.name} reads documents "
+            "there; set it to auto, or data.document_mask to false"
         )
 
 

@@ -433,6 +433,17 @@ def open_chunks_for(
     return open_chunks(cache_dir, train_seq_len, tokenizer_fingerprint(tokenizer), key, vocab_size, document_mask)
 
 
+def most_documents(dataset, rows: int) -> int:
+    """The most documents that `rows` chunks of a split hold, the padding of each counted as one. A chunk
+    may be among them twice, where two epochs meet."""
+    import numpy
+    import pyarrow.compute
+
+    counts = pyarrow.compute.list_value_length(dataset.data.column(DOCUMENT_LENGTHS)).to_numpy() + 1
+    ascending = numpy.sort(counts).repeat(2)
+    return int(ascending[-rows:].sum())
+
+
 def largest_id(dataset) -> int:
     """The largest token id in a split of chunks; its Arrow file is read without a copy."""
     parts = dataset.data.column("input_ids").chunks

@@ -66,6 +66,7 @@ def use_stand_ins() -> None:
 def train_with_stand_ins(arguments: list[str]) -> None:
     """Runs train.py with stand-ins for all graphs; prints how often one was replayed."""
     use_stand_ins()
+    stages.supports_varlen = lambda *_: True
     wanted = stages.use_cuda_graphs
     stages.use_cuda_graphs = lambda cfg, device, *rest, **more: wanted(cfg, "cuda", *rest, **more)
     train.main(arguments)
@@ -86,8 +87,10 @@ def run(file, *overrides) -> str:
     return done.stdout
 
 
-def test_training_through_deepspeed_is_the_same_with_and_without(tmp_path, teacher_dir, data_dir):
-    """All three stages, with accumulated gradients, clipping and evaluations in between."""
+@pytest.mark.parametrize("document_mask", ["false", pytest.param("true", marks=pytest.mark.slow)])
+def test_training_through_deepspeed_is_the_same_with_and_without(tmp_path, teacher_dir, data_dir, document_mask):
+    """All three stages, with accumulated gradients, clipping and evaluations in between; to the bit but
+    in stage 1 with documents, which takes its mean over tokens differently."""
     for stage in (1, 2, 3):
         results = []
         for graphs in ("true", "false"):
@@ -100,7 +103,7 @@ def test_training_through_deepspeed_is_the_same_with_and_without(tmp_path, teach
             folder = tmp_path / f"graphs_{graphs}"
             folder.mkdir(exist_ok=True)
             file = write_config(folder, stage, teacher_dir, data_dir, **changes)
-            overrides = [f"train.cuda_graphs={graphs}", "data.document_mask=false"]
+            overrides = [f"train.cuda_graphs={graphs}", f"data.document_mask={document_mask}"]
             if stage > 1:
                 before = tmp_path / "graphs_true" / f"stage{stage - 1}" / "converted-hf"
                 overrides.append(f"train.student_init_ckpt={before}")
@@ -113,8 +116,11 @@ def test_training_through_deepspeed_is_the_same_with_and_without(tmp_path, teach
                 losses += [(line["step"], name, line[name]) for name in names]
             results.append((losses, load_file(folder / f"stage{stage}" / "converted-hf" / "model.safetensors")))
         (losses, weights), (expected, expected_weights) = results
-        assert losses == expected
         assert len(losses) > 8
+        if stage == 1 and document_mask == "true":
+            assert losses == [(step, name, pytest.approx(value, rel=1e-4)) for step, name, value in expected]
+            continue
+        assert losses == expected
         assert all(torch.equal(weight, expected_weights[name]) for name, weight in weights.items())
 
 
@@ -163,17 +169,29 @@ def test_large_models_have_graphs_in_stage_1_or_on_request(tmp_path, teacher_dir
     assert stages.use_cuda_graphs(first, "cuda", 2, model)
 
 
-def test_documents_one_by_one_rule_graphs_out(tmp_path, teacher_dir, data_dir):
+def test_documents_one_by_one_rule_graphs_out_for_some_students(tmp_path, teacher_dir, data_dir, monkeypatch):
     """auto does without them; asked for, they are refused before a model is read."""
+    monkeypatch.setattr(stages, "supports_varlen", lambda device, dtype, head_dim: dtype == torch.bfloat16)
     file = write_config(tmp_path, 1, teacher_dir, data_dir)
-    cfg = load_config(file)
-    assert stages.use_cuda_graphs(cfg, "cuda", 1, load_teacher(teacher_dir))
-    assert not stages.use_cuda_graphs(cfg, "cuda", 1, load_teacher(teacher_dir), has_documents=True)
-    assert open_data(cfg, batch_plan(cfg, 1)).has_documents
-    asked = load_config(file, ["train.cuda_graphs=true"])
-    with pytest.raises(ValueError, match="train.cuda_graphs: true .* documents .* data.document_mask to false"):
+    auto, asked = load_config(file), load_config(file, ["train.cuda_graphs=true"])
+    teacher = load_teacher(teacher_dir)
+    lines = []
+
+    def used(student, cfg=auto, **more):
+        model, _ = StudentForCausalLM.from_teacher(teacher, student, **more)
+        return stages.use_cuda_graphs(cfg, "cuda", 1, model, lines.append, has_documents=True)
+
+    assert used("gdn_v4")
+    assert used("gla_v1", keep_full_attention_layers=range(teacher.config.num_hidden_layers))
+    assert not used("gla_v1")
+    assert not lines and not used("gla_v1", asked)
+    assert not used("gdn_v4", load_config(file, ["train.cuda_graphs=true", "train.dtype=fp32"]))
+    assert "gla_v1 reads documents on the host" in lines[0] and "in this dtype" in lines[1] and len(lines) == 2
+    assert open_data(asked, batch_plan(asked, 1)).has_documents
+    asked = load_config(file, ["train.cuda_graphs=true", "student_model.name=gla_v1"])
+    with pytest.raises(ValueError, match="train.cuda_graphs: true .* gla_v1 reads documents .*document_mask to false"):
         open_data(asked, batch_plan(asked, 1))
-    without = load_config(file, ["train.cuda_graphs=true", "data.document_mask=false"])
+    without = load_config(file, [*("train.cuda_graphs=true", "student_model.name=gla_v1"), "data.document_mask=false"])
     assert not open_data(without, batch_plan(without, 1)).has_documents
 
 
@@ -293,6 +311,23 @@ def test_another_call_than_the_recorded_one_is_refused(model, changes, message):
     forward = replayed(model)
     with pytest.raises(RuntimeError, match=message):
         forward(**inputs() | changes)
+
+
+def test_documents_differ_from_call_to_call(model):
+    """In number and length; the recorded pass reads those of each call."""
+    forward = GraphedForward(model, max_documents=7)
+    generator = torch.Generator().manual_seed(0)
+    for call in range(EAGER_CALLS + 4):
+        documents = (torch.rand(2, 9, generator=generator) < 0.3).int().cumsum(1).clamp(max=2)
+        batch = inputs() | {"document_ids": documents}
+        losses, gradients = [], []
+        for run in (forward, model):
+            model.zero_grad()
+            losses.append(run(**batch)["loss"])
+            losses[-1].backward()
+            gradients.append([p.grad for p in model.parameters()])
+        assert (forward.forward_graph is not None) == (call >= EAGER_CALLS)
+        assert torch.equal(*losses) and all(map(torch.equal, *gradients))
 
 
 def moved(tensor) -> None:

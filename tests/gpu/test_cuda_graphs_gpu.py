@@ -2,6 +2,7 @@
 kernel."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ from test_students_gpu import OPTIONS, one_config  # noqa: F401
 
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
 from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM
+from distill_model.documents import PADDING
+from distill_model.student_layers import reads_documents_on_host
 from layer_selection.gates import GatedModel
 from wrapper import AttentionAlignmentModel
 
@@ -17,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-CALLS, ACCUMULATED, BATCH, LENGTH = EAGER_CALLS + 5, 2, 2, 131
+CALLS, ACCUMULATED, BATCH, LENGTH, MOST = EAGER_CALLS + 5, 2, 2, 131, 40
 CONFIG = StudentConfig(
     hidden_size=128,
     intermediate_size=192,
@@ -43,26 +46,34 @@ def models(name, stage):
     return student.train(), teacher
 
 
-def train(name, stage, graphed, checkpointing=False):
+def train(name, stage, graphed, checkpointing=False, max_documents=None, documents=False):
     """Losses and weights of CALLS micro-batches, with an optimiser step after every ACCUMULATED
-    ones."""
+    ones. documents: the tokens are of documents, at most MOST in a micro-batch, and padding."""
     model, teacher = models(name, stage)
     if stage > 1:
         model.set_activation_checkpointing(checkpointing)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    forward, read = model, teacher.model
+    options = {"max_documents": max_documents} if documents else {}
+    forward, read = partial(model, **options), partial(teacher.model, **options)
     if graphed:
-        forward, read = GraphedForward(model), GraphedForward(teacher.model.requires_grad_(False))
+        forward = GraphedForward(model, **options)
+        read = GraphedForward(teacher.model.requires_grad_(False), **options)
     sgd = torch.optim.SGD(parameters, 0.05)
     generator, losses = torch.Generator().manual_seed(1), []
     for call in range(CALLS):
         ids = torch.randint(CONFIG.vocab_size, (BATCH, LENGTH), generator=generator).cuda()
         inputs = {"input_ids": ids}
+        if documents:
+            begins = torch.rand(BATCH, LENGTH, generator=generator) < 0.2 * torch.rand((), generator=generator)
+            groups = begins.cumsum(1).clamp(max=MOST // BATCH - 2).int()
+            groups[:, -5:] = PADDING
+            inputs["document_ids"] = groups.cuda()
+        batch = dict(inputs)
         if stage > 1:
             inputs |= {"use_cache": False, "labels": ids}
         if stage == 2:
             with torch.no_grad():
-                hidden = read(input_ids=ids, use_cache=False)["last_hidden_state"]
+                hidden = read(**batch, use_cache=False)["last_hidden_state"]
             inputs |= {
                 "teacher_hidden_states": hidden,
                 "teacher_head_weight": teacher.lm_head.weight,
@@ -88,6 +99,33 @@ def test_graphs_equal_launches_to_the_bit(name, stage):
     assert losses.unique().numel() > CALLS // 2
     assert torch.equal(losses, graphed_losses), losses - graphed_losses
     assert all(map(torch.equal, weights, graphed_weights))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("name", [name for name in STUDENT_ATTENTION_MAP if not reads_documents_on_host(name, {})])
+def test_graphs_of_documents_equal_launches_to_the_bit(name, stage):
+    """With as many documents at most; and nearly launches for as many as there are."""
+    launched, weights = train(name, stage, graphed=False, max_documents=MOST, documents=True)
+    graphed, graphed_weights = train(name, stage, graphed=True, max_documents=MOST, documents=True)
+    dynamic, _ = train(name, stage, graphed=False, documents=True)
+    assert launched.isfinite().all()
+    assert launched.unique().numel() > CALLS // 2
+    assert torch.equal(launched, graphed), launched - graphed
+    assert all(map(torch.equal, weights, graphed_weights))
+    torch.testing.assert_close(launched, dynamic, rtol=1e-2, atol=0)
+
+
+def test_graphs_of_documents_with_activation_checkpointing():
+    options = dict(checkpointing=True, max_documents=MOST, documents=True)
+    losses, weights = train("gdn_v7", 2, False, **options)
+    graphed_losses, graphed_weights = train("gdn_v7", 2, True, **options)
+    assert torch.equal(losses, graphed_losses)
+    assert all(map(torch.equal, weights, graphed_weights))
+
+
+def test_a_student_that_reads_documents_on_the_host_names_the_cure():
+    with pytest.raises(RuntimeError, match="set train.cuda_graphs=false"):
+        train("gla_v1", 3, True, max_documents=MOST, documents=True)
 
 
 @pytest.mark.parametrize("checkpointing", ["mlp", True])

@@ -15,6 +15,7 @@ from test_students_gpu import CONFIG, DEVICE, DRAWS, LIMITS, build, error, one_c
 from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM
 from distill_model.attention import SoftmaxAttention
 from distill_model.documents import PADDING, Documents, run_attention
+from distill_model.student_layers import reads_documents_on_host
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,6 +109,35 @@ def test_a_changed_document_changes_no_other(name):
     assert torch.equal(output[~changed], other_output[~changed])
     assert not torch.equal(output[changed], other_output[changed])
     assert error(other_gradient[~changed].float(), gradient[~changed].float()) < LIMITS[torch.bfloat16][0]
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name == KEPT or not reads_documents_on_host(name, {})])
+def test_a_fixed_number_of_documents_changes_nothing_and_reads_nothing_on_the_host(name):
+    """The output to the bit; gradients up to the order of sums. In the second call memory that is not
+    written to holds NaN; in the third, for which all kernels are compiled, a host-device sync raises."""
+    layer = layer_of(name, torch.bfloat16, DEVICE, 0)
+    x, d_output = inputs_of(layer, 0)
+    groups = document_ids()
+    angles = positions(x, Documents.of(groups).positions)
+    found = []
+    for most in (None, 64, 64):
+        layer.zero_grad()
+        inputs = x.detach().requires_grad_()
+        torch.use_deterministic_algorithms(len(found) == 1, warn_only=True)
+        torch.cuda.set_sync_debug_mode("error" if len(found) == 2 else "default")
+        try:
+            output = run_attention(layer, inputs, Documents.of(groups, most), position_embeddings=angles)
+            output.backward(d_output)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.use_deterministic_algorithms(False)
+        gradients = {key: parameter.grad.clone() for key, parameter in layer.named_parameters()}
+        found.append((output.detach(), {"x": inputs.grad} | gradients))
+    (output, gradients), *static = found
+    for other_output, other_gradients in static:
+        assert torch.equal(output, other_output)
+        for key, gradient in gradients.items():
+            assert error(other_gradients[key].float(), gradient.float()) < LIMITS[torch.bfloat16][0], key
 
 
 def distilled(dtype, device):
