@@ -227,7 +227,8 @@ def test_offloading_changes_nothing(stage2, tmp_path, monkeypatch):
     assert history(tmp_path / "parked") == history(tmp_path / "whole")
 
 
-def test_cuda_graph_replay_trains_the_same_candidates(stage2, tmp_path, monkeypatch):
+@pytest.mark.parametrize("document_mask", ["false", "true"])
+def test_cuda_graph_replay_trains_the_same_candidates(stage2, tmp_path, monkeypatch, document_mask):
     """All of them with one teacher; a stand-in replaces the graphs."""
     monkeypatch.setattr(cuda_graphs, "_record", None)
     monkeypatch.setattr(cuda_graphs, "_free_memory", None)
@@ -239,7 +240,7 @@ def test_cuda_graph_replay_trains_the_same_candidates(stage2, tmp_path, monkeypa
             "train.micro_batch_size=1",
             "train.batch_size=1",
             "train.lr=1e-3",
-            "data.document_mask=false",
+            f"data.document_mask={document_mask}",
         ],
     )
     results = []

@@ -18,6 +18,7 @@ from layer_selection import gates
 from layer_selection.bench import Bench
 from layer_selection.gates import GatedModel, GateTraining, budget_gates
 from layer_selection.layer_sets import MeasuredSets, exchange, rank_around
+from layer_selection.objective import RecallOptions
 
 STEPS = ["train.max_steps=5", "train.batch_size=2"]
 
@@ -169,16 +170,17 @@ def test_a_micro_batch_size_to_be_measured_is_refused(stage2, tmp_path):
         select(stage2, tmp_path, *flags(method="gates", top_k=1), "train.micro_batch_size=auto")
 
 
-def test_cuda_graph_replay_learns_the_same_gates(stage2, tmp_path, monkeypatch):
+@pytest.mark.parametrize("document_mask, objective", [("false", "kl"), ("true", "kl"), ("true", "mixture")])
+def test_cuda_graph_replay_learns_the_same_gates(stage2, tmp_path, monkeypatch, document_mask, objective):
     """A stand-in replaces the graphs."""
     monkeypatch.setattr(cuda_graphs, "_record", None)
     monkeypatch.setattr(cuda_graphs, "_free_memory", None)
     use_stand_ins()
-    cfg = load_config(stage2, [*STEPS, "data.document_mask=false"])
+    cfg = load_config(stage2, [*STEPS, f"data.document_mask={document_mask}"])
     found = []
     for graphs in (True, False):
         monkeypatch.setattr(gates, "use_cuda_graphs", lambda *_, graphs=graphs, **__: graphs)
-        training = GateTraining(Bench(cfg, 2, 2), 1, 320, tmp_path / str(graphs))
+        training = GateTraining(Bench(cfg, 2, 2, objective, RecallOptions(1, 8)), 1, 320, tmp_path / str(graphs))
         found.append([check.gates for check in training.run()])
         assert (getattr(training.forward, "forward_graph", None) is not None) == graphs
     assert found[0] == found[1] and found[0][0] != found[0][-1]
