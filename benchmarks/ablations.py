@@ -49,7 +49,7 @@ from transformers.utils.logging import disable_progress_bar
 import preprocess_chunk
 import preprocess_download_tokenize
 import store_teacher
-from benchmarks.jobs import Job, claim_folder, do_jobs
+from benchmarks.jobs import Job, claim_folder, do_jobs, failures
 from benchmarks.recall_teacher import scale_of
 from benchmarks.training import stage_1
 from convert import load_teacher
@@ -403,8 +403,9 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def report(ablations: Ablations) -> str:
-    """Writes ablations.json and ablations.md of the runs that are there; the table."""
+def report(ablations: Ablations, failed: list[str]) -> str:
+    """Writes ablations.json and ablations.md of the runs that are there; the table. failed: a line
+    for each job that failed."""
     wanted = [
         ablations.run_file(variant, seed) for variant in ablations.variants for seed in range(ablations.args.seeds)
     ]
@@ -415,6 +416,7 @@ def report(ablations: Ablations) -> str:
             text += f"\n\n`{variant.name}` is left out: it {reason}."
     if len(runs) < len(wanted):
         text += f"\n\n{len(wanted) - len(runs)} of {len(wanted)} runs are missing; rerun the command."
+    text += "".join(f"\n\n{line}" for line in failed)
     lines = ",\n  ".join(map(json.dumps, runs))
     results = f'{{"settings": {json.dumps(settings_of(ablations.args))},\n "runs": [\n  {lines}\n]}}\n'
     atomic_write_text(ablations.out / "ablations.json", results)
@@ -459,6 +461,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("seeds", "stage1_steps", "batch_size", "eval_chunks", "questions"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}: {getattr(args, name)} must be at least 1")
+    if not 0 < args.ratio < 1:
+        raise ConfigError(f"--ratio: {args.ratio:g} must be between 0 and 1")
     if args.steps < 2:
         raise ConfigError(f"--steps: {args.steps} must be at least 2")
     for option in ("teacher", "larger"):
@@ -472,7 +476,7 @@ def check(args: argparse.Namespace) -> None:
     claim_folder(settings_of(args), args.output_dir)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
     disable_progress_bar()  # transformers' own, a line for every file read
@@ -483,8 +487,10 @@ def main(argv: list[str] | None = None) -> None:
     for job in jobs:
         job.file.parent.mkdir(parents=True, exist_ok=True)
     do_jobs(jobs, __file__, argv, args, args.minutes)
+    failed = failures(jobs, args.output_dir)
     if not args.worker:
-        print(report(ablations))
+        print(report(ablations, failed))
+    return int(bool(failed) and not args.worker)
 
 
 if __name__ == "__main__":

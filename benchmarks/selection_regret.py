@@ -41,7 +41,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.jobs import Job, claim_folder, do_jobs
+from benchmarks.jobs import Job, claim_folder, do_jobs, failures
 from benchmarks.recall_teacher import DEMANDED, DIFFICULTY, difficulty, scale_of
 from benchmarks.training import stage_1
 from convert import load_teacher
@@ -411,13 +411,14 @@ def plot(results: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(regret: Regret, jobs: list[Job]) -> str:
-    """Writes regret.json, regret.md and regret.png; the table."""
+def report(regret: Regret, jobs: list[Job], failed: list[str]) -> str:
+    """Writes regret.json, regret.md and regret.png; the table. failed: a line for each job that failed."""
     results = collect(regret)
     text = table(results)
     missing = sum(not job.file.is_file() for job in jobs)
     if missing:
         text += f"\n\n{missing} of {len(jobs)} jobs are missing; rerun the command."
+    text += "".join(f"\n\n{line}" for line in failed)
     if results["choices"]:
         plot(results, regret.out / "regret.png")
     atomic_write_text(regret.out / "regret.json", json.dumps(results, indent=1) + "\n")
@@ -491,7 +492,7 @@ def check(args: argparse.Namespace) -> None:
     claim_folder({name: getattr(args, name) for name in SETTINGS}, args.output_dir)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
     disable_progress_bar()  # transformers' own, a line for every file read
@@ -502,8 +503,10 @@ def main(argv: list[str] | None = None) -> None:
     for job in jobs:
         job.file.parent.mkdir(parents=True, exist_ok=True)
     do_jobs(jobs, __file__, argv, args, args.minutes)
+    failed = failures(jobs, args.output_dir)
     if not args.worker:
-        print(report(regret, jobs))
+        print(report(regret, jobs, failed))
+    return int(bool(failed) and not args.worker)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ In bf16, which training runs in: a document that leaks changes others by far mor
 import functools
 
 import pytest
+import test_students_gpu
 import torch
 from test_students_gpu import CONFIG, DEVICE, DRAWS, LIMITS, build, error, one_config, positions, random, stand_ins
 
-from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM
+from distill_model import DistillationLoss, StudentConfig, StudentForCausalLM
 from distill_model.attention import SoftmaxAttention
 from distill_model.documents import PADDING, Documents, run_attention
 
@@ -25,7 +26,7 @@ LENGTH = 131
 # One token, odd lengths, across the kernels' chunks of 64; one that spans the row; many.
 ROWS = ([1, 70, 2, 1, 57], [LENGTH], [3] * 40 + [11])
 KEPT = "a kept layer"
-LAYERS = [*STUDENT_ATTENTION_MAP, KEPT]
+LAYERS = [*test_students_gpu.LAYERS, KEPT]
 
 
 def document_ids(device=DEVICE):
