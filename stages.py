@@ -37,7 +37,7 @@ from wrapper import AttentionAlignmentModel, calibrate
 
 ROOT = Path(__file__).resolve().parent
 GIB = 2**30
-LARGE_MODEL = 10**9  # parameters from which on CUDA graphs gain little (docs/performance.md)
+LARGE_MODEL = 10**9  # parameters from which on CUDA graphs gain little in stages 2 and 3 (docs/performance.md)
 # The largest KL(exact teacher || FP8 teacher) accepted, in nats per token: a seventh of the KL that
 # the best student of docs/students.md has after stage 2.
 FP8_MAX_KL = 0.01
@@ -326,7 +326,7 @@ def use_cuda_graphs(
     if not mode or device != "cuda" or has_documents:
         return False
     size = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))  # FP8 weights are buffers
-    if mode == "auto" and size >= LARGE_MODEL:
+    if mode == "auto" and cfg.stage != 1 and size >= LARGE_MODEL:
         return False
     reason = None
     if zero_stage == 3:

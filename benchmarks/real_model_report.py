@@ -42,7 +42,7 @@ def read_rows(out: Path, teacher: Path, wanted: dict[Path, dict]) -> dict:
 
 def code_of(run: Path) -> str:
     facts = json.loads(run.read_text())
-    return f"commit {facts['git']}, torch {facts['versions']['torch']}"
+    return f"commit {facts['git'] or 'unknown'}, torch {facts['versions']['torch']}"
 
 
 def by_name(rows: list[dict]) -> dict[str, list[dict]]:
@@ -175,9 +175,10 @@ def series(results: dict, key: str, x) -> dict[str, dict[float, list[dict]]]:
 
 
 def plot_quality(results: dict, key: str, x, label: str, path: Path, log: bool) -> None:
-    """Perplexity ratio, KL and mean recall against x: a dot per seed, a line through the means."""
+    """Perplexity ratio, KL and mean recall against x: a dot per seed, a line through the means; nothing
+    as long as no line has two points."""
     teacher, lines = results["teacher"], series(results, key, x)
-    if teacher is None or not lines:
+    if teacher is None or max(map(len, lines.values()), default=0) < 2:
         return
     panels = {
         "perplexity over the teacher's": (lambda row: ratio(row, teacher), 1),

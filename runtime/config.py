@@ -333,8 +333,9 @@ class TrainConfig:
         help=(
             "on a GPU: replay the forward and backward passes of a step as CUDA graphs, which "
             "avoids the overhead of kernel launches: several times as fast for a small model, at "
-            "the cost of extra memory, see docs/performance.md#cuda-graphs. auto: for models of less "
-            "than a billion parameters, without document_mask. Not used with ZeRO-3 or a sharded teacher"
+            "the cost of extra memory, see docs/performance.md#cuda-graphs. auto: in stage 1, and for "
+            "models of less than a billion parameters, without document_mask. Not used with ZeRO-3 or a "
+            "sharded teacher"
         ),
         choices=("auto", True, False),
     )

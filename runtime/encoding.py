@@ -150,8 +150,11 @@ class TextEncoder:
         self.by_words = splits_at_words(encoder)
         self._ids = words or {}
         if self.by_words:
+            from tokenizers import AddedToken
+
             self._words_encoder = _copy(encoder.to_str(), encoder.encode_special_tokens)
-            self._words_encoder.add_tokens([SEPARATOR])
+            # Found before the text is normalised, which would compose its end with a diacritic.
+            self._words_encoder.add_tokens([AddedToken(SEPARATOR, normalized=False)])
             self._separator = self._words_encoder.token_to_id(SEPARATOR)
 
     def __getstate__(self) -> tuple[str, bool, dict[str, bytes]]:
@@ -173,7 +176,8 @@ class TextEncoder:
         words = [WORDS.split(text) for text in texts]
         different = set(itertools.chain.from_iterable(words))
         new = [word for word in different if word not in self._ids]
-        self._ids.update(zip(new, self._encode_words(new)))
+        if new:
+            self._ids.update(zip(new, self._encode_words(new), strict=True))
         found = [numpy.frombuffer(b"".join(map(self._ids.__getitem__, row)), numpy.int32) for row in words]
         for word in new:
             if len(word) > LONGEST_WORD:

@@ -150,7 +150,8 @@ def test_where_graphs_are_used(tmp_path, teacher_dir, data_dir, changes, sharded
     assert len(lines) == (cfg.train.cuda_graphs is True and not used)
 
 
-def test_large_models_have_graphs_only_on_request(tmp_path, teacher_dir, data_dir, monkeypatch):
+def test_large_models_have_graphs_in_stage_1_or_on_request(tmp_path, teacher_dir, data_dir, monkeypatch):
+    first = load_config(write_config(tmp_path, 1, teacher_dir, data_dir))
     file = write_config(tmp_path, 2, teacher_dir, data_dir)
     auto = load_config(file)
     asked = load_config(file, ["train.cuda_graphs=true"])
@@ -159,6 +160,7 @@ def test_large_models_have_graphs_only_on_request(tmp_path, teacher_dir, data_di
     monkeypatch.setattr(stages, "LARGE_MODEL", model.num_parameters())
     assert not stages.use_cuda_graphs(auto, "cuda", 2, model)
     assert stages.use_cuda_graphs(asked, "cuda", 2, model)
+    assert stages.use_cuda_graphs(first, "cuda", 2, model)
 
 
 def test_documents_one_by_one_rule_graphs_out(tmp_path, teacher_dir, data_dir):

@@ -211,6 +211,7 @@ ALPHABET += [
     "`",
     "\u200b",
     "\u0301",
+    "\u0307",
     "don't",
     "x1",
     encoding.SEPARATOR,

@@ -712,7 +712,7 @@ def test_runs_on_hidden_states(tmp_path, teacher_dir, data_dir, start_dir):
     (tmp_path / "first").mkdir()
     file = write_config(tmp_path / "first", 1, teacher_dir, data_dir, alignment_target="block")
     run(file, "train.cuda_graphs=true", "data.document_mask=false")
-    file = config(tmp_path, teacher_dir, data_dir, start_dir, hidden_weight=0.5, hidden_layers=[1])
+    file = config(tmp_path, teacher_dir, data_dir, start_dir, hidden_weight=0.5, hidden_layers=[1], eval_batches=2)
     run(file, "train.cuda_graphs=true")
     teacher = load_teacher(teacher_dir).eval()
     student = StudentForCausalLM.from_pretrained(start_dir).restore_full_attention(teacher, KEPT).eval()
