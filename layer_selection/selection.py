@@ -104,8 +104,8 @@ def go_in_rounds(bench: Bench, options: SelectionOptions) -> Ranking:
 
 
 METHODS: dict[str, Method] = {
-    "rounds": go_in_rounds,
     "gates": learn_gates,
+    "rounds": go_in_rounds,
     "ga_s2": lambda bench, options: ga_s2(bench, options.training),
     "gr_s2": lambda bench, options: gr_s2(bench, options.training),
     "avg_s2": lambda bench, options: avg_s2(bench, options.training),
@@ -134,7 +134,7 @@ DOCUMENTED: dict[str, Callable] = {
     "uniform": uniform,
     "random": random_order,
 }
-DEFAULT = "ga_s2"
+DEFAULT = "gates"
 TRAINED_METHODS = ("ga_s2", "gr_s2", "avg_s2")  # with a training run for every layer
 OBJECTIVE_METHODS = ("gates", "rounds", "scan", "ga_s2", "gr_s2")  # those that minimise --objective
 
