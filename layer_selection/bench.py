@@ -65,7 +65,7 @@ def measure_layer_swaps(
     """Layer -> `measure(model)` with only that layer's attention taken from `source`; `model` is
     unchanged afterwards."""
     figures = {}
-    blocks = zip(tqdm(model.model.layers, desc="layers", unit="layer"), source.model.layers)
+    blocks = zip(tqdm(model.model.layers, desc="measuring one layer at a time", unit="layer"), source.model.layers)
     for i, (block, other) in enumerate(blocks):
         own = block.attn
         block.attn = other.attn

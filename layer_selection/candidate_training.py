@@ -233,7 +233,7 @@ def check_joint_training(cfg: Config) -> None:
     if cfg.train.micro_batch_size == "auto":
         raise ConfigError(
             "train.micro_batch_size: auto: train.py measures it for one model; set a number for candidates that "
-            "train jointly, or take --full_runs"
+            "train jointly, as train.micro_batch_size=1 at the end of the command, or take --full_runs"
         )
     if cfg.train.optimizer != "adamw":
         raise ConfigError(

@@ -166,7 +166,7 @@ class Selection:
         kept = f"Kept: {layers}"
         if undecided := self.ranking.undecided(self.top_k):
             kept += f"; statistically tied at the cut: {undecided}"
-        lines.append(f"{kept}; next: deepspeed train.py --cfg {self.chosen}")
+        lines.append(kept)
         num_layers = len(self.ranking.layers)
         if interval_of(layers, num_layers) is None:
             cure = "--interval chooses among evenly spaced ones (docs/layer_selection.md)"
@@ -180,6 +180,7 @@ class Selection:
                 "Warning: runtimes that derive the layer kinds from full_attention_interval (llama.cpp, MLX) cannot run "
                 f"this set; {cure}"
             )
+        lines.append(f"next: deepspeed train.py --cfg {self.chosen}")
         return "\n".join(lines)
 
 

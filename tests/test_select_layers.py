@@ -324,6 +324,7 @@ def test_an_interval_keeps_the_best_phase(stage2, tmp_path, method, capsys):
     assert "Warning: runtimes that derive the layer kinds from full_attention_interval" in shown
     assert "they need phase 1, not 0: for them, train with student_model.keep_full_attention_layers=[1,3]" in shown
     assert ("of the FLOPs of 2 full runs" in shown) == (method == "ga_s2")
+    assert shown.splitlines()[-1].startswith("next: deepspeed train.py --cfg ")
     assert select(stage2, tmp_path / "3", method=method, interval=3)["keep"] == [2]
     assert "Warning" not in capsys.readouterr().out
     (chosen,) = (tmp_path / "2").glob(f"*_hybrid_0_5_{method}_interval_2/stage2.yaml")

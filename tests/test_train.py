@@ -1176,7 +1176,7 @@ def test_bad_input_ends_in_one_line(stages, tmp_path, monkeypatch, teacher_dir, 
         ),
         ({"model_type": "qwen3"}, "cannot be read: model_type: 'qwen3' is not distilled_student"),
         ("{", "has a config.json that cannot be read"),
-        (None, "holds no checkpoint; run stage 1 first"),
+        (None, "holds no checkpoint; run stage 1 first, or name its converted-hf"),
     ],
 )
 def test_another_kind_of_checkpoint_is_refused(tmp_path, teacher_dir, change, message):
