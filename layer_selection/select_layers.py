@@ -55,15 +55,17 @@ from pathlib import Path
 from runtime.command import run_main
 from runtime.config import Config, ConfigError
 
-from transformers.utils.logging import disable_progress_bar
-
-from convert import load_teacher_config
 from layer_selection.ablation_questions import add_options, question_options
-from layer_selection.baselines import TASK_METHODS
-from layer_selection.candidate_training import TrainingOptions
-from layer_selection.objective import OBJECTIVES, RECALL_OBJECTIVES, RecallOptions
+from layer_selection.options import (
+    CANDIDATES,
+    OBJECTIVES,
+    RECALL_OBJECTIVES,
+    TASK_METHODS,
+    RecallOptions,
+    RoundOptions,
+    TrainingOptions,
+)
 from layer_selection.ranking import budget
-from layer_selection.rounds import CANDIDATES, RoundOptions
 from layer_selection.selection import (
     DEFAULT,
     METHODS,
@@ -262,8 +264,12 @@ def submit(options: SelectionOptions, cfg: Config, cfg_file: str, arguments: lis
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_intermixed_args(argv)
-    disable_progress_bar()  # transformers' own, a line for every file read
     cfg = load_stage_2(args.cfg, args.overrides)
+    from transformers.utils.logging import disable_progress_bar
+
+    from convert import load_teacher_config
+
+    disable_progress_bar()  # transformers' own, a line for every file read
     layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
     options = read_options(args, cfg, layers)
     if args.slurm:
