@@ -47,8 +47,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 import store_teacher
-from benchmarks.compare_students import check_same_settings
-from benchmarks.jobs import Job, run_processes, run_script, work
+from benchmarks.jobs import Job, claim_folder, do_jobs, run_script
 from benchmarks.recall_teacher import scale_of
 from benchmarks.training import stage_1
 from convert import load_teacher
@@ -472,9 +471,7 @@ def check(args: argparse.Namespace) -> None:
         tokenizers = [tokenizer_fingerprint(load_tokenizer(str(f / "teacher"))) for f in (args.teacher, args.larger)]
         if len(set(tokenizers)) > 1:
             raise ConfigError(f"--larger: {args.larger} has another tokenizer than {args.teacher}; make both alike")
-    check_same_settings(settings_of(args), args.output_dir / "settings.json", args.output_dir)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(args.output_dir / "settings.json", json.dumps(settings_of(args), indent=1) + "\n")
+    claim_folder(settings_of(args), args.output_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -487,11 +484,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = list(ablations.jobs())
     for job in jobs:
         job.file.parent.mkdir(parents=True, exist_ok=True)
-    count = args.processes or max(1, torch.cuda.device_count())
-    if args.worker or count == 1:
-        work(jobs, args.minutes)
-    else:
-        run_processes(count, Path(__file__).resolve(), argv, args.output_dir, jobs)
+    do_jobs(jobs, __file__, argv, args, args.minutes)
     if not args.worker:
         print(report(ablations))
 

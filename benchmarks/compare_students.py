@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.jobs import check_same_settings, claim_folder
 from benchmarks.training import stage_1, stage_2
 from convert import load_teacher
 from convert.export_native import native_export_refusal
@@ -380,18 +381,6 @@ def run_settings(args: argparse.Namespace) -> dict:
     return {name: value for name, value in sorted(vars(args).items()) if name not in others}
 
 
-def check_same_settings(settings: dict, file: Path, folder: Path) -> None:
-    """Raises ValueError if the folder has runs of other settings."""
-    if not file.is_file():
-        return
-    found = json.loads(file.read_text())
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"--output_dir: {folder} has runs with {name} {found.get(name)!r}, not {value!r}; name another"
-            )
-
-
 def report(args: argparse.Namespace, settings: dict, folder: Path) -> str:
     """Writes students.md and students.json of the runs that are there; returns the table."""
     wanted = [folder / f"{name}-seed{seed}.json" for name in args.students for seed in range(args.seeds)]
@@ -412,8 +401,7 @@ def main() -> None:
 
     disable_progress_bar()  # transformers' own, a line for every file read
     settings = run_settings(args)
-    settings_file = args.output_dir / "settings.json"
-    check_same_settings(settings, settings_file, args.output_dir)
+    check_same_settings(settings, args.output_dir)
     folder = args.output_dir / "runs"
     files = {}
     for name in args.students[index::count]:
@@ -422,8 +410,8 @@ def main() -> None:
     missing = {run: file for run, file in files.items() if not file.is_file()}
     # Before the folder is bound to settings that may be wrong.
     comparison = Comparison(args) if missing else None
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(settings_file, json.dumps(settings, indent=1) + "\n")
+    claim_folder(settings, args.output_dir)
+    folder.mkdir(exist_ok=True)
     for (name, seed), file in tqdm(missing.items(), desc="runs", unit="run", disable=not missing):
         figures = comparison.run(name, seed)
         atomic_write_text(file, json.dumps(figures, indent=1) + "\n")

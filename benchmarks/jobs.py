@@ -6,6 +6,7 @@ command resumes, and processes need no other order than the list's.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = "settings.json"
 WAIT = 1.0  # seconds before a process looks again for a job whose needs are met
 
 
@@ -100,6 +102,36 @@ def run_script(script: str, **options) -> None:
     command = [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in options.items())]
     if code := subprocess.run(command).returncode:
         raise ConfigError(f"{script} ended with exit code {code}: see above")
+
+
+def do_jobs(jobs: list[Job], script: str, argv: list[str], args, minutes: float | None) -> None:
+    """Does the jobs of a command: here if it is a worker or needs one process, else by `script --worker` in
+    args.processes, by default one per GPU. Raises ConfigError if one fails."""
+    count = args.processes or max(1, torch.cuda.device_count())
+    if args.worker or count == 1:
+        work(jobs, minutes)
+    else:
+        run_processes(count, Path(script).resolve(), argv, args.output_dir, jobs)
+
+
+def check_same_settings(settings: dict, folder: Path) -> None:
+    """Raises ConfigError if `folder` has figures of other settings."""
+    file = folder / SETTINGS
+    if not file.is_file():
+        return
+    found = json.loads(file.read_text())
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ConfigError(
+                f"--output_dir: {folder} has figures with {name} {found.get(name)!r}, not {value!r}; name another"
+            )
+
+
+def claim_folder(settings: dict, folder: Path) -> None:
+    """Makes `folder`, whose figures are of these settings alone. Raises ConfigError if it has others."""
+    check_same_settings(settings, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
 def run_processes(count: int, script: Path, argv: list[str], out: Path, jobs: list[Job]) -> None:

@@ -43,7 +43,7 @@ import torch
 import yaml
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.jobs import Job, JobFailed, OutOfTime, pending, run_processes, work
+from benchmarks.jobs import SETTINGS, Job, JobFailed, OutOfTime, do_jobs, pending, work
 from benchmarks.model_quality import Quality, Sizes
 from benchmarks.real_model_report import write_report
 from convert import load_teacher, load_teacher_config
@@ -472,7 +472,7 @@ def check(args: argparse.Namespace, plan: Plan) -> None:
     for name in ("questions", "needles"):
         if getattr(args, name) < 2:
             raise ConfigError(f"--{name}: {getattr(args, name)} must be at least 2")
-    file = args.output_dir / "settings.json"
+    file = args.output_dir / SETTINGS
     ours = {name: getattr(args, name) for name in ("teacher", "corpus", "questions", "needles", "needle_lengths")}
     ours |= {"heldout": plan.heldout}
     texts = plan.data
@@ -520,12 +520,8 @@ def main(argv: list[str] | None = None) -> int:
     check(args, plan)
     for job in jobs:
         job.failure.unlink(missing_ok=True)
-    count = args.processes or max(1, torch.cuda.device_count())
     try:
-        if count == 1:
-            work(jobs, minutes)
-        else:
-            run_processes(count, Path(__file__).resolve(), argv, args.output_dir, jobs)
+        do_jobs(jobs, __file__, argv, args, minutes)
     finally:
         failures = [f"{job.file.stem}: {job.failure.read_text().strip()}" for job in jobs if job.failure.is_file()]
         left = len(pending(jobs))

@@ -2,7 +2,7 @@
 with several seeds.
 
     python layer_selection/compare_selectors.py --cfg STAGE2.yaml --ratio 0.25 --seeds 3 \
-        --methods ga_s2 smart scan mse uniform random --output_dir outputs/selectors
+        --methods gates ga_s2 smart scan uniform --output_dir outputs/selectors
 
 METHOD is one of select_layers.py, also with its objective (gates:mixture), and rounds:remove; --sets
 adds layers of your own (middle=11,12,13,14). Runs each method in <output_dir>/<method>/, then stage

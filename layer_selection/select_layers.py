@@ -1,7 +1,7 @@
 """Which layers keep full attention: one command from stage 1's student to a ready stage-2 config.
 
-    python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --ratio 0.25
-    # one layer, as an array task does; all layers as an array, then the ranking:
+    python layer_selection/select_layers.py --cfg STAGE2.yaml --ratio 0.25
+    # GA-S2: one layer, as an array task does; all layers as an array, then the ranking:
     python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --candidate 3
     python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --slurm
 
@@ -9,12 +9,12 @@ STAGE2.yaml names teacher, data, the all-linear student (train.student_init_ckpt
 of a candidate; the layers that it keeps do not matter here. The methods, by the importance that
 ranks a layer:
 
-    ga_s2    -KL(teacher || student) on held-out text after stage 2 with only this layer restored
-             (arXiv 2512.20569)
-    gates    what the objective rises by exchanging this layer, in the set found by gates of all
-             layers that train together (gates.py; arXiv 2605.20936, arXiv 2606.30562)
+    gates    the default: what the objective rises by exchanging this layer, in the set found by
+             gates of all layers that train together (gates.py; arXiv 2605.20936, arXiv 2606.30562)
     rounds   the same, in the set found by rounds that add (or remove) layers around the best hybrid
              so far (rounds.py)
+    ga_s2    -KL(teacher || student) on held-out text after stage 2 with only this layer restored
+             (arXiv 2512.20569)
   baselines:
     gr_s2    +KL after stage 2 with all but this layer restored (arXiv 2512.20569)
     avg_s2   the mean of both (arXiv 2512.20569)
@@ -39,8 +39,9 @@ Written to --output_dir: ranking.json, ranking.png, ranking.md, and
 {teacher}_{size}_{student}_hybrid_{ratio}_{method}/stage2.yaml with the K best layers, which trains
 in a folder of its own. ga_s2 and gr_s2 train all candidates jointly on one teacher until their
 ranking has converged, or with --full_runs and --candidate each to the end with train.py in
-<output_dir>/layer_<N>/. gates and rounds train on one device. Rerun the command to resume: it does
-only what is missing. avg_s2 uses the default folders of both.
+<output_dir>/layer_<N>/. gates and rounds train on one device, from the linear layers of stage 1,
+which gates do not train. Rerun the command to resume: it does only what is missing. avg_s2 uses the
+default folders of both.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ from layer_selection.stopping_rule import add_rule_options, read_rule
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = " or ".join(TRAINED_METHODS)
+FORMER_DEFAULT = "ga_s2"
+OF_FORMER_DEFAULT = ("candidate", "slurm", "full_runs", "halving", "rounds", "window", "correlation", "interval")
 
 
 # ------------------------------------------------------------------------ options
@@ -92,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--cfg", required=True, help="YAML of stage 2")
-    add("--method", choices=METHODS, default=DEFAULT, help="see above (%(default)s)")
+    add("--method", choices=METHODS, help=f"see above ({DEFAULT})")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--top-k", type=int, help="how many layers to keep")
     size.add_argument("--ratio", type=float, help="share of the layers to keep: floor(ratio x layers + 0.5)")
@@ -165,6 +168,18 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         default=deepspeed_launcher(os.environ.get("MASTER_PORT")),
         help="what starts train.py",
     )
+
+
+def default_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The method of a command without --method. Raises ConfigError for an option that it does not
+    take: written for the former default, the command would do something else."""
+    for name in OF_FORMER_DEFAULT:
+        if getattr(args, name) != parser.get_default(name):
+            raise ConfigError(
+                f"--{name}: is not for the default method, {DEFAULT}; add --method {FORMER_DEFAULT}, the default before"
+            )
+    print(f"Method: {DEFAULT}, the default (in earlier versions {FORMER_DEFAULT}); --method names another")
+    return DEFAULT
 
 
 def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> SelectionOptions:
@@ -263,7 +278,9 @@ def submit(options: SelectionOptions, cfg: Config, cfg_file: str, arguments: lis
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_intermixed_args(argv)
+    parser = make_parser()
+    args = parser.parse_intermixed_args(argv)
+    args.method = args.method or default_method(parser, args)
     cfg = load_stage_2(args.cfg, args.overrides)
     from transformers.utils.logging import disable_progress_bar
 

@@ -119,7 +119,7 @@ METHODS = {
     "uniform": Method("baselines.uniform", ("top_k",)),
     "random": Method("baselines.random_order", ("seed",)),
 }
-DEFAULT = "ga_s2"
+DEFAULT = "gates"
 TRAINED_METHODS = ("ga_s2", "gr_s2", "avg_s2")  # with a training run for every layer
 OBJECTIVE_METHODS = ("gates", "rounds", "scan", "ga_s2", "gr_s2")  # those that minimise --objective
 

@@ -700,7 +700,7 @@ def test_ablations_resume_and_compare_with_their_control(recall_dir, tmp_path, m
     ablate(recall_dir, tmp_path, "--seeds", "1")
     again = capsys.readouterr().out
     assert shown.endswith(again) and again.startswith("| variant |")
-    with pytest.raises(ValueError, match="has runs with steps '3', not '4'; name another"):
+    with pytest.raises(ValueError, match="has figures with steps '3', not '4'; name another"):
         ablate(recall_dir, tmp_path, "--steps", "4")
 
 
