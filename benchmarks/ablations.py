@@ -46,10 +46,8 @@ from runtime.files import atomic_directory, atomic_write_text
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-import preprocess_chunk
-import preprocess_download_tokenize
 import store_teacher
-from benchmarks.jobs import Job, claim_folder, do_jobs, failures
+from benchmarks.jobs import Job, claim_folder, do_jobs, failures, run_script
 from benchmarks.recall_teacher import scale_of
 from benchmarks.training import stage_1
 from convert import load_teacher
@@ -228,12 +226,16 @@ class Ablations:
                 missing -= len(document.text)
                 file.write(json.dumps({"messages": messages_of(document)}) + "\n")
         (folder / "template.jinja").write_text(TEMPLATE)
-        tokenized = str(folder / "tokenized")
-        options = {"dataset_name": folder / "recall.jsonl", "chat_template": folder / "template.jinja"}
-        options |= {"tokenizer": args.teacher / "tokenizer", "loss_on": loss_on, "output_dir": tokenized}
-        preprocess_download_tokenize.main([f"--{name}={value}" for name, value in options.items()])
-        options = {"tokenized_dataset_path": tokenized, "output_dir": folder, "context_length": context}
-        preprocess_chunk.main([f"--{name}={value}" for name, value in options.items()])
+        tokenized = folder / "tokenized"
+        run_script(
+            "preprocess_download_tokenize.py",
+            dataset_name=folder / "recall.jsonl",
+            chat_template=folder / "template.jinja",
+            tokenizer=args.teacher / "tokenizer",
+            loss_on=loss_on,
+            output_dir=tokenized,
+        )
+        run_script("preprocess_chunk.py", tokenized_dataset_path=tokenized, output_dir=folder, context_length=context)
         atomic_write_text(self.made(loss_on), "{}\n")
 
     def batches(self, rows, seed: int, stage: int, steps: int) -> Iterator[dict]:

@@ -22,6 +22,7 @@ from runtime.files import FolderLockedError, atomic_write_text, locked, one_line
 import torch
 from tqdm import tqdm
 
+ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = "settings.json"
 WAIT = 1.0  # seconds before a process looks again for a job whose needs are met
 
@@ -103,6 +104,15 @@ def try_job(job: Job) -> bool:
     except FolderLockedError:
         return False
     return True
+
+
+def run_script(script: str, **options) -> None:
+    """Runs a script of the project with these options, in a process of its own: the processes that
+    tokenise import the main script again, which of a benchmark takes them seconds. Raises ConfigError
+    if it fails."""
+    command = [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in options.items())]
+    if code := subprocess.run(command).returncode:
+        raise ConfigError(f"{script} ended with exit code {code}: see above")
 
 
 def do_jobs(jobs: list[Job], script: str, argv: list[str], args, minutes: float | None) -> None:

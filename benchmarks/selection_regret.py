@@ -50,8 +50,9 @@ from convert import load_teacher
 from distill_model import STUDENT_ATTENTION_MAP, StudentForCausalLM, can_calibrate
 from layer_selection.bench import Bench
 from layer_selection.candidate_training import JointTraining
-from layer_selection.compare_selectors import MeasuredTraining, selection_options, split_method
-from layer_selection.objective import RecallOptions
+from layer_selection.compare_selectors import selection_options, split_method
+from layer_selection.measured_training import MeasuredTraining
+from layer_selection.options import RecallOptions
 from layer_selection.selection import select
 from layer_selection.stopping_rule import StoppingRule
 from quickstart.train_teacher import token_ids

@@ -21,7 +21,7 @@ from runtime.config import reference
 from runtime.recipes import recipes_table
 
 from benchmarks import ablations, compare_students, decode, real_model_report, selection_regret
-from layer_selection.selection import DEFAULT, DOCUMENTED
+from layer_selection.selection import DEFAULT, METHODS
 
 DOCS = Path(__file__).parent
 STUDENTS = json.loads((DOCS / "students.json").read_text())
@@ -46,8 +46,8 @@ def methods_table() -> str:
     training = {"gates": "of the gates", "rounds": "some hybrids per round", "avg_s2": "those of both"}
     training |= dict.fromkeys(("ga_s2", "gr_s2"), "one hybrid per layer")
     names: dict[Callable, list[str]] = {}
-    for name, function in DOCUMENTED.items():
-        names.setdefault(function, []).append(name)
+    for name, method in METHODS.items():
+        names.setdefault(method.function, []).append(name)
     lines = ["| `--method` | importance of a layer | training |", "|---|---|---|"]
     for function, its_names in names.items():
         paragraph = " ".join(inspect.getdoc(function).partition("\n\n")[0].split()).replace("||", "\\|\\|")

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM
 from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, ids_of, position_weights, read_chunks
-from layer_selection.objective import Objective, RecallOptions, objective_settings
+from layer_selection.objective import Objective
+from layer_selection.options import RecallOptions, objective_settings
 from layer_selection.stage2_runs import check_start
 from preflight import outputs_key
 from stages import compute_dtype

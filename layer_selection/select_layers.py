@@ -56,15 +56,17 @@ from pathlib import Path
 from runtime.command import run_main
 from runtime.config import Config, ConfigError
 
-from transformers.utils.logging import disable_progress_bar
-
-from convert import load_teacher_config
 from layer_selection.ablation_questions import add_options, question_options
-from layer_selection.baselines import TASK_METHODS
-from layer_selection.candidate_training import TrainingOptions
-from layer_selection.objective import OBJECTIVES, RECALL_OBJECTIVES, RecallOptions
+from layer_selection.options import (
+    CANDIDATES,
+    OBJECTIVES,
+    RECALL_OBJECTIVES,
+    TASK_METHODS,
+    RecallOptions,
+    RoundOptions,
+    TrainingOptions,
+)
 from layer_selection.ranking import budget
-from layer_selection.rounds import CANDIDATES, RoundOptions
 from layer_selection.selection import (
     DEFAULT,
     METHODS,
@@ -180,25 +182,28 @@ def default_method(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     return DEFAULT
 
 
-def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> SelectionOptions:
-    """The typed options of a teacher of so many layers. Raises ConfigError, naming the option, for
-    those that make no sense."""
-    top_k = args.top_k
-    if args.ratio is not None:
-        top_k = budget(args.ratio, layers)
+def layers_to_keep(args: argparse.Namespace, layers: int) -> int:
+    """How many of a teacher's layers are kept; 1, of the phases, with --interval. Raises ConfigError,
+    naming the option, where the teacher does not have so many."""
+    if args.candidate is not None and args.candidate not in range(layers):
+        raise ConfigError(f"--candidate: {args.candidate} must be a layer in 0..{layers - 1}")
     if args.interval is not None:
         if not 1 <= args.interval <= layers:
             raise ConfigError(f"--interval: {args.interval} must be between 1 and the teacher's {layers} layers")
-        if args.candidate is not None or args.slurm or args.full_runs:
-            raise ConfigError(
-                "--interval: its candidates train jointly; leave --candidate, --slurm and --full_runs out"
-            )
-        top_k = 1  # of the phases
+        return 1
+    top_k = args.top_k if args.ratio is None else budget(args.ratio, layers)
     if not 1 <= top_k <= layers:
         raise ConfigError(f"--top-k: {top_k} must be between 1 and the teacher's {layers} layers")
-    can_train = args.method in TRAINED_METHODS and args.candidate in range(layers)
-    if args.candidate is not None and not can_train:
-        raise ConfigError(f"--candidate: {args.candidate} needs --method {TRAINED} and a layer in 0..{layers - 1}")
+    return top_k
+
+
+def read_options(args: argparse.Namespace, cfg: Config, top_k: int) -> SelectionOptions:
+    """The typed options of a selection that keeps so many layers. Raises ConfigError, naming the option,
+    for those that make no sense, whatever the teacher."""
+    if args.interval is not None and (args.candidate is not None or args.slurm or args.full_runs):
+        raise ConfigError("--interval: its candidates train jointly; leave --candidate, --slurm and --full_runs out")
+    if args.candidate is not None and args.method not in TRAINED_METHODS:
+        raise ConfigError(f"--candidate: {args.candidate} needs --method {TRAINED}")
     training = TrainingOptions(
         output_dir=args.output_dir or Path(f"{cfg.train.output_dir}_{args.method}"),
         rule=read_rule(args, top_k),
@@ -279,10 +284,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_intermixed_args(argv)
     args.method = args.method or default_method(parser, args)
-    disable_progress_bar()  # transformers' own, a line for every file read
     cfg = load_stage_2(args.cfg, args.overrides)
+    read_options(args, cfg, top_k=1)  # checks what needs no teacher
+    from transformers.utils.logging import disable_progress_bar
+
+    from convert import load_teacher_config
+
+    disable_progress_bar()  # transformers' own, a line for every file read
     layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
-    options = read_options(args, cfg, layers)
+    options = read_options(args, cfg, layers_to_keep(args, layers))
     if args.slurm:
         submit(options, cfg, args.cfg, [word for word in argv if word != "--slurm"], layers)
         return

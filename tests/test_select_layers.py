@@ -130,7 +130,7 @@ def test_ga_s2_trains_what_is_missing(stage2, tmp_path):
         (["--ratio", "0.01"], "--ratio: 0.01 of 4 layers keeps 0"),
         (
             ["--top-k", "1", "--method", "ga_s2", "--candidate", "4"],
-            "--candidate: 4 needs --method ga_s2 or gr_s2 or avg_s2 and a layer in 0..3",
+            "--candidate: 4 must be a layer in 0..3",
         ),
         (
             ["--top-k", "1", "--method", "mse", "--candidate", "1"],
