@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.checkpoints import CheckpointError, checkpoints, damage
 from runtime.command import run_main
@@ -22,21 +23,23 @@ from runtime.files import atomic_directory, one_line
 from runtime.model_card import write_card
 from runtime.run_folder import CONFIG, EXPORT, RUN, difference
 
-import torch
 from httpx import HTTPError
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import validate_repo_id
-from transformers.initialization import no_init_weights
 
-from convert import copy_sidecars, load_teacher, load_teacher_config
-from distill_model import StudentConfig, StudentForCausalLM
-from wrapper import student_attention_state
+if TYPE_CHECKING:
+    import torch
 
+    from distill_model import StudentConfig
+
+# Modules that import torch are imported in functions, after the arguments are checked.
 SHARD_SIZE = "5GB"
 
 
 def student_config(cfg: Config, teacher: StudentConfig) -> StudentConfig:
     """The config of the model that a stage trains."""
+    from distill_model import StudentConfig
+
     values = teacher.to_dict() | {
         "student_name": cfg.student_model.name,
         "student_options": cfg.student_model.options,
@@ -50,6 +53,10 @@ def student_config(cfg: Config, teacher: StudentConfig) -> StudentConfig:
 def frozen_state(cfg: Config) -> dict[str, torch.Tensor]:
     """The weights that train.train_only and train.freeze leave as they were at the start, for not
     every checkpoint of DeepSpeed holds them."""
+    import torch
+
+    from convert import load_teacher
+    from distill_model import StudentForCausalLM
     from optim import freeze_parts
 
     start = StudentForCausalLM.from_pretrained(cfg.train.student_init_ckpt, dtype=torch.float32)
@@ -64,6 +71,9 @@ def trained_state(cfg: Config, checkpoint: Path, config: StudentConfig) -> dict[
     """All weights of the trained model in fp32, by parameter name, from DeepSpeed's shards (ZeRO 1,
     2 or 3)."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    from convert import load_teacher
+    from wrapper import student_attention_state
 
     state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
     if cfg.stage == 1:  # all but the student's attention is the frozen teacher's, whose head was not saved
@@ -84,6 +94,12 @@ def export_checkpoint(cfg: Config, checkpoint: Path, output: Path) -> None:
     Raises RuntimeError if the checkpoint lacks a weight of the model or holds one that the model
     does not know.
     """
+    import torch
+    from transformers.initialization import no_init_weights
+
+    from convert import copy_sidecars, load_teacher_config
+    from distill_model import StudentForCausalLM
+
     config = student_config(cfg, load_teacher_config(cfg.teacher_model.name))
     with no_init_weights():
         model = StudentForCausalLM(config).to(config.dtype or torch.float32)

@@ -10,8 +10,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
-# Layer selection (GA-S2). In a job array, each task evaluates one candidate layer; without an array, missing layers are
-# evaluated and all are ranked.
+# Layer selection, by default GA-S2. In a job array, each task evaluates one candidate layer; without an array, missing layers
+# are evaluated and all are ranked. METHOD=gates, the default of select_layers.py, trains in one job without an array.
 #
 #   sbatch --array=0-27 launch_selection.sh, then  sbatch launch_selection.sh     or, on this machine:  bash launch_selection.sh
 #

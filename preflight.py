@@ -182,7 +182,7 @@ def _read_student_config(cfg: Config, key: str) -> StudentConfig:
     folder = Path(cfg.train.student_init_ckpt)
     if not (folder / "config.json").is_file():
         exported = folder / EXPORT
-        cure = f"name {exported}" if exported.is_dir() else f"run stage {cfg.stage - 1} first"
+        cure = f"name {exported}" if exported.is_dir() else f"run stage {cfg.stage - 1} first, or name its {EXPORT}"
         raise ConfigError(f"{key} holds no checkpoint; {cure}")
     try:
         return StudentConfig.from_pretrained(cfg.train.student_init_ckpt)

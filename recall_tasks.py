@@ -18,9 +18,6 @@ from dataclasses import dataclass
 
 from runtime.data import beginning
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
 _SYLLABLES = [consonant + vowel for consonant in "bdfgjklmnprstvz" for vowel in "aeiou"]
 WORDS = ["".join(pair) for pair in itertools.permutations(_SYLLABLES, 2)]
 random.Random(0).shuffle(WORDS)
@@ -222,7 +219,6 @@ def encode(documents: list[Document], tokenizer) -> list[tuple[list[int], list[l
     return rows
 
 
-@torch.no_grad()
 def document_accuracies(model, tokenizer, documents: list[Document], batch_size: int = 16) -> list[float]:
     """For each document the share of its answers that greedy decoding reproduces exactly, given the
     text before them.
@@ -231,12 +227,16 @@ def document_accuracies(model, tokenizer, documents: list[Document], batch_size:
     is the argmax. model: any causal language model with the interface of transformers. Raises
     ValueError if its logits are not finite.
     """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
     shares = []
     for start in range(0, len(documents), batch_size):
         rows = encode(documents[start : start + batch_size], tokenizer)
         # Padding is on the right, where no real token attends to it: no mask is needed.
         ids = pad_sequence([torch.tensor(tokens) for tokens, _ in rows], batch_first=True)
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+        with torch.no_grad():
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
         highest, predicted = (x.cpu() for x in logits.max(-1))
         if not highest.isfinite().all():
             raise ValueError("the model's logits are not finite")
@@ -253,13 +253,14 @@ def answer_accuracy(model, tokenizer, documents: list[Document], batch_size: int
     return statistics.fmean(document_accuracies(model, tokenizer, documents, batch_size))
 
 
-@torch.no_grad()
 def generated_answers(model, tokenizer, documents: list[Document], batch_size: int = 16) -> list[str]:
     """What greedy decoding, with a cache, writes in place of the last answer of each document: as many
     tokens as the longest answer has and one more, up to a full stop, comma or new line.
 
     Prompts lose their first tokens beyond the length of the shortest, so that no batch is padded.
     """
+    import torch
+
     prefix = beginning(tokenizer)
     prompts = tokenizer([document.prompt for document in documents], add_special_tokens=False, verbose=False)
     answers = tokenizer([f" {document.answer}" for document in documents], add_special_tokens=False)

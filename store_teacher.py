@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.batch_plan import batch_plan
 from runtime.command import run_main
@@ -33,16 +34,12 @@ from runtime.files import atomic_directory, atomic_write_text
 from runtime.mixtures import SAVE_SECONDS, STATE, resumable_state
 from runtime.teacher_outputs import IDS, KIND, LOG_REST, VALUES, open_arrays
 
-import torch
 from tqdm import tqdm
 
-from convert import load_teacher_config
-from distill_model import StudentForCausalLM
-from distill_model.divergences import top_tokens
-from heldout import read_chunks
-from preflight import check_models, check_other_teacher, outputs_key
-from stages import compute_dtype, load_kd_teacher
+if TYPE_CHECKING:
+    from distill_model import StudentForCausalLM
 
+# Modules that import torch are imported in functions, after the arguments are checked.
 ROWS = 1024  # of logits in memory at a time
 
 
@@ -65,6 +62,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def open_data(cfg: Config) -> Chunks:
     """The chunks, checked against the teachers. Raises ValueError."""
     read_metadata(cfg.data.cache_dir, "data.cache_dir")
+    from convert import load_teacher_config
+    from preflight import check_models, check_other_teacher
+
     check_models(cfg)
     batch_plan(cfg, 1)
     tokenizer = load_tokenizer(cfg.teacher_model.name, "teacher_model.name")
@@ -77,14 +77,18 @@ def open_data(cfg: Config) -> Chunks:
     return open_chunks_for(tokenizer, vocab_size, cfg.data.cache_dir, length, document_mask=cfg.data.document_mask)
 
 
-@torch.no_grad()
 def outputs(teacher: StudentForCausalLM, batch: dict, k: int, temperature: float) -> dict:
     """Column -> array of what is stored of a batch of chunks, see `collate`."""
+    import torch
+
+    from distill_model.divergences import top_tokens
+    from heldout import read_chunks
+
     ids = batch[INPUT_IDS]
-    hidden = read_chunks(teacher, batch).hidden
     parts = []
-    for rows in hidden.flatten(0, 1).split(ROWS):
-        parts.append(top_tokens(rows @ teacher.lm_head.weight.mT, k, temperature))
+    with torch.no_grad():
+        for rows in read_chunks(teacher, batch).hidden.flatten(0, 1).split(ROWS):
+            parts.append(top_tokens(rows @ teacher.lm_head.weight.mT, k, temperature))
     values, tokens, log_rest = (torch.cat(part) for part in zip(*parts))
     return {
         VALUES: values.half().unflatten(0, ids.shape).cpu().numpy(),
@@ -95,11 +99,14 @@ def outputs(teacher: StudentForCausalLM, batch: dict, k: int, temperature: float
 
 def store(args: argparse.Namespace, cfg: Config, chunks: Chunks, metadata: dict, folder: Path) -> None:
     """Writes the arrays to `folder`, from where an interrupted run of the same metadata stopped."""
+    import torch
+
+    from stages import compute_dtype, load_kd_teacher
+
     state = resumable_state(folder, metadata)
     done = state["done"] if state else dict.fromkeys(metadata["rows"], 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vocab_size = load_teacher_config(cfg.teacher_model.name).vocab_size
-    teacher = load_kd_teacher(cfg, compute_dtype(cfg, device.type), vocab_size).to(device).eval()
+    teacher = load_kd_teacher(cfg, compute_dtype(cfg, device.type), metadata["vocab_size"]).to(device).eval()
     saved = time.monotonic()
     for split, rows in (("train", chunks.train), ("heldout", chunks.heldout)):
         if rows is None:
@@ -127,6 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.stage != 2:
         raise ConfigError(f"--cfg: {args.cfg} is of stage {cfg.stage}; name a stage-2 file")
     chunks = open_data(cfg)
+    from convert import load_teacher_config
+    from preflight import outputs_key
+
     rows = {"train": len(chunks.train), "heldout": len(chunks.heldout or ())}
     metadata = {
         "kind": KIND,

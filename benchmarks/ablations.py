@@ -46,10 +46,8 @@ from runtime.files import atomic_directory, atomic_write_text
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-import preprocess_chunk
-import preprocess_download_tokenize
 import store_teacher
-from benchmarks.jobs import Job, claim_folder, do_jobs
+from benchmarks.jobs import Job, claim_folder, do_jobs, failures, run_script
 from benchmarks.recall_teacher import scale_of
 from benchmarks.training import stage_1
 from convert import load_teacher
@@ -228,12 +226,16 @@ class Ablations:
                 missing -= len(document.text)
                 file.write(json.dumps({"messages": messages_of(document)}) + "\n")
         (folder / "template.jinja").write_text(TEMPLATE)
-        tokenized = str(folder / "tokenized")
-        options = {"dataset_name": folder / "recall.jsonl", "chat_template": folder / "template.jinja"}
-        options |= {"tokenizer": args.teacher / "tokenizer", "loss_on": loss_on, "output_dir": tokenized}
-        preprocess_download_tokenize.main([f"--{name}={value}" for name, value in options.items()])
-        options = {"tokenized_dataset_path": tokenized, "output_dir": folder, "context_length": context}
-        preprocess_chunk.main([f"--{name}={value}" for name, value in options.items()])
+        tokenized = folder / "tokenized"
+        run_script(
+            "preprocess_download_tokenize.py",
+            dataset_name=folder / "recall.jsonl",
+            chat_template=folder / "template.jinja",
+            tokenizer=args.teacher / "tokenizer",
+            loss_on=loss_on,
+            output_dir=tokenized,
+        )
+        run_script("preprocess_chunk.py", tokenized_dataset_path=tokenized, output_dir=folder, context_length=context)
         atomic_write_text(self.made(loss_on), "{}\n")
 
     def batches(self, rows, seed: int, stage: int, steps: int) -> Iterator[dict]:
@@ -403,8 +405,9 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def report(ablations: Ablations) -> str:
-    """Writes ablations.json and ablations.md of the runs that are there; the table."""
+def report(ablations: Ablations, failed: list[str]) -> str:
+    """Writes ablations.json and ablations.md of the runs that are there; the table. failed: a line
+    for each job that failed."""
     wanted = [
         ablations.run_file(variant, seed) for variant in ablations.variants for seed in range(ablations.args.seeds)
     ]
@@ -415,6 +418,7 @@ def report(ablations: Ablations) -> str:
             text += f"\n\n`{variant.name}` is left out: it {reason}."
     if len(runs) < len(wanted):
         text += f"\n\n{len(wanted) - len(runs)} of {len(wanted)} runs are missing; rerun the command."
+    text += "".join(f"\n\n{line}" for line in failed)
     lines = ",\n  ".join(map(json.dumps, runs))
     results = f'{{"settings": {json.dumps(settings_of(ablations.args))},\n "runs": [\n  {lines}\n]}}\n'
     atomic_write_text(ablations.out / "ablations.json", results)
@@ -459,6 +463,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("seeds", "stage1_steps", "batch_size", "eval_chunks", "questions"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}: {getattr(args, name)} must be at least 1")
+    if not 0 < args.ratio < 1:
+        raise ConfigError(f"--ratio: {args.ratio:g} must be between 0 and 1")
     if args.steps < 2:
         raise ConfigError(f"--steps: {args.steps} must be at least 2")
     for option in ("teacher", "larger"):
@@ -472,7 +478,7 @@ def check(args: argparse.Namespace) -> None:
     claim_folder(settings_of(args), args.output_dir)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
     disable_progress_bar()  # transformers' own, a line for every file read
@@ -483,8 +489,10 @@ def main(argv: list[str] | None = None) -> None:
     for job in jobs:
         job.file.parent.mkdir(parents=True, exist_ok=True)
     do_jobs(jobs, __file__, argv, args, args.minutes)
+    failed = failures(jobs, args.output_dir)
     if not args.worker:
-        print(report(ablations))
+        print(report(ablations, failed))
+    return int(bool(failed) and not args.worker)
 
 
 if __name__ == "__main__":

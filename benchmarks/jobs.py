@@ -11,22 +11,24 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.config import ConfigError
-from runtime.files import FolderLockedError, atomic_write_text, locked
+from runtime.files import FolderLockedError, atomic_write_text, locked, one_line
 
 import torch
 from tqdm import tqdm
 
+ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = "settings.json"
 WAIT = 1.0  # seconds before a process looks again for a job whose needs are met
 
 
 class JobFailed(Exception):
-    """This job cannot be done; its message is one line. The others go on."""
+    """This job cannot be done, for a reason that needs no traceback: one line."""
 
 
 class OutOfTime(Exception):
@@ -62,6 +64,12 @@ def pending(jobs: list[Job]) -> list[Job]:
     return left
 
 
+def failures(jobs: list[Job], out: Path) -> list[str]:
+    """A line for each job that has failed. out: the folder of all files."""
+    failed = [job for job in jobs if job.failure.is_file()]
+    return [f"{job.file.relative_to(out)}: failed: {job.failure.read_text().strip()}" for job in failed]
+
+
 def work(jobs: list[Job], minutes: float | None) -> None:
     """Does jobs that no other process does, the first one that can be done each time, until all are done
     or the time is up."""
@@ -79,24 +87,43 @@ def work(jobs: list[Job], minutes: float | None) -> None:
 
 def try_job(job: Job) -> bool:
     """Does a job, unless it is done or another process is at it; whether it was done here, or
-    failed."""
+    failed: what goes wrong, such as too little memory, costs this job and those that need it alone."""
     try:
         with locked(job.file.with_name(f".{job.file.name}.job"), str(job.file)):
             if job.file.is_file() or job.failure.is_file():
                 return False
             try:
                 job.run()
-            except JobFailed as error:
-                print(f"{job.file}: failed: {error}", flush=True)
-                atomic_write_text(job.failure, f"{error}\n")
+            except FolderLockedError:
+                raise
+            except (JobFailed, RuntimeError, ValueError, OSError) as error:
+                if not isinstance(error, JobFailed):
+                    traceback.print_exc()
+                print(f"{job.file}: failed: {one_line(error)}", flush=True)
+                atomic_write_text(job.failure, f"{one_line(error)}\n")
     except FolderLockedError:
         return False
     return True
 
 
+def run_script(script: str, **options) -> None:
+    """Runs a script of the project with these options, in a process of its own: the processes that
+    tokenise import the main script again, which of a benchmark takes them seconds. Raises ConfigError
+    if it fails."""
+    command = [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in options.items())]
+    if code := subprocess.run(command).returncode:
+        raise ConfigError(f"{script} ended with exit code {code}: see above")
+
+
 def do_jobs(jobs: list[Job], script: str, argv: list[str], args, minutes: float | None) -> None:
     """Does the jobs of a command: here if it is a worker or needs one process, else by `script --worker` in
-    args.processes, by default one per GPU. Raises ConfigError if one fails."""
+    args.processes, by default one per GPU. Jobs that failed before are tried again. Raises ConfigError for a
+    number of processes that makes no sense, and if a process fails."""
+    if args.processes is not None and args.processes < 1:
+        raise ConfigError(f"--processes: {args.processes} must be at least 1")
+    if not args.worker:
+        for job in jobs:
+            job.failure.unlink(missing_ok=True)
     count = args.processes or max(1, torch.cuda.device_count())
     if args.worker or count == 1:
         work(jobs, minutes)

@@ -25,17 +25,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from runtime.command import run_main
-from runtime.config import ConfigError
+from runtime.config import ConfigError, load_config
 from runtime.data import load_tokenizer, open_chunks_for, read_batch
-from runtime.files import atomic_directory, atomic_write_text, one_line
+from runtime.files import atomic_directory, atomic_write_text
 from runtime.guard import REQUEUE
 from runtime.run_folder import EXPORT, METRICS, RUN
 
@@ -43,11 +43,11 @@ import torch
 import yaml
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.jobs import SETTINGS, Job, JobFailed, OutOfTime, do_jobs, pending, work
+from benchmarks.jobs import SETTINGS, Job, JobFailed, OutOfTime, do_jobs, failures, pending, work
 from benchmarks.model_quality import Quality, Sizes
 from benchmarks.real_model_report import write_report
 from convert import load_teacher, load_teacher_config
-from distill_model import StudentForCausalLM, get_student_attention_class
+from distill_model import StudentForCausalLM, check_student, get_student_attention_class
 from layer_selection.selection import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +57,8 @@ SAVING = 120  # seconds that a run that was told to stop has for its checkpoint
 MEASURING = 45  # seconds that must be left for a measurement
 LEAST = 30  # seconds that must be left for a script to begin
 SMALL = 4_000_000  # bytes of a file that --collect copies
+SECTIONS = {"data": dict, "heldout": dict, "defaults": dict, "rows": list}  # of --rows
+OURS = {"output_dir", "student_init_ckpt", "seed"}  # keys of `train:` that no row sets
 
 
 # ------------------------------------------------------------------------ rows
@@ -116,9 +118,24 @@ def merged(defaults: dict, row: dict) -> dict:
     return result
 
 
+def read_content(file: Path) -> dict:
+    """The YAML of --rows with its sections."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--rows: {file}: not valid YAML ({' '.join(str(error).split())})") from None
+    for name, kind in SECTIONS.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            raise ConfigError(f"--rows: {file}: {name}: must be a {kind.__name__}; {ROWS.name} explains the file")
+    for row in content["rows"]:
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            raise ConfigError(f"--rows: {file}: rows: {row} must be a dict with a name")
+    return content
+
+
 def read_plan(file: Path) -> Plan:
     """Raises ConfigError, naming file and row, for what cannot be."""
-    content = yaml.safe_load(file.read_text())
+    content = read_content(file)
     rows = []
     for given in content["rows"]:
         values = merged(content["defaults"], given)
@@ -126,37 +143,57 @@ def read_plan(file: Path) -> Plan:
         try:
             rows += [Row(**values, seed=seed) for seed in seeds]
         except TypeError as error:
-            raise ConfigError(f"--rows: {file}: {given.get('name')}: {error}") from None
+            raise ConfigError(f"--rows: {file}: {given['name']}: {error}") from None
     plan = Plan(rows, content["data"], content["heldout"])
-    check_plan(plan, file)
-    return plan
-
-
-def check_plan(plan: Plan, file: Path) -> None:
+    check_data(plan, file)
     by_name: dict[str, Row] = {}
     seen = set()
-    for row in plan.rows:
+    for row in rows:
         where = f"--rows: {file}: {row.name}"
-        get_student_attention_class(row.student)
         if (row.name, row.seed) in seen:
             raise ConfigError(f"{where} is there twice with seed {row.seed}; give each seed once")
         seen.add((row.name, row.seed))
         first = by_name.setdefault(row.name, row)
         if replace(row, seed=first.seed) != first:
             raise ConfigError(f"{where}: its seeds differ in more than the seed; name one of them otherwise")
-        if isinstance(row.kept, dict) and row.kept.get("method") not in METHODS:
+        check_row(row, plan, where)
+    return plan
+
+
+def check_data(plan: Plan, file: Path) -> None:
+    for name, spec in plan.data.items():
+        if not isinstance(spec, dict) or not isinstance(spec.get("mix"), dict):
+            raise ConfigError(f"--rows: {file}: data: {name}: needs `mix`, the shares of its corpora")
+    if missing := {"data", "length", "sequences"} - plan.heldout.keys():
+        raise ConfigError(f"--rows: {file}: heldout: needs {', '.join(sorted(missing))}")
+    if plan.heldout["data"] not in plan.data:
+        raise ConfigError(
+            f"--rows: {file}: heldout: data {plan.heldout['data']} is not under data:; name one of {', '.join(plan.data)}"
+        )
+
+
+def check_row(row: Row, plan: Plan, where: str) -> None:
+    get_student_attention_class(row.student)
+    if isinstance(row.kept, dict):
+        if row.kept.get("method") not in METHODS:
             raise ConfigError(f"{where}: kept: {row.kept} names no method of select_layers.py ({', '.join(METHODS)})")
-        if isinstance(row.kept, str) and row.kept not in ("all", "none"):
-            raise ConfigError(f"{where}: kept: {row.kept!r} must be layers, all, none, or a method")
-        for stage in filter(None, (row.stage1, row.stage2)):
-            if missing := {"data", "target_tokens", "train_seq_len"} - stage.keys():
-                raise ConfigError(
-                    f"{where}: a stage needs {', '.join(sorted(missing))}; give it there or in the defaults"
-                )
-        if unknown := {data for data, _ in row.texts} - plan.data.keys():
-            raise ConfigError(
-                f"{where}: data {', '.join(unknown)} is not under data:; name one of {', '.join(plan.data)}"
-            )
+        if "top_k" not in row.kept:
+            raise ConfigError(f"{where}: kept: {row.kept} needs top_k, the number of layers")
+        if not row.stage2:
+            raise ConfigError(f"{where}: kept: {row.kept} chooses for a stage 2; give the row one, or name the layers")
+    elif not isinstance(row.kept, list) and row.kept not in ("all", "none"):
+        raise ConfigError(f"{where}: kept: {row.kept!r} must be layers, all, none, or a method")
+    if row.over_tokens and not row.stage2:
+        raise ConfigError(f"{where}: over_tokens: {row.over_tokens} is over tokens of stage 2; give the row one")
+    for stage in filter(None, (row.stage1, row.stage2)):
+        if not isinstance(stage, dict):
+            raise ConfigError(f"{where}: a stage must be a dict or null, not {stage!r}")
+        if missing := {"data", "target_tokens", "train_seq_len"} - stage.keys():
+            raise ConfigError(f"{where}: a stage needs {', '.join(sorted(missing))}; give it there or in the defaults")
+        if ours := OURS & stage.keys():
+            raise ConfigError(f"{where}: {', '.join(sorted(ours))}: set by this benchmark; remove it")
+    if unknown := {data for data, _ in row.texts} - plan.data.keys():
+        raise ConfigError(f"{where}: data {', '.join(unknown)} is not under data:; name one of {', '.join(plan.data)}")
 
 
 # ------------------------------------------------------------------------ the experiment
@@ -178,7 +215,8 @@ class Experiment:
         return self.out / "starts" / row.start / EXPORT
 
     def choice(self, row: Row) -> Path:
-        words = [row.start, *(f"{key}-{value}" for key, value in row.kept.items())]
+        """The ranking of a selector, which rows with the same stage 2 share: it may train or measure on it."""
+        words = [row.start, *(f"{key}-{value}" for key, value in row.kept.items()), digest(row.stage2)]
         return self.out / "choices" / "_".join(words) / "ranking.json"
 
     def run_folder(self, row: Row) -> Path:
@@ -234,21 +272,18 @@ class Experiment:
         yield self.measurement(row.slug, needs, self.measure, row)
 
     def measurement(self, name: str, needs: list[Path], run: Callable[..., None], *args) -> Job:
-        """In this process. What goes wrong, such as too little memory, costs this row alone."""
+        """In this process."""
 
-        def run_or_fail() -> None:
+        def run_in_time() -> None:
             if self.end - time.time() < MEASURING:
                 raise OutOfTime
             try:
                 run(*args)
-            except (RuntimeError, ValueError, OSError) as error:
-                traceback.print_exc()
-                raise JobFailed(f"{name}: {one_line(error)}") from error
             finally:
                 gc.collect()
                 torch.cuda.empty_cache()
 
-        return Job(self.result(name), tuple(needs), run_or_fail)
+        return Job(self.result(name), tuple(needs), run_in_time)
 
     # ---- scripts
     def script(self, log: str, script: str, *words) -> None:
@@ -272,10 +307,10 @@ class Experiment:
             raise JobFailed(f"{script} ended with exit code {code}: {last.strip()[:300]}; see {file}")
 
     def seconds(self, log: str) -> float:
-        """What the commands of a log took together."""
+        """What the commands of a log took together; those that failed do not count."""
         file = self.out / "logs" / f"{log}.log"
         text = file.read_text(errors="replace") if file.is_file() else ""
-        return sum(float(found) for found in re.findall(r"^# \S+: exit code -?\d+ after ([\d.]+) s$", text, re.M))
+        return sum(map(float, re.findall(rf"^# \S+: exit code (?:0|{REQUEUE}) after ([\d.]+) s$", text, re.M)))
 
     # ---- the work
     def tokenize(self, data: str) -> None:
@@ -466,6 +501,25 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_configs(experiment: Experiment) -> None:
+    """Raises ConfigError, naming the row, for what the teacher's layers, a student or a stage do not take."""
+    teacher = load_teacher_config(experiment.args.teacher)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "stage.yaml"
+        for row in experiment.plan.rows:
+            kept = [0] if isinstance(row.kept, dict) else experiment.layers(row)
+            try:
+                check_student(row.student, row.options, teacher)
+                for stage in [number for number, values in ((1, row.stage1), (2, row.stage2)) if values]:
+                    experiment.write_config(row, stage, file, [] if stage == 1 else kept, file.parent)
+                    load_config(file)
+                if outside := [layer for layer in kept if layer not in range(teacher.num_hidden_layers)]:
+                    raise ConfigError(f"kept: {outside} out of the teacher's layers 0..{teacher.num_hidden_layers - 1}")
+            except ValueError as error:
+                reason = str(error).removeprefix(f"{file}: ")
+                raise ConfigError(f"--rows: {experiment.args.rows}: {row.name}: {reason}") from None
+
+
 def check(args: argparse.Namespace, plan: Plan) -> None:
     """Raises ConfigError for numbers that make no sense, or if the folder has figures of another
     teacher, corpus or measurement, or text of another mixture under a name."""
@@ -517,19 +571,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         work(jobs, minutes)
         return 0
+    check_configs(experiment)
     check(args, plan)
-    for job in jobs:
-        job.failure.unlink(missing_ok=True)
     try:
         do_jobs(jobs, __file__, argv, args, minutes)
     finally:
-        failures = [f"{job.file.stem}: {job.failure.read_text().strip()}" for job in jobs if job.failure.is_file()]
+        failed = failures(jobs, args.output_dir)
         left = len(pending(jobs))
         everything = Experiment(args, read_plan(args.rows))
-        print(write_report(args.output_dir, everything.result(TEACHER), everything.wanted(), failures, left))
+        print(write_report(args.output_dir, everything.result(TEACHER), everything.wanted(), failed, left))
         if args.collect:
             collect(args.output_dir, args.collect)
-    return REQUEUE if left else int(bool(failures))
+    return REQUEUE if left else int(bool(failed))
 
 
 if __name__ == "__main__":

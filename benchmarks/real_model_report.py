@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -65,10 +66,10 @@ def share(row: dict, teacher: dict, task: str) -> float | None:
     return row["figures"][task] / whole if whole >= LEAST else None
 
 
-def recall(row: dict, teacher: dict) -> float | None:
-    """The mean share over all tasks."""
+def recall(row: dict, teacher: dict) -> float:
+    """The mean share over all tasks; NaN, which no plot shows, if the teacher answers too few of all."""
     shares = [value for task in tasks_of(teacher) if (value := share(row, teacher, task)) is not None]
-    return statistics.fmean(shares) if shares else None
+    return statistics.fmean(shares) if shares else math.nan
 
 
 def ratio(row: dict, teacher: dict) -> float:
@@ -183,7 +184,7 @@ def plot_quality(results: dict, key: str, x, label: str, path: Path, log: bool) 
     panels = {
         "perplexity over the teacher's": (lambda row: ratio(row, teacher), 1),
         "KL to the teacher, nats": (lambda row: row["figures"]["kl"], 0),
-        "recall, mean % of the teacher's": (lambda row: 100 * (recall(row, teacher) or 0), 100),
+        "recall, mean % of the teacher's": (lambda row: 100 * recall(row, teacher), 100),
     }
     plot = pyplot()
     figure, axes = plot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")

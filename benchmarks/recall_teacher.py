@@ -49,8 +49,7 @@ from transformers.utils.logging import disable_progress_bar
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-import preprocess_chunk
-import preprocess_download_tokenize
+from benchmarks.jobs import run_script
 from quickstart.corpus import QUICKSTART_TASKS, TASK_DOCUMENTS, TEXT_FILES, TaskMix, make_corpus
 from quickstart.train_teacher import heldout_loss, token_ids, unigram_entropy, untrained_teacher
 from quickstart.train_tokenizer import limited, train_tokenizer
@@ -251,28 +250,16 @@ def check_words(tasks: TaskMix) -> None:
 def make_chunks(corpus: Path, tokenizer: Path, folder: Path, context_length: int) -> None:
     """Tokenizes the texts in `corpus` and writes `folder`/chunked_context<N>; a part of them is
     held out."""
-    tokenized = str(folder / "tokenized")
-    preprocess_download_tokenize.main(
-        [
-            "--dataset_name",
-            str(corpus),
-            "--tokenizer",
-            str(tokenizer),
-            "--holdout",
-            "0.02",
-            "--output_dir",
-            tokenized,
-        ]
+    tokenized = folder / "tokenized"
+    run_script(
+        "preprocess_download_tokenize.py",
+        dataset_name=corpus,
+        tokenizer=tokenizer,
+        holdout=0.02,
+        output_dir=tokenized,
     )
-    preprocess_chunk.main(
-        [
-            "--tokenized_dataset_path",
-            tokenized,
-            "--output_dir",
-            str(folder),
-            "--context_length",
-            str(context_length),
-        ]
+    run_script(
+        "preprocess_chunk.py", tokenized_dataset_path=tokenized, output_dir=folder, context_length=context_length
     )
 
 

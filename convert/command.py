@@ -5,10 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers.utils.logging import disable_progress_bar
-
-from .converter import PRECISIONS, convert_checkpoint
-
 
 def main(description: str, *families: str, argv: list[str] | None = None) -> None:
     """Converts a model of one of `families`.
@@ -27,7 +23,9 @@ def main(description: str, *families: str, argv: list[str] | None = None) -> Non
     )
     parser.add_argument("--output", required=True, type=Path, help="folder to create")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="dtype of the result; default: each tensor keeps its own"
+        "--precision",
+        choices=("bfloat16", "float16", "float32"),
+        help="dtype of the result; default: each tensor keeps its own",
     )
     parser.add_argument(
         "--config",
@@ -47,6 +45,10 @@ def main(description: str, *families: str, argv: list[str] | None = None) -> Non
         help="compare source and result layer by layer in fp32",
     )
     args = parser.parse_args(argv)
+    from transformers.utils.logging import disable_progress_bar
+
+    from .converter import convert_checkpoint
+
     disable_progress_bar()  # transformers prints one per file
     try:
         convert_checkpoint(args.model, args.output, families, args.precision, args.config, args.format, args.verify)

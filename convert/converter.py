@@ -23,7 +23,6 @@ from .loader import INDEX, SINGLE, ModelFolder, copy_sidecars
 from .verify import TOLERANCE, largest_difference
 
 SHARD_BYTES = 500 * 1000**2  # tensors held in memory until their file is written
-PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FLA_QK_NORM_EPS = FAMILIES["transformer"].fixed["qk_norm_eps"]
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
@@ -205,7 +204,7 @@ def convert_checkpoint(
     named = "FLA transformer" if format == "fla" else "student"
     why = f" (FLA cannot express {lacks})" if lacks else ""
     log(f"{name_or_path} -> {output}, as {named}{why}")
-    dtype = PRECISIONS.get(precision)
+    dtype = None if precision is None else getattr(torch, precision)
     if dtype is not None:
         config.dtype = dtype
 

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 
 from runtime.files import atomic_write_text
 from runtime.guard import StopSignals
 
-from transformers.utils.logging import disable_progress_bar
-
 from .compare import comparison, comparison_table, plot_shares, results_of_files
 from .options import add_options, read_options
-from .runner import evaluate, is_worker
 from .tables import markdown, plot, rows
 from .tasks import KL
+
+# runner imports torch and lm-evaluation-harness: it is imported in functions, after the options are checked.
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=description, formatter_class=style)
-
-
-@contextlib.contextmanager
-def as_script():
-    """Runs its body as a script: a stop signal ends the process in order, transformers shows no
-    bar per file."""
-    disable_progress_bar()
-    with StopSignals():
-        yield
 
 
 def evaluate_checkpoints(argv: list[str] | None = None, description: str | None = None) -> int:
@@ -41,8 +30,11 @@ def evaluate_checkpoints(argv: list[str] | None = None, description: str | None 
     add_options(parser)
     parser.add_argument("--teacher", help=f"the checkpoint that {KL} is measured against")
     args = parser.parse_args(argv)
-    with as_script():
-        results = evaluate(read_options(args), argv)
+    with StopSignals():
+        options = read_options(args)
+        from .runner import evaluate, is_worker
+
+        results = evaluate(options, argv)
         if is_worker():
             return 0
         found = [result for tasks in results.values() for result in tasks.values()]
@@ -62,7 +54,7 @@ def compare_with_teacher(argv: list[str] | None = None, description: str | None 
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="the teacher first")
     add_options(parser)
     args = parser.parse_args(argv)
-    with as_script():
+    with StopSignals():
         table, labels = compared_results(args, argv)
         teacher, *students = labels
         text = comparison_table(table, teacher, students)
@@ -88,5 +80,8 @@ def compared_results(args: argparse.Namespace, argv: list[str]):
         results = results_of_files(files)
     else:
         args.teacher = args.checkpoints[0]
-        results = evaluate(read_options(args), [*argv, "--teacher", args.teacher])
+        options = read_options(args)
+        from .runner import evaluate
+
+        results = evaluate(options, [*argv, "--teacher", args.teacher])
     return rows(results), list(results)

@@ -12,6 +12,7 @@ from pathlib import Path
 from runtime.files import one_line
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from .harness import build, harness_model, load_model, measure
 from .options import Options, labels, option_error, option_name
@@ -32,6 +33,7 @@ def evaluate(options: Options, argv: list[str]) -> dict[str, dict[str, dict]]:
 
     argv: the arguments of evaluate.py that gave the options, for worker processes.
     """
+    disable_progress_bar()  # transformers' own, a line for every file read
     manager = task_manager(options.tasks)
     units = plan(options, manager)
     if is_worker():

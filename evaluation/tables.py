@@ -137,7 +137,8 @@ def table_line(cells: list[str]) -> str:
 
 
 def markdown(results: dict[str, dict[str, dict]]) -> str:
-    """The results as a Markdown table, with the errors below it."""
+    """The results as a Markdown table, with the meaning of ±, a limit of documents and the errors
+    below it."""
     lines = [
         table_line(["task", "length", "metric", *results]),
         "|:--|--:|:--|" + "--:|" * len(results),
@@ -145,6 +146,11 @@ def markdown(results: dict[str, dict[str, dict]]) -> str:
     for row in rows(results):
         cells = [cell_text(row.cells.get(label)) for label in results]
         lines.append(table_line([*first_columns(row), *cells]))
+    lines.append("\n± is the standard error.")
+    found = [result for tasks in results.values() for result in tasks.values()]
+    limits = {result.get("settings", {}).get("limit") for result in found} - {None}
+    if limits:
+        lines.append(f"\nA trial, not for reported scores: at most {max(limits)} documents of each task (LIMIT).")
     for label, tasks in results.items():
         for key, result in tasks.items():
             if "error" in result:

@@ -14,22 +14,18 @@ from runtime.data import load_tokenizer, model_inputs, split_batch
 
 import torch
 
-from layer_selection.ablation_questions import TASKS, QuestionOptions, draw_questions
+from layer_selection.ablation_questions import QuestionOptions, draw_questions
 from layer_selection.bench import Bench, measure_layer_swaps
 from layer_selection.candidate_training import (
-    TrainingOptions,
     ga_s2,
     negated,
     rank_hybrids,
     trained_hybrids,
 )
+from layer_selection.options import TASK_METHODS, TrainingOptions
 from layer_selection.ranking import Ranking, evenly_spaced, rank_samples, rank_scores
 from layer_selection.task_ablation import ablate, rank_drops
 from wrapper import AttentionAlignmentModel
-
-SHORT_NAMES = {"associative_recall": "ar", "associative_recall_multihop": "ar_multihop"}
-# Method -> the task that it ablates.
-TASK_METHODS = {SHORT_NAMES.get(task, task): task for task in TASKS}
 
 
 # ------------------------------------------------------------------------ without measurement

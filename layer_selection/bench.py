@@ -18,7 +18,8 @@ from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM
 from distill_model.student_layers import reads_documents_on_host
 from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, ids_of, position_weights, read_chunks
-from layer_selection.objective import Objective, RecallOptions, objective_settings
+from layer_selection.objective import Objective
+from layer_selection.options import RecallOptions, objective_settings
 from layer_selection.stage2_runs import check_start
 from preflight import outputs_key
 from stages import compute_dtype
@@ -66,7 +67,7 @@ def measure_layer_swaps(
     """Layer -> `measure(model)` with only that layer's attention taken from `source`; `model` is
     unchanged afterwards."""
     figures = {}
-    blocks = zip(tqdm(model.model.layers, desc="layers", unit="layer"), source.model.layers)
+    blocks = zip(tqdm(model.model.layers, desc="measuring one layer at a time", unit="layer"), source.model.layers)
     for i, (block, other) in enumerate(blocks):
         own = block.attn
         block.attn = other.attn

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.batch_plan import BatchPlan, batch_plan
@@ -37,6 +37,7 @@ from distill_model.documents import learned_tokens, predicting_learned
 from distill_model.losses import micro_batch_weights
 from layer_selection.bench import Bench
 from layer_selection.objective import check_settings
+from layer_selection.options import TrainingOptions
 from layer_selection.ranking import Layer, Ranking, rank_samples
 from layer_selection.stage2_runs import train_hybrid
 from layer_selection.stopping_rule import StoppingRule
@@ -235,7 +236,7 @@ def check_joint_training(cfg: Config) -> None:
     if cfg.train.micro_batch_size == "auto":
         raise ConfigError(
             "train.micro_batch_size: auto: train.py measures it for one model; set a number for candidates that "
-            "train jointly, or take --full_runs"
+            "train jointly, as train.micro_batch_size=1 at the end of the command, or take --full_runs"
         )
     if cfg.train.optimizer != "adamw":
         raise ConfigError(
@@ -613,21 +614,6 @@ def linear_weights(model: nn.Module) -> int:
 
 
 # ------------------------------------------------------------------------ selection
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How a selection trains its candidates.
-
-    full_runs: each by train.py to its last step, instead of jointly. candidate: train this layer
-    alone, by train.py, and do not rank. launcher: the command that starts train.py.
-    """
-
-    output_dir: Path
-    rule: StoppingRule = field(default_factory=StoppingRule)
-    full_runs: bool = False
-    candidate: int | None = None
-    launcher: str = "deepspeed"
-
-
 def trained_hybrids(
     bench: Bench, options: TrainingOptions, kept: dict[int, list[int]], sign: int
 ) -> tuple[SequenceKLs, dict] | None:

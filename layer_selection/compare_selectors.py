@@ -2,7 +2,7 @@
 with several seeds.
 
     python layer_selection/compare_selectors.py --cfg STAGE2.yaml --ratio 0.25 --seeds 3 \
-        --methods ga_s2 smart scan mse uniform random --output_dir outputs/selectors
+        --methods gates ga_s2 smart scan uniform --output_dir outputs/selectors
 
 METHOD is one of select_layers.py, also with its objective (gates:mixture), and rounds:remove; --sets
 adds layers of your own (middle=11,12,13,14). Runs each method in <output_dir>/<method>/, then stage
@@ -19,37 +19,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import random
 from pathlib import Path
 
 from runtime.command import run_main
 from runtime.config import Config, ConfigError, dump_config, load_config
-from runtime.data import load_tokenizer
 from runtime.files import atomic_write_text, locked_in_turn
 from runtime.run_folder import difference
 
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
-
-from convert import load_teacher_config
 from layer_selection.ablation_questions import QuestionOptions
-from layer_selection.baselines import TASK_METHODS
-from layer_selection.bench import Bench
-from layer_selection.candidate_training import (
-    JointTraining,
-    SequenceKLs,
-    TrainingOptions,
-    check_joint_training,
-)
-from layer_selection.objective import OBJECTIVES, RecallOptions
+from layer_selection.options import OBJECTIVES, TASK_METHODS, RecallOptions, RoundOptions, TrainingOptions
 from layer_selection.ranking import budget
-from layer_selection.rounds import RoundOptions
 from layer_selection.selection import METHODS, OBJECTIVE_METHODS, SelectionOptions, select
 from layer_selection.stage2_runs import check_start, deepspeed_launcher, load_stage_2
 from layer_selection.stopping_rule import CORRELATION, ROUNDS, WINDOW, StoppingRule
-from recall_tasks import Document, answer_accuracy, associative_recall
+from recall_tasks import associative_recall
+
+# Modules that import torch are imported in functions, after arguments and config are checked.
 
 FIGURES = {"kl": "held-out KL", "perplexity": "perplexity", "recall": "recall"}
 SETTINGS = (
@@ -60,46 +47,6 @@ SETTINGS = (
     "num_pairs",
     "num_words",
 )  # that the figures depend on
-
-
-class MeasuredTraining(JointTraining):
-    """Hybrids that keep these sets of layers, trained to the last step. Their figures are added to
-    `known` and written to `file` before their last round counts as done."""
-
-    def __init__(
-        self,
-        bench: Bench,
-        rounds: int,
-        sets: list[list[int]],
-        folder: Path,
-        file: Path,
-        known: dict,
-        documents: list[Document],
-    ):
-        super().__init__(bench, StoppingRule(rounds=rounds), dict(enumerate(sets)), -1, folder)
-        self.file = file
-        self.known = known
-        self.documents = documents
-        self.tokenizer = load_tokenizer(bench.cfg.teacher_model.name)
-
-    def train_round(self, mine: list[int], first: int, last: int, bar: tqdm) -> SequenceKLs:
-        kls = super().train_round(mine, first, last, bar)
-        if last == self.plan.steps:
-            for i in mine:
-                self.known[str(self.kept[i])] = self.figures(i, kls[i])
-            atomic_write_text(self.file, json.dumps(self.known, indent=1) + "\n")
-        return kls
-
-    def figures(self, i: int, kls: list[float]) -> dict[str, float]:
-        """Of the i-th hybrid, whose held-out KLs are `kls`."""
-        self.candidates[i].to(self.bench.device)
-        model = self.candidates[i].hybrid.eval()
-        losses = self.bench.cross_entropies(model)
-        return {
-            "kl": sum(kls) / len(kls),
-            "perplexity": math.exp(sum(losses) / len(losses)),
-            "recall": answer_accuracy(model, self.tokenizer, self.documents),
-        }
 
 
 def claim(cfg: Config, args: argparse.Namespace) -> None:
@@ -200,6 +147,9 @@ def train_sets(cfg: Config, sets: list[list[int]], seed: int, args: argparse.Nam
     file = args.output_dir / f"seed_{seed}.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
     if missing := [kept for kept in sets if str(kept) not in known]:
+        from layer_selection.bench import Bench
+        from layer_selection.measured_training import MeasuredTraining
+
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, seed=seed))
         bench = Bench(cfg, args.sequences, args.batch_size)
         check_start(cfg)
@@ -315,8 +265,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    disable_progress_bar()  # transformers' own, a line for every file read
     cfg = load_stage_2(args.cfg, args.overrides)
+    from transformers.utils.logging import disable_progress_bar
+
+    from convert import load_teacher_config
+    from layer_selection.candidate_training import check_joint_training
+
+    disable_progress_bar()  # transformers' own, a line for every file read
     check_joint_training(cfg)
     num_layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
     top_k = budget(args.ratio, num_layers)

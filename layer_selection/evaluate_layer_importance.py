@@ -26,10 +26,6 @@ from runtime.command import run_main
 from runtime.data import check_special_tokens, load_tokenizer
 from runtime.files import atomic_write_text
 
-import torch
-from transformers.utils.logging import disable_progress_bar
-
-from convert import load_teacher, load_teacher_config
 from layer_selection.ablation_questions import (
     FIXED,
     NOISY,
@@ -41,7 +37,6 @@ from layer_selection.ablation_questions import (
     question_options,
 )
 from layer_selection.ranking import Layer, Ranking
-from layer_selection.task_ablation import ablate, rank_drops
 
 SHOWN_QUESTIONS = 3  # written into the results
 
@@ -215,6 +210,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{files.baseline}: is there already, made with the same settings")
         return
     questions = draw_questions(args.task, question_options(args), args.seed)
+
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from convert import load_teacher, load_teacher_config
+    from layer_selection.task_ablation import ablate, rank_drops
 
     disable_progress_bar()  # transformers' own, a line for every file read
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -171,7 +171,8 @@ class GateTraining:
     def __init__(self, bench: Bench, top_k: int, tokens: int | None, folder: Path):
         if bench.cfg.train.micro_batch_size == "auto":
             raise ConfigError(
-                "train.micro_batch_size: auto: train.py measures it for one model; set a number for gates"
+                "train.micro_batch_size: auto: train.py measures it for one model; set a number for gates, as "
+                "train.micro_batch_size=1 at the end of the command"
             )
         if bench.cfg.teacher_model.outputs:
             raise ConfigError(

@@ -25,7 +25,6 @@ from runtime.files import atomic_write_text
 from runtime.old_flags import refuse_old_flags
 from runtime.run_folder import difference
 
-from convert import load_teacher_config
 from layer_selection.stage2_runs import candidate_config, load_stage_2
 from layer_selection.wandb_log import STAGE_2, candidate_folder, write_candidates
 
@@ -57,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
 
     cfg = load_stage_2(args.cfg, args.overrides)
+    from convert import load_teacher_config
+
     layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
     made = {}
     for layer in range(layers):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from layer_selection.bench import Bench
-from layer_selection.candidate_training import TrainingOptions, negated, rank_hybrids, trained_hybrids
+from layer_selection.candidate_training import negated, rank_hybrids, trained_hybrids
 from layer_selection.layer_sets import MeasuredSets
+from layer_selection.options import TrainingOptions
 from layer_selection.ranking import Ranking, rank_samples
-
-METHODS = ("scan", "ga_s2")  # those that measure sets of layers as a whole
 
 
 def phases(interval: int, num_layers: int) -> dict[int, list[int]]:

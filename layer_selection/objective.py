@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from runtime.config import ConfigError
 from runtime.data import model_inputs
@@ -28,14 +28,12 @@ from torch.nn.functional import cross_entropy
 from distill_model import StudentForCausalLM
 from distill_model.losses import token_kl
 from heldout import Batch, ModelOutput, counted_of, ids_of, read_chunks
-from recall_tasks import WORDS, associative_recall, encode
+from layer_selection.options import RECALL_OBJECTIVES, RecallOptions
+from recall_tasks import associative_recall, encode
 
-OBJECTIVES = ("kl", "far_kl", "recall", "mixture")
-RECALL_OBJECTIVES = ("recall", "mixture")  # those with documents of recall
 FAR_MARGIN = 1.0  # nats
 SHORT_CONTEXT = 8  # the short context's length is the sequence's divided by this
 MAX_QUERIES = 16  # questions of a document
-WORDS_OPTION = "--vocab_size (of compare_selectors.py: --num_words)"
 
 
 # ------------------------------------------------------------------------ tokens that need far context
@@ -82,33 +80,6 @@ def needs_far_context(teacher: StudentForCausalLM, batch: Batch) -> torch.Tensor
 
 
 # ------------------------------------------------------------------------ documents of recall
-@dataclass(frozen=True)
-class RecallOptions:
-    """Documents of associative recall: pairs of key and value, and the words that they draw from.
-
-    Raises ConfigError, naming the command-line option, for numbers that no document can have.
-    """
-
-    num_pairs: int = 16
-    num_words: int = 256
-
-    def __post_init__(self):
-        if self.num_pairs < 1:
-            raise ConfigError(f"--num_pairs: {self.num_pairs} must be at least 1")
-        if self.num_words > len(WORDS):
-            raise ConfigError(f"{WORDS_OPTION}: {self.num_words} must be at most {len(WORDS)}")
-        if self.num_words < self.num_pairs:
-            raise ConfigError(
-                f"--num_pairs: {self.num_pairs} pairs need as many different words, not {self.num_words}; lower it, "
-                f"or set {WORDS_OPTION} to that"
-            )
-
-
-def objective_settings(name: str, recall: RecallOptions) -> dict:
-    """What figures of an objective must agree in, to be compared."""
-    return {"objective": name} | (asdict(recall) if name in RECALL_OBJECTIVES else {})
-
-
 def check_settings(known: dict, ours: dict, where: str) -> None:
     """Raises ConfigError, with `where` as its subject, if stored settings are not ours. Those of an
     earlier version may lack the objective kl and the number of sequences, which count as ours."""

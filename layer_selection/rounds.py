@@ -2,7 +2,7 @@
 so far.
 
 A round looks at every layer that could be added to (removed from) the current hybrid, measures the
-hybrid with it untrained, and trains the CANDIDATES most promising ones jointly
+hybrid with it untrained, and trains the `candidates` most promising ones jointly
 (candidate_training.py). They start from the current hybrid: a restored layer takes the teacher's
 attention, a removed one that of stage 1. The best of them, one or several layers, make the next
 hybrid. Once K layers are kept, single layers are exchanged the same way while the objective falls.
@@ -36,6 +36,7 @@ from layer_selection.bench import Bench
 from layer_selection.candidate_training import JointTraining, SequenceKLs, check_joint_training, linear_weights
 from layer_selection.layer_sets import MeasuredSets, neighbours, rank_around
 from layer_selection.objective import check_settings
+from layer_selection.options import RoundOptions
 from layer_selection.ranking import Ranking
 from layer_selection.stopping_rule import StoppingRule
 
@@ -43,33 +44,9 @@ FOLDER = "rounds"  # in --output_dir
 STATE = "rounds.json"
 CONFIG = "rounds.yaml"
 BEST = "best"  # a round's best hybrid
-CANDIDATES = 4
 EXCHANGES = 2  # rounds of exchanges that the tokens are planned for
 GRAPH_STEPS = 30  # fewer are not worth the recording of CUDA graphs for each candidate
 SHARE = 0.1  # of a full stage 2 for every layer, that all rounds take
-
-
-@dataclass(frozen=True)
-class RoundOptions:
-    """direction: add or remove. layers: how many a round adds or removes; None: a quarter of those
-    to add or remove in all, at least one. candidates: trained in a round. tokens: of all candidates together; None:
-    SHARE of a full stage 2 for every layer.
-
-    Raises ConfigError, naming the command-line option, for values that make no sense.
-    """
-
-    direction: str = "add"
-    layers: int | None = None
-    candidates: int = CANDIDATES
-    tokens: int | None = None
-
-    def __post_init__(self):
-        if self.direction not in ("add", "remove"):
-            raise ConfigError(f"--direction: {self.direction} must be add or remove")
-        for name in ("layers", "candidates"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name}_per_round: {value} must be at least 1")
 
 
 # ------------------------------------------------------------------------ hybrids

@@ -19,24 +19,28 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.command import run_main
 from runtime.data import load_tokenizer, open_chunks_for
 from runtime.files import atomic_write_text
 
-import torch
-from transformers.utils.logging import disable_progress_bar
+if TYPE_CHECKING:
+    import torch
 
-from convert import load_teacher
-from distill_model import StudentForCausalLM
-from heldout import ids_of, read_chunks
-from layer_selection.baselines import rank_scan
-from layer_selection.bench import heldout_batches, heldout_weights, measure_layer_swaps, sequence_kls
+    from distill_model import StudentForCausalLM
+
+# Modules that import torch are imported in functions, after the arguments are read.
 
 
 def load_models(args: argparse.Namespace) -> tuple[StudentForCausalLM, StudentForCausalLM]:
     """(Student, teacher), in bf16 on a GPU and fp32 on a CPU. Raises ValueError if the student is
     not all-linear."""
+    import torch
+
+    from convert import load_teacher
+    from distill_model import StudentForCausalLM
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     student = StudentForCausalLM.from_pretrained(args.student, dtype=dtype).to(device).eval()
@@ -54,6 +58,9 @@ def scan(
 ) -> tuple[list[float], dict[int, list[float]]]:
     """(KL of the all-linear student, layer -> KL with that layer restored), each on every sequence
     of the batches, whose positions have these weights."""
+    from heldout import read_chunks
+    from layer_selection.bench import measure_layer_swaps, sequence_kls
+
     teacher_outputs = [read_chunks(teacher, batch) for batch in batches]
 
     def kls(model: StudentForCausalLM) -> list[float]:
@@ -84,6 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chunks", type=int, default=24, help="held-out chunks to measure on")
     parser.add_argument("--batch_size", type=int, default=8)
     args = parser.parse_args(argv)
+    from transformers.utils.logging import disable_progress_bar
+
+    from heldout import ids_of
+    from layer_selection.baselines import rank_scan
+    from layer_selection.bench import heldout_batches, heldout_weights
 
     disable_progress_bar()  # transformers' own, a line for every file read
     start = time.monotonic()

@@ -1,7 +1,7 @@
 """Which layers keep full attention: one command from stage 1's student to a ready stage-2 config.
 
-    python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --ratio 0.25
-    # one layer, as an array task does; all layers as an array, then the ranking:
+    python layer_selection/select_layers.py --cfg STAGE2.yaml --ratio 0.25
+    # GA-S2: one layer, as an array task does; all layers as an array, then the ranking:
     python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --candidate 3
     python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --slurm
 
@@ -9,12 +9,12 @@ STAGE2.yaml names teacher, data, the all-linear student (train.student_init_ckpt
 of a candidate; the layers that it keeps do not matter here. The methods, by the importance that
 ranks a layer:
 
-    ga_s2    -KL(teacher || student) on held-out text after stage 2 with only this layer restored
-             (arXiv 2512.20569)
-    gates    what the objective rises by exchanging this layer, in the set found by gates of all
-             layers that train together (gates.py; arXiv 2605.20936, arXiv 2606.30562)
+    gates    the default: what the objective rises by exchanging this layer, in the set found by
+             gates of all layers that train together (gates.py; arXiv 2605.20936, arXiv 2606.30562)
     rounds   the same, in the set found by rounds that add (or remove) layers around the best hybrid
              so far (rounds.py)
+    ga_s2    -KL(teacher || student) on held-out text after stage 2 with only this layer restored
+             (arXiv 2512.20569)
   baselines:
     gr_s2    +KL after stage 2 with all but this layer restored (arXiv 2512.20569)
     avg_s2   the mean of both (arXiv 2512.20569)
@@ -39,8 +39,9 @@ Written to --output_dir: ranking.json, ranking.png, ranking.md, and
 {teacher}_{size}_{student}_hybrid_{ratio}_{method}/stage2.yaml with the K best layers, which trains
 in a folder of its own. ga_s2 and gr_s2 train all candidates jointly on one teacher until their
 ranking has converged, or with --full_runs and --candidate each to the end with train.py in
-<output_dir>/layer_<N>/. gates and rounds train on one device. Rerun the command to resume: it does
-only what is missing. avg_s2 uses the default folders of both.
+<output_dir>/layer_<N>/. gates and rounds train on one device, from the linear layers of stage 1,
+which gates do not train. Rerun the command to resume: it does only what is missing. avg_s2 uses the
+default folders of both.
 """
 
 from __future__ import annotations
@@ -55,15 +56,17 @@ from pathlib import Path
 from runtime.command import run_main
 from runtime.config import Config, ConfigError
 
-from transformers.utils.logging import disable_progress_bar
-
-from convert import load_teacher_config
 from layer_selection.ablation_questions import add_options, question_options
-from layer_selection.baselines import TASK_METHODS
-from layer_selection.candidate_training import TrainingOptions
-from layer_selection.objective import OBJECTIVES, RECALL_OBJECTIVES, RecallOptions
+from layer_selection.options import (
+    CANDIDATES,
+    OBJECTIVES,
+    RECALL_OBJECTIVES,
+    TASK_METHODS,
+    RecallOptions,
+    RoundOptions,
+    TrainingOptions,
+)
 from layer_selection.ranking import budget
-from layer_selection.rounds import CANDIDATES, RoundOptions
 from layer_selection.selection import (
     DEFAULT,
     METHODS,
@@ -77,6 +80,8 @@ from layer_selection.stopping_rule import add_rule_options, read_rule
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = " or ".join(TRAINED_METHODS)
+FORMER_DEFAULT = "ga_s2"
+OF_FORMER_DEFAULT = ("candidate", "slurm", "full_runs", "halving", "rounds", "window", "correlation", "interval")
 
 
 # ------------------------------------------------------------------------ options
@@ -90,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--cfg", required=True, help="YAML of stage 2")
-    add("--method", choices=METHODS, default=DEFAULT, help="see above (%(default)s)")
+    add("--method", choices=METHODS, help=f"see above ({DEFAULT})")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--top-k", type=int, help="how many layers to keep")
     size.add_argument("--ratio", type=float, help="share of the layers to keep: floor(ratio x layers + 0.5)")
@@ -165,25 +170,40 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_options(args: argparse.Namespace, cfg: Config, layers: int) -> SelectionOptions:
-    """The typed options of a teacher of so many layers. Raises ConfigError, naming the option, for
-    those that make no sense."""
-    top_k = args.top_k
-    if args.ratio is not None:
-        top_k = budget(args.ratio, layers)
+def default_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The method of a command without --method. Raises ConfigError for an option that it does not
+    take: written for the former default, the command would do something else."""
+    for name in OF_FORMER_DEFAULT:
+        if getattr(args, name) != parser.get_default(name):
+            raise ConfigError(
+                f"--{name}: is not for the default method, {DEFAULT}; add --method {FORMER_DEFAULT}, the default before"
+            )
+    print(f"Method: {DEFAULT}, the default (in earlier versions {FORMER_DEFAULT}); --method names another")
+    return DEFAULT
+
+
+def layers_to_keep(args: argparse.Namespace, layers: int) -> int:
+    """How many of a teacher's layers are kept; 1, of the phases, with --interval. Raises ConfigError,
+    naming the option, where the teacher does not have so many."""
+    if args.candidate is not None and args.candidate not in range(layers):
+        raise ConfigError(f"--candidate: {args.candidate} must be a layer in 0..{layers - 1}")
     if args.interval is not None:
         if not 1 <= args.interval <= layers:
             raise ConfigError(f"--interval: {args.interval} must be between 1 and the teacher's {layers} layers")
-        if args.candidate is not None or args.slurm or args.full_runs:
-            raise ConfigError(
-                "--interval: its candidates train jointly; leave --candidate, --slurm and --full_runs out"
-            )
-        top_k = 1  # of the phases
+        return 1
+    top_k = args.top_k if args.ratio is None else budget(args.ratio, layers)
     if not 1 <= top_k <= layers:
         raise ConfigError(f"--top-k: {top_k} must be between 1 and the teacher's {layers} layers")
-    can_train = args.method in TRAINED_METHODS and args.candidate in range(layers)
-    if args.candidate is not None and not can_train:
-        raise ConfigError(f"--candidate: {args.candidate} needs --method {TRAINED} and a layer in 0..{layers - 1}")
+    return top_k
+
+
+def read_options(args: argparse.Namespace, cfg: Config, top_k: int) -> SelectionOptions:
+    """The typed options of a selection that keeps so many layers. Raises ConfigError, naming the option,
+    for those that make no sense, whatever the teacher."""
+    if args.interval is not None and (args.candidate is not None or args.slurm or args.full_runs):
+        raise ConfigError("--interval: its candidates train jointly; leave --candidate, --slurm and --full_runs out")
+    if args.candidate is not None and args.method not in TRAINED_METHODS:
+        raise ConfigError(f"--candidate: {args.candidate} needs --method {TRAINED}")
     training = TrainingOptions(
         output_dir=args.output_dir or Path(f"{cfg.train.output_dir}_{args.method}"),
         rule=read_rule(args, top_k),
@@ -261,11 +281,18 @@ def submit(options: SelectionOptions, cfg: Config, cfg_file: str, arguments: lis
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_intermixed_args(argv)
-    disable_progress_bar()  # transformers' own, a line for every file read
+    parser = make_parser()
+    args = parser.parse_intermixed_args(argv)
+    args.method = args.method or default_method(parser, args)
     cfg = load_stage_2(args.cfg, args.overrides)
+    read_options(args, cfg, top_k=1)  # checks what needs no teacher
+    from transformers.utils.logging import disable_progress_bar
+
+    from convert import load_teacher_config
+
+    disable_progress_bar()  # transformers' own, a line for every file read
     layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
-    options = read_options(args, cfg, layers)
+    options = read_options(args, cfg, layers_to_keep(args, layers))
     if args.slurm:
         submit(options, cfg, args.cfg, [word for word in argv if word != "--slurm"], layers)
         return

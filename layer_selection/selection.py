@@ -6,34 +6,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.config import Config, ConfigError
 from runtime.guard import StopSignals
 
 from layer_selection.ablation_questions import QuestionOptions
-from layer_selection.baselines import (
+from layer_selection.options import (
+    INTERVAL_METHODS,
+    OBJECTIVES,
     TASK_METHODS,
-    alignment_error,
-    avg_s2,
-    ga_s1,
-    gr_s2,
-    perplexity,
-    random_order,
-    scan,
-    smart,
-    task_ablation,
-    uniform,
+    RecallOptions,
+    RoundOptions,
+    TrainingOptions,
 )
-from layer_selection.bench import Bench
-from layer_selection.candidate_training import TrainingOptions, ga_s2
-from layer_selection.gates import gates
-from layer_selection.intervals import METHODS as INTERVAL_METHODS
-from layer_selection.intervals import best_phase, interval_of
-from layer_selection.objective import OBJECTIVES, RecallOptions
 from layer_selection.ranking import Ranking, table, write
-from layer_selection.rounds import RoundOptions, rounds
 from layer_selection.stage2_runs import write_chosen
+
+if TYPE_CHECKING:
+    from layer_selection.bench import Bench
+
+# Modules that import torch are imported in functions, after the options are checked.
 
 
 @dataclass(frozen=True)
@@ -88,53 +83,43 @@ class SelectionOptions:
         return self.training.output_dir
 
 
-Method = Callable[[Bench, SelectionOptions], Ranking | None]
+@dataclass(frozen=True)
+class Method:
+    """A method: a function that takes the bench and some of the options, and returns a `Ranking`, or
+    None where a candidate was trained alone. Its docstring has formula and source.
+
+    place: its module in layer_selection and its name. The module, which imports torch, is imported
+    when the method is used. arguments: the options that it takes, in order.
+    """
+
+    place: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def function(self) -> Callable[..., Ranking | None]:
+        module, name = self.place.split(".")
+        return getattr(import_module(f"layer_selection.{module}"), name)
+
+    def __call__(self, bench: Bench, options: SelectionOptions) -> Ranking | None:
+        return self.function(bench, *(getattr(options, name) for name in self.arguments))
 
 
-def ablate_task(bench: Bench, options: SelectionOptions) -> Ranking:
-    return task_ablation(bench, options.method, options.questions, options.batch_size, options.seed)
-
-
-def learn_gates(bench: Bench, options: SelectionOptions) -> Ranking:
-    return gates(bench, options.top_k, options.search_tokens, options.output_dir)
-
-
-def go_in_rounds(bench: Bench, options: SelectionOptions) -> Ranking:
-    return rounds(bench, options.top_k, options.rounds, options.output_dir)
-
-
-METHODS: dict[str, Method] = {
-    "rounds": go_in_rounds,
-    "gates": learn_gates,
-    "ga_s2": lambda bench, options: ga_s2(bench, options.training),
-    "gr_s2": lambda bench, options: gr_s2(bench, options.training),
-    "avg_s2": lambda bench, options: avg_s2(bench, options.training),
-    "ga_s1": lambda bench, options: ga_s1(bench),
-    "smart": lambda bench, options: smart(bench, options.top_k),
-    "scan": lambda bench, options: scan(bench),
-    "ppl": lambda bench, options: perplexity(bench),
-    "mse": lambda bench, options: alignment_error(bench),
-    "uniform": lambda bench, options: uniform(bench, options.top_k),
-    "random": lambda bench, options: random_order(bench, options.seed),
-    **dict.fromkeys(TASK_METHODS, ablate_task),
+METHODS = {
+    "gates": Method("gates.gates", ("top_k", "search_tokens", "output_dir")),
+    "rounds": Method("rounds.rounds", ("top_k", "rounds", "output_dir")),
+    "ga_s2": Method("candidate_training.ga_s2", ("training",)),
+    "gr_s2": Method("baselines.gr_s2", ("training",)),
+    "avg_s2": Method("baselines.avg_s2", ("training",)),
+    "scan": Method("baselines.scan"),
+    "smart": Method("baselines.smart", ("top_k",)),
+    "mse": Method("baselines.alignment_error"),
+    "ga_s1": Method("baselines.ga_s1"),
+    "ppl": Method("baselines.perplexity"),
+    **dict.fromkeys(TASK_METHODS, Method("baselines.task_ablation", ("method", "questions", "batch_size", "seed"))),
+    "uniform": Method("baselines.uniform", ("top_k",)),
+    "random": Method("baselines.random_order", ("seed",)),
 }
-# Where each method's formula and source are documented.
-DOCUMENTED: dict[str, Callable] = {
-    "gates": gates,
-    "rounds": rounds,
-    "ga_s2": ga_s2,
-    "gr_s2": gr_s2,
-    "avg_s2": avg_s2,
-    "scan": scan,
-    "smart": smart,
-    "mse": alignment_error,
-    "ga_s1": ga_s1,
-    "ppl": perplexity,
-    **dict.fromkeys(TASK_METHODS, task_ablation),
-    "uniform": uniform,
-    "random": random_order,
-}
-DEFAULT = "ga_s2"
+DEFAULT = "gates"
 TRAINED_METHODS = ("ga_s2", "gr_s2", "avg_s2")  # with a training run for every layer
 OBJECTIVE_METHODS = ("gates", "rounds", "scan", "ga_s2", "gr_s2")  # those that minimise --objective
 
@@ -162,11 +147,13 @@ class Selection:
                 f"Trained on {facts['tokens'] / 1e6:.1f}M tokens: {facts['flops']:.2g} FLOPs with all measurements, "
                 f"{facts['seconds']:.0f} s"
             )
+        from layer_selection.intervals import interval_of
+
         layers = self.ranking.keep(self.top_k)
         kept = f"Kept: {layers}"
         if undecided := self.ranking.undecided(self.top_k):
             kept += f"; statistically tied at the cut: {undecided}"
-        lines.append(f"{kept}; next: deepspeed train.py --cfg {self.chosen}")
+        lines.append(kept)
         num_layers = len(self.ranking.layers)
         if interval_of(layers, num_layers) is None:
             cure = "--interval chooses among evenly spaced ones (docs/layer_selection.md)"
@@ -180,6 +167,7 @@ class Selection:
                 "Warning: runtimes that derive the layer kinds from full_attention_interval (llama.cpp, MLX) cannot run "
                 f"this set; {cure}"
             )
+        lines.append(f"next: deepspeed train.py --cfg {self.chosen}")
         return "\n".join(lines)
 
 
@@ -190,6 +178,9 @@ def select(cfg: Config, options: SelectionOptions) -> Selection | None:
     Raises ValueError for what the user can correct. Told to stop by a signal, it exits with
     REQUEUE.
     """
+    from layer_selection.bench import Bench
+    from layer_selection.intervals import best_phase
+
     # Joint training handles signals itself; the others have nothing to save where a signal comes
     # here.
     signals = nullcontext() if options.method in TRAINED_METHODS else StopSignals(to_the_end=False)

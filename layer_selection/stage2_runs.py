@@ -10,20 +10,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.config import Config, ConfigError, dump_config, load_config
 from runtime.files import atomic_write_text
 from runtime.guard import REQUEUE
 from runtime.run_folder import EXPORT, difference
 
-import torch
-
-from convert import load_teacher_config
-from convert.loader import ModelFolder
-from distill_model import StudentForCausalLM
-from layer_selection.objective import RecallOptions, objective_settings
+from layer_selection.options import RecallOptions, objective_settings
 from layer_selection.ranking import Ranking, hybrid_folder, ratio_of
-from preflight import check_models
+
+if TYPE_CHECKING:
+    import torch
+
+# Modules that import torch are imported in functions: scripts read their config with this one first.
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE_2 = "stage2.yaml"
@@ -70,6 +70,11 @@ def teacher_name(name: str) -> str:
     if found := SIZE_IN_NAME.match(last):
         family = re.sub(r"[-_](?=[0-9])", "", found[1])
         return f"{family}_{found[2]}"
+    import torch
+
+    from convert import load_teacher_config
+    from distill_model import StudentForCausalLM
+
     with torch.device("meta"):
         count = sum(p.numel() for p in StudentForCausalLM(load_teacher_config(name)).parameters())
     unit, letter = (10**9, "b") if count >= 10**9 else (10**6, "m")
@@ -96,12 +101,19 @@ def write_chosen(cfg: Config, ranking: Ranking, count: int, ratio: float | None,
 
 def embeddings(name: str) -> torch.Tensor:
     """[V, H], of a checkpoint."""
+    from convert.loader import ModelFolder
+
     return ModelFolder(name).rows("model.embeddings.weight", slice(0, None))
 
 
 def check_start(cfg: Config) -> None:
     """Raises ValueError if train.student_init_ckpt is not what stage 1 made of this teacher for
     this student. Reads configs and the embeddings, which stage 1 does not change."""
+    import torch
+
+    from convert import load_teacher_config
+    from preflight import check_models
+
     check_models(cfg)
     start = cfg.train.student_init_ckpt
     teacher = cfg.teacher_model.name
@@ -181,6 +193,8 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
     # Not measured yet, or on another number of sequences; train.py itself skips a finished run.
     check_start(bench.cfg)
     train_with_script(cfg, launcher, folder)
+    from distill_model import StudentForCausalLM
+
     model = StudentForCausalLM.from_pretrained(folder / "run" / EXPORT, dtype=bench.dtype)
     kls = bench.losses(model.to(bench.device).eval())
     atomic_write_text(measured, json.dumps(kls) + "\n")

@@ -498,7 +498,8 @@ def _check(cfg: Config) -> None:
 
 def _check_numbers(train: TrainConfig) -> None:
     if (train.target_tokens is None) == (train.max_steps is None):
-        raise ConfigError("train.target_tokens: give either target_tokens or train.max_steps, and not both")
+        cure = "" if train.max_steps is None else f"; for {train.max_steps} steps, add train.target_tokens=null"
+        raise ConfigError(f"train.target_tokens: give either target_tokens or train.max_steps, and not both{cure}")
     if train.max_length not in (None, train.train_seq_len):
         raise ConfigError(
             f"train.max_length: {train.max_length} must equal train.train_seq_len ({train.train_seq_len})"

@@ -132,9 +132,13 @@ def _has_known_words(steps: list[dict]) -> bool:
 
 
 def _lies_in_a_word(token: dict) -> bool:
-    """Whether an added token is found in a word of `WORDS` as it is in the text."""
+    """Whether an added token is found in a word of `WORDS` as it is in the text, and never in the end
+    of a word with the beginning of SEPARATOR."""
+    content = token["content"]
     strips = token["lstrip"] or token["rstrip"] or token["single_word"]
-    return not strips and not re.search(r"\s", token["content"]) and not WORDS.search(token["content"])
+    if strips or content.endswith(SEPARATOR[0]):
+        return False
+    return not re.search(r"\s", content) and not WORDS.search(content)
 
 
 class TextEncoder:

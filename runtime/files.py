@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -214,6 +215,14 @@ def locked_in_turn(path: Path, what: str) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------ folders
+def _share(file: Path, folder: Path) -> None:
+    """Gives `file` the read permissions of `folder`, which are those of the user's umask."""
+    permissions = stat.S_IMODE(file.lstat().st_mode)
+    readable = permissions | folder.stat().st_mode & 0o444
+    if permissions != readable and not file.is_symlink():
+        file.chmod(readable)
+
+
 @contextmanager
 def atomic_directory(folder: Path, replace: bool = False, resumable: bool = False) -> Iterator[Path]:
     """A temporary folder that is renamed to `folder` when the block ends, and removed if it raises.
@@ -221,7 +230,8 @@ def atomic_directory(folder: Path, replace: bool = False, resumable: bool = Fals
     replace: an existing `folder` stays until the block has ended, and is then replaced. Without it,
     an existing folder that is not empty makes the renaming raise OSError. Remains of a killed
     process are removed. resumable: they, and what a block that raises leaves, are kept for the next
-    call. Raises FolderLockedError if another process is writing the same folder.
+    call. Files that a library made readable by their owner alone, as safetensors does, get the
+    folder's read permissions. Raises FolderLockedError if another process is writing the same folder.
     """
     temporary = folder.with_name(f".{folder.name}.new")
     old = folder.with_name(f".{folder.name}.old")
@@ -235,6 +245,7 @@ def atomic_directory(folder: Path, replace: bool = False, resumable: bool = Fals
         try:
             yield temporary
             for file in (*temporary.rglob("*"), temporary):
+                _share(file, temporary)
                 sync(file)
             if replace and folder.exists():
                 os.replace(folder, old)

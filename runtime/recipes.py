@@ -60,8 +60,8 @@ RECIPES = (
         5e-5,
         5e-4,
         5e-5,
-        "a first look here and no search: SmolLM2-135M, weights dequantised from Q4_1, stopped after 20M "
-        "tokens of stage 1 and 8M of stage 2; stage 3 was not run, its rate is stage 2's, as in the published recipe",
+        "a first look here and no search: SmolLM2-135M, weights dequantised from Q4_1, 20M tokens of stage 1 and "
+        "16M of stage 2 ([results](results.md)); stage 3 was not run, its rate is stage 2's, as in the published recipe",
     ),
     Recipe(
         1.5e9,

@@ -19,6 +19,7 @@ from distill_model import StudentForCausalLM
 from layer_selection import baselines
 from layer_selection.ablation_questions import Question
 from layer_selection.baselines import place
+from layer_selection.options import TASK_METHODS
 from layer_selection.selection import METHODS
 from layer_selection.stage2_runs import HELDOUT_KL, STAGE_2
 from layer_selection.task_ablation import continuations
@@ -180,7 +181,7 @@ def test_task_ablation_ranks_by_the_drop_of_accuracy(stage2, tmp_path, monkeypat
     )
 
 
-@pytest.mark.parametrize("method", baselines.TASK_METHODS)
+@pytest.mark.parametrize("method", TASK_METHODS)
 def test_a_teacher_that_answers_nothing_cannot_be_ranked_by_it(method, stage2, tmp_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
     random_teacher(folder, "qwen3", tie_word_embeddings=True, max_position_embeddings=8192)

@@ -629,8 +629,9 @@ def test_a_teacher_of_the_benchmark_is_that_of_its_command(tmp_path, monkeypatch
         "run",
         lambda command: commands.append(command[1:]) or SimpleNamespace(returncode=3),
     )
-    with pytest.raises(ValueError, match="teacher_0: the teacher's training ended with exit code 3"):
-        regret(tmp_path, "--teacher_steps", "7", "--num_pairs", "9")
+    regret(tmp_path, "--teacher_steps", "7", "--num_pairs", "9")
+    report = (tmp_path / "regret.md").read_text()
+    assert "failed: --output_dir: " in report and "the teacher's training ended with exit code 3" in report
     script = str(ROOT / "benchmarks" / "recall_teacher.py")
     settings = [
         "--output_dir",
@@ -668,6 +669,28 @@ def test_a_job_is_done_by_one_process(tmp_path):
         holder.kill()
         holder.wait()
     assert jobs.try_job(first) and done == ["a", "b", "a"]
+
+
+def test_a_job_that_fails_costs_those_that_need_it_alone(tmp_path, capsys):
+    """Too little memory of one run must not end the process, nor every other one that takes the job next."""
+    done = []
+
+    def fails():
+        done.append("bad")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    bad = jobs.Job(tmp_path / "bad", (), fails)
+    needs = jobs.Job(tmp_path / "needs", (tmp_path / "bad",), lambda: done.append("needs"))
+    good = jobs.Job(tmp_path / "good", (), lambda: (done.append("good"), (tmp_path / "good").touch()))
+    args = SimpleNamespace(processes=1, worker=False, output_dir=tmp_path)
+    jobs.do_jobs([bad, needs, good], __file__, [], args, None)
+    assert done == ["bad", "good"] and "Traceback" in capsys.readouterr().err
+    assert jobs.failures([bad, needs, good], tmp_path) == ["bad: failed: CUDA out of memory. Tried to allocate 20 GiB"]
+    jobs.do_jobs([bad, needs, good], __file__, [], args, None)
+    assert done == ["bad", "good", "bad"]  # tried again by the next command
+    for number in (0, -1):
+        with pytest.raises(ValueError, match=f"^--processes: {number} must be at least 1"):
+            jobs.do_jobs([], __file__, [], SimpleNamespace(processes=number, worker=False), None)
 
 
 # ------------------------------------------------------------------------ ablations
@@ -737,6 +760,7 @@ def test_ablations_that_cannot_be_are_refused(recall_dir, tmp_path):
     for options, message in (
         (["--steps", "1"], "--steps: 1 must be at least 2"),
         (["--seeds", "0"], "--seeds: 0 must be at least 1"),
+        (["--ratio", "1.5"], "--ratio: 1.5 must be between 0 and 1"),
         (["--larger", str(tmp_path)], "--larger: .* has no teacher"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):

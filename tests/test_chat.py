@@ -24,6 +24,7 @@ from conftest import begin_with_bos, random_teacher, save_tokenizer
 from transformers import GenerationConfig
 
 import chat
+import chat_session
 from convert import load_teacher
 from distill_model import StudentConfig, StudentForCausalLM
 
@@ -79,7 +80,7 @@ def talk(monkeypatch, capsys, folder, *said, options=()):
         return line
 
     monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(chat, "PREFILL_CHUNK", 5)  # as if the prompts were long
+    monkeypatch.setattr(chat_session, "PREFILL_CHUNK", 5)  # as if the prompts were long
     chat.main(["--model", str(folder), "--temperature", "0", "--max_new_tokens", "7", "--device", "cpu", *options])
     return capsys.readouterr().out
 
@@ -118,7 +119,7 @@ def test_text_begins_with_the_tokenizers_bos(tmp_path):
     save_tokenizer(tmp_path)
     bos = begin_with_bos(tmp_path, ends=True)
     tokenizer = load_tokenizer(str(tmp_path))
-    conversation = chat.Conversation(tokenizer, 96, None)
+    conversation = chat_session.Conversation(tokenizer, 96, None)
     encoded = conversation.add_user("def f(x):")
     assert encoded["input_ids"].tolist() == [[bos, *tokenizer("def f(x):", add_special_tokens=False)["input_ids"]]]
     assert encoded["attention_mask"].tolist() == [[1] * 10]
@@ -277,13 +278,13 @@ def test_a_gpu_decodes_with_a_static_cache(tmp_path, name, device, kind):
     config = StudentConfig(num_hidden_layers=2, keep_full_attention_layers=[1], student_name=name)
     model = SimpleNamespace(device=torch.device(device), config=config, generation_config=GenerationConfig())
     args = SimpleNamespace(model=str(tmp_path), max_new_tokens=4, temperature=None)
-    made = chat.generation_config(args, model, 5)
+    made = chat_session.generation_config(args, model, 5)
     assert (made.cache_implementation, made.eos_token_id) == (kind, 5)  # the tokenizer's, where the model names none
-    assert made.prefill_chunk_size == chat.PREFILL_CHUNK
+    assert made.prefill_chunk_size == chat_session.PREFILL_CHUNK
     config.rope_parameters["rope_type"] = "dynamic"
-    assert chat.generation_config(args, model, 5).prefill_chunk_size is None
+    assert chat_session.generation_config(args, model, 5).prefill_chunk_size is None
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert chat.generation_config(args, model, 5).eos_token_id == 7
+    assert chat_session.generation_config(args, model, 5).eos_token_id == 7
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(OSError, match="generation_config.json"):
-        chat.generation_config(args, model, 5)
+        chat_session.generation_config(args, model, 5)

@@ -115,7 +115,7 @@ BAD = {
     "train.gradient_checkpointing=1": "train.gradient_checkpointing: 1 is of type int; it must be bool or str",
     "train.gradient_checkpointing=all": "train.gradient_checkpointing: 'all' must be one of False, True, mlp",
     "train.kd_teacher_shard=maybe": "train.kd_teacher_shard: 'maybe' must be one of auto, always, never",
-    "train.max_steps=5": "either target_tokens or train.max_steps",
+    "train.max_steps=5": "either target_tokens or train.max_steps, and not both; for 5 steps, add train.target_tokens=null",
     "train.max_length=32": r"train.max_length: 32 must equal train.train_seq_len \(16\)",
     "train.student_init_ckpt=null": "train.student_init_ckpt: missing; stage 2 starts from stage 1's converted-hf",
     "train.betas=[0.9]": "train.betas",

@@ -1,6 +1,7 @@
 """The pages for visitors: their links, names and commands exist, their generated parts are current."""
 
 import importlib.util
+import itertools
 import re
 import xml.etree.ElementTree
 from pathlib import Path
@@ -147,6 +148,37 @@ def test_the_decoding_table_is_that_of_the_stored_points():
             f"{point['cache_share']:.0%}",
         ]
         assert f"| {' | '.join(cells)} |" in page
+
+
+def regrets_of(method: str) -> list[dict]:
+    return [choice for choice in build.REGRET["choices"] if choice["method"] == method]
+
+
+def test_what_the_text_says_of_the_best_sets_is_in_the_stored_figures():
+    cases = build.REGRET["cases"]
+    assert len(cases) == 8 and {case["best"] for case in cases} == {"[0, 1]", "[0, 1, 2]"}
+    for method in ("gates", "gates:mixture", "rounds", "rounds:mixture", "ppl", "ar", "ar_multihop"):
+        assert [choice["regret"] for choice in regrets_of(method)] == [1] * 8
+    assert [choice["keep"] for choice in regrets_of("scan") if choice["regret"] > 1] == [[0, 1, 7]] * 2
+    pairs: dict[int, list[float]] = {0: [], 1: []}  # those with one of the first two layers: regrets
+    for case in cases:
+        best = case["sets"][case["best"]]["kl"]
+        for first, second in itertools.product(pairs, range(2, 8)) if case["top_k"] == 2 else ():
+            pairs[first].append(case["sets"][f"[{first}, {second}]"]["kl"] / best)
+    assert [round(min(pairs[0])), round(max(pairs[0]))] == [23, 78]
+    assert [round(min(pairs[1]), 1), round(max(pairs[1]), 1)] == [1.5, 3.5]
+
+
+def test_what_the_text_says_of_ga_s2_is_in_the_stored_figures():
+    choices = regrets_of("ga_s2")
+    missed = [choice["keep"] for choice in choices if choice["regret"] > 1]
+    assert (len(choices), len(missed)) == (8, 5) and all(0 not in keep and 1 in keep for keep in missed)
+    assert min(choice["recall_lost"] for choice in choices) == pytest.approx(-0.0195, abs=1e-4)
+    shares = [choice["tokens"] / (8 * 200 * 16 * 512) for choice in choices]
+    assert (min(shares), max(shares)) == pytest.approx((0.20, 0.35))
+    for name, share in {"tokens": 1 / 4, "flops": 1 / 3, "seconds": 1 / 2}.items():
+        gates, ga_s2 = (sum(choice[name] for choice in regrets_of(method)) for method in ("gates", "ga_s2"))
+        assert gates / ga_s2 == pytest.approx(share, abs=0.05)
 
 
 def test_the_front_page_has_figures_of_the_performance_page():

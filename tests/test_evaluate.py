@@ -79,6 +79,7 @@ def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, ca
 
     table = (tmp_path / "results.md").read_text()
     assert table.count("\n| ") == 1 + len(teacher) - 1 and table in capsys.readouterr().out and "failed" not in table
+    assert "± is the standard error." in table and "at most 6 documents of each task (LIMIT)" in table
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
     files = list(tmp_path.glob("*/results.json"))

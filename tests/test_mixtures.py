@@ -4,6 +4,9 @@ one."""
 import itertools
 import json
 import random
+import re
+import subprocess
+import sys
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
@@ -262,6 +265,7 @@ def test_tokenizers_whose_words_depend_on_each_other_are_not_split(tokenizer_dir
         "added token with a boundary": lambda t: t.add_tokens(["a.b"]),
         "special tokens that are found": lambda t: setattr(t, "encode_special_tokens", False),
         "added token with a space": lambda t: t.add_tokens(["two words"]),
+        "added token that hides a separator": lambda t: t.add_tokens([AddedToken("xora", normalized=False)]),
         "added token that strips": lambda t: t.add_tokens([AddedToken("<x>", lstrip=True)]),
         "prefix space": lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
         "no pattern": lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(False, use_regex=False)),
@@ -277,7 +281,8 @@ def test_tokenizers_whose_words_depend_on_each_other_are_not_split(tokenizer_dir
         encoder = encoding.TextEncoder(tokenizer)
         assert not encoder.by_words, name
         if name != "dropout":
-            assert encoder(["a b  c\nd"])[0].tolist() == tokenizer.encode("a b  c\nd", add_special_tokens=False).ids
+            text = "a b  c\nd xor b"
+            assert encoder([text])[0].tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_several_processes_give_the_data_of_one(tmp_path, corpora, tokenizer_dir, monkeypatch):
@@ -285,6 +290,35 @@ def test_several_processes_give_the_data_of_one(tmp_path, corpora, tokenizer_dir
     monkeypatch.setattr(encoding, "OWN_CHARACTERS", 2000)
     several = tokenize(corpora[0], tokenizer_dir, tmp_path / "several", num_proc=2, batch_size=5)
     assert rows_of(one) == rows_of(several)
+
+
+# Runs the script sys.argv[1] as its command does, and prints what a process that tokenises has imported.
+SHOW_WORKER = """
+import runpy, sys
+from runtime import encoding
+
+end = encoding.EncodingPool.__exit__
+
+def show(pool, *error):
+    print("imported:", *pool._executor.submit(eval, "sorted(__import__('sys').modules)").result())
+    end(pool, *error)
+
+encoding.EncodingPool.__exit__ = show
+encoding.OWN_CHARACTERS = 0
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_process_that_tokenises_imports_no_torch(tmp_path, corpora, tokenizer_dir):
+    """It imports the main script again, which therefore imports none before it reads its arguments."""
+    words = ["--dataset_name", corpora[0], *options(tokenizer=tokenizer_dir, output_dir=tmp_path / "out", num_proc=2)]
+    command = [sys.executable, "-c", SHOW_WORKER, tokenize_script.__file__, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (imported,) = re.findall("^imported: (.*)", done.stdout, re.MULTILINE)
+    assert {"runtime.encoding", "__mp_main__"} <= set(imported.split())
+    assert not {"torch", "transformers"} & set(imported.split())
 
 
 def test_no_more_is_read_than_the_processes_need(tokenizer_dir, monkeypatch):

@@ -17,7 +17,8 @@ from convert import load_teacher
 from layer_selection import bench as bench_module
 from layer_selection import objective, stage2_runs
 from layer_selection.bench import Bench
-from layer_selection.objective import OBJECTIVES, RecallOptions, needs_far_context, recall_rows, take_rows
+from layer_selection.objective import needs_far_context, recall_rows, take_rows
+from layer_selection.options import OBJECTIVES, RecallOptions
 from layer_selection.stage2_runs import HELDOUT_KL
 from recall_tasks import associative_recall
 

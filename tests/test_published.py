@@ -203,10 +203,11 @@ def test_unpublished_rows_are_refused(row):
     )
 
 
-@pytest.mark.parametrize("method, stage_2_jobs", [("ga_s2", 3), ("mse", 2)])
+@pytest.mark.parametrize("method, stage_2_jobs", [("ga_s2", 3), ("gates", 2), ("mse", 2)])
 def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path, method, stage_2_jobs):
     """launch_pipeline.sh with a row: what it would hand to Slurm. Preprocessing takes tokenizer,
-    folder and lengths from the configs; a method that trains nothing has no array of candidates."""
+    folder and lengths from the configs; only a method that trains every layer has an array of
+    candidates."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(
         f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\n'

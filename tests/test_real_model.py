@@ -32,7 +32,7 @@ rows:
 - {{name: two kept, kept: [0, 2], over_kept: chosen, over_tokens: two, stage2: {{data: recall}}}}
 - {{name: one kept, kept: {{method: uniform, top_k: 1}}, over_kept: chosen}}
 - {{name: window, kept: [0, 2], student: swa_v1, options: {{window_size: 8, sink_size: 2}}, stage1: null, stage2: null}}
-- {{name: all kept, kept: all, stage1: null, stage2: {{ce_weight: 1.0, kl_weight: 0.0}}}}
+- {{name: all kept, kept: all, over_tokens: two, stage1: null, stage2: {{ce_weight: 1.0, kl_weight: 0.0, target_tokens: 192}}}}
 - {{name: two kept, kept: [0, 2], over_kept: chosen, over_tokens: two, stage2: {{data: recall}}, seeds: [1]}}
 """
 
@@ -101,7 +101,7 @@ def test_out_of_time_and_failures(command, tmp_path, monkeypatch, capsys):
         asked.clear()
         assert real_model.main([*command, "--only", "window", "one kept"]) == 1
         assert asked == ["text_text"]
-        assert "text_text: train.py ended with exit code 1: no space" in capsys.readouterr().out
+        assert "\n\njobs/text_text: failed: train.py ended with exit code 1: no space\n" in capsys.readouterr().out
 
 
 def test_changed_rows_are_new_ones_and_changed_text_is_refused(command, tmp_path, capsys):
@@ -141,6 +141,26 @@ def test_changed_rows_are_new_ones_and_changed_text_is_refused(command, tmp_path
         ("{data: recall}}", "{data: talk}}", "two kept: data talk is not under data"),
         ("student: swa_v1", "students: swa_v1", "window: .*unexpected keyword argument 'students'"),
         ("student: swa_v1", "student: swa_v9", "'swa_v9' is unknown; choose one of"),
+        (ROWS, "", "data: must be a dict"),
+        (ROWS, "rows: [", r"rows.yaml: not valid YAML \("),
+        ("heldout:", "held:", "heldout: must be a dict"),
+        ("- {name: window,", "- window\n- {name: window,", "rows: window must be a dict with a name"),
+        ("mix: {corpus: 1.0}", "max_tokens: 9", "data: text: needs `mix`"),
+        ("length: 32, sequences: 4", "sequences: 4", "heldout: needs length"),
+        ("heldout: {data: text", "heldout: {data: talk", "heldout: data talk is not under data"),
+        (", top_k: 1", "", "one kept: kept: .* needs top_k"),
+        ("top_k: 1}", "top_k: 1}, stage2: null", "one kept: kept: .* chooses for a stage 2"),
+        (
+            "options: {window",
+            "over_tokens: two, options: {window",
+            "window: over_tokens: two is over tokens of stage 2",
+        ),
+        ("{ce_weight: 1.0", "{output_dir: x, ce_weight: 1.0", "all kept: output_dir: set by this benchmark"),
+        (
+            "stage2: {ce_weight: 1.0, kl_weight: 0.0, target_tokens: 192}",
+            "stage2: text",
+            "all kept: a stage must be a dict or null, not 'text'",
+        ),
     ],
 )
 def test_rows_that_cannot_be(tmp_path, old, new, message):
@@ -148,6 +168,38 @@ def test_rows_that_cannot_be(tmp_path, old, new, message):
     file.write_text(ROWS.replace(old, new, 1) if old != "{data: recall}}" else ROWS.replace(old, new))
     with pytest.raises(ConfigError if "swa_v9" not in message else ValueError, match=message):
         real_model.read_plan(file)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("kept: [0, 2], student", "kept: [0, 4], student", r"window: kept: \[4\] out of the teacher's layers 0..3"),
+        ("sink_size: 2", "sinks: 2", "window: student_model.options.sinks: unknown"),
+        ("ce_weight: 1.0", "ce_wait: 1.0", "all kept: train.ce_wait: unknown"),
+        ("lr_attn: 1.0e-3", "lr_attn: fast", "two kept: train.lr_attn: "),
+    ],
+)
+def test_rows_that_no_stage_takes_are_refused_before_anything_is_written(command, tmp_path, old, new, message):
+    file = tmp_path / "rows.yaml"
+    assert old in ROWS
+    file.write_text(ROWS.replace(old, new))
+    with pytest.raises(ConfigError, match=f"^--rows: {file}: {message}"):
+        real_model.main(command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_choice_belongs_to_the_stage_2_that_it_was_made_for(tmp_path):
+    """GA-S2 and others train or measure on it: rows that share a start may differ there."""
+    file = tmp_path / "rows.yaml"
+    other = "- {name: other text, kept: {method: uniform, top_k: 1}, stage2: {data: recall}}\n"
+    same = "- {name: again, kept: {method: uniform, top_k: 1}}\n"
+    file.write_text(ROWS + other + same)
+    plan = real_model.read_plan(file)
+    rows = {row.name: row for row in plan.rows}
+    experiment = real_model.Experiment(SimpleNamespace(output_dir=tmp_path, until=None), plan)
+    assert rows["one kept"].start == rows["other text"].start
+    assert experiment.choice(rows["one kept"]) == experiment.choice(rows["again"])
+    assert experiment.choice(rows["one kept"]) != experiment.choice(rows["other text"])
 
 
 def test_the_rows_of_the_file_can_be_planned(tmp_path):
@@ -194,8 +246,10 @@ def test_a_process_is_told_to_stop_when_the_time_is_up(tmp_path, monkeypatch):
         experiment.script("slow", str(script))
     experiment.end = float("inf")
     script.write_text("raise SystemExit('data.cache_dir: is not there')\n")
+    seconds = experiment.seconds("slow")
     with pytest.raises(jobs.JobFailed, match="ended with exit code 1: data.cache_dir: is not there; see"):
         experiment.script("slow", str(script))
+    assert experiment.seconds("slow") == seconds  # of what failed nothing is left
 
 
 def figures(kl, recall, perplexity=12.0):

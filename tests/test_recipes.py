@@ -705,18 +705,29 @@ def test_hidden_states_that_cannot_be_compared_are_refused(
 
 
 @pytest.mark.slow
-def test_runs_on_hidden_states(tmp_path, teacher_dir, data_dir, start_dir):
-    """As graphs on one process: the first held-out loss is that of the models that the run began with."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_runs_on_hidden_states(tmp_path, teacher_dir, data_dir, start_dir, ranks):
+    """As graphs on one process, with ZeRO-3 for student and teacher on two: the first held-out loss is that of the
+    models that the run began with."""
     from test_cuda_graphs import run
+    from test_train import launch
+
+    def train_stage(file):
+        if ranks == 1:
+            run(file, "train.cuda_graphs=true", "data.document_mask=false")
+        else:
+            launch(file, "train.zero_stage=3", "train.kd_teacher_shard=always", "data.document_mask=false", processes=2)
 
     (tmp_path / "first").mkdir()
     file = write_config(tmp_path / "first", 1, teacher_dir, data_dir, alignment_target="block")
-    run(file, "train.cuda_graphs=true", "data.document_mask=false")
+    train_stage(file)
+    first, *_, last = metrics(tmp_path / "first" / "stage1", "eval_loss")
+    assert last < first
     file = config(tmp_path, teacher_dir, data_dir, start_dir, hidden_weight=0.5, hidden_layers=[1], eval_batches=2)
-    run(file, "train.cuda_graphs=true")
+    train_stage(file)
     teacher = load_teacher(teacher_dir).eval()
     student = StudentForCausalLM.from_pretrained(start_dir).restore_full_attention(teacher, KEPT).eval()
-    ids = heldout_rows(data_dir, 2)
+    ids = heldout_rows(data_dir, 2 * ranks)
     with torch.no_grad():
         theirs, exact = block_outputs(teacher, ids)
         ours, found = block_outputs(student, ids)

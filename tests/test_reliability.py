@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ from runtime import files
 from runtime.files import FolderLockedError, atomic_directory, locked
 
 import pytest
+import torch
 from processes import PATIENCE, free_port
+from safetensors.torch import save_file
 
 import hf_trainer
 
@@ -330,6 +333,24 @@ def test_an_export_that_is_stopped_between_its_renames_leaves_the_one_before(tmp
     assert [(path.name, (path / "config.json").read_text()) for path in tmp_path.iterdir()] == [
         ("converted-hf", "before")
     ]
+
+
+def test_others_may_read_what_safetensors_keeps_to_the_owner(tmp_path):
+    """safetensors makes its files readable by their owner alone, whatever the umask says; an export
+    on a shared disk must be readable for those who may read its folder."""
+    kept = tmp_path / "kept"
+    kept.mkdir(mode=0o700)
+    (kept / "weights").touch(mode=0o600)
+    for umask, mode in ((0o022, 0o644), (0o027, 0o640), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            with atomic_directory(tmp_path / "out", replace=True) as folder:
+                save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+                (folder / "link").symlink_to(kept / "weights")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "out" / "model.safetensors").stat().st_mode) == mode
+    assert stat.S_IMODE((kept / "weights").stat().st_mode) == 0o600
 
 
 def test_a_lock_that_goes_while_it_is_watched(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ from test_select_layers import flags, select
 from layer_selection import rounds
 from layer_selection.bench import Bench
 from layer_selection.candidate_training import Candidate
-from layer_selection.objective import RecallOptions
-from layer_selection.rounds import RoundOptions, Rounds, measured_sets, with_kept_layers
+from layer_selection.options import RecallOptions, RoundOptions
+from layer_selection.rounds import Rounds, measured_sets, with_kept_layers
 
 STEPS = ["train.max_steps=8", "train.lr=1e-3", "train.lr_attn=3e-3"]
 

@@ -12,7 +12,7 @@ from test_select_layers import select
 
 from convert import load_teacher
 from distill_model import StudentForCausalLM
-from layer_selection import scan_layers
+from layer_selection import baselines, scan_layers
 
 
 def test_scan_restores_one_layer_and_leaves_the_student_as_it_was(teacher_dir):
@@ -33,7 +33,7 @@ def test_scan_restores_one_layer_and_leaves_the_student_as_it_was(teacher_dir):
 
     assert all_linear == pytest.approx(naive(student), rel=1e-4)
     assert list(kls) == [0, 1, 2, 3]
-    assert scan_layers.rank_scan({0: [0.3, 0.3], 1: [0.1, 0.1], 2: [0.4, 0.4], 3: [0.2, 0.2]}).keep(2) == [1, 3]
+    assert baselines.rank_scan({0: [0.3, 0.3], 1: [0.1, 0.1], 2: [0.4, 0.4], 3: [0.2, 0.2]}).keep(2) == [1, 3]
     for layer, values in kls.items():
         hybrid = student.restore_full_attention(teacher, [layer]).eval()
         assert values == pytest.approx(naive(hybrid), rel=1e-4)

@@ -89,6 +89,23 @@ def test_every_script_of_an_unpacked_archive_shows_its_help(archive, tmp_path):
     assert shown == [script.name for script in scripts]
 
 
+FOR_USERS = [
+    name for name in SCRIPTS if not name.startswith(("benchmarks/", "quickstart/")) and "export_native" not in name
+]
+
+
+@pytest.mark.parametrize("script", FOR_USERS)
+def test_a_script_reads_its_arguments_before_it_imports_torch(script):
+    """--help and mistyped options take no seconds."""
+    code = f"{SHOW_HELP}\nassert not {{'torch', 'transformers', 'datasets'}} & sys.modules.keys(), list(sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-300:]
+    assert "usage:" in done.stdout
+
+
 def test_a_script_in_a_folder_of_an_archive_can_be_run_by_its_path(archive, tmp_path):
     script = archive / "layer_selection" / "write_configs.py"
     done = without_installation(script, "--help", project=archive, cwd=tmp_path)

@@ -129,8 +129,8 @@ def test_ga_s2_trains_what_is_missing(stage2, tmp_path):
         (["--top-k", "5"], "--top-k: 5 must be between 1 and the teacher's 4 layers"),
         (["--ratio", "0.01"], "--ratio: 0.01 of 4 layers keeps 0"),
         (
-            ["--top-k", "1", "--candidate", "4"],
-            "--candidate: 4 needs --method ga_s2 or gr_s2 or avg_s2 and a layer in 0..3",
+            ["--top-k", "1", "--method", "ga_s2", "--candidate", "4"],
+            "--candidate: 4 must be a layer in 0..3",
         ),
         (
             ["--top-k", "1", "--method", "mse", "--candidate", "1"],
@@ -138,11 +138,11 @@ def test_ga_s2_trains_what_is_missing(stage2, tmp_path):
         ),
         (["--interval", "5", "--method", "scan"], "--interval: 5 must be between 1 and the teacher's 4 layers"),
         (["--interval", "2", "--method", "mse"], "--interval: 2 is for --method scan and ga_s2"),
-        (["--interval", "2", "--full_runs"], "--interval: its candidates train jointly; leave"),
-        (["--top-k", "1", "--rounds", "0"], "--rounds: 0 must be at least 1"),
+        (["--interval", "2", "--method", "ga_s2", "--full_runs"], "--interval: its candidates train jointly; leave"),
+        (["--top-k", "1", "--method", "ga_s2", "--rounds", "0"], "--rounds: 0 must be at least 1"),
         (["--top-k", "1", "--sequences", "1"], "--sequences: 1 must be at least 2"),
         (["--top-k", "1", "--batch_size", "0"], "--batch_size: 0 must be at least 1"),
-        (["--top-k", "1", "--correlation", "nan"], "--correlation: nan must be between -1 and 1"),
+        (["--top-k", "1", "--method", "ga_s2", "--correlation", "nan"], "--correlation: nan must be between -1 and 1"),
         (["--top-k", "1", "stage=3"], "is of stage 3; name a stage-2 file"),
     ],
 )
@@ -150,6 +150,37 @@ def test_bad_input(stage2, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         select(stage2, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--candidate", "0"],
+        ["--slurm"],
+        ["--full_runs"],
+        ["--halving"],
+        ["--rounds", "4"],
+        ["--window", "0"],
+        ["--correlation", "0.5"],
+    ],
+)
+def test_a_command_for_the_former_default_does_not_become_another(stage2, tmp_path, options):
+    message = f"^{options[0]}: is not for the default method, gates; add --method ga_s2, the default before$"
+    with pytest.raises(ValueError, match=message):
+        select(stage2, tmp_path / "out", "--top-k", "1", *options)
+    with pytest.raises(ValueError, match="^--interval: is not for the default method, gates"):
+        select(stage2, tmp_path / "out", "--interval", "2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_gates_is_the_default_and_says_so(stage2, tmp_path, capsys):
+    train = ["train.max_steps=2", "train.batch_size=2"]
+    named = select(stage2, tmp_path / "named", *train, method="gates", top_k=1)
+    assert "the default" not in capsys.readouterr().out
+    ranking = select(stage2, tmp_path / "out", *train, top_k=1)
+    shown = capsys.readouterr().out
+    assert shown.startswith("Method: gates, the default (in earlier versions ga_s2); --method names another\n")
+    assert ranking["method"] == "gates" and ranking["layers"] == named["layers"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -184,10 +215,10 @@ def test_slurm_gets_missing_layers_as_an_array_and_the_ranking_after_it(stage2, 
     measured = out / "layer_1" / HELDOUT_KL
     measured.parent.mkdir(parents=True)
     measured.write_text("[1.0, 1.0]")
-    assert select(stage2, out, "--top-k", "2", "--slurm", "train.lr=1e-3") is None
+    assert select(stage2, out, "--method", "ga_s2", "--top-k", "2", "--slurm", "train.lr=1e-3") is None
     same = (
         f"--partition=p --mem=1G launch_selection.sh --cfg {stage2} --full_runs --cfg {stage2} --output_dir {out} --sequences 6 "
-        "--batch_size 4 --top-k 2 train.lr=1e-3"
+        "--batch_size 4 --method ga_s2 --top-k 2 train.lr=1e-3"
     )
     assert slurm.read_text().splitlines() == [
         f"--parsable --job-name=candidates --array=0,2,3%8 {same}",
@@ -196,7 +227,7 @@ def test_slurm_gets_missing_layers_as_an_array_and_the_ranking_after_it(stage2, 
     for layer in (0, 2, 3):
         (out / f"layer_{layer}").mkdir()
         (out / f"layer_{layer}" / HELDOUT_KL).write_text("[1.0, 1.0]")
-    select(stage2, out, "--top-k", "2", "--slurm", "train.lr=1e-3")
+    select(stage2, out, "--method", "ga_s2", "--top-k", "2", "--slurm", "train.lr=1e-3")
     assert slurm.read_text().splitlines()[2:] == [f"--parsable --job-name=selection {same}"]
 
 
@@ -207,9 +238,10 @@ def test_slurm_gets_missing_layers_as_an_array_and_the_ranking_after_it(stage2, 
             ["--method", "mse"],
             "--slurm: trains every layer to its end, with --method ga_s2 or gr_s2 or avg_s2",
         ),
-        (["--halving"], "--slurm: trains every layer to its end"),
+        (["--method", "ga_s2", "--halving"], "--slurm: trains every layer to its end"),
+        ([], "--slurm: is not for the default method, gates; add --method ga_s2, the default before"),
         (
-            ["train.student_init_ckpt=/nowhere"],
+            ["--method", "ga_s2", "train.student_init_ckpt=/nowhere"],
             "train.student_init_ckpt: /nowhere holds no checkpoint",
         ),
     ],
@@ -221,7 +253,7 @@ def test_invalid_commands_are_not_submitted(stage2, tmp_path, slurm, monkeypatch
         select(stage2, tmp_path / "out", "--top-k", "2", "--slu")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--slurm: jobs run in .*; run this command there"):
-        select(stage2, tmp_path / "out", "--top-k", "2", "--slurm")
+        select(stage2, tmp_path / "out", "--method", "ga_s2", "--top-k", "2", "--slurm")
     assert not slurm.exists()
 
 
@@ -292,6 +324,7 @@ def test_an_interval_keeps_the_best_phase(stage2, tmp_path, method, capsys):
     assert "Warning: runtimes that derive the layer kinds from full_attention_interval" in shown
     assert "they need phase 1, not 0: for them, train with student_model.keep_full_attention_layers=[1,3]" in shown
     assert ("of the FLOPs of 2 full runs" in shown) == (method == "ga_s2")
+    assert shown.splitlines()[-1].startswith("next: deepspeed train.py --cfg ")
     assert select(stage2, tmp_path / "3", method=method, interval=3)["keep"] == [2]
     assert "Warning" not in capsys.readouterr().out
     (chosen,) = (tmp_path / "2").glob(f"*_hybrid_0_5_{method}_interval_2/stage2.yaml")

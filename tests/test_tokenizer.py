@@ -440,7 +440,7 @@ def test_a_dtype_too_small_for_an_id_is_refused(tmp_path):
 
 def test_a_text_with_a_token_outside_the_vocabulary_is_refused(tmp_path):
     """Padding, which is masked, may be such a token."""
-    import chat
+    import chat_session
     from evaluation.harness import harness_model
 
     name = grown(tmp_path / "teacher", pad_token="<|im_end|>")
@@ -456,6 +456,6 @@ def test_a_text_with_a_token_outside_the_vocabulary_is_refused(tmp_path):
         r"^CHECKPOINT: '<\|im_end\|>' in a text has the id 96, but",
         lambda: lm.generate_until(texts[1], disable_tqdm=True),
     )
-    conversation = chat.Conversation(load_tokenizer(name), 96, None)
+    conversation = chat_session.Conversation(load_tokenizer(name), 96, None)
     assert conversation.add_user("abc")["input_ids"].shape == (1, 3)
     in_one_line(r"^--model: '<\|im_end\|>' in the text has the id 96, but", conversation.add_user, "<|im_end|>")

@@ -895,11 +895,14 @@ import hf_trainer, stages
 from convert import load_teacher
 from runtime.config import load_config
 cfg, plain, sharded = load_config({str(file)!r}), *(load_teacher({teacher_dir!r}) for _ in range(2))
-sharded = hf_trainer.FrozenTeacher(sharded, "cpu", stages.teacher_engine_config(cfg, sharded, "cpu", 1, print))
+layers = {{"compared_layers": (0, 2)}}
+sharded = hf_trainer.FrozenTeacher(sharded, "cpu", stages.teacher_engine_config(cfg, sharded, "cpu", 1, print), **layers)
 assert sharded.model.model.layers[0].mlp.up_proj.weight.numel() == 0  # sharded
 assert all(map(z3_leaf_module, sharded.model.model.layers)) and not z3_leaf_module(sharded.model.lm_head)
 ids = torch.randint(0, 80, (2, 19))
-assert torch.equal(*(t.outputs(ids)["teacher_hidden_states"] for t in (sharded, hf_trainer.FrozenTeacher(plain, "cpu"))))
+ours, theirs = (each.outputs(ids) for each in (sharded, hf_trainer.FrozenTeacher(plain, "cpu", **layers)))
+assert ours.keys() == theirs.keys() == {{"teacher_hidden_states", "teacher_block_outputs"}}
+assert all(torch.equal(ours[name], theirs[name]) for name in ours) and len(ours["teacher_block_outputs"]) == 2
 """
     run(sys.executable, "-c", code)
 
@@ -1173,7 +1176,7 @@ def test_bad_input_ends_in_one_line(stages, tmp_path, monkeypatch, teacher_dir, 
         ),
         ({"model_type": "qwen3"}, "cannot be read: model_type: 'qwen3' is not distilled_student"),
         ("{", "has a config.json that cannot be read"),
-        (None, "holds no checkpoint; run stage 1 first"),
+        (None, "holds no checkpoint; run stage 1 first, or name its converted-hf"),
     ],
 )
 def test_another_kind_of_checkpoint_is_refused(tmp_path, teacher_dir, change, message):

@@ -237,9 +237,9 @@ def while_pruning():
 
 
 def while_exporting():
-    import convert_ckpt
+    from convert import loader
 
-    on_call(convert_ckpt, "copy_sidecars", die)
+    on_call(loader, "copy_sidecars", die)
 
 
 def after_the_last_step():
@@ -449,9 +449,9 @@ def term_before_training():
 
 
 def term_while_exporting():
-    import convert_ckpt
+    from convert import loader
 
-    on_call(convert_ckpt, "copy_sidecars", send(signal.SIGTERM))
+    on_call(loader, "copy_sidecars", send(signal.SIGTERM))
 
 
 SIGNALS = {

@@ -9,13 +9,13 @@ In bf16, which training runs in: a document that leaks changes others by far mor
 import functools
 
 import pytest
+import test_students_gpu
 import torch
 from test_students_gpu import CONFIG, DEVICE, DRAWS, LIMITS, build, error, one_config, positions, random, stand_ins
 
-from distill_model import STUDENT_ATTENTION_MAP, DistillationLoss, StudentConfig, StudentForCausalLM
+from distill_model import DistillationLoss, StudentConfig, StudentForCausalLM
 from distill_model.attention import SoftmaxAttention
 from distill_model.documents import PADDING, Documents, run_attention
-from distill_model.student_layers import reads_documents_on_host
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +26,7 @@ LENGTH = 131
 # One token, odd lengths, across the kernels' chunks of 64; one that spans the row; many.
 ROWS = ([1, 70, 2, 1, 57], [LENGTH], [3] * 40 + [11])
 KEPT = "a kept layer"
-LAYERS = [*STUDENT_ATTENTION_MAP, KEPT]
+LAYERS = [*test_students_gpu.LAYERS, KEPT]
 
 
 def document_ids(device=DEVICE):
@@ -111,7 +111,7 @@ def test_a_changed_document_changes_no_other(name):
     assert error(other_gradient[~changed].float(), gradient[~changed].float()) < LIMITS[torch.bfloat16][0]
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name == KEPT or not reads_documents_on_host(name, {})])
+@pytest.mark.parametrize("name", [*filter(test_students_gpu.takes_documents_in_graphs, test_students_gpu.LAYERS), KEPT])
 def test_a_fixed_number_of_documents_changes_nothing_and_reads_nothing_on_the_host(name):
     """The output to the bit; gradients up to the order of sums. In the second call memory that is not
     written to holds NaN; in the third, for which all kernels are compiled, a host-device sync raises."""

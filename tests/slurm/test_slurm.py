@@ -385,7 +385,7 @@ def test_the_pipeline_runs(cluster, teacher_dir, tmp_path):
     out = tmp_path / "again"
     (out / "layer_0").mkdir(parents=True)
     shutil.copy(tmp_path / "stage2_ga_s2" / "layer_0" / "heldout_kl.json", out / "layer_0")
-    command = [*options(cfg=tmp_path / "stage2.yaml", ratio=0.25, output_dir=out), "--slurm"]
+    command = [*options(cfg=tmp_path / "stage2.yaml", ratio=0.25, output_dir=out), "--method", "ga_s2", "--slurm"]
     shown = cluster.run("python", "layer_selection/select_layers.py", *command, environment=environment)
     jobs = submitted(shown)
     assert list(jobs) == ["candidates", "selection"]
