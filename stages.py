@@ -476,12 +476,13 @@ def build_trainer(ctx: RunContext, stage: Stage):
     documents = chunks.has_documents
     graphs = use_cuda_graphs(cfg, ctx.device, ctx.zero_stage, stage.model, ctx.log, sharded, documents)
     options = dict(stage.loss_options)
+    most = None
     if graphs and documents:
         splits = [split for split in (chunks.train, chunks.heldout) if split is not None]
-        options["max_documents"] = max(most_documents(split, plan.micro_batch_size) for split in splits)
+        most = options["max_documents"] = max(most_documents(split, plan.micro_batch_size) for split in splits)
+        ctx.log(f"CUDA graphs: a micro-batch has at most {most} documents, and each pass makes room for as many")
     if stage.teacher is not None:
         layers = options["distillation"].compared_layers(stage.teacher.config.num_hidden_layers)
-        most = options.get("max_documents")
         options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs, layers, most)
     peak = device_peak_flops(ctx.device, compute_dtype(cfg, ctx.device))
     total_peak = None if peak is None else peak * ctx.world_size
