@@ -479,8 +479,9 @@ def build_trainer(ctx: RunContext, stage: Stage):
     most = None
     if graphs and documents:
         splits = [split for split in (chunks.train, chunks.heldout) if split is not None]
-        most = options["max_documents"] = max(most_documents(split, plan.micro_batch_size) for split in splits)
-        ctx.log(f"CUDA graphs: a micro-batch has at most {most} documents, and each pass makes room for as many")
+        most = max(most_documents(split, plan.micro_batch_size) for split in splits)
+        options["max_documents"] = most
+        ctx.log(f"CUDA graphs: a micro-batch has at most {most} documents; each pass makes room for them")
     if stage.teacher is not None:
         layers = options["distillation"].compared_layers(stage.teacher.config.num_hidden_layers)
         options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs, layers, most)

@@ -92,8 +92,8 @@ def tokens_of(cu_seqlens: torch.Tensor) -> int | None:
 
 @cache
 def use_static_shapes() -> None:
-    """Replaces two functions of FLA that read cu_seqlens on the host, for static `Documents`: what its
-    kernels take for their grids, and a bound on the lengths for its token shift."""
+    """Replaces two functions of FLA that read cu_seqlens on the host, for static `Documents`: what
+    its kernels take for their grids, and a bound on the lengths for its token shift."""
     from fla.modules import token_shift
     from fla.ops.utils import index
     from fla.utils import tensor_cache

@@ -434,8 +434,8 @@ def open_chunks_for(
 
 
 def most_documents(dataset, rows: int) -> int:
-    """The most documents that `rows` chunks of a split hold, the padding of each counted as one. A chunk
-    may be among them twice, where two epochs meet."""
+    """The most documents that `rows` chunks of a split hold, the padding of each counted as one. A
+    chunk may be among them twice, where two epochs meet."""
     import numpy
     import pyarrow.compute
 

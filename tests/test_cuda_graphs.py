@@ -186,12 +186,15 @@ def test_documents_one_by_one_rule_graphs_out_for_some_students(tmp_path, teache
     assert not used("gla_v1")
     assert not lines and not used("gla_v1", asked)
     assert not used("gdn_v4", load_config(file, ["train.cuda_graphs=true", "train.dtype=fp32"]))
-    assert "gla_v1 reads documents on the host" in lines[0] and "in this dtype" in lines[1] and len(lines) == 2
+    of_student, of_dtype = lines
+    assert "gla_v1 reads documents on the host" in of_student
+    assert "in this dtype" in of_dtype
     assert open_data(asked, batch_plan(asked, 1)).has_documents
-    asked = load_config(file, ["train.cuda_graphs=true", "student_model.name=gla_v1"])
+    of_gla = ["train.cuda_graphs=true", "student_model.name=gla_v1"]
+    asked = load_config(file, of_gla)
     with pytest.raises(ValueError, match="train.cuda_graphs: true .* gla_v1 reads documents .*document_mask to false"):
         open_data(asked, batch_plan(asked, 1))
-    without = load_config(file, [*("train.cuda_graphs=true", "student_model.name=gla_v1"), "data.document_mask=false"])
+    without = load_config(file, [*of_gla, "data.document_mask=false"])
     assert not open_data(without, batch_plan(without, 1)).has_documents
 
 
