@@ -327,7 +327,7 @@ def use_cuda_graphs(
     if not mode or device != "cuda":
         return False
     size = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))  # FP8 weights are buffers
-    if mode == "auto" and cfg.stage != 1 and size >= LARGE_MODEL:
+    if mode == "auto" and (has_documents or cfg.stage != 1 and size >= LARGE_MODEL):
         return False
     reason = None
     if zero_stage == 3:

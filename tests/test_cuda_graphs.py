@@ -170,21 +170,21 @@ def test_large_models_have_graphs_in_stage_1_or_on_request(tmp_path, teacher_dir
 
 
 def test_documents_one_by_one_rule_graphs_out_for_some_students(tmp_path, teacher_dir, data_dir, monkeypatch):
-    """auto does without them; asked for, they are refused before a model is read."""
+    """auto does without them for all; asked for, they are refused before a model is read."""
     monkeypatch.setattr(stages, "supports_varlen", lambda device, dtype, head_dim: dtype == torch.bfloat16)
     file = write_config(tmp_path, 1, teacher_dir, data_dir)
     auto, asked = load_config(file), load_config(file, ["train.cuda_graphs=true"])
     teacher = load_teacher(teacher_dir)
     lines = []
 
-    def used(student, cfg=auto, **more):
+    def used(student, cfg=asked, **more):
         model, _ = StudentForCausalLM.from_teacher(teacher, student, **more)
         return stages.use_cuda_graphs(cfg, "cuda", 1, model, lines.append, has_documents=True)
 
     assert used("gdn_v4")
     assert used("gla_v1", keep_full_attention_layers=range(teacher.config.num_hidden_layers))
-    assert not used("gla_v1")
-    assert not lines and not used("gla_v1", asked)
+    assert not used("gdn_v4", auto)
+    assert not lines and not used("gla_v1")
     assert not used("gdn_v4", load_config(file, ["train.cuda_graphs=true", "train.dtype=fp32"]))
     of_student, of_dtype = lines
     assert "gla_v1 reads documents on the host" in of_student
