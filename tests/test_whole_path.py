@@ -4,6 +4,7 @@ configs that users have: on random weights of few layers, and on real ones where
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def in_a_process(log, function, *arguments):
     assert child.wait() == 0, child.output()[-3000:]
 
 
+def make_teacher(folder):
+    random_teacher(folder, "llama", **SMOLLM2).to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
+
+
 def prepare(folder, teacher, texts):
     """Both commands that make chunks."""
     make_chunks(folder, teacher, texts)
@@ -75,20 +82,21 @@ def losses(folder, name="eval_loss"):
     return [line[name] for line in lines if name in line]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    """A folder with teacher, data, layer selection, both stages' runs with their reports, and the
-    results of teacher and hybrid.
+def from_a_fresh_process(function, folder):
+    """Runs a function of this module, which forks the commands' processes, in a process that has no
+    threads yet: tests before this one may have tokenised."""
+    command = [sys.executable, __file__, function.__name__, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
 
-    Each command has a process: this one, which they are forked from, tokenises nothing before.
-    """
-    import_once()
-    folder = tmp_path_factory.mktemp("path")
+
+def make_path(folder):
+    """Teacher, data, layer selection, both stages' runs with their reports, and the results of
+    teacher and hybrid."""
     log = folder / "log"
     teacher = folder / "SmolLM2-135M-Instruct"
-    random_teacher(teacher, "llama", **SMOLLM2).to(torch.bfloat16).save_pretrained(teacher)
-    save_tokenizer(teacher)
-    (teacher / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
+    in_a_process(log, make_teacher, teacher)
     in_a_process(log, prepare, folder, str(teacher), python_texts(40))
     data = folder / f"chunked_context{LENGTH}"
     words = overrides(teacher, data, folder / "stage1", calibrate_init=5)
@@ -110,7 +118,12 @@ def path(tmp_path_factory):
     in_a_process(log, compare_with_teacher, words)
     in_a_process(log, convert_ckpt.main, ["--cfg", str(run / "config.yaml")])
     in_a_process(log, report.main, [str(folder / "stage1"), str(run), "--samples", "1"])
-    return folder
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """The folder of make_path."""
+    return from_a_fresh_process(make_path, tmp_path_factory.mktemp("path"))
 
 
 @pytest.fixture(scope="module")
@@ -214,16 +227,18 @@ def real():
     return theirs, load_teacher(REAL, torch.float32).eval(), AutoTokenizer.from_pretrained(REAL)
 
 
-@pytest.fixture(scope="module")
-def real_stage1(tmp_path_factory):
-    """The run folder of six steps of stage 1 on the pages of this project."""
-    import_once()
-    folder = tmp_path_factory.mktemp("real")
+def make_real_stage1(folder):
+    """Six steps of stage 1 on the pages of this project."""
     pages = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
     in_a_process(folder / "log", prepare, folder, REAL, pages)
     words = overrides(REAL, folder / f"chunked_context{LENGTH}", folder / "stage1", calibrate_init=8)
     in_a_process(folder / "log", train.main, ["--cfg", str(STAGE1), *words])
-    return folder / "stage1"
+
+
+@pytest.fixture(scope="module")
+def real_stage1(tmp_path_factory):
+    """The run folder of make_real_stage1."""
+    return from_a_fresh_process(make_real_stage1, tmp_path_factory.mktemp("real")) / "stage1"
 
 
 @pytest.mark.slow
@@ -260,3 +275,8 @@ def test_real_greedy_text_is_sane(real):
         found = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)
         texts.append(tokenizer.decode(found[0, ids.shape[1] :]))
     assert texts[0] == texts[1] and texts[1].startswith(" Berlin")
+
+
+if __name__ == "__main__":
+    import_once()
+    {function.__name__: function for function in (make_path, make_real_stage1)}[sys.argv[1]](Path(sys.argv[2]))
