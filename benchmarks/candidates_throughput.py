@@ -101,6 +101,7 @@ def main() -> None:
         device=teacher.device,
         train=random_chunks(cfg.train.batch_size * 4, cfg.train.train_seq_len),
         has_documents=False,
+        max_documents=lambda rows: None,
         losses=lambda hybrid: [0.0],
     )
     candidates = list(range(args.candidates))
