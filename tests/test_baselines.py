@@ -21,7 +21,7 @@ from layer_selection.ablation_questions import Question
 from layer_selection.baselines import place
 from layer_selection.options import TASK_METHODS
 from layer_selection.selection import METHODS
-from layer_selection.stage2_runs import HELDOUT_KL, STAGE_2
+from layer_selection.stage2_runs import HELDOUT_KL, STAGE_2, check_start
 from layer_selection.task_ablation import continuations
 from layer_selection.write_configs import PUBLISHED
 
@@ -203,6 +203,15 @@ def test_a_teacher_that_answers_nothing_cannot_be_ranked_by_it(method, stage2, t
             freq_cw=4,
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_in_bf16_is_of_its_teacher_in_fp32(stage2, tmp_path):
+    """Stage 1 on a GPU exports the rounded embeddings of a teacher whose file is in fp32."""
+    teacher = load_teacher(load_config(stage2).teacher_model.name, torch.float32)
+    embeddings = teacher.model.embeddings.weight
+    assert not torch.equal(embeddings.bfloat16().float(), embeddings)
+    StudentForCausalLM.from_teacher(teacher, "gdn_v4")[0].bfloat16().save_pretrained(tmp_path / "start")
+    check_start(load_config(stage2, [f"train.student_init_ckpt={tmp_path / 'start'}"]))
 
 
 def test_a_student_of_another_teacher_or_kind(stage2, tmp_path, tmp_path_factory):
