@@ -47,7 +47,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 import store_teacher
-from benchmarks.jobs import Job, claim_folder, do_jobs, failures, run_script
+from benchmarks.jobs import Job, add_process_options, claim_folder, do_jobs, failures, run_script
 from benchmarks.recall_teacher import scale_of
 from benchmarks.training import stage_1
 from convert import load_teacher
@@ -452,9 +452,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr_attn", type=float, default=1e-3)
     add("--eval_chunks", type=int, default=64, help="of held-out text")
     add("--questions", type=int, default=32, help="documents of each recall task")
-    add("--processes", type=int, help="default: one per GPU, one without")
-    add("--minutes", type=float, help="no job is begun after so many")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_process_options(parser)
     return parser
 
 

@@ -6,6 +6,7 @@ command resumes, and processes need no other order than the list's.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -113,6 +114,13 @@ def run_script(script: str, **options) -> None:
     command = [sys.executable, str(ROOT / script), *(f"--{name}={value}" for name, value in options.items())]
     if code := subprocess.run(command).returncode:
         raise ConfigError(f"{script} ended with exit code {code}: see above")
+
+
+def add_process_options(parser: argparse.ArgumentParser, minutes: str = "no job is begun after so many") -> None:
+    """Those that `do_jobs` reads. minutes: what the end of this time means for the command."""
+    parser.add_argument("--processes", type=int, help="default: one per GPU, one without")
+    parser.add_argument("--minutes", type=float, help=minutes)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
 
 def do_jobs(jobs: list[Job], script: str, argv: list[str], args, minutes: float | None) -> None:

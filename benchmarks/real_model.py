@@ -43,7 +43,7 @@ import torch
 import yaml
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.jobs import SETTINGS, Job, JobFailed, OutOfTime, do_jobs, failures, pending, work
+from benchmarks.jobs import SETTINGS, Job, JobFailed, OutOfTime, add_process_options, do_jobs, failures, pending, work
 from benchmarks.model_quality import Quality, Sizes
 from benchmarks.real_model_report import write_report
 from convert import load_teacher, load_teacher_config
@@ -490,13 +490,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, required=True)
     add("--rows", type=Path, default=ROWS, help="YAML file (%(default)s)")
     add("--only", nargs="+", metavar="NAME", help="rows with these names alone")
-    add("--minutes", type=float, help="stops after so many; what runs saves a checkpoint then")
     add("--collect", type=Path, metavar="DIR", help="where copies of the small results go")
-    add("--processes", type=int, help="default: one per GPU, one without")
+    add_process_options(parser, minutes="stops after so many; what runs saves a checkpoint then")
     add("--questions", type=int, default=64, help="documents of each recall task (%(default)s)")
     add("--needles", type=int, default=200, help="prompts of each length (%(default)s)")
     add("--needle_lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], metavar="TOKENS")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
     add("--until", type=float, help=argparse.SUPPRESS)
     return parser
 

@@ -43,7 +43,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.jobs import Job, claim_folder, do_jobs, failures
+from benchmarks.jobs import Job, add_process_options, claim_folder, do_jobs, failures
 from benchmarks.recall_teacher import DEMANDED, DIFFICULTY, difficulty, scale_of
 from benchmarks.training import stage_1
 from convert import load_teacher
@@ -468,9 +468,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sequences", type=int, default=64, help="held-out sequences to measure on")
     add("--questions", type=int, default=32, help="documents of each recall task")
     add("--sets_at_once", type=int, default=14, help="that a process trains side by side")
-    add("--processes", type=int, help="default: one per GPU, one without")
-    add("--minutes", type=float, help="no job is begun after so many")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_process_options(parser)
     return parser
 
 

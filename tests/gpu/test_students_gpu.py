@@ -12,8 +12,8 @@ import os
 
 # Triton's default for fp32 is TF32, in whose ten bits of mantissa the gradients of decays, sums of
 # many terms that cancel, are off by percents; the kernels are what is compared, not their rounding.
-# Three products in TF32 are as good as one in fp32, for which ("ieee") kernels compile for minutes,
-# as it has no tensor cores. bf16 is not touched.
+# tf32x3 splits each operand in two and is nearly as exact as fp32. With "ieee", which has no tensor
+# cores, the kernels compile for minutes. bf16 is not touched.
 os.environ["TRITON_F32_DEFAULT"] = "tf32x3"
 
 import pytest
