@@ -68,7 +68,7 @@ def run_workers(options: Options, units: list[Unit], argv: list[str]) -> None:
     When one of them dies, all are started again, and skip the unit that it died of. Raises
     ValueError if they end before the first unit.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
     command = [*launcher, f"--nproc-per-node={options.num_gpus}", str(WORKER), *argv]
     while True:
         process = subprocess.Popen(command)

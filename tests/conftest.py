@@ -117,6 +117,19 @@ def signals():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_config():
+    """On a GPU this process compiles one configuration of each autotuned kernel."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    from gpu.one_config import take_one_config
+
+    undo = take_one_config()
+    yield
+    undo()
+
+
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory):
     """A tiny random Qwen3 model: grouped-query attention, head_dim other than hidden / heads, tied

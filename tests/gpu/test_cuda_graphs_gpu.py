@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_students_gpu import LAYERS, OPTIONS, one_config, student_of, takes_documents_in_graphs  # noqa: F401
+from test_students_gpu import LAYERS, OPTIONS, student_of, takes_documents_in_graphs
 
 from cuda_graphs import EAGER_CALLS, GraphedForward, switch_off_all
 from distill_model import DistillationLoss, StudentConfig, StudentForCausalLM

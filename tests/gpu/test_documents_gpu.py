@@ -11,7 +11,7 @@ import functools
 import pytest
 import test_students_gpu
 import torch
-from test_students_gpu import CONFIG, DEVICE, DRAWS, LIMITS, build, error, one_config, positions, random, stand_ins
+from test_students_gpu import CONFIG, DEVICE, DRAWS, LIMITS, build, error, positions, random, stand_ins
 
 from distill_model import DistillationLoss, StudentConfig, StudentForCausalLM
 from distill_model.attention import SoftmaxAttention
@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-__all__ = ["one_config"]  # a fixture: few configurations of each kernel are compiled
 LENGTH = 131
 # One token, odd lengths, across the kernels' chunks of 64; one that spans the row; many.
 ROWS = ([1, 70, 2, 1, 57], [LENGTH], [3] * 40 + [11])

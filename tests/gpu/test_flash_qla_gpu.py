@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fla.layers import gated_deltanet
-from test_students_gpu import one_config  # noqa: F401 (a fixture of the whole file)
 
 from cuda_graphs import EAGER_CALLS, GraphedForward
 from distill_model import StudentConfig, StudentForCausalLM

@@ -10,16 +10,10 @@ import contextlib
 import functools
 import os
 
-# Triton's default for fp32 is TF32, in whose ten bits of mantissa the gradients of decays, sums of
-# many terms that cancel, are off by percents; the kernels are what is compared, not their rounding.
-# tf32x3 splits each operand in two and is nearly as exact as fp32. With "ieee", which has no tensor
-# cores, the kernels compile for minutes. bf16 is not touched.
-os.environ["TRITON_F32_DEFAULT"] = "tf32x3"
-
 import pytest
 import torch
 from fla.models.utils import Cache
-from triton.runtime.autotuner import Autotuner
+from one_config import FP32_DOTS
 
 from distill_model import STUDENT_ATTENTION_MAP, StudentConfig, cpu_ops, get_student_attention_class
 from distill_model.attention import RotaryEmbedding
@@ -29,6 +23,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
+os.environ |= FP32_DOTS  # read whenever a kernel is compiled
 DEVICE = "cuda"
 # One set of shapes for all: each new one costs compilations.
 BATCH, PADDING, STEPS = 2, 5, 3
@@ -49,20 +44,6 @@ LAYERS = [*STUDENT_ATTENTION_MAP, SINKS]
 OPTIONS = {"swa_v1": {"window_size": 8}, SINKS: {"window_size": 8, "sink_size": 3}, "lolcats_v1": {"window_size": 8}}
 # The largest error allowed: a floor, and a multiple of the stand-ins' error in bf16.
 LIMITS = {torch.float32: (3e-3, 0.0), torch.bfloat16: (1e-2, 3.0)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_config():
-    """Compiles only the configuration of each kernel with the fewest stages, hence the least shared
-    memory: all of them would take half an hour with a cold cache."""
-    everything = Autotuner.prune_configs
-
-    def smallest(self, kwargs):
-        return sorted(everything(self, kwargs), key=lambda config: config.num_stages)[:1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Autotuner, "prune_configs", smallest)
-        yield
 
 
 @contextlib.contextmanager

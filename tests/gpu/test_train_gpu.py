@@ -17,6 +17,8 @@ import psutil
 import pytest
 import torch
 from conftest import write_config
+from one_config import environment_of_one_config
+from processes import free_port
 from test_candidate_training import check_master_adamw
 
 from distill_model import StudentForCausalLM
@@ -34,14 +36,16 @@ def test_fused_adamw_on_master_copies(dtype):
     check_master_adamw("cuda", dtype)
 
 
-def start(file, *options, gpu=True, rank=0, world_size=1):
+def start(file, *options, gpu=True, rank=0, world_size=1, port=None, variables=None):
+    """Starts a rank of a run. port: on which the ranks meet."""
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(12000 + hash(str(file)) % 20000),
+        "MASTER_PORT": str(port or free_port()),
     }
+    environment |= variables or {}
     if not gpu:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     log = Path(file).with_suffix(".log").open("a")
@@ -49,8 +53,16 @@ def start(file, *options, gpu=True, rank=0, world_size=1):
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
-def finish(process, file):
-    assert process.wait(400) == 0, Path(file).with_suffix(".log").read_text()[-3000:]
+def finish(process, file, seconds=400):
+    def log():
+        return Path(file).with_suffix(".log").read_text()[-3000:]
+
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"no end after {seconds} s:\n{log()}")
+    assert code == 0, log()
 
 
 def losses(folder, name="loss"):
@@ -210,7 +222,11 @@ def distil(folder, teacher_dir, data_dir, stage1, dtype, world_size, sharding):
         **rates,
         **sharding,
     )
-    ranks = [start(file, rank=rank, world_size=world_size) for rank in range(world_size)]
+    variables = environment_of_one_config() if dtype == "fp32" else {}
+    port = free_port()
+    ranks = [
+        start(file, rank=rank, world_size=world_size, port=port, variables=variables) for rank in range(world_size)
+    ]
     try:
         for process in ranks:
             finish(process, file)
@@ -224,17 +240,15 @@ def distil(folder, teacher_dir, data_dir, stage1, dtype, world_size, sharding):
 def alone(tmp_path_factory, teacher_dir, data_dir):
     """dtype -> a stage 1 to start from, and the losses of stage 2 on one GPU."""
     folder = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_F32_DEFAULT", "tf32x3")  # see test_students_gpu.py
-        file = write_config(folder, 1, teacher_dir, data_dir)
-        finish(start(file, gpu=False), file)
-        stage1 = folder / "stage1" / "converted-hf"
-        yield cache(
-            lambda dtype: (
-                stage1,
-                distil(folder / dtype, teacher_dir, data_dir, stage1, dtype, 1, {"cuda_graphs": False}),
-            )
+    file = write_config(folder, 1, teacher_dir, data_dir)
+    finish(start(file, gpu=False), file)
+    stage1 = folder / "stage1" / "converted-hf"
+    return cache(
+        lambda dtype: (
+            stage1,
+            distil(folder / dtype, teacher_dir, data_dir, stage1, dtype, 1, {"cuda_graphs": False}),
         )
+    )
 
 
 @pytest.mark.parametrize("sharding", SHARDING)
