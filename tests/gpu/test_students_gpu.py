@@ -155,7 +155,7 @@ def error(got, exact):
     return ((got - exact).norm() / (exact.norm() if exact.norm() > 1e-3 * one else one)).item()
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_kernels_equal_stand_ins(name, scenario, dtype):
