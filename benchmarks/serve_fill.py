@@ -70,10 +70,12 @@ class FilledCache(KVConnectorBase_V1, SupportsHMA):
 
     def fill(self, layer: str, pages: list[int]) -> None:
         """Small random values in these pages of a layer: keys and values, or each of its states. A page may be several
-        rows of a cache, where the attention kernel's blocks are smaller."""
+        rows of a cache, where the attention kernel's blocks are smaller. Raises ValueError for a cache of another layout."""
         cache = self.caches[layer]
         for tensor in [cache] if isinstance(cache, torch.Tensor) else cache:
-            rows_per_page = len(tensor) // self.pages
+            rows_per_page, rest = divmod(len(tensor), self.pages)
+            if rest:
+                raise ValueError(f"{layer}: a cache of {tuple(tensor.shape)} is not made of {self.pages} pages")
             within = torch.arange(rows_per_page, device=tensor.device)
             rows = torch.tensor(pages, device=tensor.device)[:, None] * rows_per_page + within
             shape = (rows.numel(), *tensor.shape[1:])
