@@ -6,9 +6,11 @@
 On random weights. The teacher is vLLM's own Qwen2 or Llama class, the hybrid the plug-in's; `--vllm_gdn` adds one of
 vLLM's own Gated DeltaNet layers (Qwen3-Next without experts), which bounds what the plug-in could reach.
 
-Decoding: as many sequences of each context as the cache holds, `--max_sequences` at most. The clock starts when all
-of them have their first token, and stops after `--new_tokens` more of each; nothing is prefilled in between. Time to
-first token: one prompt, no other load, nothing in the prefix cache; the median of three.
+Decoding: as many sequences of each context as the cache holds, `--max_sequences` at most. Their caches are filled with
+random values (serve_fill.py), because reading their prompts takes minutes and decoding takes as long whatever a cache
+holds; `--prefill` reads the prompts. The clock starts when all of them have their first token, and stops after
+`--new_tokens` more of each; nothing is prefilled in between. Time to first token: one prompt, which is read, no other
+load, nothing in the prefix cache; the median of three.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ def config_values(name: str, config: StudentConfig) -> dict:
 def slack(args: argparse.Namespace) -> int:
     """Tokens that a sequence may have beyond its context: those that it decodes while others are prefilled, and those
     that are timed."""
-    prefill_steps = -(-args.max_sequences * max(args.contexts) // args.chunk)
+    prefill_steps = -(-args.max_sequences * max(args.contexts) // args.chunk) if args.prefill else 0
     return min(prefill_steps, args.max_slack) + args.new_tokens + 16
 
 
@@ -128,6 +130,10 @@ def start(name: str, config: StudentConfig, args: argparse.Namespace):
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(config_values(name, config)))
     cache = {} if args.cache_gib is None else {"kv_cache_memory_bytes": int(args.cache_gib * 2**30)}
+    if not args.prefill:
+        module = "benchmarks.serve_fill" if __package__ else "serve_fill"
+        connector = dict(kv_connector="FilledCache", kv_connector_module_path=module, kv_role="kv_both")
+        cache["kv_transfer_config"] = connector
     return LLM(
         str(folder),
         dtype=args.dtype,
@@ -324,7 +330,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 32768, 65536, 131072])
     parser.add_argument("--new_tokens", type=int, default=64, help="timed, of each sequence")
     parser.add_argument("--max_sequences", type=int, default=256)
-    parser.add_argument("--max_slack", type=int, default=1024, help="tokens decoded while other prompts are prefilled")
+    parser.add_argument("--prefill", action="store_true", help="read the prompts of the sequences that decode")
+    parser.add_argument(
+        "--max_slack", type=int, default=1024, help="with --prefill: tokens decoded while other prompts are read"
+    )
     parser.add_argument("--chunk", type=int, default=16384, help="tokens of a prefill step")
     parser.add_argument("--cache_gib", type=float, help="of each model's cache; all that is free without it")
     parser.add_argument("--dtype", default="bfloat16")
@@ -351,7 +360,8 @@ def main(argv: list[str] | None = None) -> None:
     cache = "all free memory" if args.cache_gib is None else f"{args.cache_gib:g} GiB"
     setup = (
         f"{device}, vLLM {vllm.__version__}, torch {torch.__version__}, {args.dtype}, cache: {cache}; {args.shape}, "
-        f"{config.num_hidden_layers} layers, {args.student}, {args.kept} kept"
+        f"{config.num_hidden_layers} layers, {args.student}, {args.kept} kept; "
+        f"caches filled {'by reading prompts' if args.prefill else 'with random values'}"
     )
     rows = []
     for name in (TEACHER, HYBRID, *([VLLM_GDN] if args.vllm_gdn else [])):
