@@ -234,7 +234,7 @@ def check_row(row: Row, plan: Plan, where: str) -> None:
     if isinstance(row.kept, dict):
         if row.kept.get("method") not in METHODS:
             raise ConfigError(f"{where}: kept: {row.kept} names no method of select_layers.py ({', '.join(METHODS)})")
-        if "top_k" not in row.kept:
+        if not isinstance(row.kept.get("top_k"), int):
             raise ConfigError(f"{where}: kept: {row.kept} needs top_k, the number of layers")
         if not row.chooser.selecting:
             raise ConfigError(

@@ -197,6 +197,7 @@ def test_changed_rows_are_new_ones_and_changed_text_is_refused(command, tmp_path
         ("length: 32, sequences: 4", "sequences: 4", "heldout: needs length"),
         ("heldout: {data: text", "heldout: {data: talk", "heldout: data talk is not under data"),
         (", top_k: 1", "", "one kept: kept: .* needs top_k"),
+        ("top_k: 1", "top_k: one", "one kept: kept: .* needs top_k, the number of layers"),
         ("top_k: 1}", "top_k: 1}, stage2: null, selection: null", "one kept: kept: .* chooses for a stage 2"),
         (
             "options: {window",
