@@ -11,6 +11,8 @@ each by the project's own scripts. A job that is done is not repeated, one that 
 Written to --output_dir: results.md (the table), samples.md (what the models write), results.json (all
 figures), results_kept.png, results_tokens.png, results_alignment.png; rows/, logs/. --collect DIR copies
 them and what is small of the runs. A row that fails is named in the table with its reason; rerun to try again.
+Several such commands may run on one --output_dir of a host at once, as with other GPUs in CUDA_VISIBLE_DEVICES:
+each job is done by one of them.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from pathlib import Path
 from runtime.command import run_main
 from runtime.config import ConfigError, load_config
 from runtime.data import load_tokenizer, open_chunks_for, read_batch
-from runtime.files import atomic_directory, atomic_write_text
+from runtime.files import atomic_directory, atomic_write_text, locked
 from runtime.guard import REQUEUE
 from runtime.run_folder import EXPORT, METRICS, RUN
 
@@ -48,7 +50,10 @@ from benchmarks.model_quality import Quality, Sizes
 from benchmarks.real_model_report import write_report
 from convert import load_teacher, load_teacher_config
 from distill_model import StudentForCausalLM, check_student, get_student_attention_class
+from layer_selection.select_layers import layers_to_keep, read_options
+from layer_selection.select_layers import make_parser as selection_parser
 from layer_selection.selection import METHODS
+from layer_selection.stage2_runs import load_stage_2
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = Path(__file__).with_suffix(".yaml")
@@ -59,6 +64,7 @@ LEAST = 30  # seconds that must be left for a script to begin
 SMALL = 4_000_000  # bytes of a file that --collect copies
 SECTIONS = {"data": dict, "heldout": dict, "defaults": dict, "rows": list}  # of --rows
 OURS = {"output_dir", "student_init_ckpt", "seed"}  # keys of `train:` that no row sets
+COSTS = ("tokens", "tokens_measured", "flops", "seconds")  # facts of a ranking
 
 
 # ------------------------------------------------------------------------ rows
@@ -70,7 +76,9 @@ def digest(*settings) -> str:
 @dataclass(frozen=True)
 class Row:
     """A line of the table, of one seed: see real_model.yaml. kept: layers, "all", "none", or a
-    selector's options; stage1, stage2: keys of `train:` and `data`, None: left out."""
+    selector's options, those of `source` if it has the layers that another row chooses; stage1, stage2:
+    keys of `train:` and `data`, None: left out; selection: those that a selector measures and trains
+    with, None: those of stage 2."""
 
     name: str
     kept: list[int] | str | dict
@@ -78,15 +86,21 @@ class Row:
     options: dict = field(default_factory=dict)
     stage1: dict | None = None
     stage2: dict | None = None
+    selection: dict | None = None
     seed: int = 0
+    selector: str | None = None
     over_kept: str | None = None
     over_tokens: str | None = None
+    source: Row | None = None
 
     @property
     def slug(self) -> str:
         """The name of its files, another one for other settings."""
         words = re.sub("[^a-z0-9]+", "-", self.name.lower()).strip("-")
-        return f"{words}-seed{self.seed}-{digest(self.kept, self.student, self.options, self.stage1, self.stage2)}"
+        settings = [self.kept, self.student, self.options, self.stage1, self.stage2]
+        if chooser := self.chooser:
+            settings += [chooser.start, chooser.selecting]
+        return f"{words}-seed{self.seed}-{digest(*settings)}"
 
     @property
     def start(self) -> str:
@@ -94,25 +108,47 @@ class Row:
         return f"{self.student}-{digest(self.student, self.options, self.stage1)}"
 
     @property
+    def chooser(self) -> Row | None:
+        """The row whose selector chooses the layers; None without one."""
+        return (self.source or self) if isinstance(self.kept, dict) else None
+
+    @property
+    def selecting(self) -> dict:
+        """What its selector measures and trains with: keys of `train:` and `data`."""
+        return self.selection or self.stage2
+
+    @property
+    def shared_choice(self) -> str | None:
+        """A key of rows that differ in top_k alone, where one ranking of the layers serves every top_k;
+        None for a method whose ranking is made for one."""
+        if not isinstance(self.kept, dict) or "top_k" in METHODS[self.kept["method"]].arguments:
+            return None
+        return digest(self.start, {**self.kept, "top_k": None}, self.selecting)
+
+    @property
     def texts(self) -> list[tuple[str, int]]:
         """(data, length) of each stage."""
-        stages = [stage for stage in (self.stage1, self.stage2) if stage]
-        return [(stage["data"], stage["train_seq_len"]) for stage in stages]
+        return [text_of(stage) for stage in (self.stage1, self.stage2) if stage]
+
+
+def text_of(stage: dict) -> tuple[str, int]:
+    return stage["data"], stage["train_seq_len"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The content of --rows."""
+    """The content of --rows. top_k: `Row.shared_choice` -> the most layers that a row of it keeps."""
 
     rows: list[Row]
     data: dict[str, dict]
     heldout: dict
+    top_k: dict[str, int] = field(default_factory=dict)
 
 
 def merged(defaults: dict, row: dict) -> dict:
     """A row with what it leaves out; of a stage only the keys that it names differ."""
     result = defaults | row
-    for stage in ("stage1", "stage2"):
+    for stage in ("stage1", "stage2", "selection"):
         if isinstance(row.get(stage), dict):
             result[stage] = {**(defaults.get(stage) or {}), **row[stage]}
     return result
@@ -144,6 +180,7 @@ def read_plan(file: Path) -> Plan:
             rows += [Row(**values, seed=seed) for seed in seeds]
         except TypeError as error:
             raise ConfigError(f"--rows: {file}: {given['name']}: {error}") from None
+    rows = with_sources(rows, file)
     plan = Plan(rows, content["data"], content["heldout"])
     check_data(plan, file)
     by_name: dict[str, Row] = {}
@@ -157,7 +194,27 @@ def read_plan(file: Path) -> Plan:
         if replace(row, seed=first.seed) != first:
             raise ConfigError(f"{where}: its seeds differ in more than the seed; name one of them otherwise")
         check_row(row, plan, where)
+    for row in rows:
+        if key := row.shared_choice if row.source is None else None:
+            plan.top_k[key] = max(row.kept["top_k"], plan.top_k.get(key, 0))
     return plan
+
+
+def with_sources(rows: list[Row], file: Path) -> list[Row]:
+    """The rows, those with `kept: {same_as: NAME}` with the row of that name and its selector's options."""
+    named = {row.name: row for row in reversed(rows)}
+    found = []
+    for row in rows:
+        if isinstance(row.kept, dict) and "same_as" in row.kept:
+            source = named.get(row.kept["same_as"])
+            if len(row.kept) > 1 or source is None or not isinstance(source.kept, dict) or "same_as" in source.kept:
+                raise ConfigError(
+                    f"--rows: {file}: {row.name}: kept: {row.kept}: same_as, alone, must name a row whose layers a "
+                    "method chooses"
+                )
+            row = replace(row, source=source, kept=source.kept)
+        found.append(row)
+    return found
 
 
 def check_data(plan: Plan, file: Path) -> None:
@@ -177,22 +234,25 @@ def check_row(row: Row, plan: Plan, where: str) -> None:
     if isinstance(row.kept, dict):
         if row.kept.get("method") not in METHODS:
             raise ConfigError(f"{where}: kept: {row.kept} names no method of select_layers.py ({', '.join(METHODS)})")
-        if "top_k" not in row.kept:
+        if not isinstance(row.kept.get("top_k"), int):
             raise ConfigError(f"{where}: kept: {row.kept} needs top_k, the number of layers")
-        if not row.stage2:
-            raise ConfigError(f"{where}: kept: {row.kept} chooses for a stage 2; give the row one, or name the layers")
+        if not row.chooser.selecting:
+            raise ConfigError(
+                f"{where}: kept: {row.kept} chooses for a stage 2; give the row one, or `selection`, or name the layers"
+            )
     elif not isinstance(row.kept, list) and row.kept not in ("all", "none"):
         raise ConfigError(f"{where}: kept: {row.kept!r} must be layers, all, none, or a method")
     if row.over_tokens and not row.stage2:
         raise ConfigError(f"{where}: over_tokens: {row.over_tokens} is over tokens of stage 2; give the row one")
-    for stage in filter(None, (row.stage1, row.stage2)):
+    for stage in filter(None, (row.stage1, row.stage2, row.selection)):
         if not isinstance(stage, dict):
             raise ConfigError(f"{where}: a stage must be a dict or null, not {stage!r}")
         if missing := {"data", "target_tokens", "train_seq_len"} - stage.keys():
             raise ConfigError(f"{where}: a stage needs {', '.join(sorted(missing))}; give it there or in the defaults")
         if ours := OURS & stage.keys():
             raise ConfigError(f"{where}: {', '.join(sorted(ours))}: set by this benchmark; remove it")
-    if unknown := {data for data, _ in row.texts} - plan.data.keys():
+    used = [*row.texts, *([text_of(row.chooser.selecting)] if row.chooser else [])]
+    if unknown := {data for data, _ in used} - plan.data.keys():
         raise ConfigError(f"{where}: data {', '.join(unknown)} is not under data:; name one of {', '.join(plan.data)}")
 
 
@@ -214,13 +274,24 @@ class Experiment:
         """The all-linear student that stage 2 begins with."""
         return self.out / "starts" / row.start / EXPORT
 
-    def choice(self, row: Row) -> Path:
-        """The ranking of a selector, which rows with the same stage 2 share: it may train or measure on it."""
-        words = [row.start, *(f"{key}-{value}" for key, value in row.kept.items()), digest(row.stage2)]
+    def selector(self, chooser: Row) -> dict:
+        """The options of select_layers.py. A ranking that serves every top_k is made for the largest, so
+        that halving does not stop layers that a row needs."""
+        top_k = self.plan.top_k.get(chooser.shared_choice, chooser.kept["top_k"])
+        return {**chooser.kept, "top_k": top_k}
+
+    def choice(self, chooser: Row) -> Path:
+        """The ranking of a selector, which rows share that choose with the same text and training."""
+        options = self.selector(chooser)
+        words = [chooser.start, *(f"{key}-{value}" for key, value in options.items()), digest(chooser.selecting)]
         return self.out / "choices" / "_".join(words) / "ranking.json"
 
     def run_folder(self, row: Row) -> Path:
-        return self.out / "runs" / row.slug
+        """Of stage 2, which rows share that keep the same layers, however these were chosen. They must
+        have been chosen."""
+        layers = self.layers(row)
+        settings = digest(layers, row.student, row.options, row.stage1, row.stage2)
+        return self.out / "runs" / f"{row.student}-{len(layers)}-kept-{settings}-seed{row.seed}"
 
     def result(self, name: str) -> Path:
         return self.out / "rows" / f"{name}.json"
@@ -260,9 +331,9 @@ class Experiment:
         texts = [self.mark("text", *text) for text in row.texts]
         yield self.marked(start, texts[:1] if row.stage1 else [], self.begin, row)
         needs = [start, *texts]
-        if isinstance(row.kept, dict):
-            choice = self.mark("choice", self.choice(row).parent.name)
-            yield self.marked(choice, needs, self.choose, row)
+        if row.chooser:
+            choice = self.mark("choice", self.choice(row.chooser).parent.name)
+            yield from self.choice_jobs(row.chooser, choice)
             needs.append(choice)
         if row.stage2:
             trained = self.mark("trained", row.slug)
@@ -270,6 +341,14 @@ class Experiment:
             needs = [trained]
         needs.append(self.mark("text", self.plan.heldout["data"], self.plan.heldout["length"]))
         yield self.measurement(row.slug, needs, self.measure, row)
+
+    def choice_jobs(self, chooser: Row, choice: Path) -> Iterator[Job]:
+        text = text_of(chooser.selecting)
+        yield from self.text_jobs([text, *chooser.texts[:1]])
+        start = self.mark("start", chooser.start)
+        first = [self.mark("text", *text_of(chooser.stage1))] if chooser.stage1 else []
+        yield self.marked(start, first, self.begin, chooser)
+        yield self.marked(choice, [start, self.mark("text", *text)], self.choose, chooser)
 
     def measurement(self, name: str, needs: list[Path], run: Callable[..., None], *args) -> Job:
         """In this process."""
@@ -329,8 +408,11 @@ class Experiment:
         words = ["--tokenized_dataset_path", folder / "tokenized", "--context_length", length, "--output_dir", folder]
         self.script(f"text_{data}_{length}", "preprocess_chunk.py", *words)
 
-    def write_config(self, row: Row, stage: int, file: Path, kept: list[int], folder: Path) -> None:
-        values = dict(row.stage1 if stage == 1 else row.stage2)
+    def write_config(
+        self, row: Row, stage: int, file: Path, kept: list[int], folder: Path, selecting: bool = False
+    ) -> None:
+        """selecting: the stage 2 that a selector measures and trains with."""
+        values = dict(row.selecting if selecting else row.stage1 if stage == 1 else row.stage2)
         data = values.pop("data")
         train = {"output_dir": str(folder), "save_minutes": 5, "report_to": "none", **values}
         if stage == 2:
@@ -361,31 +443,42 @@ class Experiment:
             student.save_pretrained(temporary)
             load_tokenizer(self.args.teacher).save_pretrained(temporary)
 
-    def choose(self, row: Row) -> None:
-        folder = self.choice(row).parent
-        options = {**row.kept}
-        words = ["--method", options.pop("method"), "--top-k", options.pop("top_k"), "--output_dir", folder]
-        for name, value in options.items():
-            words += [f"--{name}", value]
+    def choose(self, chooser: Row) -> None:
+        folder = self.choice(chooser).parent
         file = folder / "stage2.yaml"
-        self.write_config(row, 2, file, [0], folder / "run")
-        self.script(f"choice_{folder.name}", "layer_selection/select_layers.py", "--cfg", file, *words)
+        self.write_config(chooser, 2, file, [0], folder / "run", selecting=True)
+        words = self.selector_words(chooser, file, folder)
+        self.script(f"choice_{folder.name}", "layer_selection/select_layers.py", *words)
+
+    def selector_words(self, chooser: Row, file: Path, folder: Path) -> list[str]:
+        """The command line of select_layers.py; an option that is `true` is a flag."""
+        options = self.selector(chooser)
+        words = ["--cfg", file, "--method", options.pop("method"), "--top-k", options.pop("top_k")]
+        for name, value in options.items():
+            words += [f"--{name}"] if value is True else [f"--{name}", value]
+        return list(map(str, [*words, "--output_dir", folder]))
 
     def layers(self, row: Row) -> list[int]:
         """That the row keeps."""
         if isinstance(row.kept, list):
             return row.kept
-        if isinstance(row.kept, dict):
-            return json.loads(self.choice(row).read_text())["keep"]
+        if row.chooser:
+            ranked = json.loads(self.choice(row.chooser).read_text())["layers"]
+            return sorted(layer["layer"] for layer in ranked[: row.kept["top_k"]])
         count = load_teacher_config(self.args.teacher).num_hidden_layers
         return list(range(count)) if row.kept == "all" else []
 
     def train(self, row: Row) -> None:
         folder = self.run_folder(row)
-        file = folder.with_suffix(".yaml")
-        self.write_config(row, 2, file, self.layers(row), folder)
-        self.script(f"row_{row.slug}", "train.py", "--cfg", file)
-        remove_checkpoints(folder)
+        done = self.mark("run", folder.name)
+        with locked(done.with_name(f".{done.name}.run"), str(folder)):  # another row may have the same layers
+            if done.is_file():
+                return
+            file = folder.with_suffix(".yaml")
+            self.write_config(row, 2, file, self.layers(row), folder)
+            self.script(f"run_{folder.name}", "train.py", "--cfg", file)
+            remove_checkpoints(folder)
+            atomic_write_text(done, "done\n")
 
     # ---- measurement
     @cached_property
@@ -424,9 +517,20 @@ class Experiment:
         else:
             model = StudentForCausalLM.from_pretrained(self.start(row), dtype=self.dtype).to(self.device)
             model = model.restore_full_attention(self.teacher, self.layers(row)).to(self.device)
-        seconds = {"stage1": self.seconds(f"start_{row.start}"), "stage2": self.seconds(f"row_{row.slug}")}
+        seconds = {"stage1": self.seconds(f"start_{row.start}"), "stage2": 0.0}
+        if row.stage2:
+            seconds["stage2"] = self.seconds(f"run_{self.run_folder(row).name}")
         facts = {"layers": self.layers(row), "start": row.start, "train_seconds": seconds}
+        if row.chooser:
+            facts["selection"] = self.selection_cost(row.chooser)
         self.store(row.slug, model, facts)
+
+    def selection_cost(self, chooser: Row) -> dict:
+        """COSTS as the ranking has them, and the seconds of the whole command."""
+        ranking = self.choice(chooser)
+        facts = json.loads(ranking.read_text())["facts"]
+        found = {name: facts[name] for name in COSTS if name in facts}
+        return {"command_seconds": self.seconds(f"choice_{ranking.parent.name}")} | found
 
     @torch.no_grad()
     def store(self, name: str, model: StudentForCausalLM, facts: dict) -> None:
@@ -442,7 +546,7 @@ class Experiment:
         """The file of each row's result -> its name, seed and settings."""
         rows = {}
         for row in self.plan.rows:
-            settings = asdict(row)
+            settings = asdict(replace(row, source=None))
             names = {key: settings.pop(key) for key in ("name", "seed")}
             rows[self.result(row.slug)] = {**names, "settings": settings}
         return rows
@@ -491,6 +595,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rows", type=Path, default=ROWS, help="YAML file (%(default)s)")
     add("--only", nargs="+", metavar="NAME", help="rows with these names alone")
     add("--collect", type=Path, metavar="DIR", help="where copies of the small results go")
+    add("--dry_run", action="store_true", help="checks all rows and prints the jobs in order")
     add_process_options(parser, minutes="stops after so many; what runs saves a checkpoint then")
     add("--questions", type=int, default=64, help="documents of each recall task (%(default)s)")
     add("--needles", type=int, default=200, help="prompts of each length (%(default)s)")
@@ -505,9 +610,11 @@ def check_configs(experiment: Experiment) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "stage.yaml"
         for row in experiment.plan.rows:
-            kept = [0] if isinstance(row.kept, dict) else experiment.layers(row)
+            kept = [0] if row.chooser else experiment.layers(row)
             try:
                 check_student(row.student, row.options, teacher)
+                if row.chooser:
+                    check_selector(experiment, row.chooser, file, teacher.num_hidden_layers)
                 for stage in [number for number, values in ((1, row.stage1), (2, row.stage2)) if values]:
                     experiment.write_config(row, stage, file, [] if stage == 1 else kept, file.parent)
                     load_config(file)
@@ -516,6 +623,19 @@ def check_configs(experiment: Experiment) -> None:
             except ValueError as error:
                 reason = str(error).removeprefix(f"{file}: ")
                 raise ConfigError(f"--rows: {experiment.args.rows}: {row.name}: {reason}") from None
+
+
+def check_selector(experiment: Experiment, chooser: Row, file: Path, num_layers: int) -> None:
+    """Raises ConfigError for what select_layers.py would refuse. file: where a config can be written."""
+    experiment.write_config(chooser, 2, file, [0], file.parent / "run", selecting=True)
+    parser = selection_parser()
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"kept: {chooser.kept}: {message}")
+
+    parser.error = refuse
+    args = parser.parse_intermixed_args(experiment.selector_words(chooser, file, file.parent / "choice"))
+    read_options(args, load_stage_2(str(file)), layers_to_keep(args, num_layers))
 
 
 def check(args: argparse.Namespace, plan: Plan) -> None:
@@ -570,6 +690,10 @@ def main(argv: list[str] | None = None) -> int:
         work(jobs, minutes)
         return 0
     check_configs(experiment)
+    if args.dry_run:
+        for job in jobs:
+            print(f"{'done' if job.file.is_file() else 'to do':<6} {job.file.relative_to(args.output_dir)}")
+        return 0
     check(args, plan)
     try:
         do_jobs(jobs, __file__, argv, args, minutes)

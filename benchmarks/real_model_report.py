@@ -1,4 +1,4 @@
-"""The table and the plots of real_model.py, from the JSON files of its rows."""
+"""The tables and the plots of real_model.py, from the JSON files of its rows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from runtime.run_folder import METRICS, RUN
 from reporting.run_record import read_run
 
 TASKS = ("associative_recall", "two_hops", "copying")
+SAMPLES = 2  # that results.md shows
 LEAST = 0.1  # accuracy of the teacher below which a share of it says nothing
 PLOTS = {
     "results_kept.png": "Perplexity, KL and recall over the number of kept layers",
@@ -55,9 +56,19 @@ def by_name(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def tasks_of(teacher: dict) -> list[str]:
-    """The teacher's recall tasks and needles, in order of length."""
+    """The teacher's recall tasks and needles."""
+    return [*TASKS, *needles_of(teacher)]
+
+
+def needles_of(teacher: dict) -> list[str]:
+    """In order of length."""
     needles = [name for name in teacher["figures"] if name.startswith("needle_") and not name.endswith("_error")]
-    return [*TASKS, *sorted(needles, key=lambda name: int(name.rpartition("_")[2]))]
+    return sorted(needles, key=tokens_of)
+
+
+def tokens_of(needle: str) -> int:
+    """Of the prompts of `needle_N`."""
+    return int(needle.rpartition("_")[2])
 
 
 def share(row: dict, teacher: dict, task: str) -> float | None:
@@ -91,6 +102,11 @@ def heading(task: str) -> str:
     return task.replace("_", " ")
 
 
+def thousands(tokens: int) -> str:
+    """1024 -> 1k."""
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
 def millions(row: dict) -> str:
     """Tokens of both stages."""
     stages = (row["settings"]["stage1"], row["settings"]["stage2"])
@@ -98,44 +114,176 @@ def millions(row: dict) -> str:
 
 
 def table(results: dict) -> str:
-    """Markdown: a line per name, the mean over its seeds. Recall is the share of the teacher's."""
+    """Markdown: a line per name, the mean over its seeds, with their spread but for the needles. Recall is the
+    share of the teacher's."""
     teacher, names = results["teacher"], by_name(results["rows"])
     if teacher is None:
         return "No figures yet."
-    tasks = tasks_of(teacher)
-    head = ["", "kept", "student", "M tokens", "perplexity ratio", "KL", "same top 1"]
-    lines = [
-        f"| {' | '.join([*head, *map(heading, tasks)])} | seeds |",
-        f"|:--|--:|:--|--:|{'--:|' * (len(tasks) + 4)}",
-    ]
+    needles = needles_of(teacher)
+    lengths = " / ".join(thousands(tokens_of(needle)) for needle in needles)
+    head = ["", "kept", "M tokens", "perplexity ratio", "KL", *map(heading, TASKS), f"needles {lengths}", "seeds"]
+    lines = [f"| {' | '.join(head)} |", f"|:--|--:|--:|{'--:|' * (len(head) - 3)}"]
     figures = teacher["figures"]
-    own = [f"{100 * figures[task]:.1f} ± {196 * figures[f'{task}_error']:.1f}" for task in tasks]
+    own = [f"{100 * figures[task]:.1f} ± {196 * figures[f'{task}_error']:.1f}" for task in TASKS]
+    own.append(" / ".join(f"{100 * figures[needle]:.0f}" for needle in needles))
     perplexity = f"(perplexity {figures['perplexity']:.2f})"
-    lines.append(f"| the teacher itself, % of the questions | all | | | {perplexity} | 0 | 100 | {' | '.join(own)} | |")
+    lines.append(f"| the teacher itself, % of the questions | all | | {perplexity} | 0 | {' | '.join(own)} | |")
     for name, rows in names.items():
-        first = rows[0]
-        layers = first["layers"]
-        student = "" if first["settings"]["kept"] == "all" else f"`{first['settings']['student']}`"
-        cells = [name, str(len(layers)), student, millions(first)]
+        cells = [name, str(len(rows[0]["layers"])), millions(rows[0])]
         cells += [spread([ratio(row, teacher) for row in rows], 3)]
         cells += [spread([row["figures"]["kl"] for row in rows], 3)]
-        cells += [spread([row["figures"]["agreement"] for row in rows], 1, percent=True)]
-        cells += [spread([share(row, teacher, task) for row in rows], 0, percent=True) for task in tasks]
-        lines.append(f"| {' | '.join(cells)} | {len(rows)} |")
+        cells += [spread([share(row, teacher, task) for row in rows], 0, percent=True) for task in TASKS]
+        found = [spread([share(row, teacher, needle) for row in rows], 0, percent=True) for needle in needles]
+        means = [each.partition(" ")[0] for each in found]
+        lines.append(f"| {' | '.join([*cells, ' / '.join(means)])} | {len(rows)} |")
     return "\n".join(lines)
 
 
 def sets_table(results: dict) -> str:
-    """Markdown: the layers of each row, and what it took."""
-    lines = ["| | layers | stage 1, s | stage 2, s | measured in, s | GPU |", "|:--|:--|--:|--:|--:|:--|"]
+    """Markdown: the layers of each row, how often it predicts the teacher's token, and what it took."""
+    lines = [
+        "| | student | layers | same top 1, % | stage 1, s | stage 2, s | measured in, s | GPU |",
+        "|:--|:--|:--|--:|--:|--:|--:|:--|",
+    ]
     for name, rows in by_name(results["rows"]).items():
-        layers = " ".join(map(str, rows[0]["layers"])) or "none"
+        first = rows[0]
+        student = "" if first["settings"]["kept"] == "all" else f"`{first['settings']['student']}`"
         seconds = [spread([row["train_seconds"][stage] for row in rows], 0) for stage in ("stage1", "stage2")]
         seconds.append(spread([row["figures"]["seconds"] for row in rows], 0))
-        lines.append(f"| {name} | {layers} | {' | '.join(seconds)} | {rows[0]['gpu']} |")
+        same = spread([row["figures"]["agreement"] for row in rows], 1, percent=True)
+        layers = layer_list(first["layers"])
+        lines.append(f"| {name} | {student} | {layers} | {same} | {' | '.join(seconds)} | {first['gpu']} |")
     if results.get("code"):
         lines += ["", f"Trained by {'; '.join(results['code'])}."]
     return "\n".join(lines)
+
+
+def layer_list(layers: list[int]) -> str:
+    """0 1 2 5: those that follow each other as 0-2."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else " ".join(map(str, run)) for run in runs]
+    return " ".join(parts) or "none"
+
+
+# ------------------------------------------------------------------------ selectors
+def by_selector(rows: list[dict]) -> dict[int, dict[str, list[dict]]]:
+    """Number of layers -> selector -> its seeds, of the rows that name one; most layers first."""
+    found: dict[int, dict[str, list[dict]]] = {}
+    for row in rows:
+        if selector := row["settings"].get("selector"):
+            found.setdefault(len(row["layers"]), {}).setdefault(selector, []).append(row)
+    return dict(sorted(found.items(), reverse=True))
+
+
+def difference(rows: list[dict], others: list[dict], figure) -> tuple[float, float] | None:
+    """(mean, half the range) of figure(row) - figure(other) over the seeds that both have; None without any."""
+    theirs = {row["seed"]: figure(row) for row in others}
+    values = [figure(row) - theirs[row["seed"]] for row in rows if row["seed"] in theirs]
+    return (statistics.fmean(values), (max(values) - min(values)) / 2) if values else None
+
+
+def compared(rows: list[dict], others: list[dict], figure, digits: int) -> str:
+    """`difference`, bold where there are several seeds and it is beyond their spread."""
+    found = difference(rows, others, figure)
+    if found is None:
+        return "–"
+    mean, half_range = found
+    several = len({row["seed"] for row in rows} & {row["seed"] for row in others}) > 1
+    text = f"{mean:+.{digits}f}" + (f" ± {half_range:.{digits}f}" if several else "")
+    return f"**{text}**" if several and abs(mean) > half_range else text
+
+
+def costs(row: dict, trained: dict | None) -> list[str]:
+    """M tokens trained on, FLOPs, seconds of the command and of its training, and the latter's share of
+    those of `trained`, the cost of ga_s2."""
+    cost = row.get("selection", {})
+    cells = [
+        f"{cost['tokens'] / 1e6:.1f}" if "tokens" in cost else "",
+        f"{cost['flops']:.1e}" if "flops" in cost else "",
+    ]
+    cells += [f"{cost[name]:.0f}" if name in cost else "" for name in ("command_seconds", "seconds")]
+    part = trained and "seconds" in cost
+    return [*cells, f"{100 * cost['seconds'] / trained['seconds']:.0f} %" if part else ""]
+
+
+def selectors_table(results: dict) -> str:
+    """Markdown: what each selector chose, its cost, and the KL and the recall of its hybrid against those of
+    the first selector of as many layers, seed by seed. Empty if no row is a selector's."""
+    teacher, groups = results["teacher"], by_selector(results["rows"])
+    if teacher is None or not groups:
+        return ""
+    first = next(iter(next(iter(groups.values()))))
+    head = [
+        "K",
+        "selector",
+        "layers",
+        "M tokens",
+        "FLOPs",
+        "command, s",
+        "training, s",
+        "of `ga_s2`'s",
+        "KL",
+        "recall, %",
+    ]
+    head += [f"KL against {first}", "recall, points", "seeds"]
+    lines = [f"| {' | '.join(head)} |", f"|--:|:--|:--|{'--:|' * (len(head) - 3)}"]
+
+    def kl(row: dict) -> float:
+        return row["figures"]["kl"]
+
+    def percent(row: dict) -> float:
+        return 100 * recall(row, teacher)
+
+    for count, selectors in groups.items():
+        others = next(iter(selectors.values()))
+        trained = [rows[0] for rows in selectors.values() if chosen_by(rows[0]) == "ga_s2"]
+        for name, rows in selectors.items():
+            cells = [str(count), name, layer_list(rows[0]["layers"])]
+            cells += costs(rows[0], trained[0].get("selection") if trained else None)
+            cells += [spread([kl(row) for row in rows], 3), spread([percent(row) for row in rows], 1)]
+            against = ["", ""]
+            if rows is not others:
+                against = [compared(rows, others, kl, 3), compared(rows, others, percent, 1)]
+            lines.append(f"| {' | '.join([*cells, *against])} | {len(rows)} |")
+    return "\n".join(lines)
+
+
+def chosen_by(row: dict) -> str | None:
+    kept = row["settings"]["kept"]
+    return kept["method"] if isinstance(kept, dict) else None
+
+
+# ------------------------------------------------------------------------ samples
+def best_hybrid(results: dict) -> dict | None:
+    """The row of the lowest KL that keeps some of the layers and is trained."""
+    most = max((len(row["layers"]) for row in results["rows"] if row["settings"]["kept"] == "all"), default=math.inf)
+    rows = [row for row in results["rows"] if row["settings"]["stage2"] and 0 < len(row["layers"]) < most]
+    return min(rows, key=lambda row: row["figures"]["kl"], default=None)
+
+
+def side_by_side(results: dict) -> str:
+    """Markdown: the first held-out texts, as the teacher and the best hybrid go on. Empty without a hybrid."""
+    best = best_hybrid(results)
+    if results["teacher"] is None or best is None:
+        return ""
+    lines = ["| text | the teacher goes on | the hybrid goes on |", "|:--|:--|:--|"]
+    for theirs, ours in list(zip(results["teacher"]["samples"], best["samples"]))[:SAMPLES]:
+        cells = (in_cell(text) for text in (theirs["prompt"], theirs["text"], ours["text"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([f"Greedy continuations of held-out texts; the hybrid is *{best['name']}*.", "", *lines])
+
+
+def in_cell(text: str) -> str:
+    """On one line, with nothing that Markdown or HTML would read."""
+    words = " ".join(text.split())
+    for sign in "\\`*_{}[]<>|#&~$":
+        words = words.replace(sign, f"\\{sign}")
+    return words
 
 
 def samples(results: dict) -> str:
@@ -206,7 +354,7 @@ def plot_quality(results: dict, key: str, x, label: str, path: Path, log: bool) 
             axis.xaxis.get_major_locator().set_params(integer=True)
     axes[2].set_ylim(bottom=0)
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    figure.legend(handles, names, loc="outside upper center", ncols=min(5, len(names)), frameon=False)
     figure.savefig(path, dpi=130)
     plot.close(figure)
 
@@ -246,10 +394,10 @@ def write_report(out: Path, teacher: Path, wanted: dict[Path, dict], failures: l
     """Writes results.md, samples.md, results.json and the plots; returns the text of results.md.
     teacher, wanted: see `read_rows`."""
     results = read_rows(out, teacher, wanted)
-    parts = [table(results), sets_table(results), *failures]
+    parts = [table(results), selectors_table(results), side_by_side(results), sets_table(results), *failures]
     if left:
         parts.append(f"{left} jobs are missing; rerun the command.")
-    text = "\n\n".join(parts) + "\n"
+    text = "\n\n".join(filter(None, parts)) + "\n"
     atomic_write_text(out / "results.md", text)
     atomic_write_text(out / "samples.md", samples(results) + "\n")
     atomic_write_text(out / "results.json", json.dumps(results, indent=1) + "\n")

@@ -64,10 +64,11 @@ def regret_table() -> str:
 def results_tables() -> str:
     """The tables of real_model.py, and the plots for which it has figures."""
     shown = [f"![{text}]({name})" for name, text in real_model_report.PLOTS.items() if (DOCS / name).is_file()]
-    parts = [real_model_report.table(RESULTS)]
+    parts = [real_model_report.table(RESULTS), *shown]
     if RESULTS["rows"]:
-        parts += ["", "\n\n".join(shown), "", real_model_report.sets_table(RESULTS)]
-    return "\n".join(parts)
+        parts += [real_model_report.selectors_table(RESULTS), real_model_report.side_by_side(RESULTS)]
+        parts.append(real_model_report.sets_table(RESULTS))
+    return "\n\n".join(filter(None, parts))
 
 
 # Page -> what makes each of its parts.

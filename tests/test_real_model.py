@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +30,24 @@ defaults:
   student: gdn_v7
   stage1: {{{STAGE}}}
   stage2: {{{STAGE}, lr_attn: 1.0e-3}}
+  selection: {{{STAGE.replace("len: 32", "len: 64")}, lr_attn: 1.0e-3}}
 rows:
 - {{name: two kept, kept: [0, 2], over_kept: chosen, over_tokens: two, stage2: {{data: recall}}}}
 - {{name: one kept, kept: {{method: uniform, top_k: 1}}, over_kept: chosen}}
 - {{name: window, kept: [0, 2], student: swa_v1, options: {{window_size: 8, sink_size: 2}}, stage1: null, stage2: null}}
 - {{name: all kept, kept: all, over_tokens: two, stage1: null, stage2: {{ce_weight: 1.0, kl_weight: 0.0, target_tokens: 192}}}}
 - {{name: two kept, kept: [0, 2], over_kept: chosen, over_tokens: two, stage2: {{data: recall}}, seeds: [1]}}
+"""
+GATES = "{method: gates, top_k: 2, objective: mixture, num_pairs: 2, vocab_size: 16, sequences: 2, search_tokens: 128}"
+GA_S2 = "{method: ga_s2, top_k: TOP_K, rounds: 4, window: 0, halving: true, sequences: 2}"
+SELECTORS = f"""
+- {{name: two by gates, selector: gates, kept: {GATES}, seeds: [0, 1]}}
+- {{name: two by ga_s2, selector: ga_s2, kept: {GA_S2.replace("TOP_K", "2")}, selection: {{target_tokens: 256}}}}
+- {{name: one by ga_s2, selector: ga_s2, kept: {GA_S2.replace("TOP_K", "1")}, selection: {{target_tokens: 256}}}}
+- {{name: longer, kept: {{same_as: two by gates}}, stage2: {{target_tokens: 192}}}}
+- {{name: other student, student: gla_v1, kept: {{same_as: two by gates}}}}
+- {{name: untrained, kept: {{same_as: two by ga_s2}}, stage2: null}}
+- {{name: none, kept: none}}
 """
 
 
@@ -85,6 +99,40 @@ def test_from_a_corpus_to_the_table(command, tmp_path, capsys):
     assert {file: file.read_text() for file in (out / "logs").iterdir()} == logs
 
 
+@pytest.mark.slow
+def test_selectors_from_a_corpus_to_their_table(command, tmp_path, capsys):
+    """Two commands at once do each job once; one training of ga_s2 serves both numbers of layers; other rows have
+    the layers of gates; and rows that keep the same layers share stage 2."""
+    (tmp_path / "rows.yaml").write_text(ROWS.partition("rows:")[0] + "rows:" + SELECTORS)
+    words = [sys.executable, real_model.__file__, *command]
+    with subprocess.Popen([*words, "--processes", "2"], stdout=subprocess.DEVNULL) as other:
+        assert real_model.main(command) == 0
+    assert other.returncode == 0
+    out = tmp_path / "out"
+    rows = {(row["name"], row["seed"]): row for row in json.loads((out / "results.json").read_text())["rows"]}
+    layers = {name: row["layers"] for (name, _), row in rows.items()}
+    assert len(rows) == 8 and layers["longer"] == layers["other student"] == layers["two by gates"]
+    assert set(layers["one by ga_s2"]) < set(layers["two by ga_s2"]) == set(layers["untrained"])
+    starts = {rows[name, 0]["start"] for name in ("other student", "two by gates")}
+    assert len(starts) == 2
+    assert len(list((out / "choices").iterdir())) == 2
+    ranking = json.loads(next(out.glob("choices/*ga_s2*top_k-2*/ranking.json")).read_text())
+    order = [layer["layer"] for layer in ranking["layers"]]
+    assert layers["one by ga_s2"] == order[:1] and ranking["facts"]["stopped"]
+    for name in ("one by ga_s2", "two by ga_s2"):
+        assert rows[name, 0]["selection"]["tokens"] == ranking["facts"]["tokens"]
+    logs = {file.name: file.read_text() for file in (out / "logs").glob("*.log")}
+    assert all(text.count("\n# ") == 1 for text in logs.values())
+    trained = {
+        (tuple(row["layers"]), json.dumps(row["settings"]["stage2"]), row["start"], row["seed"])
+        for row in rows.values()
+    }
+    assert sum(name.startswith("run_") for name in logs) == len({each for each in trained if each[1] != "null"})
+    text = (out / "results.md").read_text()
+    assert "| 2 | ga_s2 | " in text and "| 1 | ga_s2 | " in text and "the hybrid goes on" in text
+    assert not list(out.glob("jobs/.*"))  # no lock is left
+
+
 def test_out_of_time_and_failures(command, tmp_path, monkeypatch, capsys):
     """Time that is up ends the command with the code of an interrupted run; a script that fails costs
     the rows that need it alone, and is tried again by the next command."""
@@ -121,9 +169,7 @@ def test_changed_rows_are_new_ones_and_changed_text_is_refused(command, tmp_path
     for name, kl in (("teacher", 0.0), (before[0].slug, 0.1), (after[0].slug, 0.2)):
         (out / "rows" / f"{name}.json").write_text(json.dumps(known | {"figures": figures(kl, 0.5)}))
     real_model.main([*command, "--minutes", "0"])
-    (line,) = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("| two kept |") and "gdn" in line
-    ]
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| two kept |"))
     assert "| 0.200 |" in line and line.endswith("| 1 |")
     file.write_text(ROWS.replace("0.9,", "0.8,").replace('recall": 0.1', 'recall": 0.2'))
     with pytest.raises(ConfigError, match="data: recall is other text in .*out; name it otherwise"):
@@ -138,6 +184,8 @@ def test_changed_rows_are_new_ones_and_changed_text_is_refused(command, tmp_path
         ("name: window", "name: all kept", "all kept is there twice with seed 0"),
         ("seeds: [1]", "seeds: [0]", "two kept is there twice with seed 0"),
         ("data: recall}, seeds", "data: text}, seeds", "two kept: its seeds differ in more than the seed"),
+        ("{method: uniform, top_k: 1}", "{same_as: two kept}", "one kept: kept: .* must name a row whose layers a"),
+        ("{method: uniform, top_k: 1}", "{same_as: no row}", "one kept: kept: .* must name a row whose layers a"),
         ("{data: recall}}", "{data: talk}}", "two kept: data talk is not under data"),
         ("student: swa_v1", "students: swa_v1", "window: .*unexpected keyword argument 'students'"),
         ("student: swa_v1", "student: swa_v9", "'swa_v9' is unknown; choose one of"),
@@ -149,7 +197,8 @@ def test_changed_rows_are_new_ones_and_changed_text_is_refused(command, tmp_path
         ("length: 32, sequences: 4", "sequences: 4", "heldout: needs length"),
         ("heldout: {data: text", "heldout: {data: talk", "heldout: data talk is not under data"),
         (", top_k: 1", "", "one kept: kept: .* needs top_k"),
-        ("top_k: 1}", "top_k: 1}, stage2: null", "one kept: kept: .* chooses for a stage 2"),
+        ("top_k: 1", "top_k: one", "one kept: kept: .* needs top_k, the number of layers"),
+        ("top_k: 1}", "top_k: 1}, stage2: null, selection: null", "one kept: kept: .* chooses for a stage 2"),
         (
             "options: {window",
             "over_tokens: two, options: {window",
@@ -177,6 +226,14 @@ def test_rows_that_cannot_be(tmp_path, old, new, message):
         ("sink_size: 2", "sinks: 2", "window: student_model.options.sinks: unknown"),
         ("ce_weight: 1.0", "ce_wait: 1.0", "all kept: train.ce_wait: unknown"),
         ("lr_attn: 1.0e-3", "lr_attn: fast", "two kept: train.lr_attn: "),
+        ("top_k: 1", "top_k: 5", "one kept: --top-k: 5 must be between 1 and the teacher's 4 layers"),
+        ("top_k: 1", "top_k: 1, samples: 5", "one kept: kept: .*unrecognized arguments: --samples"),
+        ("top_k: 1", "top_k: 1, sequences: many", "one kept: kept: .*argument --sequences: invalid int value: 'many'"),
+        (
+            "method: uniform, ",
+            "method: scan, objective: recall, num_pairs: 300, ",
+            "one kept: --num_pairs: 300 pairs need",
+        ),
     ],
 )
 def test_rows_that_no_stage_takes_are_refused_before_anything_is_written(command, tmp_path, old, new, message):
@@ -188,10 +245,46 @@ def test_rows_that_no_stage_takes_are_refused_before_anything_is_written(command
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_prints_the_jobs_and_writes_nothing(command, tmp_path, capsys):
+    assert real_model.main([*command, "--dry_run", "--only", "window"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("-")[0] for line in lines[-3:]] == [
+        "to do  jobs/start_swa_v1",
+        "to do  rows/window",
+        "to do  rows/teacher.json",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_choice_depends_on_what_its_selector_trains_with_alone(tmp_path):
+    """Not on the rates of stage 2, which may be found later; and what has the layers of another row's choice is
+    another row for another choice."""
+    file = tmp_path / "rows.yaml"
+    text = ROWS + SELECTORS
+    file.write_text(text)
+    before = {row.name: row for row in real_model.read_plan(file).rows}
+    file.write_text(
+        text.replace("  stage2: {data: text, target_tokens: 128", "  stage2: {data: text, target_tokens: 64")
+    )
+    plan = real_model.read_plan(file)
+    after = {row.name: row for row in plan.rows}
+    experiment = real_model.Experiment(SimpleNamespace(output_dir=tmp_path, until=None), plan)
+    names = ["two by gates", "two by ga_s2", "one by ga_s2"]
+    assert [experiment.choice(before[name]) for name in names] == [experiment.choice(after[name]) for name in names]
+    assert experiment.choice(after["two by ga_s2"]) == experiment.choice(after["one by ga_s2"])
+    assert (
+        before["two by gates"].slug != after["two by gates"].slug
+        and before["untrained"].slug == after["untrained"].slug
+    )
+    file.write_text(text.replace("objective: mixture", "objective: recall"))
+    changed = {row.name: row for row in real_model.read_plan(file).rows}
+    assert changed["longer"].slug != before["longer"].slug and changed["none"].slug == before["none"].slug
+
+
 def test_a_choice_belongs_to_the_stage_2_that_it_was_made_for(tmp_path):
     """GA-S2 and others train or measure on it: rows that share a start may differ there."""
     file = tmp_path / "rows.yaml"
-    other = "- {name: other text, kept: {method: uniform, top_k: 1}, stage2: {data: recall}}\n"
+    other = "- {name: other text, kept: {method: uniform, top_k: 1}, selection: {data: recall}}\n"
     same = "- {name: again, kept: {method: uniform, top_k: 1}}\n"
     file.write_text(ROWS + other + same)
     plan = real_model.read_plan(file)
@@ -223,6 +316,7 @@ def test_the_rows_of_the_file_can_be_planned(tmp_path):
     students = {row.student for row in plan.rows if row.stage1}
     assert sum(job.file.name.startswith("start_") for job in todo) == len({row.start for row in plan.rows})
     assert len({row.start for row in plan.rows if row.stage1}) == len(students)
+    assert sum("ga_s2" in job.file.name and job.file.name.startswith("choice_") for job in todo) == 1
 
 
 def test_a_process_is_told_to_stop_when_the_time_is_up(tmp_path, monkeypatch):
@@ -269,11 +363,47 @@ def test_the_table_has_means_spreads_and_shares():
     rows = [row | {"seed": seed, "figures": figures(kl, recall)} for seed, kl, recall in ((0, 0.1, 0.3), (1, 0.2, 0.6))]
     teacher = {"figures": figures(0.0, 0.6, 10.0) | {"two_hops": 0.08}}
     lines = real_model_report.table({"teacher": teacher, "rows": rows}).splitlines()
-    assert lines[0].index("needle 512") < lines[0].index("needle 1024")
+    assert "| needles 512 / 1k |" in lines[0]
     cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
-    assert cells[:7] == ["8 kept", "2", "`gdn_v7`", "20 + 5", "1.200 ± 0.000", "0.150 ± 0.050", "80.0 ± 0.0"]
-    assert cells[7:9] == ["75 ± 25", "–"] and cells[-1] == "2"  # the teacher answers too few of two hops
-    assert "60.0 ± 2.0" in lines[2]
+    assert cells[:5] == ["8 kept", "2", "20 + 5", "1.200 ± 0.000", "0.150 ± 0.050"]
+    assert cells[5:7] == ["75 ± 25", "–"]  # the teacher answers too few of two hops
+    assert cells[-2:] == ["100 / 100", "2"]
+    assert "60.0 ± 2.0" in lines[2] and "50 / 100" in lines[2]
+
+
+def test_selectors_are_compared_seed_by_seed():
+    """Bold where the difference is larger than half its range; of seeds that both have alone."""
+    teacher = {"figures": figures(0.0, 0.6) | {"two_hops": 0.08}}
+    rows = []
+    for name, method, kls in (
+        ("gates", "gates", (0.1, 0.2)),
+        ("one by one", "ga_s2", (0.15, 0.26, 0.9)),
+        ("ar", "ar", (0.2, 0.15)),
+    ):
+        settings = {"selector": name, "kept": {"method": method}}
+        row = {"name": name, "layers": [0, 1, 2, 8], "settings": settings, "selection": {"command_seconds": 40.0}}
+        if method != "ar":
+            row["selection"] |= {"tokens": 4e6, "flops": 2e15, "seconds": 30 if method == "gates" else 150}
+        rows += [row | {"seed": seed, "figures": figures(kl, 0.3)} for seed, kl in enumerate(kls)]
+    lines = real_model_report.selectors_table({"teacher": teacher, "rows": rows}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert cells[0] == [
+        "4",
+        "gates",
+        "0-2 8",
+        "4.0",
+        "2.0e+15",
+        "40",
+        "30",
+        "20 %",
+        "0.150 ± 0.050",
+        "87.5 ± 0.0",
+        "",
+        "",
+        "2",
+    ]
+    assert cells[1][7] == "100 %" and cells[1][-3:] == ["**+0.055 ± 0.005**", "+0.0 ± 0.0", "3"]
+    assert cells[2][3:8] == ["", "", "40", "", ""] and cells[2][-3] == "+0.025 ± 0.075"
 
 
 # ------------------------------------------------------------------------ what is measured
