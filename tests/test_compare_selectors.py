@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 
 from runtime import files
+from runtime.config import load_config
 
 import pytest
 from test_select_layers import flags
