@@ -21,7 +21,7 @@ from runtime.config import PARTS, Config, ConfigError, load_config, trained_part
 from runtime.data import fix_tokenizer_class
 from runtime.files import atomic_directory, one_line
 from runtime.model_card import write_card
-from runtime.run_folder import CONFIG, EXPORT, RUN, difference
+from runtime.run_folder import CONFIG, EXPORT, RUN, difference, recorded_config, with_recorded_document_mask
 
 from httpx import HTTPError
 from huggingface_hub import HfApi, constants, get_token
@@ -153,7 +153,7 @@ def check_run(cfg: Config, cfg_file: str) -> None:
         raise ConfigError(
             f"train.output_dir: {folder} is not where {cfg_file} lies; add train.output_dir={beside} for the run there"
         )
-    if run_config.is_file() and (other := difference(load_config(run_config), cfg)):
+    if run_config.is_file() and (other := difference(recorded_config(run_config), cfg)):
         raise ConfigError(f"--cfg: {cfg_file} is not of the run in {folder} ({other}); name {run_config}")
 
 
@@ -177,8 +177,9 @@ def chosen_checkpoint(folder: Path, wanted: Path | None) -> Path:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args.cfg, args.overrides)
-    check_run(cfg, args.cfg)
     folder = Path(cfg.train.output_dir)
+    cfg = with_recorded_document_mask(cfg, folder / CONFIG)
+    check_run(cfg, args.cfg)
     checkpoint = chosen_checkpoint(folder, args.checkpoint)
     if args.push_to_hub:
         with hub(args.push_to_hub) as api:  # fails before the work

@@ -21,7 +21,7 @@
 # LIMIT        evaluate only the first LIMIT documents of a task                                              (all)
 # OUTPUT       folder of results.json, results.md, results.png                                  (outputs/evaluation)
 # DATA         chunks of preprocess_chunk.py, for held-out perplexity and KL                                   (none)
-# DOCUMENT_MASK  true: read the documents of a chunk of DATA one by one                                        (false)
+# DOCUMENT_MASK  true: read the documents of a chunk of DATA one by one; auto: where the chunks record them     (auto)
 # TEACHER      the checkpoint that the KL is measured against                                                  (none)
 # NUM_WORDS    different words in the recall tasks                                                              (256)
 #

@@ -290,14 +290,31 @@ def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
         )
     elif epochs > 1:
         notes.append(line)
-    if chunks.has_documents:
-        mean = chunks.metadata["documents_in_chunks"]["train"] / chunks.metadata["num_chunks"]
-        notes.append(f"data: documents are read one by one, {mean:.1f} per chunk on average (data.document_mask)")
+    notes += notes_on_documents(cfg, chunks)
     adopted_without_eos = chunks.metadata.get("eos_tokens") == 0
     if cfg.train.add_eos_token is False and not adopted_without_eos:
         notes.append(
             "warning: train.add_eos_token: false has no effect; documents end with EOS in "
             f"{cfg.data.cache_dir}, as preprocessing always puts it there; remove the key"
+        )
+    return notes
+
+
+def notes_on_documents(cfg: Config, chunks: Chunks) -> list[str]:
+    """Whether the documents of a chunk are read one by one, and why not; and a warning if stage 3
+    gets short contexts by it."""
+    if not chunks.has_documents:
+        why = "they do not record where documents begin; preprocess_chunk.py makes such from the tokenised folder"
+        if cfg.data.document_mask is False:
+            why = "data.document_mask is false"
+        return [f"data: chunks are read whole, across their documents: {why}"]
+    length = chunks.metadata["context_length"]
+    mean = chunks.metadata["documents_in_chunks"]["train"] / chunks.metadata["num_chunks"]
+    notes = [f"data: documents are read one by one, {mean:.1f} per chunk on average (data.document_mask)"]
+    if cfg.stage == 3 and mean > 2:
+        notes.append(
+            f"warning: documents have {length / mean:,.0f} of a chunk's {length:,} tokens on average, so stage 3 trains on "
+            "contexts that are no longer; take a corpus of longer documents, or set data.document_mask to false"
         )
     return notes
 

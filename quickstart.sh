@@ -184,7 +184,7 @@ EVALUATED=("${EVALUATED[@]/%//converted-hf}")
 train 3 "Stage 3: the hybrid trains on context $LONG, without the teacher" stage3 "${KEPT// /}"
 step evaluation "$OUT/evaluation/results.md" "Evaluation: recall and held-out text, through lm-evaluation-harness" \
     python evaluate.py "$TEACHER" "${EVALUATED[@]}" "${TASKS[@]}" \
-    --data "$SHORT_DATA" --teacher "$TEACHER" --limit "$LIMIT" --output "$OUT/evaluation"
+    --data "$SHORT_DATA" --document_mask false --teacher "$TEACHER" --limit "$LIMIT" --output "$OUT/evaluation"
 step report "$OUT/report.html" "Report: every model on held-out text, answers, cache and decoding speed" \
     python -m quickstart.report --out "$OUT" --teacher "$TEACHER" --chunks "$LIMIT" --contexts "${CONTEXTS[@]}" ${REPORT[@]+"${REPORT[@]}"}
 printf '\n%s s in all.\n\n' "$((SECONDS - BEGIN))"

@@ -320,16 +320,16 @@ def use_cuda_graphs(
     sharded_teacher: bool = False,
     has_documents: bool = False,
 ) -> bool:
-    """Whether the passes of a training step run as CUDA graphs. Logs the reason where
-    train.cuda_graphs is true and they cannot be used on this GPU. has_documents: whether documents
-    are read one by one; the passes then need `max_documents`."""
+    """Whether the passes of a training step run as CUDA graphs. Logs the reason where they cannot be
+    used on this GPU and train.cuda_graphs is true, or documents are the reason. has_documents:
+    whether documents are read one by one; the passes then need `max_documents`."""
     mode = cfg.train.cuda_graphs
     if not mode or device != "cuda":
         return False
     size = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))  # FP8 weights are buffers
-    if mode == "auto" and (has_documents or cfg.stage != 1 and size >= LARGE_MODEL):
+    if mode == "auto" and cfg.stage != 1 and size >= LARGE_MODEL:
         return False
-    reason = None
+    reason = of_documents = None
     if zero_stage == 3:
         reason = "ZeRO-3 gathers weights during a pass"
     elif sharded_teacher:
@@ -337,8 +337,8 @@ def use_cuda_graphs(
     elif model.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         reason = "RoPE of this type reads lengths on the host"
     elif has_documents:
-        reason = reason_of_documents(model.config, compute_dtype(cfg, device))
-    if reason and mode is True:
+        reason = of_documents = reason_of_documents(model.config, compute_dtype(cfg, device))
+    if of_documents or reason and mode is True:
         log(f"train.cuda_graphs: not used, for {reason}")
     return reason is None
 

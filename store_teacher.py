@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--cfg: {args.cfg} is of stage {cfg.stage}; name a stage-2 file")
     chunks = open_data(cfg)
     from convert import load_teacher_config
-    from preflight import outputs_key
+    from preflight import notes_on_documents, outputs_key
 
     rows = {"train": len(chunks.train), "heldout": len(chunks.heldout or ())}
     metadata = {
@@ -146,6 +146,8 @@ def main(argv: list[str] | None = None) -> None:
         "teacher": cfg.teacher_model.distill_from or cfg.teacher_model.name,
         "dataset": chunks.metadata["dataset_name"],
     }
+    for note in notes_on_documents(cfg, chunks):
+        print(note)
     if is_done(args.output_dir, metadata):
         print(f"{args.output_dir}: already exists, of the same teacher, data and options")
         return

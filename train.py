@@ -37,6 +37,7 @@ from runtime.environment import (
 from runtime.files import atomic_write_text, one_line
 from runtime.guard import REQUEUE, StopSignals, Watchdog, failures_in_one_line, memory_advice
 from runtime.run_folder import (
+    CONFIG,
     EXPORT,
     INIT_REPORT,
     TEACHER_PRECISION,
@@ -47,6 +48,7 @@ from runtime.run_folder import (
     resume_point,
     run_lock,
     with_micro_batch_size_of_run,
+    with_recorded_document_mask,
     zero_stage_of_run,
 )
 
@@ -90,7 +92,9 @@ def prepare(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> Run
     can correct.
     """
     log = partial(print, flush=True) if rank == 0 else lambda *_: None
-    cfg = with_micro_batch_size_of_run(load_config(args.cfg, args.overrides), world_size)
+    cfg = load_config(args.cfg, args.overrides)
+    cfg = with_recorded_document_mask(cfg, Path(cfg.train.output_dir) / CONFIG, log)
+    cfg = with_micro_batch_size_of_run(cfg, world_size)
     plan = batch_plan(cfg, world_size)
     check_run_folder(cfg)
     report_to_wandb = wandb_wanted(cfg.train.report_to)

@@ -263,6 +263,7 @@ class Ablations:
         teacher = args.teacher / "teacher"
         settings = {
             "data.cache_dir": self.chunks(variant.data),
+            "data.document_mask": False,  # of all variants but the one that is named after it
             "teacher_model.name": teacher,
             "student_model.name": args.student,
             "student_model.keep_full_attention_layers": self.kept,

@@ -419,7 +419,8 @@ class Experiment:
             train |= {"student_init_ckpt": str(self.start(row)), "seed": 42 + row.seed}
         config = {
             "stage": stage,
-            "data": {"cache_dir": str(self.chunks(data, values["train_seq_len"]))},
+            # Whole chunks, as all rows of docs/results.md were trained and `quality` measures them.
+            "data": {"cache_dir": str(self.chunks(data, values["train_seq_len"])), "document_mask": False},
             "teacher_model": {"name": self.args.teacher},
             "student_model": {"name": row.student, "options": row.options, "keep_full_attention_layers": kept},
             "train": train,

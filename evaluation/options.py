@@ -65,9 +65,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--document_mask",
-        choices=("false", "true"),
-        default="false",
-        help="true: read the documents of a chunk of --data one by one, as data.document_mask does (false)",
+        choices=("auto", "false", "true"),
+        default="auto",
+        help="true: read the documents of a chunk of --data one by one, as data.document_mask does; auto: where the "
+        "chunks record them (auto)",
     )
     parser.add_argument(
         "--num_words",
@@ -91,10 +92,11 @@ def read_options(args: argparse.Namespace) -> Options:
         message = f"{args.seq_lens!r} must be numbers of tokens, separated by commas"
         raise option_error("seq_lens", message) from None
     check_numbers(args, seq_lens)
-    document_mask = args.document_mask == "true"
+    document_mask = False
     if args.data:
         chunks = open_chunks(args.data, key=option_name("data"), document_mask="auto")
-        if document_mask and not chunks.has_documents:
+        document_mask = chunks.has_documents and args.document_mask != "false"
+        if args.document_mask == "true" and not chunks.has_documents:
             cure = "make the chunks again with preprocess_chunk.py, or leave it out"
             raise option_error("document_mask", f"{args.data} does not record where documents begin; {cure}")
     check_checkpoints(args.checkpoints, args.teacher)

@@ -18,7 +18,7 @@ from .harness import build, harness_model, load_model, measure
 from .options import Options, labels, option_error, option_name
 from .planning import downloads, plan, task_manager
 from .record import Record, results_of
-from .tasks import KL, Unit
+from .tasks import HELDOUT, KL, Unit
 
 WORKER = Path(__file__).resolve().parents[1] / "evaluate.py"
 
@@ -43,6 +43,9 @@ def evaluate(options: Options, argv: list[str]) -> dict[str, dict[str, dict]]:
     if missing:
         sources = "; ".join(f"{task} ({source})" for task, source in missing.items())
         print(f"Needs a network, to download: {sources}", flush=True)
+    if options.data and any(unit.task in HELDOUT for unit in units):
+        how = "their documents are read one by one" if options.document_mask else "they are read whole"
+        print(f"Chunks of {options.data}: {how} ({option_name('document_mask')})", flush=True)
     run(options, units, manager, argv)
     return results_of(options, units)
 

@@ -21,7 +21,7 @@ from heldout import ModelOutput, heldout_cross_entropy, heldout_kl, ids_of, posi
 from layer_selection.objective import Objective
 from layer_selection.options import RecallOptions, objective_settings
 from layer_selection.stage2_runs import check_start
-from preflight import outputs_key
+from preflight import notes_on_documents, outputs_key
 from stages import compute_dtype
 
 Figure = TypeVar("Figure")
@@ -110,6 +110,8 @@ class Bench:
         chunks = open_chunks_for(
             self.tokenizer, teacher.vocab_size, data.cache_dir, length, document_mask=data.document_mask
         )
+        for note in notes_on_documents(cfg, chunks):
+            print(note)
         self.batches = heldout_batches(chunks, sequences, batch_size, f"data.cache_dir: {data.cache_dir}")
         if cfg.teacher_model.outputs:
             if cfg.teacher_model.distill_from:

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.batch_plan import BatchPlan, batch_plan
-from runtime.config import Config, ConfigError, dump_config, load_config
+from runtime.config import Config, ConfigError, dump_config
 from runtime.data import DOCUMENT_IDS, INPUT_IDS, LOSS_MASK, model_inputs, read_batch, split_batch
 from runtime.files import atomic_directory, atomic_write_text, locked
 from runtime.guard import REQUEUE, StopSignals
-from runtime.run_folder import difference
+from runtime.run_folder import difference, recorded_config
 
 import psutil
 import torch
@@ -468,7 +468,7 @@ class JointTraining:
         selection."""
         config = self.folder / CONFIG
         file = self.folder / HISTORY
-        if file.is_file() and (other := difference(load_config(config), self.cfg)):
+        if file.is_file() and (other := difference(recorded_config(config), self.cfg)):
             raise ConfigError(
                 f"{self.folder} has candidates of another config ({other}); name another --output_dir or remove it"
             )

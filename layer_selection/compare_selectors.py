@@ -24,15 +24,15 @@ import random
 from pathlib import Path
 
 from runtime.command import run_main
-from runtime.config import Config, ConfigError, dump_config, load_config
+from runtime.config import Config, ConfigError, dump_config
 from runtime.files import atomic_write_text, locked_in_turn
-from runtime.run_folder import difference
+from runtime.run_folder import difference, recorded_config, with_recorded_document_mask
 
 from layer_selection.ablation_questions import QuestionOptions
 from layer_selection.options import OBJECTIVES, TASK_METHODS, RecallOptions, RoundOptions, TrainingOptions
 from layer_selection.ranking import budget
 from layer_selection.selection import METHODS, OBJECTIVE_METHODS, SelectionOptions, select
-from layer_selection.stage2_runs import check_start, deepspeed_launcher, load_stage_2
+from layer_selection.stage2_runs import STAGE_2, check_start, deepspeed_launcher, load_stage_2
 from layer_selection.stopping_rule import CORRELATION, ROUNDS, WINDOW, StoppingRule
 from recall_tasks import associative_recall
 
@@ -52,7 +52,7 @@ SETTINGS = (
 def claim(cfg: Config, args: argparse.Namespace) -> None:
     """Records in --output_dir what its figures are of. Raises ConfigError if they are of another
     config, budget or measurement."""
-    config = args.output_dir / "stage2.yaml"
+    config = args.output_dir / STAGE_2
     settings = args.output_dir / "settings.json"
     ours = {name: getattr(args, name) for name in SETTINGS}
     if settings.is_file() and any(args.output_dir.glob("*/ranking.json")):
@@ -62,7 +62,7 @@ def claim(cfg: Config, args: argparse.Namespace) -> None:
             name = changed[0]
             other = f"--{name} is {theirs[name]} there, {ours[name]} here"
         else:
-            other = difference(load_config(config), cfg)
+            other = difference(recorded_config(config), cfg)
         if other:
             raise ConfigError(
                 f"--output_dir: {args.output_dir} compares selectors with other settings ({other}); name another folder"
@@ -266,6 +266,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_stage_2(args.cfg, args.overrides)
+    cfg = with_recorded_document_mask(cfg, args.output_dir / STAGE_2)
     from transformers.utils.logging import disable_progress_bar
 
     from convert import load_teacher_config

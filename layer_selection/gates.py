@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.batch_plan import batch_plan
-from runtime.config import ConfigError, dump_config, load_config
+from runtime.config import ConfigError, dump_config
 from runtime.data import model_inputs, read_batch, split_batch
 from runtime.files import atomic_write_text, locked
 from runtime.guard import REQUEUE, StopSignals
-from runtime.run_folder import difference
+from runtime.run_folder import difference, recorded_config
 
 import torch
 from torch import nn
@@ -280,7 +280,7 @@ class GateTraining:
             return
         known = json.loads(file.read_text())
         check_settings(known, self.settings(), f"{self.folder} has gates of")
-        if other := difference(load_config(self.folder / CONFIG), self.cfg):
+        if other := difference(recorded_config(self.folder / CONFIG), self.cfg):
             raise ConfigError(f"--output_dir: {self.folder} has gates of another config ({other}); name another")
         self.history = [Check(**check) for check in known["history"]]
         # The ranking's ties and the cost are those of all sets that were measured.

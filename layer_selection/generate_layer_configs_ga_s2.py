@@ -20,10 +20,10 @@ import sys
 from pathlib import Path
 
 from runtime.command import run_main
-from runtime.config import Config, ConfigError, dump_config, load_config
+from runtime.config import Config, ConfigError, dump_config
 from runtime.files import atomic_write_text
 from runtime.old_flags import refuse_old_flags
-from runtime.run_folder import difference
+from runtime.run_folder import difference, recorded_config, with_recorded_document_mask
 
 from layer_selection.stage2_runs import candidate_config, load_stage_2
 from layer_selection.wandb_log import STAGE_2, candidate_folder, write_candidates
@@ -32,7 +32,7 @@ from layer_selection.wandb_log import STAGE_2, candidate_folder, write_candidate
 def write_configs(made: dict[Path, Config]) -> None:
     """Writes all of them, or none: raises ConfigError if a file holds another config."""
     for file, cfg in made.items():
-        if file.is_file() and (other := difference(load_config(file), cfg)):
+        if file.is_file() and (other := difference(recorded_config(file), cfg)):
             raise ConfigError(
                 f"--output_dir: {file} is of other candidates ({other}); name another folder or remove it"
             )
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
 
     cfg = load_stage_2(args.cfg, args.overrides)
+    cfg = with_recorded_document_mask(cfg, candidate_folder(args.output_dir, 0) / STAGE_2)
     from convert import load_teacher_config
 
     layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.batch_plan import batch_plan
-from runtime.config import ConfigError, dump_config, load_config
+from runtime.config import ConfigError, dump_config
 from runtime.files import atomic_directory, atomic_write_text, locked
 from runtime.guard import REQUEUE
-from runtime.run_folder import difference
+from runtime.run_folder import difference, recorded_config
 
 import torch
 from tqdm import tqdm
@@ -258,7 +258,7 @@ class Rounds:
             return
         known = json.loads(file.read_text())
         check_settings(known, self.settings(), f"{self.folder} has rounds of")
-        if other := difference(load_config(self.folder / CONFIG), self.bench.cfg):
+        if other := difference(recorded_config(self.folder / CONFIG), self.bench.cfg):
             raise ConfigError(f"--output_dir: {self.folder} has rounds of another config ({other}); name another")
         self.history = [Done(**done) for done in known["history"]]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from runtime.config import Config, ConfigError
 from runtime.guard import StopSignals
+from runtime.run_folder import with_recorded_document_mask
 
 from layer_selection.ablation_questions import QuestionOptions
 from layer_selection.options import (
@@ -23,12 +24,15 @@ from layer_selection.options import (
     TrainingOptions,
 )
 from layer_selection.ranking import Ranking, table, write
-from layer_selection.stage2_runs import write_chosen
+from layer_selection.stage2_runs import STAGE_2, write_chosen
 
 if TYPE_CHECKING:
     from layer_selection.bench import Bench
 
 # Modules that import torch are imported in functions, after the options are checked.
+
+# The configs that the training of a selection records in --output_dir.
+RECORDED = ("side_by_side/candidates.yaml", "gates/gates.yaml", "rounds/rounds.yaml", f"layer_*/{STAGE_2}")
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,8 @@ def select(cfg: Config, options: SelectionOptions) -> Selection | None:
     # here.
     signals = nullcontext() if options.method in TRAINED_METHODS else StopSignals(to_the_end=False)
     with signals:
+        recorded = (file for pattern in RECORDED for file in options.output_dir.glob(pattern))
+        cfg = with_recorded_document_mask(cfg, next(recorded, options.output_dir / STAGE_2))
         bench = Bench(cfg, options.sequences, options.batch_size, options.objective, options.recall)
         if options.interval is None:
             ranking, count = METHODS[options.method](bench, options), options.top_k

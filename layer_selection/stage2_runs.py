@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from runtime.config import Config, ConfigError, dump_config, load_config
 from runtime.files import atomic_write_text
 from runtime.guard import REQUEUE
-from runtime.run_folder import EXPORT, difference
+from runtime.run_folder import EXPORT, difference, recorded_config
 
 from layer_selection.options import RecallOptions, objective_settings
 from layer_selection.ranking import Ranking, hybrid_folder, ratio_of
@@ -184,7 +184,7 @@ def train_hybrid(bench, launcher: str, kept: list[int], folder: Path) -> list[fl
     """
     cfg = candidate_config(bench.cfg, kept, folder)
     written = folder / STAGE_2
-    if written.is_file() and (other := difference(load_config(written), cfg)):
+    if written.is_file() and (other := difference(recorded_config(written), cfg)):
         raise ConfigError(f"{folder} has a run of another config ({other}); name another --output_dir or remove it")
     measured = folder / heldout_file(bench.objective_name, bench.recall)
     kls = json.loads(measured.read_text()) if measured.is_file() else []

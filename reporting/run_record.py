@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.config import Config, load_config
+from runtime.config import Config
 from runtime.model_card import evaluation
-from runtime.run_folder import CONFIG, EXPORT, METRICS, RUN, read_json
+from runtime.run_folder import CONFIG, EXPORT, METRICS, RUN, read_json, recorded_config
 
 STAGES = {
     1: "Stage 1: attention alignment",
@@ -89,7 +89,7 @@ def read_run(folder: Path) -> RunRecord:
     evaluations = evaluation(folder, export) if export.is_dir() else []
     return RunRecord(
         folder,
-        load_config(folder / CONFIG),
+        recorded_config(folder / CONFIG),
         read_json(folder / RUN),
         metrics,
         evaluations,

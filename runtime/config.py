@@ -60,10 +60,10 @@ def key(
 class DataConfig:
     cache_dir: str = key(help="folder of chunks that preprocess_chunk.py wrote: `DIR/chunked_context512`")
     document_mask: bool | str = key(
-        False,
+        "auto",
         help=(
             "read the documents of a chunk one by one, see docs/data.md#documents. auto: where the chunks record "
-            "where documents begin, as preprocess_chunk.py makes them"
+            "where documents begin, as preprocess_chunk.py makes them; a run keeps what it started with"
         ),
         choices=("auto", True, False),
     )
@@ -334,8 +334,8 @@ class TrainConfig:
             "on a GPU: replay the forward and backward passes of a step as CUDA graphs, which "
             "avoids the overhead of kernel launches: several times as fast for a small model, at "
             "the cost of extra memory, see docs/performance.md#cuda-graphs. auto: in stage 1, and for "
-            "models of less than a billion parameters, without document_mask. Not used with ZeRO-3 or a "
-            "sharded teacher; nor with document_mask in fp32 or for some students, see docs/data.md#documents"
+            "models of less than a billion parameters. Not used with ZeRO-3 or a sharded teacher; nor with "
+            "document_mask in fp32 or for some students, see docs/data.md#documents"
         ),
         choices=("auto", True, False),
     )

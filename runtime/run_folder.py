@@ -13,9 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 from .batch_plan import micro_batch_sizes, with_micro_batch_size
 from .checkpoints import (
@@ -102,6 +105,27 @@ def difference(theirs: Config, ours: Config) -> str | None:
     return None
 
 
+def recorded_config(file: Path) -> Config:
+    """The config that a run or a selection recorded in `file`. One of a version without
+    data.document_mask read chunks whole. Raises ConfigError."""
+    cfg = load_config(file)
+    if "document_mask" in yaml.safe_load(file.read_text(encoding="utf-8"))["data"]:
+        return cfg
+    return replace(cfg, data=replace(cfg.data, document_mask=False))
+
+
+def with_recorded_document_mask(cfg: Config, file: Path, log=print) -> Config:
+    """The config with the data.document_mask that its run or selection recorded in `file`, where it
+    is auto here: what an earlier version began, with another default, is continued as it began. The
+    same config without such a file. Raises ConfigError."""
+    if cfg.data.document_mask != "auto" or not file.is_file():
+        return cfg
+    recorded = recorded_config(file).data.document_mask
+    if recorded != "auto":
+        log(f"data.document_mask: {str(recorded).lower()}, as recorded in {file}")
+    return replace(cfg, data=replace(cfg.data, document_mask=recorded))
+
+
 def read_json(path: Path) -> dict:
     """The content of a JSON file, or {} if there is no such file."""
     return json.loads(path.read_text()) if path.is_file() else {}
@@ -150,7 +174,7 @@ def _check_run_in_folder(cfg: Config, folder: Path) -> None:
     resume = cfg.train.resume_from_checkpoint
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{key} is not empty and holds no run; name another folder")
-    if other := difference(load_config(folder / CONFIG), cfg):
+    if other := difference(recorded_config(folder / CONFIG), cfg):
         raise ConfigError(f"{key} holds another run ({other}); name another folder or remove it")
     if resume in (None, False):
         raise ConfigError(

@@ -88,6 +88,8 @@ def check_outputs(folder: str, expected: dict) -> None:
         if found != value:
             what = causes.get(name, f"with {name} {found}, this run has {value}")
             cure = f"they are of {metadata['teacher']} on {metadata['dataset']}; run store_teacher.py with this config"
+            if name == "document_mask":
+                cure = f"set data.document_mask to {str(found).lower()}, or run store_teacher.py with this config"
             raise DataError(f"{KEY}: {folder} holds outputs {what}; {cure}")
     for split in SPLITS:
         for column, array in (open_arrays(path, split) if metadata["rows"][split] else {}).items():

@@ -177,7 +177,7 @@ def write_config(folder, stage, teacher_dir, data_dir, **changes):
     """A stage's YAML in `folder`; `changes` are keys of its train section, and document_mask."""
     values = {
         "stage": stage,
-        "data": {"cache_dir": data_dir, "document_mask": changes.pop("document_mask", "auto")},
+        "data": {"cache_dir": data_dir},
         "teacher_model": {"name": teacher_dir},
         "student_model": {
             "name": "gdn_v4",
@@ -199,6 +199,8 @@ def write_config(folder, stage, teacher_dir, data_dir, **changes):
             "logging_steps": 1,
         },
     }
+    if "document_mask" in changes:
+        values["data"]["document_mask"] = changes.pop("document_mask")
     if stage > 1:
         values["train"]["student_init_ckpt"] = str(folder / f"stage{stage - 1}" / "converted-hf")
     values["train"] |= changes
@@ -239,7 +241,7 @@ def stage2(tmp_path_factory, teacher_dir):
     student.save_pretrained(folder / "student")
     values = {
         "stage": 2,
-        "data": {"cache_dir": chunks, "document_mask": "auto"},
+        "data": {"cache_dir": chunks},
         "teacher_model": {"name": teacher_dir},
         "student_model": {"name": "gdn_v4", "keep_full_attention_layers": [0]},
         "train": {

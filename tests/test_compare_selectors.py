@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 
 from runtime import files
+from runtime.config import load_config
 
 import pytest
 from test_select_layers import flags
@@ -150,3 +151,7 @@ def test_figures_of_another_comparison_are_refused(stage2, tmp_path):
     with pytest.raises(ValueError, match=r"train.lr is 0.0001 there, 0.5 here"):
         compare(changed, tmp_path, "--methods", "mse")
     assert (tmp_path / "selectors.json").read_text() == written
+    recorded = tmp_path / "stage2.yaml"  # of a version that read chunks whole unless told otherwise
+    recorded.write_text(recorded.read_text().replace("document_mask: auto", "document_mask: false"))
+    compare(stage2, tmp_path, "--methods", "mse")
+    assert load_config(recorded).data.document_mask is False

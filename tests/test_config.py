@@ -42,6 +42,7 @@ def load(tmp_path, *overrides, values=GOOD):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_shipped_config_parses(file):
     cfg = load_config(file)
+    assert cfg.data.document_mask == (False if "quickstart" in file.parts else "auto")
     assert cfg.train.output_dir.endswith(f"stage{cfg.stage}")
     batch_plan(cfg, 1)
     if "quickstart" not in file.parts:

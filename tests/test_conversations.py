@@ -359,16 +359,16 @@ def mean_over_learned(student, teacher, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, graphs", [(2, False), (1, True)])
-def test_a_run_takes_its_loss_over_learned_tokens(tmp_path, teacher_dir, student_dir, chats, ranks, graphs):
+@pytest.mark.parametrize("ranks, graphs, documents", [(2, False, True), (1, True, False), (1, True, True)])
+def test_a_run_takes_its_loss_over_learned_tokens(tmp_path, teacher_dir, student_dir, chats, ranks, graphs, documents):
     """Over all micro-batches and ranks, in training and evaluation, also where passes are replayed."""
     from test_cuda_graphs import run
     from test_train import launch
 
-    chunks = open_chunks(chats, 32, document_mask=not graphs)  # graphs need chunks that are read whole
+    chunks = open_chunks(chats, 32, document_mask=documents)
     size = len(chunks.train) - len(chunks.train) % 2
     held = min(len(chunks.heldout) // ranks, 16) * ranks
-    changes = {"batch_size": size, "eval_batches": held // ranks, "document_mask": not graphs}
+    changes = {"batch_size": size, "eval_batches": held // ranks, "document_mask": documents}
     file = write_config(tmp_path, 2, teacher_dir, chats, student_init_ckpt=student_dir, **changes)
     if graphs:
         # The first steps run eagerly, so the loss of a later one shows what is replayed.

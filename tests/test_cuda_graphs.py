@@ -170,7 +170,8 @@ def test_large_models_have_graphs_in_stage_1_or_on_request(tmp_path, teacher_dir
 
 
 def test_documents_one_by_one_rule_graphs_out_for_some_students(tmp_path, teacher_dir, data_dir, monkeypatch):
-    """auto does without them for all; asked for, they are refused before a model is read."""
+    """auto takes them for the others and says why not for these; asked for, they are refused before a
+    model is read."""
     monkeypatch.setattr(stages, "supports_varlen", lambda device, dtype, head_dim: dtype == torch.bfloat16)
     file = write_config(tmp_path, 1, teacher_dir, data_dir)
     auto, asked = load_config(file), load_config(file, ["train.cuda_graphs=true"])
@@ -181,14 +182,16 @@ def test_documents_one_by_one_rule_graphs_out_for_some_students(tmp_path, teache
         model, _ = StudentForCausalLM.from_teacher(teacher, student, **more)
         return stages.use_cuda_graphs(cfg, "cuda", 1, model, lines.append, has_documents=True)
 
-    assert used("gdn_v4")
+    assert used("gdn_v4") and used("gdn_v4", auto)
     assert used("gla_v1", keep_full_attention_layers=range(teacher.config.num_hidden_layers))
-    assert not used("gdn_v4", auto)
-    assert not lines and not used("gla_v1")
-    assert not used("gdn_v4", load_config(file, ["train.cuda_graphs=true", "train.dtype=fp32"]))
-    of_student, of_dtype = lines
-    assert "gla_v1 reads documents on the host" in of_student
-    assert "in this dtype" in of_dtype
+    assert not lines
+    for mode in ("auto", "true"):
+        in_fp32 = load_config(file, [f"train.cuda_graphs={mode}", "train.dtype=fp32"])
+        assert not used("gla_v1", load_config(file, [f"train.cuda_graphs={mode}"])) and not used("gdn_v4", in_fp32)
+        of_student, of_dtype = lines
+        assert "gla_v1 reads documents on the host" in of_student
+        assert "in this dtype" in of_dtype
+        lines.clear()
     assert open_data(asked, batch_plan(asked, 1)).has_documents
     of_gla = ["train.cuda_graphs=true", "student_model.name=gla_v1"]
     asked = load_config(file, of_gla)

@@ -91,14 +91,18 @@ def test_local_tasks_end_to_end(teacher_dir, student_dir, data_dir, tmp_path, ca
     assert {r["samples"] for r in read(tmp_path)[Path(student_dir).parent.name].values()} == {5}
 
 
-def test_documents_are_read_one_by_one_on_request(teacher_dir, student_dir, data_dir, tmp_path):
-    """Held-out figures with the documents of a chunk alone; they do not replace those of whole
-    chunks."""
+def test_documents_are_read_one_by_one(teacher_dir, student_dir, data_dir, tmp_path, capsys):
+    """Held-out figures with the documents of a chunk alone, where it records them; they are not those
+    of whole chunks, which are measured on request."""
     options = dict(tasks="heldout_kl,heldout_perplexity", data=data_dir, teacher=teacher_dir, limit=6, output=tmp_path)
-    assert run(student_dir, **options) == 0
+    assert run(student_dir, **options, document_mask="false") == 0
     (whole,) = read(tmp_path).values()
-    assert run(student_dir, **options, document_mask="true") == 0
+    assert f"Chunks of {data_dir}: they are read whole (--document_mask)" in capsys.readouterr().out
+    assert run(student_dir, **options) == 0
+    assert f"Chunks of {data_dir}: their documents are read one by one" in capsys.readouterr().out
     (found,) = read(tmp_path).values()
+    assert run(student_dir, **options, document_mask="true") == 0
+    assert "Everything is there already." in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(student_dir).eval()
     heldout = open_chunks(data_dir, 32, document_mask="auto").heldout
     alone = read_alone(heldout, 6, model, load_teacher(teacher_dir))

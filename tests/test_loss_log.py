@@ -100,6 +100,18 @@ def test_a_config_for_every_layer_of_the_teacher(runs, stage2):
         generate_layer_configs_ga_s2.main([*again, "train.max_steps=30"])
 
 
+def test_candidates_of_an_earlier_version_keep_reading_chunks_whole(tmp_path, stage2):
+    """Of one without data.document_mask."""
+    command = ["--cfg", str(stage2), "--output_dir", str(tmp_path)]
+    generate_layer_configs_ga_s2.main([*command, "data.document_mask=false"])
+    files = list(tmp_path.glob("layer_*/stage2.yaml"))
+    for file in files:
+        file.write_text(file.read_text().replace("  document_mask: false\n", ""))
+        assert load_config(file).data.document_mask == "auto"
+    generate_layer_configs_ga_s2.main(command)
+    assert len(files) == 4 and not any(load_config(file).data.document_mask for file in files)
+
+
 def test_offline_runs_and_metrics_give_the_same_ranking(runs, tmp_path, stage2, monkeypatch):
     """Layer 1's run was stopped and resumed in a second W&B run, which repeats step 10."""
     write_metrics(runs)

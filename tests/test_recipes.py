@@ -372,7 +372,9 @@ def test_outputs_are_stored_of_documents_read_alone(tmp_path, teacher_dir, data_
             for inputs in (stored, live)
         ]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-3)
-    with pytest.raises(ValueError, match="holds outputs with document_mask True, this run has False"):
+    with pytest.raises(
+        ValueError, match="with document_mask True, this run has False; set data.document_mask to true, or"
+    ):
         prepare(file, f"teacher_model.outputs={folder}", "data.document_mask=false")
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runtime.config import load_config
+from runtime.config import dump_config, load_config
 from runtime.data import open_chunks
 from runtime.guard import REQUEUE
 
@@ -71,6 +71,24 @@ def test_scan_is_the_kl_with_one_layer_restored(stage2, tmp_path, teacher_dir):
         hybrid = student.restore_full_attention(teacher, [layer["layer"]]).eval()
         kls = [mean_kl(*predicted) for predicted, _ in read_alone(chunks.heldout, 6, hybrid, teacher)]
         assert layer["importance"] == pytest.approx(-sum(kls) / 6, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "file", ["side_by_side/candidates.yaml", "gates/gates.yaml", "rounds/rounds.yaml", "layer_3/stage2.yaml"]
+)
+def test_a_selection_that_read_chunks_whole_keeps_that(stage2, tmp_path, capsys, file):
+    """One that a version began whose data.document_mask was false unless set; new ones read documents."""
+    recorded = tmp_path / file
+    recorded.parent.mkdir()
+    recorded.write_text(dump_config(load_config(stage2, ["data.document_mask=false"])))
+    for folder, kept, said in (
+        (tmp_path, False, f"data.document_mask: false, as recorded in {recorded}\ndata: chunks are read whole"),
+        (tmp_path / "new", "auto", "data: documents are read one by one"),
+    ):
+        select(stage2, folder, method="uniform", top_k=1)
+        (chosen,) = folder.glob("*_gdn_v4_hybrid_*/stage2.yaml")
+        assert load_config(chosen).data.document_mask == kept
+        assert said in capsys.readouterr().out
 
 
 def test_teachers_are_named_as_in_configs():

@@ -19,10 +19,11 @@ from runtime.config import load_config
 from runtime.data import open_chunks, read_batch
 from runtime.environment import mark_done, set_up_process, wandb_wanted
 from runtime.model_card import stage_record, write_card, write_native_card
-from runtime.run_folder import check_run_folder, record_run
+from runtime.run_folder import check_run_folder, record_run, recorded_config
 
 import pytest
 import torch
+import yaml
 from conftest import KEPT, LENGTH, SHAPE, mean_kl, random_teacher, read_alone, save_tokenizer, write_config
 from httpx import HTTPError
 from huggingface_hub import ModelCard
@@ -238,6 +239,73 @@ def test_one_process_gives_the_losses_of_two_and_resumes_to_the_bit(stages, teac
     for name, tensor in StudentForCausalLM.from_pretrained(folder / "converted-hf").state_dict().items():
         assert torch.equal(tensor, weights[name]), name
     assert "is finished" in run(sys.executable, "train.py", "--cfg", file)
+
+
+def as_older_version_wrote(file, has_key):
+    """The run's config.yaml as a version wrote it whose data.document_mask was false unless set, or
+    that did not have the key."""
+    recorded = yaml.safe_load(file.read_text())
+    assert recorded["data"].pop("document_mask") is False
+    if has_key:
+        recorded["data"]["document_mask"] = False
+    file.write_text(yaml.safe_dump(recorded))
+
+
+@pytest.mark.parametrize("has_key", [True, False])
+def test_a_run_that_read_chunks_whole_keeps_that(tmp_path, monkeypatch, teacher_dir, data_dir, capsys, has_key):
+    """A run of an earlier version, whose default was false, with the same YAML."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    file = write_config(tmp_path, 1, teacher_dir, data_dir)
+    new = prepare(file)
+    assert new.chunks.has_documents and new.cfg.data.document_mask == "auto"
+    assert "data: documents are read one by one" in capsys.readouterr().out
+    record_run(load_config(file, ["data.document_mask=false"]), ROOT, 0)
+    recorded = tmp_path / "stage1" / "config.yaml"
+    as_older_version_wrote(recorded, has_key)
+    resumed = prepare(file)
+    assert not resumed.chunks.has_documents and resumed.cfg.data.document_mask is False
+    out = capsys.readouterr().out
+    assert f"data.document_mask: false, as recorded in {recorded}" in out
+    assert "data: chunks are read whole, across their documents: data.document_mask is false" in out
+    assert recorded_config(recorded).data.document_mask is False
+    with pytest.raises(ValueError, match="another run .data.document_mask is False there, True here"):
+        prepare(file, "data.document_mask=true")
+    record_run(load_config(file), ROOT, 0)  # one that began with the default of today
+    assert prepare(file).chunks.has_documents
+    with pytest.raises(ValueError, match="another run .data.document_mask is 'auto' there, False here"):
+        prepare(file, "data.document_mask=false")
+
+
+@pytest.mark.slow
+def test_a_run_of_an_earlier_version_resumes_to_the_bit(teacher_dir, data_dir, tmp_path):
+    """Its chunks record documents, and it read them whole: so do its last steps, with the same YAML."""
+    file = write_config(tmp_path, 1, teacher_dir, data_dir)
+    folder = tmp_path / "stage1"
+    run(sys.executable, "train.py", "--cfg", file, "data.document_mask=true")
+    documents = logged(folder, "loss")
+    shutil.rmtree(folder)
+    run(sys.executable, "train.py", "--cfg", file, "data.document_mask=false")
+    whole = logged(folder, "loss")
+    assert whole[2:] != documents[2:]
+    as_older_version_wrote(folder / "config.yaml", has_key=False)
+    shutil.rmtree(folder / "converted-hf")
+    shutil.rmtree(folder / "checkpoint-4")
+    run(sys.executable, "train.py", "--cfg", file)
+    assert logged(folder, "loss") == whole
+    assert load_config(folder / "config.yaml").data.document_mask is False
+    shutil.rmtree(folder / "converted-hf")
+    assert "converted-hf" in run(sys.executable, "convert_ckpt.py", "--cfg", file)
+
+
+def test_stage_3_says_that_documents_are_shorter_than_its_context(tmp_path, monkeypatch, teacher_dir, data_dir):
+    file = write_config(tmp_path, 3, teacher_dir, data_dir, student_init_ckpt="none")
+    chunks = open_chunks(data_dir, LENGTH, document_mask="auto")
+    count = 4 * chunks.metadata["num_chunks"]
+    short = chunks.metadata | {"documents_in_chunks": {"train": count}}
+    chunks = dataclasses.replace(chunks, metadata=short)
+    _, warning = preflight.notes_on_documents(load_config(file), chunks)
+    assert warning.startswith(f"warning: documents have {LENGTH // 4} of a chunk's {LENGTH} tokens on average")
+    assert len(preflight.notes_on_documents(load_config(write_config(tmp_path, 1, teacher_dir, data_dir)), chunks)) == 1
 
 
 def test_the_export_script_refuses_another_runs_checkpoint(stages, tmp_path):
@@ -1084,7 +1152,8 @@ def test_a_dry_run_warns_about_data_and_options(tmp_path, teacher_dir, data_dir,
     cfg = load_config(str(config), ["train.add_eos_token=false"])
     chunks = open_chunks(data_dir, LENGTH, document_mask=False)
     adopted = dataclasses.replace(chunks, metadata=chunks.metadata | {"eos_tokens": 0})
-    assert not preflight.notes_on_data(cfg, batch_plan(cfg, 1), adopted)  # there is no EOS in them
+    (note,) = preflight.notes_on_data(cfg, batch_plan(cfg, 1), adopted)  # there is no EOS in them
+    assert note.startswith("data: chunks are read whole, across their documents: they do not record")
 
 
 @pytest.mark.parametrize("event", ["setup", "on_train_begin", "on_log", "on_save", "on_train_end"])
