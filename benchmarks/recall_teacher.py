@@ -4,15 +4,19 @@
     python benchmarks/recall_teacher.py --output_dir recall_out --size tiny             # a CPU, some minutes
     python benchmarks/recall_teacher.py --output_dir recall_out --size quickstart --seed 1   # made quickstart/teacher
     python benchmarks/recall_teacher.py --output_dir recall_out --size hard             # for selection_regret.py
+    python benchmarks/recall_teacher.py --output_dir recall_out --size deep             # the same, recall in the middle
     python benchmarks/recall_teacher.py --output_dir large_out --size large             # for ablations.py
 
-A Qwen3-type model of 40M parameters (large: 120M, on the same data and with the same tokenizer, hard: 7M, quickstart: 0.7M, tiny: 0.6M) learns from the standard
-library's source text, the files of --text, and the recall tasks of recall_tasks.py. Of the tasks
-only the answers count at first: next to the random words around them, which cannot be predicted,
-recall is learnt ten times later. `hard` has more pairs and words, fillers between pairs and
-questions, and heads of 32: few layers of linear attention hold so many pairs. Training continues at a constant learning rate until 95 % of
-every task's held-out questions are answered (or for four fifths of --max_steps), then the learning
-rate decays while all words count. The exit code is 1 if held-out recall ends below 90 %.
+A Qwen3-type model of 40M parameters (large: 120M, on the same data and with the same tokenizer, hard and
+deep: 7M, quickstart: 0.7M, tiny: 0.6M) learns from the standard library's source text, the files of
+--text, and the recall tasks of recall_tasks.py. Of the tasks only the answers count at first: next to
+the random words around them, which cannot be predicted, recall is learnt ten times later. `hard` has
+more pairs and words, fillers between pairs and questions, and heads of 32: few layers of linear
+attention hold so many pairs. Its recall ends in the first layers. `deep` differs in masks that make
+layers 3 and 5 learn it, each of them alone, in training (`training_masks`). Training continues at a
+constant learning rate until 95 % of every task's held-out questions are answered (or for four fifths of
+--max_steps), then the learning rate decays while all words count. The exit code is 1 if held-out recall
+ends below 90 %.
 
 OUTPUT_DIR gets tokenizer/, data/chunked_context<N> for the stages, teacher/ (a plain Hugging Face
 checkpoint), teacher.json and teacher.png with the training curves. Run again, the command does
@@ -76,7 +80,7 @@ class Scale:
     """Model, data and training.
 
     A batch has text_rows and task_rows. text_weight: of the loss on text; the loss on answers has
-    weight 1. text_files: of the standard library, all if None.
+    weight 1. text_files: of the standard library, all if None. far_layers, window: see `training_masks`.
     """
 
     shape: dict
@@ -90,6 +94,8 @@ class Scale:
     text_weight: float
     learning_rate: float
     max_steps: int
+    far_layers: tuple[int, ...] = ()
+    window: int = 0
 
 
 FULL = Scale(
@@ -180,6 +186,8 @@ HARD = Scale(
     learning_rate=2e-3,
     max_steps=4000,
 )
+# Recall is learnt in the middle, twice: an ablation of one layer at a time need not show where.
+DEEP = dataclasses.replace(HARD, far_layers=(3, 5), window=16)
 TINY = Scale(
     shape=dict(
         hidden_size=96,
@@ -214,7 +222,7 @@ def scale_of(size: str, hardest: dict[str, int] | None = None) -> Scale:
     """The scale of a size. hardest: option of the tasks -> its value in the hardest documents, in
     place of the size's; num_words for all documents. Raises ValueError for a value that is easier
     than the easiest, and for a number of words that the documents do not allow."""
-    scale = {"full": FULL, "large": LARGE, "hard": HARD, "quickstart": QUICKSTART, "tiny": TINY}[size]
+    scale = {"full": FULL, "large": LARGE, "hard": HARD, "deep": DEEP, "quickstart": QUICKSTART, "tiny": TINY}[size]
     hardest = hardest or {}
     ranges = {}
     for task, options in scale.tasks.ranges.items():
@@ -357,6 +365,37 @@ class Schedule:
         self.cool_to = round(step / (1 - COOLDOWN))
 
 
+def training_masks(rows: int, layers: int, length: int, far_layers: tuple[int, ...], window: int) -> torch.Tensor:
+    """Whether a query of [layer, row, 1, query, key] sees the key, in training.
+
+    The rows take turns: in one of len(far_layers) + 1, all layers see all earlier tokens; in each other one, one of
+    far_layers does, and all layers else see the last `window` tokens. So recall is learnt by far_layers, by each of
+    them alone, and the model works with full attention in every layer, as it is saved.
+    """
+    position = torch.arange(length)
+    distance = position[:, None] - position
+    causal = distance >= 0
+    near = causal & (distance < window)
+    turn = torch.arange(rows) % (len(far_layers) + 1)
+    masks = []
+    for layer in range(layers):
+        far = turn == len(far_layers)
+        if layer in far_layers:
+            far |= turn == far_layers.index(layer)
+        masks.append(torch.where(far[:, None, None], causal, near))
+    return torch.stack(masks)[:, :, None]
+
+
+def mask_training(model, masks: torch.Tensor) -> None:
+    """Gives every layer of `model` its mask of `training_masks` while it trains."""
+
+    def masked(layer, args, kwargs, mask):
+        return (args, kwargs | {"attention_mask": mask}) if layer.training else None
+
+    for layer, mask in zip(model.model.layers, masks):
+        layer.register_forward_pre_hook(partial(masked, mask=mask), with_kwargs=True)
+
+
 class Training:
     """Trains `model` in place on text chunks and `TaskRows`."""
 
@@ -380,6 +419,11 @@ class Training:
         self.text_batches = shuffled(len(text), scale.text_rows, generator)
         rows = TaskRows(tokenizer, scale, seed)
         self.task_batches = iter(DataLoader(rows, scale.task_rows, num_workers=8 if on_gpu else 1))
+        if scale.far_layers:
+            batch = scale.text_rows + scale.task_rows
+            layers = len(model.model.layers)
+            masks = training_masks(batch, layers, scale.context_length, scale.far_layers, scale.window)
+            mask_training(model, masks.to(model.device))
 
     def step(self, step: int) -> torch.Tensor:
         """One optimiser step; returns the mean losses [on text, on answers]."""
@@ -535,7 +579,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--size",
-        choices=("full", "large", "hard", "quickstart", "tiny"),
+        choices=("full", "large", "hard", "deep", "quickstart", "tiny"),
         default="full",
         help="model, data and questions",
     )

@@ -4,10 +4,11 @@
     python benchmarks/selection_regret.py --output_dir regret_out --minutes 8    # a part; rerun the command for the rest
 
 For every teacher (recall_teacher.py, one a seed) and student: stage 1, then stage 2 of every set of
-K layers, and every selector on the same all-linear student. The regret of a selector is the held-out
-KL of its set, the mean over the training seeds, over that of the best set; beside it the difference
-of their recall, and what the selector cost. Everything is done by one process per GPU (--processes),
-each of which trains several sets side by side; a job that is done is not repeated.
+K layers, and every selector on the same all-linear student. With --seeds, stage 2 of further seeds
+trains the sets that matter: the --best of the first seed, and those that selectors chose. The regret
+of a selector is the held-out KL of its set, the mean over the seeds, over that of the best set; beside
+it the difference of their recall, and what the selector cost. Everything is done by one process per GPU
+(--processes), each of which trains several sets side by side; a job that is done is not repeated.
 
 METHOD is one of select_layers.py, also as METHOD:OBJECTIVE (gates:mixture), and rounds:remove.
 Written to --output_dir: regret.md, regret.json (all sets and all choices; docs/regret.json: those of
@@ -23,13 +24,15 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import random
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,11 +118,25 @@ class Regret:
     def config(self, case: Case) -> Path:
         return self.out / case.name / "stage2.yaml"
 
-    def truth(self, case: Case, top_k: int, seed: int, part: int) -> Path:
-        return self.out / case.name / f"sets_k{top_k}_seed{seed}_part{part}.json"
+    def truths(self, case: Case, top_k: int) -> list[Path]:
+        """Of the first seed, which trains all sets."""
+        names = (f"sets_k{top_k}_seed0_part{part}.json" for part in range(len(self.parts(top_k))))
+        return [self.out / case.name / name for name in names]
 
-    def choice(self, case: Case, top_k: int, seed: int, method: str) -> Path:
-        return self.out / case.name / f"choice_k{top_k}_seed{seed}_{method.replace(':', '-')}.json"
+    def choices(self, case: Case, top_k: int) -> dict[tuple[str, int], Path]:
+        """Of every method and seed."""
+        pairs = itertools.product(self.args.methods, range(self.args.selector_seeds))
+        folder = self.out / case.name
+        return {(m, seed): folder / f"choice_k{top_k}_seed{seed}_{m.replace(':', '-')}.json" for m, seed in pairs}
+
+    def further(self, case: Case, top_k: int, seed: int) -> list[Path]:
+        """Of a seed after the first, as many as its sets may fill. Other options ask for other sets, and so have
+        other files."""
+        args = self.args
+        most = args.best + len(args.methods) * args.selector_seeds
+        wanted = zlib.crc32(json.dumps([args.best, args.selector_seeds, args.methods]).encode())
+        parts = range(math.ceil(most / args.sets_at_once))
+        return [self.out / case.name / f"sets_k{top_k}_seed{seed}_{wanted:08x}_part{part}.json" for part in parts]
 
     # ---- what there is to do
     def layers(self) -> int:
@@ -138,13 +155,17 @@ class Regret:
         for case in self.cases:
             needs = (self.teacher(case.teacher) / "teacher.json",)
             yield Job(self.config(case), needs, partial(self.align, case))
-        for seed, top_k, case in itertools.product(range(args.seeds), args.top_k, self.cases):
-            for part, sets in enumerate(self.parts(top_k)):
-                file = self.truth(case, top_k, seed, part)
-                yield Job(file, (self.config(case),), partial(self.train_sets, case, sets, seed, file))
-            for method in args.methods:
-                file = self.choice(case, top_k, seed, method)
+        for top_k, case in itertools.product(args.top_k, self.cases):
+            for file, sets in zip(self.truths(case, top_k), self.parts(top_k)):
+                yield Job(file, (self.config(case),), partial(self.train_sets, case, sets, 0, file))
+            for (method, seed), file in self.choices(case, top_k).items():
                 yield Job(file, (self.config(case),), partial(self.choose, case, top_k, seed, method, file))
+        for seed, top_k, case in itertools.product(range(1, args.seeds), args.top_k, self.cases):
+            needs = (*self.truths(case, top_k), *self.choices(case, top_k).values())
+            files = self.further(case, top_k, seed)
+            for part, file in enumerate(files):
+                run = partial(self.train_further, case, top_k, seed, part, len(files), file)
+                yield Job(file, needs, run)
 
     # ---- the work
     def train_teacher(self, seed: int) -> None:
@@ -233,6 +254,27 @@ class Regret:
         SetTraining(bench, MEASUREMENTS, sets, folder, file, known, self.questions()).run()
         shutil.rmtree(folder)
 
+    def wanted(self, case: Case, top_k: int) -> list[list[int]]:
+        """The sets that seeds after the first train: the best of the first seed, and those chosen."""
+        first = trained(self.truths(case, top_k))
+        names = sorted(first, key=lambda kept: first[kept]["kl"])[: self.args.best]
+        chosen = (json.loads(file.read_text()).get("keep") for file in self.choices(case, top_k).values())
+        names += [str(kept) for kept in chosen if kept]
+        return [json.loads(kept) for kept in dict.fromkeys(names)]
+
+    def of_seed(self, case: Case, top_k: int, seed: int) -> dict[str, dict]:
+        """Set -> its figures, of all sets that this command and earlier ones have trained."""
+        return trained((self.out / case.name).glob(f"sets_k{top_k}_seed{seed}_*.json"))
+
+    def train_further(self, case: Case, top_k: int, seed: int, part: int, parts: int, file: Path) -> None:
+        """Those of `wanted` that this file is for and that no command before has trained."""
+        known = self.of_seed(case, top_k, seed)
+        sets = [kept for kept in self.wanted(case, top_k)[part::parts] if str(kept) not in known]
+        if sets:
+            self.train_sets(case, sets, seed, file)
+        else:
+            atomic_write_text(file, "{}\n")
+
     def choose(self, case: Case, top_k: int, seed: int, method: str, file: Path) -> None:
         """A selector's set and what it cost, or why it chose none. Kernels are compiled before its time is taken."""
         args = self.args
@@ -269,20 +311,47 @@ class Regret:
 
 
 # ------------------------------------------------------------------------ the table
-def read_sets(regret: Regret, case: Case, top_k: int) -> dict[str, dict[str, float]]:
-    """Set -> its mean figures over the seeds that have trained all sets; empty if none has."""
-    by_set: dict[str, list[dict]] = {}
-    for seed in range(regret.args.seeds):
-        files = [regret.truth(case, top_k, seed, part) for part in range(len(regret.parts(top_k)))]
-        if not all(file.is_file() for file in files):
-            continue
-        for file in files:
-            for kept, figures in json.loads(file.read_text()).items():
-                by_set.setdefault(kept, []).append(figures)
+def trained(files: Iterable[Path]) -> dict[str, dict]:
+    """Set -> its figures in these files."""
+    return {kept: figures for file in files for kept, figures in json.loads(file.read_text()).items()}
+
+
+def read_sets(regret: Regret, case: Case, top_k: int) -> dict[str, dict]:
+    """Set -> the means of its figures over the seeds that have trained it, and its KL by seed. A seed counts once it
+    has trained all its sets; empty if the first has not."""
+    files = regret.truths(case, top_k)
+    if not all(file.is_file() for file in files):
+        return {}
+    by_set = {kept: {0: figures} for kept, figures in trained(files).items()}
+    for seed in range(1, regret.args.seeds):
+        if all(file.is_file() for file in regret.further(case, top_k, seed)):
+            for kept, figures in regret.of_seed(case, top_k, seed).items():
+                by_set[kept][seed] = figures
     return {
-        kept: {name: statistics.fmean(run[name] for run in runs) for name in ("kl", "recall")}
+        kept: {name: statistics.fmean(run[name] for run in runs.values()) for name in ("kl", "recall")}
+        | {"kl_by_seed": {str(seed): run["kl"] for seed, run in runs.items()}}
         for kept, runs in by_set.items()
     }
+
+
+def kl_by_seed(figures: dict) -> dict[str, float]:
+    """Of a set; those that were stored before there were seeds have the first one."""
+    return figures.get("kl_by_seed", {"0": figures["kl"]})
+
+
+def best_of(sets: dict[str, dict]) -> str:
+    """The set of the lowest mean KL, of those that most seeds have trained."""
+    seeds = max(len(kl_by_seed(figures)) for figures in sets.values())
+    return min((kept for kept in sets if len(kl_by_seed(sets[kept])) == seeds), key=lambda kept: sets[kept]["kl"])
+
+
+def over_best(figures: dict, best: dict) -> tuple[float, list[float]]:
+    """The regret of a set: its mean KL over that of the best set, of the seeds that have trained it; and the
+    regret of each of them."""
+    its, lowest = kl_by_seed(figures), kl_by_seed(best)
+    seeds = [seed for seed in its if seed in lowest]
+    by_seed = [its[seed] / lowest[seed] for seed in seeds]
+    return sum(its[seed] for seed in seeds) / sum(lowest[seed] for seed in seeds), by_seed
 
 
 def collect(regret: Regret) -> dict:
@@ -295,17 +364,16 @@ def collect(regret: Regret) -> dict:
         sets = read_sets(regret, case, top_k)
         if not sets:
             continue
-        best = min(sets, key=lambda kept: sets[kept]["kl"])
+        best = best_of(sets)
         cases.append({"case": case.name, "top_k": top_k, "best": best, "sets": sets})
-        for method, seed in itertools.product(regret.args.methods, range(regret.args.seeds)):
-            file = regret.choice(case, top_k, seed, method)
+        for (method, seed), file in regret.choices(case, top_k).items():
             if file.is_file():
                 chosen = json.loads(file.read_text())
                 if "error" in chosen:
                     errors.append(f"`{method}`, {case.name}, K = {top_k}: {chosen['error']}")
                     continue
                 figures = sets[str(chosen["keep"])]
-                chosen["regret"] = figures["kl"] / sets[best]["kl"]
+                chosen["regret"], chosen["regret_by_seed"] = over_best(figures, sets[best])
                 chosen["recall_lost"] = sets[best]["recall"] - figures["recall"]
                 choices.append({"case": case.name, "top_k": top_k, "seed": seed, "method": method, **chosen})
     teachers = {}
@@ -332,39 +400,77 @@ def mean_of(choices: list[dict], name: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def spread(by_seed: list[float]) -> float | None:
+    """Standard deviation over seeds, if there are several."""
+    return statistics.stdev(by_seed) if len(by_seed) > 1 else None
+
+
+def with_spread(mean: float, deviation: float | None, digits: int) -> str:
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def selector_row(method: str, choices: list[dict]) -> str:
+    """Of the first table; the spread is that of a set's regret over seeds, the mean over its cases."""
+    deviations = [spread(choice.get("regret_by_seed", [])) for choice in choices]
+    known = [deviation for deviation in deviations if deviation is not None]
+    tokens, flops = mean_of(choices, "tokens"), mean_of(choices, "flops")
+    cells = [
+        with_spread(mean_of(choices, "regret"), statistics.fmean(known) if known else None, 2),
+        f"{max(choice['regret'] for choice in choices):.2f}",
+        f"{100 * mean_of(choices, 'recall_lost'):.1f} points",
+        f"{mean_of(choices, 'seconds'):.1f}",
+        "" if tokens is None else f"{tokens / 1e6:.2f}M",
+        "" if flops is None else f"{flops:.2g}",
+    ]
+    return f"| `{method}` | {' | '.join(cells)} |"
+
+
+def case_row(case: dict, choices: list[dict]) -> str:
+    """Of the second table. choices: of all cases and methods."""
+    sets = case["sets"]
+    best = sets[case["best"]]
+    mine = [choice for choice in choices if (choice["case"], choice["top_k"]) == (case["case"], case["top_k"])]
+    even = [choice for choice in mine if choice["method"] == "uniform"]
+    cells = [
+        case["case"],
+        str(case["top_k"]),
+        case["best"].strip("[]"),
+        with_spread(best["kl"], spread(list(kl_by_seed(best).values())), 4),
+        f"{100 * best['recall']:.1f} %",
+        f"{statistics.median(figures['kl'] for figures in sets.values()):.4f}",
+        f"{100 * sets[str(even[0]['keep'])]['recall']:.1f} %" if even else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def seeds_line(case: dict) -> str:
+    """How many seeds a case has, and in how many of them its best set is the best."""
+    sets = [kl_by_seed(figures) for figures in case["sets"].values()]
+    seeds = list(kl_by_seed(case["sets"][case["best"]]))
+    rivals = [by_seed for by_seed in sets if len(by_seed) == len(seeds)]
+    lowest = kl_by_seed(case["sets"][case["best"]])
+    won = sum(lowest[seed] == min(by_seed[seed] for by_seed in rivals) for seed in seeds)
+    return (
+        f"{case['case']}, K = {case['top_k']}: {len(rivals)} of {len(sets)} sets were trained with {len(seeds)} seeds; "
+        f"the best set has the lowest KL in {won} of them."
+    )
+
+
 def table(results: dict) -> str:
-    """Markdown: the selectors by their mean regret, and the cases with their best sets."""
+    """Markdown: the selectors by their mean regret, and the cases with their best sets; ± is the standard deviation
+    over the seeds of stage 2."""
     lines = [
         "| selector | mean regret | highest | recall lost | seconds | tokens trained | FLOPs |",
         "|:--|--:|--:|--:|--:|--:|--:|",
+        *(selector_row(method, choices) for method, choices in by_method(results["choices"]).items()),
+        "",
+        "| case | K | best set | its KL | its recall | median KL of all sets | evenly spaced: recall |",
+        "|:--|--:|:--|--:|--:|--:|--:|",
+        *(case_row(case, results["choices"]) for case in results["cases"]),
     ]
-    for method, choices in by_method(results["choices"]).items():
-        tokens, flops = mean_of(choices, "tokens"), mean_of(choices, "flops")
-        cells = [
-            f"{mean_of(choices, 'regret'):.2f}",
-            f"{max(choice['regret'] for choice in choices):.2f}",
-            f"{100 * mean_of(choices, 'recall_lost'):.1f} points",
-            f"{mean_of(choices, 'seconds'):.1f}",
-            "" if tokens is None else f"{tokens / 1e6:.2f}M",
-            "" if flops is None else f"{flops:.2g}",
-        ]
-        lines.append(f"| `{method}` | {' | '.join(cells)} |")
-    lines += ["", "| case | K | best set | its KL | its recall | median KL of all sets | evenly spaced: recall |"]
-    lines.append("|:--|--:|:--|--:|--:|--:|--:|")
     for case in results["cases"]:
-        sets = case["sets"]
-        best = sets[case["best"]]
-        even = [
-            c
-            for c in results["choices"]
-            if (c["case"], c["top_k"], c["method"]) == (case["case"], case["top_k"], "uniform")
-        ]
-        recall = f"{100 * sets[str(even[0]['keep'])]['recall']:.1f} %" if even else ""
-        median = statistics.median(figures["kl"] for figures in sets.values())
-        lines.append(
-            f"| {case['case']} | {case['top_k']} | {case['best'].strip('[]')} | {best['kl']:.4f} | "
-            f"{100 * best['recall']:.1f} % | {median:.4f} | {recall} |"
-        )
+        if len(kl_by_seed(case["sets"][case["best"]])) > 1:
+            lines += ["", seeds_line(case)]
     for seed, teacher in results["teachers"].items():
         recall = teacher["associative_recall"]
         warning = f"; less than {DEMANDED:.0%}, train it longer" if recall < DEMANDED else ""
@@ -393,8 +499,8 @@ def plot(results: dict, path: Path) -> None:
         everything = []
         for case in results["cases"]:
             if (case["case"].partition("-")[2], case["top_k"]) == group:
-                kls = [figures["kl"] for figures in case["sets"].values()]
-                everything += [kl / min(kls) for kl in kls]
+                best = case["sets"][case["best"]]
+                everything += [over_best(figures, best)[0] for figures in case["sets"].values()]
         label = f"{group[0]}, K = {group[1]}"
         axis.plot(everything, [offset] * len(everything), "|", color=colour, alpha=0.7, label=label)
         for place, choices in enumerate(methods.values(), 1):
@@ -450,14 +556,31 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, required=True)
-    add("--size", choices=("hard", "full", "quickstart", "tiny"), default="hard", help="of the teachers (%(default)s)")
+    add(
+        "--size",
+        choices=("hard", "deep", "full", "quickstart", "tiny"),
+        default="hard",
+        help="of the teachers (%(default)s)",
+    )
     add("--teachers", type=int, default=2, help="how many, by seed (%(default)s)")
     add("--teacher_steps", type=int, help="at most; default: of the size")
     for name, what in DIFFICULTY.items():
         add(f"--{name}", type=int, help=f"{what}; default: of the size")
     add("--students", nargs="+", default=["gdn_v7", "gla_v1"])
     add("--top_k", nargs="+", type=int, default=[2, 3], help="how many layers are kept")
-    add("--seeds", type=int, default=1, help="of the order of the data, for sets and selectors (%(default)s)")
+    add(
+        "--seeds",
+        type=int,
+        default=1,
+        help="of the order of stage 2's data; only the first trains all sets (%(default)s)",
+    )
+    add(
+        "--best",
+        type=int,
+        default=6,
+        help="sets of the first seed that the others train, and those chosen (%(default)s)",
+    )
+    add("--selector_seeds", type=int, default=1, help="with which each selector chooses (%(default)s)")
     add("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help="selectors")
     add("--stage1_steps", type=int, default=300)
     add("--stage2_steps", type=int, default=200)
@@ -481,7 +604,8 @@ def check(args: argparse.Namespace) -> None:
     for top_k in args.top_k:
         if not 1 <= top_k < layers:
             raise ConfigError(f"--top_k: {top_k} must be between 1 and {layers - 1}")
-    for name in ("teachers", "seeds", "stage1_steps", "stage2_steps", "batch_size", "questions", "sets_at_once"):
+    counts = ("teachers", "seeds", "best", "selector_seeds", "stage1_steps", "stage2_steps", "batch_size", "questions")
+    for name in (*counts, "sets_at_once"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}: {getattr(args, name)} must be at least 1")
     if args.teacher_steps is not None and args.teacher_steps < 1:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.autograd import DeviceType
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import (
     ablations,
@@ -125,6 +125,40 @@ def test_task_rows_are_fresh_and_mark_answers_alone(recall_dir):
     answers = tokenizer.decode(ids[is_answer]).split()
     assert 0 < is_answer.float().mean() < 0.5
     assert answers and all(answer in text.partition("?")[2] for answer in answers)
+
+
+def test_training_masks_are_windows_but_for_one_layer_in_turn():
+    """Against transformers' own sliding window, row by row; the model that is saved has none."""
+    sizes = dict(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    sizes |= dict(num_key_value_heads=1, head_dim=16, initializer_range=0.5)
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    ids = torch.randint(32, (7, 19))
+    plain = model.eval()(ids).logits
+    recall_teacher.mask_training(model, recall_teacher.training_masks(7, 3, 19, (1, 2), 5))
+    assert torch.equal(model(ids).logits, plain)
+    got = model.train()(ids).logits
+    rows = {1: (0, 3, 6), 2: (1, 4), None: (2, 5)}  # the layer that is far -> the rows of its turn
+    for far, its in rows.items():
+        kinds = ["full_attention" if far in (i, None) else "sliding_attention" for i in range(3)]
+        window = dict(use_sliding_window=True, sliding_window=5, layer_types=kinds)
+        oracle = Qwen3ForCausalLM(Qwen3Config(**sizes, **window)).eval()
+        oracle.load_state_dict(model.state_dict())
+        torch.testing.assert_close(got[list(its)], oracle(ids[list(its)]).logits)
+    assert not torch.allclose(got[0], plain[0], atol=1e-3)
+
+
+def test_the_deep_teacher_trains_with_its_masks(recall_dir, monkeypatch):
+    tokenizer = recall_teacher.load_tokenizer(str(recall_dir / "tokenizer"))
+    chunks = str(recall_dir / "data" / "text" / "chunked_context128")
+    text = recall_teacher.open_chunks_for(tokenizer, len(tokenizer), chunks, 128).train
+    scale = dataclasses.replace(recall_teacher.TINY, text_rows=2, task_rows=2)
+    losses = []
+    for far in ((), (1, 2)):
+        torch.manual_seed(0)
+        model = recall_teacher.untrained_teacher(tokenizer, scale.shape)
+        far_scale = dataclasses.replace(scale, far_layers=far, window=4)
+        losses.append(recall_teacher.Training(model, tokenizer, text, far_scale, 4, 0).step(1))
+    assert (losses[0] != losses[1]).all() and recall_teacher.DEEP.far_layers and not recall_teacher.HARD.far_layers
 
 
 def compare(monkeypatch, recall_dir, out, *options):
@@ -605,6 +639,54 @@ def test_regret_of_selectors_over_all_sets(recall_dir, tmp_path, capsys, monkeyp
         regret(tmp_path, "--stage2_steps", "3")
     with pytest.raises(ValueError, match="--top_k: 4 must be between 1 and 3"):
         regret(tmp_path, "--top_k", "4")
+
+
+def test_further_seeds_train_the_best_and_the_chosen_sets(recall_dir, tmp_path, capsys, monkeypatch):
+    shutil.copytree(recall_dir, tmp_path / "teacher_0")
+    trained = []
+    train_sets = selection_regret.Regret.train_sets
+
+    def counted(self, case, sets, seed, file):
+        trained.extend((seed, str(kept)) for kept in sets)
+        train_sets(self, case, sets, seed, file)
+
+    monkeypatch.setattr(selection_regret.Regret, "train_sets", counted)
+    seeds = ["--seeds", "3", "--best", "1"]
+    results = regret(tmp_path, "--methods", "uniform", *seeds)
+    (case,) = results["cases"]
+    (choice,) = results["choices"]
+    first = {kept: figures["kl_by_seed"]["0"] for kept, figures in case["sets"].items()}
+    wanted = {min(first, key=first.get), str(choice["keep"])}
+    assert sorted(trained) == sorted([(0, kept) for kept in first] + [(s, kept) for kept in wanted for s in (1, 2)])
+    assert {kept for kept, figures in case["sets"].items() if len(figures["kl_by_seed"]) == 3} == wanted
+    shown = capsys.readouterr().out
+    assert f"K = 1: {len(wanted)} of 4 sets were trained with 3 seeds" in shown and "missing" not in shown
+    for kept in wanted:
+        kls = case["sets"][kept]["kl_by_seed"].values()
+        assert case["sets"][kept]["kl"] == pytest.approx(sum(kls) / 3) and len(set(kls)) == 3
+    assert case["best"] in wanted and case["sets"][case["best"]]["kl"] == min(case["sets"][k]["kl"] for k in wanted)
+    assert regret(tmp_path, "--methods", "uniform", *seeds) == results
+    # A further method adds what it chose to these seeds; all sets are those of the first seed and no more.
+    trained.clear()
+    added = regret(tmp_path, "--methods", "uniform", "--seeds", "2", "--best", "4")
+    assert sorted(trained) == [(1, kept) for kept in sorted(first) if kept not in wanted]
+    assert all(len(figures["kl_by_seed"]) == 2 for figures in added["cases"][0]["sets"].values())
+
+
+def test_regret_is_the_ratio_of_means_over_the_seeds_of_a_set():
+    def figures(*kls):
+        return {"kl": sum(kls) / len(kls), "recall": 0.5, "kl_by_seed": {str(s): kl for s, kl in enumerate(kls)}}
+
+    sets = {"[0]": figures(1.0, 3.0), "[1]": figures(3.0, 2.0), "[2]": figures(0.5)}  # too few seeds to be the best
+    assert selection_regret.best_of(sets) == "[0]"
+    assert selection_regret.over_best(sets["[1]"], sets["[0]"]) == (1.25, [3.0, 2 / 3])
+    assert selection_regret.over_best(sets["[2]"], sets["[0]"]) == (0.5, [0.5])  # of the first seed alone
+    choice = {"case": "c", "top_k": 1, "method": "uniform", "keep": [1], "seconds": 1, "tokens": None, "flops": None}
+    choice |= {"recall_lost": 0.0, "regret": 1.25, "regret_by_seed": [3.0, 2.0]}
+    case = {"case": "c", "top_k": 1, "best": "[0]", "sets": sets}
+    text = selection_regret.table({"choices": [choice], "cases": [case], "teachers": {}, "errors": []})
+    assert "| `uniform` | 1.25 ± 0.71 | 1.25 |" in text and "| c | 1 | 0 | 2.0000 ± 1.4142 |" in text
+    assert "c, K = 1: 2 of 3 sets were trained with 2 seeds; the best set has the lowest KL in 1 of them." in text
 
 
 @pytest.mark.parametrize(
