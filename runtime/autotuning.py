@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 
 KERNEL_CONFIGS = Path(__file__).with_name("kernel_configs")
@@ -17,7 +17,7 @@ KERNEL_CONFIGS = Path(__file__).with_name("kernel_configs")
 
 def use_kernel_configs() -> None:
     """Makes FLA's autotuner read the configurations of its kernels from `kernel_configs/` instead
-    of measuring them for a minute or two.
+    of measuring them for a minute or two, also for chunks read document by document.
 
     Uses the user's FLA_CACHE_MODE and FLA_CONFIG_DIR if they are set. Otherwise the folder must
     have configurations for the compute capability of this machine's GPUs, all of the same.
@@ -50,9 +50,10 @@ def use_kernel_configs() -> None:
 
 def _cache_every_kernel_of_fla() -> None:
     """FLA looks up the configurations of only those kernels that it decorates with its own
-    autotuner. Gives the same lookup to the others, when they first run.
+    autotuner. Gives the same lookup to the others, when they first run, and to all of them that of
+    `_autotuner_for_documents`.
 
-    Their file is named after their module too, because several of them share a name.
+    The file of the others is named after their module too, because several of them share a name.
     """
     from triton.runtime.autotuner import Autotuner
 
@@ -62,15 +63,47 @@ def _cache_every_kernel_of_fla() -> None:
 
     @wraps(run)
     def run_with_config(self, *args, **kwargs):
-        if type(self) is Autotuner and self.base_fn.__module__.startswith("fla."):
-            from fla.ops.utils.cache import CachedAutotuner
-
+        if self.base_fn.__module__.startswith("fla.") and type(self) is not _autotuner_for_documents():
             self.kernel_name = kernel_name(self)
-            self.__class__ = CachedAutotuner
+            self.__class__ = _autotuner_for_documents()
             return self.run(*args, **kwargs)
         return run(self, *args, **kwargs)
 
     Autotuner.run = run_with_config
+
+
+@cache
+def _autotuner_for_documents() -> type:
+    """A subclass of FLA's autotuner: a kernel that has no configuration for a call with documents
+    takes that of the same call without them, which computes the same and is nearly as fast.
+
+    FLA's key has the dtype of every tensor, also of the bounds of documents and the list of their
+    chunks (int32, int64), and for some kernels the flag IS_VARLEN, which a fuzzy lookup compares.
+    The length of the chunks listed must not be part of a configuration; no file of a kernel that
+    takes such a list has it.
+    """
+    import torch
+    from fla.ops.utils import cache as fla_cache
+
+    class AutotunerForDocuments(fla_cache.CachedAutotuner):
+        def maybe_load_cached_config(self, key, nargs, runtime_kwargs):
+            super().maybe_load_cached_config(key, nargs, runtime_kwargs)
+            is_found = key.autotune_key in self.cache
+            if is_found or fla_cache.FLA_CACHE_MODE is not fla_cache.FlaCacheMode.FUZZY:
+                return
+            arguments = {
+                name: False if name == "IS_VARLEN" else value
+                for name, value in {**nargs, **runtime_kwargs}.items()
+                if getattr(value, "dtype", None) not in (torch.int32, torch.int64)
+            }
+            whole = fla_cache.AutotuneKey.build(self.arg_names, self.keys, (), arguments)
+            if whole == key:
+                return
+            super().maybe_load_cached_config(whole, nargs, runtime_kwargs)
+            if whole.autotune_key in self.cache:
+                self.cache[key.autotune_key] = self.cache[whole.autotune_key]
+
+    return AutotunerForDocuments
 
 
 def kernel_name(tuner) -> str:

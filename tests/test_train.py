@@ -1,7 +1,9 @@
 """The three stages through the real launcher and DeepSpeed on two CPU processes, from each stage's
 export to the next."""
 
+import copy
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -851,16 +853,17 @@ def test_every_kernel_of_fla_uses_its_config(tmp_path, monkeypatch):
 
     class Kernel:
         def __init__(self, module):
-            self.fn = lambda x, N: None
+            self.fn = lambda x, N, cu_seqlens, IS_VARLEN: None
             self.fn.__module__, self.fn.__name__ = module, "kernel"
             self.launched = []
 
         def run(self, *args, **options):
             self.launched.append(options["num_warps"])
 
-    def tuner(module, do_bench):
+    def tuner(module, do_bench, kind=Autotuner):
         configs = [Config({}, num_warps=warps) for warps in (1, 2, 4)]
-        return Autotuner(Kernel(module), ["x", "N"], configs, ["N"], None, None, do_bench=do_bench)
+        names = ["x", "N", "cu_seqlens", "IS_VARLEN"]
+        return kind(Kernel(module), names, configs, ["N", "IS_VARLEN"], None, None, do_bench=do_bench)
 
     def measure(call, quantiles):
         call()
@@ -871,18 +874,76 @@ def test_every_kernel_of_fla_uses_its_config(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Autotuner, "run", Autotuner.run)  # restored after the test
     _cache_every_kernel_of_fla()
-    monkeypatch.setenv("FLA_CONFIG_DIR", str(tmp_path / "kernel_configs"))
+    folder = tmp_path / "kernel_configs"
+    monkeypatch.setenv("FLA_CONFIG_DIR", str(folder))
     monkeypatch.setattr(cache, "FLA_CACHE_MODE", cache.FlaCacheMode.FUZZY)
     measured = tuner("fla.ops.one", measure)
-    measured.run(torch.ones(1), 64)
-    save_kernel_configs(tmp_path / "kernel_configs")
-    assert [file.name for file in (tmp_path / "kernel_configs").iterdir()] == ["fla.ops.one.kernel.json"]
-    read = tuner("fla.ops.one", refuse)
-    read.run(torch.ones(1), 32)  # of another size
-    assert read.fn.launched == [2]
+    measured.run(torch.ones(1), 64, None, IS_VARLEN=False)
+    save_kernel_configs(folder)
+    assert [file.name for file in folder.iterdir()] == ["fla.ops.one.kernel.json"]
+    shutil.copy(folder / "fla.ops.one.kernel.json", folder / "kernel.json")  # as FLA's own autotuner names it
+    bounds = torch.tensor([0, 1], dtype=torch.int32)
+    for kind in (Autotuner, cache.CachedAutotuner):
+        read = tuner("fla.ops.one", refuse, kind)
+        read.run(torch.ones(1), 32, None, IS_VARLEN=False)  # of another size
+        read.run(torch.ones(1), 32, bounds, IS_VARLEN=True)  # after a call without documents, and first
+        first = tuner("fla.ops.one", refuse, kind)
+        first.run(torch.ones(1), 32, cu_seqlens=bounds, IS_VARLEN=True)
+        assert read.fn.launched == [2, 2] and first.fn.launched == [2]
+        for x in (torch.ones(1).half(), torch.ones(1).double()):
+            with pytest.raises(AssertionError, match="measured again"):
+                first.run(x, 32, bounds, IS_VARLEN=True)
     for other in (tuner("fla.ops.two", refuse), tuner("ours", refuse)):
         with pytest.raises(AssertionError, match="measured again"):
-            other.run(torch.ones(1), 64)
+            other.run(torch.ones(1), 64, None, IS_VARLEN=False)
+    monkeypatch.setattr(cache, "FLA_CACHE_MODE", cache.FlaCacheMode.STRICT)
+    with pytest.raises(AssertionError, match="measured again"):
+        tuner("fla.ops.one", refuse).run(torch.ones(1), 64, bounds, IS_VARLEN=True)
+
+
+def test_every_config_is_found_for_a_call_with_documents(monkeypatch):
+    """Of each kernel that takes documents' bounds, under the key that FLA makes of such a call. The
+    chunks listed for a call have one length, which a configuration must not set."""
+    from runtime.autotuning import KERNEL_CONFIGS, _autotuner_for_documents, kernel_name
+
+    from fla.ops.utils import cache
+    from triton.runtime.autotuner import Autotuner
+
+    def lookup(tuner, file, call):
+        """The configuration that a call by these arguments finds in `file`, or None."""
+        tuner = copy.copy(tuner)
+        tuner.__class__, tuner.kernel_name, tuner.cache = _autotuner_for_documents(), file.stem, {}
+        tuner.early_config_prune = None  # it depends on this machine's GPU, not on documents
+        key = cache.AutotuneKey.build(tuner.arg_names, tuner.keys, (), call)
+        tuner.maybe_load_cached_config(key, call, {})
+        return tuner.cache.get(key.autotune_key)
+
+    folder = KERNEL_CONFIGS / "sm_90"
+    monkeypatch.setattr(cache, "FLA_CACHE_MODE", cache.FlaCacheMode.FUZZY)
+    monkeypatch.setenv("FLA_CONFIG_DIR", str(folder))
+    documents = {"cu_seqlens": torch.zeros(2, dtype=torch.int32), "chunk_indices": torch.zeros(1, 2).long()}
+    found = set()
+    for tuner in [x for x in gc.get_objects() if issubclass(type(x), Autotuner)]:
+        names, file = tuner.arg_names, folder / f"{kernel_name(tuner)}.json"
+        if not file.is_file() or not documents.keys() & set(names) or not tuner.base_fn.__module__.startswith("fla."):
+            continue
+        others = [name for name in names if name not in (*tuner.keys, *documents)]
+        for entry in json.loads(file.read_text())["autotune_entries"].values():
+            values = [value for value in entry["autotune_key"] if not isinstance(value, str)]
+            dtypes = [getattr(torch, x.removeprefix("torch.")) for x in entry["autotune_key"] if isinstance(x, str)]
+            if len(values) != len(tuner.keys):  # another kernel of this name
+                continue
+            kwargs, warps = entry["config"]["kwargs"], entry["config"]["num_warps"]
+            assert "chunk_indices" not in names or "BT" not in kwargs, file.name
+            call = dict(zip(tuner.keys, values)) | documents | {"IS_VARLEN": True}
+            tensors = {name: torch.zeros(1, dtype=dtype) for name, dtype in zip(others, dtypes)}
+            call = {name: (call | tensors)[name] for name in names if name in call | tensors}
+            config = lookup(tuner, file, call)
+            assert config is not None and (config.kwargs, config.num_warps) == (kwargs, warps), file.name
+            halves = {name: tensor.half() for name, tensor in tensors.items()}
+            assert lookup(tuner, file, call | halves) is None, file.name
+            found.add(file.name)
+    assert len(found) > 30, found
 
 
 @pytest.mark.slow
