@@ -16,6 +16,7 @@ TASKS = ("associative_recall", "two_hops", "copying")
 SAMPLES = 2  # that results.md shows
 LEAST = 0.1  # accuracy of the teacher below which a share of it says nothing
 PLOTS = {
+    "results_needles.png": "Needles found over the length of the text",
     "results_kept.png": "Perplexity, KL and recall over the number of kept layers",
     "results_tokens.png": "Perplexity, KL and recall over the tokens of stage 2",
     "results_alignment.png": "Relative alignment error of each layer after stage 1",
@@ -359,6 +360,35 @@ def plot_quality(results: dict, key: str, x, label: str, path: Path, log: bool) 
     plot.close(figure)
 
 
+def plot_needles(results: dict, path: Path) -> None:
+    """The needles that the teacher and the rows whose settings name a line find, against the length of
+    the text: a dot per seed, a line through the means."""
+    teacher, lines = results["teacher"], series(results, "over_length", lambda row: 0)
+    if teacher is None or not lines:
+        return
+    needles = needles_of(teacher)
+    lengths = [tokens_of(needle) for needle in needles]
+    plot = pyplot()
+    figure, axis = plot.subplots(figsize=(10, 4), layout="constrained")
+
+    def found(row: dict) -> list[float]:
+        return [100 * row["figures"][needle] for needle in needles]
+
+    axis.plot(lengths, found(teacher), "o:", color="grey", markersize=4, label="teacher")
+    for name, points in sorted(lines.items(), key=lambda line: -statistics.fmean(found(line[1][0][0]))):
+        seeds = [found(row) for row in points[0]]
+        (line,) = axis.plot(lengths, list(map(statistics.fmean, zip(*seeds))), "o-", markersize=4, label=name)
+        for values in seeds:
+            axis.plot(lengths, values, "o", color=line.get_color(), markersize=4)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.set(xlabel="tokens of the text", ylabel="needles found, %", ylim=(0, 103))
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=130)
+    plot.close(figure)
+
+
 def plot_alignment(results: dict, path: Path) -> None:
     """The relative error of each layer's attention output at the end of stage 1."""
     if not results["alignment"]:
@@ -376,6 +406,7 @@ def plot_alignment(results: dict, path: Path) -> None:
 
 def plots(results: dict, folder: Path) -> None:
     """The files of PLOTS for which there are figures."""
+    plot_needles(results, folder / "results_needles.png")
     plot_quality(
         results, "over_kept", lambda row: len(row["layers"]), "layers kept", folder / "results_kept.png", log=False
     )
