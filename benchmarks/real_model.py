@@ -10,7 +10,8 @@ each by the project's own scripts. A job that is done is not repeated, one that 
 
 Written to --output_dir: results.md (the table), samples.md (what the models write), results.json (all
 figures), results_needles.png, results_kept.png, results_tokens.png, results_alignment.png; rows/, logs/.
---collect DIR copies them and what is small of the runs. A row that fails is named in the table with its reason; rerun to try again.
+--collect DIR copies them and what is small of the runs. A row that fails is named in the table with its
+reason; rerun to try again.
 Several such commands may run on one --output_dir of a host at once, as with other GPUs in CUDA_VISIBLE_DEVICES:
 each job is done by one of them.
 """

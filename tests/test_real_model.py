@@ -34,7 +34,7 @@ defaults:
 rows:
 - {{name: two kept, kept: [0, 2], over_kept: chosen, over_tokens: two, stage2: {{data: recall}}}}
 - {{name: one kept, kept: {{method: uniform, top_k: 1}}, over_kept: chosen}}
-- {{name: window, kept: [0, 2], student: swa_v1, options: {{window_size: 8, sink_size: 2}}, stage1: null, stage2: null}}
+- {{name: window, kept: [0, 2], student: swa_v1, options: {{window_size: 8, sink_size: 2}}, stage1: null, stage2: null, over_length: windows}}
 - {{name: all kept, kept: all, over_tokens: two, stage1: null, stage2: {{ce_weight: 1.0, kl_weight: 0.0, target_tokens: 192}}}}
 - {{name: two kept, kept: [0, 2], over_kept: chosen, over_tokens: two, stage2: {{data: recall}}, seeds: [1]}}
 """
@@ -369,6 +369,24 @@ def test_the_table_has_means_spreads_and_shares():
     assert cells[5:7] == ["75 ± 25", "–"]  # the teacher answers too few of two hops
     assert cells[-2:] == ["100 / 100", "2"]
     assert "60.0 ± 2.0" in lines[2] and "50 / 100" in lines[2]
+
+
+def test_the_plot_of_needles_has_the_mean_and_each_seed_by_length(tmp_path, monkeypatch):
+    plot = real_model_report.pyplot()
+    monkeypatch.setattr(plot, "close", lambda figure: None)
+    rows = []
+    for seed, found in enumerate((0.2, 0.6)):
+        measured = figures(0.1, 0.3) | {"needle_1024": found}
+        rows.append({"seed": seed, "settings": {"over_length": "ours"}, "figures": measured})
+    rows.append({"seed": 0, "settings": {"over_length": None}, "figures": figures(0.1, 0.3)})
+    teacher = {"figures": figures(0.0, 0.6)}
+    real_model_report.plot_needles({"teacher": teacher, "rows": rows}, tmp_path / "needles.png")
+    lines = [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in plot.gca().lines]
+    monkeypatch.undo()
+    plot.close("all")
+    assert (tmp_path / "needles.png").is_file() and lines[0] == ("teacher", [512, 1024], [50, 100])
+    assert lines[1] == ("ours", [512, 1024], [50, pytest.approx(40)])
+    assert [values for _, _, values in lines[2:]] == [[50, 20], [50, 60]]
 
 
 def test_selectors_are_compared_seed_by_seed():
