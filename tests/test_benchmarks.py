@@ -458,7 +458,7 @@ def test_the_time_of_parts(stage, expected, monkeypatch):
     parts = train_throughput.Parts()
     parts.follow(trainer, stage)
     if stage == 2:
-        trainer.teacher.outputs(ids)
+        trainer.teacher.hidden_states(ids)
     model(ids)
     trainer.deepspeed.optimizer.step()
     assert " ".join(f"{part} {event.time}" for part, event in parts.marks) == expected
@@ -785,8 +785,7 @@ def ablate(recall_dir, out, *options, larger=True):
 
 def test_ablations_resume_and_compare_with_their_control(recall_dir, tmp_path, monkeypatch, capsys):
     """Stored outputs and the same teacher under another name change nothing; other recipes do."""
-    names = ["control", "kl: topk", "stored teacher outputs", "distill_from: larger teacher", "hidden_weight: 1"]
-    names += ["loss_on: assistant"]
+    names = ["control", "kl: topk", "stored teacher outputs", "distill_from: larger teacher", "loss_on: assistant"]
     chosen = [variant for variant in ablations.VARIANTS if variant.name in names]
     monkeypatch.setattr(ablations, "VARIANTS", chosen)
     ablate(recall_dir, tmp_path, "--seeds", "1")
