@@ -495,31 +495,18 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         if is_step and not output_hidden_states:
             logits = GraphedDecoder(self, past_key_values).step(input_ids, position_ids, attention_mask)
             return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states=output_hidden_states,
-            document_ids=document_ids,
-            max_documents=max_documents,
+            *inputs, output_hidden_states=output_hidden_states, document_ids=document_ids, max_documents=max_documents
         )
-        hidden_states = outputs.last_hidden_state
         loss = logits = None
         if loss_function is not None:
-            loss = self.lm_head(hidden_states, loss=loss_function)
+            loss = self.lm_head(outputs.last_hidden_state, loss=loss_function)
         else:
-            keep = logits_to_keep
-            if isinstance(keep, int):
-                keep = slice(-keep, None)
-            logits = self.lm_head(hidden_states[:, keep])
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, keep])
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
     @classmethod

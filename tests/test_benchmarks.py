@@ -776,11 +776,14 @@ def test_a_job_that_fails_costs_those_that_need_it_alone(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------ ablations
-def ablate(recall_dir, out, *options, larger=True):
+def ablation_words(recall_dir, out):
     words = ["--teacher", str(recall_dir), "--size", "tiny", "--output_dir", str(out), "--steps", "3"]
-    words += ["--stage1_steps", "2", "--batch_size", "2", "--eval_chunks", "2", "--questions", "1"]
-    words += ["--larger", str(recall_dir)] if larger else []
-    ablations.main([*words, *options])
+    return [*words, "--stage1_steps", "2", "--batch_size", "2", "--eval_chunks", "2", "--questions", "1"]
+
+
+def ablate(recall_dir, out, *options, larger=True):
+    more = ["--larger", str(recall_dir)] if larger else []
+    ablations.main([*ablation_words(recall_dir, out), *more, *options])
 
 
 def test_ablations_resume_and_compare_with_their_control(recall_dir, tmp_path, monkeypatch, capsys):
@@ -826,6 +829,24 @@ def test_the_table_of_ablations_has_paired_intervals():
     assert cells[5:] == ["62.0 ± 10.1 %", "**+2.0 ± 1.3**", "0.50"]
     assert set(lines["kl: jsd"].split("|")[3:-1]) == {"  "}
     assert ablations.interval([0.5]) == (0.5, None)
+
+
+def test_conversations_that_were_left_half_made_are_finished(recall_dir, tmp_path, monkeypatch):
+    """Killed between its scripts, the job finds the corpus that its tokenised data are of."""
+    job = ablations.Ablations(ablations.make_parser().parse_args(ablation_words(recall_dir, tmp_path)))
+
+    def killed_before_chunking(script, **options):
+        if script == "preprocess_chunk.py":
+            raise KeyboardInterrupt
+        jobs.run_script(script, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablations, "run_script", killed_before_chunking)
+        with pytest.raises(KeyboardInterrupt):
+            job.make_conversations("assistant")
+    assert (tmp_path / "data/assistant/tokenized/metadata.json").is_file() and not job.made("assistant").exists()
+    job.make_conversations("assistant")
+    assert job.made("assistant").is_file() and job.chunks(ablations.ANSWERS).is_dir()
 
 
 def test_recall_documents_as_conversations_have_the_same_text():
