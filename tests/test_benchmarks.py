@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -20,6 +21,8 @@ from datasets import Dataset
 from torch.autograd import DeviceType
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+import preprocess_chunk
+import preprocess_download_tokenize
 from benchmarks import (
     ablations,
     compare_students,
@@ -833,18 +836,20 @@ def test_the_table_of_ablations_has_paired_intervals():
 
 def test_conversations_that_were_left_half_made_are_finished(recall_dir, tmp_path, monkeypatch):
     """Killed between its scripts, the job finds the corpus that its tokenised data are of."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     job = ablations.Ablations(ablations.make_parser().parse_args(ablation_words(recall_dir, tmp_path)))
+    scripts = [preprocess_download_tokenize]
 
-    def killed_before_chunking(script, **options):
-        if script == "preprocess_chunk.py":
+    def run_here(script, **options):
+        if script.removesuffix(".py") not in [module.__name__ for module in scripts]:
             raise KeyboardInterrupt
-        jobs.run_script(script, **options)
+        sys.modules[script.removesuffix(".py")].main([f"--{name}={value}" for name, value in options.items()])
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ablations, "run_script", killed_before_chunking)
-        with pytest.raises(KeyboardInterrupt):
-            job.make_conversations("assistant")
+    monkeypatch.setattr(ablations, "run_script", run_here)
+    with pytest.raises(KeyboardInterrupt):
+        job.make_conversations("assistant")
     assert (tmp_path / "data/assistant/tokenized/metadata.json").is_file() and not job.made("assistant").exists()
+    scripts.append(preprocess_chunk)
     job.make_conversations("assistant")
     assert job.made("assistant").is_file() and job.chunks(ablations.ANSWERS).is_dir()
 
