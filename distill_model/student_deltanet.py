@@ -4,6 +4,7 @@ DeltaNet, RWKV-7."""
 from __future__ import annotations
 
 import math
+from functools import cache, partial
 
 import torch
 from fla.backends import register
@@ -18,6 +19,7 @@ from fla.modules.norm.l2norm import l2norm
 from fla.ops.common.gate import fused_beta_sigmoid
 from fla.ops.gated_delta_rule.backends import FlashQLABackend
 from fla.ops.gated_delta_rule.gate import fused_gdn_gate
+from fla.ops.rwkv7 import fused_addcmul
 from fla.utils import IS_NVIDIA_HOPPER, has_usable_nvcc
 from torch import nn
 from transformers import initialization as init
@@ -335,6 +337,13 @@ class ClosedGate(nn.Module):
         return x.new_full((*x.shape[:-1], self.width), -torch.inf)
 
 
+@cache
+def keep_inputs_of_rwkv7() -> None:
+    """Makes the backward pass of FLA's `fused_addcmul_rwkv7`, whose input is the layer's, write the
+    gradient to memory of its own: FLA's writes it over the input, which autograd does not notice."""
+    fused_addcmul.addcmul_bwd1 = partial(fused_addcmul.addcmul_bwd1, inplace=False)
+
+
 class RWKV7Student(StudentAttention, RWKV7Attention):
     """The time mixing of RWKV-7 (Peng et al., arXiv 2503.14456): a delta rule with a decay per
     channel.
@@ -349,6 +358,7 @@ class RWKV7Student(StudentAttention, RWKV7Attention):
     }
 
     def __init__(self, config: StudentConfig, layer_idx: int, **options):
+        keep_inputs_of_rwkv7()
         hidden = config.hidden_size
         wide = config.num_attention_heads * config.head_dim
         super().__init__(

@@ -416,6 +416,10 @@ def _as_wanted_number(value: Any, allowed: list[type]) -> Any:
     return value
 
 
+# Keys that were removed, with the value at which they did nothing: the configs that runs recorded have them.
+REMOVED = {"train.hidden_weight": 0.0, "train.hidden_layers": [], "train.alignment_target": "attention"}
+
+
 def _build(cls: type, values: Any, path: str = "") -> Any:
     """The dataclass `cls` from a mapping; ConfigError for unknown, missing or ill-typed keys."""
     if not isinstance(values, dict):
@@ -438,11 +442,15 @@ def _build(cls: type, values: Any, path: str = "") -> Any:
 
 
 def _check_names(values: dict, known: dict, prefix: str) -> None:
-    for name in values:
-        if name not in known:
+    for name, value in values.items():
+        full = f"{prefix}{name}"
+        if full in REMOVED:
+            if value != REMOVED[full]:
+                raise ConfigError(f"{full}: was removed, because it gained nothing (docs/recipes.md); leave it out")
+        elif name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             cure = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}"
-            raise ConfigError(f"{prefix}{name}: unknown key; {cure}")
+            raise ConfigError(f"{full}: unknown key; {cure}")
 
 
 def _check_value(path: str, value: Any, spec: Field) -> None:

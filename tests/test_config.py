@@ -107,6 +107,7 @@ BAD = {
     "train.learning_rate=1": "train.learning_rate: unknown key",
     "train.lr_atn=1": r"train.lr_atn: unknown key; did you mean train.lr_attn\?",
     "modle={}": "modle: unknown key",
+    "train.hidden_weight=0.1": "train.hidden_weight: was removed",
     "stage=4": "stage: 4 must be one of 1, 2, 3",
     "train.lr=fast": "train.lr: 'fast' is of type str; it must be float",
     "train.lr=-1.0": "train.lr: -1.0 must be at least 0",

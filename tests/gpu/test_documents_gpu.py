@@ -116,6 +116,7 @@ def test_a_fixed_number_of_documents_changes_nothing_and_reads_nothing_on_the_ho
     written to holds NaN; in the third, for which all kernels are compiled, a host-device sync raises."""
     layer = layer_of(name, torch.bfloat16, DEVICE, 0)
     x, d_output = inputs_of(layer, 0)
+    unchanged = x.clone()
     groups = document_ids()
     angles = positions(x, Documents.of(groups).positions)
     found = []
@@ -132,6 +133,7 @@ def test_a_fixed_number_of_documents_changes_nothing_and_reads_nothing_on_the_ho
             torch.use_deterministic_algorithms(False)
         gradients = {key: parameter.grad.clone() for key, parameter in layer.named_parameters()}
         found.append((output.detach(), {"x": inputs.grad} | gradients))
+    assert torch.equal(x, unchanged), "the backward pass overwrites the layer's input"
     (output, gradients), *static = found
     for other_output, other_gradients in static:
         assert torch.equal(output, other_output)
