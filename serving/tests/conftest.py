@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+ENGINE = json.loads(os.environ.get("HYBRID_ENGINE", "{}"))
+
 
 @pytest.fixture(scope="session")
 def models() -> Path:
@@ -30,6 +32,7 @@ def engine(model, **settings):
     """vLLM on a folder, in this process."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     defaults = dict(
         dtype="float32",
@@ -39,8 +42,7 @@ def engine(model, **settings):
         kv_cache_memory_bytes=64 << 20,
         disable_log_stats=False,
     )
-    more = json.loads(os.environ.get("HYBRID_ENGINE", "{}"))
-    llm = LLM(str(model), **defaults | settings | more)
+    llm = LLM(str(model), **defaults | settings | ENGINE)
     try:
         yield llm
     finally:
@@ -48,6 +50,8 @@ def engine(model, **settings):
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+        # vLLM keeps one memory pool for the CUDA graphs of all engines of a process, which ends with the first one's.
+        type(current_platform)._global_graph_pool = None
 
 
 def decode(llm, prompts, new_tokens=40, logprobs=None):

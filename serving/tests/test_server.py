@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 import hybrid_vllm
 import pytest
-from conftest import engine
+from conftest import ENGINE, engine
 
 pytestmark = pytest.mark.vllm
 START_SECONDS = 900  # on a busy machine
@@ -25,15 +25,34 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def reasons(log: Path) -> str:
+    """The end of a log without the trace of the server, which tells only that its engine did not start."""
+    lines = [line for line in log.read_text().splitlines() if not line.startswith("(APIServer")]
+    errors = [line for line in lines if "ERROR" in line]
+    return "\n".join((errors or lines)[-60:])
+
+
 def wait_until_healthy(address: str, process: subprocess.Popen, log: Path) -> None:
     for _ in range(START_SECONDS):
-        assert process.poll() is None, log.read_text()[-3000:]
+        assert process.poll() is None, reasons(log)
         try:
             urlopen(f"{address}/health", timeout=5)
             return
         except (URLError, OSError):
             time.sleep(1)
-    pytest.fail(log.read_text()[-3000:])
+    pytest.fail(reasons(log))
+
+
+def command_line(settings: dict) -> list[str]:
+    """Arguments of vllm.LLM as those of the server."""
+    options = []
+    for key, value in settings.items():
+        option = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            options.append(option if value else option.replace("--", "--no-", 1))
+        else:
+            options += [option, value if isinstance(value, str) else json.dumps(value)]
+    return options
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +66,7 @@ def client(models, tmp_path_factory):
     serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(models / "chat" / "model")]
     options = ["--dtype", "float32", "--port", str(port), "--served-model-name", "hybrid", "--max-model-len", "512"]
     options += ["--max-num-seqs", "4", "--kv-cache-memory-bytes", str(64 << 20)]
+    options += command_line(ENGINE)
     environment = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("w") as output:
         process = subprocess.Popen([*serve, *options], stdout=output, stderr=subprocess.STDOUT, env=environment)
