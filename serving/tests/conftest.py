@@ -1,5 +1,6 @@
 """Engines on the tiny exports that make_models.py wrote to the folder HYBRID_MODELS. HYBRID_ENGINE, JSON, has more
-arguments of vllm.LLM, such as {"attention_backend": "TRITON_ATTN"} for fp32 on a GPU."""
+arguments of vllm.LLM, such as {"attention_backend": "TRITON_ATTN"} for fp32 on a GPU, where TRITON_F32_DEFAULT=ieee is
+needed, too."""
 
 import gc
 import json
@@ -12,7 +13,14 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from fla.ops.gated_delta_rule import chunk_fwd
+from fla.ops.kda import chunk_intra
+from triton import language
 
+# On a GPU FLA solves a chunk's triangular system in TF32 whatever the environment says, which alone changes a
+# log-probability by more than the tests of fp32 allow.
+for kernels in (chunk_fwd, chunk_intra):
+    kernels.SOLVE_TRIL_DOT_PRECISION = language.constexpr("ieee")
 ENGINE = json.loads(os.environ.get("HYBRID_ENGINE", "{}"))
 
 
