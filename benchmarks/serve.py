@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from distill_model import StudentConfig
+from distill_model import STUDENT_ATTENTION_MAP, StudentConfig
 
 # Of the models' own config files; the context is raised to what is measured.
 SHAPES = {
@@ -64,6 +64,9 @@ def student_config(args: argparse.Namespace) -> StudentConfig:
     """The hybrid: layers spread evenly keep full attention."""
     sizes = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     layers = sizes["num_hidden_layers"]
+    student = STUDENT_ATTENTION_MAP.get(args.student)
+    if student is None or not student.supports_static_cache:
+        raise ValueError(f"--student: {args.student} is no student of constant state, such as gdn_v8")
     if not 1 <= args.kept < layers:
         raise ValueError(f"--kept: {args.kept} must be between 1 and {layers - 1}, one less than the layers")
     return StudentConfig(

@@ -130,6 +130,11 @@ LONG = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 10000.0, **FACTORS
     "changes, settings, reason",
     [
         ({"student_name": "path_v1"}, {}, "student path_v1: its state grows with the text; served are gdn_v1, "),
+        (
+            {"student_name": "swa_v1", "student_options": {"sink_size": 4}},
+            {},
+            "student swa_v1: vLLM's layers have no sinks, such as sink_size: 4; served is sink_size: 0",
+        ),
         ({"rope_parameters": DYNAMIC}, {}, "RoPE of type dynamic depends on the length"),
         ({"rope_parameters": LONG}, {}, "RoPE of type longrope depends on the length"),
         ({}, {"mamba_ssm_cache_dtype": "float16"}, "mamba_ssm_cache_dtype: recurrent states are float32, not float16"),
