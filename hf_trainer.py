@@ -10,7 +10,6 @@ import shutil
 import socket
 import statistics
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -556,36 +555,11 @@ class DistillTrainer(StageTrainer):
         self._layers[True] = [totals.mean(0), sum(counts) / len(counts)]
 
 
-class BlockOutputs(torch.nn.Module):
-    """Reads with a `StudentModel`: its hidden states after the final norm, and where there are
-    `layers`, the outputs of these blocks, [layers, B, T, hidden_size]."""
-
-    def __init__(self, model: torch.nn.Module, layers: Sequence[int] = ()):
-        super().__init__()
-        self.model = model
-        self.places = {layer: place for place, layer in enumerate(layers)}
-
-    def forward(self, **inputs) -> dict[str, torch.Tensor]:
-        found = {}
-
-        def keep(layer: int, hidden_states: torch.Tensor) -> None:
-            if layer not in self.places:
-                return
-            if not found:
-                found["teacher_block_outputs"] = hidden_states.new_empty(len(self.places), *hidden_states.shape)
-            found["teacher_block_outputs"][self.places[layer]] = hidden_states
-
-        observe = {"observe": keep} if self.places else {}
-        outputs = self.model(**inputs, **observe)
-        return {"teacher_hidden_states": outputs["last_hidden_state"]} | found
-
-
 class FrozenTeacher:
     """A teacher that gives hidden states: a replica on every device, or sharded with ZeRO-3.
 
     engine_config: a DeepSpeed config with ZeRO stage 3, or None for a replica. cuda_graphs: replay
-    the forward pass of a replica as a CUDA graph. compared_layers: the blocks whose outputs are
-    given too. max_documents: see `StageTrainer`.
+    the forward pass of a replica as a CUDA graph. max_documents: see `StageTrainer`.
     """
 
     def __init__(
@@ -594,7 +568,6 @@ class FrozenTeacher:
         device: torch.device,
         engine_config: dict | None = None,
         cuda_graphs: bool = False,
-        compared_layers: Sequence[int] = (),
         max_documents: int | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
@@ -605,18 +578,16 @@ class FrozenTeacher:
             self.engine = deepspeed.initialize(model=self.model, config=engine_config)[0].eval()
         else:
             self.model.to(device)
-        reader = BlockOutputs(self.model.model, compared_layers)
-        self.forward = reader
+        self.forward = self.model.model
         if cuda_graphs and not self.sharded:
-            self.forward = GraphedForward(reader, max_documents=max_documents)
+            self.forward = GraphedForward(self.model.model, max_documents=max_documents)
 
     @torch.no_grad()
-    def outputs(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """input_ids [B, T] -> what `StudentForCausalLM.forward` takes of a teacher:
-        teacher_hidden_states after the final norm, [B, T, hidden_size], and where layers are compared
-        teacher_block_outputs. document_ids: see `StudentModel.forward`."""
+    def hidden_states(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """input_ids [B, T] -> the hidden states after the final norm, [B, T, hidden_size].
+        document_ids: see `StudentModel.forward`."""
         documents = {} if document_ids is None else {DOCUMENT_IDS: document_ids}
-        return dict(self.forward(input_ids=input_ids, use_cache=False, **documents))
+        return self.forward(input_ids=input_ids, use_cache=False, **documents)["last_hidden_state"]
 
     def gathered_head(self):
         """A context in which `head_weight` is not sharded."""
@@ -642,12 +613,12 @@ def distillation_loss(
     }
     if teacher is None:
         return model(**inputs, **options)["loss"]
-    outputs = teacher.outputs(inputs[INPUT_IDS], inputs.get(DOCUMENT_IDS))
+    hidden = teacher.hidden_states(inputs[INPUT_IDS], inputs.get(DOCUMENT_IDS))
     with teacher.gathered_head():
         return model(
             **inputs,
             **options,
-            **outputs,
+            teacher_hidden_states=hidden,
             teacher_head_weight=teacher.head_weight,
         )["loss"]
 

@@ -81,17 +81,13 @@ def alignment_flops_per_token(model: nn.Module, seq_len: int) -> int:
 
     The teacher's blocks run forward, up to the last attention and without lm_head. A student's
     projections run forward, and backward for their weights; only the input of o_proj needs a
-    gradient, for the layer's input is detached. Where blocks are aligned, the MLPs run forward for the
-    students too, and backward for their input.
+    gradient, for the layer's input is detached.
     """
     students = [m for m in model.modules() if is_student_attention(m)]
     student_weights = sum(_gemm_weights(m) for m in students)
     output_projections = sum(_gemm_weights(m.o_proj) for m in students)
     teacher = _forward_flops(model, seq_len) - 2 * student_weights
-    flops = teacher + 4 * student_weights + 2 * output_projections
-    if model.target == "block":
-        flops += 4 * sum(_gemm_weights(block.mlp) for block in model.model.layers)
-    return flops
+    return teacher + 4 * student_weights + 2 * output_projections
 
 
 def training_flops_per_token(model: nn.Module, seq_len: int, teacher: nn.Module | None = None) -> int:

@@ -214,8 +214,7 @@ def _loss_function(ctx: RunContext, stage: Stage) -> Callable[[dict], torch.Tens
         return partial(next_token_loss, model)
     teacher = None
     if stage.teacher is not None:
-        layers = stage.loss_options["distillation"].compared_layers(stage.teacher.config.num_hidden_layers)
-        teacher = FrozenTeacher(stage.teacher, torch.device(ctx.device), compared_layers=layers)
+        teacher = FrozenTeacher(stage.teacher, torch.device(ctx.device))
     return partial(distillation_loss, model, teacher=teacher, **stage.loss_options)
 
 

@@ -16,7 +16,6 @@ from runtime.config import (
     Config,
     ConfigError,
     check_cuda_graphs,
-    check_hidden_layers,
     check_kept_layers,
     keys_of_other_stages,
     trained_parts,
@@ -89,7 +88,6 @@ def check_models(cfg: Config) -> None:
     configs, no weights."""
     teacher = load_teacher_config(cfg.teacher_model.name)
     check_kept_layers(cfg, teacher.num_hidden_layers)
-    check_hidden_layers(cfg, teacher.num_hidden_layers)
     check_student(cfg.student_model.name, cfg.student_model.options, teacher)
     if cfg.stage > 1:
         _check_initial_student(cfg, teacher)

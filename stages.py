@@ -148,15 +148,7 @@ def logit_stage(cfg: Config, model: StudentForCausalLM, teacher: StudentForCausa
 def distillation_loss(cfg: Config) -> DistillationLoss:
     """The loss of stage 2."""
     train = cfg.train
-    return DistillationLoss(
-        train.kl_temperature,
-        train.kl_weight,
-        train.ce_weight,
-        train.kl,
-        train.kl_top_k,
-        train.hidden_weight,
-        tuple(train.hidden_layers),
-    )
+    return DistillationLoss(train.kl_temperature, train.kl_weight, train.ce_weight, train.kl, train.kl_top_k)
 
 
 # ------------------------------------------------------------------------ models
@@ -189,9 +181,7 @@ def build_student_for_stage1(
     log(f"students: {len(init_report)} x {cfg.student_model.name}; {origins}")
     if convert_teacher is not None:
         convert_teacher(teacher)
-    train = cfg.train
-    model = AttentionAlignmentModel(teacher, student, train.alignment_loss, recompute, train.alignment_target)
-    return model, init_report
+    return AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, recompute), init_report
 
 
 def build_student_for_stage2_and_3(
@@ -483,8 +473,7 @@ def build_trainer(ctx: RunContext, stage: Stage):
         options["max_documents"] = most
         ctx.log(f"CUDA graphs: a micro-batch has at most {most} documents; each pass makes room for them")
     if stage.teacher is not None:
-        layers = options["distillation"].compared_layers(stage.teacher.config.num_hidden_layers)
-        options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs, layers, most)
+        options["teacher"] = FrozenTeacher(stage.teacher, args.device, teacher_config, graphs, most)
     peak = device_peak_flops(ctx.device, compute_dtype(cfg, ctx.device))
     total_peak = None if peak is None else peak * ctx.world_size
     if peak is not None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -66,33 +63,25 @@ class AttentionDistillationWrapper(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings,
         documents: Documents | None = None,
-        block_output: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden_states [B, T, hidden_size] -> (the teacher's output, of the same shape and
-        detached; what the student is aligned with; the loss, a scalar, of all tokens but padding).
-
-        block_output: what makes the block's output from the attention's, if those are aligned; None:
-        the attentions' are.
-        """
+        detached; the loss, a scalar, of all tokens but padding)."""
         hidden_states = hidden_states.detach()
         inputs = (hidden_states, documents)
         with torch.no_grad():
-            attention_output = run_attention(self.teacher_attn, *inputs, position_embeddings=position_embeddings)
-            target = attention_output if block_output is None else block_output(attention_output)
+            target = run_attention(self.teacher_attn, *inputs, position_embeddings=position_embeddings)
 
         def loss():
             output = run_attention(self.student_attn, *inputs, position_embeddings=position_embeddings)
-            if block_output is not None:
-                output = block_output(output)
             return _loss_of_real_tokens(output, target, documents, self.kind)
 
         if not torch.is_grad_enabled():
-            return attention_output, target, loss()
+            return target, loss()
         if self.recompute:
-            return attention_output, target, checkpoint(loss, use_reentrant=False)
+            return target, checkpoint(loss, use_reentrant=False)
         parameters = [p for p in self.student_attn.parameters() if p.requires_grad]
         parameters.sort(key=torch.numel, reverse=True)  # small ones last: the others stay aligned in memory
-        return attention_output, target, _LossAndGradients.apply(loss, *parameters)
+        return target, _LossAndGradients.apply(loss, *parameters)
 
 
 class AttentionAlignmentModel(nn.Module):
@@ -104,9 +93,6 @@ class AttentionAlignmentModel(nn.Module):
     again in the backward pass instead, as ZeRO-3 needs it, which gathers weights around forward and
     backward. Parameters are named as in `StudentForCausalLM`, with `attn.teacher_attn.` and
     `attn.student_attn.` for `attn.`.
-
-    target: "attention"; or "block", with which the outputs of the blocks are compared, x + MLP(norm(x))
-    for x the block's input plus the attention's output: the hidden states that the next layer gets.
     """
 
     def __init__(
@@ -115,20 +101,17 @@ class AttentionAlignmentModel(nn.Module):
         student: StudentForCausalLM,
         kind: str = "mse",
         recompute: bool = False,
-        target: str = "attention",
     ):
         super().__init__()
         self.config = student.config
         self.kind = kind
-        self.target = target
         self.model = teacher.model.requires_grad_(False)
         del self.model.norm
         for block, student_block in zip(self.model.layers, student.model.layers, strict=True):
             student_attn = student_block.attn.requires_grad_(True)
             block.attn = AttentionDistillationWrapper(block.attn, student_attn, kind, recompute)
-        if target == "attention":
-            last = self.model.layers[-1]
-            del last.mlp, last.mlp_norm
+        last = self.model.layers[-1]
+        del last.mlp, last.mlp_norm
 
     def forward(
         self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None, max_documents: int | None = None
@@ -138,8 +121,8 @@ class AttentionAlignmentModel(nn.Module):
         alone, and padding is not counted, see distill_model/documents.py; max_documents: see
         `Documents.of`.
 
-        A layer's variance is that of what is aligned with, y [B T, hidden_size]: the mean over tokens
-        and features of (y - the feature's mean over the tokens)^2. See `relative_errors`.
+        A layer's variance is that of the teacher's output y [B T, hidden_size]: the mean over tokens and
+        features of (y - the feature's mean over the tokens)^2. See `relative_errors`.
         """
         with torch.no_grad():
             hidden_states = self.model.embeddings(input_ids)
@@ -151,17 +134,14 @@ class AttentionAlignmentModel(nn.Module):
         for block in self.model.layers:
             with torch.no_grad():
                 normed = block.attn_norm(hidden_states)
-            block_output = partial(_block_output, block, hidden_states)
-            compared = {"block_output": block_output} if self.target == "block" else {}
-            output, target, loss = block.attn(normed, position_embeddings, documents=documents, **compared)
+            output, loss = block.attn(normed, position_embeddings, documents=documents)
             losses.append(loss)
             # One reduction per layer here; the means over the features of all layers come below.
-            variances.append(_variance_of_real_tokens(target, documents))
-            if compared:
-                hidden_states = target
-            elif block is not self.model.layers[-1]:
+            variances.append(_variance_of_real_tokens(output, documents))
+            if block is not self.model.layers[-1]:
                 with torch.no_grad():
-                    hidden_states = block_output(output)
+                    normed, hidden_states = block.mlp_norm(hidden_states, output)
+                    hidden_states = hidden_states + block.mlp(normed)
         losses = torch.stack(losses)
         return {
             "loss": losses.mean(),
@@ -177,12 +157,6 @@ class AttentionAlignmentModel(nn.Module):
         """
         scale = variances if self.kind == "mse" else variances.sqrt()
         return losses / scale.clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _block_output(block: nn.Module, hidden_states: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
-    """The block's output, from its input and its attention's output, all [B, T, hidden_size]."""
-    normed, hidden_states = block.mlp_norm(hidden_states, attention_output)
-    return hidden_states + block.mlp(normed)
 
 
 def _loss_of_real_tokens(

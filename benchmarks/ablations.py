@@ -57,7 +57,7 @@ from hf_trainer import FrozenTeacher
 from layer_selection.candidate_training import Candidate, MasterAdamW
 from layer_selection.ranking import budget, evenly_spaced
 from recall_tasks import Document, answer_accuracy
-from stages import distillation_loss, load_kd_teacher
+from stages import load_kd_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTROL = "control"
@@ -73,14 +73,12 @@ CHARACTERS = 4  # of a token of a recall document, at most
 @dataclass(frozen=True)
 class Variant:
     """A recipe that differs from the variant `control`. overrides: of the stage-2 config. data: which
-    chunks. stage_1: train.alignment_target. larger: learns from --larger. stored: learns from top
-    tokens that are stored. masters: whether the optimiser has fp32 master weights."""
+    chunks. larger: learns from --larger. stored: learns from top tokens that are stored. masters: whether the optimiser has fp32 master weights."""
 
     name: str
     overrides: tuple[str, ...] = ()
     control: str = CONTROL
     data: str = MIXED
-    stage_1: str = "attention"
     larger: bool = False
     stored: bool = False
     masters: bool = True
@@ -100,9 +98,6 @@ VARIANTS = (
     Variant("distill_from: larger teacher", larger=True),
     Variant("train_only: linear attention", ("train.train_only=[linear_attention]",)),
     Variant("train_only: all attention", ("train.train_only=[linear_attention,kept_attention]",)),
-    Variant("hidden_weight: 0.1", ("train.hidden_weight=0.1",)),
-    Variant("hidden_weight: 1", ("train.hidden_weight=1",)),
-    Variant("alignment_target: block", stage_1="block"),
     Variant("document_mask", ("data.document_mask=true",)),
     Variant("text without recall", data=TEXT),
     Variant("recall conversations alone", data=ALL),
@@ -148,8 +143,8 @@ class Ablations:
         return None
 
     # ---- where things are
-    def student(self, target: str, seed: int) -> Path:
-        return self.out / f"stage1_{target}_seed{seed}"
+    def student(self, seed: int) -> Path:
+        return self.out / f"stage1_seed{seed}"
 
     def conversations(self, loss_on: str) -> Path:
         return self.out / "data" / loss_on
@@ -172,11 +167,10 @@ class Ablations:
         seeds = range(self.args.seeds)
         for loss_on in LOSS_ON.values():
             yield Job(self.made(loss_on), (), partial(self.make_conversations, loss_on))
-        targets = list(dict.fromkeys(variant.stage_1 for variant in self.variants))
-        for seed, target in itertools.product(seeds, targets):
-            yield Job(self.student(target, seed) / "config.json", (), partial(self.align, target, seed))
+        for seed in seeds:
+            yield Job(self.student(seed) / "config.json", (), partial(self.align, seed))
         for seed, variant in itertools.product(seeds, self.variants):
-            needs = [self.student(variant.stage_1, seed) / "config.json"]
+            needs = [self.student(seed) / "config.json"]
             if variant.data in LOSS_ON:
                 needs.append(self.made(LOSS_ON[variant.data]))
             yield Job(self.run_file(variant, seed), tuple(needs), partial(self.run, variant, seed))
@@ -217,19 +211,14 @@ class Ablations:
         args, context = self.args, self.scale.context_length
         folder = self.conversations(loss_on)
         folder.mkdir(parents=True, exist_ok=True)
-        missing = CHARACTERS * args.steps * args.batch_size * context
-        parts = (self.scale.tasks.interleaved(f"conversations {part}", 64) for part in itertools.count())
-        documents = itertools.chain.from_iterable(parts)
-        with open(folder / "recall.jsonl", "w") as file:
-            while missing > 0:
-                document = next(documents)
-                missing -= len(document.text)
-                file.write(json.dumps({"messages": messages_of(document)}) + "\n")
+        corpus = folder / "recall.jsonl"
+        if not corpus.is_file():  # the tokenised data are of this file alone: a new one would be another corpus
+            atomic_write_text(corpus, self.recall_conversations())
         (folder / "template.jinja").write_text(TEMPLATE)
         tokenized = folder / "tokenized"
         run_script(
             "preprocess_download_tokenize.py",
-            dataset_name=folder / "recall.jsonl",
+            dataset_name=corpus,
             chat_template=folder / "template.jinja",
             tokenizer=args.teacher / "tokenizer",
             loss_on=loss_on,
@@ -238,6 +227,19 @@ class Ablations:
         run_script("preprocess_chunk.py", tokenized_dataset_path=tokenized, output_dir=folder, context_length=context)
         atomic_write_text(self.made(loss_on), "{}\n")
 
+    def recall_conversations(self) -> str:
+        """A line of JSON for each, as many as stage 2 reads."""
+        args = self.args
+        missing = CHARACTERS * args.steps * args.batch_size * self.scale.context_length
+        parts = (self.scale.tasks.interleaved(f"conversations {part}", 64) for part in itertools.count())
+        lines = []
+        for document in itertools.chain.from_iterable(parts):
+            lines.append(json.dumps({"messages": messages_of(document)}) + "\n")
+            missing -= len(document.text)
+            if missing <= 0:
+                break
+        return "".join(lines)
+
     def batches(self, rows, seed: int, stage: int, steps: int) -> Iterator[dict]:
         """The same rows in the same order for every variant that reads these chunks."""
         rng = random.Random(f"{stage} {seed}")
@@ -245,17 +247,17 @@ class Ablations:
             yield read_batch(rows, rng.choices(range(len(rows)), k=self.args.batch_size))
 
     # ---- the work
-    def align(self, target: str, seed: int) -> None:
+    def align(self, seed: int) -> None:
         """Stage 1: the all-linear student."""
         args = self.args
         torch.manual_seed(seed)
         student = StudentForCausalLM.from_teacher(self.teacher, args.student)[0].to(self.device)
         read = self.batches(self.open(MIXED).train, seed, 1, args.stage1_steps)
         batches = (batch[INPUT_IDS].to(self.device) for batch in read)
-        done = stage_1(self.teacher, student, batches, args.stage1_steps, args.lr_stage1, target=target)
+        done = stage_1(self.teacher, student, batches, args.stage1_steps, args.lr_stage1)
         for _ in done:
             pass
-        with atomic_directory(self.student(target, seed), replace=True) as temporary:
+        with atomic_directory(self.student(seed), replace=True) as temporary:
             student.save_pretrained(temporary)
 
     def config(self, variant: Variant, seed: int) -> Config:
@@ -268,7 +270,7 @@ class Ablations:
             "student_model.name": args.student,
             "student_model.keep_full_attention_layers": self.kept,
             "train.output_dir": self.out / "unused",
-            "train.student_init_ckpt": self.student(variant.stage_1, seed),
+            "train.student_init_ckpt": self.student(seed),
             "train.max_steps": args.steps,
             "train.batch_size": args.batch_size,
             "train.micro_batch_size": args.batch_size,
@@ -285,7 +287,7 @@ class Ablations:
     def run(self, variant: Variant, seed: int) -> None:
         """Stage 2 of a variant; its figures."""
         cfg = self.config(variant, seed)
-        student = StudentForCausalLM.from_pretrained(self.student(variant.stage_1, seed), dtype=self.dtype)
+        student = StudentForCausalLM.from_pretrained(self.student(seed), dtype=self.dtype)
         hybrid = student.restore_full_attention(self.teacher, self.kept).to(self.device)
         tokens_per_second = self.train(variant, cfg, hybrid)
         hybrid.eval()
@@ -309,15 +311,15 @@ class Ablations:
         teacher = self.teacher
         if variant.larger:
             teacher = load_kd_teacher(cfg, self.dtype, hybrid.config.vocab_size)
-        layers = distillation_loss(cfg).compared_layers(len(hybrid.model.layers))
-        frozen = FrozenTeacher(teacher, self.device, None, graphs, layers)
+        frozen = FrozenTeacher(teacher, self.device, None, graphs)
         batches = self.batches(chunks.train, cfg.train.seed, 2, args.steps)
         if variant.stored:
             batches = iter([self.with_top_tokens(batch, cfg) for batch in batches])
         for step, batch in enumerate(batches, 1):
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             if not variant.stored:
-                batch |= frozen.outputs(batch[INPUT_IDS], batch.get(DOCUMENT_IDS))
+                hidden = frozen.hidden_states(batch[INPUT_IDS], batch.get(DOCUMENT_IDS))
+                batch["teacher_hidden_states"] = hidden
             candidate.train(step, [batch], frozen.head_weight)
             if step == min(EAGER_STEPS, args.steps - 1):
                 self.synchronize()

@@ -11,7 +11,7 @@ it the difference of their recall, and what the selector cost. Everything is don
 (--processes), each of which trains several sets side by side; a job that is done is not repeated.
 
 METHOD is one of select_layers.py, also as METHOD:OBJECTIVE (gates:mixture), and rounds:remove.
-Written to --output_dir: regret.md, regret.json (all sets and all choices; docs/regret.json: those of
+Written to --output_dir: regret.md, regret.json (all sets and all choices; docs/regret*.json: those of
 the documentation) and regret.png. At the default sizes 84 sets x 4 pairs of teacher and student take
 84 x 4 x 200 steps of 8192 tokens, 550M in all. With --num_pairs 48 --num_chains 20 --num_fillers 16
 --num_words 256 --sets_at_once 7 --processes 12 all jobs after the teachers took about 4 minutes of

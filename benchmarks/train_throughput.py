@@ -210,8 +210,7 @@ def random_stage(ctx: RunContext, config: StudentConfig) -> Stage:
         quantize_mlps(teacher)
     if cfg.stage == 1:
         recompute = ctx.zero_stage == 3
-        train = cfg.train
-        model = AttentionAlignmentModel(teacher, student, train.alignment_loss, recompute, train.alignment_target)
+        model = AttentionAlignmentModel(teacher, student, cfg.train.alignment_loss, recompute)
         return alignment_stage(cfg, model)
     return logit_stage(cfg, student, teacher if cfg.stage == 2 else None)
 

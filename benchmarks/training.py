@@ -39,14 +39,13 @@ def stage_1(
     learning_rate: float,
     measure_after: Iterable[int] = (),
     calibration: list[torch.Tensor] | None = None,
-    target: str = "attention",
 ) -> Iterator[int]:
     """Aligns the student's attentions with the teacher's outputs, see `AttentionAlignmentModel`; yields each step of
     `measure_after` when it is done, 0 being before the first.
 
     batches: token ids [B, T]. calibration: batches for `wrapper.calibrate`, or None.
     """
-    model = AttentionAlignmentModel(copy.deepcopy(teacher), student, target=target)
+    model = AttentionAlignmentModel(copy.deepcopy(teacher), student)
     if calibration:
         calibrate(model, [{"input_ids": ids} for ids in calibration])
     trained = [p for p in model.parameters() if p.requires_grad]

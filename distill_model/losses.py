@@ -48,44 +48,6 @@ def alignment_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "ms
     raise ValueError(f"train.alignment_loss: {kind!r} is unknown; choose mse or l2")
 
 
-class _RelativeError(torch.autograd.Function):
-    """See `relative_error`. It keeps its inputs, which the models keep anyway, and no difference."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, weights):
-        ctx.save_for_backward(student, teacher, weights)
-        return (_difference(student, teacher, weights).square().sum(-1) * weights).sum()
-
-    @staticmethod
-    def backward(ctx, d_loss):
-        student, teacher, weights = ctx.saved_tensors
-        gradient = _difference(student, teacher, weights) * (2 * d_loss * weights)[..., None]
-        return gradient.to(student.dtype), None, None
-
-
-def _difference(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """student - teacher in fp32; 0 for tokens of weight 0, which may be anything."""
-    return (student.float() - teacher.float()).masked_fill(weights[..., None] == 0, 0.0)
-
-
-def relative_error(student: torch.Tensor, teacher: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """The mean over tokens of |student - teacher|^2 / |teacher|^2 for hidden states [B, T, H], a
-    scalar in fp32; the gradient flows to the student alone.
-
-    Relative to each token, because the norms of hidden states grow with depth, and those of a few
-    tokens are hundreds of times the others' (Sun et al., arXiv 2402.17762). counted: [B, T] bool,
-    the tokens that the mean is over; None: all.
-    """
-    teacher = teacher.detach()
-    squares = teacher.float().square().sum(-1)
-    weights = 1 / squares.clamp(min=torch.finfo(torch.float32).tiny)
-    if counted is None:
-        weights = weights / weights.numel()
-    else:
-        weights = torch.where(counted, weights / counted.sum().clamp(min=1), 0.0)
-    return _RelativeError.apply(student, teacher, weights)
-
-
 @triton.jit
 def _kl_rows(student, teacher, loss, vocabulary, scale, BLOCK: tl.constexpr):
     """KL(teacher || student) of a row of logits; its gradient overwrites the student's logits.
@@ -421,25 +383,13 @@ class DistillationLoss:
     """kl_weight * tau^2 KL(teacher || student), tau = kl_temperature (Hinton et al., arXiv
     1503.02531), the mean over all positions; plus, where ce_weight is not 0, ce_weight *
     cross-entropy of the next tokens. With a mask both are means over `predicting_learned`. kl,
-    kl_top_k: another `divergence` instead of the KL.
-
-    Where hidden_weight is not 0, the model adds hidden_weight * the mean of `relative_error` over
-    the outputs of the blocks hidden_layers; () for all.
-    """
+    kl_top_k: another `divergence` instead of the KL."""
 
     kl_temperature: float = 1.0
     kl_weight: float = 1.0
     ce_weight: float = 0.0
     kl: str = "forward"
     kl_top_k: int = 64
-    hidden_weight: float = 0.0
-    hidden_layers: tuple[int, ...] = ()
-
-    def compared_layers(self, num_layers: int) -> list[int]:
-        """The blocks of a model of num_layers whose outputs are compared."""
-        if not self.hidden_weight:
-            return []
-        return sorted(self.hidden_layers) or list(range(num_layers))
 
     def __call__(
         self,

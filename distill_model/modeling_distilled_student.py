@@ -36,9 +36,9 @@ from .config_distilled_student import StudentConfig
 from .decode_loop import can_sample, sample
 from .decode_step import GraphedDecoder, is_decoding_step
 from .divergences import TopTokens
-from .documents import Documents, learned_tokens, predicting_learned, run_attention
+from .documents import Documents, learned_tokens, run_attention
 from .fused_ops import project_swiglu, rms_norm, swiglu
-from .losses import DistillationLoss, forward_kl, next_token_loss, relative_error
+from .losses import DistillationLoss, forward_kl, next_token_loss
 from .student_base import InitReport, copy_rows, restore_rows
 from .student_layers import (
     STUDENT_ATTENTION_MAP,
@@ -261,16 +261,14 @@ class StudentModel(StudentPreTrainedModel):
         output_hidden_states: bool = False,
         attend: Callable[..., torch.Tensor] | None = None,
         document_ids: torch.Tensor | None = None,
-        observe: Callable[[int, torch.Tensor], None] | None = None,
         max_documents: int | None = None,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T]; attention_mask [B, past + T], 0 for padding; attend: see
         `SoftmaxAttention.forward`; document_ids [B, T]: each document is read as if it stood alone,
-        see documents.py; max_documents: see `Documents.of`; observe: called with the index and the output
-        [B, T, hidden_size] of each block. Returns last_hidden_state [B, T, hidden_size] after the final
-        norm; with output_hidden_states also hidden_states, the embeddings and each block's output,
-        as transformers' models do. Raises ValueError for a cache that has no place for the states
-        of linear layers."""
+        see documents.py; max_documents: see `Documents.of`. Returns last_hidden_state [B, T,
+        hidden_size] after the final norm; with output_hidden_states also hidden_states, the
+        embeddings and each block's output, as transformers' models do. Raises ValueError for a cache
+        that has no place for the states of linear layers."""
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         batch_size, q_len, _ = hidden_states.shape
         documents = None
@@ -293,7 +291,7 @@ class StudentModel(StudentPreTrainedModel):
             attention_mask = attention_mask.clone()
             attention_mask[empty_rows, -1] = 1
             before = [copy_rows(layer, empty_rows) for layer in self.linear_states(past_key_values)]
-        for layer, block in enumerate(self.layers):
+        for block in self.layers:
             hidden_states = block(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -303,8 +301,6 @@ class StudentModel(StudentPreTrainedModel):
                 attend=attend,
                 documents=documents,
             )
-            if observe is not None:
-                observe(layer, hidden_states)
         if empty_rows is not None:
             after = self.linear_states(past_key_values)
             for layer, copies in zip_longest(after, before, fillvalue=()):
@@ -340,26 +336,6 @@ def requested_loss(
             teacher_tokens=teacher_tokens,
         )
     return None if labels is None else partial(next_token_loss, labels=labels)
-
-
-class HiddenErrors:
-    """Sums up `relative_error` of a student's blocks, as `observe` of its forward pass.
-
-    teacher: [layers, B, T, hidden_size], the outputs of the teacher's blocks `layers`. counted: see
-    `relative_error`.
-    """
-
-    def __init__(self, layers: list[int], teacher: torch.Tensor, counted: torch.Tensor | None):
-        self.teacher = dict(zip(layers, teacher, strict=True))
-        self.counted = counted
-        self.total = 0.0
-
-    def __call__(self, layer: int, hidden_states: torch.Tensor) -> None:
-        if layer in self.teacher:
-            self.total = self.total + relative_error(hidden_states, self.teacher[layer], self.counted)
-
-    def mean(self) -> torch.Tensor:
-        return self.total / len(self.teacher)
 
 
 class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
@@ -493,7 +469,6 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         document_ids: torch.Tensor | None = None,
-        teacher_block_outputs: torch.Tensor | None = None,
         max_documents: int | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size] (the last `logits_to_keep` of them if that is not 0), or a loss
@@ -504,8 +479,7 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         teacher_head_weight [vocab_size, teacher's hidden_size]: the loss `distillation`, by default
         KL(teacher || student). loss_mask [B, T] bool: the tokens that a loss is the mean over; None:
         all. teacher_values, teacher_ids [B, T, k] and teacher_log_rest [B, T]: the teacher's stored
-        `TopTokens`, in place of its hidden states and head. teacher_block_outputs [layers, B, T,
-        hidden_size]: of the blocks that `distillation` compares. document_ids [B, T]: each document is read
+        `TopTokens`, in place of its hidden states and head. document_ids [B, T]: each document is read
         as if it stood alone, and the losses skip the prediction of a document's first token, see
         documents.py; max_documents: see `Documents.of`. Raises ValueError if a requested loss lacks its
         inputs, and for document_ids beside a cache, a mask or position_ids.
@@ -515,59 +489,25 @@ class StudentForCausalLM(FLAGenerationMixin, StudentPreTrainedModel):
         loss_function = requested_loss(
             labels, teacher_hidden_states, teacher_head_weight, distillation, learned, tokens
         )
-        errors = self.hidden_errors(distillation, teacher_block_outputs, learned)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         is_step = use_cache is not False and is_decoding_step(past_key_values, input_ids)
         if is_step and not output_hidden_states:
             logits = GraphedDecoder(self, past_key_values).step(input_ids, position_ids, attention_mask)
             return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states=output_hidden_states,
-            document_ids=document_ids,
-            observe=errors,
-            max_documents=max_documents,
+            *inputs, output_hidden_states=output_hidden_states, document_ids=document_ids, max_documents=max_documents
         )
-        hidden_states = outputs.last_hidden_state
         loss = logits = None
         if loss_function is not None:
-            loss = self.lm_head(hidden_states, loss=loss_function)
-            if errors is not None:
-                loss = loss + distillation.hidden_weight * errors.mean()
+            loss = self.lm_head(outputs.last_hidden_state, loss=loss_function)
         else:
-            keep = logits_to_keep
-            if isinstance(keep, int):
-                keep = slice(-keep, None)
-            logits = self.lm_head(hidden_states[:, keep])
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, keep])
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
-
-    def hidden_errors(
-        self,
-        distillation: DistillationLoss | None,
-        teacher_block_outputs: torch.Tensor | None,
-        learned: torch.Tensor | None,
-    ) -> HiddenErrors | None:
-        """What `distillation` compares hidden states with, or None if it does not. Raises ValueError
-        if they are missing, or of other layers."""
-        layers = [] if distillation is None else distillation.compared_layers(len(self.model.layers))
-        given = 0 if teacher_block_outputs is None else len(teacher_block_outputs)
-        if given != len(layers):
-            raise ValueError(f"teacher_block_outputs: are of {given} layers, the loss compares {len(layers)}")
-        if not layers:
-            return None
-        counted = None if learned is None else predicting_learned(learned)
-        return HiddenErrors(layers, teacher_block_outputs, counted)
 
     @classmethod
     @torch.no_grad()

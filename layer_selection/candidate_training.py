@@ -243,11 +243,6 @@ def check_joint_training(cfg: Config) -> None:
             f"train.optimizer: {cfg.train.optimizer}: candidates train jointly with adamw only; "
             "set that, or take --full_runs"
         )
-    if cfg.train.hidden_weight:
-        raise ConfigError(
-            f"train.hidden_weight: {cfg.train.hidden_weight:g}: candidates train jointly on logits only; set 0, or take "
-            "--full_runs"
-        )
 
 
 @dataclass

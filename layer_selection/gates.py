@@ -19,6 +19,7 @@ to be chosen.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -310,18 +311,14 @@ def gates(bench: Bench, top_k: int, tokens: int | None, folder: Path) -> Ranking
     best = min(history, key=lambda check: check.objective)
     found = [exchange(training.sets, kept) for kept in (best.kept, history[-1].kept)]
     kept = min(found, key=training.sets.mean)
-    seconds = sum(check.seconds for check in history) + time.perf_counter() - begin
-    ranking = rank_around(
-        "gates",
-        f"rise of {bench.unit}",
-        training.sets,
-        kept,
-        learnt=history[-1].kept,
-        gates=history[-1].gates,
-        objective=training.sets.mean(kept),
-        tokens=training.steps * training.plan.tokens_per_step,
-        tokens_measured=len(training.sets.known) * bench.num_tokens,
-        flops=training.flops(),
-        seconds=round(seconds, 1),
-    )
-    return ranking
+    ranking = rank_around("gates", f"rise of {bench.unit}", training.sets, kept)
+    facts = {  # the cost is that of the ranking too
+        "learnt": history[-1].kept,
+        "gates": history[-1].gates,
+        "objective": training.sets.mean(kept),
+        "tokens": training.steps * training.plan.tokens_per_step,
+        "tokens_measured": len(training.sets.known) * bench.num_tokens,
+        "flops": training.flops(),
+        "seconds": round(sum(check.seconds for check in history) + time.perf_counter() - begin, 1),
+    }
+    return dataclasses.replace(ranking, facts=facts)

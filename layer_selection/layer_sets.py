@@ -87,7 +87,7 @@ def exchange(sets: MeasuredSets, kept: Iterable[int]) -> frozenset[int]:
     return kept
 
 
-def rank_around(method: str, unit: str, sets: MeasuredSets, kept: Iterable[int], **facts) -> Ranking:
+def rank_around(method: str, unit: str, sets: MeasuredSets, kept: Iterable[int]) -> Ranking:
     """A ranking in which `kept` come first.
 
     Importance on a sequence: of a kept layer, what the objective rises if the other layer that
@@ -114,7 +114,7 @@ def rank_around(method: str, unit: str, sets: MeasuredSets, kept: Iterable[int],
             if other in sets.known:
                 exchanged[out, into] = sets.known[other]
     tied = ties_of(own, exchanged)
-    ranking = rank_samples(method, unit, samples, **facts)
+    ranking = rank_samples(method, unit, samples)
     layers = []
     for layer in ranking.layers:
         partners = {a if b == layer.layer else b for a, b in tied if layer.layer in (a, b)}

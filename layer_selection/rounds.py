@@ -175,7 +175,7 @@ class Rounds:
                 if proposed is None:
                     return sets
                 action, candidates = proposed
-                self.next_round(action, candidates, hybrid, len(sets.known))
+                self.next_round(action, candidates, hybrid, sets)
 
     def propose(self, sets: MeasuredSets) -> tuple[str, list[frozenset[int]]] | None:
         """(What the next round does, the sets that it trains, the most promising first), or None at
@@ -195,10 +195,12 @@ class Rounds:
         return ("exchange", [kept, *others]) if others else None
 
     def next_round(
-        self, action: str, candidates: list[frozenset[int]], start: StudentForCausalLM, measured: int
+        self, action: str, candidates: list[frozenset[int]], start: StudentForCausalLM, sets: MeasuredSets
     ) -> None:
-        """Trains the candidates and takes the best."""
+        """Trains the candidates and takes the best. sets: those measured untrained, around `start`."""
         begin = time.perf_counter()
+        untrained = [sets.mean(candidate) for candidate in candidates]
+        measured = len(sets.known)
         number = len(self.history) + 1
         folder = self.folder / f"round_{number}"
         train = self.bench.cfg.train
@@ -224,9 +226,15 @@ class Rounds:
                 facts["flops"] + measured * self.flops_of_measurement(),
             )
         )
-        print(
-            f"round {number}: {action}; kept: {self.history[-1].kept}; {bench.unit} {means[order[0]]:.4f}", flush=True
-        )
+        best = means[order[0]]
+        print(f"round {number}: {action}; kept: {self.history[-1].kept}; {bench.unit} {best:.4f}", flush=True)
+        if best > untrained[order[0]]:
+            print(
+                f"Warning: round {number}: training raised the {bench.unit} of {kept[order[0]]}, from "
+                f"{untrained[order[0]]:.4f} to {best:.4f}; {self.steps} steps are too few to compare layers by, raise "
+                "--search_tokens",
+                flush=True,
+            )
         self.save()
         if training.received:
             print(f"{training.received}: stopped after round {number}; rerun the command to resume", flush=True)

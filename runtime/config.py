@@ -238,15 +238,6 @@ class TrainConfig:
         choices=("mse", "l2"),
         stages=(1,),
     )
-    alignment_target: str = key(
-        "attention",
-        help=(
-            "what stage 1 aligns: attention, the outputs of the attentions; block, those of the blocks: the hidden states "
-            "after the MLP, see docs/training.md#3-stage-1-align-attention-outputs"
-        ),
-        choices=("attention", "block"),
-        stages=(1,),
-    )
     calibrate_init: int = key(
         0,
         help=(
@@ -289,17 +280,6 @@ class TrainConfig:
         0.0,
         help="weight of the next-token cross-entropy",
         minimum=0,
-        stages=(2,),
-    )
-    hidden_weight: float = key(
-        0.0,
-        help="weight of the error of the student's hidden states, see docs/training.md#hidden-states",
-        minimum=0,
-        stages=(2,),
-    )
-    hidden_layers: list[int] = key(
-        [],
-        help="layers whose outputs hidden_weight is for, counted from 0; []: all",
         stages=(2,),
     )
     kd_teacher_shard: str = key(
@@ -489,7 +469,6 @@ def _check(cfg: Config) -> None:
         _check_fp8(cfg)
     if cfg.stage == 2:
         _check_distillation(cfg.train)
-        _check_hidden(cfg)
         if cfg.teacher_model.outputs and cfg.train.kl != "topk":
             raise ConfigError(
                 f"train.kl: {cfg.train.kl} needs all logits, of which teacher_model.outputs holds the top ones; set topk"
@@ -556,10 +535,6 @@ def _check_fp8(cfg: Config) -> None:
     key = "teacher_model.precision: fp8"
     if cfg.stage == 3:
         raise ConfigError(f"{key} is for stages 1 and 2, stage 3 has no teacher; remove it")
-    if cfg.stage == 1 and cfg.train.alignment_target == "block":
-        raise ConfigError(
-            f"{key} has no gradients through the MLPs, which train.alignment_target block needs; set exact"
-        )
     if cfg.train.dtype == "fp32":
         raise ConfigError(f"{key} needs train.dtype bf16, not fp32; set one of them to another value")
     if cfg.stage == 2 and (cfg.train.kd_teacher_shard == "always" or cfg.train.kd_teacher_offload == "cpu"):
@@ -574,25 +549,6 @@ def _check_distillation(train: TrainConfig) -> None:
         )
     if train.kl_weight == train.ce_weight == 0:
         raise ConfigError("train.kl_weight: 0 with train.ce_weight 0 leaves no loss; give one of them a weight")
-
-
-def _check_hidden(cfg: Config) -> None:
-    train = cfg.train
-    if train.hidden_layers and not train.hidden_weight:
-        raise ConfigError(
-            f"train.hidden_layers: {train.hidden_layers} needs train.hidden_weight; give it, or remove them"
-        )
-    if len(set(train.hidden_layers)) != len(train.hidden_layers) or min(train.hidden_layers, default=0) < 0:
-        raise ConfigError(f"train.hidden_layers: {train.hidden_layers} must be different layers, counted from 0")
-    if not train.hidden_weight:
-        return
-    key = f"train.hidden_weight: {train.hidden_weight:g}"
-    if cfg.teacher_model.outputs:
-        raise ConfigError(f"{key} needs hidden states, which teacher_model.outputs does not hold; remove one of them")
-    if cfg.teacher_model.distill_from:
-        raise ConfigError(
-            f"{key} needs the layers of teacher_model.name, not those of teacher_model.distill_from; remove one of them"
-        )
 
 
 # ------------------------------------------------------------------------ files
@@ -652,12 +608,6 @@ def check_kept_layers(cfg: Config, num_layers: int) -> None:
             f"student_model.keep_full_attention_layers: {outside} out of range; "
             f"the teacher's layers are 0..{num_layers - 1}"
         )
-
-
-def check_hidden_layers(cfg: Config, num_layers: int) -> None:
-    """Raises ConfigError if a compared layer lies outside a teacher of `num_layers`."""
-    if outside := [layer for layer in cfg.train.hidden_layers if layer >= num_layers]:
-        raise ConfigError(f"train.hidden_layers: {outside} out of range; the teacher's layers are 0..{num_layers - 1}")
 
 
 def check_cuda_graphs(cfg: Config, reads_documents: bool) -> None:

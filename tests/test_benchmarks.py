@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -20,6 +21,8 @@ from datasets import Dataset
 from torch.autograd import DeviceType
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+import preprocess_chunk
+import preprocess_download_tokenize
 from benchmarks import (
     ablations,
     compare_students,
@@ -458,7 +461,7 @@ def test_the_time_of_parts(stage, expected, monkeypatch):
     parts = train_throughput.Parts()
     parts.follow(trainer, stage)
     if stage == 2:
-        trainer.teacher.outputs(ids)
+        trainer.teacher.hidden_states(ids)
     model(ids)
     trainer.deepspeed.optimizer.step()
     assert " ".join(f"{part} {event.time}" for part, event in parts.marks) == expected
@@ -777,17 +780,19 @@ def test_a_job_that_fails_costs_those_that_need_it_alone(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------ ablations
-def ablate(recall_dir, out, *options, larger=True):
+def ablation_words(recall_dir, out):
     words = ["--teacher", str(recall_dir), "--size", "tiny", "--output_dir", str(out), "--steps", "3"]
-    words += ["--stage1_steps", "2", "--batch_size", "2", "--eval_chunks", "2", "--questions", "1"]
-    words += ["--larger", str(recall_dir)] if larger else []
-    ablations.main([*words, *options])
+    return [*words, "--stage1_steps", "2", "--batch_size", "2", "--eval_chunks", "2", "--questions", "1"]
+
+
+def ablate(recall_dir, out, *options, larger=True):
+    more = ["--larger", str(recall_dir)] if larger else []
+    ablations.main([*ablation_words(recall_dir, out), *more, *options])
 
 
 def test_ablations_resume_and_compare_with_their_control(recall_dir, tmp_path, monkeypatch, capsys):
     """Stored outputs and the same teacher under another name change nothing; other recipes do."""
-    names = ["control", "kl: topk", "stored teacher outputs", "distill_from: larger teacher", "hidden_weight: 1"]
-    names += ["loss_on: assistant"]
+    names = ["control", "kl: topk", "stored teacher outputs", "distill_from: larger teacher", "loss_on: assistant"]
     chosen = [variant for variant in ablations.VARIANTS if variant.name in names]
     monkeypatch.setattr(ablations, "VARIANTS", chosen)
     ablate(recall_dir, tmp_path, "--seeds", "1")
@@ -828,6 +833,26 @@ def test_the_table_of_ablations_has_paired_intervals():
     assert cells[5:] == ["62.0 ± 10.1 %", "**+2.0 ± 1.3**", "0.50"]
     assert set(lines["kl: jsd"].split("|")[3:-1]) == {"  "}
     assert ablations.interval([0.5]) == (0.5, None)
+
+
+def test_conversations_that_were_left_half_made_are_finished(recall_dir, tmp_path, monkeypatch):
+    """Killed between its scripts, the job finds the corpus that its tokenised data are of."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    job = ablations.Ablations(ablations.make_parser().parse_args(ablation_words(recall_dir, tmp_path)))
+    scripts = [preprocess_download_tokenize]
+
+    def run_here(script, **options):
+        if script.removesuffix(".py") not in [module.__name__ for module in scripts]:
+            raise KeyboardInterrupt
+        sys.modules[script.removesuffix(".py")].main([f"--{name}={value}" for name, value in options.items()])
+
+    monkeypatch.setattr(ablations, "run_script", run_here)
+    with pytest.raises(KeyboardInterrupt):
+        job.make_conversations("assistant")
+    assert (tmp_path / "data/assistant/tokenized/metadata.json").is_file() and not job.made("assistant").exists()
+    scripts.append(preprocess_chunk)
+    job.make_conversations("assistant")
+    assert job.made("assistant").is_file() and job.chunks(ablations.ANSWERS).is_dir()
 
 
 def test_recall_documents_as_conversations_have_the_same_text():

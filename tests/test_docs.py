@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import re
 import xml.etree.ElementTree
 from pathlib import Path
@@ -150,12 +151,12 @@ def test_the_decoding_table_is_that_of_the_stored_points():
         assert f"| {' | '.join(cells)} |" in page
 
 
-def regrets_of(method: str) -> list[dict]:
-    return [choice for choice in build.REGRET["choices"] if choice["method"] == method]
+def regrets_of(method: str, name: str = "regret") -> list[dict]:
+    return [choice for choice in build.REGRETS[name]["choices"] if choice["method"] == method]
 
 
 def test_what_the_text_says_of_the_best_sets_is_in_the_stored_figures():
-    cases = build.REGRET["cases"]
+    cases = build.REGRETS["regret"]["cases"]
     assert len(cases) == 8 and {case["best"] for case in cases} == {"[0, 1]", "[0, 1, 2]"}
     for method in ("gates", "gates:mixture", "rounds", "rounds:mixture", "ppl", "ar", "ar_multihop"):
         assert [choice["regret"] for choice in regrets_of(method)] == [1] * 8
@@ -179,6 +180,31 @@ def test_what_the_text_says_of_ga_s2_is_in_the_stored_figures():
     for name, share in {"tokens": 1 / 4, "flops": 1 / 3, "seconds": 1 / 2}.items():
         gates, ga_s2 = (sum(choice[name] for choice in regrets_of(method)) for method in ("gates", "ga_s2"))
         assert gates / ga_s2 == pytest.approx(share, abs=0.05)
+
+
+def test_what_the_text_says_of_recall_in_the_middle_is_in_the_stored_figures():
+    (case,) = build.REGRETS["regret_deep"]["cases"]
+    sets = {tuple(json.loads(kept)): figures for kept, figures in case["sets"].items()}
+    best = sets[3, 5]
+    assert case["best"] == "[3, 5]" and best["recall"] == 1
+    for seed in "012":
+        assert best["kl_by_seed"][seed] == min(its["kl_by_seed"].get(seed, 1) for its in sets.values())
+    spans = {}
+    for first, second in ((5, 3), (3, 5)):
+        ratios = [its["kl"] / best["kl"] for kept, its in sets.items() if first in kept and second not in kept]
+        spans[first] = (round(min(ratios), 1), round(max(ratios), 1))
+    assert spans == {5: (1.6, 1.9), 3: (3.6, 3.7)}
+    neither = [its for kept, its in sets.items() if not {3, 5} & set(kept)]
+    ratios = [its["kl"] / best["kl"] for its in neither]
+    assert (round(min(ratios)), round(max(ratios))) == (15, 16)
+    assert max(its["recall"] for its in neither) == pytest.approx(0.80, abs=0.003)
+    choices = {
+        method: regrets_of(method, "regret_deep")[0] for method in ("gates", "ga_s2", "scan", "rounds", "ar", "ppl")
+    }
+    keeps = [[3, 5], [3, 5], [3, 5], [2, 5], [0, 2], [1, 2]]
+    assert [choice["keep"] for choice in choices.values()] == keeps
+    for name, times in {"tokens": 4, "seconds": 5.4}.items():
+        assert choices["ga_s2"][name] / choices["gates"][name] == pytest.approx(times, abs=0.05)
 
 
 def test_the_front_page_has_figures_of_the_performance_page():

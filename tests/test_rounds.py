@@ -79,6 +79,26 @@ def test_a_round_takes_several_layers_and_starts_from_the_last_one(stage2, tmp_p
     assert exchanges[-1].kept in [entry.kept for entry in training.history[:-1]]
 
 
+@pytest.mark.parametrize("change, warned", [(-10, False), (10, True)])
+def test_rounds_say_where_training_leaves_a_set_worse(stage2, tmp_path, monkeypatch, capsys, change, warned):
+    train_round = rounds.RoundTraining.train_round
+
+    def changed(self, *arguments):
+        losses = train_round(self, *arguments)
+        return {i: [loss + change for loss in values] for i, values in losses.items()}
+
+    monkeypatch.setattr(rounds.RoundTraining, "train_round", changed)
+    bench = Bench(load_config(stage2, STEPS), 4, 4)
+    Rounds(bench, 1, RoundOptions(candidates=2, tokens=1), tmp_path / "rounds").run()
+    (kept, mean), *_ = history(tmp_path)[0]["trained"]
+    untrained = bench.kls(bench.student.restore_full_attention(bench.teacher, kept).eval())
+    warning = (
+        f"Warning: round 1: training raised the KL of {kept}, from {sum(untrained) / 4:.4f} to {mean:.4f}; 1 steps are "
+        "too few to compare layers by, raise --search_tokens"
+    )
+    assert (warning in capsys.readouterr().out) == warned
+
+
 def test_stopped_rounds_resume_to_the_same_result(stage2, tmp_path, monkeypatch):
     options = [*flags(method="rounds", top_k=2, candidates_per_round=2, search_tokens=2000), *STEPS]
     whole = select(stage2, tmp_path / "whole", *options)
