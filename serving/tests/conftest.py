@@ -21,6 +21,7 @@ from triton import language
 # log-probability by more than the tests of fp32 allow.
 for kernels in (chunk_fwd, chunk_intra):
     kernels.SOLVE_TRIL_DOT_PRECISION = language.constexpr("ieee")
+
 ENGINE = json.loads(os.environ.get("HYBRID_ENGINE", "{}"))
 
 

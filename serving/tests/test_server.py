@@ -26,9 +26,9 @@ def free_port() -> int:
 
 
 def reasons(log: Path) -> str:
-    """The end of a log without the trace of the server, which tells only that its engine did not start."""
-    lines = [line for line in log.read_text().splitlines() if not line.startswith("(APIServer")]
-    errors = [line for line in lines if "ERROR" in line]
+    """What a log says of the engine's failure, of which the server's trace at its end says nothing; else its end."""
+    lines = log.read_text().splitlines()
+    errors = [line for line in lines if "ERROR" in line and not line.startswith("(APIServer")]
     return "\n".join((errors or lines)[-60:])
 
 
