@@ -27,8 +27,7 @@ from pathlib import Path
 
 import torch
 
-from distill_model import StudentConfig
-from distill_model.cache import HybridCache
+from distill_model import STUDENT_ATTENTION_MAP, StudentConfig
 
 # Of the models' own config files; the context is raised to what is measured.
 SHAPES = {
@@ -65,6 +64,9 @@ def student_config(args: argparse.Namespace) -> StudentConfig:
     """The hybrid: layers spread evenly keep full attention."""
     sizes = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     layers = sizes["num_hidden_layers"]
+    student = STUDENT_ATTENTION_MAP.get(args.student)
+    if student is None or not student.supports_static_cache:
+        raise ValueError(f"--student: {args.student} is no student of constant state, such as gdn_v8")
     if not 1 <= args.kept < layers:
         raise ValueError(f"--kept: {args.kept} must be between 1 and {layers - 1}, one less than the layers")
     return StudentConfig(
@@ -177,13 +179,13 @@ def sequences_that_fit(llm, name: str, config: StudentConfig, context: int, args
     """How many sequences of this context the cache holds with what they decode, from how many of the longest context
     it holds; at most --max_sequences."""
     cache = llm.llm_engine.vllm_config.cache_config
-    tokens = max(args.contexts) + slack(args)
-    if name == TEACHER:
-        share = tokens / (context + slack(args))
-    else:
-        dtype = llm.llm_engine.vllm_config.model_config.dtype
-        longest, own = (HybridCache.sequence_bytes(config, n, dtype) for n in (tokens, context + slack(args)))
-        share = longest / own
+    linear = 0 if name == TEACHER else len(config.linear_layers)
+
+    def pages(tokens: int) -> int:
+        """Of one sequence: a linear layer has one, full attention one for each block of tokens. All are as large."""
+        return (config.num_hidden_layers - linear) * -(-tokens // cache.block_size) + linear
+
+    share = pages(max(args.contexts) + slack(args)) / pages(context + slack(args))
     return max(1, min(args.max_sequences, int(0.97 * cache.kv_cache_max_concurrency * share)))
 
 
@@ -214,7 +216,8 @@ def decoding(llm, name: str, config: StudentConfig, context: int, args: argparse
     while engine.has_unfinished_requests():
         engine.step()
     if end is None:
-        raise ValueError(f"--max_slack: {args.max_slack} is too small: sequences ended before all of them decoded")
+        cure = f"--max_slack: more than {args.max_slack}" if args.prefill else f"--max_sequences: fewer than {count}"
+        raise ValueError(f"{cure}: sequences ended before all of them decoded")
     return {
         "sequences": count,
         "tokens_per_second": (total - counted) / (end - begin),

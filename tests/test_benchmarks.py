@@ -579,6 +579,7 @@ def test_serving_results_are_compared_and_drawn(tmp_path):
     ("options", "message"),
     [
         (["--kept", "99"], "--kept: 99 must be between 1 and 27, one less than the layers"),
+        (["--student", "swa_v1"], "--student: swa_v1 is no student of constant state, such as gdn_v8"),
         (["--engine", "{a}"], "--engine: {a} is no JSON: .*"),
         (["--engine", "[1]"], "--engine: [[]1[]] must be a JSON object, .*"),
         (["--plot", "missing.json"], "--plot: missing.json is no readable serve.json; .*"),

@@ -805,7 +805,7 @@ def test_kernel_configs_are_used_where_there_are_some(tmp_path, monkeypatch):
     autotuning.use_kernel_configs()
     folder = Path(os.environ.pop("FLA_CONFIG_DIR"))
     assert os.environ.pop("FLA_CACHE_MODE") == "fuzzy"
-    assert folder == ROOT / "runtime" / "kernel_configs" / "sm_90"
+    assert folder == ROOT / "runtime" / "autotuning" / "kernel_configs" / "sm_90"
     for file in folder.iterdir():
         for entry in json.loads(file.read_text())["autotune_entries"].values():
             assert {"kwargs", "num_warps", "num_stages", "num_ctas"} <= entry["config"].keys()
@@ -902,9 +902,9 @@ def test_every_kernel_of_fla_uses_its_config(tmp_path, monkeypatch):
 
 
 def test_every_config_is_found_for_a_call_with_documents(monkeypatch):
-    """Of each kernel that takes documents' bounds, under the key that FLA makes of such a call. The
-    chunks listed for a call have one length, which a configuration must not set."""
-    from runtime.autotuning import KERNEL_CONFIGS, _autotuner_for_documents, kernel_name
+    """Of each kernel that takes documents' bounds, under the key that FLA makes of such a call, without states
+    and with. The chunks listed for a call have one length, which a configuration must not set."""
+    from runtime.autotuning import KERNEL_CONFIGS, STATES, _autotuner_for_documents, kernel_name
 
     from fla.ops.utils import cache
     from triton.runtime.autotuner import Autotuner
@@ -922,12 +922,12 @@ def test_every_config_is_found_for_a_call_with_documents(monkeypatch):
     monkeypatch.setattr(cache, "FLA_CACHE_MODE", cache.FlaCacheMode.FUZZY)
     monkeypatch.setenv("FLA_CONFIG_DIR", str(folder))
     documents = {"cu_seqlens": torch.zeros(2, dtype=torch.int32), "chunk_indices": torch.zeros(1, 2).long()}
-    found = set()
+    found, with_states = set(), set()
     for tuner in [x for x in gc.get_objects() if issubclass(type(x), Autotuner)]:
         names, file = tuner.arg_names, folder / f"{kernel_name(tuner)}.json"
         if not file.is_file() or not documents.keys() & set(names) or not tuner.base_fn.__module__.startswith("fla."):
             continue
-        others = [name for name in names if name not in (*tuner.keys, *documents)]
+        others = [name for name in names if name not in (*tuner.keys, *documents, *STATES)]
         for entry in json.loads(file.read_text())["autotune_entries"].values():
             values = [value for value in entry["autotune_key"] if not isinstance(value, str)]
             dtypes = [getattr(torch, x.removeprefix("torch.")) for x in entry["autotune_key"] if isinstance(x, str)]
@@ -937,13 +937,18 @@ def test_every_config_is_found_for_a_call_with_documents(monkeypatch):
             assert "chunk_indices" not in names or "BT" not in kwargs, file.name
             call = dict(zip(tuner.keys, values)) | documents | {"IS_VARLEN": True}
             tensors = {name: torch.zeros(1, dtype=dtype) for name, dtype in zip(others, dtypes)}
-            call = {name: (call | tensors)[name] for name in names if name in call | tensors}
-            config = lookup(tuner, file, call)
-            assert config is not None and (config.kwargs, config.num_warps) == (kwargs, warps), file.name
+            for states in ({}, {name: torch.zeros(1) for name in STATES}):
+                given = call | tensors | states
+                given = {name: given[name] for name in names if name in given}
+                config = lookup(tuner, file, given)
+                assert config is not None and (config.kwargs, config.num_warps) == (kwargs, warps), file.name
+            if given.keys() & states.keys():
+                with_states.add(file.name)
             halves = {name: tensor.half() for name, tensor in tensors.items()}
-            assert lookup(tuner, file, call | halves) is None, file.name
+            assert lookup(tuner, file, given | halves) is None, file.name
             found.add(file.name)
     assert len(found) > 30, found
+    assert {"causal_conv1d_fwd_kernel.json", "chunk_gated_delta_rule_fwd_kernel_h_blockdim64.json"} <= with_states
 
 
 @pytest.mark.slow

@@ -30,7 +30,9 @@ def register() -> None:
 
     import distill_model  # noqa: F401 registers the configuration
 
+    from .autotuning import use_kernel_configs
     from .config import HybridConfig
 
+    use_kernel_configs()
     MODELS_CONFIG_MAP["StudentForCausalLM"] = HybridConfig
     ModelRegistry.register_model("StudentForCausalLM", "hybrid_vllm.model:StudentForCausalLM")

@@ -7,18 +7,36 @@ from dataclasses import replace
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from distill_model import STUDENT_ATTENTION_MAP
+from distill_model import STUDENT_ATTENTION_MAP, StudentConfig
+from distill_model.student_softmax import SlidingWindowStudent
+
+
+def window_size(config: StudentConfig) -> int | None:
+    """To how many tokens the student's layers attend, if they are softmax attention over a window."""
+    student = STUDENT_ATTENTION_MAP.get(config.student_name)
+    if student is None or student.layer is not SlidingWindowStudent:
+        return None
+    return student.value_of("window_size", config.student_options)
+
+
+def has_states(config: StudentConfig) -> bool:
+    """Whether layers of the model are linear, and not all of them softmax attention."""
+    return bool(config.linear_layers) and window_size(config) is None
 
 
 def student_refusals(config, devices: int) -> dict[str, bool]:
-    """Why the linear layers of a model cannot be served on so many devices -> whether that applies."""
+    """Why the student's layers of a model cannot be served on so many devices -> whether that applies."""
     if not config.linear_layers:
         return {}
     name = config.student_name
     student = STUDENT_ATTENTION_MAP.get(name)
+    if window_size(config) is not None:
+        sinks = student.value_of("sink_size", config.student_options)
+        reason = f"student {name}: vLLM's layers have no sinks, such as sink_size: {sinks}; served is sink_size: 0"
+        return {reason: sinks > 0}
     if student is None or not student.supports_static_cache:
-        served = ", ".join(key for key, value in STUDENT_ATTENTION_MAP.items() if value.supports_static_cache)
-        return {f"student {name}: its state grows with the text; served are {served}": True}
+        served = [key for key, value in STUDENT_ATTENTION_MAP.items() if value.supports_static_cache] + ["swa_v1"]
+        return {f"student {name}: its state grows with the text; served are {', '.join(served)}": True}
     heads = config.num_attention_heads
     return {
         f"tensor_parallel_size: {devices} does not divide the {heads} heads": heads % devices > 0,
@@ -63,7 +81,7 @@ class HybridConfig(VerifyAndUpdateConfig):
         if reason := refusal(vllm_config):
             raise ValueError(f"{vllm_config.model_config.model}: {reason}")
         model = vllm_config.model_config
-        if not model.hf_config.linear_layers:  # vLLM 0.26 would take a teacher for a hybrid, because of its class
+        if not has_states(model.hf_config):  # vLLM would take the model for one with states, because of its class
             model._model_info = replace(model._model_info, is_hybrid=False)
         compilation = vllm_config.compilation_config
         compilation.mode = CompilationMode.NONE

@@ -34,6 +34,8 @@ from distill_model.cache import state_tensors
 from distill_model.decode_step import decode_gated_delta, fused_parameters, input_projections, project
 from distill_model.student_base import State
 
+from .config import has_states
+
 
 # ------------------------------------------------------------------------------------------- batch
 @dataclass
@@ -168,7 +170,7 @@ def config_of_rank(config: StudentConfig, devices: int) -> StudentConfig:
 def layer_states(vllm_config: VllmConfig) -> tuple[dict, list[tuple[tuple[int, ...], torch.dtype]]]:
     """What a device keeps of each sequence in a linear layer: the declaration, and shape and dtype of each tensor."""
     model = vllm_config.model_config
-    if not model.hf_config.linear_layers:  # vLLM 0.26 asks for the states of a teacher, too
+    if not has_states(model.hf_config):  # vLLM 0.26 asks for the states of a teacher, too
         return {}, []
     config = config_of_rank(model.hf_config, vllm_config.parallel_config.tensor_parallel_size)
     declared = get_student_attention_class(config.student_name).states(config)

@@ -23,6 +23,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from distill_model import StudentConfig
 from distill_model.attention import RotaryEmbedding
 
+from .config import window_size
 from .linear import StudentLinear, layer_states
 
 # A projection of an export -> vLLM's, of several, and its part.
@@ -36,9 +37,10 @@ FUSED = {
 
 
 class StudentSoftmax(nn.Module):
-    """Grouped-query softmax attention with RoPE, optional biases and per-head q/k RMSNorm."""
+    """Grouped-query softmax attention with RoPE, optional biases and per-head q/k RMSNorm, over the last `window`
+    tokens, the query's among them, or all."""
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str):
+    def __init__(self, vllm_config: VllmConfig, window: int | None, prefix: str):
         super().__init__()
         config: StudentConfig = vllm_config.model_config.hf_config
         quant_config = vllm_config.quant_config
@@ -76,6 +78,7 @@ class StudentSoftmax(nn.Module):
             num_kv_heads=kv_heads,
             cache_config=vllm_config.cache_config,
             quant_config=quant_config,
+            per_layer_sliding_window=window,
             prefix=f"{prefix}.attn",
         )
 
@@ -110,11 +113,12 @@ class StudentBlock(nn.Module):
     def __init__(self, vllm_config: VllmConfig, layer_idx: int, prefix: str):
         super().__init__()
         config: StudentConfig = vllm_config.model_config.hf_config
-        self.is_full = layer_idx in config.keep_full_attention_layers
+        window = None if layer_idx in config.keep_full_attention_layers else window_size(config)
+        self.is_softmax = layer_idx in config.keep_full_attention_layers or window is not None
         self.attn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        if self.is_full:
-            self.attn = StudentSoftmax(vllm_config, f"{prefix}.attn")
+        if self.is_softmax:
+            self.attn = StudentSoftmax(vllm_config, window, f"{prefix}.attn")
         else:
             self.attn = StudentLinear(vllm_config, layer_idx, f"{prefix}.attn")
         self.mlp = StudentMLP(vllm_config, f"{prefix}.mlp")
@@ -125,7 +129,7 @@ class StudentBlock(nn.Module):
             x, residual = self.attn_norm(branch), branch
         else:
             x, residual = self.attn_norm(branch, residual)
-        x = self.attn(positions, x) if self.is_full else self.attn(x, rope)
+        x = self.attn(positions, x) if self.is_softmax else self.attn(x, rope)
         x, residual = self.mlp_norm(x, residual)
         return self.mlp(x), residual
 
@@ -140,7 +144,7 @@ class StudentModel(nn.Module):
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(StudentBlock(vllm_config, i, f"{prefix}.layers.{i}") for i in layers)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        linear = [block.attn.inner for block in self.layers if not block.is_full]
+        linear = [block.attn.inner for block in self.layers if not block.is_softmax]
         self.rotary_emb = RotaryEmbedding(config) if any(attn.rope_share for attn in linear) else None
 
     def forward(self, input_ids, positions, inputs_embeds=None) -> torch.Tensor:
@@ -206,7 +210,7 @@ class StudentForCausalLM(nn.Module, HasInnerState, IsHybrid):
                 continue
             loaded.add(self.load_weight(parameters, name, tensor))
         for block in self.model.layers:
-            if not block.is_full:
+            if not block.is_softmax:
                 block.attn.join_projections()
         return loaded
 
@@ -219,7 +223,7 @@ class StudentForCausalLM(nn.Module, HasInnerState, IsHybrid):
             return name
         block = self.model.layers[int(parts[2])]
         own = ".".join(parts[3:])
-        if parts[3] == "attn" and not block.is_full:
+        if parts[3] == "attn" and not block.is_softmax:
             own = own.removeprefix("attn.")
             name = ".".join((*parts[:4], "inner", own))
             block.attn.load(parameters[name], tensor, own)

@@ -64,6 +64,7 @@ def cases() -> dict[str, tuple]:
         found[name] = (teacher, name, [1], {})
         if name in OPTIONS:
             found[f"{name}_options"] = (teacher, name, [1], OPTIONS[name])
+    found["swa_v1"] = (TEACHERS["qwen3"], "swa_v1", [1], {"window_size": 48})
     # As stage 1 exports it: no full attention at all.
     found["stage1_gdn_v7"] = (TEACHERS["qwen2"], "gdn_v7", [], {})
     found["stage1_rwkv7_v1"] = (TEACHERS["qwen3"], "rwkv7_v1", [], {})

@@ -1,5 +1,6 @@
 """Engines on the tiny exports that make_models.py wrote to the folder HYBRID_MODELS. HYBRID_ENGINE, JSON, has more
-arguments of vllm.LLM, such as {"attention_backend": "TRITON_ATTN"} for fp32 on a GPU."""
+arguments of vllm.LLM, such as {"attention_backend": "TRITON_ATTN"} for fp32 on a GPU, where TRITON_F32_DEFAULT=ieee is
+needed, too."""
 
 import gc
 import json
@@ -12,6 +13,16 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from fla.ops.gated_delta_rule import chunk_fwd
+from fla.ops.kda import chunk_intra
+from triton import language
+
+# On a GPU FLA solves a chunk's triangular system in TF32 whatever the environment says, which alone changes a
+# log-probability by more than the tests of fp32 allow.
+for kernels in (chunk_fwd, chunk_intra):
+    kernels.SOLVE_TRIL_DOT_PRECISION = language.constexpr("ieee")
+
+ENGINE = json.loads(os.environ.get("HYBRID_ENGINE", "{}"))
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +41,7 @@ def engine(model, **settings):
     """vLLM on a folder, in this process."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     defaults = dict(
         dtype="float32",
@@ -39,8 +51,7 @@ def engine(model, **settings):
         kv_cache_memory_bytes=64 << 20,
         disable_log_stats=False,
     )
-    more = json.loads(os.environ.get("HYBRID_ENGINE", "{}"))
-    llm = LLM(str(model), **defaults | settings | more)
+    llm = LLM(str(model), **defaults | settings | ENGINE)
     try:
         yield llm
     finally:
@@ -48,6 +59,8 @@ def engine(model, **settings):
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+        # vLLM keeps one memory pool for the CUDA graphs of all engines of a process, which ends with the first one's.
+        type(current_platform)._global_graph_pool = None
 
 
 def decode(llm, prompts, new_tokens=40, logprobs=None):

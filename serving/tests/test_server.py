@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 import hybrid_vllm
 import pytest
-from conftest import engine
+from conftest import ENGINE, engine
 
 pytestmark = pytest.mark.vllm
 START_SECONDS = 900  # on a busy machine
@@ -25,15 +25,34 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def reasons(log: Path) -> str:
+    """What a log says of the engine's failure, of which the server's trace at its end says nothing; else its end."""
+    lines = log.read_text().splitlines()
+    errors = [line for line in lines if "ERROR" in line and not line.startswith("(APIServer")]
+    return "\n".join((errors or lines)[-60:])
+
+
 def wait_until_healthy(address: str, process: subprocess.Popen, log: Path) -> None:
     for _ in range(START_SECONDS):
-        assert process.poll() is None, log.read_text()[-3000:]
+        assert process.poll() is None, reasons(log)
         try:
             urlopen(f"{address}/health", timeout=5)
             return
         except (URLError, OSError):
             time.sleep(1)
-    pytest.fail(log.read_text()[-3000:])
+    pytest.fail(reasons(log))
+
+
+def command_line(settings: dict) -> list[str]:
+    """Arguments of vllm.LLM as those of the server."""
+    options = []
+    for key, value in settings.items():
+        option = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            options.append(option if value else option.replace("--", "--no-", 1))
+        else:
+            options += [option, value if isinstance(value, str) else json.dumps(value)]
+    return options
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +66,7 @@ def client(models, tmp_path_factory):
     serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(models / "chat" / "model")]
     options = ["--dtype", "float32", "--port", str(port), "--served-model-name", "hybrid", "--max-model-len", "512"]
     options += ["--max-num-seqs", "4", "--kv-cache-memory-bytes", str(64 << 20)]
+    options += command_line(ENGINE)
     environment = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("w") as output:
         process = subprocess.Popen([*serve, *options], stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -110,6 +130,11 @@ LONG = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 10000.0, **FACTORS
     "changes, settings, reason",
     [
         ({"student_name": "path_v1"}, {}, "student path_v1: its state grows with the text; served are gdn_v1, "),
+        (
+            {"student_name": "swa_v1", "student_options": {"sink_size": 4}},
+            {},
+            "student swa_v1: vLLM's layers have no sinks, such as sink_size: 4; served is sink_size: 0",
+        ),
         ({"rope_parameters": DYNAMIC}, {}, "RoPE of type dynamic depends on the length"),
         ({"rope_parameters": LONG}, {}, "RoPE of type longrope depends on the length"),
         ({}, {"mamba_ssm_cache_dtype": "float16"}, "mamba_ssm_cache_dtype: recurrent states are float32, not float16"),

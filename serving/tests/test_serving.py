@@ -12,7 +12,7 @@ pytestmark = pytest.mark.vllm
 MODELS = sorted(file.stem for file in Path(os.environ["HYBRID_MODELS"]).glob("*.json"))
 ONE_OF_EACH_LAYER = (
     ["teacher_qwen2", "gdn_v4", "gdn_v7", "kda_v1", "deltanet_v1", "gla_v1", "gsa_v1"]
-    + ["hgrn2_v1", "mamba2_v1", "rwkv7_v1", "stage1_gdn_v7"]
+    + ["hgrn2_v1", "mamba2_v1", "rwkv7_v1", "swa_v1", "stage1_gdn_v7"]
 )  # fmt: skip
 
 
@@ -64,7 +64,9 @@ def test_preempted_sequences_and_recycled_pages(name, models, reference, monkeyp
         assert texts(decode(llm, [expected["prompts"][i] for i in alone])) == [expected["texts"][i] for i in alone]
 
 
-@pytest.mark.parametrize("name", ["gdn_v5", "gdn_v7", "kda_v1", "gla_v1", "mamba2_v1", "rwkv7_v1", "teacher_llama"])
+@pytest.mark.parametrize(
+    "name", ["gdn_v5", "gdn_v7", "kda_v1", "gla_v1", "mamba2_v1", "rwkv7_v1", "swa_v1", "teacher_llama"]
+)
 def test_heads_distributed_to_two_devices(name, models, reference):
     expected = reference(name)
     with engine(models / name, tensor_parallel_size=2, max_num_batched_tokens=128) as llm:

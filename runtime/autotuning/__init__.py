@@ -1,5 +1,7 @@
 """The configurations of Triton kernels: read from `kernel_configs/` instead of being measured, and
-written there."""
+written there.
+
+The vLLM plug-in installs a copy of this folder: it imports nothing else of the project."""
 
 from __future__ import annotations
 
@@ -13,11 +15,13 @@ from functools import cache, wraps
 from pathlib import Path
 
 KERNEL_CONFIGS = Path(__file__).with_name("kernel_configs")
+STATES = ("h0", "ht", "initial_state")  # arguments of FLA's kernels: states before and after a call
 
 
 def use_kernel_configs() -> None:
     """Makes FLA's autotuner read the configurations of its kernels from `kernel_configs/` instead
-    of measuring them for a minute or two, also for chunks read document by document.
+    of measuring them for a minute or two, also for chunks read document by document and texts that
+    are continued.
 
     Uses the user's FLA_CACHE_MODE and FLA_CONFIG_DIR if they are set. Otherwise the folder must
     have configurations for the compute capability of this machine's GPUs, all of the same.
@@ -75,10 +79,10 @@ def _cache_every_kernel_of_fla() -> None:
 @cache
 def _autotuner_for_documents() -> type:
     """A subclass of FLA's autotuner: a kernel that has no configuration for a call with documents
-    takes that of the same call without them, which computes the same and is nearly as fast.
+    or states takes that of the same call without them, whose best is nearly as fast.
 
-    FLA's key has the dtype of every tensor, also of the bounds of documents and the list of their
-    chunks (int32, int64), and for some kernels the flag IS_VARLEN, which a fuzzy lookup compares.
+    FLA's key has the dtype of every tensor, also of states, the bounds of documents and the list of
+    their chunks (int32, int64), and for some kernels the flag IS_VARLEN, which a fuzzy lookup compares.
     The length of the chunks listed must not be part of a configuration; no file of a kernel that
     takes such a list has it.
     """
@@ -94,7 +98,7 @@ def _autotuner_for_documents() -> type:
             arguments = {
                 name: False if name == "IS_VARLEN" else value
                 for name, value in {**nargs, **runtime_kwargs}.items()
-                if getattr(value, "dtype", None) not in (torch.int32, torch.int64)
+                if name not in STATES and getattr(value, "dtype", None) not in (torch.int32, torch.int64)
             }
             whole = fla_cache.AutotuneKey.build(self.arg_names, self.keys, (), arguments)
             if whole == key:
