@@ -61,6 +61,7 @@ ROWS = Path(__file__).with_suffix(".yaml")
 TEACHER = "teacher"  # the row of the teacher itself
 SAVING = 120  # seconds that a run that was told to stop has for its checkpoint
 MEASURING = 45  # seconds that must be left for a measurement
+NEVER = 1_000_000_000  # steps between checkpoints
 LEAST = 30  # seconds that must be left for a script to begin
 SMALL = 4_000_000  # bytes of a file that --collect copies
 SECTIONS = {"data": dict, "heldout": dict, "defaults": dict, "rows": list}  # of --rows
@@ -416,7 +417,8 @@ class Experiment:
         """selecting: the stage 2 that a selector measures and trains with."""
         values = dict(row.selecting if selecting else row.stage1 if stage == 1 else row.stage2)
         data = values.pop("data")
-        train = {"output_dir": str(folder), "save_minutes": 5, "report_to": "none", **values}
+        # No checkpoint at every tenth of a short run: writing 20 GB takes as long as many steps.
+        train = {"output_dir": str(folder), "save_minutes": 5, "save_steps": NEVER, "report_to": "none", **values}
         if stage == 2:
             train |= {"student_init_ckpt": str(self.start(row)), "seed": 42 + row.seed}
         config = {
