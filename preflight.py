@@ -302,7 +302,9 @@ def notes_on_documents(cfg: Config, chunks: Chunks) -> list[str]:
     """Whether the documents of a chunk are read one by one, and why not; and a warning if stage 3
     gets short contexts by it."""
     if not chunks.has_documents:
-        why = "they do not record where documents begin; preprocess_chunk.py makes such from the tokenised folder"
+        why = (
+            "they do not record where documents begin; preprocess_chunk.py makes ones that do from the tokenised folder"
+        )
         if cfg.data.document_mask is False:
             why = "data.document_mask is false"
         return [f"data: chunks are read whole, across their documents: {why}"]
@@ -312,7 +314,7 @@ def notes_on_documents(cfg: Config, chunks: Chunks) -> list[str]:
     if cfg.stage == 3 and mean > 2:
         notes.append(
             f"warning: documents have {length / mean:,.0f} of a chunk's {length:,} tokens on average, so stage 3 trains on "
-            "contexts that are no longer; take a corpus of longer documents, or set data.document_mask to false"
+            "contexts of that length; take a corpus of longer documents, or set data.document_mask to false"
         )
     return notes
 

@@ -73,7 +73,8 @@ CHARACTERS = 4  # of a token of a recall document, at most
 @dataclass(frozen=True)
 class Variant:
     """A recipe that differs from the variant `control`. overrides: of the stage-2 config. data: which
-    chunks. larger: learns from --larger. stored: learns from top tokens that are stored. masters: whether the optimiser has fp32 master weights."""
+    chunks. larger: learns from --larger. stored: learns from top tokens that are stored. masters:
+    whether the optimiser has fp32 master weights."""
 
     name: str
     overrides: tuple[str, ...] = ()

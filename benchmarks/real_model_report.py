@@ -7,6 +7,7 @@ import math
 import statistics
 from pathlib import Path
 
+from runtime.config import ConfigError
 from runtime.files import atomic_write_text
 from runtime.run_folder import METRICS, RUN
 
@@ -49,10 +50,14 @@ def code_of(run: Path) -> str:
 
 
 def by_name(rows: list[dict]) -> dict[str, list[dict]]:
-    """Name -> its seeds, in the order of the rows."""
+    """Name -> its seeds, in the order of the rows. Raises ConfigError if they keep different layers: where a
+    choice was made anew between them."""
     found: dict[str, list[dict]] = {}
     for row in rows:
         found.setdefault(row["name"], []).append(row)
+    for name, seeds in found.items():
+        if len({tuple(row["layers"]) for row in seeds}) > 1:
+            raise ConfigError(f"{name}: its seeds keep different layers; remove its files of rows/ and rerun")
     return found
 
 
@@ -341,7 +346,7 @@ def plot_quality(results: dict, key: str, x, label: str, path: Path, log: bool) 
         axis.axhline(of_teacher, color="grey", linewidth=1, linestyle=":", label="teacher")
         for name, points in lines.items():
             means = [statistics.fmean(map(value, rows)) for rows in points.values()]
-            (line,) = axis.plot(list(points), means, "o-", markersize=4, label=name)
+            (line,) = axis.plot(list(points), means, "-", label=name)
             dots = [(place, value(row)) for place, rows in points.items() for row in rows]
             axis.plot(*zip(*dots), "o", color=line.get_color(), markersize=4)
         axis.set(xlabel=label, title=title)
@@ -377,7 +382,7 @@ def plot_needles(results: dict, path: Path) -> None:
     axis.plot(lengths, found(teacher), "o:", color="grey", markersize=4, label="teacher")
     for name, points in sorted(lines.items(), key=lambda line: -statistics.fmean(found(line[1][0][0]))):
         seeds = [found(row) for row in points[0]]
-        (line,) = axis.plot(lengths, list(map(statistics.fmean, zip(*seeds))), "o-", markersize=4, label=name)
+        (line,) = axis.plot(lengths, list(map(statistics.fmean, zip(*seeds))), "-", label=name)
         for values in seeds:
             axis.plot(lengths, values, "o", color=line.get_color(), markersize=4)
     axis.set_xscale("log", base=2)

@@ -1,5 +1,5 @@
-"""A vLLM connector for serve.py: gives the prompts of its decoding measurement a cache of random values, without reading
-them. vLLM takes it for a cache that another machine has filled, and computes only the last token of the prompt."""
+"""A vLLM connector for serve.py: gives the prompts of its decoding measurement a cache of random values,
+without reading them. vLLM takes it for a cache that another machine has filled, and computes only the last token of the prompt."""
 
 from __future__ import annotations
 

@@ -189,8 +189,9 @@ def select(cfg: Config, options: SelectionOptions) -> Selection | None:
     # here.
     signals = nullcontext() if options.method in TRAINED_METHODS else StopSignals(to_the_end=False)
     with signals:
-        recorded = (file for pattern in RECORDED for file in options.output_dir.glob(pattern))
-        cfg = with_recorded_document_mask(cfg, next(recorded, options.output_dir / STAGE_2))
+        recorded = next((file for pattern in RECORDED for file in options.output_dir.glob(pattern)), None)
+        if recorded is not None:
+            cfg = with_recorded_document_mask(cfg, recorded)
         bench = Bench(cfg, options.sequences, options.batch_size, options.objective, options.recall)
         if options.interval is None:
             ranking, count = METHODS[options.method](bench, options), options.top_k

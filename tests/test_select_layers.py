@@ -81,6 +81,9 @@ def test_a_selection_that_read_chunks_whole_keeps_that(stage2, tmp_path, capsys,
     recorded = tmp_path / file
     recorded.parent.mkdir()
     recorded.write_text(dump_config(load_config(stage2, ["data.document_mask=false"])))
+    users = tmp_path / "new" / "stage2.yaml"  # a user's own file is no record
+    users.parent.mkdir()
+    users.write_text(Path(stage2).read_text())
     for folder, kept, said in (
         (tmp_path, False, f"data.document_mask: false, as recorded in {recorded}\ndata: chunks are read whole"),
         (tmp_path / "new", "auto", "data: documents are read one by one"),

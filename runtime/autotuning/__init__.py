@@ -47,9 +47,9 @@ def use_kernel_configs() -> None:
     # must match.
     os.environ["FLA_CACHE_MODE"] = "fuzzy"
     os.environ["FLA_CONFIG_DIR"] = str(folder)
-    cache = sys.modules.get("fla.ops.utils.cache")
-    if cache is not None:  # FLA reads the mode at import, the folder at each lookup
-        cache.FLA_CACHE_MODE = cache.FlaCacheMode.FUZZY
+    fla_cache = sys.modules.get("fla.ops.utils.cache")
+    if fla_cache is not None:  # FLA reads the mode at import, the folder at each lookup
+        fla_cache.FLA_CACHE_MODE = fla_cache.FlaCacheMode.FUZZY
 
 
 def _cache_every_kernel_of_fla() -> None:

@@ -23,7 +23,8 @@ def check_version() -> None:
 
 
 def register() -> None:
-    """Makes vLLM know the model class and its configuration; called by vLLM in each of its processes."""
+    """Makes vLLM know the model class and its configuration; called by vLLM in each of its processes.
+    Also makes FLA read the configurations of its kernels from files."""
     check_version()
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
