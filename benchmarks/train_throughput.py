@@ -271,7 +271,7 @@ class Parts:
         model = trainer.model
         optimizer.step = self.split(optimizer.step, "optimiser", "student")
         if stage == 2:
-            trainer.teacher.outputs = self.split(trainer.teacher.outputs, "teacher", "student")
+            trainer.teacher.hidden_states = self.split(trainer.teacher.hidden_states, "teacher", "student")
         if isinstance(model.forward, GraphedForward):  # a CUDA graph cannot be marked inside
             return
         if stage == 1:

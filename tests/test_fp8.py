@@ -160,10 +160,10 @@ def test_a_dry_run_knows_fp8(tmp_path, teacher_dir, data_dir, capsys, monkeypatc
     assert needed in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     with pytest.raises(ValueError, match="fp8 needs a GPU of the Ada.*, here is NVIDIA A100; set exact"):
         train.prepare(arguments)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     train.prepare(arguments)
     out = capsys.readouterr().out
     assert "memory per GPU" in out and needed not in out
