@@ -1,5 +1,6 @@
 """A vLLM connector for serve.py: gives the prompts of its decoding measurement a cache of random values,
-without reading them. vLLM takes it for a cache that another machine has filled, and computes only the last token of the prompt."""
+without reading them. vLLM takes it for a cache that another machine has filled, and computes only the last token
+of the prompt."""
 
 from __future__ import annotations
 
@@ -69,8 +70,9 @@ class FilledCache(KVConnectorBase_V1, SupportsHMA):
                     self.fill(layer, pages)
 
     def fill(self, layer: str, pages: list[int]) -> None:
-        """Small random values in these pages of a layer: keys and values, or each of its states. A page may be several
-        rows of a cache, where the attention kernel's blocks are smaller. Raises ValueError for a cache of another layout."""
+        """Small random values in these pages of a layer: keys and values, or each of its states. A page may be
+        several rows of a cache, where the attention kernel's blocks are smaller. Raises ValueError for a cache of
+        another layout."""
         cache = self.caches[layer]
         for tensor in [cache] if isinstance(cache, torch.Tensor) else cache:
             rows_per_page, rest = divmod(len(tensor), self.pages)

@@ -42,8 +42,8 @@ GATES = "{method: gates, top_k: 2, objective: mixture, num_pairs: 2, vocab_size:
 GA_S2 = "{method: ga_s2, top_k: TOP_K, rounds: 4, window: 0, halving: true, sequences: 2}"
 SELECTORS = f"""
 - {{name: two by gates, selector: gates, kept: {GATES}, seeds: [0, 1]}}
-- {{name: two by ga_s2, selector: ga_s2, kept: {GA_S2.replace("TOP_K", "2")}, selection: {{target_tokens: 256}}}}
-- {{name: one by ga_s2, selector: ga_s2, kept: {GA_S2.replace("TOP_K", "1")}, selection: {{target_tokens: 256}}}}
+- {{name: two by ga_s2, selector: ga_s2, kept: {GA_S2.replace("TOP_K", "2")}, selection: {{target_tokens: 512}}}}
+- {{name: one by ga_s2, selector: ga_s2, kept: {GA_S2.replace("TOP_K", "1")}, selection: {{target_tokens: 512}}}}
 - {{name: longer, kept: {{same_as: two by gates}}, stage2: {{target_tokens: 192}}}}
 - {{name: other student, student: gla_v1, kept: {{same_as: two by gates}}}}
 - {{name: untrained, kept: {{same_as: two by ga_s2}}, stage2: null}}
@@ -118,7 +118,7 @@ def test_selectors_from_a_corpus_to_their_table(command, tmp_path, capsys):
     assert len(list((out / "choices").iterdir())) == 2
     ranking = json.loads(next(out.glob("choices/*ga_s2*top_k-2*/ranking.json")).read_text())
     order = [layer["layer"] for layer in ranking["layers"]]
-    assert layers["one by ga_s2"] == order[:1]
+    assert layers["one by ga_s2"] == order[:1] and ranking["facts"]["stopped"]
     for name in ("one by ga_s2", "two by ga_s2"):
         assert rows[name, 0]["selection"]["tokens"] == ranking["facts"]["tokens"]
     logs = {file.name: file.read_text() for file in (out / "logs").glob("*.log")}
