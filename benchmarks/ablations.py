@@ -1,14 +1,14 @@
 """What the options of a recipe buy and cost: each against a control, with several seeds.
 
     python benchmarks/recall_teacher.py --output_dir recall_out
-    python benchmarks/recall_teacher.py --output_dir large_out --size large          # for the larger teacher
-    python benchmarks/ablations.py --teacher recall_out --larger large_out --output_dir ablations_out   # all GPUs
+    python benchmarks/ablations.py --teacher recall_out --output_dir ablations_out   # all GPUs
 
 A run is stage 2 of a hybrid with evenly spaced kept layers, from a stage 1 that all runs of a seed
-share. Seeds differ in fresh weights and in the order of the data. Every run is measured on the same
-held-out text, read whole, and on the hardest recall questions that the teacher has learnt. The table
-has means over the seeds and, for the difference to the control, the 95 % interval of Student's t
-over the seeds' paired differences. Tokens/s are of the steps after the first few, which compile.
+share. Seeds differ in fresh weights and in the order of the data. The larger teacher of one variant is
+grown from the teacher (recall_teacher.py --grow). Teachers and every run are measured on the same held-out
+text, read whole and one document at a time, and on the hardest recall questions that the teacher has
+learnt. The first table is of text read whole, the second of documents. They have means over the seeds and, for the difference to the control, the 95 % interval of Student's t over the
+seeds' paired differences. KL is to the first teacher, whichever a variant learns from. Tokens/s are of the steps after the first few, which compile.
 
 One process per GPU does what no other does (--processes for more, whose speeds share a GPU); rerun
 the command to resume. Written to --output_dir: ablations.json, ablations.md and process logs
@@ -25,7 +25,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,9 +37,10 @@ from runtime.data import (
     DOCUMENT_IDS,
     INPUT_IDS,
     load_tokenizer,
+    most_documents,
     open_chunks_for,
     read_batch,
-    tokenizer_fingerprint,
+    split_batch,
 )
 from runtime.files import atomic_directory, atomic_write_text
 
@@ -48,7 +49,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import store_teacher
 from benchmarks.jobs import Job, add_process_options, claim_folder, do_jobs, failures, run_script
-from benchmarks.recall_teacher import scale_of
+from benchmarks.recall_teacher import GROWN_STEPS, scale_of
 from benchmarks.training import stage_1
 from convert import load_teacher
 from distill_model import StudentForCausalLM
@@ -57,7 +58,7 @@ from hf_trainer import FrozenTeacher
 from layer_selection.candidate_training import Candidate, MasterAdamW
 from layer_selection.ranking import budget, evenly_spaced
 from recall_tasks import Document, answer_accuracy
-from stages import load_kd_teacher
+from stages import load_kd_teacher, use_cuda_graphs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTROL = "control"
@@ -73,7 +74,7 @@ CHARACTERS = 4  # of a token of a recall document, at most
 @dataclass(frozen=True)
 class Variant:
     """A recipe that differs from the variant `control`. overrides: of the stage-2 config. data: which
-    chunks. larger: learns from --larger. stored: learns from top tokens that are stored. masters:
+    chunks. larger: learns from the larger teacher. stored: learns from top tokens that are stored. masters:
     whether the optimiser has fp32 master weights."""
 
     name: str
@@ -105,6 +106,9 @@ VARIANTS = (
     Variant("loss_on: assistant", control="recall conversations alone", data=ANSWERS),
     Variant("no fp32 master weights", masters=False),
 )
+# Teachers, which have figures too, each in one run; rows of the table.
+TEACHER, LARGER = "teacher", "larger teacher"
+READ_ALONE = (CONTROL, "document_mask")  # in the table of documents
 # Figure -> its column, the factor it is shown with, its digits, and its unit.
 FIGURES = {
     "kl": ("KL", 1, 4, ""),
@@ -134,11 +138,11 @@ class Ablations:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.variants = [variant for variant in VARIANTS if self.refusal(variant) is None]
+        if args.variants:
+            self.variants = [variant for variant in self.variants if variant.name in args.variants]
 
     def refusal(self, variant: Variant) -> str | None:
         """Why a variant is left out, or None."""
-        if variant.larger and self.args.larger is None:
-            return "needs --larger"
         if not variant.masters and self.dtype == torch.float32:
             return "needs a GPU: weights are fp32 on a CPU"
         return None
@@ -146,6 +150,10 @@ class Ablations:
     # ---- where things are
     def student(self, seed: int) -> Path:
         return self.out / f"stage1_seed{seed}"
+
+    @property
+    def larger(self) -> Path:
+        return self.out / "larger"
 
     def conversations(self, loss_on: str) -> Path:
         return self.out / "data" / loss_on
@@ -164,16 +172,32 @@ class Ablations:
     def run_file(self, variant: Variant, seed: int) -> Path:
         return self.out / "runs" / f"{variant.file}-seed{seed}.json"
 
+    def teacher_file(self, name: str) -> Path:
+        """The file with the figures of `TEACHER` or `LARGER`."""
+        return self.out / "runs" / f"{name.replace(' ', '_')}.json"
+
+    def results(self, variants: Iterable[Variant]) -> list[Path]:
+        """The files with figures, of teachers and of the runs of variants."""
+        names = [TEACHER] + [LARGER] * any(variant.larger for variant in variants)
+        runs = itertools.product(variants, range(self.args.seeds))
+        return [*map(self.teacher_file, names), *(self.run_file(variant, seed) for variant, seed in runs)]
+
     def jobs(self) -> Iterator[Job]:
+        """The longest first."""
         seeds = range(self.args.seeds)
-        for loss_on in LOSS_ON.values():
+        if any(variant.larger for variant in self.variants):
+            yield Job(self.teacher_file(LARGER), (), self.grow)
+        for loss_on in {LOSS_ON[variant.data]: None for variant in self.variants if variant.data in LOSS_ON}:
             yield Job(self.made(loss_on), (), partial(self.make_conversations, loss_on))
         for seed in seeds:
             yield Job(self.student(seed) / "config.json", (), partial(self.align, seed))
+        yield Job(self.teacher_file(TEACHER), (), self.measure_teacher)
         for seed, variant in itertools.product(seeds, self.variants):
             needs = [self.student(seed) / "config.json"]
             if variant.data in LOSS_ON:
                 needs.append(self.made(LOSS_ON[variant.data]))
+            if variant.larger:
+                needs.append(self.teacher_file(LARGER))
             yield Job(self.run_file(variant, seed), tuple(needs), partial(self.run, variant, seed))
 
     # ---- models and data
@@ -195,13 +219,21 @@ class Ablations:
             self.tokenizer, self.teacher.config.vocab_size, str(self.chunks(data)), document_mask=document_mask
         )
 
+    def heldout(self, document_mask: bool):
+        """Batches of held-out text, read whole or one document at a time, and what the teacher makes of
+        them."""
+        rows = self.open(MIXED, document_mask).heldout
+        batch = read_batch(rows, range(min(self.args.eval_chunks, len(rows))))
+        batches = split_batch({name: tensor.to(self.device) for name, tensor in batch.items()}, EVAL_BATCH_SIZE)
+        return batches, [read_chunks(self.teacher, part) for part in batches]
+
     @cached_property
-    def heldout(self):
-        """Batches of held-out text [B, T], and what the teacher makes of them."""
-        rows = self.open(MIXED).heldout
-        ids = read_batch(rows, range(min(self.args.eval_chunks, len(rows))))[INPUT_IDS]
-        batches = ids.to(self.device).split(EVAL_BATCH_SIZE)
-        return batches, [read_chunks(self.teacher, batch) for batch in batches]
+    def read_whole(self):
+        return self.heldout(document_mask=False)
+
+    @cached_property
+    def read_alone(self):
+        return self.heldout(document_mask=True)
 
     @cached_property
     def questions(self) -> dict[str, list[Document]]:
@@ -281,7 +313,7 @@ class Ablations:
             "train.seed": seed,
         }
         if variant.larger:
-            settings["teacher_model.distill_from"] = args.larger / "teacher"
+            settings["teacher_model.distill_from"] = self.larger / "teacher"
         overrides = [f"{name}={value}" for name, value in settings.items()]
         return load_config(ROOT / "configs" / "quickstart" / "stage2.yaml", [*overrides, *variant.overrides])
 
@@ -291,28 +323,59 @@ class Ablations:
         student = StudentForCausalLM.from_pretrained(self.student(seed), dtype=self.dtype)
         hybrid = student.restore_full_attention(self.teacher, self.kept).to(self.device)
         tokens_per_second = self.train(variant, cfg, hybrid)
-        hybrid.eval()
-        batches, teacher_outputs = self.heldout
-        found = heldout_figures(hybrid, batches, teacher_outputs)
-        recall = {task: answer_accuracy(hybrid, self.tokenizer, asked) for task, asked in self.questions.items()}
-        figures = {"variant": variant.name, "seed": seed, "kl": found.mean_kl, "perplexity": found.perplexity}
-        figures |= {"recall": statistics.fmean(recall.values()), **recall}
+        figures = {"variant": variant.name, "seed": seed, **self.figures(hybrid.eval())}
         figures["tokens_per_second"] = round(tokens_per_second, 1)
         atomic_write_text(self.run_file(variant, seed), json.dumps(figures) + "\n")
         del hybrid, student
         gc.collect()
 
+    def figures(self, model: StudentForCausalLM) -> dict:
+        """Of a model that does not train: on held-out text, on its documents, and recall."""
+        whole = heldout_figures(model, *self.read_whole)
+        alone = heldout_figures(model, *self.read_alone)
+        recall = {task: answer_accuracy(model, self.tokenizer, asked) for task, asked in self.questions.items()}
+        return {
+            "kl": whole.mean_kl,
+            "perplexity": whole.perplexity,
+            "documents": {"kl": alone.mean_kl, "perplexity": alone.perplexity},
+            "recall": statistics.fmean(recall.values()),
+            **recall,
+        }
+
+    def measure_teacher(self) -> None:
+        self.write_teacher(TEACHER, self.teacher)
+
+    def write_teacher(self, name: str, model: StudentForCausalLM) -> None:
+        figures = {"variant": name, "seed": 0, **self.figures(model)}
+        atomic_write_text(self.teacher_file(name), json.dumps(figures) + "\n")
+
+    def grow(self) -> None:
+        """The larger teacher; its figures."""
+        args = self.args
+        run_script(
+            "benchmarks/recall_teacher.py",
+            output_dir=self.larger,
+            grow=args.teacher,
+            size=args.size,
+            max_steps=args.larger_steps,
+            seed=1,  # another than the teacher's default: other recall documents
+        )
+        larger = load_teacher(str(self.larger / "teacher"), self.dtype).to(self.device).eval()
+        self.write_teacher(LARGER, larger)
+
     def train(self, variant: Variant, cfg: Config, hybrid: StudentForCausalLM) -> float:
         """Trains the hybrid; tokens/s."""
         args = self.args
         chunks = self.open(variant.data, cfg.data.document_mask)
-        graphs = self.device.type == "cuda" and not chunks.has_documents
+        documents = chunks.has_documents
+        graphs = use_cuda_graphs(cfg, self.device.type, 1, hybrid, has_documents=documents)
+        most = most_documents(chunks.train, args.batch_size) if graphs and documents else None
         optimizer = MasterAdamW if variant.masters else PlainAdamW
-        candidate = Candidate(variant.name, hybrid, cfg, batch_plan(cfg, 1), graphs, optimizer)
+        candidate = Candidate(variant.name, hybrid, cfg, batch_plan(cfg, 1), graphs, optimizer, most)
         teacher = self.teacher
         if variant.larger:
             teacher = load_kd_teacher(cfg, self.dtype, hybrid.config.vocab_size)
-        frozen = FrozenTeacher(teacher, self.device, None, graphs)
+        frozen = FrozenTeacher(teacher, self.device, None, graphs, most)
         batches = self.batches(chunks.train, cfg.train.seed, 2, args.steps)
         if variant.stored:
             batches = iter([self.with_top_tokens(batch, cfg) for batch in batches])
@@ -379,13 +442,29 @@ def difference_cell(runs: dict[int, dict], control: dict[int, dict], figure: str
     return f"**{text}**" if abs(mean) > half else text
 
 
+def mean_cell(runs: dict[int, dict], figure: str) -> str:
+    """The mean over the seeds, ± half their range."""
+    _, factor, digits, unit = FIGURES[figure]
+    values = [factor * run[figure] for run in runs.values()]
+    if not values:
+        return ""
+    half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{half}{unit}"
+
+
+def teacher_row(name: str, runs: dict[int, dict]) -> list[str]:
+    """A teacher's cells, as those of `row`."""
+    cells = [name, ""]
+    for figure in FIGURES:
+        cells += [mean_cell(runs, figure), ""]
+    return [*cells, ""]
+
+
 def row(variant: Variant, runs: dict[int, dict], control: dict[int, dict]) -> list[str]:
-    """A variant's cells: means ± half ranges, differences, and tokens/s over the control's."""
+    """A variant's cells: means, differences, and tokens/s over the control's."""
     cells = [f"`{variant.name}`", "" if variant.name == CONTROL else variant.control]
-    for figure, (_, factor, digits, unit) in FIGURES.items():
-        values = [factor * run[figure] for run in runs.values()]
-        half = (max(values, default=0) - min(values, default=0)) / 2
-        cells.append(f"{statistics.fmean(values):.{digits}f} ± {half:.{digits}f}{unit}" if values else "")
+    for figure in FIGURES:
+        cells.append(mean_cell(runs, figure))
         cells.append("" if variant.name == CONTROL else difference_cell(runs, control, figure))
     speeds = [run["tokens_per_second"] for run in runs.values()]
     base = [run["tokens_per_second"] for run in control.values()]
@@ -393,35 +472,39 @@ def row(variant: Variant, runs: dict[int, dict], control: dict[int, dict]) -> li
     return cells
 
 
-def table(runs: list[dict]) -> str:
-    """Markdown: all variants in their order; those without runs have empty cells."""
-    by_variant: dict[str, dict[int, dict]] = {}
+def table(runs: list[dict], variants: Iterable[Variant] = VARIANTS, teachers: Iterable[str] = (TEACHER, LARGER)) -> str:
+    """Markdown: teachers and variants in their order; those without runs have empty cells."""
+    by_name: dict[str, dict[int, dict]] = {}
     for run in runs:
-        by_variant.setdefault(run["variant"], {})[run["seed"]] = run
+        by_name.setdefault(run["variant"], {})[run["seed"]] = run
     columns = ["variant", "against"]
     for name, *_ in FIGURES.values():
         columns += [name, "difference"]
     columns.append("tokens/s over the control's")
+    rows = [teacher_row(name, by_name.get(name, {})) for name in teachers]
+    rows += [row(variant, by_name.get(variant.name, {}), by_name.get(variant.control, {})) for variant in variants]
     lines = [f"| {' | '.join(columns)} |", "|:--|:--|" + "--:|" * (len(columns) - 2)]
-    for variant in VARIANTS:
-        cells = row(variant, by_variant.get(variant.name, {}), by_variant.get(variant.control, {}))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in rows])
+
+
+def documents_table(runs: list[dict]) -> str:
+    """The same figures, of documents that are read one at a time, for `READ_ALONE`."""
+    alone = [run | run["documents"] for run in runs if "documents" in run]
+    return table(alone, [variant for variant in VARIANTS if variant.name in READ_ALONE], [TEACHER])
 
 
 def report(ablations: Ablations, failed: list[str]) -> str:
-    """Writes ablations.json and ablations.md of the runs that are there; the table. failed: a line
-    for each job that failed."""
-    wanted = [
-        ablations.run_file(variant, seed) for variant in ablations.variants for seed in range(ablations.args.seeds)
-    ]
-    runs = [json.loads(file.read_text()) for file in wanted if file.is_file()]
-    text = table(runs)
+    """Writes ablations.json and ablations.md of the runs that are there, also of variants that this command
+    leaves out; the tables. failed: a line for each job that failed."""
+    runs = [json.loads(file.read_text()) for file in ablations.results(VARIANTS) if file.is_file()]
+    text = f"Held-out text read whole:\n\n{table(runs)}\n\n"
+    text += f"Held-out documents read one at a time:\n\n{documents_table(runs)}"
     for variant in VARIANTS:
         if reason := ablations.refusal(variant):
             text += f"\n\n`{variant.name}` is left out: it {reason}."
-    if len(runs) < len(wanted):
-        text += f"\n\n{len(wanted) - len(runs)} of {len(wanted)} runs are missing; rerun the command."
+    wanted = ablations.results(ablations.variants)
+    if missing := [file for file in wanted if not file.is_file()]:
+        text += f"\n\n{len(missing)} of {len(wanted)} results are missing; rerun the command."
     text += "".join(f"\n\n{line}" for line in failed)
     lines = ",\n  ".join(map(json.dumps, runs))
     results = f'{{"settings": {json.dumps(settings_of(ablations.args))},\n "runs": [\n  {lines}\n]}}\n'
@@ -431,7 +514,7 @@ def report(ablations: Ablations, failed: list[str]) -> str:
 
 
 # ------------------------------------------------------------------------ the command
-NOT_SETTINGS = ("output_dir", "seeds", "processes", "minutes", "worker")  # of which no figure depends
+NOT_SETTINGS = ("output_dir", "seeds", "variants", "processes", "minutes", "worker")  # of which no figure depends
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -442,7 +525,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--teacher", type=Path, required=True, help="output folder of recall_teacher.py")
-    add("--larger", type=Path, help="that of a larger teacher with the same tokenizer")
     add("--size", choices=("full", "hard", "tiny"), default="full", help="of the teacher (%(default)s)")
     add("--output_dir", type=Path, required=True)
     add("--student", default="gdn_v7")
@@ -455,6 +537,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=1e-4)
     add("--lr_attn", type=float, default=1e-3)
     add("--eval_chunks", type=int, default=64, help="of held-out text")
+    add("--larger_steps", type=int, default=GROWN_STEPS, help="that the larger teacher trains (%(default)s)")
+    names = [variant.name for variant in VARIANTS]
+    add("--variants", nargs="+", choices=names, metavar="NAME", help="only these; default: all")
     add("--questions", type=int, default=32, help="documents of each recall task")
     add_process_options(parser)
     return parser
@@ -462,21 +547,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that make no sense, or if the folder has other figures."""
-    for name in ("seeds", "stage1_steps", "batch_size", "eval_chunks", "questions"):
+    for name in ("seeds", "stage1_steps", "batch_size", "eval_chunks", "larger_steps", "questions"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name}: {getattr(args, name)} must be at least 1")
     if not 0 < args.ratio < 1:
         raise ConfigError(f"--ratio: {args.ratio:g} must be between 0 and 1")
     if args.steps < 2:
         raise ConfigError(f"--steps: {args.steps} must be at least 2")
-    for option in ("teacher", "larger"):
-        folder = getattr(args, option)
-        if folder is not None and not (folder / "teacher" / "config.json").is_file():
-            raise ConfigError(f"--{option}: {folder} has no teacher; name an output folder of recall_teacher.py")
-    if args.larger is not None:
-        tokenizers = [tokenizer_fingerprint(load_tokenizer(str(f / "teacher"))) for f in (args.teacher, args.larger)]
-        if len(set(tokenizers)) > 1:
-            raise ConfigError(f"--larger: {args.larger} has another tokenizer than {args.teacher}; make both alike")
+    if not (args.teacher / "teacher" / "config.json").is_file():
+        raise ConfigError(f"--teacher: {args.teacher} has no teacher; name an output folder of recall_teacher.py")
     claim_folder(settings_of(args), args.output_dir)
 
 

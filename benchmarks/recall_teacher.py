@@ -5,11 +5,10 @@
     python benchmarks/recall_teacher.py --output_dir recall_out --size quickstart --seed 1   # made quickstart/teacher
     python benchmarks/recall_teacher.py --output_dir recall_out --size hard             # for selection_regret.py
     python benchmarks/recall_teacher.py --output_dir recall_out --size deep             # the same, recall in the middle
-    python benchmarks/recall_teacher.py --output_dir large_out --size large             # for ablations.py
+    python benchmarks/recall_teacher.py --output_dir large_out --grow recall_out --seed 1    # a better one
 
-A Qwen3-type model of 40M parameters (large: 120M, on the same data and with the same tokenizer, hard and
-deep: 7M, quickstart: 0.7M, tiny: 0.6M) learns from the standard library's source text, the files of
---text, and the recall tasks of recall_tasks.py. Of the tasks only the answers count at first: next to
+A Qwen3-type model of 40M parameters (hard and deep: 7M, quickstart: 0.7M, tiny: 0.6M) learns from the
+standard library's source text, the files of --text, and the recall tasks of recall_tasks.py. Of the tasks only the answers count at first: next to
 the random words around them, which cannot be predicted, recall is learnt ten times later. `hard` has
 more pairs and words, fillers between pairs and questions, and heads of 32: few layers of linear
 attention hold so many pairs. Its recall ends in the first layers. `deep` differs in masks that make
@@ -18,10 +17,14 @@ constant learning rate until 95 % of every task's held-out questions are answere
 --max_steps), then the learning rate decays while all words count. The exit code is 1 if held-out recall
 ends below 90 %.
 
+--grow FOLDER begins with the teacher of FOLDER, of the same size, instead: each of its layers is followed
+by a new one, which adds nothing at first. The twice as deep model trains further on FOLDER's data, on all
+words, at a learning rate that decays after the warm-up. Another --seed draws other recall documents.
+
 OUTPUT_DIR gets tokenizer/, data/chunked_context<N> for the stages, teacher/ (a plain Hugging Face
 checkpoint), teacher.json and teacher.png with the training curves. Run again, the command does
-only what is missing, with the exit code of the first time. A folder belongs to one size, text, seed
-and difficulty (settings.json).
+only what is missing, with the exit code of the first time. A folder belongs to one size, text, seed,
+difficulty and --grow (settings.json).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -48,6 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
+from transformers import Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 matplotlib.use("Agg")
@@ -66,6 +71,7 @@ CHECK_STEPS = 200
 COOLDOWN = 0.2  # share of the steps at the end, in which the learning rate decays
 FLOOR = 0.05  # of the learning rate, at the last step
 WEIGHT_DECAY = 0.1
+GROWN_STEPS = 800  # of a grown teacher
 QUESTIONS = 32  # held-out documents of each task
 DIFFICULTY = {
     "num_pairs": "pairs of the hardest documents of associative recall",
@@ -125,14 +131,6 @@ FULL = Scale(
     text_weight=1.0,
     learning_rate=1e-3,
     max_steps=4000,
-)
-# A teacher for FULL's students to learn from.
-LARGE = dataclasses.replace(
-    FULL,
-    shape=FULL.shape
-    | dict(
-        hidden_size=896, num_hidden_layers=12, num_attention_heads=14, num_key_value_heads=7, intermediate_size=2688
-    ),
 )
 # Heads of size 16 recall 32 pairs by softmax attention; a linear attention's state of 16 x 16 per
 # head cannot.
@@ -222,7 +220,7 @@ def scale_of(size: str, hardest: dict[str, int] | None = None) -> Scale:
     """The scale of a size. hardest: option of the tasks -> its value in the hardest documents, in
     place of the size's; num_words for all documents. Raises ValueError for a value that is easier
     than the easiest, and for a number of words that the documents do not allow."""
-    scale = {"full": FULL, "large": LARGE, "hard": HARD, "deep": DEEP, "quickstart": QUICKSTART, "tiny": TINY}[size]
+    scale = {"full": FULL, "hard": HARD, "deep": DEEP, "quickstart": QUICKSTART, "tiny": TINY}[size]
     hardest = hardest or {}
     ranges = {}
     for task, options in scale.tasks.ranges.items():
@@ -342,6 +340,26 @@ def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterato
             yield order[start : start + batch_size]
 
 
+# ---------------------------------------------------------------------------------- growth
+def deepened(scale: Scale) -> Scale:
+    """The scale of what `grow` makes of its teacher."""
+    shape = scale.shape | {"num_hidden_layers": 2 * scale.shape["num_hidden_layers"]}
+    return dataclasses.replace(scale, shape=shape, far_layers=tuple(2 * layer for layer in scale.far_layers))
+
+
+def grow(small: Qwen3ForCausalLM, large: Qwen3ForCausalLM) -> None:
+    """Gives `large`, which has twice as many layers, the function of `small`: its layers 2 i are those of
+    `small`, and the outputs of the others, otherwise random, are zero."""
+    weights = {}
+    for name, value in small.state_dict().items():
+        weights[re.sub(r"(?<=layers\.)\d+", lambda number: str(2 * int(number[0])), name)] = value
+    for i, layer in enumerate(large.model.layers):
+        if i % 2:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    large.load_state_dict(large.state_dict() | weights)
+
+
 # ---------------------------------------------------------------------------------- training
 @dataclass
 class Schedule:
@@ -354,6 +372,10 @@ class Schedule:
     @classmethod
     def of(cls, max_steps: int) -> Schedule:
         return cls(min(round(max_steps * (1 - COOLDOWN)), max_steps - 1), max_steps)
+
+    @classmethod
+    def without_constant_part(cls, steps: int) -> Schedule:
+        return cls(min(WARMUP_STEPS, steps - 1), steps)
 
     def factor(self, step: int) -> float:
         """Of the learning rate at `step`, counted from 1."""
@@ -399,12 +421,12 @@ def mask_training(model, masks: torch.Tensor) -> None:
 class Training:
     """Trains `model` in place on text chunks and `TaskRows`."""
 
-    def __init__(self, model, tokenizer, text, scale: Scale, max_steps: int, seed: int):
+    def __init__(self, model, tokenizer, text, scale: Scale, schedule: Schedule, seed: int):
         self.model = model
         self.tokenizer = tokenizer
         self.text = text
         self.scale = scale
-        self.schedule = Schedule.of(max_steps)
+        self.schedule = schedule
         on_gpu = model.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -525,23 +547,32 @@ def make_deterministic() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def train_teacher(out: Path, scale: Scale, max_steps: int, seed: int) -> dict:
-    """Trains on what `prepare` made, writes teacher/, teacher.json and teacher.png, and returns
-    the content of teacher.json."""
+def train_teacher(out: Path, data: Path, scale: Scale, max_steps: int | None, seed: int) -> dict:
+    """Trains on what `prepare` made under `data`, writes teacher/, teacher.json and teacher.png under
+    `out`, and returns the content of teacher.json. If `data` is another folder, its teacher grows. max_steps:
+    None for the default."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork of the loader's workers
     make_deterministic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
-    tokenizer = load_tokenizer(str(out / "tokenizer"))
-    chunks = str(out / "data" / "text" / f"chunked_context{scale.context_length}")
+    tokenizer = load_tokenizer(str(data / "tokenizer"))
+    chunks = str(data / "data" / "text" / f"chunked_context{scale.context_length}")
     text = open_chunks_for(tokenizer, len(tokenizer), chunks, scale.context_length)
-    model = untrained_teacher(tokenizer, scale.shape).to(device)
+    schedule = Schedule.of(max_steps or scale.max_steps)
+    grows = data != out
+    if grows:
+        scale = deepened(scale)
+        schedule = Schedule.without_constant_part(max_steps or GROWN_STEPS)
+    model = untrained_teacher(tokenizer, scale.shape)
+    if grows:
+        grow(Qwen3ForCausalLM.from_pretrained(data / "teacher"), model)
+    model.to(device)
     tokens_per_step = (scale.text_rows + scale.task_rows) * scale.context_length
     print(
         f"Teacher: {model.num_parameters() / 1e6:.1f}M parameters on {device.type}, {tokens_per_step} tokens per step"
     )
     start = time.monotonic()
-    history = Training(model, tokenizer, text.train, scale, max_steps, seed).run()
+    history = Training(model, tokenizer, text.train, scale, schedule, seed).run()
     seconds = time.monotonic() - start
     heldout = token_ids(text.heldout, range(min(64, len(text.heldout))))
     last = history[-1]
@@ -579,7 +610,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--size",
-        choices=("full", "large", "hard", "deep", "quickstart", "tiny"),
+        choices=("full", "hard", "deep", "quickstart", "tiny"),
         default="full",
         help="model, data and questions",
     )
@@ -593,8 +624,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max_steps",
         type=int,
-        help="the most steps to take; default: as the size needs",
+        help=f"the most steps to take; default: as the size needs, {GROWN_STEPS} with --grow",
     )
+    parser.add_argument("--grow", type=Path, metavar="FOLDER", help="make the teacher of this folder deeper")
     parser.add_argument("--seed", type=int, default=0)
     for name, what in DIFFICULTY.items():
         parser.add_argument(f"--{name}", type=int, help=f"{what}; default: of the size")
@@ -602,6 +634,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.text and not args.text.is_dir():
         raise ValueError(f"--text: {args.text} is no folder; give one of text files")
     scale_of(args.size, difficulty(args))
+    if args.grow:
+        check_growth(args)
     if args.max_steps is not None and args.max_steps < 1:
         raise ValueError(f"--max_steps: {args.max_steps} must be at least 1")
     return args
@@ -613,13 +647,31 @@ def difficulty(args: argparse.Namespace) -> dict[str, int]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def check_growth(args: argparse.Namespace) -> None:
+    """Raises ValueError unless --grow has a teacher of the size and difficulty of the options."""
+    if args.text:
+        raise ValueError("--text: --grow takes the text of its folder; leave one of the two out")
+    if not (args.grow / "teacher.json").is_file():
+        raise ValueError(f"--grow: {args.grow} has no teacher; name an output folder of recall_teacher.py")
+    if args.grow.resolve() == args.output_dir.resolve():
+        raise ValueError(f"--output_dir: {args.output_dir} has the teacher that grows; name another")
+    found = json.loads((args.grow / "settings.json").read_text())
+    if found.get("grow"):
+        raise ValueError(f"--grow: the teacher of {args.grow} has grown already; name that which it grew from")
+    for name in ("size", *DIFFICULTY):
+        value = getattr(args, name)
+        if found[name] != value:
+            raise ValueError(f"--{name}: the teacher of {args.grow} has {found[name]!r}, not {value!r}; give the same")
+
+
 def claim_folder(args: argparse.Namespace) -> None:
-    """Binds the output folder to this size, text and seed. Raises ValueError if it is bound to
-    others."""
+    """Binds the output folder to this size, text, seed, difficulty and --grow. Raises ValueError if it is
+    bound to others."""
     settings = {
         "size": args.size,
         "text": args.text and str(args.text.resolve()),
         "seed": args.seed,
+        "grow": args.grow and str(args.grow.resolve()),
         **{name: getattr(args, name) for name in DIFFICULTY},
     }
     file = args.output_dir / "settings.json"
@@ -646,9 +698,10 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()  # transformers' own, a line for every file written
     start = time.monotonic()
     scale = scale_of(args.size, difficulty(args))
-    prepare(out, scale, args.text, args.seed)
-    print(f"Data ready after {time.monotonic() - start:.0f} s")
-    result = train_teacher(out, scale, args.max_steps or scale.max_steps, args.seed)
+    if not args.grow:
+        prepare(out, scale, args.text, args.seed)
+        print(f"Data ready after {time.monotonic() - start:.0f} s")
+    result = train_teacher(out, args.grow or out, scale, args.max_steps, args.seed)
     accuracies = ", ".join(f"{task.replace('_', ' ')} {result[task]:.1%}" for task in RECALL_TASKS)
     text = f"held-out loss on text {result['heldout_loss']:.3f}, unigram entropy {result['unigram_entropy']:.3f}"
     speed = f"{result['tokens'] / result['seconds']:,.0f} tokens/s"

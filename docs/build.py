@@ -42,6 +42,10 @@ def ablations_table() -> str:
     return ablations.table(RECIPES["runs"])
 
 
+def documents_table() -> str:
+    return ablations.documents_table(RECIPES["runs"])
+
+
 def methods_table() -> str:
     """The methods of select_layers.py: the first paragraph of each docstring, methods that share one
     in one row."""
@@ -84,7 +88,7 @@ GENERATED: dict[str, dict[str, Callable[[], str]]] = {
         "layer_selection": methods_table,
         **{name: partial(regret_table, name) for name in REGRETS},
     },
-    "recipes.md": {"recipes": ablations_table},
+    "recipes.md": {"recipes": ablations_table, "documents": documents_table},
     "students.md": {"students": students_table},
     "results.md": {"results": results_tables, "coder": coder_tables},
     "training.md": {"training": recipes_table},

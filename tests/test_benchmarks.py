@@ -160,8 +160,70 @@ def test_the_deep_teacher_trains_with_its_masks(recall_dir, monkeypatch):
         torch.manual_seed(0)
         model = recall_teacher.untrained_teacher(tokenizer, scale.shape)
         far_scale = dataclasses.replace(scale, far_layers=far, window=4)
-        losses.append(recall_teacher.Training(model, tokenizer, text, far_scale, 4, 0).step(1))
+        schedule = recall_teacher.Schedule.of(4)
+        losses.append(recall_teacher.Training(model, tokenizer, text, far_scale, schedule, 0).step(1))
     assert (losses[0] != losses[1]).all() and recall_teacher.DEEP.far_layers and not recall_teacher.HARD.far_layers
+    assert recall_teacher.deepened(recall_teacher.DEEP).far_layers == (6, 10)
+
+
+def grow_recall_teacher(recall_dir, out, *options):
+    """With the small batches of `recall_dir`."""
+    tiny = dataclasses.replace(recall_teacher.TINY, text_rows=2, task_rows=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recall_teacher, "TINY", tiny)
+        patch.setattr(recall_teacher, "DEMANDED", 0.0)
+        recall_teacher.main(["--output_dir", str(out), "--grow", str(recall_dir), "--size", "tiny", *options])
+    torch.use_deterministic_algorithms(False)  # of the whole process
+
+
+def test_a_teacher_that_grows_begins_as_the_smaller_one(recall_dir, tmp_path):
+    """It computes the same before its first step, and then all its layers train."""
+    ids = torch.randint(32, (2, 19))
+    small = Qwen3ForCausalLM.from_pretrained(recall_dir / "teacher")
+    scale = recall_teacher.deepened(recall_teacher.TINY)
+    large = recall_teacher.untrained_teacher(recall_teacher.load_tokenizer(str(recall_dir / "tokenizer")), scale.shape)
+    recall_teacher.grow(small, large)
+    assert len(large.model.layers) == 2 * len(small.model.layers)
+    assert torch.equal(large(ids).logits, small(ids).logits)
+    grow_recall_teacher(recall_dir, tmp_path / "large", "--max_steps", "3", "--seed", "1")
+    trained = Qwen3ForCausalLM.from_pretrained(tmp_path / "large" / "teacher")
+    result = json.loads((tmp_path / "large" / "teacher.json").read_text())
+    assert result["parameters"] == trained.num_parameters() > 1.5 * small.num_parameters()
+    assert [row["step"] for row in result["history"]] == [3]
+    for layer in trained.model.layers:
+        assert layer.self_attn.o_proj.weight.any() and layer.mlp.down_proj.weight.any()
+    assert not torch.equal(trained(ids).logits, small(ids).logits)
+    tokenizers = [folder / "teacher" / "tokenizer.json" for folder in (recall_dir, tmp_path / "large")]
+    assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()
+
+
+def test_a_growing_teacher_learns_at_a_rate_that_rises_and_falls():
+    schedule = recall_teacher.Schedule.without_constant_part(800)
+    factors = [schedule.factor(step) for step in range(1, 801)]
+    assert factors.index(max(factors)) == 99 and max(factors) == 1 and factors[-1] == recall_teacher.FLOOR
+    middle = (1 + recall_teacher.FLOOR) / 2
+    assert factors[449] == pytest.approx(middle)
+    assert recall_teacher.Schedule.without_constant_part(1).factor(1) == 0.01
+
+
+def test_teachers_that_cannot_grow_are_refused(recall_dir, tmp_path):
+    (tmp_path / "grown").mkdir()
+    for name in ("settings.json", "teacher.json"):
+        shutil.copy(recall_dir / name, tmp_path / "grown")
+    settings = json.loads((recall_dir / "settings.json").read_text())
+    (tmp_path / "grown" / "settings.json").write_text(json.dumps(settings | {"grow": "recall_out"}))
+    tiny = ["--size", "tiny"]
+    for folder, options, message in (
+        (tmp_path, tiny, f"--grow: {tmp_path} has no teacher; name an output folder"),
+        (recall_dir, [], f"--size: the teacher of {recall_dir} has 'tiny', not 'full'; give the same"),
+        (recall_dir, [*tiny, "--num_pairs", "9"], f"--num_pairs: the teacher of {recall_dir} has None, not 9"),
+        (recall_dir, [*tiny, "--text", str(tmp_path)], "--text: --grow takes the text of its folder"),
+        (recall_dir, [*tiny, "--output_dir", str(recall_dir)], f"--output_dir: {recall_dir} has the teacher that"),
+        (tmp_path / "grown", tiny, f"--grow: the teacher of {tmp_path / 'grown'} has grown already"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            recall_teacher.main(["--output_dir", str(tmp_path / "out"), "--grow", str(folder), *options])
+    assert not (tmp_path / "out").exists()
 
 
 def compare(monkeypatch, recall_dir, out, *options):
@@ -785,34 +847,48 @@ def ablation_words(recall_dir, out):
     return [*words, "--stage1_steps", "2", "--batch_size", "2", "--eval_chunks", "2", "--questions", "1"]
 
 
-def ablate(recall_dir, out, *options, larger=True):
-    more = ["--larger", str(recall_dir)] if larger else []
-    ablations.main([*ablation_words(recall_dir, out), *more, *options])
+def ablate(recall_dir, out, *options):
+    ablations.main([*ablation_words(recall_dir, out), *options])
 
 
 def test_ablations_resume_and_compare_with_their_control(recall_dir, tmp_path, monkeypatch, capsys):
-    """Stored outputs and the same teacher under another name change nothing; other recipes do."""
-    names = ["control", "kl: topk", "stored teacher outputs", "distill_from: larger teacher", "loss_on: assistant"]
-    chosen = [variant for variant in ablations.VARIANTS if variant.name in names]
-    monkeypatch.setattr(ablations, "VARIANTS", chosen)
-    ablate(recall_dir, tmp_path, "--seeds", "1")
+    """Stored outputs change nothing; other recipes do. A teacher's KL to itself is 0, and a larger teacher
+    has grown from it."""
+    names = ["control", "kl: topk", "stored teacher outputs", "distill_from: larger teacher", "document_mask"]
+    names.append("loss_on: assistant")
+    run_script = ablations.run_script
+
+    def run_here(script, **options):
+        if script != "benchmarks/recall_teacher.py":
+            return run_script(script, **options)
+        grow_recall_teacher(recall_dir, options["output_dir"], f"--max_steps={options['max_steps']}")
+
+    monkeypatch.setattr(ablations, "run_script", run_here)
+    words = ["--seeds", "1", "--larger_steps", "3", "--variants", *names]
+    ablate(recall_dir, tmp_path, *words)
     shown = capsys.readouterr().out
     runs = {run["variant"]: run for run in json.loads((tmp_path / "ablations.json").read_text())["runs"]}
-    assert list(runs) == names
-    kls = {name: run["kl"] for name, run in runs.items()}
-    assert kls["distill_from: larger teacher"] == kls["control"]
+    assert list(runs) == ["teacher", "larger teacher", *names]
+    assert runs["teacher"]["kl"] == runs["teacher"]["documents"]["kl"] == 0 < runs["larger teacher"]["kl"]
+    kls = {name: runs[name]["kl"] for name in names}
     assert kls["stored teacher outputs"] == pytest.approx(kls["kl: topk"], rel=1e-3)
-    assert len({round(kl, 6) for name, kl in kls.items() if name not in names[2:4]}) == len(names) - 2
-    for name in names:
-        assert f"| `{name}` |" in shown
+    assert len({round(kl, 6) for name, kl in kls.items() if name not in names[2:3]}) == len(names) - 1
+    for figure in ("kl", "perplexity"):
+        assert all(run[figure] != run["documents"][figure] for name, run in runs.items() if name != "teacher")
+    whole, _, alone = shown.partition("Held-out documents read one at a time:")
+    assert [whole.count(f"| `{name}` |") for name in names] == [1] * len(names)
+    assert [alone.count(f"| `{name}` |") for name in names] == [name in ablations.READ_ALONE for name in names]
     masks = Dataset.from_file(str(tmp_path / "data/assistant/chunked_context128/train.arrow"))["loss_mask"]
     assert 0 < sum(map(sum, masks)) < 128 * len(masks)
     monkeypatch.setattr(ablations.Ablations, "train", lambda *_: pytest.fail("repeated"))
-    ablate(recall_dir, tmp_path, "--seeds", "1")
+    ablate(recall_dir, tmp_path, *words)
     again = capsys.readouterr().out
-    assert shown.endswith(again) and again.startswith("| variant |")
+    assert shown.endswith(again) and again.startswith("Held-out text read whole:")
+    ablate(recall_dir, tmp_path, "--seeds", "1", "--larger_steps", "3", "--variants", "control")
+    assert "missing" not in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "ablations.json").read_text())["runs"]) == len(runs)
     with pytest.raises(ValueError, match="has figures with steps '3', not '4'; name another"):
-        ablate(recall_dir, tmp_path, "--steps", "4")
+        ablate(recall_dir, tmp_path, *words, "--steps", "4")
 
 
 def test_the_table_of_ablations_has_paired_intervals():
@@ -826,13 +902,22 @@ def test_the_table_of_ablations_has_paired_intervals():
         )
         for seed, (kl, recall, speed) in enumerate(figures)
     ]
-    lines = {line.split("`")[1]: line for line in ablations.table(runs).splitlines()[2:]}
+    text = ablations.table([*runs, {"variant": "teacher", "seed": 0, "kl": 0.0, "perplexity": 1.5, "recall": 0.99}])
+    assert text.splitlines()[2:4] == [
+        "| teacher |  | 0.0000 |  | 1.50 |  | 99.0 % |  |  |",
+        "| larger teacher |  |  |  |  |  |  |  |  |",
+    ]
+    lines = {line.split("`")[1]: line for line in text.splitlines()[4:]}
     assert list(lines) == [variant.name for variant in ablations.VARIANTS]
     cells = [cell.strip() for cell in lines["kl: reverse"].split("|")[2:-1]]
     assert cells[0:3] == ["control", "17.0000 ± 6.0000", "+2.0000 ± 12.7062"]
     assert cells[5:] == ["62.0 ± 10.1 %", "**+2.0 ± 1.3**", "0.50"]
     assert set(lines["kl: jsd"].split("|")[3:-1]) == {"  "}
     assert ablations.interval([0.5]) == (0.5, None)
+    runs[0]["documents"] = {"kl": 3.0, "perplexity": 4.0}
+    row = "| `control` |  | 3.0000 |  | 4.00 |  | 50.0 % |  | 1.00 |"
+    mask = "| `document_mask` | control |  |  |  |  |  |  |  |"
+    assert ablations.documents_table(runs).splitlines()[3:] == [row, mask]
 
 
 def test_conversations_that_were_left_half_made_are_finished(recall_dir, tmp_path, monkeypatch):
@@ -869,8 +954,9 @@ def test_ablations_that_cannot_be_are_refused(recall_dir, tmp_path):
         (["--steps", "1"], "--steps: 1 must be at least 2"),
         (["--seeds", "0"], "--seeds: 0 must be at least 1"),
         (["--ratio", "1.5"], "--ratio: 1.5 must be between 0 and 1"),
-        (["--larger", str(tmp_path)], "--larger: .* has no teacher"),
+        (["--larger_steps", "0"], "--larger_steps: 0 must be at least 1"),
+        (["--teacher", str(tmp_path)], "--teacher: .* has no teacher"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
-            ablate(recall_dir, tmp_path / "out", *options, larger=False)
+            ablate(recall_dir, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
