@@ -18,8 +18,9 @@ constant learning rate until 95 % of every task's held-out questions are answere
 ends below 90 %.
 
 --grow FOLDER begins with the teacher of FOLDER, of the same size, instead: each of its layers is followed
-by a new one, which adds nothing at first. The twice as deep model trains further on FOLDER's data, on all
-words, at a learning rate that decays after the warm-up. Another --seed draws other recall documents.
+by a new one, which adds nothing at first. The twice as deep model trains further, on all words, at a
+learning rate that decays after the warm-up: on FOLDER's text, which it has read several times, and on half
+of the Python files of the installed PyTorch. Another --seed draws other recall documents.
 
 OUTPUT_DIR gets tokenizer/, data/chunked_context<N> for the stages, teacher/ (a plain Hugging Face
 checkpoint), teacher.json and teacher.png with the training curves. Run again, the command does
@@ -50,6 +51,7 @@ from runtime.files import atomic_directory, atomic_write_text
 import matplotlib
 import torch
 import torch.nn.functional as F
+from datasets import concatenate_datasets
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
@@ -71,7 +73,7 @@ CHECK_STEPS = 200
 COOLDOWN = 0.2  # share of the steps at the end, in which the learning rate decays
 FLOOR = 0.05  # of the learning rate, at the last step
 WEIGHT_DECAY = 0.1
-GROWN_STEPS = 800  # of a grown teacher
+GROWN_STEPS = 600  # of a grown teacher: the text once
 QUESTIONS = 32  # held-out documents of each task
 DIFFICULTY = {
     "num_pairs": "pairs of the hardest documents of associative recall",
@@ -283,6 +285,22 @@ def prepare(out: Path, scale: Scale, text: Path | None, seed: int) -> None:
     make_chunks(out / "corpus", out / "tokenizer", out / "data", scale.context_length)
     text_chunks = out / "data" / "text"
     make_chunks(out / "corpus" / "text", out / "tokenizer", text_chunks, scale.context_length)
+
+
+def prepare_growth(out: Path, data: Path, context_length: int) -> None:
+    """Makes what is missing under `out`: chunks of new text (data), by the tokenizer of `data`."""
+    corpus = out / "text.jsonl"
+    if not corpus.is_file():
+        lines = [
+            json.dumps({"text": file.read_text(encoding="utf-8", errors="replace")}) + "\n" for file in new_files()
+        ]
+        atomic_write_text(corpus, "".join(lines))
+    make_chunks(corpus, data / "tokenizer", out / "data", context_length)
+
+
+def new_files() -> list[Path]:
+    """Every second Python file of PyTorch."""
+    return sorted(Path(torch.__file__).parent.rglob("*.py"))[::2]
 
 
 class TaskRows(IterableDataset):
@@ -549,8 +567,8 @@ def make_deterministic() -> None:
 
 def train_teacher(out: Path, data: Path, scale: Scale, max_steps: int | None, seed: int) -> dict:
     """Trains on what `prepare` made under `data`, writes teacher/, teacher.json and teacher.png under
-    `out`, and returns the content of teacher.json. If `data` is another folder, its teacher grows. max_steps:
-    None for the default."""
+    `out`, and returns the content of teacher.json. If `data` is another folder, its teacher grows, also on
+    what `prepare_growth` made. max_steps: None for the default."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork of the loader's workers
     make_deterministic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -558,9 +576,13 @@ def train_teacher(out: Path, data: Path, scale: Scale, max_steps: int | None, se
     tokenizer = load_tokenizer(str(data / "tokenizer"))
     chunks = str(data / "data" / "text" / f"chunked_context{scale.context_length}")
     text = open_chunks_for(tokenizer, len(tokenizer), chunks, scale.context_length)
+    text_rows = text.train
     schedule = Schedule.of(max_steps or scale.max_steps)
     grows = data != out
     if grows:
+        new = str(out / "data" / f"chunked_context{scale.context_length}")
+        new_rows = open_chunks_for(tokenizer, len(tokenizer), new, scale.context_length).train
+        text_rows = concatenate_datasets([text.train, new_rows])
         scale = deepened(scale)
         schedule = Schedule.without_constant_part(max_steps or GROWN_STEPS)
     model = untrained_teacher(tokenizer, scale.shape)
@@ -572,7 +594,7 @@ def train_teacher(out: Path, data: Path, scale: Scale, max_steps: int | None, se
         f"Teacher: {model.num_parameters() / 1e6:.1f}M parameters on {device.type}, {tokens_per_step} tokens per step"
     )
     start = time.monotonic()
-    history = Training(model, tokenizer, text.train, scale, schedule, seed).run()
+    history = Training(model, tokenizer, text_rows, scale, schedule, seed).run()
     seconds = time.monotonic() - start
     heldout = token_ids(text.heldout, range(min(64, len(text.heldout))))
     last = history[-1]
@@ -650,7 +672,7 @@ def difficulty(args: argparse.Namespace) -> dict[str, int]:
 def check_growth(args: argparse.Namespace) -> None:
     """Raises ValueError unless --grow has a teacher of the size and difficulty of the options."""
     if args.text:
-        raise ValueError("--text: --grow takes the text of its folder; leave one of the two out")
+        raise ValueError("--text: --grow has text of its own; leave one of the two out")
     if not (args.grow / "teacher.json").is_file():
         raise ValueError(f"--grow: {args.grow} has no teacher; name an output folder of recall_teacher.py")
     if args.grow.resolve() == args.output_dir.resolve():
@@ -698,9 +720,11 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()  # transformers' own, a line for every file written
     start = time.monotonic()
     scale = scale_of(args.size, difficulty(args))
-    if not args.grow:
+    if args.grow:
+        prepare_growth(out, args.grow, scale.context_length)
+    else:
         prepare(out, scale, args.text, args.seed)
-        print(f"Data ready after {time.monotonic() - start:.0f} s")
+    print(f"Data ready after {time.monotonic() - start:.0f} s")
     result = train_teacher(out, args.grow or out, scale, args.max_steps, args.seed)
     accuracies = ", ".join(f"{task.replace('_', ' ')} {result[task]:.1%}" for task in RECALL_TASKS)
     text = f"held-out loss on text {result['heldout_loss']:.3f}, unigram entropy {result['unigram_entropy']:.3f}"

@@ -172,6 +172,7 @@ def grow_recall_teacher(recall_dir, out, *options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recall_teacher, "TINY", tiny)
         patch.setattr(recall_teacher, "DEMANDED", 0.0)
+        patch.setattr(recall_teacher, "new_files", lambda: sorted((ROOT / "benchmarks").glob("*.py")))
         recall_teacher.main(["--output_dir", str(out), "--grow", str(recall_dir), "--size", "tiny", *options])
     torch.use_deterministic_algorithms(False)  # of the whole process
 
@@ -193,6 +194,8 @@ def test_a_teacher_that_grows_begins_as_the_smaller_one(recall_dir, tmp_path):
     for layer in trained.model.layers:
         assert layer.self_attn.o_proj.weight.any() and layer.mlp.down_proj.weight.any()
     assert not torch.equal(trained(ids).logits, small(ids).logits)
+    files = recall_teacher.new_files()
+    assert len(files) > 500 and all("torch" in file.parts for file in files)
     tokenizers = [folder / "teacher" / "tokenizer.json" for folder in (recall_dir, tmp_path / "large")]
     assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()
 
@@ -217,7 +220,7 @@ def test_teachers_that_cannot_grow_are_refused(recall_dir, tmp_path):
         (tmp_path, tiny, f"--grow: {tmp_path} has no teacher; name an output folder"),
         (recall_dir, [], f"--size: the teacher of {recall_dir} has 'tiny', not 'full'; give the same"),
         (recall_dir, [*tiny, "--num_pairs", "9"], f"--num_pairs: the teacher of {recall_dir} has None, not 9"),
-        (recall_dir, [*tiny, "--text", str(tmp_path)], "--text: --grow takes the text of its folder"),
+        (recall_dir, [*tiny, "--text", str(tmp_path)], "--text: --grow has text of its own"),
         (recall_dir, [*tiny, "--output_dir", str(recall_dir)], f"--output_dir: {recall_dir} has the teacher that"),
         (tmp_path / "grown", tiny, f"--grow: the teacher of {tmp_path / 'grown'} has grown already"),
     ):
