@@ -1,5 +1,5 @@
-"""Softmax attention over a sliding window and a document's first tokens, its sinks (Xiao et al., arXiv
-2309.17453), in time and memory of tokens x (window + sinks).
+"""Softmax attention over a sliding window and a document's first tokens, its sinks (Xiao et al.,
+arXiv 2309.17453), in time and memory of tokens x (window + sinks).
 
 FlashAttention (Dao et al., arXiv 2205.14135) computes the window's part of each query. The sinks that
 the window does not reach are few and computed directly, and the two are merged by their
@@ -46,37 +46,70 @@ class Sinks:
         return cls(indices, distance < window_size, block)
 
     def blocks(self, x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        """x [tokens, heads, ...] as [blocks, block, kv_heads, group, ...], padded with zeros, in fp32
-        at least."""
+        """x [tokens, heads, ...] as [blocks, block, kv_heads, group, ...], padded with zeros, in
+        fp32 at least."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         missing = -len(x) % self.block
         if missing:
             x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing))
         return x.unflatten(1, (kv_heads, -1)).unflatten(0, (-1, self.block))
 
-    def scores(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-        """[blocks, block, kv_heads, group, S], of q in blocks and the sinks' k [blocks, S, kv_heads, D]."""
-        return (torch.einsum("ntkgd,nskd->ntkgs", q, k) * scale).masked_fill(self.hidden, -torch.inf)
+    def scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """[blocks, block, kv_heads, group, S], of q in blocks and k [blocks, S, kv_heads, D] of the
+        sinks."""
+        scores = torch.einsum("ntkgd,nskd->ntkgs", q, k) * q.shape[-1] ** -0.5
+        return scores.masked_fill(self.hidden, -torch.inf)
+
+    def gradients(self, q, k, v, out, log_sum, d_out) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of q [tokens, heads, D], and of the sinks' keys and values [blocks, S, kv_heads, D], through
+        the attention to the sinks. out and log_sum are those of all keys that a query attends to."""
+        kv_heads = k.shape[1]
+        q, out, log_sum, d_out = (self.blocks(x, kv_heads) for x in (q, out, log_sum.T, d_out))
+        k, v = (x[self.indices].to(q) for x in (k, v))
+        weights = (self.scores(q, k) - log_sum[..., None]).exp()
+        d_weights = torch.einsum("ntkgd,nskd->ntkgs", d_out, v)
+        mean = (d_out * out).sum(-1, keepdim=True)
+        d_scores = weights * (d_weights - mean) * q.shape[-1] ** -0.5
+        d_q = torch.einsum("ntkgs,nskd->ntkgd", d_scores, k)
+        d_k = torch.einsum("ntkgs,ntkgd->nskd", d_scores, q)
+        d_v = torch.einsum("ntkgs,ntkgd->nskd", weights, d_out)
+        return d_q.flatten(2, 3).flatten(0, 1), d_k, d_v
 
 
-def window_forward(q, k, v, cu_seqlens, longest: int, window_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def window_forward(q, k, v, cu_seqlens, longest: int, window_size: int):
     """FlashAttention over a sliding window of each document: its output [tokens, heads, D], and the
     log-sum-exps of the scores [heads, tokens]."""
-    bounds = (cu_seqlens, cu_seqlens, longest, longest)
-    window = dict(window_size_left=window_size - 1, window_size_right=0)
-    out, log_sum, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *bounds, 0.0, False, False, **window)
+    out, log_sum, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        *(cu_seqlens, cu_seqlens, longest, longest),
+        dropout_p=0.0,
+        is_causal=False,
+        return_debug_mask=False,
+        window_size_left=window_size - 1,
+        window_size_right=0,
+    )
     return out, log_sum
 
 
-def window_backward(d_out, q, k, v, out, log_sum, cu_seqlens, longest: int, window_size: int) -> tuple:
+def window_backward(d_out, q, k, v, out, log_sum, cu_seqlens, longest: int, window_size: int):
     """The gradients of q, k and v of `window_forward`, of which out and log_sum may hold other keys
     besides."""
-    bounds = (cu_seqlens, cu_seqlens, longest, longest)
-    window = dict(window_size_left=window_size - 1, window_size_right=0)
-    # What dropout would need.
-    random = (torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device))
     return torch.ops.aten._flash_attention_backward(
-        d_out, q, k, v, out, log_sum, *bounds, 0.0, False, *random, **window
+        d_out,
+        q,
+        k,
+        v,
+        out,
+        log_sum,
+        *(cu_seqlens, cu_seqlens, longest, longest),
+        0.0,  # no dropout, whose random state is unused
+        False,  # a causal mask is a window without a left end
+        torch.zeros(2, dtype=torch.uint64, device=q.device),
+        torch.empty(0, device=q.device),
+        window_size_left=window_size - 1,
+        window_size_right=0,
     )
 
 
@@ -86,19 +119,21 @@ class WindowWithSinks(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cuda", enabled=False)
     def forward(ctx, q, k, v, cu_seqlens, longest: int, window_size: int, sinks: Sinks):
-        tokens, _, dim = q.shape
-        kv_heads = k.shape[1]
+        tokens, kv_heads, _ = k.shape
         near, near_sum = window_forward(q, k, v, cu_seqlens, longest, window_size)
-        near_sum = sinks.blocks(near_sum.T, kv_heads)
-        sink_k, sink_v = (x[sinks.indices].to(near_sum) for x in (k, v))
-        scores = sinks.scores(sinks.blocks(q, kv_heads), sink_k, dim**-0.5)
+        near, near_sum = (sinks.blocks(x, kv_heads) for x in (near, near_sum.T))
+        sink_k, sink_v = (x[sinks.indices].to(near) for x in (k, v))
+        scores = sinks.scores(sinks.blocks(q, kv_heads), sink_k)
         log_sum = torch.logaddexp(near_sum, scores.logsumexp(-1))
-        far = torch.einsum("ntkgs,nskd->ntkgd", (scores - log_sum[..., None]).exp(), sink_v)
-        out = torch.addcmul(far, sinks.blocks(near, kv_heads), (near_sum - log_sum).exp()[..., None])
-        out = out.flatten(0, 1)[:tokens].flatten(1, 2).to(q.dtype)
-        log_sum = log_sum.flatten(0, 1)[:tokens].flatten(1).T.contiguous()
+        weights = (scores - log_sum[..., None]).exp()
+        far = torch.einsum("ntkgs,nskd->ntkgd", weights, sink_v)
+        out = torch.addcmul(far, near, (near_sum - log_sum).exp()[..., None])
+        out = out.flatten(2, 3).flatten(0, 1)[:tokens].to(q.dtype)
+        log_sum = log_sum.flatten(2).flatten(0, 1)[:tokens].T.contiguous()
         ctx.save_for_backward(q, k, v, out, log_sum, cu_seqlens, sinks.indices, sinks.hidden)
-        ctx.sizes = (longest, window_size, sinks.block)
+        ctx.longest = longest
+        ctx.window_size = window_size
+        ctx.block = sinks.block
         return out
 
     @staticmethod
@@ -106,25 +141,14 @@ class WindowWithSinks(torch.autograd.Function):
     @torch.autocast("cuda", enabled=False)
     def backward(ctx, d_out):
         q, k, v, out, log_sum, cu_seqlens, indices, hidden = ctx.saved_tensors
-        longest, window_size, block = ctx.sizes
-        sinks = Sinks(indices, hidden, block)
-        tokens, _, dim = q.shape
-        kv_heads = k.shape[1]
-        scale = dim**-0.5
-        near = window_backward(d_out.contiguous(), q, k, v, out, log_sum, cu_seqlens, longest, window_size)
-        log_sum = sinks.blocks(log_sum.T, kv_heads)
-        sink_k, sink_v = (x[indices].to(log_sum) for x in (k, v))
-        queries, d_far = sinks.blocks(q, kv_heads), sinks.blocks(d_out, kv_heads)
-        weights = (sinks.scores(queries, sink_k, scale) - log_sum[..., None]).exp()
-        d_weights = torch.einsum("ntkgd,nskd->ntkgs", d_far, sink_v)
-        mean = (d_far * sinks.blocks(out, kv_heads)).sum(-1, keepdim=True)
-        d_scores = weights * (d_weights - mean) * scale
-        d_q = torch.einsum("ntkgs,nskd->ntkgd", d_scores, sink_k).flatten(0, 1)[:tokens].flatten(1, 2)
-        d_k = torch.einsum("ntkgs,ntkgd->nskd", d_scores, queries)
-        d_v = torch.einsum("ntkgs,ntkgd->nskd", weights, d_far)
-        # Blocks share sinks: sums in fp32, and in a fixed order, which index_put_ keeps and index_add_ does not.
-        gradients = [(near[0] + d_q).to(q.dtype)]
-        for near_part, far_part in zip(near[1:], (d_k, d_v), strict=True):
+        attended = (q, k, v, out, log_sum)
+        window = (cu_seqlens, ctx.longest, ctx.window_size)
+        d_q, *near = window_backward(d_out.contiguous(), *attended, *window)
+        far_q, *far = Sinks(indices, hidden, ctx.block).gradients(*attended, d_out)
+        gradients = [(d_q + far_q[: len(q)]).to(q.dtype)]
+        # Blocks share sinks: sums in fp32, and in a fixed order, which index_put_ keeps, and
+        # index_add_ does not.
+        for near_part, far_part in zip(near, far, strict=True):
             total = near_part.to(far_part).index_put_((indices,), far_part, accumulate=True)
             gradients.append(total.to(k.dtype))
         return *gradients, None, None, None, None
