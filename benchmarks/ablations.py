@@ -5,10 +5,13 @@
 
 A run is stage 2 of a hybrid with evenly spaced kept layers, from a stage 1 that all runs of a seed
 share. Seeds differ in fresh weights and in the order of the data. The larger teacher of one variant is
-grown from the teacher (recall_teacher.py --grow). Teachers and every run are measured on the same held-out
+grown from the teacher (recall_teacher.py --grow). Teachers and runs are measured on the same held-out
 text, read whole and one document at a time, and on the hardest recall questions that the teacher has
-learnt. The first table is of text read whole, the second of documents. They have means over the seeds and, for the difference to the control, the 95 % interval of Student's t over the
-seeds' paired differences. KL is to the first teacher, whichever a variant learns from. Tokens/s are of the steps after the first few, which compile.
+learnt. KL is to the teacher, also for the variant that learns from the larger one.
+
+The first table is of text read whole, the second of documents. They have means over the seeds and, for
+the difference to the control, the 95 % interval of Student's t over the seeds' paired differences.
+Tokens/s are of the steps after the first few, which compile.
 
 One process per GPU does what no other does (--processes for more, whose speeds share a GPU); rerun
 the command to resume. Written to --output_dir: ablations.json, ablations.md and process logs
