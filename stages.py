@@ -190,14 +190,27 @@ def build_student_for_stage2_and_3(
     log: Log = print,
     teacher: StudentForCausalLM | None = None,
 ) -> StudentForCausalLM:
-    """The hybrid: at stage 2 the student of stage 1 with the teacher's attention restored in the
-    kept layers; at stage 3 the student of stage 2 as it is."""
-    student = StudentForCausalLM.from_pretrained(cfg.train.student_init_ckpt, dtype=dtype)
+    """The hybrid: at stage 2 the initial student with the teacher's attention restored in the kept
+    layers; at stage 3 the student of stage 2 as it is."""
+    student = load_initial_student(cfg, dtype, teacher)
     if cfg.stage == 2:
         student = student.restore_full_attention(teacher, cfg.student_model.keep_full_attention_layers)
     config = student.config
-    log(f"students: {len(config.linear_layers)} x {config.student_name}; full: {config.keep_full_attention_layers}")
+    start = "" if cfg.train.student_init_ckpt else "; all weights are the teacher's"
+    log(
+        f"students: {len(config.linear_layers)} x {config.student_name}; "
+        f"full: {config.keep_full_attention_layers}{start}"
+    )
     return student
+
+
+def load_initial_student(cfg: Config, dtype: torch.dtype, teacher: StudentForCausalLM | None) -> StudentForCausalLM:
+    """The model of train.student_init_ckpt; without it the all-linear student with the weights of
+    `teacher`, which has `dtype`."""
+    if cfg.train.student_init_ckpt:
+        return StudentForCausalLM.from_pretrained(cfg.train.student_init_ckpt, dtype=dtype)
+    name, options = cfg.student_model.name, cfg.student_model.options
+    return StudentForCausalLM.from_teacher(teacher, name, student_options=options)[0]
 
 
 def first_rows(split, count: int, device: str | torch.device) -> dict[str, torch.Tensor]:

@@ -308,14 +308,16 @@ def test_the_rows_of_the_file_can_be_planned(tmp_path):
                 )
                 cfg = load_config(tmp_path / "stage.yaml")
                 assert cfg.train.lr == values["lr"] and cfg.student_model.name == row.student
+                assert bool(cfg.train.student_init_ckpt) == (stage == 2 and row.stage1 is not None)
     todo = experiment.jobs()
     done = set()
     for job in todo:
         assert set(job.needs) <= done
         done.add(job.file)
     students = {row.student for row in plan.rows if row.stage1}
-    assert sum(job.file.name.startswith("start_") for job in todo) == len({row.start for row in plan.rows})
-    assert len({row.start for row in plan.rows if row.stage1}) == len(students)
+    starts = {row.start for row in plan.rows if row.stage1}
+    assert {job.file.name for job in todo if job.file.name.startswith("start_")} == {f"start_{name}" for name in starts}
+    assert len(starts) == len(students)
     assert sum("ga_s2" in job.file.name and job.file.name.startswith("choice_") for job in todo) == 1
 
 
