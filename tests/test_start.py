@@ -94,6 +94,8 @@ def test_other_students_need_stage_1(teacher_dir, tmp_path, name):
     assert str(error.value) == MISSING.format(name) + "converted-hf"
     every = config(tmp_path, teacher_dir, name=name, kept=[0, 1, 2, 3])
     preflight.check_models(every)
+    with pytest.raises(RuntimeError, match="Missing key"):  # no weight is left as it happens to be
+        stages.load_initial_student(every, torch.float32, load_teacher(teacher_dir))
     with pytest.raises(ValueError, match=MISSING.format(name)):
         check_start(every)
 
