@@ -134,7 +134,8 @@ class Bench:
     @cached_property
     def student(self) -> StudentForCausalLM:
         check_start(self.cfg)
-        return load_initial_student(self.cfg, self.dtype, self.teacher).to(self.device).eval()
+        teacher = None if self.cfg.train.student_init_ckpt else self.teacher
+        return load_initial_student(self.cfg, self.dtype, teacher).to(self.device).eval()
 
     def max_documents(self, rows: int) -> int | None:
         """The most documents of `rows` training sequences; None if they are not read one by one."""
