@@ -56,13 +56,11 @@ def frozen_state(cfg: Config) -> dict[str, torch.Tensor]:
     import torch
 
     from convert import load_teacher
-    from distill_model import StudentForCausalLM
     from optim import freeze_parts
+    from stages import build_student_for_stage2_and_3
 
-    start = StudentForCausalLM.from_pretrained(cfg.train.student_init_ckpt, dtype=torch.float32)
-    if cfg.stage == 2:
-        teacher = load_teacher(cfg.teacher_model.name)
-        start = start.restore_full_attention(teacher, cfg.student_model.keep_full_attention_layers)
+    teacher = load_teacher(cfg.teacher_model.name) if cfg.stage == 2 else None
+    start = build_student_for_stage2_and_3(cfg, torch.float32, lambda *_: None, teacher)
     freeze_parts(start, cfg)
     return {name: p.detach() for name, p in start.named_parameters() if not p.requires_grad}
 

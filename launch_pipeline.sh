@@ -4,7 +4,8 @@
 #   bash launch_pipeline.sh
 #
 # CONFIGS: folder with stage2.yaml and stage3.yaml (configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2); stage1.yaml is there, or in
-# the folder whose name is the part before _hybrid_. LAYERS: number of the teacher's layers (from its config).
+# the folder whose name is the part before _hybrid_. There is no stage 1 if stage2.yaml starts from the teacher
+# (no train.student_init_ckpt). LAYERS: number of the teacher's layers (from its config).
 # RANKING: the selection's result (<output_dir of stage 2>_ga_s2/ranking.json). PARALLEL: candidate layers at a time (8).
 # TOKENIZER, DATA_DIR, CONTEXT_LENGTHS of launch_preprocess.sh: by default what the configs name.
 # SBATCH_ARGS: options for every job, SBATCH_TRAIN: for the stages (such as --nodes=4). The settings of launch_preprocess.sh,
@@ -22,19 +23,27 @@ from pathlib import Path
 
 from runtime.config import load_config
 
-stages = [load_config(file) for file in (sys.argv[1], f"{sys.argv[2]}/stage2.yaml", f"{sys.argv[2]}/stage3.yaml")]
+stages = [load_config(f"{sys.argv[2]}/stage{stage}.yaml") for stage in (2, 3)]
+ranking, result = f"{stages[0].train.output_dir}_{sys.argv[4]}/ranking.json", f"{stages[1].train.output_dir}/converted-hf"
+first = "no"
+if stages[0].train.student_init_ckpt:
+    stages.insert(0, load_config(sys.argv[1]))
+    first = "yes"
+else:
+    from distill_model import check_start_from_teacher
+
+    check_start_from_teacher(stages[0].student_model.name)
 layers = sys.argv[3]
 if not layers:
     from convert import load_teacher_config
 
     layers = load_teacher_config(stages[0].teacher_model.name).num_hidden_layers
-print(layers, f"{stages[1].train.output_dir}_{sys.argv[4]}/ranking.json", f"{stages[2].train.output_dir}/converted-hf",
-      stages[0].teacher_model.name, Path(stages[0].data.cache_dir).parent, *{stage.train.train_seq_len: None for stage in stages},
-      sep="\n")
+print(layers, ranking, result, first, stages[0].teacher_model.name, Path(stages[0].data.cache_dir).parent,
+      *{stage.train.train_seq_len: None for stage in stages}, sep="\n")
 PY
 )
-[[ ${#facts[@]} -ge 6 ]] || die "CONFIGS: $CONFIGS has no three stages that can be read (above)."
-LAYERS=${facts[0]} RANKING=${RANKING:-${facts[1]}} RESULT=${facts[2]}
+[[ ${#facts[@]} -ge 7 ]] || die "CONFIGS: $CONFIGS has no stages that can be read (above)."
+LAYERS=${facts[0]} RANKING=${RANKING:-${facts[1]}} RESULT=${facts[2]} HAS_STAGE1=${facts[3]}
 
 SUBMITTED=()
 trap '[[ ${#SUBMITTED[@]} == 0 ]] || { echo "submitting failed (above); cancelling ${SUBMITTED[*]}" >&2; scancel "${SUBMITTED[@]}"; }' ERR
@@ -51,9 +60,9 @@ submit() {
 }
 
 read -r -a nodes <<<"${SBATCH_TRAIN:-}"
-TOKENIZER=${TOKENIZER:-${facts[3]}} DATA_DIR=${DATA_DIR:-${facts[4]}} CONTEXT_LENGTHS=${CONTEXT_LENGTHS:-${facts[*]:5}} \
+TOKENIZER=${TOKENIZER:-${facts[4]}} DATA_DIR=${DATA_DIR:-${facts[5]}} CONTEXT_LENGTHS=${CONTEXT_LENGTHS:-${facts[*]:6}} \
     submit preprocess "" launch_preprocess.sh
-CFG=$STAGE1 submit stage1 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage1.sh
+[[ $HAS_STAGE1 == no ]] || CFG=$STAGE1 submit stage1 "$JOB" ${nodes[@]+"${nodes[@]}"} launch_stage1.sh
 # The other methods train no candidates, so they are not run as an array.
 [[ ${METHOD:-ga_s2} != @(ga_s2|gr_s2|avg_s2) ]] ||
     CFG=$CONFIGS/stage2.yaml submit candidates "$JOB" --array="0-$((LAYERS - 1))%${PARALLEL:-8}" launch_selection.sh

@@ -42,7 +42,14 @@ from torch import nn
 from convert import load_teacher_config
 from convert.loader import config_fingerprint, weights_fingerprint
 from convert_ckpt import student_config
-from distill_model import StudentConfig, StudentForCausalLM, check_calibration, check_student, same_options
+from distill_model import (
+    StudentConfig,
+    StudentForCausalLM,
+    check_calibration,
+    check_start_from_teacher,
+    check_student,
+    same_options,
+)
 from distill_model.fp8 import FP8_DEVICE, FP8_KEY, check_fp8_device
 from distill_model.student_layers import reads_documents_on_host
 from optim import STATE_BYTES, freeze_parts, parameter_groups
@@ -90,7 +97,11 @@ def check_models(cfg: Config) -> None:
     check_kept_layers(cfg, teacher.num_hidden_layers)
     check_student(cfg.student_model.name, cfg.student_model.options, teacher)
     if cfg.stage > 1:
-        _check_initial_student(cfg, teacher)
+        if cfg.train.student_init_ckpt:
+            _check_initial_student(cfg, teacher)
+        else:
+            kept = len(cfg.student_model.keep_full_attention_layers)
+            check_start_from_teacher(cfg.student_model.name, all_kept=kept == teacher.num_hidden_layers)
         _check_trained_parts(cfg, teacher.num_hidden_layers)
     elif cfg.train.calibrate_init:
         check_calibration(cfg.student_model.name)

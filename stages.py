@@ -6,9 +6,10 @@ trainer from a stage.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,7 @@ from runtime.teacher_outputs import RowsWithOutputs
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers.initialization import no_init_weights
 
 from convert import load_teacher
 from distill_model import DistillationLoss, StudentConfig, StudentForCausalLM
@@ -190,13 +192,37 @@ def build_student_for_stage2_and_3(
     log: Log = print,
     teacher: StudentForCausalLM | None = None,
 ) -> StudentForCausalLM:
-    """The hybrid: at stage 2 the student of stage 1 with the teacher's attention restored in the
-    kept layers; at stage 3 the student of stage 2 as it is."""
-    student = StudentForCausalLM.from_pretrained(cfg.train.student_init_ckpt, dtype=dtype)
-    if cfg.stage == 2:
-        student = student.restore_full_attention(teacher, cfg.student_model.keep_full_attention_layers)
+    """The hybrid: at stage 2 the initial student with the teacher's attention restored in the kept
+    layers; at stage 3 the student of stage 2 as it is."""
+    kept = cfg.student_model.keep_full_attention_layers
+    student = load_initial_student(cfg, dtype, teacher, kept)
+    if cfg.stage == 2 and cfg.train.student_init_ckpt:
+        student = student.restore_full_attention(teacher, kept)
     config = student.config
-    log(f"students: {len(config.linear_layers)} x {config.student_name}; full: {config.keep_full_attention_layers}")
+    start = "" if cfg.train.student_init_ckpt else "; all weights are the teacher's"
+    log(
+        f"students: {len(config.linear_layers)} x {config.student_name}; "
+        f"full: {config.keep_full_attention_layers}{start}"
+    )
+    return student
+
+
+def load_initial_student(
+    cfg: Config, dtype: torch.dtype, teacher: StudentForCausalLM | None, kept: Iterable[int] = ()
+) -> StudentForCausalLM:
+    """The model of train.student_init_ckpt; without it, one that has the weights of `teacher`, and the
+    student's attention in all layers but `kept`. Raises RuntimeError if it has others: see
+    `check_start_from_teacher`."""
+    if cfg.train.student_init_ckpt:
+        return StudentForCausalLM.from_pretrained(cfg.train.student_init_ckpt, dtype=dtype)
+    config = copy.deepcopy(teacher.config)
+    config.student_name = cfg.student_model.name
+    config.student_options = dict(cfg.student_model.options)
+    config.keep_full_attention_layers = sorted(kept)
+    with no_init_weights():  # all weights are loaded below
+        student = StudentForCausalLM._from_config(config, dtype=dtype)
+    student.tie_weights()
+    student.load_state_dict(teacher.state_dict())
     return student
 
 

@@ -38,7 +38,7 @@ from pathlib import Path
 from runtime.command import run_main
 from runtime.config import ConfigError, load_config
 from runtime.data import load_tokenizer, open_chunks_for, read_batch
-from runtime.files import atomic_directory, atomic_write_text, locked
+from runtime.files import atomic_write_text, locked
 from runtime.guard import REQUEUE
 from runtime.run_folder import EXPORT, METRICS, RUN
 
@@ -50,7 +50,7 @@ from benchmarks.jobs import SETTINGS, Job, JobFailed, OutOfTime, add_process_opt
 from benchmarks.model_quality import Quality, Sizes
 from benchmarks.real_model_report import write_report
 from convert import load_teacher, load_teacher_config
-from distill_model import StudentForCausalLM, check_student, get_student_attention_class
+from distill_model import StudentForCausalLM, check_start_from_teacher, check_student, get_student_attention_class
 from layer_selection.select_layers import layers_to_keep, read_options
 from layer_selection.select_layers import make_parser as selection_parser
 from layer_selection.selection import METHODS
@@ -107,7 +107,7 @@ class Row:
 
     @property
     def start(self) -> str:
-        """The folder of its stage 1, which other rows share."""
+        """The folder of its stage 1, which other rows share; without one, a name for the teacher's weights."""
         return f"{self.student}-{digest(self.student, self.options, self.stage1)}"
 
     @property
@@ -274,7 +274,7 @@ class Experiment:
         return self.out / "data" / data / f"chunked_context{length}"
 
     def start(self, row: Row) -> Path:
-        """The all-linear student that stage 2 begins with."""
+        """The export of its stage 1, which stage 2 begins with."""
         return self.out / "starts" / row.start / EXPORT
 
     def selector(self, chooser: Row) -> dict:
@@ -329,11 +329,15 @@ class Experiment:
             yield self.marked(tokens, [], self.tokenize, data)
             yield self.marked(self.mark("text", data, length), [tokens], self.cut, data, length)
 
+    def start_jobs(self, row: Row) -> Iterator[Job]:
+        """Its stage 1, if it has one."""
+        if row.stage1:
+            yield self.marked(self.mark("start", row.start), [self.mark("text", *text_of(row.stage1))], self.align, row)
+
     def row_jobs(self, row: Row) -> Iterator[Job]:
-        start = self.mark("start", row.start)
-        texts = [self.mark("text", *text) for text in row.texts]
-        yield self.marked(start, texts[:1] if row.stage1 else [], self.begin, row)
-        needs = [start, *texts]
+        starts = list(self.start_jobs(row))
+        yield from starts
+        needs = [*(job.file for job in starts), *(self.mark("text", *text) for text in row.texts)]
         if row.chooser:
             choice = self.mark("choice", self.choice(row.chooser).parent.name)
             yield from self.choice_jobs(row.chooser, choice)
@@ -348,10 +352,9 @@ class Experiment:
     def choice_jobs(self, chooser: Row, choice: Path) -> Iterator[Job]:
         text = text_of(chooser.selecting)
         yield from self.text_jobs([text, *chooser.texts[:1]])
-        start = self.mark("start", chooser.start)
-        first = [self.mark("text", *text_of(chooser.stage1))] if chooser.stage1 else []
-        yield self.marked(start, first, self.begin, chooser)
-        yield self.marked(choice, [start, self.mark("text", *text)], self.choose, chooser)
+        starts = list(self.start_jobs(chooser))
+        yield from starts
+        yield self.marked(choice, [*(job.file for job in starts), self.mark("text", *text)], self.choose, chooser)
 
     def measurement(self, name: str, needs: list[Path], run: Callable[..., None], *args) -> Job:
         """In this process."""
@@ -420,7 +423,8 @@ class Experiment:
         # No checkpoint at every tenth of a short run: writing 20 GB takes as long as many steps.
         train = {"output_dir": str(folder), "save_minutes": 5, "save_steps": NEVER, "report_to": "none", **values}
         if stage == 2:
-            train |= {"student_init_ckpt": str(self.start(row)), "seed": 42 + row.seed}
+            start = str(self.start(row)) if row.stage1 else None
+            train |= {"student_init_ckpt": start, "seed": 42 + row.seed}
         config = {
             "stage": stage,
             # Whole chunks, as all rows of docs/results.md were trained and `quality` measures them.
@@ -432,21 +436,12 @@ class Experiment:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(file, yaml.safe_dump(config, sort_keys=False))
 
-    def begin(self, row: Row) -> None:
-        """Stage 1; without it, the student as it starts from the teacher."""
+    def align(self, row: Row) -> None:
         folder = self.start(row).parent
-        if row.stage1:
-            file = folder.with_suffix(".yaml")
-            self.write_config(row, 1, file, [], folder)
-            self.script(f"start_{row.start}", "train.py", "--cfg", file)
-            return remove_checkpoints(folder)
-        torch.manual_seed(0)
-        teacher = load_teacher(self.args.teacher, self.dtype)
-        student = StudentForCausalLM.from_teacher(teacher, row.student, [], row.options)[0]
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(self.start(row), replace=True) as temporary:
-            student.save_pretrained(temporary)
-            load_tokenizer(self.args.teacher).save_pretrained(temporary)
+        file = folder.with_suffix(".yaml")
+        self.write_config(row, 1, file, [], folder)
+        self.script(f"start_{row.start}", "train.py", "--cfg", file)
+        remove_checkpoints(folder)
 
     def choose(self, chooser: Row) -> None:
         folder = self.choice(chooser).parent
@@ -518,10 +513,14 @@ class Experiment:
 
     def measure(self, row: Row) -> None:
         if row.stage2:
-            model = StudentForCausalLM.from_pretrained(self.run_folder(row) / EXPORT, dtype=self.dtype).to(self.device)
+            model = StudentForCausalLM.from_pretrained(self.run_folder(row) / EXPORT, dtype=self.dtype)
+        elif row.stage1:
+            model = StudentForCausalLM.from_pretrained(self.start(row), dtype=self.dtype)
+            model = model.restore_full_attention(self.teacher, self.layers(row))
         else:
-            model = StudentForCausalLM.from_pretrained(self.start(row), dtype=self.dtype).to(self.device)
-            model = model.restore_full_attention(self.teacher, self.layers(row)).to(self.device)
+            torch.manual_seed(0)
+            model = StudentForCausalLM.from_teacher(self.teacher, row.student, self.layers(row), row.options)[0]
+        model.to(self.device)
         seconds = {"stage1": self.seconds(f"start_{row.start}"), "stage2": 0.0}
         if row.stage2:
             seconds["stage2"] = self.seconds(f"run_{self.run_folder(row).name}")
@@ -618,6 +617,8 @@ def check_configs(experiment: Experiment) -> None:
             kept = [0] if row.chooser else experiment.layers(row)
             try:
                 check_student(row.student, row.options, teacher)
+                if row.stage2 and not row.stage1:
+                    check_start_from_teacher(row.student, all_kept=len(kept) == teacher.num_hidden_layers)
                 if row.chooser:
                     check_selector(experiment, row.chooser, file, teacher.num_hidden_layers)
                 for stage in [number for number, values in ((1, row.stage1), (2, row.stage2)) if values]:
@@ -632,6 +633,8 @@ def check_configs(experiment: Experiment) -> None:
 
 def check_selector(experiment: Experiment, chooser: Row, file: Path, num_layers: int) -> None:
     """Raises ConfigError for what select_layers.py would refuse. file: where a config can be written."""
+    if not chooser.stage1:
+        check_start_from_teacher(chooser.student)
     experiment.write_config(chooser, 2, file, [0], file.parent / "run", selecting=True)
     parser = selection_parser()
 

@@ -161,6 +161,8 @@ class StudentAttention:
     weights_read_by_kernel: the projections whose weight is passed to a kernel of FLA directly.
     reads_documents_on_host: whether FLA's functions, or ours, read on the host how many chunks there
         are in packed documents, or how long these are: a CUDA graph cannot.
+    has_only_teachers_weights: whether each of its parameters is a copy of the teacher's, of every
+        teacher, so that stage 2 can start from the teacher.
     """
 
     OPTIONS: dict[str, Option] = {}
@@ -173,6 +175,7 @@ class StudentAttention:
     supports_empty_rows = False
     weights_read_by_kernel: tuple[str, ...] = ()
     reads_documents_on_host = False
+    has_only_teachers_weights = False
     rope_share = 0.0
     fits_decay = False
     fits_gate = False

@@ -181,6 +181,16 @@ def check_calibration(name: str) -> None:
         raise ValueError(f"train.calibrate_init: {name} fuses o_proj with its norm; set it to 0")
 
 
+def check_start_from_teacher(name: str, all_kept: bool = False) -> None:
+    """Raises ValueError, of one line, if stage 2 cannot start from the teacher, without a stage 1,
+    because a student has weights of its own. all_kept: no layer holds the student's attention."""
+    if not all_kept and not get_student_attention_class(name).layer.has_only_teachers_weights:
+        raise ValueError(
+            f"train.student_init_ckpt: missing; {name} has weights that the teacher lacks: run stage 1 first and name "
+            "its converted-hf"
+        )
+
+
 def reads_documents_on_host(name: str, options: Mapping[str, Any]) -> bool:
     """Whether a student with these options of a config reads documents on the host, which rules out
     CUDA graphs: see `StudentAttention`. Raises ValueError for unknown names."""

@@ -167,6 +167,7 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
 
     has_constant_state = False
     supports_empty_rows = True
+    has_only_teachers_weights = True
     OPTIONS = {"window_size": Option(), "sink_size": Option(minimum=0)}
     HEAD_DIMS = None
     SOURCES = StudentAttention.SOURCES | BIASES | NORMS

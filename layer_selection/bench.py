@@ -22,7 +22,7 @@ from layer_selection.objective import Objective
 from layer_selection.options import RecallOptions, objective_settings
 from layer_selection.stage2_runs import check_start
 from preflight import notes_on_documents, outputs_key
-from stages import compute_dtype
+from stages import compute_dtype, load_initial_student
 
 Figure = TypeVar("Figure")
 
@@ -134,8 +134,8 @@ class Bench:
     @cached_property
     def student(self) -> StudentForCausalLM:
         check_start(self.cfg)
-        student = StudentForCausalLM.from_pretrained(self.cfg.train.student_init_ckpt, dtype=self.dtype)
-        return student.to(self.device).eval()
+        teacher = None if self.cfg.train.student_init_ckpt else self.teacher
+        return load_initial_student(self.cfg, self.dtype, teacher).to(self.device).eval()
 
     def max_documents(self, rows: int) -> int | None:
         """The most documents of `rows` training sequences; None if they are not read one by one."""

@@ -108,14 +108,19 @@ def embeddings(name: str) -> torch.Tensor:
 
 def check_start(cfg: Config) -> None:
     """Raises ValueError if train.student_init_ckpt is not what stage 1 made of this teacher for
-    this student. Reads configs and the embeddings, which stage 1 does not change."""
+    this student, or is missing though the student needs a stage 1. Reads configs and the
+    embeddings, which stage 1 does not change."""
     import torch
 
     from convert import load_teacher_config
+    from distill_model import check_start_from_teacher
     from preflight import check_models
 
     check_models(cfg)
     start = cfg.train.student_init_ckpt
+    if not start:
+        check_start_from_teacher(cfg.student_model.name)  # even where the config keeps all layers
+        return
     teacher = cfg.teacher_model.name
     if kept := load_teacher_config(start).keep_full_attention_layers:
         raise ConfigError(

@@ -6,14 +6,15 @@ published budget and selector.
 Each pair of teacher and student has one stage 1, {teacher}_{student}/stage1.yaml, which every stage
 2 of that pair starts from: {teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml, each with a
 run folder of its own. stage3.yaml is next to the stage 2 with a quarter of the layers, chosen by
-GA-S2 where that is published, else evenly. Other folders are not changed.
+GA-S2 where that is published, else evenly. A student that starts from the teacher has no stage 1,
+and always a stage 3. Other folders are not changed.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.command import run_main
@@ -36,7 +37,7 @@ teacher_model:
   name: {name}
 student_model:
   name: {student}
-  keep_full_attention_layers: {layers}
+{options}  keep_full_attention_layers: {layers}
 train:
   output_dir: outputs/{folder}/stage{stage}
 """
@@ -87,13 +88,18 @@ TRAIN = {
 
 @dataclass(frozen=True)
 class Row:
-    """A published hybrid: which layers of which teacher stay full."""
+    """A published hybrid: which layers of which teacher stay full.
+
+    options: of the student. from_teacher: whether stage 2 starts from the teacher, without stage 1.
+    """
 
     teacher: str
     student: str
     ratio: float
     selector: str
     layers: list[int]
+    options: dict = field(default_factory=dict)
+    from_teacher: bool = False
 
     @property
     def start(self) -> str:
@@ -112,6 +118,10 @@ def rows(published: dict) -> Iterator[Row]:
         for student in facts["students"]:
             for (ratio, selector), layers in sorted(chosen.items()):
                 yield Row(teacher, student, ratio, selector, layers)
+        for student, given in facts.get("from_teacher", {}).items():
+            for ratio, selector in given["choices"]:
+                layers = chosen[ratio, selector]
+                yield Row(teacher, student, ratio, selector, layers, given["options"], from_teacher=True)
 
 
 def chosen_layers(facts: dict) -> dict[tuple[float, str], list[int]]:
@@ -146,7 +156,9 @@ def train_settings(facts: dict, stage: int, teacher: str) -> dict:
 
 
 def yaml_text(value) -> str:
-    """A value as these files spell it: 1e-5, 600_000_000."""
+    """A value as these files spell it: 1e-5, 600_000_000, {window_size: 508}."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {yaml_text(item)}' for key, item in value.items())}}}"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value < 1:
@@ -158,11 +170,14 @@ def stage_file(published: dict, stage: int, folder: str, row: Row, layers: list[
     """The content of a stage's YAML in `folder`."""
     facts = published["teachers"][row.teacher]
     train = train_settings(facts, stage, row.teacher)
+    if stage == 2 and row.from_teacher:
+        del train["student_init_ckpt"]
     values = {
         "stage": stage,
         "teacher": row.teacher,
         "name": facts["name"],
         "student": row.student,
+        "options": f"  options: {yaml_text(row.options)}\n" if row.options else "",
         "layers": layers,
         "folder": folder,
         "start": row.start,
@@ -183,8 +198,10 @@ def sources_of(published: dict, teacher: str) -> dict[str, str]:
 
 
 def has_stage_3(published: dict, row: Row, hybrids: list[Row]) -> bool:
-    """Whether a hybrid is the one of its teacher that stage 3 trains: of its first student, at
-    STAGE_3_RATIO, chosen by GA-S2 where that is published, else evenly spaced."""
+    """Whether stage 3 trains a hybrid: one that starts from the teacher, or the one of its teacher's
+    first student at STAGE_3_RATIO, chosen by GA-S2 where that is published, else evenly spaced."""
+    if row.from_teacher:
+        return True
     if row.ratio != STAGE_3_RATIO or row.student != published["teachers"][row.teacher]["students"][0]:
         return False
     selectors = set()
@@ -199,7 +216,8 @@ def files(published: dict) -> dict[str, str]:
     made = {}
     hybrids = list(rows(published))
     for row in hybrids:
-        made[f"{row.start}/stage1.yaml"] = stage_file(published, 1, row.start, row, [])
+        if not row.from_teacher:
+            made[f"{row.start}/stage1.yaml"] = stage_file(published, 1, row.start, row, [])
         stages = (2, 3) if has_stage_3(published, row, hybrids) else (2,)
         for stage in stages:
             made[f"{row.folder}/stage{stage}.yaml"] = stage_file(published, stage, row.folder, row, row.layers)
@@ -224,7 +242,8 @@ files have and weights dequantised from Q4_1.
 
 The student layers are `gdn_v4` and `gla_v1` because these files reproduce published layer choices;
 [docs/students.md](../docs/students.md#which-one) says how to train the recommended one with them.
-SmolLM2 has the recommended one, `gdn_v7`, calibrated.
+SmolLM2 has the recommended one, `gdn_v7`, calibrated, and `swa_v1`, a sliding window with sinks, which
+[starts from the teacher](../docs/training.md#without-stage-1) and has no stage 1.
 
 `python layer_selection/write_configs.py` writes this page and the folders from
 `layer_selection/published.yaml`; do not edit them by hand. `quickstart/` belongs to `quickstart.sh`.

@@ -203,7 +203,8 @@ class TrainConfig:
     )
     student_init_ckpt: str | None = key(
         None,
-        help="converted-hf folder of the stage before, from which this stage starts",
+        help="converted-hf folder of the stage before, from which this stage starts; stage 2 can start from the teacher "
+        "instead (null) if the student has no weights of its own (swa_v1)",
         stages=(2, 3),
     )
     max_length: int | None = key(
@@ -528,10 +529,8 @@ def _check_start(cfg: Config) -> None:
         if train.student_init_ckpt:
             raise ConfigError("train.student_init_ckpt: stage 1 starts from the teacher; remove it")
         return
-    if not train.student_init_ckpt:
-        raise ConfigError(
-            f"train.student_init_ckpt: missing; stage {cfg.stage} starts from stage {cfg.stage - 1}'s converted-hf"
-        )
+    if cfg.stage == 3 and not train.student_init_ckpt:
+        raise ConfigError("train.student_init_ckpt: missing; stage 3 starts from stage 2's converted-hf")
     if train.calibrate_init:
         raise ConfigError(
             f"train.calibrate_init: {train.calibrate_init} is for stage 1, whose students start from the teacher; "

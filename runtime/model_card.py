@@ -85,6 +85,7 @@ def stage_record(cfg: Config, checkpoint: Path) -> dict:
     local = str(data.get("corpus", "")).startswith("local-")
     return {
         "stage": cfg.stage,
+        "from_teacher": not train.student_init_ckpt,
         "steps": step,
         "tokens": step * train.batch_size * train.train_seq_len,
         "sequence_length": train.train_seq_len,
@@ -348,15 +349,19 @@ def _training(stages: list[dict]) -> list[str]:
         )
         settings.append(row)
         losses.append((number, stage["objective"], _change(stage["loss"]), _change(stage["heldout_loss"])))
+    before = ""
     recorded = {stage["stage"] for stage in stages}
     missing = [str(number) for number in range(1, stages[-1]["stage"]) if number not in recorded]
-    unknown = f"Of stage {' and '.join(missing)} there is no record. " if missing else ""
+    if stages[0]["stage"] == 2 and stages[0].get("from_teacher"):
+        before = "Stage 2 started from the teacher's own weights, without a stage 1. "
+    elif missing:
+        before = f"Of stage {' and '.join(missing)} there is no record. "
     columns = ("learning rate of the linear attention", "of the rest", "schedule", "data")
     return [
         "## Training",
         _table(("stage", "tokens", "sequence", "batch", *columns), settings),
         _table(("stage", "loss", "in training: first → last", "held out: before → after"), losses),
-        f"{unknown}`{HISTORY}` holds these figures, and more.",
+        f"{before}`{HISTORY}` holds these figures, and more.",
     ]
 
 

@@ -119,7 +119,6 @@ BAD = {
     "train.kd_teacher_shard=maybe": "train.kd_teacher_shard: 'maybe' must be one of auto, always, never",
     "train.max_steps=5": "either target_tokens or train.max_steps, and not both; for 5 steps, add train.target_tokens=null",
     "train.max_length=32": r"train.max_length: 32 must equal train.train_seq_len \(16\)",
-    "train.student_init_ckpt=null": "train.student_init_ckpt: missing; stage 2 starts from stage 1's converted-hf",
     "train.betas=[0.9]": "train.betas",
     "train.kl_weight=0": "train.kl_weight: 0",
     "student_model.keep_full_attention_layers=[1, 1]": r"keep_full_attention_layers: \[1, 1\] names a layer twice",
@@ -140,6 +139,15 @@ def test_bad_input(tmp_path, override):
     with pytest.raises(ConfigError, match=BAD[override]) as error:
         load(tmp_path, override)
     assert "\n" not in str(error.value)
+
+
+def test_only_stage_2_may_start_from_the_teacher(tmp_path):
+    """Whether its student can, the models decide."""
+    assert load(tmp_path, "train.student_init_ckpt=null").train.student_init_ckpt is None
+    with pytest.raises(
+        ConfigError, match="train.student_init_ckpt: missing; stage 3 starts from stage 2's converted-hf"
+    ):
+        load(tmp_path, "stage=3", "train.student_init_ckpt=null")
 
 
 def test_what_trains_is_said_once(tmp_path):

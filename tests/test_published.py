@@ -1,6 +1,7 @@
 """The published rows: checked-in configs equal what the generator writes; names, counts, ranges,
 folders; and reproduce.sh."""
 
+import json
 import re
 import subprocess
 from collections import Counter
@@ -11,6 +12,7 @@ from runtime.config import load_config
 import pytest
 import yaml
 
+from distill_model import get_student_attention_class
 from evaluation.options import path_parts
 from layer_selection.ranking import RATIOS, budget
 from layer_selection.write_configs import PUBLISHED, main, rows
@@ -44,7 +46,12 @@ def test_a_folder_name_matches_its_config(row):
     assert cfg.student_model.name == f"{kind}_{version}" and selector in SETS["sources"]
     assert len(kept) == budget(float(ratio.replace("_", ".")), facts["layers"])
     assert kept == sorted(set(kept)) and set(kept) <= set(range(facts["layers"]))
-    start = load_config(ROOT / "configs" / f"{teacher}_{size}_{kind}_{version}" / "stage1.yaml")
+    pair = ROOT / "configs" / f"{teacher}_{size}_{kind}_{version}"
+    if row.from_teacher:
+        assert cfg.train.student_init_ckpt is None and not pair.exists()
+        assert get_student_attention_class(row.student).layer.has_only_teachers_weights
+        return
+    start = load_config(pair / "stage1.yaml")
     assert cfg.train.student_init_ckpt == f"{start.train.output_dir}/converted-hf"
     assert (start.teacher_model, start.student_model.name) == (
         cfg.teacher_model,
@@ -85,6 +92,7 @@ def test_every_published_set_has_its_rows():
         "qwen3_1.7b_gdn_v4": 1,
         "qwen3_8b_gdn_v4": 1,
         "smollm2_135m_gdn_v7": 6,
+        "smollm2_135m_swa_v1": 1,
     }
 
 
@@ -107,6 +115,18 @@ def test_a_teacher_may_have_its_own_settings():
     assert [train.train_seq_len for train in stages] == [512, 2048, 8192]
     assert [train.batch_size for train in stages] == [96, 32, 96]
     assert [train.calibrate_init for train in stages] == [8, 0, 0]
+
+
+def test_windows_are_as_the_benchmark_trained_them():
+    """Layers, options and rates of the row of docs/results.md."""
+    cfg = load_config(ROOT / "configs" / "smollm2_135m_swa_v1_hybrid_0_25_gates" / "stage2.yaml")
+    results = json.loads((ROOT / "docs" / "results.json").read_text())["rows"]
+    row = next(row for row in results if row["name"] == "8 kept by gates, swa_v1, window 512")
+    settings = row["settings"]
+    student = cfg.student_model
+    assert (student.name, student.options) == (settings["student"], settings["options"])
+    assert student.keep_full_attention_layers == row["layers"] and settings["stage1"] is None
+    assert all(getattr(cfg.train, key) == settings["stage2"][key] for key in ("lr", "lr_attn", "final_lr"))
 
 
 def test_no_two_share_an_output_folder():
@@ -171,6 +191,22 @@ def test_a_row_is_reproduced_from_preprocessing_to_the_reports(row, teacher):
     assert commands[-1][2:] == [first.train.output_dir, second.train.output_dir, "--samples", "3"]
 
 
+def test_a_row_that_starts_from_the_teacher_is_reproduced_without_stage_1():
+    done = reproduce("smollm2_135m_swa_v1_hybrid_0_25_gates", DRY_RUN="1")
+    commands = [line.split() for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and [command[:2] for command in commands[:3]] == [
+        ["python", "preprocess_download_tokenize.py"],
+        ["python", "preprocess_chunk.py"],
+        ["deepspeed", "train.py"],
+    ]
+    tokenize, chunk, stage2 = (dict(zip(command, command[1:])) for command in commands[:3])
+    cfg = load_config(ROOT / stage2["--cfg"])
+    assert cfg.data.cache_dir == f"{chunk['--output_dir']}/chunked_context{chunk['--context_length']}"
+    assert tokenize["--output_dir"] == chunk["--tokenized_dataset_path"]
+    check_evaluation(commands[3:], cfg.teacher_model.name, cfg)
+    assert commands[-1][2:] == [cfg.train.output_dir, "--samples", "3"]
+
+
 def check_evaluation(commands, teacher, cfg):
     """Teacher and hybrid have the same tasks; the comparison reads where evaluate.py writes, and the
     hybrid's results lie where the model card looks for them."""
@@ -203,26 +239,25 @@ def test_unpublished_rows_are_refused(row):
     )
 
 
-@pytest.mark.parametrize("method, stage_2_jobs", [("ga_s2", 3), ("gates", 2), ("mse", 2)])
-def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path, method, stage_2_jobs):
-    """launch_pipeline.sh with a row: what it would hand to Slurm. Preprocessing takes tokenizer,
-    folder and lengths from the configs; only a method that trains every layer has an array of
-    candidates."""
+def pipeline(tmp_path, row, **environment):
+    """launch_pipeline.sh with a row, and an sbatch that notes what it is handed in `tmp_path`: CFG in
+    configs, the settings of preprocessing in data."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(
         f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\n'
         f'echo "${{TOKENIZER:-}} ${{DATA_DIR:-}} ${{CONTEXT_LENGTHS:-}}" >>{tmp_path}/data\necho 7\n'
     )
     sbatch.chmod(0o755)
+    environment |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row)}
+    return subprocess.run(["bash", str(ROOT / "launch_pipeline.sh")], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("method, stage_2_jobs", [("ga_s2", 3), ("gates", 2), ("mse", 2)])
+def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path, method, stage_2_jobs):
+    """What it would hand to Slurm. Preprocessing takes tokenizer, folder and lengths from the configs;
+    only a method that trains every layer has an array of candidates."""
     row = ROOT / "configs" / "qwen3_8b_gdn_v4_hybrid_0_25_uniform"
-    environment = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin",
-        "HOME": "/tmp",
-        "CONFIGS": str(row),
-        "LAYERS": "36",
-        "METHOD": method,
-    }
-    done = subprocess.run(["bash", str(ROOT / "launch_pipeline.sh")], capture_output=True, text=True, env=environment)
+    done = pipeline(tmp_path, row, LAYERS="36", METHOD=method)
     assert done.returncode == 0, done.stderr
     stage1 = ROOT / "configs" / "qwen3_8b_gdn_v4" / "stage1.yaml"
     assert (tmp_path / "configs").read_text().split() == [
@@ -240,6 +275,31 @@ def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path, method
         str(folder),
         *lengths,
     ]
+
+
+@pytest.mark.slow
+def test_the_pipeline_of_a_student_that_starts_from_the_teacher(tmp_path):
+    """No stage 1 and no chunks of its length; another student without a start is refused before a job
+    is submitted."""
+    row = ROOT / "configs" / "smollm2_135m_swa_v1_hybrid_0_25_gates"
+    done = pipeline(tmp_path, row, LAYERS="30", METHOD="gates")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        *("preprocess", "selection", "stage2", "stage3", "evaluation")
+    ]
+    configs = ["none", *[f"{row}/stage2.yaml"] * 2, f"{row}/stage3.yaml", "none"]
+    assert (tmp_path / "configs").read_text().split() == configs
+    settings = (tmp_path / "data").read_text().splitlines()[0]
+    assert settings == "HuggingFaceTB/SmolLM2-135M-Instruct data/smollm2_135m 2048 8192"
+    other = tmp_path / "other_hybrid_0_25_gates"
+    other.mkdir()
+    for file in row.iterdir():
+        text = file.read_text().replace("swa_v1", "gdn_v7").replace("  options: {window_size: 508, sink_size: 4}\n", "")
+        (other / file.name).write_text(text)
+    (tmp_path / "configs").unlink()
+    done = pipeline(tmp_path, other, LAYERS="30", METHOD="gates")
+    assert done.returncode == 1 and "gdn_v7 has weights that the teacher lacks: run stage 1 first" in done.stderr
+    assert not (tmp_path / "configs").exists()
 
 
 @pytest.mark.parametrize("file", ["train.py", *(path.name for path in ROOT.glob("launch_*.sh"))])

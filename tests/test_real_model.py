@@ -225,6 +225,8 @@ def test_rows_that_cannot_be(tmp_path, old, new, message):
         ("kept: [0, 2], student", "kept: [0, 4], student", r"window: kept: \[4\] out of the teacher's layers 0..3"),
         ("sink_size: 2", "sinks: 2", "window: student_model.options.sinks: unknown"),
         ("ce_weight: 1.0", "ce_wait: 1.0", "all kept: train.ce_wait: unknown"),
+        ("kept: all", "kept: [0]", "all kept: train.student_init_ckpt: missing; gdn_v7 has weights that"),
+        ("top_k: 1}", "top_k: 1}, stage1: null, stage2: null", "one kept: train.student_init_ckpt: missing; gdn_v7"),
         ("lr_attn: 1.0e-3", "lr_attn: fast", "two kept: train.lr_attn: "),
         ("top_k: 1", "top_k: 5", "one kept: --top-k: 5 must be between 1 and the teacher's 4 layers"),
         ("top_k: 1", "top_k: 1, samples: 5", "one kept: kept: .*unrecognized arguments: --samples"),
@@ -248,8 +250,9 @@ def test_rows_that_no_stage_takes_are_refused_before_anything_is_written(command
 def test_a_dry_run_prints_the_jobs_and_writes_nothing(command, tmp_path, capsys):
     assert real_model.main([*command, "--dry_run", "--only", "window"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition("-")[0] for line in lines[-3:]] == [
-        "to do  jobs/start_swa_v1",
+    assert [line.partition("-")[0] for line in lines[-4:]] == [
+        "to do  jobs/text_text",
+        "to do  jobs/text_text_32",
         "to do  rows/window",
         "to do  rows/teacher.json",
     ]
@@ -308,14 +311,16 @@ def test_the_rows_of_the_file_can_be_planned(tmp_path):
                 )
                 cfg = load_config(tmp_path / "stage.yaml")
                 assert cfg.train.lr == values["lr"] and cfg.student_model.name == row.student
+                assert bool(cfg.train.student_init_ckpt) == (stage == 2 and row.stage1 is not None)
     todo = experiment.jobs()
     done = set()
     for job in todo:
         assert set(job.needs) <= done
         done.add(job.file)
     students = {row.student for row in plan.rows if row.stage1}
-    assert sum(job.file.name.startswith("start_") for job in todo) == len({row.start for row in plan.rows})
-    assert len({row.start for row in plan.rows if row.stage1}) == len(students)
+    starts = {row.start for row in plan.rows if row.stage1}
+    assert {job.file.name for job in todo if job.file.name.startswith("start_")} == {f"start_{name}" for name in starts}
+    assert len(starts) == len(students)
     assert sum("ga_s2" in job.file.name and job.file.name.startswith("choice_") for job in todo) == 1
 
 

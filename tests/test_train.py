@@ -1257,6 +1257,7 @@ BAD = {
     "student_model.options={num_slots: 4}": "student_model.options.num_slots",
     "student_model.options={allow_neg_eigval: true}": "student_options {}, this run {'allow_neg_eigval': True}",
     "student_model.name=gdn_v3": "has student_name 'gdn_v4', this run 'gdn_v3'",
+    "train.student_init_ckpt=null": "train.student_init_ckpt: missing; gdn_v4 has weights that the teacher lacks: run stage 1 first",
     "train.student_init_ckpt=nowhere": "train.student_init_ckpt: nowhere holds no checkpoint; run stage 1 first",
     "teacher_model.name=no/such/folder": "teacher_model.name: 'no/such/folder' is neither a folder",
     "train.resume_from_checkpoint=nowhere": "train.resume_from_checkpoint: nowhere is not a complete checkpoint",

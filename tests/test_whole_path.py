@@ -4,11 +4,13 @@ configs that users have: on random weights of few layers, and on real ones where
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from runtime.config import load_config
+from runtime.data import open_chunks, read_batch
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from layer_selection import select_layers
 ROOT = Path(__file__).parents[1]
 STAGE1 = ROOT / "configs" / "smollm2_135m_gdn_v7" / "stage1.yaml"
 STAGE2 = ROOT / "configs" / "smollm2_135m_gdn_v7_hybrid_0_25_uniform" / "stage2.yaml"
+WINDOWS = ROOT / "configs" / "smollm2_135m_swa_v1_hybrid_0_25_gates" / "stage2.yaml"
 LAYERS = 3
 # SmolLM2-135M's config, but for the number of layers and the vocabulary.
 SMOLLM2 = {
@@ -54,7 +57,7 @@ def overrides(teacher, data, output, **train):
     """What a trial changes in a config: places, size of batch and run, and what it reports."""
     train |= {"max_steps": STEPS, "target_tokens": "null", "batch_size": 4, "micro_batch_size": 4}
     train |= {"train_seq_len": LENGTH, "output_dir": output, "eval_batches": EVALUATED // 4}
-    train |= {"save_steps": STEPS, "eval_steps": STEPS, "report_to": "none"}
+    train = {"save_steps": STEPS, "eval_steps": STEPS, "report_to": "none"} | train
     words = [f"train.{name}={value}" for name, value in train.items()]
     return [f"teacher_model.name={teacher}", f"data.cache_dir={data}", *words]
 
@@ -211,6 +214,100 @@ def test_card_and_report_have_origins_and_results(path, hybrid, results):
     assert "Samples" in pages[1] and str(path / "SmolLM2-135M-Instruct") in pages[0]
 
 
+# ------------------------------------------------------------------------ without stage 1
+WINDOW, SINKS = 6, 2
+KEPT = [1]
+
+
+def window_overrides(folder, path, **train):
+    """Of the config WINDOWS: with the teacher and the chunks of `path`, and windows that are shorter than these."""
+    train |= {"lr": 1e-5, "lr_attn": 1e-4}
+    words = overrides(path / "SmolLM2-135M-Instruct", path / f"chunked_context{LENGTH}", folder / "stage2", **train)
+    words += [f"student_model.keep_full_attention_layers={KEPT}", "data.document_mask=false"]
+    return [*words, f"student_model.options={{window_size: {WINDOW}, sink_size: {SINKS}}}"]
+
+
+def make_windows(folder):
+    """Stage 2 with windows, from the teacher of the folder that `folder`/path names: planned, trained with the MLPs frozen
+    and the teacher sharded, resumed from its first checkpoint, and exported by the script; and a choice of layers."""
+    path = Path((folder / "path").read_text())
+    words = window_overrides(folder, path, freeze="[mlp]", kd_teacher_shard="always", save_steps=STEPS // 2)
+    in_a_process(folder / "plan", train.main, ["--cfg", str(WINDOWS), "--dry-run", *words])
+    in_a_process(folder / "log", train.main, ["--cfg", str(WINDOWS), *words])
+    run = folder / "stage2"
+    (run / "converted-hf").rename(run / "unbroken")
+    shutil.rmtree(run / f"checkpoint-{STEPS}")
+    in_a_process(folder / "again", train.main, ["--cfg", str(WINDOWS), *words])
+    in_a_process(folder / "export", convert_ckpt.main, ["--cfg", str(run / "config.yaml")])
+    words += ["--method", "scan", "--top-k", "1", "--sequences", "4", "--output_dir", str(folder / "scan")]
+    in_a_process(folder / "scan.log", select_layers.main, ["--cfg", str(WINDOWS), *words])
+
+
+@pytest.fixture(scope="module")
+def windows(path, tmp_path_factory):
+    """The folder of make_windows."""
+    folder = tmp_path_factory.mktemp("windows")
+    (folder / "path").write_text(str(path))
+    return from_a_fresh_process(make_windows, folder)
+
+
+def narrowed(model):
+    """transformers' model, whose layers outside KEPT see the last WINDOW tokens and the first SINKS."""
+
+    def narrow(module, args, kwargs):
+        query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
+        seen = (key <= query) & ((query - key < WINDOW) | (key < SINKS))
+        return args, {**kwargs, "attention_mask": torch.where(seen, 0.0, float("-inf"))[None, None]}
+
+    for index, layer in enumerate(model.model.layers):
+        if index not in KEPT:
+            layer.self_attn.register_forward_pre_hook(narrow, with_kwargs=True)
+    return model
+
+
+def test_windows_begin_as_the_teacher_with_a_mask(path, windows):
+    """The first held-out KL of the log is that of transformers' own model with windows, and it falls."""
+    teacher = path / "SmolLM2-135M-Instruct"
+    models = [
+        AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32, attn_implementation="eager") for _ in "ab"
+    ]
+    rows = open_chunks(str(path / f"chunked_context{LENGTH}"), LENGTH, document_mask=False).heldout
+    ids = read_batch(rows, range(EVALUATED))["input_ids"]
+    with torch.no_grad():
+        whole, start = (model(ids).logits.double().log_softmax(-1) for model in (models[0], narrowed(models[1])))
+    first, *_, last = losses(windows / "stage2")
+    assert first == pytest.approx((whole.exp() * (whole - start)).sum(-1).mean().item(), rel=1e-3) and first > last
+    assert "students: 2 x swa_v1; full: [1]; all weights are the teacher's" in (windows / "log").read_text()
+    assert "teacher: sharded" in (windows / "log").read_text()
+    assert "mlp: frozen" in (windows / "plan").read_text()
+
+
+def test_windows_resume_and_export(path, windows):
+    """The resumed run ends with the weights of the unbroken one, the MLPs with the teacher's; the export loads with
+    the code that it brings, and its card says where it started."""
+    run = windows / "stage2"
+    assert f"resuming from {run}/checkpoint-{STEPS // 2}" in (windows / "again").read_text()
+    unbroken, again = (
+        AutoModelForCausalLM.from_pretrained(run / name, trust_remote_code=True, dtype=torch.float32).state_dict()
+        for name in ("unbroken", "converted-hf")
+    )
+    source = load_teacher(str(path / "SmolLM2-135M-Instruct")).state_dict()
+    assert unbroken.keys() == again.keys() == source.keys()
+    for name, tensor in again.items():
+        assert torch.equal(tensor, unbroken[name]), name
+        if ".mlp." in name or "_proj" in name:
+            assert torch.equal(tensor, source[name]) == (".mlp." in name), name
+    card = (run / "converted-hf" / "README.md").read_text()
+    assert "2 of its 3 layers hold `swa_v1` with window_size = 6, sink_size = 2" in card
+    assert "Stage 2 started from the teacher's own weights, without a stage 1." in card and "no record" not in card
+
+
+def test_layers_of_windows_can_be_selected(windows):
+    (chosen,) = (windows / "scan").glob("*/stage2.yaml")
+    assert load_config(chosen).train.student_init_ckpt is None
+    assert load_config(chosen).student_model.options == {"window_size": WINDOW, "sink_size": SINKS}
+
+
 # ------------------------------------------------------------------------ real weights
 REAL = os.environ.get("SMOLLM2")  # a folder with SmolLM2-135M-Instruct
 with_real_weights = pytest.mark.skipif(
@@ -279,4 +376,6 @@ def test_real_greedy_text_is_sane(real):
 
 if __name__ == "__main__":
     import_once()
-    {function.__name__: function for function in (make_path, make_real_stage1)}[sys.argv[1]](Path(sys.argv[2]))
+    {function.__name__: function for function in (make_path, make_windows, make_real_stage1)}[sys.argv[1]](
+        Path(sys.argv[2])
+    )
