@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -214,6 +215,7 @@ class StudentLinear(nn.Module, MambaBase):
         self.inner = inner.to(vllm_config.model_config.dtype).eval().requires_grad_(False)
         self.inner.exempt_from_quantization()
         self.kv_cache = (torch.tensor([]),)
+        self.projections = self.joined = None  # see `join_projections`
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"Duplicate layer name: {prefix}")
@@ -259,20 +261,29 @@ class StudentLinear(nn.Module, MambaBase):
         return out
 
     def join_projections(self) -> None:
-        """Makes the weights of one input views of one tensor, as decoding reads them; without, the first step would."""
-        if projections := input_projections(self.inner):
-            fused_parameters(projections)
+        """Makes the weights of one input views of one tensor, as decoding reads them; without, the first step would.
+        Found once, because looking for them takes time in each step that is not a CUDA graph."""
+        self.projections = input_projections(self.inner)
+        self.joined = fused_parameters(self.projections) if self.projections else None
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the projections of its input give for x [B, hidden_size]; of none, where it decodes as its module."""
+        if self.projections is None:
+            self.join_projections()
+        if self.joined is None:
+            return project(x, self.projections) if self.projections else ()
+        return F.linear(x, *self.joined).split([linear.out_features for linear in self.projections], -1)
 
     def decode(self, x, rope, rows, has_state) -> torch.Tensor:
         """As `run`, for one token of each sequence, x [B, hidden_size]: a Gated DeltaNet is one kernel that reads and
         writes the pages, between two GEMMs."""
-        projections = input_projections(self.inner)
-        if not projections:
+        projected = self.project(x)
+        if not projected:
             angles = None if rope is None else tuple(y[:, None] for y in rope)
             return self.run(x[:, None], angles, rows, has_state)[:, 0]
         state = nested(self.declared, iter(self.kv_cache))
         angles = (None, None) if rope is None else rope
-        out = decode_gated_delta(self.inner, project(x, projections), state, *angles, (rows, has_state))
+        out = decode_gated_delta(self.inner, projected, state, *angles, (rows, has_state))
         return self.inner.o_proj(out)
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
