@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cpu_ops import rebind_entry_point
+from .sink_attention import Sinks, WindowWithSinks
 
 PADDING = -1  # the document id of tokens that fill a chunk up
 # Elements beside one per token of the tensor of bounds: the end, that of an empty document, and one
@@ -63,6 +64,14 @@ class Documents:
             cu_seqlens = bounds[: int(numbers[-1]) + 2].clone()
         is_real = (document_ids != PADDING).flatten()
         return cls(cu_seqlens, positions.long()[None], is_real, document_ids.shape[1], is_static)
+
+    @classmethod
+    def of_rows(cls, x: torch.Tensor, attention_mask: torch.Tensor | None) -> Documents:
+        """Each row's tokens as one document, of x [B, T, ...] on its device. attention_mask: [B, T],
+        False for padding on the left, which becomes a document of its own."""
+        if attention_mask is None:
+            attention_mask = x.new_ones(x.shape[:2], dtype=torch.bool)
+        return cls.of(attention_mask.bool().int(), 2 * len(x))
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -192,7 +201,11 @@ def packed_attention(
     window_size: how many tokens a query attends to, itself included; None for all. sink_size: how
     many of the document's first tokens it attends to besides.
     """
-    if not sink_size and supports_varlen(q.device, q.dtype, q.shape[-1]):
+    if supports_varlen(q.device, q.dtype, q.shape[-1]):
+        if sink_size and window_size is not None and documents.longest > window_size:
+            sinks = Sinks.of(documents.positions[0], window_size, sink_size)
+            bounds = (documents.cu_seqlens, documents.longest)
+            return WindowWithSinks.apply(q[0], k[0], v[0], *bounds, window_size, sinks)[None]
         varlen_attn, grouped = _varlen_attention()
         left = -1 if window_size is None else window_size - 1
         longest = documents.longest

@@ -185,8 +185,7 @@ def reads_documents_on_host(name: str, options: Mapping[str, Any]) -> bool:
     """Whether a student with these options of a config reads documents on the host, which rules out
     CUDA graphs: see `StudentAttention`. Raises ValueError for unknown names."""
     student = get_student_attention_class(name)
-    has_sinks = "sink_size" in student.options and student.value_of("sink_size", options) > 0
-    return student.layer.reads_documents_on_host or has_sinks  # sinks: see `packed_attention`
+    return student.layer.reads_documents_on_host
 
 
 def is_student_attention(module: nn.Module) -> bool:

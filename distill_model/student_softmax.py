@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from .attention import SoftmaxAttention, right_aligned
 from .config_distilled_student import StudentConfig
+from .documents import Documents, packed_attention, supports_varlen
 from .student_base import (
     BIASES,
     NORMS,
@@ -177,12 +178,15 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
     forward = any_padding(SoftmaxAttention.forward)
 
     def softmax_attention(self, q, k, v, attention_mask, past_key_values) -> torch.Tensor:
-        """As `SoftmaxAttention`. With sinks, each key has its index among the real tokens of its row,
-        from which the mask follows; a cache holds the sinks and the last window_size keys."""
-        if not self.sink_size:
-            return super().softmax_attention(q, k, v, attention_mask, past_key_values)
+        """As `SoftmaxAttention`. The first tokens are read without a mask where a kernel can do so; padding
+        is on the left. With sinks, each key has its index among the real tokens of its row, from which
+        the mask of others follows; a cache holds the sinks and the last window_size keys."""
         q_len = q.shape[1]
         past_len = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+        if not past_len and supports_varlen(q.device, q.dtype, self.head_dim):
+            return self.first_tokens(q, k, v, attention_mask, past_key_values)
+        if not self.sink_size:
+            return super().softmax_attention(q, k, v, attention_mask, past_key_values)
         if attention_mask is None:
             attention_mask = k.new_ones(1, past_len + q_len, dtype=torch.bool)
         past, new = attention_mask.bool().split([past_len, q_len], 1)
@@ -204,6 +208,18 @@ class SlidingWindowStudent(StudentAttention, SoftmaxAttention):
         k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 2) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
+
+    def first_tokens(self, q, k, v, attention_mask, past_key_values) -> torch.Tensor:
+        """`softmax_attention` with an empty cache or none, each row as a document of a packed row."""
+        rows = Documents.of_rows(q, attention_mask)
+        packed = (x.flatten(0, 1)[None] for x in (q, k, v))
+        out = packed_attention(*packed, rows, self.window_size, self.sink_size).view(q.shape)
+        if self.sink_size and past_key_values is not None:
+            real = q.new_ones(1, q.shape[1]) if attention_mask is None else attention_mask
+            self.hold(k, v, real.bool(), q.shape[1], past_key_values)
+        else:
+            self.with_past(k, v, attention_mask, past_key_values)
+        return out
 
     def held_indices(self, before: torch.Tensor, length: int) -> torch.Tensor:
         """Of each of the `length` held keys its index among the real tokens of its row, of which

@@ -5,6 +5,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import flash_stand_in
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,8 +208,12 @@ def naive_window(attn, x, positions, real, window, sinks):
 
 @pytest.mark.parametrize("window, sinks", [(5, 3), (1, 1), (8, 0), (4, 40)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_window_with_sinks_equals_its_formula(teacher, window, sinks, padded):
-    """Outputs and gradients; then a cache that is filled in parts of odd lengths, padding included."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_window_with_sinks_equals_its_formula(monkeypatch, teacher, window, sinks, padded, packed):
+    """Outputs and gradients; then a cache that is filled in parts of odd lengths, padding included. Without
+    a kernel for packed rows, and with a stand-in of it."""
+    if packed:
+        flash_stand_in.use(monkeypatch)
     options = {"window_size": window, "sink_size": sinks}
     student = StudentForCausalLM.from_teacher(teacher, "swa_v1", [], options)[0]
     attn = student.model.layers[0].attn.double()

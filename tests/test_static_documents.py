@@ -148,8 +148,6 @@ def test_which_students_read_documents_on_the_host():
 
     found = [name for name in STUDENT_ATTENTION_MAP if reads_documents_on_host(name, {})]
     assert sorted(found) == sorted(HOST_READERS)
-    assert reads_documents_on_host("swa_v1", {"sink_size": 1})
-    assert not reads_documents_on_host("swa_v1", {"sink_size": 0, "window_size": 8})
 
 
 @pytest.mark.parametrize("most", [8, MOST, 1000])
