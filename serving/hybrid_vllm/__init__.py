@@ -1,5 +1,6 @@
 """Serves hybrids in vLLM, which finds this package by its entry point: `vllm serve outputs/.../converted-hf`."""
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 # Both ends are tested. Builds for the CPU are a package of another name.
@@ -26,6 +27,9 @@ def register() -> None:
     """Makes vLLM know the model class and its configuration; called by vLLM in each of its processes.
     Also makes FLA read the configurations of its kernels from files."""
     check_version()
+    # Without, FLA asks its backends at each of a dozen calls in a layer of a prompt whether one of them would rather run
+    # it, which costs the host time. Here none would: all read prompts as whole batches. FLA reads this when imported.
+    os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -44,21 +46,26 @@ class LinearMetadata:
 
     rows [N]: the page of each sequence. has_state [N]: whether it holds a state of this sequence; a page that is
     used for the first time holds another one's. decodes: how many sequences have one token. tokens: how many the
-    others have; ends [N - decodes + 1]: where each of them begins and ends.
+    others have; ends [N - decodes + 1]: where each of them begins and ends, None without others.
+    total: how many of the N are sequences, and not rows that fill up a CUDA graph. lengths [N]: all tokens of each.
     """
 
     rows: torch.Tensor
     has_state: torch.Tensor
     decodes: int
     tokens: int
-    ends: torch.Tensor
+    ends: torch.Tensor | None
+    total: int
+    lengths: torch.Tensor
 
 
 class LinearMetadataBuilder(AttentionMetadataBuilder[LinearMetadata]):
-    """Makes the metadata of each step."""
+    """Makes the metadata of each step, for each of vLLM's groups of linear layers. What does not differ between them,
+    the first one computes: on the host, from vLLM's copy there, so that it does not wait for the GPU."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold = 1  # sequences of one token come first
+    supports_update_block_table = True
     last_ends = (None, None)  # of all builders: the last batch's `LinearMetadata.ends`, as a list and on the device
 
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
@@ -74,36 +81,52 @@ class LinearMetadataBuilder(AttentionMetadataBuilder[LinearMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LinearMetadata:
         batch = common_attn_metadata
-        pages = mamba_get_block_table_tensor(
-            batch.block_table_tensor, batch.seq_lens, self.kv_cache_spec, self.cache_mode
-        )
-        lengths = batch.query_start_loc_cpu.diff()
-        is_long = lengths != 1
+        starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
+        counts = [end - start for start, end in pairwise(starts)]
         # A graph of more sequences than there are has rows without tokens at its end.
-        total = int((lengths > 0).sum())
-        decodes = min(total, int(is_long.long().argmax()) if is_long.any() else len(lengths))
-        has_state = batch.seq_lens > batch.query_start_loc.diff()
-        padded = len(lengths) if decodes == total else total
-        self.rows[:padded].fill_(NULL_BLOCK_ID)
-        self.has_state[:padded].fill_(False)
-        self.rows[:total].copy_(pages[:total, 0])
-        self.has_state[:total].copy_(has_state[:total])
+        total = len(counts) - counts.count(0)
+        decodes = next((i for i, count in enumerate(counts[:total]) if count > 1), total)
+        rows = len(counts) if decodes == total else total
+        new = 1 if decodes == total else batch.query_start_loc[: total + 1].diff()
+        torch.gt(batch.seq_lens[:total], new, out=self.has_state[:total])
+        if rows > total:
+            self.has_state[total:rows] = False
         return LinearMetadata(
-            rows=self.rows[:padded],
-            has_state=self.has_state[:padded],
-            decodes=padded if decodes == total else decodes,
-            tokens=int(batch.query_start_loc_cpu[total] - batch.query_start_loc_cpu[decodes]),
-            ends=self.ends(batch, decodes, total),
+            rows=self.pages(batch.block_table_tensor, batch.seq_lens, total, rows),
+            has_state=self.has_state[:rows],
+            decodes=rows if decodes == total else decodes,
+            tokens=starts[total] - starts[decodes],
+            ends=self.ends(batch, starts[decodes : total + 1], decodes) if decodes < total else None,
+            total=total,
+            lengths=batch.seq_lens,
         )
 
+    def update_block_table(
+        self, metadata: LinearMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> LinearMetadata:
+        """The metadata of the same step, which another group's builder made, for this group's pages. vLLM calls this
+        instead of `build`. `has_state` is copied, because a graph was recorded with this builder's."""
+        rows = len(metadata.rows)
+        self.has_state[:rows].copy_(metadata.has_state)
+        pages = self.pages(blk_table, metadata.lengths, metadata.total, rows)
+        return replace(metadata, rows=pages, has_state=self.has_state[:rows])
+
+    def pages(self, blocks: torch.Tensor, lengths: torch.Tensor, total: int, rows: int) -> torch.Tensor:
+        """The page of each of the first `total` sequences, then the page that no sequence has, up to `rows`."""
+        pages = mamba_get_block_table_tensor(blocks, lengths, self.kv_cache_spec, self.cache_mode)
+        self.rows[:total].copy_(pages[:total, 0])
+        if rows > total:
+            self.rows[total:rows] = NULL_BLOCK_ID
+        return self.rows[:rows]
+
     @classmethod
-    def ends(cls, batch: CommonAttentionMetadata, decodes: int, total: int) -> torch.Tensor:
-        """Where the sequences after the first `decodes` begin and end; one tensor for the layers of all builders: FLA
-        copies it to the host, and keeps what it derives from the last few tensors that it got."""
-        own = slice(decodes, total + 1)
-        places = batch.query_start_loc_cpu[own].tolist()
+    def ends(cls, batch: CommonAttentionMetadata, places: list[int], decodes: int) -> torch.Tensor:
+        """Where the sequences after the first `decodes` begin and end, from the same as a list, `places`, in which the
+        decoded tokens count. One tensor for the layers of all builders: FLA copies it to the host, and keeps what it
+        derives from the last few tensors that it got."""
         if cls.last_ends[0] != places:
-            cls.last_ends = places, batch.query_start_loc[own] - batch.query_start_loc[decodes]
+            own = batch.query_start_loc[decodes : decodes + len(places)]
+            cls.last_ends = places, own - batch.query_start_loc[decodes]
         return cls.last_ends[1]
 
 
@@ -192,6 +215,7 @@ class StudentLinear(nn.Module, MambaBase):
         self.inner = inner.to(vllm_config.model_config.dtype).eval().requires_grad_(False)
         self.inner.exempt_from_quantization()
         self.kv_cache = (torch.tensor([]),)
+        self.projections = self.joined = None  # see `join_projections`
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"Duplicate layer name: {prefix}")
@@ -225,10 +249,10 @@ class StudentLinear(nn.Module, MambaBase):
         """The outputs of tokens x [B, T, hidden_size], or packed [1, T, hidden_size] with cu_seqlens; the states in
         the pages `rows` are replaced by those after the tokens."""
         before = []
+        blank = ~has_state
         for pool in self.kv_cache:
             state = pool[rows]
-            blank = ~has_state.view(-1, *[1] * (state.ndim - 1))
-            before.append(state.masked_fill_(blank, 0))
+            before.append(state.masked_fill_(blank.view(-1, *[1] * (state.ndim - 1)), 0))
         states = SequenceStates(nested(self.declared, iter(before)), self.layer_idx)
         options = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         out = self.inner(x, past_key_values=states, use_cache=True, position_embeddings=rope, **options)[0]
@@ -237,20 +261,29 @@ class StudentLinear(nn.Module, MambaBase):
         return out
 
     def join_projections(self) -> None:
-        """Makes the weights of one input views of one tensor, as decoding reads them; without, the first step would."""
-        if projections := input_projections(self.inner):
-            fused_parameters(projections)
+        """Makes the weights of one input views of one tensor, as decoding reads them; without, the first step would.
+        Found once, because looking for them takes time in each step that is not a CUDA graph."""
+        self.projections = input_projections(self.inner)
+        self.joined = fused_parameters(self.projections) if self.projections else None
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the projections of its input give for x [B, hidden_size]; of none, where it decodes as its module."""
+        if self.projections is None:
+            self.join_projections()
+        if self.joined is None:
+            return project(x, self.projections) if self.projections else ()
+        return F.linear(x, *self.joined).split([linear.out_features for linear in self.projections], -1)
 
     def decode(self, x, rope, rows, has_state) -> torch.Tensor:
         """As `run`, for one token of each sequence, x [B, hidden_size]: a Gated DeltaNet is one kernel that reads and
         writes the pages, between two GEMMs."""
-        projections = input_projections(self.inner)
-        if not projections:
+        projected = self.project(x)
+        if not projected:
             angles = None if rope is None else tuple(y[:, None] for y in rope)
             return self.run(x[:, None], angles, rows, has_state)[:, 0]
         state = nested(self.declared, iter(self.kv_cache))
         angles = (None, None) if rope is None else rope
-        out = decode_gated_delta(self.inner, project(x, projections), state, *angles, (rows, has_state))
+        out = decode_gated_delta(self.inner, projected, state, *angles, (rows, has_state))
         return self.inner.o_proj(out)
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:

@@ -2,11 +2,16 @@
 
 import json
 import os
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import counter, decode, engine, texts
+from hybrid_vllm.linear import LinearMetadataBuilder
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+from vllm.v1.kv_cache_interface import MambaSpec
 
 pytestmark = pytest.mark.vllm
 MODELS = sorted(file.stem for file in Path(os.environ["HYBRID_MODELS"]).glob("*.json"))
@@ -99,6 +104,51 @@ def test_bf16_within_its_noise(name, models, reference):
     differences = torch.cat(differences)
     assert len(differences) >= 24
     assert differences.square().mean().sqrt() <= 2 * expected["bf16_rms"]
+
+
+@pytest.mark.parametrize("cache_mode", ["none", "align"])
+@pytest.mark.parametrize("counts", [[1, 1, 1], [1, 1, 0, 0], [1, 1, 7, 130], [9, 2], [1]])
+def test_groups_of_layers_share_the_metadata_of_a_step(counts, cache_mode):
+    """A group's metadata, made from another group's, is that which it would make itself, at the addresses that a CUDA
+    graph of this group reads."""
+    spec = MambaSpec(block_size=128, shapes=((1,),), dtypes=(torch.float32,))
+    device = torch.device("cpu")
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(mamba_cache_mode=cache_mode),
+        scheduler_config=SimpleNamespace(max_num_seqs=6),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=8),
+    )
+    first, second, alone = (LinearMetadataBuilder(spec, [], config, device) for _ in range(3))
+    counts = torch.tensor(counts, dtype=torch.int32)
+    ends = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    read = torch.randint(0, 2, counts.shape, dtype=torch.int32) * 300 * (counts > 0)
+    for builder in (first, second, alone):  # what an earlier step left
+        builder.rows.fill_(77)
+        builder.has_state.fill_(True)
+
+    def batch(blocks):
+        return SimpleNamespace(
+            query_start_loc=ends,
+            query_start_loc_cpu=ends,
+            seq_lens=read + counts,
+            num_reqs=len(counts),
+            block_table_tensor=blocks,
+        )
+
+    blocks = [torch.randint(1, 70, (len(counts), 4), dtype=torch.int32) for _ in range(2)]
+    shared = second.update_block_table(first.build(0, batch(blocks[0])), blocks[1], torch.empty(0))
+    expected = alone.build(0, batch(blocks[1]))
+    tokens = [int(n) for n in counts if n > 0]
+    long = [n for n in tokens if n > 1]
+    for metadata in (shared, expected):
+        column = (read + counts - 1).clamp(min=0) // 128 if cache_mode == "align" else torch.zeros_like(counts)
+        pages = blocks[1].gather(1, column.long()[:, None])[:, 0].masked_fill(counts == 0, NULL_BLOCK_ID)
+        assert metadata.rows.tolist() == pages.tolist()
+        assert metadata.has_state.tolist() == ((read > 0) & (counts > 0)).tolist()
+        assert metadata.decodes == len(counts) - len(long) and metadata.tokens == sum(long)
+        assert (None if metadata.ends is None else metadata.ends.tolist()) == ([0, *accumulate(long)] if long else None)
+    assert shared.rows.data_ptr() == second.rows.data_ptr()
+    assert shared.has_state.data_ptr() == second.has_state.data_ptr()
 
 
 def test_config_carries_what_vllm_reads(models):
