@@ -214,6 +214,7 @@ def test_what_the_text_says_of_the_aims_is_in_the_stored_figures():
     """The first table of results.md."""
     results = json.loads(read("docs/results.json"))
     teacher, names = results["teacher"], real_model_report.by_name(results["rows"])
+    tasks = real_model_report.tasks_of(teacher)
     text = read("docs/results.md")
     for name, label in (
         ("15 kept by gates, swa_v1, window 512", "windows of 512 with sinks"),
@@ -229,6 +230,8 @@ def test_what_the_text_says_of_the_aims_is_in_the_stored_figures():
         cells = [f"{mean(real_model_report.ratio(row, teacher) for row in rows):.3f}"]
         cells += [f"{mean(row['figures']['kl'] for row in rows):.3f}"]
         cells += [f"{100 * mean(real_model_report.recall(row, teacher) for row in rows):.1f}"]
+        shares = [real_model_report.share(row, teacher, task) for row in rows for task in tasks]
+        cells += [f"{100 * mean(min(value, 1) for value in shares):.1f}"]
         for task in ("two_hops", "needle_8192"):
             cells += [f"{100 * mean(real_model_report.share(row, teacher, task) for row in rows):.0f}"]
         assert f"| | {label} | {' | '.join(cells)} |" in text, name
