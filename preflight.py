@@ -248,8 +248,7 @@ def open_data(cfg: Config, plan: BatchPlan) -> Chunks:
     chunks = open_chunks_for(
         tokenizer, vocab_size, folder, cfg.train.train_seq_len, document_mask=cfg.data.document_mask
     )
-    student = cfg.student_model
-    check_cuda_graphs(cfg, chunks.has_documents and reads_documents_on_host(student.name, student.options))
+    check_cuda_graphs(cfg, chunks.has_documents and reads_documents_on_host(cfg.student_model.name))
     usable = len(chunks.train) - len(chunks.train) % plan.batch_size
     if not usable:
         raise DataError(

@@ -361,7 +361,7 @@ def use_cuda_graphs(
 
 def reason_of_documents(config: StudentConfig, dtype: torch.dtype) -> str | None:
     """Why a model of this config and dtype cannot read documents in CUDA graphs, or None if it can."""
-    if config.linear_layers and reads_documents_on_host(config.student_name, config.student_options):
+    if config.linear_layers and reads_documents_on_host(config.student_name):
         return f"{config.student_name} reads documents on the host"
     if not supports_varlen(torch.device("cuda"), dtype, config.head_dim):
         return "softmax attention reads documents on the host, in this dtype or on this GPU"

@@ -5,11 +5,12 @@
 
 A run is stage 2 of a hybrid with evenly spaced kept layers, from a stage 1 that all runs of a seed
 share. Seeds differ in fresh weights and in the order of the data. The larger teacher of one variant is
-grown from the teacher (recall_teacher.py --grow). Teachers and runs are measured on the same held-out
-text, read whole and one document at a time, and on the hardest recall questions that the teacher has
-learnt. KL is to the teacher, also for the variant that learns from the larger one.
+grown from the teacher (recall_teacher.py --grow). Teachers and runs are measured on the first held-out
+chunks, which are of recall documents, read whole and one document at a time, and on the hardest recall
+questions that the teacher has learnt. KL is to the teacher, also for the variant that learns from the
+larger one.
 
-The first table is of text read whole, the second of documents. They have means over the seeds and, for
+The first table is of chunks read whole, the second of documents. They have means over the seeds and, for
 the difference to the control, the 95 % interval of Student's t over the seeds' paired differences.
 Tokens/s are of the steps after the first few, which compile.
 
@@ -111,7 +112,8 @@ VARIANTS = (
 )
 # Teachers, which have figures too, each in one run; rows of the table.
 TEACHER, LARGER = "teacher", "larger teacher"
-READ_ALONE = (CONTROL, "document_mask")  # in the table of documents
+# In the table of documents.
+READ_ALONE = (CONTROL, "document_mask", "recall conversations alone", "loss_on: assistant")
 # Figure -> its column, the factor it is shown with, its digits, and its unit.
 FIGURES = {
     "kl": ("KL", 1, 4, ""),
@@ -223,7 +225,7 @@ class Ablations:
         )
 
     def heldout(self, document_mask: bool):
-        """Batches of held-out text, read whole or one document at a time, and what the teacher makes of
+        """Batches of held-out chunks, read whole or one document at a time, and what the teacher makes of
         them."""
         rows = self.open(MIXED, document_mask).heldout
         batch = read_batch(rows, range(min(self.args.eval_chunks, len(rows))))
@@ -333,7 +335,7 @@ class Ablations:
         gc.collect()
 
     def figures(self, model: StudentForCausalLM) -> dict:
-        """Of a model that does not train: on held-out text, on its documents, and recall."""
+        """Of a model that does not train: on held-out chunks, on their documents, and recall."""
         whole = heldout_figures(model, *self.read_whole)
         alone = heldout_figures(model, *self.read_alone)
         recall = {task: answer_accuracy(model, self.tokenizer, asked) for task, asked in self.questions.items()}
@@ -500,7 +502,7 @@ def report(ablations: Ablations, failed: list[str]) -> str:
     """Writes ablations.json and ablations.md of the runs that are there, also of variants that this command
     leaves out; the tables. failed: a line for each job that failed."""
     runs = [json.loads(file.read_text()) for file in ablations.results(VARIANTS) if file.is_file()]
-    text = f"Held-out text read whole:\n\n{table(runs)}\n\n"
+    text = f"Held-out chunks read whole:\n\n{table(runs)}\n\n"
     text += f"Held-out documents read one at a time:\n\n{documents_table(runs)}"
     for variant in VARIANTS:
         if reason := ablations.refusal(variant):
@@ -539,7 +541,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lr_stage1", type=float, default=2e-3)
     add("--lr", type=float, default=1e-4)
     add("--lr_attn", type=float, default=1e-3)
-    add("--eval_chunks", type=int, default=64, help="of held-out text")
+    add("--eval_chunks", type=int, default=64, help="held out (%(default)s)")
     add("--larger_steps", type=int, default=GROWN_STEPS, help="that the larger teacher trains (%(default)s)")
     names = [variant.name for variant in VARIANTS]
     add("--variants", nargs="+", choices=names, metavar="NAME", help="only these; default: all")

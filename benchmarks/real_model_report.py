@@ -101,7 +101,8 @@ def spread(values: list[float | None], digits: int, percent: bool = False) -> st
         return "–"
     values = [100 * value for value in values] if percent else values
     half_range = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{half_range}"
+    mean = round(statistics.fmean(values), digits) + 0.0  # no minus sign before zero
+    return f"{mean:.{digits}f}{half_range}"
 
 
 def heading(task: str) -> str:
@@ -158,10 +159,20 @@ def sets_table(results: dict) -> str:
         seconds.append(spread([row["figures"]["seconds"] for row in rows], 0))
         same = spread([row["figures"]["agreement"] for row in rows], 1, percent=True)
         layers = layer_list(first["layers"])
-        lines.append(f"| {name} | {student} | {layers} | {same} | {' | '.join(seconds)} | {first['gpu']} |")
+        lines.append(f"| {name} | {student} | {layers} | {same} | {' | '.join(seconds)} | {gpus(rows)} |")
     if results.get("code"):
         lines += ["", f"Trained by {'; '.join(results['code'])}."]
     return "\n".join(lines)
+
+
+def gpus(rows: list[dict]) -> str:
+    """On which the seeds of a row ran; with the seeds where they differ."""
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        found.setdefault(row["gpu"], []).append(row["seed"])
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(f"{gpu} (seed {' '.join(map(str, seeds))})" for gpu, seeds in found.items())
 
 
 def layer_list(layers: list[int]) -> str:
@@ -353,14 +364,12 @@ def plot_quality(results: dict, key: str, x, label: str, path: Path, log: bool) 
         axis.grid(alpha=0.3)
         if log:
             axis.set_xscale("log")
-            axis.set_xticks(sorted({place for points in lines.values() for place in points}))
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.minorticks_off()
-        else:
-            axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xticks(sorted({place for points in lines.values() for place in points}))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     axes[2].set_ylim(bottom=0)
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(5, len(names)), frameon=False)
+    figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
     plot.close(figure)
 

@@ -191,11 +191,10 @@ def check_start_from_teacher(name: str, all_kept: bool = False) -> None:
         )
 
 
-def reads_documents_on_host(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether a student with these options of a config reads documents on the host, which rules out
-    CUDA graphs: see `StudentAttention`. Raises ValueError for unknown names."""
-    student = get_student_attention_class(name)
-    return student.layer.reads_documents_on_host
+def reads_documents_on_host(name: str) -> bool:
+    """Whether a student reads documents on the host, which rules out CUDA graphs: see
+    `StudentAttention`. Raises ValueError for unknown names."""
+    return get_student_attention_class(name).layer.reads_documents_on_host
 
 
 def is_student_attention(module: nn.Module) -> bool:

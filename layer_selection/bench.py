@@ -123,8 +123,7 @@ class Bench:
         self.weights = heldout_weights(chunks, sequences, batch_size)
         self.train = chunks.train
         self.has_documents = chunks.has_documents
-        student = cfg.student_model
-        check_cuda_graphs(cfg, self.has_documents and reads_documents_on_host(student.name, student.options))
+        check_cuda_graphs(cfg, self.has_documents and reads_documents_on_host(cfg.student_model.name))
 
     @cached_property
     def teacher(self) -> StudentForCausalLM:

@@ -232,8 +232,8 @@ This page lists what is in each folder: teacher, student layer, ratio, selector 
 [docs/layer_selection.md](../docs/layer_selection.md) explains the selectors,
 [docs/config.md](../docs/config.md) the keys, [docs/training.md](../docs/training.md#learning-rates) the
 learning rates. No folder has been trained with the weights of its teacher's hub name here.
-[docs/results.md](../docs/results.md) has what hybrids of SmolLM2 keep, with fewer tokens than these
-files have and weights dequantised from Q4_1.
+[docs/results.md](../docs/results.md) has what hybrids of SmolLM2 keep, with most of these layers, these
+learning rates, fewer tokens, text read across documents, and weights dequantised from Q4_1.
 
 - `{teacher}_{student}/stage1.yaml`: the stage 1 that all hybrids of that pair start from.
 - `{teacher}_{student}_hybrid_{ratio}_{selector}/stage2.yaml`: a hybrid. Where the table has a *,

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import re
+import statistics
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from runtime.run_folder import FREE_KEYS
 
 import pytest
 import yaml
+
+from benchmarks import real_model_report
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -205,6 +208,46 @@ def test_what_the_text_says_of_recall_in_the_middle_is_in_the_stored_figures():
     assert [choice["keep"] for choice in choices.values()] == keeps
     for name, times in {"tokens": 4, "seconds": 5.4}.items():
         assert choices["ga_s2"][name] / choices["gates"][name] == pytest.approx(times, abs=0.05)
+
+
+def test_what_the_text_says_of_the_aims_is_in_the_stored_figures():
+    """The first table of results.md."""
+    results = json.loads(read("docs/results.json"))
+    teacher, names = results["teacher"], real_model_report.by_name(results["rows"])
+    tasks = real_model_report.tasks_of(teacher)
+    text = read("docs/results.md")
+    for name, label in (
+        ("15 kept by gates, swa_v1, window 512", "windows of 512 with sinks"),
+        ("8 kept by gates, swa_v1, window 512", "windows of 512 with sinks"),
+        ("4 kept by gates, swa_v1, window 512", "windows of 512 with sinks"),
+        ("15 kept, gates, mixture", "linear attention, `gdn_v7`"),
+        ("8 kept, gates, mixture", "linear attention, `gdn_v7`"),
+        ("4 kept, gates, mixture", "linear attention, `gdn_v7`"),
+        ("8 kept by gates, 100M tokens", "linear attention, 100M tokens"),
+    ):
+        rows = names[name]
+        mean = statistics.fmean
+        cells = [f"{mean(real_model_report.ratio(row, teacher) for row in rows):.3f}"]
+        cells += [f"{mean(row['figures']['kl'] for row in rows):.3f}"]
+        cells += [f"{100 * mean(real_model_report.recall(row, teacher) for row in rows):.1f}"]
+        shares = [real_model_report.share(row, teacher, task) for row in rows for task in tasks]
+        cells += [f"{100 * mean(min(value, 1) for value in shares):.1f}"]
+        for task in ("two_hops", "needle_8192"):
+            cells += [f"{100 * mean(real_model_report.share(row, teacher, task) for row in rows):.0f}"]
+        assert f"| | {label} | {' | '.join(cells)} |" in text, name
+
+
+def test_selectors_on_a_real_model_have_the_figures_of_the_results():
+    """The table of layer_selection.md, against the longer one of results.md."""
+    names = {"middle": "the middle layers", **{name: f"`{name}`" for name in ("ga_s2", "ar", "uniform")}}
+    names |= {f"gates, {objective}": f"`gates`, {objective}" for objective in ("mixture", "KL")}
+    text = read("docs/layer_selection.md")
+    table = real_model_report.selectors_table(json.loads(read("docs/results.json"))).splitlines()[2:]
+    for line in table:
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        row = f"| {' | '.join([names[cells[1]], *cells[8:]])} |".replace("|  |", "| |").replace("|  |", "| |")
+        assert row in text, row
+    assert len(table) == 11
 
 
 def test_the_front_page_has_figures_of_the_performance_page():

@@ -91,8 +91,8 @@ def test_every_published_set_has_its_rows():
         "qwen3_0.6b_gdn_v4": 1,
         "qwen3_1.7b_gdn_v4": 1,
         "qwen3_8b_gdn_v4": 1,
-        "smollm2_135m_gdn_v7": 6,
-        "smollm2_135m_swa_v1": 1,
+        "smollm2_135m_gdn_v7": 8,
+        "smollm2_135m_swa_v1": 3,
     }
 
 
@@ -117,11 +117,12 @@ def test_a_teacher_may_have_its_own_settings():
     assert [train.calibrate_init for train in stages] == [8, 0, 0]
 
 
-def test_windows_are_as_the_benchmark_trained_them():
+@pytest.mark.parametrize("ratio, kept", [("0_125", 4), ("0_25", 8), ("0_5", 15)])
+def test_windows_are_as_the_benchmark_trained_them(ratio, kept):
     """Layers, options and rates of the row of docs/results.md."""
-    cfg = load_config(ROOT / "configs" / "smollm2_135m_swa_v1_hybrid_0_25_gates" / "stage2.yaml")
+    cfg = load_config(ROOT / "configs" / f"smollm2_135m_swa_v1_hybrid_{ratio}_gates" / "stage2.yaml")
     results = json.loads((ROOT / "docs" / "results.json").read_text())["rows"]
-    row = next(row for row in results if row["name"] == "8 kept by gates, swa_v1, window 512")
+    row = next(row for row in results if row["name"] == f"{kept} kept by gates, swa_v1, window 512")
     settings = row["settings"]
     student = cfg.student_model
     assert (student.name, student.options) == (settings["student"], settings["options"])

@@ -376,6 +376,13 @@ def test_the_table_has_means_spreads_and_shares():
     assert "60.0 ± 2.0" in lines[2] and "50 / 100" in lines[2]
 
 
+def test_the_table_of_sets_has_the_gpu_of_each_seed():
+    assert real_model_report.gpus([{"gpu": "H200", "seed": 0}, {"gpu": "H200", "seed": 1}]) == "H200"
+    seeds = [{"gpu": gpu, "seed": seed} for seed, gpu in enumerate(("H200", "H100", "H200"))]
+    assert real_model_report.gpus(seeds) == "H200 (seed 0 2), H100 (seed 1)"
+    assert real_model_report.spread([-4e-5, 1e-5], 3) == "0.000 ± 0.000"
+
+
 def test_the_plot_of_needles_has_the_mean_and_each_seed_by_length(tmp_path, monkeypatch):
     plot = real_model_report.pyplot()
     monkeypatch.setattr(plot, "close", lambda figure: None)

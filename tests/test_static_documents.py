@@ -146,7 +146,7 @@ def test_which_students_read_documents_on_the_host():
     from distill_model import STUDENT_ATTENTION_MAP
     from distill_model.student_layers import reads_documents_on_host
 
-    found = [name for name in STUDENT_ATTENTION_MAP if reads_documents_on_host(name, {})]
+    found = [name for name in STUDENT_ATTENTION_MAP if reads_documents_on_host(name)]
     assert sorted(found) == sorted(HOST_READERS)
 
 

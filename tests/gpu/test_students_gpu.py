@@ -64,7 +64,7 @@ def student_of(name):
 
 def takes_documents_in_graphs(name):
     """Whether this entry of LAYERS reads nothing of documents on the host."""
-    return not reads_documents_on_host(student_of(name), OPTIONS.get(name, {}))
+    return not reads_documents_on_host(student_of(name))
 
 
 def build(name, dtype, device, seed=0):
