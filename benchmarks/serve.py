@@ -4,7 +4,8 @@
     python benchmarks/serve.py --plot OUT/serve.json                     # anywhere: OUT/serve.png
 
 On random weights. The teacher is vLLM's own Qwen2 or Llama class, the hybrid the plug-in's; `--vllm_gdn` adds one of
-vLLM's own Gated DeltaNet layers (Qwen3-Next without experts), which bounds what the plug-in could reach.
+vLLM's own Gated DeltaNet layers, the class of native exports, which bounds what the plug-in could reach. vLLM has that
+class from 0.27.1 on.
 
 Decoding: as many sequences of each context as the cache holds, `--max_sequences` at most. Their caches are filled with
 random values (serve_fill.py), because reading their prompts takes minutes and decoding takes as long whatever a cache
@@ -55,7 +56,7 @@ SHAPES = {
     ),
 }
 TEACHER, HYBRID, VLLM_GDN = "teacher", "hybrid", "hybrid of vLLM's GDN"
-STYLES = {HYBRID: dict(color="tab:blue"), VLLM_GDN: dict(color="tab:orange", linestyle="--")}
+NATIVE_CLASS = "Qwen3_5ForCausalLM"  # dense; the older Qwen3-Next takes experts alone
 REPEATS = 3  # of the time to first token
 
 
@@ -93,9 +94,9 @@ def config_values(name: str, config: StudentConfig) -> dict:
         return values | {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"]}
     heads = config.num_attention_heads
     return values | {
-        "model_type": "qwen3_next",
-        "architectures": ["Qwen3NextForCausalLM"],
-        "num_experts": 0,
+        "model_type": "qwen3_5_text",
+        "architectures": [NATIVE_CLASS],
+        "rope_parameters": config.rope_parameters | {"partial_rotary_factor": 1.0},
         "partial_rotary_factor": 1.0,
         "layer_types": config.layer_types,
         "linear_num_key_heads": heads,
@@ -105,6 +106,18 @@ def config_values(name: str, config: StudentConfig) -> dict:
         "linear_conv_kernel_dim": 4,
         "mamba_ssm_dtype": "float32",
     }
+
+
+def check_vllm_gdn() -> None:
+    """Raises ValueError if this vLLM has no class for a dense hybrid of its own Gated DeltaNet layers."""
+    import vllm
+    from vllm import ModelRegistry
+
+    if NATIVE_CLASS not in ModelRegistry.get_supported_archs():
+        raise ValueError(
+            f"--vllm_gdn: vLLM {vllm.__version__} has no {NATIVE_CLASS}, the class of such a hybrid without experts; "
+            "leave the option out, or use 0.27.1 or later"
+        )
 
 
 def slack(args: argparse.Namespace) -> int:
@@ -281,6 +294,28 @@ def table(setup: str, rows: list[dict]) -> str:
     return "\n".join([setup, "", head, *map(row_text, rows), "", *lines])
 
 
+def side_by_side(runs: list[dict]) -> str:
+    """Teacher and hybrid of several runs in one table, a line for each context."""
+    lines = [
+        "| model | context | first token, s: teacher | hybrid | sequences: teacher | hybrid | decoded tokens/s: teacher "
+        "| hybrid | speed-up |\n|:--|--:|--:|--:|--:|--:|--:|--:|--:|"
+    ]
+    for run in runs:
+        name = run["name"]
+        models = ({row["context"]: row for row in run["rows"] if row["model"] == model} for model in (TEACHER, HYBRID))
+        teacher, hybrid = models
+        for context in sorted(teacher):
+            pair = teacher[context], hybrid[context]
+            cells = [name, f"{context:,}"]
+            cells += [f"{row['first_token_seconds']:.3f}" for row in pair]
+            cells += [f"{row['sequences']}" for row in pair]
+            cells += [f"{row['tokens_per_second']:,.0f}" for row in pair]
+            cells.append(f"{pair[1]['tokens_per_second'] / pair[0]['tokens_per_second']:.2f} x")
+            lines.append(f"| {' | '.join(cells)} |")
+            name = ""
+    return "\n".join(lines)
+
+
 def write(setup: str, rows: list[dict], folder: Path) -> None:
     """serve.md and serve.json of the rows so far: a run that is cut short leaves them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -297,19 +332,18 @@ def read_compared(path: Path) -> list[dict]:
         raise ValueError(f"--plot: {path} is no readable serve.json; name one that --output_dir has written") from None
 
 
-def plot(points: list[dict], path: Path) -> None:
-    """Speed-ups over the teacher, over the context."""
+def plot(curves: dict[str, list[dict]], path: Path) -> None:
+    """Speed-ups over the teacher, over the context: a line for each list of `compared`."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    contexts = sorted({point["context"] for point in points})
+    contexts = sorted({point["context"] for points in curves.values() for point in points})
     names = [f"{n // 1024}k" if n % 1024 == 0 else f"{n:,}" for n in contexts]
     titles = {"decoding": "Decoding, full cache", "first_token": "Time to first token"}
     for axis, (key, title) in zip(axes, titles.items()):
-        for name, style in STYLES.items():
-            own = sorted((p for p in points if p["model"] == name), key=lambda p: p["context"])
-            if own:
-                axis.plot([p["context"] for p in own], [p[key] for p in own], marker="o", label=name, **style)
+        for name, points in curves.items():
+            own = sorted(points, key=lambda point: point["context"])
+            axis.plot([p["context"] for p in own], [p[key] for p in own], marker="o", label=name)
         axis.axhline(1, color="gray", linewidth=1)
         axis.set_title(f"{title}: speed-up over the teacher", loc="left", fontsize=10)
         axis.set_xscale("log", base=2)
@@ -350,13 +384,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.plot:
-        plot(read_compared(args.plot), args.plot.with_suffix(".png"))
+        points = read_compared(args.plot)
+        models = dict.fromkeys(point["model"] for point in points)
+        curves = {model: [point for point in points if point["model"] == model] for model in models}
+        plot(curves, args.plot.with_suffix(".png"))
         return
     config = student_config(args)
     engine_options(args.engine)
     import vllm
     from vllm.platforms import current_platform
 
+    if args.vllm_gdn:
+        check_vllm_gdn()
     torch.manual_seed(0)
     # Asked of the driver: a process that has used CUDA cannot fork engines.
     device = current_platform.get_device_name() if current_platform.is_cuda() else "CPU"

@@ -4,6 +4,7 @@ of the prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 FILLED = "decode-"  # begins the names of requests whose prompts are not read
 
@@ -65,16 +67,18 @@ class FilledCache(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context, **_) -> None:
         for groups in self._get_connector_metadata().requests:
-            for layers, pages in zip(self.groups, groups, strict=True):
-                for layer in layers:
-                    self.fill(layer, pages)
+            for names, pages in zip(self.groups, groups, strict=True):
+                for name in names:
+                    layer = forward_context.no_compile_layers[name]
+                    # vLLM 0.32 registers the states of a linear layer as bytes.
+                    linear = isinstance(layer, MambaBase)
+                    self.fill(name, layer.kv_cache if linear else [self.caches[name]], pages)
 
-    def fill(self, layer: str, pages: list[int]) -> None:
+    def fill(self, layer: str, cache: Iterable[torch.Tensor], pages: list[int]) -> None:
         """Small random values in these pages of a layer: keys and values, or each of its states. A page may be
         several rows of a cache, where the attention kernel's blocks are smaller. Raises ValueError for a cache of
         another layout."""
-        cache = self.caches[layer]
-        for tensor in [cache] if isinstance(cache, torch.Tensor) else cache:
+        for tensor in cache:
             rows_per_page, rest = divmod(len(tensor), self.pages)
             if rest:
                 raise ValueError(f"{layer}: a cache of {tuple(tensor.shape)} is not made of {self.pages} pages")

@@ -636,8 +636,21 @@ def test_serving_results_are_compared_and_drawn(tmp_path):
         assert len(json.loads((tmp_path / "serve.json").read_text())["rows"]) == done
     assert "| hybrid | 2,048 | 1.600 | 4 | 200 | 0 |" in (tmp_path / "serve.md").read_text()
     assert json.loads((tmp_path / "serve.json").read_text())["compared"] == points
+    table = serve.side_by_side([{"name": "tiny", "rows": rows[::-1]}]).splitlines()
+    assert table[2] == "| tiny | 1,024 | 2.000 | 1.000 | 4 | 4 | 100 | 150 | 1.50 x |"
+    assert table[3:] == ["|  | 2,048 | 4.000 | 1.600 | 4 | 4 | 50 | 200 | 4.00 x |"]
     serve.main(["--plot", str(tmp_path / "serve.json")])
     assert (tmp_path / "serve.png").stat().st_size > 10_000
+
+
+def test_a_vllm_without_a_dense_class_of_its_gated_delta_net_is_refused(monkeypatch):
+    known = ["Qwen3NextForCausalLM"]
+    registry = SimpleNamespace(get_supported_archs=lambda: known)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.26.0", ModelRegistry=registry))
+    with pytest.raises(ValueError, match="^--vllm_gdn: vLLM 0.26.0 has no Qwen3_5ForCausalLM, .* 0.27.1 or later$"):
+        serve.check_vllm_gdn()
+    known.append("Qwen3_5ForCausalLM")
+    serve.check_vllm_gdn()
 
 
 @pytest.mark.parametrize(

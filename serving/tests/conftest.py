@@ -13,14 +13,6 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-from fla.ops.gated_delta_rule import chunk_fwd
-from fla.ops.kda import chunk_intra
-from triton import language
-
-# On a GPU FLA solves a chunk's triangular system in TF32 whatever the environment says, which alone changes a
-# log-probability by more than the tests of fp32 allow.
-for kernels in (chunk_fwd, chunk_intra):
-    kernels.SOLVE_TRIL_DOT_PRECISION = language.constexpr("ieee")
 
 ENGINE = json.loads(os.environ.get("HYBRID_ENGINE", "{}"))
 
@@ -38,7 +30,7 @@ def reference(models):
 
 @contextmanager
 def engine(model, **settings):
-    """vLLM on a folder, in this process."""
+    """vLLM on a folder, in this process; with heads distributed, its workers are processes of their own."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
@@ -50,6 +42,7 @@ def engine(model, **settings):
         skip_tokenizer_init=True,
         kv_cache_memory_bytes=64 << 20,
         disable_log_stats=False,
+        worker_extension_cls="fp32_solve.Fp32Solve",
     )
     llm = LLM(str(model), **defaults | settings | ENGINE)
     try:

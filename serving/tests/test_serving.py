@@ -75,6 +75,7 @@ def test_preempted_sequences_and_recycled_pages(name, models, reference, monkeyp
 def test_heads_distributed_to_two_devices(name, models, reference):
     expected = reference(name)
     with engine(models / name, tensor_parallel_size=2, max_num_batched_tokens=128) as llm:
+        assert llm.collective_rpc("solve_precisions") == [["ieee", "ieee"]] * 2
         assert texts(decode(llm, expected["prompts"])) == expected["texts"]
 
 
