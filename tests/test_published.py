@@ -215,7 +215,7 @@ def check_evaluation(commands, teacher, cfg):
     run = cfg.train.output_dir
     for (ruler, local), checkpoint in ((evaluations[:2], teacher), (evaluations[2:], f"{run}/converted-hf")):
         assert ruler[-1] == local[-1] == checkpoint
-        assert ruler[1:3] == ["TASKS=ruler", "SEQ_LENS=4096"] and local[1:3] == ["TASKS=local", "SEQ_LENS=512"]
+        assert ruler[1:3] == ["TASKS=ruler", "SEQ_LENS=4096"] and local[1:3] == ["TASKS=local,needle_recall", "SEQ_LENS=512,2048"]
         assert {f"DATA={cfg.data.cache_dir}", f"TEACHER={teacher}"} <= set(local)
     outputs = [dict(word.split("=") for word in line if "=" in word)["OUTPUT"] for line in evaluations]
     assert outputs[0] == outputs[1] and outputs[2:] == [f"{run}/evaluation"] * 2
