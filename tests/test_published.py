@@ -120,14 +120,22 @@ def test_a_teacher_may_have_its_own_settings():
 
 @pytest.mark.parametrize("ratio, kept", [("0_125", 4), ("0_25", 8), ("0_5", 15)])
 def test_windows_are_as_the_benchmark_trained_them(ratio, kept):
-    """Layers, options and rates of the row of docs/results.md."""
-    cfg = load_config(ROOT / "configs" / f"smollm2_135m_swa_v1_hybrid_{ratio}_gates" / "stage2.yaml")
+    """Layers, options, rates and length of the row of docs/results.md; and which student chose the
+    layers."""
+    file = ROOT / "configs" / f"smollm2_135m_swa_v1_hybrid_{ratio}_gates" / "stage2.yaml"
+    cfg = load_config(file)
     results = json.loads((ROOT / "docs" / "results.json").read_text())["rows"]
     row = next(row for row in results if row["name"] == f"{kept} kept by gates, swa_v1, window 512")
     settings = row["settings"]
     student = cfg.student_model
     assert (student.name, student.options) == (settings["student"], settings["options"])
     assert student.keep_full_attention_layers == row["layers"] and settings["stage1"] is None
+    planned = yaml.safe_load((ROOT / "benchmarks" / "real_model.yaml").read_text())["rows"]
+    (chooser,) = (other["kept"]["same_as"] for other in planned if other["name"] == row["name"])
+    chosen_on = next(other for other in results if other["name"] == chooser)
+    assert chosen_on["layers"] == row["layers"] and chosen_on["settings"]["stage1"]
+    comment = file.read_text().partition("\n")[0]
+    assert f"chosen on {chosen_on['settings']['student']} after its stage 1" in comment
     same = ("lr", "lr_attn", "final_lr", "train_seq_len")
     assert all(getattr(cfg.train, key) == settings["stage2"][key] for key in same)
 
