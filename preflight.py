@@ -48,6 +48,7 @@ from distill_model import (
     check_calibration,
     check_start_from_teacher,
     check_student,
+    get_student_attention_class,
     same_options,
 )
 from distill_model.fp8 import FP8_DEVICE, FP8_KEY, check_fp8_device
@@ -299,6 +300,7 @@ def notes_on_data(cfg: Config, plan: BatchPlan, chunks: Chunks) -> list[str]:
     elif epochs > 1:
         notes.append(line)
     notes += notes_on_documents(cfg, chunks)
+    notes += notes_on_windows(cfg, chunks)
     adopted_without_eos = chunks.metadata.get("eos_tokens") == 0
     if cfg.train.add_eos_token is False and not adopted_without_eos:
         notes.append(
@@ -327,6 +329,26 @@ def notes_on_documents(cfg: Config, chunks: Chunks) -> list[str]:
             "contexts of that length; take a corpus of longer documents, or set data.document_mask to false"
         )
     return notes
+
+
+def notes_on_windows(cfg: Config, chunks: Chunks) -> list[str]:
+    """A warning if stage 2 gets contexts that lie within the windows of a student of the teacher's
+    weights, whose logits are then the teacher's."""
+    student = get_student_attention_class(cfg.student_model.name)
+    if cfg.stage != 2 or not student.layer.has_only_teachers_weights:
+        return []
+    reach = sum(student.value_of(name, cfg.student_model.options) for name in ("window_size", "sink_size"))
+    length = chunks.metadata["context_length"]
+    whose = "chunks"
+    if chunks.has_documents:
+        whose = "documents"
+        length *= chunks.metadata["num_chunks"] / chunks.metadata["documents_in_chunks"]["train"]
+    if length > reach:
+        return []
+    return [
+        f"warning: student_model.options: window and sinks reach {reach} tokens, and {whose} have {length:,.0f} on average: "
+        "within the window the hybrid equals the teacher, and stage 2 learns nothing; take a smaller window_size, or longer text"
+    ]
 
 
 # ------------------------------------------------------------------------ --dry-run

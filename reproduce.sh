@@ -11,7 +11,7 @@
 # MAX_TOKENS   of the corpus                                    (one and a half times those of stage 2)
 # TASKS        of eval.sh, at SEQ_LENS; ruler needs a network, niah_single_1 and five others do not (ruler)
 # SEQ_LENS     their lengths in tokens                                                           (4096)
-# RECALL_LENS  lengths of the recall tasks in tokens                                              (512)
+# RECALL_LENS  lengths of the recall tasks in tokens, above a window                          (512,2048)
 # LIMIT and other settings of eval.sh reach it through the environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -57,7 +57,7 @@ for checkpoint in "$TEACHER" "$RUN2/converted-hf"; do
     name=${name#/}
     [[ $checkpoint != "$TEACHER" ]] || output=$DATA/evaluation # of all folders of this teacher
     run env TASKS="${TASKS:-ruler}" SEQ_LENS="${SEQ_LENS:-4096}" OUTPUT="$output" bash eval.sh "$checkpoint"
-    run env TASKS=local SEQ_LENS="${RECALL_LENS:-512}" DATA="$CHUNKS" TEACHER="$TEACHER" OUTPUT="$output" bash eval.sh "$checkpoint"
+    run env TASKS=local,needle_recall SEQ_LENS="${RECALL_LENS:-512,2048}" DATA="$CHUNKS" TEACHER="$TEACHER" OUTPUT="$output" bash eval.sh "$checkpoint"
     results+=("$output/${name//\//__}/results.json")
 done
 run python eval_compare.py "${results[@]}" --output "$RUN2/evaluation"

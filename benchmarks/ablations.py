@@ -462,18 +462,15 @@ def teacher_row(name: str, runs: dict[int, dict]) -> list[str]:
     cells = [name, ""]
     for figure in FIGURES:
         cells += [mean_cell(runs, figure), ""]
-    return [*cells, ""]
+    return cells
 
 
 def row(variant: Variant, runs: dict[int, dict], control: dict[int, dict]) -> list[str]:
-    """A variant's cells: means, differences, and tokens/s over the control's."""
+    """A variant's cells: means, and differences from the control."""
     cells = [f"`{variant.name}`", "" if variant.name == CONTROL else variant.control]
     for figure in FIGURES:
         cells.append(mean_cell(runs, figure))
         cells.append("" if variant.name == CONTROL else difference_cell(runs, control, figure))
-    speeds = [run["tokens_per_second"] for run in runs.values()]
-    base = [run["tokens_per_second"] for run in control.values()]
-    cells.append(f"{statistics.median(speeds) / statistics.median(base):.2f}" if speeds and base else "")
     return cells
 
 
@@ -485,7 +482,6 @@ def table(runs: list[dict], variants: Iterable[Variant] = VARIANTS, teachers: It
     columns = ["variant", "against"]
     for name, *_ in FIGURES.values():
         columns += [name, "difference"]
-    columns.append("tokens/s over the control's")
     rows = [teacher_row(name, by_name.get(name, {})) for name in teachers]
     rows += [row(variant, by_name.get(variant.name, {}), by_name.get(variant.control, {})) for variant in variants]
     lines = [f"| {' | '.join(columns)} |", "|:--|:--|" + "--:|" * (len(columns) - 2)]

@@ -3,6 +3,7 @@ folders; and reproduce.sh."""
 
 import json
 import re
+import shlex
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -176,14 +177,14 @@ def reproduce(row, **environment):
 def test_a_row_is_reproduced_from_preprocessing_to_the_reports(row, teacher):
     weights = {"TEACHER": teacher} if teacher else {}
     done = reproduce(row, DRY_RUN="1", MAX_TOKENS="1000", **weights)
-    commands = [line.split() for line in done.stdout.splitlines()]
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and [command[:2] for command in commands] == [
         ["python", "preprocess_download_tokenize.py"],
         ["python", "preprocess_chunk.py"],
         ["deepspeed", "train.py"],
         ["python", "preprocess_chunk.py"],
         ["deepspeed", "train.py"],
-        *[["env", "TASKS=ruler"], ["env", "TASKS=local"]] * 2,
+        *[["env", "TASKS=ruler"], ["env", "TASKS=local,needle_recall"]] * 2,
         ["python", "eval_compare.py"],
         ["python", "convert_ckpt.py"],
         ["python", "report.py"],
@@ -204,7 +205,7 @@ def test_a_row_is_reproduced_from_preprocessing_to_the_reports(row, teacher):
 
 def test_a_row_that_starts_from_the_teacher_is_reproduced_without_stage_1():
     done = reproduce("smollm2_135m_swa_v1_hybrid_0_25_gates", DRY_RUN="1")
-    commands = [line.split() for line in done.stdout.splitlines()]
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and [command[:2] for command in commands[:3]] == [
         ["python", "preprocess_download_tokenize.py"],
         ["python", "preprocess_chunk.py"],
@@ -225,7 +226,8 @@ def check_evaluation(commands, teacher, cfg):
     run = cfg.train.output_dir
     for (ruler, local), checkpoint in ((evaluations[:2], teacher), (evaluations[2:], f"{run}/converted-hf")):
         assert ruler[-1] == local[-1] == checkpoint
-        assert ruler[1:3] == ["TASKS=ruler", "SEQ_LENS=4096"] and local[1:3] == ["TASKS=local", "SEQ_LENS=512"]
+        assert ruler[1:3] == ["TASKS=ruler", "SEQ_LENS=4096"]
+        assert local[1:3] == ["TASKS=local,needle_recall", "SEQ_LENS=512,2048"]
         assert {f"DATA={cfg.data.cache_dir}", f"TEACHER={teacher}"} <= set(local)
     outputs = [dict(word.split("=") for word in line if "=" in word)["OUTPUT"] for line in evaluations]
     assert outputs[0] == outputs[1] and outputs[2:] == [f"{run}/evaluation"] * 2

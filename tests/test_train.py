@@ -310,6 +310,26 @@ def test_stage_3_says_that_documents_are_shorter_than_its_context(tmp_path, monk
     assert len(preflight.notes_on_documents(load_config(write_config(tmp_path, 1, teacher_dir, data_dir)), chunks)) == 1
 
 
+def test_stage_2_says_that_windows_hold_all_of_its_text(tmp_path, teacher_dir, data_dir):
+    """A window of LENGTH tokens reaches all of a chunk; one of half as many does not, but all of its
+    documents if these are short."""
+    whole = open_chunks(data_dir, LENGTH, document_mask=False)
+    chunks = open_chunks(data_dir, LENGTH, document_mask="auto")
+    short = {"documents_in_chunks": {"train": 4 * chunks.metadata["num_chunks"]}}
+    chunks = dataclasses.replace(chunks, metadata=chunks.metadata | short)
+
+    def notes(window: int, of) -> list[str]:
+        student = ["student_model.name=swa_v1", f"student_model.options={{window_size: {window - 4}, sink_size: 4}}"]
+        file = write_config(tmp_path, 2, teacher_dir, data_dir)
+        return preflight.notes_on_windows(load_config(file, student), of)
+
+    assert not notes(LENGTH // 2, whole)
+    (note,) = notes(LENGTH, whole)
+    assert f"window and sinks reach {LENGTH} tokens, and chunks have {LENGTH} on average" in note
+    (note,) = notes(LENGTH // 2, chunks)
+    assert f"documents have {LENGTH // 4} on average" in note
+
+
 def test_the_export_script_refuses_another_runs_checkpoint(stages, tmp_path):
     """The exported frozen weights would be those of another teacher of the same shape."""
     folder, teacher = tmp_path / "run", tmp_path / "another"
