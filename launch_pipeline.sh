@@ -6,7 +6,8 @@
 # CONFIGS: folder with stage2.yaml and stage3.yaml (configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2); stage1.yaml is there, or in
 # the folder whose name is the part before _hybrid_. There is no stage 1 if stage2.yaml starts from the teacher
 # (no train.student_init_ckpt). LAYERS: number of the teacher's layers (from its config).
-# RANKING: the selection's result (<output_dir of stage 2>_ga_s2/ranking.json). PARALLEL: candidate layers at a time (8).
+# RANKING: the selection's result (<output_dir of stage 2>_ga_s2/ranking.json); stages 2 and 3 keep its layers, as many as
+# stage2.yaml keeps unless RATIO is set. PARALLEL: candidate layers at a time (8).
 # TOKENIZER, DATA_DIR, CONTEXT_LENGTHS of launch_preprocess.sh: by default what the configs name.
 # SBATCH_ARGS: options for every job, SBATCH_TRAIN: for the stages (such as --nodes=4). The settings of launch_preprocess.sh,
 # launch_selection.sh, eval.sh and launch_common.sh reach their jobs through the environment, as do sbatch's own

@@ -643,7 +643,8 @@ def check_selector(experiment: Experiment, chooser: Row, file: Path, num_layers:
 
     parser.error = refuse
     args = parser.parse_intermixed_args(experiment.selector_words(chooser, file, file.parent / "choice"))
-    read_options(args, load_stage_2(str(file)), layers_to_keep(args, num_layers))
+    cfg = load_stage_2(str(file))
+    read_options(args, cfg, layers_to_keep(args, cfg, num_layers))
 
 
 def check(args: argparse.Namespace, plan: Plan) -> None:

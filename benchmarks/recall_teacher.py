@@ -8,14 +8,14 @@
     python benchmarks/recall_teacher.py --output_dir large_out --grow recall_out --seed 1    # a better one
 
 A Qwen3-type model of 40M parameters (hard and deep: 7M, quickstart: 0.7M, tiny: 0.6M) learns from the
-standard library's source text, the files of --text, and the recall tasks of recall_tasks.py. Of the tasks only the answers count at first: next to
-the random words around them, which cannot be predicted, recall is learnt ten times later. `hard` has
-more pairs and words, fillers between pairs and questions, and heads of 32: few layers of linear
-attention hold so many pairs. Its recall ends in the first layers. `deep` differs in masks that make
-layers 3 and 5 learn it, each of them alone, in training (`training_masks`). Training continues at a
-constant learning rate until 95 % of every task's held-out questions are answered (or for four fifths of
---max_steps), then the learning rate decays while all words count. The exit code is 1 if held-out recall
-ends below 90 %.
+standard library's source text, the files of --text, and the recall tasks of recall_tasks.py. Of the
+tasks only the answers count at first: next to the random words around them, which cannot be predicted,
+recall is learnt ten times later. `hard` has more pairs and words, fillers between pairs and questions,
+and heads of 32: few layers of linear attention hold so many pairs. Its recall ends in the first layers.
+`deep` differs in masks that make layers 3 and 5 learn it, each of them alone, in training
+(`training_masks`). Training continues at a constant learning rate until 95 % of every task's held-out
+questions are answered (or for four fifths of --max_steps), then the learning rate decays while all
+words count. The exit code is 1 if held-out recall ends below 90 %.
 
 --grow FOLDER begins with the teacher of FOLDER, of the same size, instead: each of its layers is followed
 by a new one, which adds nothing at first. The twice as deep model trains further, on all words, at a

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="applied after the file")
     argv = sys.argv[1:] if argv is None else argv
-    needed = "besides: --cfg, a YAML of stage 2 with student_init_ckpt and all else"
+    needed = "besides: --cfg, a YAML of stage 2 with all else, and student_init_ckpt where the student needs one"
     refuse_old_flags("generate_layer_configs_ga_s2.py", argv, needed)
     args = parser.parse_intermixed_args(argv)
 

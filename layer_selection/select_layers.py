@@ -5,9 +5,10 @@
     python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --candidate 3
     python layer_selection/select_layers.py --cfg STAGE2.yaml --method ga_s2 --top-k 7 --slurm
 
-STAGE2.yaml names teacher, data, the all-linear student (train.student_init_ckpt) and the training
-of a candidate; the layers that it keeps do not matter here. The methods, by the importance that
-ranks a layer:
+STAGE2.yaml names teacher, data, the all-linear student (train.student_init_ckpt, where the student
+needs one) and the training of a candidate. Of the layers that it keeps only their number matters:
+as many are chosen without --top-k, --ratio and --interval. The methods, by the importance that ranks
+a layer:
 
     gates    the default: what the objective rises by exchanging this layer, in the set found by
              gates of all layers that train together (gates.py; arXiv 2605.20936, arXiv 2606.30562)
@@ -81,6 +82,7 @@ from layer_selection.stopping_rule import add_rule_options, read_rule
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = " or ".join(TRAINED_METHODS)
 FORMER_DEFAULT = "ga_s2"
+DEFAULT_RATIO = 0.25
 OF_FORMER_DEFAULT = ("candidate", "slurm", "full_runs", "halving", "rounds", "window", "correlation", "interval")
 
 
@@ -96,15 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cfg", required=True, help="YAML of stage 2")
     add("--method", choices=METHODS, help=f"see above ({DEFAULT})")
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--top-k", type=int, help="how many layers to keep")
-    size.add_argument("--ratio", type=float, help="share of the layers to keep: floor(ratio x layers + 0.5)")
-    size.add_argument(
-        "--interval",
-        type=int,
-        metavar="N",
-        help="keep every N-th layer, of the best phase; with scan or ga_s2",
-    )
+    add_number_of_layers(parser)
     add("--output_dir", type=Path, help="default: <train.output_dir>_<method>")
     add_training_options(parser)
     add("--sequences", type=int, default=64, help="held-out sequences to measure on (%(default)s)")
@@ -146,6 +140,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_number_of_layers(parser: argparse.ArgumentParser) -> None:
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--top-k",
+        type=int,
+        help=f"how many layers to keep; default: as many as the config, {DEFAULT_RATIO} of all if it keeps none",
+    )
+    size.add_argument("--ratio", type=float, help="share of the layers to keep: floor(ratio x layers + 0.5)")
+    size.add_argument(
+        "--interval",
+        type=int,
+        metavar="N",
+        help="keep every N-th layer, of the best phase; with scan or ga_s2",
+    )
+
+
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(f"training of candidates ({', '.join(TRAINED_METHODS)})")
     add_rule_options(group)
@@ -182,16 +192,24 @@ def default_method(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     return DEFAULT
 
 
-def layers_to_keep(args: argparse.Namespace, layers: int) -> int:
-    """How many of a teacher's layers are kept; 1, of the phases, with --interval. Raises ConfigError,
-    naming the option, where the teacher does not have so many."""
+def layers_to_keep(args: argparse.Namespace, cfg: Config, layers: int) -> int:
+    """How many of a teacher's layers are kept; 1, of the phases, with --interval. Without an option,
+    as many as the config keeps. Raises ConfigError, naming the option, where the teacher does not have
+    so many."""
     if args.candidate is not None and args.candidate not in range(layers):
         raise ConfigError(f"--candidate: {args.candidate} must be a layer in 0..{layers - 1}")
     if args.interval is not None:
         if not 1 <= args.interval <= layers:
             raise ConfigError(f"--interval: {args.interval} must be between 1 and the teacher's {layers} layers")
         return 1
-    top_k = args.top_k if args.ratio is None else budget(args.ratio, layers)
+    top_k = args.top_k
+    if args.ratio is not None:
+        top_k = budget(args.ratio, layers)
+    elif top_k is None:
+        kept = len(cfg.student_model.keep_full_attention_layers)
+        top_k = kept or budget(DEFAULT_RATIO, layers)
+        source = f"as many as {args.cfg} keeps" if kept else f"{DEFAULT_RATIO} of all, as {args.cfg} keeps none"
+        print(f"Layers to keep: {top_k} of {layers}, {source}; --top-k or --ratio choose otherwise")
     if not 1 <= top_k <= layers:
         raise ConfigError(f"--top-k: {top_k} must be between 1 and the teacher's {layers} layers")
     return top_k
@@ -292,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
 
     disable_progress_bar()  # transformers' own, a line for every file read
     layers = load_teacher_config(cfg.teacher_model.name).num_hidden_layers
-    options = read_options(args, cfg, layers_to_keep(args, layers))
+    options = read_options(args, cfg, layers_to_keep(args, cfg, layers))
     if args.slurm:
         submit(options, cfg, args.cfg, [word for word in argv if word != "--slurm"], layers)
         return

@@ -185,16 +185,18 @@ def stage_file(published: dict, stage: int, folder: str, row: Row, layers: list[
         "tokens": size_text(train["target_tokens"]),
         "count": len(layers),
         "total": facts["layers"],
-        "source": sources_of(published, row.teacher)[row.selector],
+        "source": sources_of(published, row)[row.selector],
     }
     lines = [f"  {key}: {yaml_text(value)}\n" for key, value in train.items()]
     comment = COMMENTS[stage].format(**values)
     return (HEAD + "".join(lines)).format(comment=comment, **values)
 
 
-def sources_of(published: dict, teacher: str) -> dict[str, str]:
-    """Selector -> where its layers come from."""
-    return published["sources"] | published["teachers"][teacher].get("sources", {})
+def sources_of(published: dict, row: Row) -> dict[str, str]:
+    """Selector -> where the layers of the row's teacher and student come from."""
+    facts = published["teachers"][row.teacher]
+    of_student = facts["from_teacher"][row.student]["sources"] if row.from_teacher else {}
+    return published["sources"] | facts.get("sources", {}) | of_student
 
 
 def has_stage_3(published: dict, row: Row, hybrids: list[Row]) -> bool:
@@ -262,6 +264,9 @@ def readme(published: dict, hybrids: list[Row], made: dict[str, str]) -> str:
         parts.append(f"\n## {teacher}\n\n`{facts['name']}`, {facts['layers']} layers. ")
         parts.append(f"Stage 1: {', '.join(stage1)}.\n\n")
         parts += [f"Here `{name}` is: {source}.\n\n" for name, source in facts.get("sources", {}).items()]
+        for student, given in facts.get("from_teacher", {}).items():
+            sources = given["sources"].items()
+            parts += [f"With `{student}`, `{name}` is: {source}.\n\n" for name, source in sources]
         parts.append("| ratio | selector | kept layers | stage 2 |\n|--:|---|---|---|\n")
         by_choice: dict[tuple, list[Row]] = {}
         for row in (row for row in hybrids if row.teacher == teacher):

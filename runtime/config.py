@@ -459,6 +459,9 @@ def _check_value(path: str, value: Any, spec: Field) -> None:
     minimum = spec.metadata["minimum"]
     if value in choices or value is None and not choices:
         return
+    if value == "" and not choices:
+        cure = ", or null" if "None" in spec.type else ""
+        raise ConfigError(f"{path}: '' is empty; give a value{cure}")
     if minimum is not None and not isinstance(value, str):
         if value < minimum:
             raise ConfigError(f"{path}: {value} must be at least {minimum}")
@@ -569,7 +572,8 @@ def _override(values: dict, override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
     try:
-        values[name] = yaml.safe_load(text)
+        # YAML reads nothing as null, but key=$VARIABLE without a value is a mistake.
+        values[name] = yaml.safe_load(text) if text.strip() else ""
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not valid YAML") from None
 

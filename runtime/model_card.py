@@ -356,7 +356,7 @@ def _training(stages: list[dict]) -> list[str]:
         before = "Stage 2 started from the teacher's own weights, without a stage 1. "
     elif missing:
         before = f"Of stage {' and '.join(missing)} there is no record. "
-    columns = ("learning rate of the linear attention", "of the rest", "schedule", "data")
+    columns = ("learning rate of the student layers", "of the rest", "schedule", "data")
     return [
         "## Training",
         _table(("stage", "tokens", "sequence", "batch", *columns), settings),

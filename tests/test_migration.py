@@ -128,7 +128,7 @@ COMMANDS = {
         "--output_dir config/qwen; --teacher: use teacher_model.name=fla-hub/Qwen2.5-7B-Instruct; --student: use "
         "student_model.name=gdn_v4; --cache-stage2: use data.cache_dir=data_cache/chunked_context4096; "
         "--outputs-prefix: leave it out: the runs write to <output_dir>/layer_<N>/run; besides: --cfg, a YAML of stage 2 "
-        "with student_init_ckpt and all else (docs/migration.md)",
+        "with all else, and student_init_ckpt where the student needs one (docs/migration.md)",
     ),
     "preprocess_chunk.py": (
         "--tokenized_dataset_path data_cache/tokenized --output_dir data_cache --npy_cache_path data_cache/all.npy",

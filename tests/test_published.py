@@ -16,6 +16,7 @@ import yaml
 from distill_model import get_student_attention_class
 from evaluation.options import path_parts
 from layer_selection.ranking import RATIOS, budget
+from layer_selection.select_layers import layers_to_keep, make_parser
 from layer_selection.write_configs import PUBLISHED, main, rows
 
 ROOT = Path(__file__).parent.parent
@@ -120,15 +121,24 @@ def test_a_teacher_may_have_its_own_settings():
 
 @pytest.mark.parametrize("ratio, kept", [("0_125", 4), ("0_25", 8), ("0_5", 15)])
 def test_windows_are_as_the_benchmark_trained_them(ratio, kept):
-    """Layers, options and rates of the row of docs/results.md."""
-    cfg = load_config(ROOT / "configs" / f"smollm2_135m_swa_v1_hybrid_{ratio}_gates" / "stage2.yaml")
+    """Layers, options, rates and length of the row of docs/results.md; and which student chose the
+    layers."""
+    file = ROOT / "configs" / f"smollm2_135m_swa_v1_hybrid_{ratio}_gates" / "stage2.yaml"
+    cfg = load_config(file)
     results = json.loads((ROOT / "docs" / "results.json").read_text())["rows"]
     row = next(row for row in results if row["name"] == f"{kept} kept by gates, swa_v1, window 512")
     settings = row["settings"]
     student = cfg.student_model
     assert (student.name, student.options) == (settings["student"], settings["options"])
     assert student.keep_full_attention_layers == row["layers"] and settings["stage1"] is None
-    assert all(getattr(cfg.train, key) == settings["stage2"][key] for key in ("lr", "lr_attn", "final_lr"))
+    planned = yaml.safe_load((ROOT / "benchmarks" / "real_model.yaml").read_text())["rows"]
+    (chooser,) = (other["kept"]["same_as"] for other in planned if other["name"] == row["name"])
+    chosen_on = next(other for other in results if other["name"] == chooser)
+    assert chosen_on["layers"] == row["layers"] and chosen_on["settings"]["stage1"]
+    comment = file.read_text().partition("\n")[0]
+    assert f"chosen on {chosen_on['settings']['student']} after its stage 1" in comment
+    same = ("lr", "lr_attn", "final_lr", "train_seq_len")
+    assert all(getattr(cfg.train, key) == settings["stage2"][key] for key in same)
 
 
 def test_no_two_share_an_output_folder():
@@ -244,11 +254,12 @@ def test_unpublished_rows_are_refused(row):
 
 def pipeline(tmp_path, row, **environment):
     """launch_pipeline.sh with a row, and an sbatch that notes what it is handed in `tmp_path`: CFG in
-    configs, the settings of preprocessing in data."""
+    configs, the settings of preprocessing in data, RATIO of layer selection in ratio."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(
         f'#!/bin/bash\necho "${{CFG:-none}}" >>{tmp_path}/configs\n'
-        f'echo "${{TOKENIZER:-}} ${{DATA_DIR:-}} ${{CONTEXT_LENGTHS:-}}" >>{tmp_path}/data\necho 7\n'
+        f'echo "${{TOKENIZER:-}} ${{DATA_DIR:-}} ${{CONTEXT_LENGTHS:-}}" >>{tmp_path}/data\n'
+        f"[[ $* != *launch_selection.sh ]] || echo ${{RATIO:-unset}} >>{tmp_path}/ratio\necho 7\n"
     )
     sbatch.chmod(0o755)
     environment |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/tmp", "CONFIGS": str(row)}
@@ -280,11 +291,29 @@ def test_the_pipeline_takes_stage_1_from_the_folder_of_the_pair(tmp_path, method
     ]
 
 
+@pytest.mark.parametrize("folder, kept", [("0_125", 4), ("0_25", 8), ("0_5", 15)])
+def test_as_many_layers_are_selected_as_the_folder_keeps(tmp_path, folder, kept):
+    """By the command of launch_selection.sh, not a quarter in all folders; RATIO asks for another
+    number. Stages 2 and 3 of the pipeline take them."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text("python() { echo python $*; }\nexport -f python\n")
+    stage2 = str(ROOT / "configs" / f"smollm2_135m_swa_v1_hybrid_{folder}_gates" / "stage2.yaml")
+    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path), "DEVICE": "cpu", "MASTER_PORT": "1", "CFG": stage2}
+    for settings, expected in (({}, kept), ({"RATIO": "0.33"}, 10)):
+        launch = ["bash", str(ROOT / "launch_selection.sh")]
+        done = subprocess.run(launch, capture_output=True, text=True, env=environment | settings)
+        assert done.returncode == 0, done.stderr
+        command = done.stdout.splitlines()[-1].split()
+        assert command[:2] == ["python", "layer_selection/select_layers.py"]
+        args = make_parser().parse_intermixed_args(command[2:])
+        assert args.cfg == stage2 and layers_to_keep(args, load_config(args.cfg), 30) == expected
+
+
 @pytest.mark.slow
 def test_the_pipeline_of_a_student_that_starts_from_the_teacher(tmp_path):
     """No stage 1 and no chunks of its length; another student without a start is refused before a job
     is submitted."""
-    row = ROOT / "configs" / "smollm2_135m_swa_v1_hybrid_0_25_gates"
+    row = ROOT / "configs" / "smollm2_135m_swa_v1_hybrid_0_5_gates"
     done = pipeline(tmp_path, row, LAYERS="30", METHOD="gates")
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
@@ -294,6 +323,7 @@ def test_the_pipeline_of_a_student_that_starts_from_the_teacher(tmp_path):
     assert (tmp_path / "configs").read_text().split() == configs
     settings = (tmp_path / "data").read_text().splitlines()[0]
     assert settings == "HuggingFaceTB/SmolLM2-135M-Instruct data/smollm2_135m 2048 8192"
+    assert (tmp_path / "ratio").read_text() == "unset\n"  # so that as many layers are kept as in the row
     other = tmp_path / "other_hybrid_0_25_gates"
     other.mkdir()
     for file in row.iterdir():

@@ -293,18 +293,33 @@ def test_the_launch_script_passes_a_complete_command_on(tmp_path):
     }
     for arguments, command in (
         ("--cfg a.yaml --top-k 2", "--cfg a.yaml --top-k 2 --candidate 3"),
-        ("train.lr=1", "--cfg c.yaml --method ga_s2 --ratio 0.25 train.lr=1 --candidate 3"),
+        ("train.lr=1", "--cfg c.yaml --method ga_s2 train.lr=1 --candidate 3"),
+        ("RATIO=0.5 train.lr=1", "--cfg c.yaml --method ga_s2 --ratio 0.5 train.lr=1 --candidate 3"),
     ):
+        words = arguments.split()
+        settings = dict(word.split("=") for word in words if word.startswith("RATIO="))
         done = subprocess.run(
-            ["bash", str(select_layers.ROOT / "launch_selection.sh"), *arguments.split()],
+            ["bash", str(select_layers.ROOT / "launch_selection.sh"), *words[len(settings) :]],
             capture_output=True,
             text=True,
-            env=environment | {"CFG": "c.yaml"},
+            env=environment | settings | {"CFG": "c.yaml"},
         )
         assert (
             done.returncode == 0
             and done.stdout.splitlines()[-1] == f"python layer_selection/select_layers.py {command}"
         ), done
+
+
+@pytest.mark.parametrize("kept, chosen", [([1], 1), ([0, 1, 3], 3), ([], 1)])
+def test_as_many_layers_as_the_config_keeps_are_chosen(stage2, tmp_path, capsys, kept, chosen):
+    """Of four; a quarter where it keeps none. An option goes before it."""
+    override = f"student_model.keep_full_attention_layers={kept}"
+    ranking = select(stage2, tmp_path / "out", override, method="uniform")
+    assert len(ranking["keep"]) == chosen
+    assert f"Layers to keep: {chosen} of 4" in capsys.readouterr().out
+    (chosen_config,) = (tmp_path / "out").glob("*/stage2.yaml")
+    assert load_config(chosen_config).student_model.keep_full_attention_layers == ranking["keep"]
+    assert len(select(stage2, tmp_path / "other", override, method="uniform", ratio=0.5)["keep"]) == 2
 
 
 def test_candidates_alone_train_on_the_exact_teacher(stage2, tmp_path):

@@ -413,6 +413,8 @@ def test_the_card_describes_all_stages(stages, teacher_dir, tmp_path):
     card, body = ModelCard.load(folder / "README.md"), (folder / "README.md").read_text()
     assert card.data.license == "cc-by-4.0"
     assert "gdn_v4" in card.data.tags
+    # Of windows as of linear attention.
+    assert "| learning rate of the student layers | of the rest |" in body
     assert "its licence (cc-by-4.0) holds" in body
     assert card.data.base_model is None
     assert Path(teacher_dir).name in body
