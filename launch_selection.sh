@@ -16,7 +16,8 @@
 #   sbatch --array=0-27 launch_selection.sh, then  sbatch launch_selection.sh     or, on this machine:  bash launch_selection.sh
 #
 # CFG: the stage-2 config (configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2/stage2.yaml). METHOD (ga_s2). RATIO: the share of layers
-# to keep (as many as CFG keeps; 0.25 if it keeps none). More settings are in launch_common.sh. Arguments that begin with --cfg
+# to keep (as many as CFG keeps; 0.25 if it keeps none). OVERRIDES: key.path=value ..., such as train.micro_batch_size=8 where CFG has
+# `auto`, which gates and joint training of candidates do not take. More settings are in launch_common.sh. Arguments that begin with --cfg
 # replace all of these; select_layers.py --slurm uses that.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -24,5 +25,7 @@ here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/launch_common.sh"
 CFG=${CFG:-configs/qwen2.5_1.5b_gdn_v4_hybrid_0_25_ga_s2/stage2.yaml}
 prepare "$CFG${SLURM_ARRAY_TASK_ID:+, layer $SLURM_ARRAY_TASK_ID}"
-[[ ${1:-} == --cfg ]] || set -- --cfg "$CFG" --method "${METHOD:-ga_s2}" ${RATIO:+--ratio "$RATIO"} "$@"
+read -r -a overrides <<<"${OVERRIDES:-}"
+[[ ${1:-} == --cfg ]] ||
+    set -- --cfg "$CFG" --method "${METHOD:-ga_s2}" ${RATIO:+--ratio "$RATIO"} "$@" ${overrides[@]+"${overrides[@]}"}
 supervise python layer_selection/select_layers.py "$@" ${SLURM_ARRAY_TASK_ID:+--candidate "$SLURM_ARRAY_TASK_ID"}

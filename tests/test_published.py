@@ -307,6 +307,10 @@ def test_as_many_layers_are_selected_as_the_folder_keeps(tmp_path, folder, kept)
         assert command[:2] == ["python", "layer_selection/select_layers.py"]
         args = make_parser().parse_intermixed_args(command[2:])
         assert args.cfg == stage2 and layers_to_keep(args, load_config(args.cfg), 30) == expected
+    done = subprocess.run(
+        launch, capture_output=True, text=True, env=environment | {"OVERRIDES": "train.seed=1 train.lr=2"}
+    )
+    assert done.stdout.split()[-2:] == ["train.seed=1", "train.lr=2"]
 
 
 @pytest.mark.slow
