@@ -88,6 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--keep", type=int, help="how many layers to keep; default: a quarter")
+    parser.add_argument(
+        "--document_mask",
+        choices=("auto", "false", "true"),
+        default="auto",
+        help="true: read the documents of a chunk one by one, as data.document_mask does; auto: where the chunks record "
+        "them (auto)",
+    )
     parser.add_argument("--chunks", type=int, default=24, help="held-out chunks to measure on")
     parser.add_argument("--batch_size", type=int, default=8)
     args = parser.parse_args(argv)
@@ -105,7 +112,14 @@ def main(argv: list[str] | None = None) -> None:
     if not 1 <= keep <= layers:
         raise ValueError(f"--keep: {keep} must be between 1 and the student's {layers} layers")
     tokenizer = load_tokenizer(args.teacher, "--teacher")
-    chunks = open_chunks_for(tokenizer, teacher.config.vocab_size, args.data, key="--data", model_key="--teacher")
+    chunks = open_chunks_for(
+        tokenizer,
+        teacher.config.vocab_size,
+        args.data,
+        key="--data",
+        model_key="--teacher",
+        document_mask={"auto": "auto", "false": False, "true": True}[args.document_mask],
+    )
     batches = heldout_batches(chunks, args.chunks, args.batch_size, f"--data: {args.data}")
     weights = heldout_weights(chunks, args.chunks, args.batch_size)
 

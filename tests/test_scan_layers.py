@@ -51,11 +51,14 @@ def scan(stage2, out, *options, **changes):
     return json.loads((out / "layer_scan.json").read_text())
 
 
-def test_the_script_measures_what_the_method_measures(stage2, tmp_path, capsys):
-    found = scan(stage2, tmp_path, "--keep", "2", "--chunks", "6", "--batch_size", "4")
+@pytest.mark.parametrize("mask", ["auto", "false"])
+def test_the_script_measures_what_the_method_measures(stage2, tmp_path, capsys, mask):
+    """Documents one by one, or chunks whole."""
+    found = scan(stage2, tmp_path, "--keep", "2", "--chunks", "6", "--batch_size", "4", document_mask=mask)
     shown = capsys.readouterr().out
-    whole = "data.document_mask=false"  # the script reads chunks whole
-    ranking = select(stage2, tmp_path / "select", "--method", "scan", "--top-k", "2", whole)
+    other = scan(stage2, tmp_path / "other", "--chunks", "6", document_mask={"auto": "false", "false": "true"}[mask])
+    assert other["all_linear_kl"] != pytest.approx(found["all_linear_kl"], rel=1e-3)
+    ranking = select(stage2, tmp_path / "select", "--method", "scan", "--top-k", "2", f"data.document_mask={mask}")
     assert found["keep"] == ranking["keep"] and 2 in found["keep"]
     importance = {layer["layer"]: -layer["importance"] for layer in ranking["layers"]}
     kls = {entry["layer"]: entry["kl"] for entry in found["layers"]}
