@@ -347,7 +347,7 @@ def notes_on_windows(cfg: Config, chunks: Chunks) -> list[str]:
         return []
     return [
         f"warning: student_model.options: window and sinks reach {reach} tokens, and {whose} have {length:,.0f} on average: "
-        "within the window the hybrid equals the teacher, and stage 2 learns nothing; take a smaller window_size, or longer text"
+        "where they lie within the window the hybrid equals the teacher and learns nothing; take a smaller window_size, or longer text"
     ]
 
 
